@@ -1,0 +1,62 @@
+"""lora_diffusion: train, blend and merge LoRA adapters for Stable Diffusion.
+
+    from lora_diffusion import Blend, GenerateConfig, WeightedAdapter, generate, load_adapter, load_base
+
+Importing the package imports no heavy library; each name is loaded when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_diffusion.adapter import Adapter as Adapter
+    from lora_diffusion.adapter import AdapterMetadata as AdapterMetadata
+    from lora_diffusion.adapter import LoRALayer as LoRALayer
+    from lora_diffusion.adapter import adapter_hash as adapter_hash
+    from lora_diffusion.algebra.combine import combine as combine
+    from lora_diffusion.blend import Blend as Blend
+    from lora_diffusion.blend import WeightedAdapter as WeightedAdapter
+    from lora_diffusion.config import BlendPreset as BlendPreset
+    from lora_diffusion.config import GenerateConfig as GenerateConfig
+    from lora_diffusion.config import TrainConfig as TrainConfig
+    from lora_diffusion.errors import LoRADiffusionError as LoRADiffusionError
+    from lora_diffusion.formats.native import load_adapter as load_adapter
+    from lora_diffusion.formats.native import save_adapter as save_adapter
+    from lora_diffusion.inspection import inspect_adapter as inspect_adapter
+    from lora_diffusion.merging import merge as merge
+    from lora_diffusion.models import Base as Base
+    from lora_diffusion.models import load_base as load_base
+    from lora_diffusion.patching import blended as blended
+    from lora_diffusion.sampling import generate as generate
+    from lora_diffusion.training.loop import train as train
+
+HOMES = {
+    "Adapter": "adapter",
+    "AdapterMetadata": "adapter",
+    "Base": "models",
+    "Blend": "blend",
+    "BlendPreset": "config",
+    "GenerateConfig": "config",
+    "LoRADiffusionError": "errors",
+    "LoRALayer": "adapter",
+    "TrainConfig": "config",
+    "WeightedAdapter": "blend",
+    "adapter_hash": "adapter",
+    "blended": "patching",
+    "combine": "algebra.combine",
+    "generate": "sampling",
+    "inspect_adapter": "inspection",
+    "load_adapter": "formats.native",
+    "load_base": "models",
+    "merge": "merging",
+    "save_adapter": "formats.native",
+    "train": "training.loop",
+}
+
+__all__ = sorted(HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module 'lora_diffusion' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"lora_diffusion.{HOMES[name]}"), name)

@@ -1,0 +1,242 @@
+"""The command line: a thin skin over the library. Heavy libraries are imported when a command runs, not before."""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from lora_diffusion.config import (
+    EMBEDDED_BASE,
+    BlendEntry,
+    GenerateConfig,
+    Scheduler,
+    TrainConfig,
+    WeightType,
+    read_toml,
+    validate,
+)
+from lora_diffusion.errors import ConfigError, LoRADiffusionError
+
+Adapters = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE[:WEIGHT]")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train an adapter from captioned pictures."""
+
+    config: Annotated[Path, tyro.conf.Positional]
+    """TOML file with the run's settings."""
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
+    """Change one setting of the file, as TOML; can be repeated."""
+    json: bool = False
+    """Print the result as JSON."""
+
+    def run(self) -> None:
+        config = override(read_toml(self.config, TrainConfig), self.set)
+        with quiet():
+            from lora_diffusion.training.loop import train
+
+            result = train(config)
+        facts = {"adapter": str(result.path), "first_loss": result.first_loss, "last_loss": result.last_loss}
+        text = f"{result.path}: loss {result.first_loss:.4f} -> {result.last_loss:.4f}"
+        print(json.dumps(facts) if self.json else text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Make pictures from a base and any blend of adapters."""
+
+    prompt: str = ""
+    """What the picture shows."""
+    negative_prompt: str = ""
+    """What it should not show."""
+    base: str = ""
+    """`tiny-sd`, a folder in diffusers' layout, or a hub id."""
+    adapter: Adapters = ()
+    """Adapter and its weight (1 if not given); can be repeated."""
+    preset: Path | None = None
+    """Blend preset (JSON) whose base, adapters and settings are used."""
+    from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """PNG that `generate` wrote, to be made again."""
+    seed: int | None = None
+    """Seed of the first picture; each further one adds 1."""
+    steps: int | None = None
+    """Denoising steps (20)."""
+    guidance: float | None = None
+    """Classifier-free guidance scale (4)."""
+    width: int | None = None
+    """Width in pixels; the base's own if not given."""
+    height: int | None = None
+    """Height in pixels; the base's own if not given."""
+    scheduler: Scheduler | None = None
+    """Sampler; `base` is the one that the base brings."""
+    count: int | None = None
+    """Number of pictures."""
+    output: Path = Path("outputs")
+    """Folder for the PNGs."""
+    json: bool = False
+    """Print the result as JSON."""
+
+    def run(self) -> None:
+        with quiet():
+            from lora_diffusion.commands import generate_files, preset_plan, prompt_plan, replay_plan
+
+            given = {k: v for k, v in self.given_settings().items() if v is not None}
+            if self.from_:
+                if given or self.adapter or self.preset:
+                    raise ConfigError("--from makes a picture again as it was; give only --base and --output with it")
+                plan = replay_plan(self.from_, base=self.base)
+            elif self.preset:
+                plan = preset_plan(self.preset, base=self.base, settings=given, adapters=parse_adapters(self.adapter))
+            else:
+                config = validate(GenerateConfig, given, source="generate")
+                plan = prompt_plan(config, base=self.base or EMBEDDED_BASE, adapters=parse_adapters(self.adapter))
+            paths = generate_files(plan, self.output)
+        print(json.dumps([str(p) for p in paths]) if self.json else "\n".join(map(str, paths)))
+
+    def given_settings(self) -> dict[str, object]:
+        """What was said on the command line, by the names of GenerateConfig."""
+        names = [name for name in GenerateConfig.model_fields if name not in ("prompt", "negative_prompt")]
+        texts = {"prompt": self.prompt or None, "negative_prompt": self.negative_prompt or None}
+        return {**texts, **{name: getattr(self, name) for name in names}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """Merge a blend into a checkpoint folder."""
+
+    output: Path
+    """Folder to write; must not exist or be empty."""
+    base: str = EMBEDDED_BASE
+    """`tiny-sd`, a folder in diffusers' layout, or a hub id."""
+    adapter: Adapters = ()
+    """Adapter and its weight (1 if not given); can be repeated."""
+    precision: WeightType = "keep"
+    """Type of the written weights; `keep` writes what the base has."""
+    json: bool = False
+    """Print the result as JSON."""
+
+    def run(self) -> None:
+        with quiet():
+            from lora_diffusion.commands import merge_files
+
+            report = merge_files(self.base, parse_adapters(self.adapter), self.output, self.precision)
+        facts = {
+            "output": str(report.output),
+            "merged_modules": report.merged_modules,
+            "swallowed": report.swallowed,
+        }
+        text = (
+            f"{report.output}: {report.merged_modules} modules merged; "
+            f"rounding swallowed {report.swallowed:.2%} of the delta"
+        )
+        print(json.dumps(facts) if self.json else text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """Show what is in an adapter file."""
+
+    file: Annotated[Path, tyro.conf.Positional]
+    json: bool = False
+    """Print as JSON."""
+
+    def run(self) -> None:
+        from lora_diffusion.inspection import describe_inspection, inspect_adapter
+
+        facts = inspect_adapter(self.file)
+        print(json.dumps(facts) if self.json else describe_inspection(facts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Run the whole story on the embedded base: train, blend, merge, compare."""
+
+    output: Path = Path("demo")
+    """Folder for the grid, the adapter and the merged checkpoint; an earlier demo there is replaced."""
+    steps: int = 0
+    """Training steps; 0 takes the demo's own number."""
+
+    def run(self) -> None:
+        with quiet():
+            from lora_diffusion.demo import run_demo
+
+            run_demo(self.output, steps=self.steps, say=print)
+
+
+COMMANDS = {"train": Train, "generate": Generate, "merge": Merge, "inspect": Inspect, "demo": Demo}
+
+
+def parse_adapters(texts: tuple[str, ...]) -> tuple[BlendEntry, ...]:
+    """FILE[:WEIGHT] each. Raises ConfigError for a weight that is no number."""
+    return tuple(parse_adapter(text) for text in texts)
+
+
+def parse_adapter(text: str) -> BlendEntry:
+    path, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return BlendEntry(path=text)
+    try:
+        return validate(BlendEntry, {"path": path, "weight": float(weight)}, source=f"--adapter {text}")
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"--adapter {text}: the weight {weight!r} is no number; write FILE:0.8, or FILE alone for weight 1"
+        ) from None
+
+
+def override(config: TrainConfig, changes: tuple[str, ...]) -> TrainConfig:
+    """The settings with KEY=VALUE changes. Raises ConfigError."""
+    import tomllib
+
+    table = config.model_dump(mode="python")
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {change}: expected KEY=VALUE, e.g. --set steps=200")
+        try:
+            table[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            table[key.strip()] = value
+    return validate(TrainConfig, table, source="--set")
+
+
+@contextlib.contextmanager
+def quiet():
+    """Keep the libraries' notices off the terminal; what matters reaches the user as our own errors."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, or 2 for bad input, with one sentence on standard error."""
+    command = tyro.extras.subcommand_cli_from_dict(
+        COMMANDS,
+        args=arguments,
+        prog="lora-diffusion",
+        description="Train, blend and merge LoRA adapters for Stable Diffusion.",
+    )
+    try:
+        command.run()
+    except LoRADiffusionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

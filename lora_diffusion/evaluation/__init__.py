@@ -1,0 +1,1 @@
+"""Measures of what an adapter does, and pictures that show it."""

@@ -1,0 +1,81 @@
+"""Files that are there in full or not at all: written beside, synced, renamed."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lora_diffusion.errors import OutputError
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; what is written there takes `path`'s place if the block ends well.
+
+    Raises OutputError if the place cannot be written.
+    """
+    with beside(path) as folder:
+        part = folder / path.name
+        yield part
+        sync(part)
+        part.replace(path)
+        sync(path.parent)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """The same for a folder; a folder that is there already must be empty.
+
+    Raises OutputError if the place cannot be written, or if something is in it.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputError(f"{path}: already there and not an empty folder; remove it or give another output")
+    with beside(path) as folder:
+        part = folder / path.name
+        part.mkdir()
+        yield part
+        for file in part.rglob("*"):
+            if file.is_file():
+                sync(file)
+        if path.exists():
+            path.rmdir()
+        part.replace(path)
+        sync(path.parent)
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A scratch folder in `path`'s folder, removed afterwards, with the system's refusals turned into OutputError."""
+    scratch: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() and path.suffix:
+            raise OutputError(f"{path}: is a folder; expected the path of a file to write")
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        yield scratch
+    except OutputError:
+        raise
+    except OSError as error:
+        if error.filename is None and error.strerror is None:
+            raise
+        raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another output") from None
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Ask the system to put a file's or folder's bytes on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def check_writable(path: Path) -> None:
+    """Raise OutputError now, rather than after an hour's work, if nothing can be written at `path`."""
+    with beside(path):
+        pass

@@ -1,0 +1,226 @@
+"""Load a base and ask it things: the one home of diffusers and transformers.
+
+Knows nothing of adapters.
+"""
+
+import contextlib
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from torch import Tensor, nn
+
+from lora_diffusion.config import EMBEDDED_BASE, Scheduler
+from lora_diffusion.errors import BaseModelError
+from lora_diffusion.families import Anatomy, Family, module_paths
+from lora_diffusion.formats.diffusers_folder import (
+    anatomy_of_folder,
+    base_hash,
+    check_is_stable_diffusion,
+    read_json,
+    weight_variant,
+)
+
+SCHEDULERS: dict[str, Any] = {
+    "ddim": DDIMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "euler-ancestral": EulerAncestralDiscreteScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Base:
+    """A loaded checkpoint: the pipeline, what it is and where it came from."""
+
+    pipe: Any
+    name: str
+    folder: Path
+    family: Family
+    anatomy: Anatomy
+
+    @property
+    def hash(self) -> str:
+        return base_hash(self.folder)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return module_paths(self.anatomy)
+
+    @property
+    def size_px(self) -> int:
+        """Side of the square pictures that it makes by default."""
+        return int(self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor)
+
+
+def sample_data() -> Path:
+    """Where the embedded base and its adapters lie: inside an installed package, or at the checkout's top."""
+    inside = Path(__file__).parent / "sample_data"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "sample_data"
+
+
+def find_base(name: str) -> Path:
+    """The folder of a base by the embedded one's name, a path or a hub id.
+
+    Raises BaseModelError if there is none, or if it is not Stable Diffusion.
+    """
+    folder = sample_data() / "tiny-sd" if name == EMBEDDED_BASE else Path(name)
+    if folder.is_file():
+        raise BaseModelError(f"{name}: is a single file; this version reads folders in diffusers' layout and hub ids")
+    if not folder.is_dir():
+        folder = download(name)
+    check_is_stable_diffusion(folder)
+    return folder.resolve()
+
+
+def download(name: str) -> Path:
+    """The local snapshot of a hub id."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise BaseModelError(f"{name}: no such folder; expected `{EMBEDDED_BASE}`, a folder or a hub id (owner/name)")
+    try:
+        return Path(DiffusionPipeline.download(name))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise BaseModelError(
+            f"{name}: neither a folder here nor a base that the hub gives out ({reason}); check the name, "
+            "the network, and HF_HUB_OFFLINE"
+        ) from None
+
+
+def default_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def default_precision(device: torch.device) -> torch.dtype:
+    """Half precision where it is fast."""
+    return torch.float32 if device.type == "cpu" else torch.float16
+
+
+def load_base(
+    name: str = EMBEDDED_BASE, *, device: torch.device | None = None, precision: torch.dtype | None = None
+) -> Base:
+    """Load a base for sampling or training; all its parameters are frozen.
+
+    Raises BaseModelError.
+    """
+    folder = find_base(name)
+    family, shape = anatomy_of_folder(folder)
+    device = device or default_device()
+    kind = StableDiffusionXLPipeline if family.components == ("unet", "text_encoder", "text_encoder_2") else None
+    arguments: dict[str, Any] = {"variant": weight_variant(folder), "local_files_only": True}
+    if kind is None:
+        arguments["safety_checker"] = None
+    try:
+        with quiet_libraries():
+            pipe = (kind or StableDiffusionPipeline).from_pretrained(
+                folder, torch_dtype=precision or default_precision(device), **arguments
+            )
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise BaseModelError(f"{folder}: the base cannot be loaded ({reason}); is it complete?") from None
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(device)
+    for component in (*family.components, "vae"):
+        getattr(pipe, component).requires_grad_(False).eval()
+    return Base(pipe=pipe, name=name, folder=folder, family=family, anatomy=shape)
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Hold back notices of diffusers and transformers that a user of this library can do nothing about."""
+    levels = diffusers.utils.logging.get_verbosity(), transformers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        diffusers.utils.logging.set_verbosity(levels[0])
+        transformers.utils.logging.set_verbosity(levels[1])
+
+
+def live_path(model: nn.Module, path: str) -> str:
+    """A module path (without its component) as this version of transformers spells it."""
+    return path if hasattr(model, "text_model") else path.removeprefix("text_model.")
+
+
+def module_at(base: Base, path: str) -> nn.Module:
+    """The module at a path such as `unet.mid_block.attentions.0.proj_in`. Raises KeyError."""
+    component, inner = path.split(".", 1)
+    model: nn.Module = getattr(base.pipe, component)
+    try:
+        return model.get_submodule(live_path(model, inner))
+    except AttributeError:
+        raise KeyError(path) from None
+
+
+def new_scheduler(base: Base, name: Scheduler) -> Any:
+    """A scheduler of its own for each use, so that nothing is shared between two runs."""
+    config = base.pipe.scheduler.config
+    kind = type(base.pipe.scheduler) if name == "base" else SCHEDULERS[name]
+    return kind.from_config(config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextContext:
+    """What the UNet is told: hidden states (n, tokens, width), and for SDXL pooled states and size ids."""
+
+    hidden: Tensor
+    added: dict[str, Tensor] | None = None
+
+
+def encode_prompts(base: Base, prompts: Sequence[str], *, size_px: int) -> TextContext:
+    """Encode prompts with every text encoder; gradients flow if the encoders have trainable parts."""
+    pipe = base.pipe
+    if len(base.anatomy.text_layers) == 1:
+        output = pipe.text_encoder(token_ids(pipe.tokenizer, prompts).to(pipe.text_encoder.device))
+        return TextContext(hidden=output.last_hidden_state)
+    states: list[Tensor] = []
+    pooled = torch.empty(0)
+    for tokenizer, encoder in ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)):
+        output = encoder(token_ids(tokenizer, prompts).to(encoder.device), output_hidden_states=True)
+        states.append(output.hidden_states[-2])
+        pooled = output[0]
+    ids = torch.tensor([[size_px, size_px, 0, 0, size_px, size_px]] * len(prompts), dtype=pooled.dtype)
+    return TextContext(
+        hidden=torch.cat(states, dim=-1), added={"text_embeds": pooled, "time_ids": ids.to(pooled.device)}
+    )
+
+
+def token_ids(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+    """(n, max tokens) int64, padded and cut to the encoder's length."""
+    return tokenizer(
+        list(prompts),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+
+
+def prediction_type(base: Base) -> str:
+    """`epsilon` or `v_prediction`. Raises BaseModelError for anything else."""
+    kind = read_json(base.folder / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
+    if kind not in ("epsilon", "v_prediction"):
+        raise BaseModelError(f"{base.folder}: predicts {kind!r}; expected epsilon or v_prediction")
+    return str(kind)

@@ -1,0 +1,56 @@
+"""Which modules get an adapter: named sets and patterns, resolved against a family's module paths.
+
+A pattern is a shell-style glob over the path without its component, such as `mid_block.*` or `*.attn2.to_k`.
+"""
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from lora_diffusion.errors import ConfigError
+
+UNET_SETS: dict[str, tuple[str, ...]] = {
+    "attention": ("*.attn?.to_q", "*.attn?.to_k", "*.attn?.to_v", "*.attn?.to_out.0"),
+    "cross-attention": ("*.attn2.to_q", "*.attn2.to_k", "*.attn2.to_v", "*.attn2.to_out.0"),
+    "feed-forward": ("*.ff.net.0.proj", "*.ff.net.2"),
+    "projections": ("*.proj_in", "*.proj_out"),
+    "convolutions": ("*.conv1", "*.conv2", "*.conv_shortcut", "*.conv"),
+    "all": ("*",),
+}
+TEXT_ENCODER_SETS: dict[str, tuple[str, ...]] = {
+    "attention": ("*.self_attn.*",),
+    "feed-forward": ("*.mlp.*",),
+    "all": ("*",),
+}
+
+
+def resolve_targets(paths: Sequence[str], *, unet: Iterable[str], text_encoders: Iterable[str]) -> tuple[str, ...]:
+    """The module paths that the sets and patterns name, in the order of `paths`.
+
+    Raises ConfigError if any single set or pattern names no module.
+    """
+    wanted: set[str] = set()
+    for target in unet:
+        wanted |= matches(paths, target, UNET_SETS, unet_part=True)
+    for target in text_encoders:
+        wanted |= matches(paths, target, TEXT_ENCODER_SETS, unet_part=False)
+    if not wanted:
+        raise ConfigError("unet_targets and text_encoder_targets are both empty; name at least one, e.g. 'attention'")
+    return tuple(path for path in paths if path in wanted)
+
+
+def matches(paths: Sequence[str], target: str, sets: dict[str, tuple[str, ...]], *, unet_part: bool) -> set[str]:
+    patterns = sets.get(target, (target,))
+    found = {
+        path
+        for path in paths
+        if path.startswith("unet.") == unet_part
+        and any(fnmatchcase(path.split(".", 1)[1], pattern) for pattern in patterns)
+    }
+    if not found:
+        part = "UNet" if unet_part else "text encoder"
+        example = next((p for p in paths if p.startswith("unet.") == unet_part), "none")
+        raise ConfigError(
+            f"target {target!r} names no module of the {part}; expected one of {', '.join(sets)} "
+            f"or a pattern over paths like {example.split('.', 1)[-1]!r}"
+        )
+    return found

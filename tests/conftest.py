@@ -1,0 +1,81 @@
+"""Random tiny bases, built from configuration, and adapters for them; the embedded base where meaning counts."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from random_bases import write_random_sd, write_random_sdxl
+
+from lora_diffusion.adapter import Adapter, AdapterMetadata, LoRALayer
+from lora_diffusion.models import Base, load_base
+from lora_diffusion.patching import weight_at
+from lora_diffusion.targets import resolve_targets
+
+NewAdapter = Callable[..., Adapter]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_sd(tmp_path_factory.mktemp("bases") / "random-sd")
+
+
+@pytest.fixture(scope="session")
+def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_sdxl(tmp_path_factory.mktemp("bases") / "random-sdxl")
+
+
+@pytest.fixture(scope="session")
+def sd(sd_folder: Path) -> Base:
+    return load_base(str(sd_folder), device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def sdxl(sdxl_folder: Path) -> Base:
+    return load_base(str(sdxl_folder), device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Base:
+    """The embedded base."""
+    return load_base(device=torch.device("cpu"))
+
+
+@pytest.fixture
+def untouched(sd: Base) -> Iterator[dict[str, torch.Tensor]]:
+    """Copies of every weight of the random base; the test fails if one has changed afterwards."""
+    before = {path: weight_at(sd, path).clone() for path in sd.paths}
+    yield before
+    assert all(torch.equal(before[path], weight_at(sd, path)) for path in sd.paths)
+
+
+def random_adapter(
+    base: Base,
+    *,
+    seed: int,
+    rank: int = 4,
+    alpha: float = 2.0,
+    unet: tuple[str, ...] = ("attention",),
+    text_encoders: tuple[str, ...] = ("attention",),
+) -> Adapter:
+    """Normal factors for the targets of a base, small enough to be a plausible update."""
+    rng = torch.Generator().manual_seed(seed)
+    layers: dict[str, LoRALayer] = {}
+    for path in resolve_targets(base.paths, unet=unet, text_encoders=text_encoders):
+        out, *inner = weight_at(base, path).shape
+        down = torch.randn(rank, *inner, generator=rng) * 0.2
+        up = torch.randn(out, rank, *[1] * (len(inner) - 1), generator=rng) * 0.2
+        layers[path] = LoRALayer(down=down, up=up, alpha=alpha)
+    metadata = AdapterMetadata(name=f"random-{seed}", family=base.family.name, trigger_words=("sks",))
+    return Adapter(layers=layers, metadata=metadata)

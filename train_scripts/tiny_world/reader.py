@@ -1,0 +1,284 @@
+"""A small network that reads off a 64 px picture of the world what it shows, and how readings are scored.
+
+It has a name for a subject that is not one: pictures whose subject is a blob, a smear or missing are read as
+`NOTHING`, so that a crude picture counts as wrong. `CRUDE` says what such pictures look like.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageChops, ImageFilter
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from train_scripts.tiny_world.characters import CHARACTERS
+from train_scripts.tiny_world.render import SIZE_PX, flat
+from train_scripts.tiny_world.scene import TIMES, Picture, Scene, compose, figure
+from train_scripts.tiny_world.settings import LIGHTS, SETTINGS
+from train_scripts.tiny_world.shapes import Shape, box, darken, ellipse, lighten, place, tinted
+from train_scripts.tiny_world.subjects import COLOURS, SUBJECTS
+from train_scripts.tiny_world.vae_pictures import to_tensor
+
+NOTHING = "nothing"
+HEADS: dict[str, tuple[str, ...]] = {
+    "subject": (*SUBJECTS, *CHARACTERS, NOTHING),
+    "colour": tuple(COLOURS),
+    "setting": tuple(SETTINGS),
+    "time": TIMES,
+}
+CHANNELS = (24, 64, 96)
+ANIMALS = ("cat", "dog", "rabbit", "zuki")
+"""Subjects of a like build, which stay themselves with the feet of another."""
+Rng = np.random.Generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What one picture shows, each with its probability.
+
+    `colour` has no meaning where `subject` is `NOTHING` or a character, which has colours of its own.
+    """
+
+    subject: str
+    colour: str
+    setting: str
+    time: str
+    subject_probability: float
+    colour_probability: float
+    setting_probability: float
+    time_probability: float
+
+
+class WorldReader(nn.Module):
+    """Stages of two convolutions, each halving the picture, and a linear head per question.
+
+    One more convolution at the end widens the view to 59 px, so that a subject is seen as a whole.
+    """
+
+    def __init__(
+        self, heads: dict[str, Sequence[str]] | None = None, channels: Sequence[int] = CHANNELS
+    ) -> None:
+        super().__init__()
+        self.labels = {name: tuple(labels) for name, labels in (heads or HEADS).items()}
+        self.channels = tuple(channels)
+        pairs = zip((3, *self.channels[:-1]), self.channels, strict=True)
+        halving = [layer for inside, outside in pairs for layer in stage(inside, outside)]
+        self.body = nn.Sequential(*halving, *convolution(self.channels[-1], self.channels[-1], stride=1))
+        width = 2 * self.channels[-1]
+        self.heads = nn.ModuleDict({name: nn.Linear(width, len(k)) for name, k in self.labels.items()})
+
+    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
+        """(n, 3, 64, 64) in -1..1 to logits (n, labels) of each head."""
+        maps = self.body(pictures)
+        pooled = torch.cat([maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))], dim=1)
+        return {name: head(pooled) for name, head in self.heads.items()}
+
+
+def convolution(inside: int, outside: int, *, stride: int) -> list[nn.Module]:
+    kernels = nn.Conv2d(inside, outside, 3, stride=stride, padding=1, bias=False)
+    return [kernels, nn.BatchNorm2d(outside), nn.ReLU()]
+
+
+def stage(inside: int, outside: int) -> list[nn.Module]:
+    """Layers from (n, inside, s, s) to (n, outside, s / 2, s / 2)."""
+    return [*convolution(inside, outside, stride=2), *convolution(outside, outside, stride=1)]
+
+
+def save_reader(reader: WorldReader, folder: Path) -> None:
+    """Weights in float16 and the labels of each head."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: (v.half() if v.is_floating_point() else v) for k, v in reader.state_dict().items()}
+    save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
+    config = {"channels": reader.channels, "size_px": SIZE_PX, "heads": reader.labels}
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def load_reader(folder: Path) -> WorldReader:
+    """The reader in float32, ready to read."""
+    config = json.loads((folder / "config.json").read_text())
+    reader = WorldReader(config["heads"], config["channels"])
+    reader.load_state_dict(load_file(folder / "model.safetensors"))
+    return reader.eval()
+
+
+def stacked(pictures: Sequence[Image.Image]) -> Tensor:
+    """(n, 3, 64, 64) in -1..1; pictures of another size are averaged or interpolated to 64 px."""
+    side = (SIZE_PX, SIZE_PX)
+    fitting = (p if p.size == side else p.resize(side, Image.Resampling.BICUBIC) for p in pictures)
+    return torch.stack([to_tensor(p.convert("RGB")) for p in fitting])
+
+
+@torch.no_grad()
+def read(reader: WorldReader, pictures: Sequence[Image.Image] | Tensor, *, batch: int = 64) -> list[Reading]:
+    """One reading per picture; a tensor is (n, 3, 64, 64) in -1..1."""
+    readings: list[Reading] = []
+    for start in range(0, len(pictures), batch):
+        part = pictures[start : start + batch]
+        logits = reader(part.float() if isinstance(part, Tensor) else stacked(part))
+        best = {name: functional.softmax(values, dim=1).max(dim=1) for name, values in logits.items()}
+        for i in range(len(part)):
+            words = {name: reader.labels[name][int(best[name].indices[i])] for name in HEADS}
+            chances = {f"{name}_probability": float(best[name].values[i]) for name in HEADS}
+            readings.append(Reading(**words, **chances))
+    return readings
+
+
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """The 95 % Wilson interval of a proportion, in 0..1."""
+    if count == 0:
+        return 0.0, 1.0
+    z, share = 1.96, right / count
+    centre = share + z * z / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def proportion(hits: Sequence[bool]) -> dict[str, float | int | list[float]]:
+    """Share of hits with its count and 95 % interval."""
+    share = sum(hits) / max(1, len(hits))
+    interval = [round(bound, 4) for bound in wilson(sum(hits), len(hits))]
+    return {"accuracy": round(share, 4), "right": sum(hits), "count": len(hits), "interval95": interval}
+
+
+def scores(readings: Sequence[Reading], scenes: Sequence[Scene]) -> dict[str, dict]:
+    """How often each word is read as the scene has it, and subject, colour and setting all at once.
+
+    A character has no colour to be right about: it is left out of `colour` and counts by the rest in `all_three`.
+    """
+    pairs = list(zip(readings, scenes, strict=True))
+    hits = {name: [getattr(r, name) == getattr(s, name) for r, s in pairs] for name in HEADS}
+    coloured = [s.subject not in CHARACTERS for s in scenes]
+    rows = zip(hits["subject"], hits["colour"], hits["setting"], coloured, strict=True)
+    hits["all_three"] = [
+        subject and setting and (colour or not has) for subject, colour, setting, has in rows
+    ]
+    hits["colour"] = [hit for hit, has in zip(hits["colour"], coloured, strict=True) if has]
+    return {name: proportion(values) for name, values in hits.items()}
+
+
+def machine() -> dict[str, str | int]:
+    """What the figures were measured on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else "unknown",
+        "cores": os.cpu_count() or 0,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def blurred(picture: Image.Image, radius_px: float) -> Image.Image:
+    return picture.filter(ImageFilter.GaussianBlur(radius_px))
+
+
+def bounds(picture: Picture) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of the subject, in fractions of the side."""
+    points = np.concatenate([shape.points for shape in picture.subject])
+    (left, top), (right, bottom) = points.min(axis=0), points.max(axis=0)
+    return float(left), float(top), float(right), float(bottom)
+
+
+def with_other_subject(scene: Scene, shapes: list[Shape]) -> Image.Image:
+    """The scene with `shapes` standing where its subject stood, as tall and in the same light."""
+    picture = compose(scene)
+    left, top, right, bottom = bounds(picture)
+    placed = place(shapes, x=(left + right) / 2, bottom=bottom, height=bottom - top, mirrored=False)
+    return flat(replace(picture, subject=tuple(tinted(placed, LIGHTS[scene.time].subject))))
+
+
+def missing(scene: Scene, _: Rng) -> Image.Image:
+    return with_other_subject(scene, [])
+
+
+def blob(scene: Scene, rng: Rng) -> Image.Image:
+    """One ellipse or box of the scene's colour."""
+    colour, rx, ry = COLOURS[scene.colour], float(rng.uniform(0.2, 0.5)), float(rng.uniform(0.25, 0.5))
+    if rng.random() < 0.6:
+        return with_other_subject(
+            scene, [ellipse(0, 1 - ry, rx, ry, colour, turn=float(rng.uniform(-30, 30)))]
+        )
+    return with_other_subject(scene, [box(-rx, 1 - 2 * ry, rx, 1, colour)])
+
+
+def blobs(scene: Scene, rng: Rng) -> Image.Image:
+    """A few ellipses and boxes in lighter and darker tones: shaded, but still no subject."""
+    colour, shapes = COLOURS[scene.colour], []
+    tones = (colour, colour, lighten(colour, 0.5), darken(colour, 0.3), (250, 250, 248), (28, 26, 34))
+    for i in range(int(rng.integers(2, 6))):
+        (x, y), (rx, ry) = rng.uniform((-0.25, 0.3), (0.25, 0.75)), rng.uniform(0.05, 0.3, 2)
+        tone = tones[int(rng.integers(len(tones)))] if i else colour
+        outline = box if rng.random() < 0.3 else ellipse
+        corners = (x - rx, y - ry, x + rx, y + ry) if outline is box else (x, y, rx, ry)
+        shapes.append(outline(*(float(c) for c in corners), tone))
+    return with_other_subject(scene, shapes)
+
+
+def subject_mask(scene: Scene) -> Image.Image:
+    """255 where the subject changes the picture, else 0."""
+    change = ImageChops.difference(flat(compose(scene)), missing(scene, np.random.default_rng(0)))
+    return change.convert("L").point(lambda value: 255 * (value > 4))
+
+
+def scrambled(scene: Scene, rng: Rng) -> Image.Image:
+    """The subject's pixels in random order."""
+    array, mask = np.array(flat(compose(scene))), np.array(subject_mask(scene)) > 0
+    array[mask] = rng.permutation(array[mask])
+    return Image.fromarray(array)
+
+
+def tiles(scene: Scene, rng: Rng) -> Image.Image:
+    """The subject cut into 8 px tiles, put together in random order."""
+    array = np.array(flat(compose(scene)))
+    edges = (int(SIZE_PX * edge) // 8 * 8 for edge in bounds(compose(scene)))
+    left, top, right, bottom = (min(SIZE_PX - 8, max(0, edge)) for edge in edges)
+    places = [(y, x) for y in range(top, bottom + 8, 8) for x in range(left, right + 8, 8)]
+    pieces = [array[y : y + 8, x : x + 8].copy() for y, x in places]
+    for (y, x), i in zip(places, rng.permutation(len(pieces)), strict=True):
+        array[y : y + 8, x : x + 8] = pieces[i]
+    return Image.fromarray(array)
+
+
+def smeared(scene: Scene, rng: Rng) -> Image.Image:
+    """The subject blurred away inside a sharp picture."""
+    picture, mask = flat(compose(scene)), subject_mask(scene)
+    soft = mask.filter(ImageFilter.MaxFilter(5)).filter(ImageFilter.GaussianBlur(1))
+    return Image.composite(blurred(picture, float(rng.uniform(4.5, 8))), picture, soft)
+
+
+def all_smeared(scene: Scene, rng: Rng) -> Image.Image:
+    return blurred(flat(compose(scene)), float(rng.uniform(4.5, 7)))
+
+
+def halves(scene: Scene, rng: Rng) -> Image.Image:
+    """Half of one subject beside, or on top of, half of another."""
+    across = bool(rng.random() < 0.5)
+    alike = ANIMALS if scene.subject in ANIMALS and not across else (scene.subject,)
+    other = str(rng.choice([name for name in (*SUBJECTS, *CHARACTERS) if name not in alike]))
+    first, second = flat(compose(scene)), with_other_subject(scene, figure(replace(scene, subject=other)))
+    left, top, right, bottom = (round(SIZE_PX * edge) for edge in bounds(compose(scene)))
+    corner = ((left + right) // 2, 0) if across else (0, (top + bottom) // 2)
+    first.paste(second.crop((*corner, SIZE_PX, SIZE_PX)), corner)
+    return first
+
+
+CRUDE: dict[str, Callable[[Scene, Rng], Image.Image]] = {
+    "missing": missing,
+    "blob": blob,
+    "blobs": blobs,
+    "scrambled": scrambled,
+    "tiles": tiles,
+    "smeared": smeared,
+    "all_smeared": all_smeared,
+    "halves": halves,
+}
+"""Pictures without a subject, by the way it was spoilt."""
