@@ -30,6 +30,29 @@ if TYPE_CHECKING:
     from lora_diffusion.sampling import generate as generate
     from lora_diffusion.training.loop import train as train
 
+__all__ = [
+    "Adapter",
+    "AdapterMetadata",
+    "Base",
+    "Blend",
+    "BlendPreset",
+    "GenerateConfig",
+    "LoRADiffusionError",
+    "LoRALayer",
+    "TrainConfig",
+    "WeightedAdapter",
+    "adapter_hash",
+    "blended",
+    "combine",
+    "generate",
+    "inspect_adapter",
+    "load_adapter",
+    "load_base",
+    "merge",
+    "save_adapter",
+    "train",
+]
+
 HOMES = {
     "Adapter": "adapter",
     "AdapterMetadata": "adapter",
@@ -52,8 +75,6 @@ HOMES = {
     "save_adapter": "formats.native",
     "train": "training.loop",
 }
-
-__all__ = sorted(HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -152,7 +152,8 @@ def describe_one(item: Mapping[str, Any], kind: type[BaseModel]) -> str:
         return f"unknown key {key!r}; {hint}"
     if item["type"] == "missing":
         return f"{key!r} is missing; it has no default"
-    return f"{key!r} is {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+    reason = f"{item['msg'][0].lower()}{item['msg'][1:]}"
+    return f"{key!r} is {item['input']!r}: {reason}" if key else reason
 
 
 class BlendEntry(Settings):

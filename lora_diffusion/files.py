@@ -1,16 +1,16 @@
 """Files that are there in full or not at all: written beside, synced, renamed."""
 
+import contextlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from lora_diffusion.errors import OutputError
 
 
-@contextmanager
+@contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; what is written there takes `path`'s place if the block ends well.
 
@@ -24,7 +24,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         sync(path.parent)
 
 
-@contextmanager
+@contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """The same for a folder; a folder that is there already must be empty.
 
@@ -45,10 +45,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
         sync(path.parent)
 
 
-@contextmanager
+@contextlib.contextmanager
 def beside(path: Path) -> Iterator[Path]:
-    """A scratch folder in `path`'s folder, removed afterwards, with the system's refusals turned into OutputError."""
+    """A scratch folder in `path`'s folder, removed afterwards, with the system's refusals turned into OutputError.
+
+    Parent folders are made as needed and removed again if nothing came into them.
+    """
     scratch: Path | None = None
+    absent = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir() and path.suffix:
@@ -64,6 +68,9 @@ def beside(path: Path) -> Iterator[Path]:
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
+        for folder in absent:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def sync(path: Path) -> None:

@@ -3,15 +3,16 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
 from lora_diffusion.blend import Blend, WeightedAdapter
-from lora_diffusion.config import BlendEntry, GenerateConfig
+from lora_diffusion.config import BlendEntry, GenerateConfig, Scheduler
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.native import load_adapter
-from lora_diffusion.models import Base, new_scheduler
+from lora_diffusion.models import Base, new_scheduler, quiet_libraries
 from lora_diffusion.patching import blended
 from lora_diffusion.recipe import Recipe, blend_entries, library_versions
 
@@ -33,9 +34,7 @@ def single_settings(base: Base, config: GenerateConfig) -> Iterator[GenerateConf
 
 def sample(base: Base, settings: GenerateConfig) -> Image.Image:
     """One picture from the base as it stands. Noise comes from the CPU, so that devices agree on it."""
-    pipe = type(base.pipe)(**{**base.pipe.components, "scheduler": new_scheduler(base, settings.scheduler)})
-    pipe.set_progress_bar_config(disable=True)
-    result = pipe(
+    result = pipeline_with(base, settings.scheduler)(
         prompt=settings.prompt,
         negative_prompt=settings.negative_prompt or None,
         num_inference_steps=settings.steps,
@@ -45,6 +44,17 @@ def sample(base: Base, settings: GenerateConfig) -> Image.Image:
         generator=torch.Generator("cpu").manual_seed(settings.seed),
     )
     return result.images[0]
+
+
+def pipeline_with(base: Base, scheduler: Scheduler) -> Any:
+    """The base's models in a pipeline with a scheduler of its own, so that no state is shared between two runs."""
+    components = {**base.pipe.components, "scheduler": new_scheduler(base, scheduler)}
+    if "safety_checker" in components:
+        components["requires_safety_checker"] = False
+    with quiet_libraries():
+        pipe = type(base.pipe)(**components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def generate(

@@ -37,7 +37,7 @@ def combination_in(text: str) -> tuple[str, str, str]:
     return subject, colour, setting
 
 
-@pytest.mark.parametrize("name", ["pixel", "zuki"])
+@pytest.mark.parametrize("name", ["ink", "zuki"])
 def test_the_script_draws_the_committed_set_again(name: str, tmp_path: Path) -> None:
     write_set(tmp_path, name)
     drawn = tmp_path / SETS[name][0] / name

@@ -23,7 +23,7 @@ from train_scripts.tiny_world.subjects import COLOURS, SUBJECTS
 
 STYLE_PICTURES = 20
 PROMPTS = 8
-TRIGGERS = {"ink": "sks", "watercolour": "ohwx", "neon": "zwx", "pixel": "pxl"}
+TRIGGERS = {"ink": "sks", "watercolour": "ohwx", "neon": "zwx"}
 """Rare words: the base's captions give them no meaning, so an adapter may."""
 STYLE_TIMES = ("day",) * 10 + ("sunset",) * 5 + ("night",) * 5
 STYLE_WEATHERS = ("clear",) * 14 + ("cloudy",) * 4 + ("rain",) * 2

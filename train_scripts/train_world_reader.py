@@ -94,9 +94,7 @@ def train(config: Config) -> WorldReader:
     rng = np.random.default_rng((23, config.seed))
     reader = WorldReader().to(memory_format=torch.channels_last).train()
     optimiser = torch.optim.AdamW(reader.parameters(), lr=config.lr, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, config.lr, total_steps=config.steps, pct_start=0.1
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.lr, total_steps=config.steps, pct_start=0.1)
     pool: deque[tuple[Image.Image, list[int]]] = deque((example(rng) for _ in range(96)), maxlen=config.kept)
     started, losses = time.time(), []
     for step in range(config.steps):
@@ -208,7 +206,8 @@ above 0.8. `star` is not among the training pictures.
 ## Limits
 
 It has learned the flat style only: on other styles its readings are not to be trusted unmeasured. Its
-probabilities are not calibrated. It does not read weather or size.
+probabilities are not calibrated. Where two subjects are halved and joined it often names one of them, see
+`halves`. It does not read weather or size.
 """
 
 

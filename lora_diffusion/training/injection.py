@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lora_diffusion.adapter import Adapter, AdapterMetadata, LoRALayer
@@ -46,8 +45,6 @@ def extract(base: Base, paths: Sequence[str], metadata: AdapterMetadata, dtype: 
 
 
 def extract_layer(module: Any, dtype: torch.dtype) -> LoRALayer:
-    if not isinstance(module, LoraLayer):
-        raise TypeError(f"{type(module).__name__} holds no LoRA layer; was the adapter injected?")
     down, up = (factors[NAME].weight.detach() for factors in (module.lora_A, module.lora_B))
     alpha = float(module.scaling[NAME] * module.r[NAME])
     return LoRALayer(down=down.to("cpu", dtype, copy=True), up=up.to("cpu", dtype, copy=True), alpha=alpha)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -50,6 +51,7 @@ def train(config: TrainConfig) -> TrainResult:
     """
     check_settings(config)
     examples = read_dataset(config.data)
+    AcceleratorState._reset_state()  # it keeps the precision of an earlier run in this process
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation
     )

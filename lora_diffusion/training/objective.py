@@ -16,24 +16,22 @@ class Denoiser(nn.Module):
 
     def __init__(self, base: Base, size_px: int):
         super().__init__()
-        self.parts = nn.ModuleDict({name: getattr(base.pipe, name) for name in base.family.components})
+        self.unet: nn.Module = base.pipe.unet
+        self.text_encoders = nn.ModuleList(getattr(base.pipe, name) for name in base.anatomy.text_layers)
         self.predicts = prediction_type(base)
         self.base = base
         self.size_px = size_px
-        self.register_buffer("alphas_cumprod", base.pipe.scheduler.alphas_cumprod.clone(), persistent=False)
-
-    @property
-    def num_timesteps(self) -> int:
-        return len(self.alphas_cumprod)
+        self.alphas_cumprod: Tensor = base.pipe.scheduler.alphas_cumprod.to(base.pipe.device)
+        self.num_timesteps = len(self.alphas_cumprod)
 
     def forward(self, latent: Tensor, noise: Tensor, timestep: Tensor, caption: list[str]) -> Tensor:
         """(n,) mean squared errors for latents and noise (n, c, h, w) and timesteps (n,)."""
-        alpha_bar = self.alphas_cumprod.to(latent.device)[timestep].view(-1, 1, 1, 1)
+        alpha_bar = self.alphas_cumprod[timestep].view(-1, 1, 1, 1)
         signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         noisy = signal * latent + sigma * noise
         context = encode_prompts(self.base, caption, size_px=self.size_px)
-        predicted = self.parts["unet"](
-            noisy.to(next(self.parts["unet"].parameters()).dtype),
+        predicted = self.unet(
+            noisy.to(next(self.unet.parameters()).dtype),
             timestep,
             encoder_hidden_states=context.hidden,
             added_cond_kwargs=context.added,

@@ -62,9 +62,7 @@ class WorldReader(nn.Module):
     One more convolution at the end widens the view to 59 px, so that a subject is seen as a whole.
     """
 
-    def __init__(
-        self, heads: dict[str, Sequence[str]] | None = None, channels: Sequence[int] = CHANNELS
-    ) -> None:
+    def __init__(self, heads: dict[str, Sequence[str]] | None = None, channels: Sequence[int] = CHANNELS) -> None:
         super().__init__()
         self.labels = {name: tuple(labels) for name, labels in (heads or HEADS).items()}
         self.channels = tuple(channels)
@@ -151,15 +149,14 @@ def proportion(hits: Sequence[bool]) -> dict[str, float | int | list[float]]:
 def scores(readings: Sequence[Reading], scenes: Sequence[Scene]) -> dict[str, dict]:
     """How often each word is read as the scene has it, and subject, colour and setting all at once.
 
-    A character has no colour to be right about: it is left out of `colour` and counts by the rest in `all_three`.
+    A character has no colour to be right about: it is left out of `colour`, and in `all_three` counts by the
+    rest.
     """
     pairs = list(zip(readings, scenes, strict=True))
     hits = {name: [getattr(r, name) == getattr(s, name) for r, s in pairs] for name in HEADS}
     coloured = [s.subject not in CHARACTERS for s in scenes]
     rows = zip(hits["subject"], hits["colour"], hits["setting"], coloured, strict=True)
-    hits["all_three"] = [
-        subject and setting and (colour or not has) for subject, colour, setting, has in rows
-    ]
+    hits["all_three"] = [subject and setting and (colour or not has) for subject, colour, setting, has in rows]
     hits["colour"] = [hit for hit, has in zip(hits["colour"], coloured, strict=True) if has]
     return {name: proportion(values) for name, values in hits.items()}
 
@@ -204,9 +201,7 @@ def blob(scene: Scene, rng: Rng) -> Image.Image:
     """One ellipse or box of the scene's colour."""
     colour, rx, ry = COLOURS[scene.colour], float(rng.uniform(0.2, 0.5)), float(rng.uniform(0.25, 0.5))
     if rng.random() < 0.6:
-        return with_other_subject(
-            scene, [ellipse(0, 1 - ry, rx, ry, colour, turn=float(rng.uniform(-30, 30)))]
-        )
+        return with_other_subject(scene, [ellipse(0, 1 - ry, rx, ry, colour, turn=float(rng.uniform(-30, 30)))])
     return with_other_subject(scene, [box(-rx, 1 - 2 * ry, rx, 1, colour)])
 
 
