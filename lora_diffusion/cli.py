@@ -6,9 +6,10 @@ import logging
 import os
 import sys
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 
@@ -16,7 +17,7 @@ from lora_diffusion.config import (
     EMBEDDED_BASE,
     BlendEntry,
     GenerateConfig,
-    Scheduler,
+    Settings,
     TrainConfig,
     WeightType,
     read_toml,
@@ -24,7 +25,53 @@ from lora_diffusion.config import (
 )
 from lora_diffusion.errors import ConfigError, LoRADiffusionError
 
-Adapters = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE[:WEIGHT]")]
+REPEATABLE = "(repeatable)"
+Adapters = Annotated[
+    tuple[str, ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(metavar="FILE[:WEIGHT]", help_behavior_hint=REPEATABLE),
+]
+Changes = Annotated[
+    tuple[str, ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(metavar="KEY=VALUE", help_behavior_hint=REPEATABLE),
+]
+BaseFlag = Annotated[
+    str, tyro.conf.arg(help_behavior_hint=f"(default: {EMBEDDED_BASE}, or that of the preset or recipe)")
+]
+
+
+def optional_flags(kind: type[Settings]) -> type[Any]:
+    """A dataclass with one optional flag for each setting: names, types, help and defaults are the settings' own."""
+    fields: list[tuple[str, Any, Any]] = []
+    for name, info in kind.model_fields.items():
+        hint = "(required)" if info.is_required() else f"(default: {shown(info.default)})"
+        argument = tyro.conf.arg(help=info.description, metavar=metavar(info.annotation), help_behavior_hint=hint)
+        fields.append((name, Annotated[info.annotation | None, argument], None))
+    return make_dataclass(f"{kind.__name__}Flags", fields, kw_only=True, frozen=True)
+
+
+def metavar(annotation: Any) -> str:
+    """What help shows in place of a value."""
+    if get_origin(annotation) is Literal:
+        return "|".join(get_args(annotation))
+    return "INT" if "int" in str(annotation) else "NUMBER" if "float" in str(annotation) else "TEXT"
+
+
+def shown(default: object) -> str:
+    """A default as a user reads it."""
+    if isinstance(default, tuple):
+        return ", ".join(map(str, default)) or "none"
+    return "the base's own" if default is None else str(default) or "none"
+
+
+def settings_table(kind: type[Settings]) -> str:
+    """The settings of a TOML file as lines of help."""
+    rows = [
+        f"  {name}: {info.description} ({'required' if info.is_required() else shown(info.default)})"
+        for name, info in kind.model_fields.items()
+    ]
+    return "\n".join(rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +80,8 @@ class Train:
 
     config: Annotated[Path, tyro.conf.Positional]
     """TOML file with the run's settings."""
-    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
-    """Change one setting of the file, as TOML; can be repeated."""
+    set: Changes = ()
+    """Change one setting of the file."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -49,36 +96,22 @@ class Train:
         print(json.dumps(facts) if self.json else text)
 
 
+GenerateFlags = optional_flags(GenerateConfig)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Generate:
     """Make pictures from a base and any blend of adapters."""
 
-    prompt: str = ""
-    """What the picture shows."""
-    negative_prompt: str = ""
-    """What it should not show."""
-    base: str = ""
+    settings: Annotated[GenerateFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    base: BaseFlag = ""
     """`tiny-sd`, a folder in diffusers' layout, or a hub id."""
     adapter: Adapters = ()
-    """Adapter and its weight (1 if not given); can be repeated."""
-    preset: Path | None = None
+    """Adapter and its weight, 1 if not given."""
+    preset: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """Blend preset (JSON) whose base, adapters and settings are used."""
-    from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    from_: Annotated[Path | None, tyro.conf.arg(name="from", metavar="IMAGE", help_behavior_hint="")] = None
     """PNG that `generate` wrote, to be made again."""
-    seed: int | None = None
-    """Seed of the first picture; each further one adds 1."""
-    steps: int | None = None
-    """Denoising steps (20)."""
-    guidance: float | None = None
-    """Classifier-free guidance scale (4)."""
-    width: int | None = None
-    """Width in pixels; the base's own if not given."""
-    height: int | None = None
-    """Height in pixels; the base's own if not given."""
-    scheduler: Scheduler | None = None
-    """Sampler; `base` is the one that the base brings."""
-    count: int | None = None
-    """Number of pictures."""
     output: Path = Path("outputs")
     """Folder for the PNGs."""
     json: bool = False
@@ -88,7 +121,7 @@ class Generate:
         with quiet():
             from lora_diffusion.commands import generate_files, preset_plan, prompt_plan, replay_plan
 
-            given = {k: v for k, v in self.given_settings().items() if v is not None}
+            given = {key: value for key, value in vars(self.settings).items() if value is not None}
             if self.from_:
                 if given or self.adapter or self.preset:
                     raise ConfigError("--from makes a picture again as it was; give only --base and --output with it")
@@ -101,12 +134,6 @@ class Generate:
             paths = generate_files(plan, self.output)
         print(json.dumps([str(p) for p in paths]) if self.json else "\n".join(map(str, paths)))
 
-    def given_settings(self) -> dict[str, object]:
-        """What was said on the command line, by the names of GenerateConfig."""
-        names = [name for name in GenerateConfig.model_fields if name not in ("prompt", "negative_prompt")]
-        texts = {"prompt": self.prompt or None, "negative_prompt": self.negative_prompt or None}
-        return {**texts, **{name: getattr(self, name) for name in names}}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Merge:
@@ -117,7 +144,7 @@ class Merge:
     base: str = EMBEDDED_BASE
     """`tiny-sd`, a folder in diffusers' layout, or a hub id."""
     adapter: Adapters = ()
-    """Adapter and its weight (1 if not given); can be repeated."""
+    """Adapter and its weight, 1 if not given."""
     precision: WeightType = "keep"
     """Type of the written weights; `keep` writes what the base has."""
     json: bool = False
@@ -171,6 +198,7 @@ class Demo:
             run_demo(self.output, steps=self.steps, say=print)
 
 
+Train.__doc__ = f"{Train.__doc__}\n\nSettings of the TOML file:\n{settings_table(TrainConfig)}"
 COMMANDS = {"train": Train, "generate": Generate, "merge": Merge, "inspect": Inspect, "demo": Demo}
 
 
@@ -210,7 +238,7 @@ def override(config: TrainConfig, changes: tuple[str, ...]) -> TrainConfig:
 
 
 @contextlib.contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     """Keep the libraries' notices off the terminal; what matters reaches the user as our own errors."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("accelerate").setLevel(logging.ERROR)

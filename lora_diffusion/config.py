@@ -5,6 +5,7 @@ imports no heavy library, so that help comes at once.
 """
 
 import difflib
+import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ EMBEDDED_BASE = "tiny-sd"
 class Settings(BaseModel):
     """Frozen settings that refuse unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class GenerateConfig(Settings):
@@ -43,9 +44,9 @@ class GenerateConfig(Settings):
     guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 4.0
     """Classifier-free guidance scale; 1 and below turn guidance off."""
     width: Annotated[int, Field(gt=0, multiple_of=8)] | None = None
-    """Width in pixels; the base's own size if not given."""
+    """Width in pixels."""
     height: Annotated[int, Field(gt=0, multiple_of=8)] | None = None
-    """Height in pixels; the base's own size if not given."""
+    """Height in pixels."""
     scheduler: Scheduler = "base"
     """Sampler; `base` is the one that the base brings."""
     count: Positive = 1
@@ -96,7 +97,7 @@ class TrainConfig(Settings):
     mixed_precision: Precision = "no"
     """Accelerate's mixed precision; trainable parameters are float32 always."""
     resolution: Annotated[int, Field(gt=0, multiple_of=8)] | None = None
-    """Pictures are scaled and centre-cropped to this square; the base's own size if not given."""
+    """Pictures are scaled and centre-cropped to this square."""
     save_every: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps between intermediate adapters (`name-step00000100.safetensors`); 0 for none."""
     save_precision: Literal["float32", "float16", "bfloat16"] = "float16"
@@ -135,7 +136,7 @@ def validate(kind: type[Model], table: Mapping[str, Any], *, source: str, folder
 
 def anchored(settings: Model, folder: Path) -> Model:
     """The settings with relative paths joined to `folder`."""
-    paths = {name: folder / value for name, value in settings if isinstance(value, Path)}
+    paths = {name: Path(os.path.normpath(folder / value)) for name, value in settings if isinstance(value, Path)}
     return settings.model_copy(update=paths)
 
 

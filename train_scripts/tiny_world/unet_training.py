@@ -1,6 +1,5 @@
 """Stage two of the embedded base: the UNet and the text encoder together, on cached latents."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from train_scripts.tiny_world.optimiser import Ema, MatrixOptimiser, learning_ra
 from train_scripts.tiny_world.render import flat
 from train_scripts.tiny_world.scene import Scene, compose, random_scene
 from train_scripts.tiny_world.vae_pictures import to_tensor
+from train_scripts.tiny_world.vae_training import log_row
 
 PROBE_PROMPTS = (
     "a red cat on a meadow",
@@ -130,12 +130,8 @@ def train_unet(out: Path, *, steps: int, batch: int, lr: float, resume: bool) ->
         ema.update(step)
         losses.append(loss.item())
         if rank == 0 and (step + 1) % 25 == 0:
-            row = {
-                "step": step + 1,
-                "loss": round(sum(losses[-25:]) / 25, 4),
-                "minutes": round((time.time() - started) / 60, 2),
-            }
-            print(json.dumps(row), flush=True)
+            recent = sum(losses[-25:]) / 25
+            log_row(out, "unet", {"step": step + 1, "loss": recent, "minutes": (time.time() - started) / 60})
         if rank == 0 and ((step + 1) % 200 == 0 or step + 1 == steps):
             ema.swap()
             pipe.save_pretrained(out)

@@ -69,14 +69,17 @@ def train_vae(out: Path, *, steps: int, batch: int, lr: float, resume: bool) -> 
         ema.update(step)
         if rank == 0 and ((step + 1) % 100 == 0 or step + 1 == steps):
             ema.swap()
-            row = {
-                "step": step + 1,
-                "loss": loss.item(),
-                "kl": kl.item(),
-                "flat_db": psnr(vae, probe),
-                "lines_db": psnr(vae, lines),
-                "minutes": (time.time() - started) / 60,
-            }
-            print(json.dumps({k: round(v, 3) for k, v in row.items()}), flush=True)
+            row = {"step": step + 1, "loss": loss.item(), "kl": kl.item(), "minutes": (time.time() - started) / 60}
+            row |= {"flat_db": psnr(vae, probe), "lines_db": psnr(vae, lines)}
+            log_row(out, "vae", row)
             vae.save_pretrained(out / "vae")
             ema.swap()
+
+
+def log_row(out: Path, stage: str, row: dict[str, float]) -> None:
+    """One line of the stage's log, to the terminal and to `training_<stage>.jsonl` beside the weights."""
+    line = json.dumps({key: round(value, 4) for key, value in row.items()})
+    print(line, flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / f"training_{stage}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(line + "\n")

@@ -1,0 +1,48 @@
+"""The demo in a shortened form: it trains, blends, merges, and its figures say that each had its effect."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lora_diffusion.demo import SUBJECT, SUBJECT_ROWS, run_demo
+from lora_diffusion.errors import OutputError
+from lora_diffusion.models import load_base, sample_data
+from train_scripts.tiny_world.reader import load_reader, read
+
+
+@pytest.mark.slow
+def test_the_story_in_short(tmp_path: Path) -> None:
+    said: list[str] = []
+    result = run_demo(tmp_path / "demo", steps=60, say=said.append)
+    base, half, full, _, both = result.distances.values()
+    assert full < half < base
+    assert both < base
+    assert result.merged_exact == 0
+    assert result.merged_half <= 16
+    assert any("grid.png" in line for line in said)
+    with Image.open(tmp_path / "demo" / "grid.png") as sheet:
+        assert sheet.width > 900
+    assert load_base(str(tmp_path / "demo" / "merged")).family.name == "tiny-sd"
+    cells = subject_cells(tmp_path / "demo" / "grid.png")
+    reader = load_reader(sample_data() / "tiny-world-reader")
+    assert SUBJECT in [reading.subject for reading in read(reader, cells)]
+
+
+def subject_cells(path: Path) -> list[Image.Image]:
+    """The character's pictures in the column of the character alone."""
+    from lora_diffusion.evaluation.grid import HEADER_PX, LABEL_PX, MARGIN_PX
+
+    cell = 192
+    left = LABEL_PX + 3 * (cell + MARGIN_PX)
+    with Image.open(path) as sheet:
+        tops = [HEADER_PX + row * (cell + MARGIN_PX) for row in SUBJECT_ROWS]
+        boxes = [(left, top, left + cell, top + cell) for top in tops]
+        return [sheet.crop(box).resize((64, 64), Image.Resampling.NEAREST) for box in boxes]
+
+
+def test_a_folder_that_is_not_a_demos_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(OutputError, match="holds something that is not a demo's"):
+        run_demo(tmp_path, steps=1, say=print)
+    assert (tmp_path / "mine.txt").read_text() == "keep"
