@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from train_scripts.tiny_world.prompts import asked_scenes, full_caption
 from train_scripts.tiny_world.reader import (
-    CRUDE,
     NOTHING,
+    Reading,
     WorldReader,
-    blurred,
     load_reader,
     read,
     save_reader,
@@ -20,6 +20,8 @@ from train_scripts.tiny_world.reader import (
 )
 from train_scripts.tiny_world.render import flat
 from train_scripts.tiny_world.scene import Scene, compose, is_held_out
+from train_scripts.tiny_world.spoilt import CRUDE, blurred
+from train_scripts.tiny_world.styles import STYLES
 from train_scripts.train_world_reader import any_scene
 
 FOLDER = Path(__file__).parents[1] / "sample_data" / "tiny-world-reader"
@@ -37,41 +39,56 @@ def scenes() -> list[Scene]:
     return [any_scene(rng) for _ in range(150)]
 
 
+@pytest.fixture(scope="module")
+def renderings(scenes: list[Scene]) -> list[Image.Image]:
+    return [flat(compose(scene)) for scene in scenes]
+
+
+@pytest.fixture(scope="module")
+def readings(reader: WorldReader, renderings: list[Image.Image]) -> list[Reading]:
+    return read(reader, renderings)
+
+
 @pytest.mark.parametrize("head", ["subject", "colour", "setting"])
-def test_reads_fresh_renderings(reader: WorldReader, scenes: list[Scene], head: str) -> None:
-    readings = read(reader, [flat(compose(scene)) for scene in scenes])
+def test_reads_fresh_renderings(readings: list[Reading], scenes: list[Scene], head: str) -> None:
     assert scores(readings, scenes)[head]["accuracy"] >= 0.95
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_reads_subjects_in_the_styles_of_the_sample_data(reader: WorldReader, scenes: list[Scene], style: str) -> None:
+    rng = np.random.default_rng(SEED + 2)
+    readings = read(reader, [STYLES[style](compose(scene), rng) for scene in scenes[:40]])
+    assert scores(readings, scenes[:40])["subject"]["accuracy"] >= 0.85
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CRUDE if kind != "halves"])  # the card has its figure
 def test_calls_a_spoilt_subject_nothing(reader: WorldReader, scenes: list[Scene], kind: str) -> None:
     rng = np.random.default_rng(SEED + 1)
-    readings = read(reader, [CRUDE[kind](scene, rng) for scene in scenes[:60]])
+    readings = read(reader, [CRUDE[kind](scene, rng, flat) for scene in scenes[:40]])
     assert np.mean([reading.subject == NOTHING for reading in readings]) >= 0.85
 
 
-def test_heavy_blur_lowers_confidence_in_the_subject(reader: WorldReader, scenes: list[Scene]) -> None:
-    sharp = [flat(compose(scene)) for scene in scenes[:60]]
-    clear, unclear = read(reader, sharp), read(reader, [blurred(p, 5) for p in sharp])
-    confident = [
-        np.mean([reading.subject_probability * (reading.subject != NOTHING) for reading in readings])
-        for readings in (clear, unclear)
-    ]
-    assert confident[1] < confident[0] - 0.5
+def test_heavy_blur_lowers_confidence_in_the_subject(
+    reader: WorldReader, readings: list[Reading], renderings: list[Image.Image]
+) -> None:
+    def confidence(answers: list[Reading]) -> float:
+        return float(np.mean([a.subject_probability * (a.subject != NOTHING) for a in answers]))
+
+    unclear = read(reader, [blurred(picture, 5) for picture in renderings[:60]])
+    assert confidence(unclear) < confidence(readings[:60]) - 0.5
 
 
-def test_reads_pictures_and_tensors_alike(reader: WorldReader, scenes: list[Scene]) -> None:
-    pictures = [flat(compose(scene)) for scene in scenes[:5]]
+def test_reads_pictures_and_tensors_alike(reader: WorldReader, renderings: list[Image.Image]) -> None:
+    pictures = renderings[:5]
     pairs = zip(read(reader, pictures, batch=2), read(reader, stacked(pictures)), strict=True)
     for a, b in pairs:
         assert (a.subject, a.colour, a.setting, a.time) == (b.subject, b.colour, b.setting, b.time)
         assert a.subject_probability == pytest.approx(b.subject_probability, abs=1e-3)
 
 
-def test_saved_reader_reads_the_same(reader: WorldReader, scenes: list[Scene], tmp_path: Path) -> None:
+def test_saved_reader_reads_the_same(reader: WorldReader, renderings: list[Image.Image], tmp_path: Path) -> None:
     save_reader(reader, tmp_path)
-    pictures = [flat(compose(scene)) for scene in scenes[:5]]
-    assert read(load_reader(tmp_path), pictures) == read(reader, pictures)
+    assert read(load_reader(tmp_path), renderings[:5]) == read(reader, renderings[:5])
     assert (tmp_path / "model.safetensors").stat().st_size < 800_000
 
 

@@ -1,6 +1,6 @@
 """Measure the embedded base: does it draw what the prompt asks, also for combinations it never saw?
 
-    python -m train_scripts.evaluate_tiny_base --prompts 480 --sheet outputs/tiny-sd.png
+    python -m train_scripts.evaluate_tiny_base --prompts 480
 
 Pictures are read by the reader of `sample_data/tiny-world-reader`; its accuracy on true renderings of the
 same scenes, plain and through the base's autoencoder, is the ceiling. Each picture has a seed of its own, so
@@ -22,6 +22,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from train_scripts.tiny_world.base_card import write_card
 from train_scripts.tiny_world.prompts import asked_scenes
 from train_scripts.tiny_world.reader import (
     HEADS,
@@ -53,9 +54,8 @@ class Config:
     seed: int = 0
     batch: int = 24
     threads: int = 2
-    out: Path = Path("sample_data/tiny-sd/figures.json")
-    sheet: Path | None = None
-    """Where to put a contact sheet of the first 96 pictures, framed by whether the subject is right."""
+    out: Path = Path("sample_data/tiny-sd")
+    """Folder for `figures.json`, the card `README.md` and `contact_sheet.png`."""
 
 
 def generate(pipe: StableDiffusionPipeline, prompts: list[str], config: Config) -> list[Image.Image]:
@@ -138,13 +138,13 @@ def seconds_per_image(pipe: StableDiffusionPipeline, config: Config) -> dict[str
 
 
 def contact_sheet(pictures: list[Image.Image], right: list[bool]) -> Image.Image:
-    """Up to 96 pictures in 8 columns, framed green where the subject is right and red where it is not."""
-    columns, frame = 8, 6
+    """Up to 64 pictures in 8 columns, framed green where the subject is right and red where it is not."""
+    columns, frame = 8, 3
     framed = [
-        ImageOps.expand(p.resize((128, 128), Image.Resampling.NEAREST), frame, FRAME_COLOURS[ok])
-        for p, ok in zip(pictures[:96], right[:96], strict=True)
+        ImageOps.expand(p.resize((96, 96), Image.Resampling.NEAREST), frame, FRAME_COLOURS[ok])
+        for p, ok in zip(pictures[:64], right[:64], strict=True)
     ]
-    side = 128 + 2 * frame
+    side = 96 + 2 * frame
     sheet = Image.new("RGB", (columns * side, -(-len(framed) // columns) * side))
     for i, picture in enumerate(framed):
         sheet.paste(picture, (i % columns * side, i // columns * side))
@@ -161,7 +161,7 @@ def ceiling(reader: WorldReader, vae: AutoencoderKL, scenes: list[Scene]) -> dic
 
 
 def evaluate(pipe: StableDiffusionPipeline, reader: WorldReader, config: Config) -> dict:
-    """All figures as they go into the JSON file; also saves the contact sheet where one is wanted."""
+    """All figures as they go into the JSON file; also saves the contact sheet."""
     asked = asked_scenes(config.prompts, config.seed)
     scenes = [scene for scene, _ in asked]
     timing = seconds_per_image(pipe, config)  # first, while nothing of ours has raised the load
@@ -169,10 +169,8 @@ def evaluate(pipe: StableDiffusionPipeline, reader: WorldReader, config: Config)
     pictures = generate(pipe, [prompt for _, prompt in asked], config)
     minutes = round((time.perf_counter() - started) / 60, 1)
     readings = read(reader, pictures)
-    if config.sheet:
-        config.sheet.parent.mkdir(parents=True, exist_ok=True)
-        right = [r.subject == s.subject for r, s in zip(readings, scenes, strict=True)]
-        contact_sheet(pictures, right).save(config.sheet)
+    right = [r.subject == s.subject for r, s in zip(readings, scenes, strict=True)]
+    contact_sheet(pictures, right).save(config.out / "contact_sheet.png", optimize=True)
     return {
         "generated": seen_and_held_out(readings, scenes),
         "subjects": per_subject(readings, scenes),
@@ -187,12 +185,13 @@ def evaluate(pipe: StableDiffusionPipeline, reader: WorldReader, config: Config)
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
     torch.set_num_threads(config.threads)
-    pipe = StableDiffusionPipeline.from_pretrained(config.base, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(config.base, torch_dtype=torch.float32, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     settings = {k: getattr(config, k) for k in ("prompts", "steps", "guidance", "seed", "batch")}
-    figures = evaluate(pipe, load_reader(config.reader), config)
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps({"settings": settings, "machine": machine(), **figures}, indent=1) + "\n")
+    config.out.mkdir(parents=True, exist_ok=True)
+    figures = {"settings": settings, "machine": machine(), **evaluate(pipe, load_reader(config.reader), config)}
+    (config.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    write_card(config.out, figures)
     print(json.dumps({name: part["all_three"]["accuracy"] for name, part in figures["generated"].items()}))
 
 

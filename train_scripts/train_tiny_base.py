@@ -1,8 +1,9 @@
-"""Train the embedded base from nothing, in three stages.
+"""Train the embedded base from nothing, in three stages, and export it.
 
     torchrun --nproc-per-node 2 -m train_scripts.train_tiny_base vae
     python -m train_scripts.train_tiny_base latents
     torchrun --nproc-per-node 2 -m train_scripts.train_tiny_base unet
+    python -m train_scripts.train_tiny_base export
 
 Without `torchrun` a stage runs in one process. `--resume` continues a stage from the weights in `--out`; copy
 `sample_data/tiny-sd` there to continue from the committed ones. Set OMP_WAIT_POLICY=PASSIVE on a busy machine.
@@ -65,6 +66,19 @@ class Unet:
         from train_scripts.tiny_world.unet_training import train_unet
 
         train_unet(self.out, steps=self.steps, batch=self.batch, lr=self.lr, resume=self.resume)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Stage four: the trained pipeline in float16, as it is committed."""
+
+    out: Path = Path("runs/tiny-sd")
+    target: Path = Path("sample_data/tiny-sd")
+
+    def run(self) -> None:
+        from train_scripts.tiny_world.unet_training import export
+
+        export(self.out, self.target)
 
 
 Stage = (

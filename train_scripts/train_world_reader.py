@@ -2,8 +2,8 @@
 
     python -m train_scripts.train_world_reader --steps 900 --out sample_data/tiny-world-reader
 
-It learns from flat renderings, drawn as it goes, and from crude ones whose subject is spoilt: those are to be
-read as `nothing`. One core needs a few minutes.
+It learns from renderings in every style, drawn as it goes, and from crude ones whose subject is spoilt: those are
+to be read as `nothing`. One core needs about ten minutes.
 """
 
 import json
@@ -21,27 +21,29 @@ from torch.nn import functional
 
 from train_scripts.tiny_world.characters import CHARACTERS
 from train_scripts.tiny_world.reader import (
-    CRUDE,
     HEADS,
     NOTHING,
     Reading,
     WorldReader,
-    blurred,
     load_reader,
     machine,
     read,
     save_reader,
     scores,
-    with_other_subject,
 )
 from train_scripts.tiny_world.render import flat
 from train_scripts.tiny_world.scene import Scene, compose, random_scene
 from train_scripts.tiny_world.shapes import polygon
+from train_scripts.tiny_world.spoilt import CRUDE, Draw, blurred, with_other_subject
+from train_scripts.tiny_world.styles import STYLES
 from train_scripts.tiny_world.subjects import COLOURS, SUBJECTS
 from train_scripts.tiny_world.vae_pictures import to_tensor
 
 Rng = np.random.Generator
 NOTHING_SHARE = 0.25
+STYLED_SHARE = 0.3
+UNSEEN = {"ink": ("colour", "time"), "neon": ("time",)}
+"""What a style does not show."""
 IGNORED = -100  # what cross_entropy skips
 
 
@@ -66,17 +68,29 @@ def any_scene(rng: Rng) -> Scene:
     return replace(random_scene(rng, held_out=bool(rng.random() < 0.125)), subject=subject)
 
 
+def any_style(rng: Rng) -> tuple[str, Draw]:
+    """A style's name and a renderer that draws the same picture each time; mostly the world's own."""
+    if rng.random() >= STYLED_SHARE:
+        return "flat", flat
+    name = str(rng.choice(list(STYLES)))
+    seed = int(rng.integers(2**31))
+    return name, lambda picture: STYLES[name](picture, np.random.default_rng(seed))
+
+
 def example(rng: Rng) -> tuple[Image.Image, list[int]]:
     """A picture and its label's number for each head; a colour that cannot be told is `IGNORED`."""
     scene = any_scene(rng)
     labels = {name: words.index(getattr(scene, name)) for name, words in HEADS.items()}
     if scene.subject in CHARACTERS:
         labels["colour"] = IGNORED
+    style, draw = any_style(rng)
+    for head in UNSEEN.get(style, ()):
+        labels[head] = IGNORED
     if rng.random() >= NOTHING_SHARE:
-        return flat(compose(scene)), list(labels.values())
+        return draw(compose(scene)), list(labels.values())
     kind = str(rng.choice(list(CRUDE)))
     labels |= {"subject": HEADS["subject"].index(NOTHING), "colour": IGNORED}
-    return CRUDE[kind](scene, rng), list(labels.values())
+    return CRUDE[kind](scene, rng, draw), list(labels.values())
 
 
 def augmented(picture: Image.Image, rng: Rng) -> Tensor:
@@ -117,12 +131,12 @@ def train(config: Config) -> WorldReader:
     return reader.eval()
 
 
-def star(scene: Scene, rng: Rng) -> Image.Image:
+def star(scene: Scene, rng: Rng, draw: Draw) -> Image.Image:
     """A spiky polygon; never trained on."""
     turns = np.linspace(0, 2 * np.pi, 13)[:-1]
     reach = rng.uniform(0.15, 0.5, 12)
     points = [(float(r * np.cos(t)), float(0.5 + r * np.sin(t))) for r, t in zip(reach, turns, strict=True)]
-    return with_other_subject(scene, [polygon(points, COLOURS[scene.colour])])
+    return with_other_subject(scene, [polygon(points, COLOURS[scene.colour])], draw)
 
 
 def crude_figures(readings: list[Reading], scenes: list[Scene]) -> dict[str, float]:
@@ -135,6 +149,17 @@ def crude_figures(readings: list[Reading], scenes: list[Scene]) -> dict[str, flo
         "claims_over_80": claimed,
     }
     return {name: round(float(np.mean(hits)), 3) for name, hits in shares.items()}
+
+
+def style_figures(reader: WorldReader, rng: Rng, count: int) -> dict[str, dict]:
+    """Accuracy on true renderings in each style; None for what the style does not show."""
+    tables: dict[str, dict] = {}
+    for name, draw in STYLES.items():
+        scenes = [any_scene(rng) for _ in range(count)]
+        readings = read(reader, [draw(compose(scene), rng) for scene in scenes])
+        accuracies = {k: v["accuracy"] for k, v in scores(readings, scenes).items() if k != "all_three"}
+        tables[name] = {k: None if k in UNSEEN.get(name, ()) else v for k, v in accuracies.items()}
+    return tables
 
 
 def degraded_figures(reader: WorldReader, rng: Rng, count: int) -> dict[str, dict]:
@@ -160,9 +185,10 @@ def measure(reader: WorldReader, config: Config) -> dict[str, dict]:
     crude: dict[str, dict] = {}
     for name, spoil in (CRUDE | {"star": star}).items():
         spoilt = [any_scene(rng) for _ in range(config.crude_count)]
-        crude[name] = crude_figures(read(reader, [spoil(s, rng) for s in spoilt]), spoilt)
+        crude[name] = crude_figures(read(reader, [spoil(s, rng, flat) for s in spoilt]), spoilt)
     return {
         "fresh": scores(read(reader, [flat(compose(s)) for s in scenes]), scenes),
+        "styles": style_figures(reader, rng, config.crude_count),
         "degraded": degraded_figures(reader, rng, config.crude_count),
         "crude": crude,
     }
@@ -190,6 +216,13 @@ Made by `python -m train_scripts.train_world_reader --steps {steps}` in {minutes
 
 {fresh}
 
+## Styles
+
+True renderings in the styles of `sample_data/styles`, which are among the training pictures. Ink has no colour and
+shows no time of day, neon no time of day.
+
+{styles}
+
 ## Degraded renderings
 
 `as an autoencoder`: blur up to 1 px, noise up to 0.03 of the range, brightness within 5 %, as in training.
@@ -205,7 +238,7 @@ above 0.8. `star` is not among the training pictures.
 
 ## Limits
 
-It has learned the flat style only: on other styles its readings are not to be trusted unmeasured. Its
+It knows the flat style and the three of the sample data: on others its readings are not to be trusted unmeasured. Its
 probabilities are not calibrated. Where two subjects are halved and joined it often names one of them, see
 `halves`. It does not read weather or size.
 """
@@ -217,6 +250,7 @@ def card(reader: WorldReader, figures: dict, config: Config) -> str:
         steps=config.steps,
         minutes=figures["cpu_minutes"],
         fresh=table(figures["fresh"], "read"),
+        styles=table(figures["styles"], "style"),
         degraded=table(figures["degraded"], "picture"),
         crude=table(figures["crude"], "spoilt by"),
         **{k: figures["machine"][k] for k in ("cpu", "threads", "torch")},

@@ -58,7 +58,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         sky = "with clouds"
     noun = " ".join(word for word in (size, colour, scene.subject) if word)
     if rng.random() < 0.2:
-        tags = [noun, place.split(" ")[-1] if place else "", hour, sky]
+        tags = [noun, scene.setting if place else "", hour, sky]
         text = ", ".join(tag for tag in tags if tag)
     else:
         opening = str(rng.choice(OPENINGS))

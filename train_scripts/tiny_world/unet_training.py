@@ -1,5 +1,7 @@
 """Stage two of the embedded base: the UNet and the text encoder together, on cached latents."""
 
+import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -111,7 +113,7 @@ def train_unet(out: Path, *, steps: int, batch: int, lr: float, resume: bool) ->
         new_pipeline(out, scale).save_pretrained(out)
     if dist.is_initialized():
         dist.barrier()
-    pipe = StableDiffusionPipeline.from_pretrained(out, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32, safety_checker=None)
     scale = pipe.vae.config.scaling_factor
     parts = [(f"{n}.{k}", p) for n in ("unet", "text_encoder") for k, p in getattr(pipe, n).named_parameters()]
     optimiser, ema = MatrixOptimiser(parts, lr), Ema([p for _, p in parts], 0.998)
@@ -137,3 +139,17 @@ def train_unet(out: Path, *, steps: int, batch: int, lr: float, resume: bool) ->
             pipe.save_pretrained(out)
             contact_sheet(pipe, PROBE_PROMPTS).save(out.parent / f"sheet_{step + 1:05d}.png")
             ema.swap()
+
+
+def export(out: Path, target: Path) -> None:
+    """Save the pipeline in `out` to `target` in float16, with the logs of its training.
+
+    The text encoder's configuration says float32, because transformers would otherwise load it in the type of its
+    file, and diffusers loads the rest in float32.
+    """
+    pipe = StableDiffusionPipeline.from_pretrained(out, torch_dtype=torch.float16, safety_checker=None)
+    pipe.save_pretrained(target)
+    config = target / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
+    for log in sorted(out.glob("training_*.jsonl")):
+        shutil.copyfile(log, target / log.name)

@@ -71,7 +71,7 @@ def ink(picture: Picture, rng: Rng, size_px: int = SIZE_PX) -> Image.Image:
     canvas = ink_sky(picture, side)
     halo = silhouette(picture.subject, side).filter(ImageFilter.GaussianBlur(1.5 / 64 * side))
     for cluster, layer in layers(picture):
-        if cluster[0] is picture.subject[0]:
+        if picture.subject and cluster[0] is picture.subject[0]:
             # paper left bare around the subject keeps it apart from the scenery's lines
             canvas.paste(CREAM, mask=halo.point(lambda v: 255 if v > 12 else 0))
         if cluster[-1].edge:

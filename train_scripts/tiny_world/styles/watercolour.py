@@ -75,7 +75,7 @@ def painted(picture: Picture, rng: Rng, side: int) -> np.ndarray:
     flow = smooth_noise(rng, side, side / 16)
     canvas = watercolour_sky(picture, side, flow)
     for cluster, layer in layers(picture):
-        if cluster[0] is picture.subject[0]:
+        if picture.subject and cluster[0] is picture.subject[0]:
             # the subject's place is left dry, or the scenery would shine through its thin paint
             mask = silhouette(picture.subject, side).filter(ImageFilter.GaussianBlur(edge_px * 0.5))
             dry = (np.asarray(mask, dtype=np.float64) / 255)[..., None]
