@@ -5,16 +5,17 @@ Words: `down` (A, rank x in) and `up` (B, out x rank) are the two factors; `scal
 """
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from lora_diffusion.errors import AdapterFormatError
+from lora_diffusion.precision import tensor_bytes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,12 +30,17 @@ class LoRALayer:
     alpha: float
 
     def __post_init__(self) -> None:
+        if not (self.down.is_floating_point() and self.up.is_floating_point()):
+            raise AdapterFormatError(f"factors of type {self.up.dtype} and {self.down.dtype}; expected floating point")
+        if not math.isfinite(self.alpha):
+            raise AdapterFormatError(f"alpha is {self.alpha}; expected a finite number")
         if self.down.ndim not in (2, 4) or self.up.ndim != self.down.ndim:
             raise AdapterFormatError(
                 f"factors of shape {tuple(self.up.shape)} and {tuple(self.down.shape)}; expected both with 2 "
                 "dimensions (linear) or both with 4 (convolution)"
             )
-        if self.up.shape[1] != self.down.shape[0] or tuple(self.up.shape[2:]) not in ((), (1, 1)):
+        rank = self.down.shape[0]
+        if rank < 1 or self.up.shape[1] != rank or tuple(self.up.shape[2:]) not in ((), (1, 1)):
             raise AdapterFormatError(
                 f"up {tuple(self.up.shape)} does not follow down {tuple(self.down.shape)}; expected up (out, rank) "
                 "after down (rank, in)"
@@ -105,7 +111,7 @@ def adapter_hash(adapter: Adapter) -> str:
         digest.update(f"{path}|{float(layer.alpha)!r}".encode())
         for factor in (layer.down, layer.up):
             digest.update(f"|{factor.dtype}|{tuple(factor.shape)}|".encode())
-            digest.update(factor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor_bytes(factor))
     return digest.hexdigest()
 
 

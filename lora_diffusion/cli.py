@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+import tomllib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, make_dataclass
@@ -86,11 +87,13 @@ class Train:
     """Print the result as JSON."""
 
     def run(self) -> None:
-        config = override(read_toml(self.config, TrainConfig), self.set)
+        config = read_toml(self.config, TrainConfig, parse_changes(self.set))
         with quiet():
             from lora_diffusion.training.loop import train
 
             result = train(config)
+        if not result.is_main_process:
+            return
         facts = {"adapter": str(result.path), "first_loss": result.first_loss, "last_loss": result.last_loss}
         text = f"{result.path}: loss {result.first_loss:.4f} -> {result.last_loss:.4f}"
         print(json.dumps(facts) if self.json else text)
@@ -119,7 +122,7 @@ class Generate:
 
     def run(self) -> None:
         with quiet():
-            from lora_diffusion.commands import generate_files, preset_plan, prompt_plan, replay_plan
+            from lora_diffusion.commands import Plan, generate_files, preset_plan, replay_plan
 
             given = {key: value for key, value in vars(self.settings).items() if value is not None}
             if self.from_:
@@ -130,9 +133,11 @@ class Generate:
                 plan = preset_plan(self.preset, base=self.base, settings=given, adapters=parse_adapters(self.adapter))
             else:
                 config = validate(GenerateConfig, given, source="generate")
-                plan = prompt_plan(config, base=self.base or EMBEDDED_BASE, adapters=parse_adapters(self.adapter))
-            paths = generate_files(plan, self.output)
-        print(json.dumps([str(p) for p in paths]) if self.json else "\n".join(map(str, paths)))
+                plan = Plan(base=self.base or EMBEDDED_BASE, entries=parse_adapters(self.adapter), settings=config)
+            written = generate_files(plan, self.output)
+        for note in written.notes:
+            print(f"note: {note}; the pixels may differ", file=sys.stderr)
+        print(json.dumps([str(p) for p in written.paths]) if self.json else "\n".join(map(str, written.paths)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,11 +163,11 @@ class Merge:
         facts = {
             "output": str(report.output),
             "merged_modules": report.merged_modules,
-            "swallowed": report.swallowed,
+            "rounding_error": report.rounding_error,
         }
         text = (
             f"{report.output}: {report.merged_modules} modules merged; "
-            f"rounding swallowed {report.swallowed:.2%} of the delta"
+            f"rounding changed the delta by {report.rounding_error:.2%}"
         )
         print(json.dumps(facts) if self.json else text)
 
@@ -221,20 +226,18 @@ def parse_adapter(text: str) -> BlendEntry:
         ) from None
 
 
-def override(config: TrainConfig, changes: tuple[str, ...]) -> TrainConfig:
-    """The settings with KEY=VALUE changes. Raises ConfigError."""
-    import tomllib
-
-    table = config.model_dump(mode="python")
-    for change in changes:
-        key, equals, value = change.partition("=")
+def parse_changes(texts: tuple[str, ...]) -> dict[str, object]:
+    """KEY=VALUE each, the value as TOML or, failing that, as text. Raises ConfigError."""
+    changes: dict[str, object] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
         if not equals:
-            raise ConfigError(f"--set {change}: expected KEY=VALUE, e.g. --set steps=200")
+            raise ConfigError(f"--set {text}: expected KEY=VALUE, e.g. --set steps=200")
         try:
-            table[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+            changes[key.strip()] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
-            table[key.strip()] = value
-    return validate(TrainConfig, table, source="--set")
+            changes[key.strip()] = value
+    return changes
 
 
 @contextlib.contextmanager
@@ -258,6 +261,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         command.run()
     except LoRADiffusionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

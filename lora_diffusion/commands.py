@@ -1,19 +1,23 @@
 """What the commands do between their flags and the library: find files, load, run, write."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
+from lora_diffusion.blend import Blend, WeightedAdapter
 from lora_diffusion.config import BlendEntry, BlendPreset, GenerateConfig, WeightType, validate
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.files import check_writable
+from lora_diffusion.formats.native import load_adapter
 from lora_diffusion.merging import MergeReport, merge
-from lora_diffusion.models import find_base, load_base
-from lora_diffusion.recipe import Recipe, read_recipe, write_png
-from lora_diffusion.sampling import check_base_hash, generate, load_blend
+from lora_diffusion.models import Base, load_base
+from lora_diffusion.precision import DTYPES
+from lora_diffusion.recipe import Recipe, differences, read_recipe
+from lora_diffusion.sampling import Picture, generate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,24 +27,17 @@ class Plan:
     base: str
     entries: tuple[BlendEntry, ...]
     settings: GenerateConfig
-    folder: Path | None = None
-    """Where relative adapter paths start."""
     recipe: Recipe | None = None
-
-
-def prompt_plan(settings: GenerateConfig, *, base: str, adapters: tuple[BlendEntry, ...]) -> Plan:
-    """Pictures from settings given one by one."""
-    return Plan(base=base, entries=adapters, settings=settings)
 
 
 def preset_plan(path: Path, *, base: str, settings: Mapping[str, Any], adapters: tuple[BlendEntry, ...]) -> Plan:
     """Pictures from a preset; what is given besides wins over it. Raises ConfigError."""
     preset = read_preset(path)
     kept = preset.settings.model_dump() if preset.settings else {}
-    absolute = tuple(e.model_copy(update={"path": str(path.parent / e.path)}) for e in preset.adapters)
+    found = tuple(e.model_copy(update={"path": str(path.parent / e.path)}) for e in preset.adapters)
     return Plan(
         base=base or preset.base,
-        entries=absolute + adapters,
+        entries=found + adapters,
         settings=validate(GenerateConfig, {**kept, **settings}, source=str(path)),
     )
 
@@ -62,31 +59,77 @@ def replay_plan(image: Path, *, base: str) -> Plan:
     return Plan(base=base or recipe.base, entries=recipe.adapters, settings=recipe.settings, recipe=recipe)
 
 
-def generate_files(plan: Plan, output: Path) -> list[Path]:
-    """Make the pictures of a plan and write them into `output` under names that are free."""
+def load_blend(entries: Iterable[BlendEntry], *, folder: Path | None = None) -> Blend:
+    """The adapters that a preset or recipe refers to, checked against their hashes.
+
+    Relative paths start at `folder`. Raises AdapterFormatError for a file that is no adapter, ConfigError for one
+    whose content has changed.
+    """
+    weighted: list[WeightedAdapter] = []
+    for entry in entries:
+        path = (folder or Path()) / entry.path
+        item = WeightedAdapter(adapter=load_adapter(path), weight=entry.weight, path=path)
+        if entry.hash and item.hash != entry.hash:
+            raise ConfigError(
+                f"{path}: its content (hash {item.hash[:12]}) is not what the recipe was made with "
+                f"({entry.hash[:12]}); give back the original file"
+            )
+        weighted.append(item)
+    return Blend(entries=tuple(weighted))
+
+
+def check_base_hash(base: Base, recipe: Recipe) -> None:
+    """Raise ConfigError if the base is not the one that the recipe was made with."""
+    if base.hash != recipe.base_hash:
+        raise ConfigError(
+            f"{base.name}: its weights (hash {base.hash[:12]}) are not those of the recipe ({recipe.base_hash[:12]}); "
+            "give the original base with --base"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """Files of finished pictures, and what may make a replay differ."""
+
+    paths: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
+
+
+def generate_files(plan: Plan, output: Path) -> Written:
+    """Make the pictures of a plan and write each into `output`, under names that are free, as soon as it is there.
+
+    Raises LoRADiffusionError's children.
+    """
     check_writable(output / "00000.png")
-    blend, files = load_blend(plan.entries, folder=plan.folder)
-    base = load_base(plan.base)
+    blend = load_blend(plan.entries)
+    base = load_base(plan.base, precision=recipe_precision(plan.recipe))
+    notes: list[str] = []
     if plan.recipe:
         check_base_hash(base, plan.recipe)
-    pictures = generate(base, [plan.settings], blend, files=files)
-    written: list[Path] = []
-    for picture in tqdm(pictures, total=plan.settings.count, desc="generate", unit="picture", leave=False):
-        path = free_name(output)
-        write_png(picture.image, path, picture.recipe)
-        written.append(path)
-    return written
+        notes = differences(plan.recipe, device=base.pipe.device.type)
+    paths: list[Path] = []
+    with tqdm(total=plan.settings.count, desc="generate", unit="picture", leave=False) as bar:
+
+        def keep(picture: Picture) -> None:
+            paths.append(free_name(output))
+            picture.save(paths[-1])
+            bar.update()
+
+        generate(base, [plan.settings], blend, on_picture=keep)
+    return Written(paths=tuple(paths), notes=tuple(notes))
+
+
+def recipe_precision(recipe: Recipe | None) -> torch.dtype | None:
+    """The type that a recipe was run in; None takes the device's own."""
+    return DTYPES.get(recipe.precision) if recipe else None
 
 
 def free_name(folder: Path) -> Path:
     """The first five-digit PNG name after those already there."""
-    taken = [int(p.stem) for p in folder.glob("*.png") if p.stem.isdigit()] if folder.is_dir() else []
+    taken = [int(p.stem) for p in folder.glob("*.png") if p.stem.isdecimal()] if folder.is_dir() else []
     return folder / f"{max(taken, default=-1) + 1:05d}.png"
 
 
 def merge_files(base: str, entries: tuple[BlendEntry, ...], output: Path, precision: WeightType) -> MergeReport:
-    """Merge adapter files into a base. Raises ConfigError if there is nothing to merge."""
-    if not entries:
-        raise ConfigError("nothing to merge; give at least one --adapter FILE[:WEIGHT]")
-    blend, files = load_blend(entries)
-    return merge(base, find_base(base), blend, output, files=files, dtype=precision)
+    """Merge adapter files into a base. Raises LoRADiffusionError's children."""
+    return merge(base, load_blend(entries), output, dtype=precision)

@@ -27,7 +27,7 @@ EMBEDDED_BASE = "tiny-sd"
 class Settings(BaseModel):
     """Frozen settings that refuse unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True)
 
 
 class GenerateConfig(Settings):
@@ -37,7 +37,7 @@ class GenerateConfig(Settings):
     """What the picture shows."""
     negative_prompt: str = ""
     """What it should not show."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
     """Seed of the first picture; each further one adds 1."""
     steps: Positive = 20
     """Denoising steps."""
@@ -49,7 +49,7 @@ class GenerateConfig(Settings):
     """Height in pixels."""
     scheduler: Scheduler = "base"
     """Sampler; `base` is the one that the base brings."""
-    count: Positive = 1
+    count: Annotated[int, Field(gt=0, le=100_000)] = 1
     """Number of pictures."""
 
 
@@ -102,42 +102,51 @@ class TrainConfig(Settings):
     """Optimizer steps between intermediate adapters (`name-step00000100.safetensors`); 0 for none."""
     save_precision: Literal["float32", "float16", "bfloat16"] = "float16"
     """Type of the saved factors."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of initial weights, data order, noise and dropout."""
 
 
 Model = TypeVar("Model", bound=Settings)
 
 
-def read_toml(path: Path, kind: type[Model]) -> Model:
-    """The settings in a TOML file; relative paths in it are taken from the file's own folder.
+def read_toml(path: Path, kind: type[Model], changes: Mapping[str, Any] | None = None) -> Model:
+    """The settings in a TOML file, with `changes` over them.
 
-    Raises ConfigError with all mistakes at once.
+    Relative paths in the file are taken from its own folder, those in `changes` from the present one. Raises
+    ConfigError with all mistakes at once.
     """
+    changes = changes or {}
+    table = anchored(read_table(path), kind, path.parent)
+    return validate(kind, {**table, **changes}, source=f"{path} with changes" if changes else str(path))
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """A TOML file as it is. Raises ConfigError."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; give the path of a TOML file with the run's settings") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); expected a TOML text file") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    return validate(kind, table, source=str(path), folder=path.parent)
 
 
-def validate(kind: type[Model], table: Mapping[str, Any], *, source: str, folder: Path | None = None) -> Model:
+def validate(kind: type[Model], table: Mapping[str, Any], *, source: str) -> Model:
     """`table` as settings of `kind`; raises ConfigError that names every wrong key and the nearest right one."""
     try:
-        settings = kind.model_validate(dict(table))
+        return kind.model_validate(dict(table))
     except ValidationError as error:
         raise ConfigError(f"{source}: {describe(error, kind)}") from None
-    return anchored(settings, folder) if folder else settings
 
 
-def anchored(settings: Model, folder: Path) -> Model:
-    """The settings with relative paths joined to `folder`."""
-    paths = {name: Path(os.path.normpath(folder / value)) for name, value in settings if isinstance(value, Path)}
-    return settings.model_copy(update=paths)
+def anchored(table: Mapping[str, Any], kind: type[BaseModel], folder: Path) -> dict[str, Any]:
+    """The table with the values of path settings joined to `folder`."""
+    paths = {name for name, info in kind.model_fields.items() if info.annotation is Path}
+    return {
+        key: os.path.normpath(folder / value) if key in paths and isinstance(value, str) else value
+        for key, value in table.items()
+    }
 
 
 def describe(error: ValidationError, kind: type[BaseModel]) -> str:

@@ -39,7 +39,6 @@ class Column:
 
     title: str
     blend: Blend
-    files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +101,10 @@ def clear(output: Path) -> None:
 
 
 def train_style(output: Path, *, steps: int, say: Callable[[str], None]) -> Path:
-    config = read_toml(sample_data() / "configs" / f"{STYLE}.toml", TrainConfig)
     changes: dict[str, object] = {"output": output / f"{STYLE}.safetensors"}
     if steps:
         changes["steps"] = steps
-    config = config.model_copy(update=changes)
+    config = read_toml(sample_data() / "configs" / f"{STYLE}.toml", TrainConfig, changes)
     say(f"Training the {STYLE} style for {config.steps} steps on {config.data} ...")
     result = train(config)
     say(f"  loss {result.first_loss:.3f} -> {result.last_loss:.3f}, saved to {result.path}")
@@ -116,20 +114,19 @@ def train_style(output: Path, *, steps: int, say: Callable[[str], None]) -> Path
 def demo_columns(style_file: Path, subject_file: Path) -> list[Column]:
     style, subject = load_adapter(style_file), load_adapter(subject_file)
 
-    def column(title: str, *weights: tuple[float, float]) -> Column:
-        (style_weight, subject_weight), *_ = weights
+    def column(title: str, style_weight: float, subject_weight: float) -> Column:
         entries = (
-            WeightedAdapter(adapter=style, weight=style_weight),
-            WeightedAdapter(adapter=subject, weight=subject_weight),
+            WeightedAdapter(adapter=style, weight=style_weight, path=style_file),
+            WeightedAdapter(adapter=subject, weight=subject_weight, path=subject_file),
         )
-        return Column(title=title, blend=Blend(entries=entries), files=(style_file, subject_file))
+        return Column(title=title, blend=Blend(entries=entries))
 
     return [
-        column("base", (0.0, 0.0)),
-        column(f"{STYLE} 0.5", (0.5, 0.0)),
-        column(f"{STYLE} 1.0", (1.0, 0.0)),
-        column(f"{SUBJECT} 1.0", (0.0, 1.0)),
-        column(f"{STYLE} 0.8 + {SUBJECT} 1.0", (0.8, 1.0)),
+        column("base", 0.0, 0.0),
+        column(f"{STYLE} 0.5", 0.5, 0.0),
+        column(f"{STYLE} 1.0", 1.0, 0.0),
+        column(f"{SUBJECT} 1.0", 0.0, 1.0),
+        column(f"{STYLE} 0.8 + {SUBJECT} 1.0", 0.8, 1.0),
     ]
 
 
@@ -141,7 +138,7 @@ def merged_difference(
     base: Base, column: Column, output: Path, dtype: WeightType, expected: Sequence[Image.Image]
 ) -> int:
     """Largest difference of any pixel between the live blend's pictures and the merged checkpoint's."""
-    merge(base.name, base.folder, column.blend, output, files=column.files, dtype=dtype)
+    merge(base.name, column.blend, output, dtype=dtype)
     again = [p.image for p in generate(load_base(str(output)), settings())]
     pairs = zip(again, expected, strict=True)
     return max(int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max()) for a, b in pairs)

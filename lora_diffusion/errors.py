@@ -7,6 +7,7 @@
     ├── BaseModelError         a base that cannot be found, or is not Stable Diffusion
     ├── DatasetError           pictures or captions that cannot be trained on
     ├── TrainingError          a run that must not go on
+    ├── SamplingError          a picture that came to nothing
     └── OutputError            a path that cannot be written
 
 Every message says what is wrong, where, what was expected and what to do.
@@ -39,6 +40,10 @@ class DatasetError(LoRADiffusionError, ValueError):
 
 class TrainingError(LoRADiffusionError, RuntimeError):
     """A run that must not go on, such as one whose loss is no longer a number."""
+
+
+class SamplingError(LoRADiffusionError, RuntimeError):
+    """A picture that came to nothing."""
 
 
 class OutputError(LoRADiffusionError, OSError):

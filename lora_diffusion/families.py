@@ -81,8 +81,16 @@ TINY_SDXL = Family(
 FAMILIES = {family.name: family for family in (SD1, SD2, SDXL, TINY_SD, TINY_SDXL)}
 
 
+def family_title(name: str) -> str:
+    """What people call a family; an unknown name is its own title."""
+    return FAMILIES[name].title if name in FAMILIES else name
+
+
 def recognise(cross_attention_dim: int, *, two_encoders: bool) -> Family:
-    """The family of a base, from the width of its UNet's text context and the number of its text encoders."""
+    """The family of a base, from the width of its UNet's text context and the number of its text encoders.
+
+    Raises BaseModelError if the two contradict each other.
+    """
     named = {SD1.cross_attention_dim: SD1, SD2.cross_attention_dim: SD2, SDXL.cross_attention_dim: SDXL}
     family = named.get(cross_attention_dim, TINY_SDXL if two_encoders else TINY_SD)
     if (family.components == TWO_ENCODERS) != two_encoders:
@@ -104,6 +112,8 @@ class Anatomy:
     """Transformer layers in each attention of a down block; 0 for blocks without attention."""
     up_attention: tuple[int, ...]
     mid_attention: int
+    mid_block: bool
+    """Distilled UNets leave the middle block out."""
     layers_per_block: int
     added_embedding: bool
     """SDXL's second time embedding."""
@@ -124,6 +134,7 @@ def anatomy(unet: Mapping[str, Any], text_encoders: Mapping[str, Mapping[str, An
         down_attention=tuple(d if "CrossAttn" in b else 0 for b, d in zip(downs, depths, strict=True)),
         up_attention=tuple(d if "CrossAttn" in b else 0 for b, d in zip(ups, reversed(depths), strict=True)),
         mid_attention=depths[-1],
+        mid_block=unet.get("mid_block_type", "UNetMidBlock2DCrossAttn") is not None,
         layers_per_block=unet["layers_per_block"],
         added_embedding=unet.get("addition_embed_type") == "text_time",
         text_layers={name: config["num_hidden_layers"] for name, config in text_encoders.items()},
@@ -145,6 +156,17 @@ def module_paths(shape: Anatomy) -> tuple[str, ...]:
     return tuple(paths)
 
 
+def trainable_paths(shape: Anatomy) -> tuple[str, ...]:
+    """The module paths that the loss reaches.
+
+    SDXL reads its first text encoder before the last layer, which therefore never gets a gradient.
+    """
+    if len(shape.text_layers) == 1:
+        return module_paths(shape)
+    last = f"text_encoder.text_model.encoder.layers.{shape.text_layers['text_encoder'] - 1}."
+    return tuple(path for path in module_paths(shape) if not path.startswith(last))
+
+
 def unet_paths(shape: Anatomy) -> Iterator[str]:
     yield from ("conv_in", "time_embedding.linear_1", "time_embedding.linear_2")
     if shape.added_embedding:
@@ -154,9 +176,10 @@ def unet_paths(shape: Anatomy) -> Iterator[str]:
         yield from block_paths(f"down_blocks.{i}", shape.layers_per_block, depth, shortcuts=down_shortcuts(shape, i))
         if i < last:
             yield f"down_blocks.{i}.downsamplers.0.conv"
-    yield from attention_block_paths("mid_block.attentions.0", shape.mid_attention)
-    yield from resnet_paths("mid_block.resnets.0", shortcut=False)
-    yield from resnet_paths("mid_block.resnets.1", shortcut=False)
+    if shape.mid_block:
+        yield from attention_block_paths("mid_block.attentions.0", shape.mid_attention)
+        yield from resnet_paths("mid_block.resnets.0", shortcut=False)
+        yield from resnet_paths("mid_block.resnets.1", shortcut=False)
     for i, depth in enumerate(shape.up_attention):
         count = shape.layers_per_block + 1
         yield from block_paths(f"up_blocks.{i}", count, depth, shortcuts=range(count))

@@ -17,6 +17,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises OutputError if the place cannot be written.
     """
     with beside(path) as folder:
+        if path.is_dir():
+            raise OutputError(f"{path}: is a folder; expected the path of a file to write")
         part = folder / path.name
         yield part
         sync(part)
@@ -30,9 +32,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
     Raises OutputError if the place cannot be written, or if something is in it.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise OutputError(f"{path}: already there and not an empty folder; remove it or give another output")
     with beside(path) as folder:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise OutputError(f"{path}: already there and not an empty folder; remove it or give another output")
         part = folder / path.name
         part.mkdir()
         yield part
@@ -49,22 +51,23 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def beside(path: Path) -> Iterator[Path]:
     """A scratch folder in `path`'s folder, removed afterwards, with the system's refusals turned into OutputError.
 
-    Parent folders are made as needed and removed again if nothing came into them.
+    Parent folders are made as needed and removed again if nothing came into them. A refusal that names a file
+    elsewhere, such as one that is being read, is passed on.
     """
     scratch: Path | None = None
-    absent = [folder for folder in path.parents if not folder.exists()]
+    absent: list[Path] = []
     try:
+        absent = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir() and path.suffix:
-            raise OutputError(f"{path}: is a folder; expected the path of a file to write")
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", dir=path.parent))
         yield scratch
     except OutputError:
         raise
     except OSError as error:
-        if error.filename is None and error.strerror is None:
+        elsewhere = error.filename is not None and not Path(error.filename).is_relative_to(path.parent)
+        if scratch is not None and elsewhere:
             raise
-        raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another output") from None
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error}); choose another output") from None
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)

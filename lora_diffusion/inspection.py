@@ -5,8 +5,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lora_diffusion.adapter import Adapter, adapter_hash
-from lora_diffusion.families import FAMILIES
+from lora_diffusion.adapter import Adapter, LoRALayer, adapter_hash
+from lora_diffusion.families import family_title
 from lora_diffusion.formats.native import load_adapter
 
 
@@ -14,14 +14,13 @@ def inspect_adapter(path: Path) -> dict[str, Any]:
     """Family, sizes, strength, triggers and record of an adapter file, ready for JSON. Raises AdapterFormatError."""
     adapter = load_adapter(path)
     metadata = adapter.metadata
-    family = FAMILIES.get(metadata.family)
     return {
         "file": str(path),
         "bytes": path.stat().st_size,
         "name": metadata.name,
         "kind": "LoRA",
         "format": metadata.source_format,
-        "family": family.title if family else metadata.family or "unknown",
+        "family": family_title(metadata.family) or "unknown",
         "base": metadata.base_name,
         "base_hash": metadata.base_hash,
         "hash": adapter_hash(adapter),
@@ -43,12 +42,19 @@ def count_values(values: Any) -> dict[str, int]:
 
 def component_summary(adapter: Adapter, component: str) -> dict[str, float]:
     """Number of layers and the norms of their deltas."""
-    norms = [float(x.delta().norm()) for path, x in adapter.layers.items() if path.startswith(f"{component}.")]
+    norms = [delta_norm(x) for path, x in adapter.layers.items() if path.startswith(f"{component}.")]
     return {
         "layers": len(norms),
         "median_delta_norm": round(median(norms), 6),
         "max_delta_norm": round(max(norms), 6),
     }
+
+
+def delta_norm(layer: LoRALayer) -> float:
+    """Frobenius norm of the delta, from the rank x rank Gram matrices of its factors."""
+    up, down = layer.up.double().flatten(1), layer.down.double().flatten(1)
+    squared = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0)
+    return abs(layer.scale) * float(squared.sqrt())
 
 
 def describe_inspection(facts: dict[str, Any]) -> str:

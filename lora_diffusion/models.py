@@ -23,6 +23,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lora_diffusion.config import EMBEDDED_BASE, Scheduler
@@ -32,6 +33,7 @@ from lora_diffusion.formats.diffusers_folder import (
     anatomy_of_folder,
     base_hash,
     check_is_stable_diffusion,
+    check_pipeline_kind,
     read_json,
     weight_variant,
 )
@@ -56,10 +58,12 @@ class Base:
 
     @property
     def hash(self) -> str:
+        """Content hash of its weight files."""
         return base_hash(self.folder)
 
     @property
     def paths(self) -> tuple[str, ...]:
+        """Every module that an adapter may change."""
         return module_paths(self.anatomy)
 
     @property
@@ -93,9 +97,13 @@ def download(name: str) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise BaseModelError(f"{name}: no such folder; expected `{EMBEDDED_BASE}`, a folder or a hub id (owner/name)")
     try:
+        index: Any = DiffusionPipeline.load_config(name)
+        check_pipeline_kind(name, index.get("_class_name"))
         return Path(DiffusionPipeline.download(name))
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        if isinstance(error, BaseModelError):
+            raise
+        reason = first_line(error)
         raise BaseModelError(
             f"{name}: neither a folder here nor a base that the hub gives out ({reason}); check the name, "
             "the network, and HF_HUB_OFFLINE"
@@ -103,6 +111,7 @@ def download(name: str) -> Path:
 
 
 def default_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -123,23 +132,29 @@ def load_base(
     folder = find_base(name)
     family, shape = anatomy_of_folder(folder)
     device = device or default_device()
-    kind = StableDiffusionXLPipeline if family.components == ("unet", "text_encoder", "text_encoder_2") else None
-    arguments: dict[str, Any] = {"variant": weight_variant(folder), "local_files_only": True}
-    if kind is None:
-        arguments["safety_checker"] = None
+    two_encoders = len(shape.text_layers) == 2
+    arguments: dict[str, Any] = {"add_watermarker": False} if two_encoders else {"safety_checker": None}
     try:
         with quiet_libraries():
-            pipe = (kind or StableDiffusionPipeline).from_pretrained(
-                folder, torch_dtype=precision or default_precision(device), **arguments
+            pipe = (StableDiffusionXLPipeline if two_encoders else StableDiffusionPipeline).from_pretrained(
+                folder,
+                torch_dtype=precision or default_precision(device),
+                variant=weight_variant(folder),
+                local_files_only=True,
+                **arguments,
             )
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise BaseModelError(f"{folder}: the base cannot be loaded ({reason}); is it complete?") from None
+            pipe.to(device)
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError, SafetensorError) as error:
+        raise BaseModelError(f"{folder}: the base cannot be loaded ({first_line(error)}); is it complete?") from None
     pipe.set_progress_bar_config(disable=True)
-    pipe.to(device)
     for component in (*family.components, "vae"):
         getattr(pipe, component).requires_grad_(False).eval()
     return Base(pipe=pipe, name=name, folder=folder, family=family, anatomy=shape)
+
+
+def first_line(error: Exception) -> str:
+    """The gist of a library's message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager

@@ -6,14 +6,17 @@ undo gives the base back bit for bit.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from lora_diffusion.blend import Blend, blended_weight
-from lora_diffusion.errors import FamilyMismatchError
-from lora_diffusion.families import FAMILIES
+from lora_diffusion.blend import Blend, blend_delta, blended_weight, check_fits
+from lora_diffusion.errors import ConfigError
 from lora_diffusion.models import Base, module_at
+
+BLENDED: WeakSet[Base] = WeakSet()
+"""Bases that have a blend in their weights at this moment."""
 
 
 def weight_at(base: Base, path: str) -> Tensor:
@@ -23,48 +26,33 @@ def weight_at(base: Base, path: str) -> Tensor:
     return weight.data
 
 
-def check_fits(base: Base, blend: Blend) -> None:
-    """Raise FamilyMismatchError unless every layer of every adapter finds a weight of its shape in the base.
-
-    Touches nothing.
-    """
-    for entry in blend.entries:
-        adapter = entry.adapter
-        name, family = adapter.metadata.name or "adapter", adapter.metadata.family
-        if family and family != base.family.name:
-            title = FAMILIES[family].title if family in FAMILIES else family
-            raise FamilyMismatchError(
-                f"{name} is an adapter for {title}, but {base.name} is {base.family.title}; use a base of its family"
-            )
-        known = set(base.paths)
-        unknown = [path for path in adapter.layers if path not in known]
-        if unknown:
-            raise FamilyMismatchError(
-                f"{name}: {len(unknown)} of {len(adapter.layers)} layers match no module of {base.name} "
-                f"({base.family.title}; first: {unknown[0]}); use the base that it was trained on"
-            )
-        for path, layer in adapter.layers.items():
-            shape = tuple(weight_at(base, path).shape)
-            if layer.weight_shape != shape:
-                raise FamilyMismatchError(
-                    f"{name}: {path} is for a weight of shape {layer.weight_shape}, but {base.name} has {shape} there; "
-                    "use the base that it was trained on"
-                )
+def check_base_fits(base: Base, blend: Blend) -> None:
+    """Raise FamilyMismatchError unless every layer of every adapter finds a weight of its shape. Touches nothing."""
+    paths = frozenset(base.paths)
+    wanted = {path for entry in blend.entries for path in entry.adapter.layers if path in paths}
+    shapes = {path: tuple(weight_at(base, path).shape) for path in wanted}
+    check_fits(blend, base_name=base.name, family=base.family.name, paths=paths, shapes=shapes)
 
 
 @contextmanager
 def blended(base: Base, blend: Blend) -> Iterator[Base]:
     """The base with the blend in its weights; the base's own values are back afterwards, whatever happens inside.
 
-    Raises FamilyMismatchError before anything is touched.
+    Raises FamilyMismatchError before anything is touched, and ConfigError if the base has a blend in it already: a
+    second one would take the first one's weights for the base's own.
     """
-    check_fits(base, blend)
+    check_base_fits(base, blend)
+    if base in BLENDED:
+        raise ConfigError(
+            f"{base.name} has a blend in its weights already; leave that one first, or load a second base"
+        )
     kept: dict[str, Tensor] = {}
+    BLENDED.add(base)
     try:
         with torch.no_grad():
             for path in blend.paths:
                 weight = weight_at(base, path)
-                value = blended_weight(weight, blend, path)
+                value = blended_weight(weight, blend_delta(blend, path, weight.device), path)
                 kept[path] = weight.clone()
                 weight.copy_(value)
         yield base
@@ -72,3 +60,4 @@ def blended(base: Base, blend: Blend) -> Iterator[Base]:
         with torch.no_grad():
             for path, value in kept.items():
                 weight_at(base, path).copy_(value)
+        BLENDED.discard(base)

@@ -36,12 +36,20 @@ def library_versions() -> dict[str, str]:
     return {name: version(name) for name in ("lora-diffusion", "torch", "diffusers", "transformers")}
 
 
-def blend_entries(blend: Blend, paths: tuple[Path, ...]) -> tuple[BlendEntry, ...]:
+def blend_entries(blend: Blend) -> tuple[BlendEntry, ...]:
     """The blend by reference: where each adapter was found, its hash and weight."""
     return tuple(
-        BlendEntry(path=str(path), weight=e.weight, name=e.adapter.metadata.name, hash=e.hash)
-        for e, path in zip(blend.entries, paths, strict=True)
+        BlendEntry(path=str(e.path or e.name), weight=e.weight, name=e.name, hash=e.hash) for e in blend.entries
     )
+
+
+def differences(recipe: Recipe, *, device: str) -> list[str]:
+    """What may change the pixels of a replay: another device or other versions than the recipe's."""
+    found = [] if recipe.device == device else [f"made on {recipe.device}, replayed on {device}"]
+    for name, own in library_versions().items():
+        if recipe.versions.get(name, own) != own:
+            found.append(f"made with {name} {recipe.versions[name]}, replayed with {own}")
+    return found
 
 
 def infotext(recipe: Recipe) -> str:
@@ -82,7 +90,7 @@ def read_recipe(path: Path) -> Recipe:
             text = image.info.get(PNG_KEY)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; give a PNG that `lora-diffusion generate` wrote") from None
-    except (UnidentifiedImageError, OSError, ValueError) as error:
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ConfigError(f"{path}: not a readable PNG ({error}); give one that `generate` wrote") from None
     if not isinstance(text, str):
         raise ConfigError(f"{path}: carries no recipe; give a PNG that `lora-diffusion generate` wrote")

@@ -160,6 +160,24 @@ def test_an_adapter_of_another_family_is_refused_before_anything_changes(
     assert torch.equal(weight_at(sd, PATH), untouched[PATH])
 
 
+def test_a_second_blend_into_the_same_base_is_refused(sd: Base, untouched: dict[str, Tensor]) -> None:
+    with blended(sd, two(sd, 1.0, 0.0)):
+        with pytest.raises(ConfigError, match="has a blend in its weights already"), blended(sd, two(sd, 0.5, 0.5)):
+            pass
+        assert not torch.equal(weight_at(sd, PATH), untouched[PATH])
+
+
+def test_factors_in_any_memory_layout_hash_alike() -> None:
+    up = torch.randn(6, 2, 1, 1).half()
+    down = torch.randn(2, 3, 3, 3).half()
+    layers = [
+        LoRALayer(down=down.contiguous(memory_format=f), up=up.contiguous(memory_format=f), alpha=1.0)
+        for f in (torch.contiguous_format, torch.channels_last)
+    ]
+    first, second = (adapter_hash(Adapter(layers={PATH: layer})) for layer in layers)
+    assert first == second
+
+
 def test_layers_without_a_module_are_counted_and_named(sd: Base) -> None:
     layer = LoRALayer(down=torch.ones(1, 4), up=torch.ones(4, 1), alpha=1.0)
     adapter = Adapter(layers={"unet.nowhere.to_q": layer, PATH: layer})

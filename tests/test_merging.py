@@ -1,6 +1,7 @@
 """Merging into a checkpoint folder: the same weights as the live blend, and nothing half-written."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,24 +13,21 @@ from safetensors.torch import load_file
 from lora_diffusion.adapter import Adapter, LoRALayer
 from lora_diffusion.blend import Blend, WeightedAdapter
 from lora_diffusion.config import GenerateConfig
-from lora_diffusion.errors import FamilyMismatchError, OutputError
+from lora_diffusion.errors import ConfigError, FamilyMismatchError, LoRADiffusionError, OutputError
 from lora_diffusion.merging import RECIPE_FILE, MergeReport, merge
 from lora_diffusion.models import Base, load_base
 from lora_diffusion.patching import blended, weight_at
 from lora_diffusion.sampling import generate
 
-FILES = (Path("one.safetensors"), Path("two.safetensors"))
-
 
 def two(base: Base, first: float = 0.8, second: float = -0.5) -> Blend:
     adapters = (random_adapter(base, seed=1, unet=("all",)), random_adapter(base, seed=2, rank=2, alpha=5.0))
-    return Blend(
-        entries=tuple(WeightedAdapter(adapter=a, weight=w) for a, w in zip(adapters, (first, second), strict=True))
-    )
+    pairs = zip(adapters, (first, second), ("one.safetensors", "two.safetensors"), strict=True)
+    return Blend(entries=tuple(WeightedAdapter(adapter=a, weight=w, path=Path(p)) for a, w, p in pairs))
 
 
 def merged(base: Base, blend: Blend, output: Path, **options: str) -> MergeReport:
-    return merge(base.name, base.folder, blend, output, files=FILES[: len(blend.entries)], **options)  # type: ignore[arg-type]
+    return merge(str(base.folder), blend, output, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
@@ -40,7 +38,7 @@ def test_the_merged_checkpoint_holds_the_live_blends_weights(
     blend = two(base)
     report = merged(base, blend, tmp_path / "merged")
     assert report.merged_modules == len(blend.paths)
-    assert report.swallowed == 0.0
+    assert report.rounding_error == 0.0
     again = load_base(str(tmp_path / "merged"), device=torch.device("cpu"))
     with blended(base, blend):
         assert all(torch.equal(weight_at(again, path), weight_at(base, path)) for path in base.paths)
@@ -48,9 +46,9 @@ def test_the_merged_checkpoint_holds_the_live_blends_weights(
 
 def test_sampling_the_merged_checkpoint_gives_the_blends_pixels(sd: Base, tmp_path: Path) -> None:
     config = GenerateConfig(prompt="a cat", steps=3, seed=4)
-    live = next(iter(generate(sd, [config], two(sd)))).image
+    live = generate(sd, [config], two(sd))[0].image
     merged(sd, two(sd), tmp_path / "merged")
-    again = next(iter(generate(load_base(str(tmp_path / "merged"), device=torch.device("cpu")), [config]))).image
+    again = generate(load_base(str(tmp_path / "merged"), device=torch.device("cpu")), [config])[0].image
     assert again.tobytes() == live.tobytes()
 
 
@@ -69,7 +67,7 @@ def test_half_precision_is_rounded_once_and_its_loss_reported(sd: Base, tmp_path
     with blended(sd, blend):
         for path in [p for p in blend.paths if p.startswith("unet.")]:
             assert torch.equal(tensors[f"{path.removeprefix('unet.')}.weight"], weight_at(sd, path).half())
-    assert 0 < report.swallowed < 0.01
+    assert 0 < report.rounding_error < 0.01
     assert {t.dtype for t in tensors.values()} == {torch.float16}
 
 
@@ -115,7 +113,7 @@ def test_a_layer_without_its_tensor_refuses_before_anything_is_written(sd: Base,
     good = random_adapter(sd, seed=1)
     adapter = Adapter(layers={**good.layers, "unet.nowhere.to_q": layer}, metadata=good.metadata)
     blend = Blend(entries=(WeightedAdapter(adapter=adapter),))
-    with pytest.raises(FamilyMismatchError, match=r"1 of \d+ modules .*first: unet\.nowhere\.to_q"):
+    with pytest.raises(FamilyMismatchError, match=r"1 of \d+ layers match no module .*first: unet\.nowhere\.to_q"):
         merged(sd, blend, tmp_path / "merged")
     assert not list(tmp_path.iterdir())
 
@@ -140,5 +138,41 @@ def test_a_failure_in_the_middle_leaves_nothing_behind(
 
 def test_another_familys_adapter_is_refused(sd: Base, sdxl: Base, tmp_path: Path) -> None:
     blend = Blend(entries=(WeightedAdapter(adapter=random_adapter(sdxl, seed=1)),))
-    with pytest.raises(FamilyMismatchError, match=r"the blend is for tiny SDXL, but .* is tiny SD"):
+    with pytest.raises(FamilyMismatchError, match=r"random-1 is an adapter for tiny SDXL, but .* is tiny SD"):
         merged(sd, blend, tmp_path / "merged")
+
+
+def test_a_blend_that_changes_nothing_is_not_merged(sd: Base, tmp_path: Path) -> None:
+    for blend in (Blend(), Blend(entries=(WeightedAdapter(adapter=random_adapter(sd, seed=1), weight=0.0),))):
+        with pytest.raises(ConfigError, match="nothing to merge"):
+            merged(sd, blend, tmp_path / "merged")
+
+
+def test_weights_beyond_the_outputs_range_are_refused(sd: Base, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"beyond the range of torch\.float16"):
+        merged(sd, two(sd, 1e7, 0.0), tmp_path / "merged", dtype="float16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_further_components_of_the_base_come_along(sd: Base, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(sd.folder, source)
+    index = json.loads((source / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (source / "model_index.json").write_text(json.dumps(index))
+    (source / "safety_checker").mkdir()
+    (source / "safety_checker" / "model.safetensors").write_bytes(b"as it is")
+    (source / "README.md").write_text("the source's own card")
+    merge(str(source), two(sd), tmp_path / "merged")
+    assert (tmp_path / "merged" / "safety_checker" / "model.safetensors").read_bytes() == b"as it is"
+    assert "the source's own card" not in (tmp_path / "merged" / "README.md").read_text()
+
+
+def test_a_truncated_base_is_named_and_nothing_is_left(sd: Base, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(sd.folder, source)
+    weights = source / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(LoRADiffusionError, match="damaged"):
+        merge(str(source), two(sd), tmp_path / "merged")
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]

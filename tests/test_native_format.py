@@ -79,13 +79,13 @@ def test_diffusers_makes_the_same_image_from_our_file(
     save_adapter(adapter, path)
     config = GenerateConfig(prompt="a cat", steps=3, guidance=3.0, seed=5)
     blend = Blend(entries=(WeightedAdapter(adapter=load_adapter(path)),))
-    ours = next(iter(generate(base, [config], blend))).image
-    bare = next(iter(generate(base, [config]))).image
+    ours = generate(base, [config], blend)[0].image
+    bare = generate(base, [config])[0].image
 
     theirs = load_base(str(base.folder), device=torch.device("cpu"))
     with quiet_libraries():
         theirs.pipe.load_lora_weights(str(path))
-    image = next(iter(generate(theirs, [config]))).image
+    image = generate(theirs, [config])[0].image
     assert largest_difference(ours, image) <= 1
     assert largest_difference(ours, bare) > 8
 
@@ -115,6 +115,44 @@ def test_a_tensor_that_is_not_understood_refuses_the_file(tmp_path: Path) -> Non
     path = tmp_path / "odd.safetensors"
     save_file({"unet.a.lora_A.weight": torch.ones(2, 3), "lora_unet_b.alpha": torch.ones(1)}, path)
     with pytest.raises(AdapterFormatError, match=r"1 of 2 tensors .*first: 'lora_unet_b\.alpha'"):
+        load_adapter(path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "header", "words"),
+    [
+        ({"unet.lora_A.weight": torch.ones(2, 3), "unet.lora_B.weight": torch.ones(4, 2)}, {}, "not in PEFT's layout"),
+        ({"unet.a.lora_A.weight": torch.tensor(1.0), "unet.a.lora_B.weight": torch.tensor(1.0)}, {}, "dimensions"),
+        ({"unet.a.lora_A.weight": torch.ones(0, 3), "unet.a.lora_B.weight": torch.ones(4, 0)}, {}, "does not follow"),
+        (
+            {"unet.a.lora_A.weight": torch.ones(2, 3).int(), "unet.a.lora_B.weight": torch.ones(4, 2).int()},
+            {},
+            "floating",
+        ),
+        ({}, {"unet.lora_alpha": "x"}, "cannot be applied"),
+        ({}, {"unet.lora_alpha": None}, "cannot be applied"),
+        ({}, {"unet.lora_alpha": float("nan")}, "alpha is nan"),
+        ({}, {"unet.alpha_pattern": ["a"]}, "cannot be applied"),
+        ({}, {"unet.alpha_pattern": {"(": 1}}, "cannot be applied"),
+        ({}, {"unet.use_dora": True}, "DoRA"),
+        ({}, [1], "no table"),
+    ],
+)
+def test_odd_files_are_refused_in_words(tmp_path: Path, tensors: dict, header: object, words: str) -> None:
+    path = tmp_path / "odd.safetensors"
+    good = {"unet.a.lora_A.weight": torch.ones(2, 3), "unet.a.lora_B.weight": torch.ones(4, 2)}
+    save_file(tensors or good, path, metadata={"lora_adapter_metadata": json.dumps(header)})
+    with pytest.raises(AdapterFormatError, match=words):
+        load_adapter(path)
+
+
+def test_edited_tensors_of_our_own_file_are_noticed(sd: Base, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_adapter(random_adapter(sd, seed=1), path)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(AdapterFormatError, match="damaged or edited"):
         load_adapter(path)
 
 

@@ -32,43 +32,57 @@ def check_is_stable_diffusion(folder: Path) -> None:
         raise BaseModelError(
             f"{folder}: no model_index.json in it; expected a Stable Diffusion base in diffusers' folder layout"
         )
-    kind = read_json(folder / "model_index.json").get("_class_name")
+    check_pipeline_kind(str(folder), read_json(folder / "model_index.json").get("_class_name"))
+
+
+def check_pipeline_kind(name: str, kind: object) -> None:
+    """Raise BaseModelError unless a `model_index.json` names one of Stable Diffusion's pipelines."""
     if kind not in PIPELINES:
-        raise BaseModelError(f"{folder}: is a {kind}; expected {' or '.join(PIPELINES)} (SD 1.x, SD 2.x or SDXL)")
+        raise BaseModelError(f"{name}: is a {kind}; expected {' or '.join(PIPELINES)} (SD 1.x, SD 2.x or SDXL)")
+
+
+def components_of(folder: Path) -> tuple[str, ...]:
+    """The parts of the pipeline that the folder holds, in the index's order."""
+    index = read_json(folder / "model_index.json")
+    return tuple(name for name, value in index.items() if isinstance(value, list) and value and value[0] is not None)
 
 
 def text_encoder_names(folder: Path) -> tuple[str, ...]:
     """The text encoders that the pipeline names, in order."""
-    index = read_json(folder / "model_index.json")
-    return tuple(n for n in ("text_encoder", "text_encoder_2") if (index.get(n) or [None])[0] is not None)
+    return tuple(name for name in ("text_encoder", "text_encoder_2") if name in components_of(folder))
 
 
 def anatomy_of_folder(folder: Path) -> tuple[Family, Anatomy]:
-    """Family and module layout, from the configuration files alone."""
+    """Family and module layout, from the configuration files alone.
+
+    Raises BaseModelError if they are missing, broken or not Stable Diffusion's.
+    """
     unet = read_json(folder / "unet" / "config.json")
     encoders = {name: read_json(folder / name / "config.json") for name in text_encoder_names(folder)}
     try:
         family = recognise(unet["cross_attention_dim"], two_encoders=len(encoders) == 2)
-        return family, anatomy(unet, encoders)
-    except (KeyError, TypeError) as error:
+        shape = anatomy(unet, encoders)
+        module_paths(shape)
+        return family, shape
+    except BaseModelError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError) as error:
         raise BaseModelError(
             f"{folder}: its UNet or text encoder is not one of Stable Diffusion's ({error!r} in config.json)"
         ) from None
 
 
-def paths_of_folder(folder: Path) -> tuple[str, ...]:
-    """Every module path of the base in a folder."""
-    return module_paths(anatomy_of_folder(folder)[1])
-
-
 def weight_files(folder: Path, component: str) -> tuple[Path, ...]:
-    """The safetensors files of one component: shards by their index, else the plain file, else the fp16 variant."""
+    """The safetensors files of one component: shards by their index, else the plain file, else the fp16 variant.
+
+    Raises BaseModelError if there are none.
+    """
     part = folder / component
     for name in WEIGHT_NAMES:
         for variant in ("", ".fp16"):
             index = part / f"{name}.safetensors.index{variant}.json"
             if index.is_file():
-                return tuple(part / shard for shard in sorted(set(read_json(index)["weight_map"].values())))
+                return shards(index)
             single = part / f"{name}{variant}.safetensors"
             if single.is_file():
                 return (single,)
@@ -78,17 +92,36 @@ def weight_files(folder: Path, component: str) -> tuple[Path, ...]:
     )
 
 
+def shards(index: Path) -> tuple[Path, ...]:
+    """The files that an index names, which lie beside it."""
+    table = read_json(index).get("weight_map")
+    names = sorted(set(table.values())) if isinstance(table, dict) else []
+    files = tuple(index.parent / name for name in names if isinstance(name, str) and Path(name).name == name)
+    if not names or len(files) < len(names) or not all(file.is_file() for file in files):
+        raise BaseModelError(f"{index}: does not name weight files beside it that are there; the base is incomplete")
+    return files
+
+
 def weight_variant(folder: Path) -> str | None:
     """diffusers' name for the kind of weight files that the folder holds."""
     return "fp16" if ".fp16." in weight_files(folder, "unet")[0].name else None
 
 
-@cache
 def base_hash(folder: Path) -> str:
-    """SHA-256 over the weight files of UNet, text encoders and VAE, by component and content."""
+    """SHA-256 over the weight files of UNet, text encoders and VAE, by component and content.
+
+    Raises BaseModelError if a component has no weights.
+    """
     digest = hashlib.sha256()
     for component in ("unet", *text_encoder_names(folder), "vae"):
         for path in weight_files(folder, component):
-            with path.open("rb") as file:
-                digest.update(f"{component}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+            status = path.stat()
+            digest.update(f"{component}:{file_hash(path, status.st_size, status.st_mtime_ns)}\n".encode())
     return digest.hexdigest()
+
+
+@cache
+def file_hash(path: Path, size: int, changed_ns: int) -> str:  # noqa: ARG001 (they make a changed file a new key)
+    """SHA-256 of a file's bytes, remembered for as long as size and time of change stay."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from lora_diffusion.adapter import Adapter, AdapterMetadata, LoRALayer, adapter_hash, non_finite_paths
+from lora_diffusion.config import Settings, describe
 from lora_diffusion.errors import AdapterFormatError
 from lora_diffusion.families import COMPONENTS, FAMILIES
 from lora_diffusion.formats.safetensors_file import payload_hash, read_safetensors, write_safetensors
@@ -51,13 +52,10 @@ def refuse_unusable(adapter: Adapter, source: str) -> None:
 def header(adapter: Adapter, tensors: Mapping[str, Tensor], *, title: str) -> dict[str, str]:
     """All header entries, as strings."""
     metadata = adapter.metadata
-    record = {
-        "metadata": metadata.model_dump(mode="json"),
-        "alpha": {path: float(layer.alpha) for path, layer in adapter.layers.items()},
-        "hash": adapter_hash(adapter),
-    }
+    alpha = {path: float(layer.alpha) for path, layer in adapter.layers.items()}
+    record = Record(metadata=metadata, alpha=alpha, hash=adapter_hash(adapter))
     entries = {
-        RECORD_KEY: json.dumps(record, sort_keys=True),
+        RECORD_KEY: record.model_dump_json(),
         PEFT_KEY: json.dumps(peft_metadata(adapter), sort_keys=True),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.implementation": "diffusers",
@@ -113,25 +111,32 @@ def load_adapter(path: Path) -> Adapter:
     """
     tensors, entries = read_safetensors(path)
     pairs = factor_pairs(tensors, str(path))
-    metadata, alphas = read_record(entries, str(path))
-    peft = read_peft(entries, str(path))
+    record = read_record(entries, str(path))
+    peft = {} if record else read_peft(entries, str(path))
     layers: dict[str, LoRALayer] = {}
     for module, (down, up) in pairs.items():
-        alpha = alphas.get(module, peft_alpha(peft, module, down.shape[0]))
         try:
+            alpha = record.alpha[module] if record else peft_alpha(peft, module, down.shape[0] if down.ndim else 0)
             layers[module] = LoRALayer(down=down, up=up, alpha=alpha)
         except AdapterFormatError as error:
             raise AdapterFormatError(f"{path}: {module}: {error}") from None
+        except KeyError:
+            raise AdapterFormatError(f"{path}: {module}: the header has no alpha for it; the file is damaged") from None
+        except (ValueError, TypeError, AttributeError, re.error) as error:
+            raise AdapterFormatError(f"{path}: header entry {PEFT_KEY!r} cannot be applied ({error})") from None
+    metadata = record.metadata if record else AdapterMetadata(source_format="peft")
     if not metadata.name:
         metadata = metadata.model_copy(update={"name": path.stem})
     adapter = Adapter(layers=layers, metadata=metadata)
     refuse_unusable(adapter, str(path))
+    if record and record.hash != adapter_hash(adapter):
+        raise AdapterFormatError(f"{path}: its tensors are not those it was saved with; the file is damaged or edited")
     return adapter
 
 
 def factor_pairs(tensors: Mapping[str, Tensor], source: str) -> dict[str, tuple[Tensor, Tensor]]:
     """(down, up) by module path; every tensor must be one half of a pair."""
-    unknown = [key for key in tensors if not key.endswith((DOWN, UP)) or key.split(".", 1)[0] not in COMPONENTS]
+    unknown = [key for key in tensors if not is_factor(key)]
     if unknown or not tensors:
         example = f"first: {unknown[0]!r}" if unknown else "it holds no tensors"
         raise AdapterFormatError(
@@ -139,10 +144,18 @@ def factor_pairs(tensors: Mapping[str, Tensor], source: str) -> dict[str, tuple[
             f"'<component>.<module>{DOWN}' and '{UP}' with a component of {', '.join(COMPONENTS)}"
         )
     halves = {key.removesuffix(DOWN).removesuffix(UP) for key in tensors}
+    twice = sorted(m for m in halves if canonical_path(m) != m and canonical_path(m) in halves)
+    if twice:
+        raise AdapterFormatError(f"{source}: {twice[0]} is there twice, with and without the level `text_model`")
     single = sorted(m for m in halves if m + DOWN not in tensors or m + UP not in tensors)
     if single:
         raise AdapterFormatError(f"{source}: {single[0]} has only one of its two factors; the file is incomplete")
     return {canonical_path(m): (tensors[m + DOWN], tensors[m + UP]) for m in sorted(halves)}
+
+
+def is_factor(key: str) -> bool:
+    component, _, module = key.removesuffix(DOWN).removesuffix(UP).partition(".")
+    return key.endswith((DOWN, UP)) and component in COMPONENTS and module != ""
 
 
 def canonical_path(module: str) -> str:
@@ -150,17 +163,25 @@ def canonical_path(module: str) -> str:
     return re.sub(r"^(text_encoder(?:_2)?)\.encoder\.", r"\1.text_model.encoder.", module)
 
 
-def read_record(entries: Mapping[str, str], source: str) -> tuple[AdapterMetadata, dict[str, float]]:
-    """Our own header entry: metadata and alpha by module path. Empty for other tools' files."""
+class Record(Settings):
+    """Our own header entry."""
+
+    metadata: AdapterMetadata
+    alpha: Mapping[str, float]
+    """By module path."""
+    hash: str
+
+
+def read_record(entries: Mapping[str, str], source: str) -> Record | None:
+    """Our own header entry; None for other tools' files. Raises AdapterFormatError if it cannot be read."""
     if RECORD_KEY not in entries:
-        return AdapterMetadata(source_format="peft"), {}
+        return None
     try:
-        record = json.loads(entries[RECORD_KEY])
-        metadata = AdapterMetadata.model_validate(record["metadata"])
-        return metadata, {path: float(alpha) for path, alpha in record["alpha"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+        return Record.model_validate_json(entries[RECORD_KEY])
+    except ValidationError as error:
         raise AdapterFormatError(
-            f"{source}: header entry {RECORD_KEY!r} cannot be read ({error}); written by a newer version?"
+            f"{source}: header entry {RECORD_KEY!r} cannot be read ({describe(error, Record)}); "
+            "written by a newer version?"
         ) from None
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora_diffusion.errors import AdapterFormatError
 from lora_diffusion.files import whole_file
+from lora_diffusion.precision import tensor_bytes
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -29,24 +30,34 @@ DTYPE_NAMES = {
 }
 
 
+DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+TensorKind = tuple[torch.dtype, tuple[int, ...]]
+
+
+def tensor_kinds(path: Path) -> dict[str, TensorKind]:
+    """Type and shape of every tensor, from the header alone. Raises AdapterFormatError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            return {key: (DTYPES_BY_NAME[s.get_dtype()], tuple(s.get_shape())) for key, s in slices.items()}
+    except (SafetensorError, OSError, KeyError) as error:
+        raise AdapterFormatError(f"{path}: cannot be read as safetensors ({error}); the file is damaged") from None
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header metadata. Raises AdapterFormatError if the file is not safetensors."""
-    if not path.exists():
-        raise AdapterFormatError(f"{path}: no such file; give the path of a .safetensors adapter")
-    if not path.is_file():
+    if path.is_dir():
         raise AdapterFormatError(f"{path}: is a folder; give the path of a .safetensors adapter")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
             return tensors, dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError) as error:
+    except FileNotFoundError:
+        raise AdapterFormatError(f"{path}: no such file; give the path of a .safetensors adapter") from None
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise AdapterFormatError(
             f"{path}: not a safetensors file ({error}); expected an adapter saved as .safetensors"
         ) from None
-
-
-def tensor_bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def payload_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -55,9 +66,6 @@ def payload_hash(tensors: Mapping[str, Tensor]) -> str:
     for key in storage_order({k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()}):
         digest.update(tensor_bytes(tensors[key]))
     return digest.hexdigest()
-
-
-TensorKind = tuple[torch.dtype, tuple[int, ...]]
 
 
 def storage_order(kinds: Mapping[str, TensorKind]) -> list[str]:
@@ -89,7 +97,10 @@ def stream_safetensors(
     metadata: Mapping[str, str],
     tensor: Callable[[str], Tensor],
 ) -> None:
-    """Write a file whose tensors are asked for one at a time, in storage order."""
+    """Write a file whose tensors are asked for one at a time, in storage order.
+
+    Raises ValueError if a tensor is not of the announced type and shape.
+    """
     file.write(header_bytes(kinds, metadata))
     for key in storage_order(kinds):
         value = tensor(key)

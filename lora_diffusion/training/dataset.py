@@ -3,6 +3,7 @@
 `a.png` has its caption in `a.txt`. Knows nothing of models.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from lora_diffusion.errors import DatasetError
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+OTHER_PICTURE_SUFFIXES = (".bmp", ".gif", ".tif", ".tiff", ".heic", ".avif", ".jxl", ".psd")
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
 
 
@@ -30,10 +32,20 @@ def read_dataset(folder: Path) -> tuple[Example, ...]:
 
     Raises DatasetError for a missing or empty folder, a picture without caption or a caption without picture.
     """
-    if not folder.is_dir():
-        raise DatasetError(f"{folder}: no such folder; expected pictures, each with a caption in a .txt file")
-    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    try:
+        files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    except (FileNotFoundError, NotADirectoryError):
+        raise DatasetError(f"{folder}: no such folder; expected pictures, each with a caption in a .txt file") from None
+    except OSError as error:
+        raise DatasetError(
+            f"{folder}: cannot be read ({error.strerror}); give a folder of captioned pictures"
+        ) from None
     pictures = [p for p in files if p.suffix.lower() in PICTURE_SUFFIXES]
+    foreign = [p for p in files if p.suffix.lower() in OTHER_PICTURE_SUFFIXES]
+    if foreign:
+        raise DatasetError(
+            f"{foreign[0]}: a picture of a kind that is not read ({len(foreign)} in all); convert it to PNG"
+        )
     if not pictures:
         raise DatasetError(
             f"{folder}: no pictures in it; expected {', '.join(PICTURE_SUFFIXES)} files, each with a .txt caption"
@@ -51,10 +63,19 @@ def read_dataset(folder: Path) -> tuple[Example, ...]:
     return tuple(Example(picture=p, caption=read_caption(p)) for p in pictures)
 
 
+def data_hash(examples: tuple[Example, ...]) -> str:
+    """SHA-256 over the bytes of all pictures and their captions, in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(hashlib.sha256(example.picture.read_bytes()).digest())
+        digest.update(hashlib.sha256(example.caption.encode()).digest())
+    return digest.hexdigest()
+
+
 def read_caption(picture: Path) -> str:
     path = picture.with_suffix(".txt")
     try:
-        caption = " ".join(path.read_text(encoding="utf-8").split())
+        caption = " ".join(path.read_text(encoding="utf-8-sig").split())
     except FileNotFoundError:
         raise DatasetError(f"{picture}: has no caption; write one into {path.name} beside it") from None
     except (OSError, UnicodeDecodeError) as error:

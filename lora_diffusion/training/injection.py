@@ -17,8 +17,11 @@ NAME = "default"
 def inject(base: Base, paths: Sequence[str], config: TrainConfig) -> dict[str, list[nn.Parameter]]:
     """Put trainable LoRA layers at `paths`; returns the new parameters by component, all float32.
 
-    A fresh layer changes nothing: `up` starts at zero. Mutates the base's models.
+    A fresh layer changes nothing: `up` starts at zero. Mutates the base's models. Raises KeyError for a path that
+    the base does not have, which PEFT would pass over in silence.
     """
+    for path in paths:
+        module_at(base, path)
     parameters: dict[str, list[nn.Parameter]] = {}
     for component in base.family.components:
         inner = [path.split(".", 1)[1] for path in paths if path.startswith(f"{component}.")]

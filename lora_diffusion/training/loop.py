@@ -19,17 +19,19 @@ from tqdm import tqdm
 from lora_diffusion.adapter import Adapter, AdapterMetadata
 from lora_diffusion.config import TrainConfig
 from lora_diffusion.errors import ConfigError, TrainingError
+from lora_diffusion.families import trainable_paths
 from lora_diffusion.files import check_writable
 from lora_diffusion.formats.native import save_adapter
 from lora_diffusion.models import Base, default_device, load_base
+from lora_diffusion.precision import DTYPES
+from lora_diffusion.recipe import library_versions
 from lora_diffusion.targets import resolve_targets
-from lora_diffusion.training.dataset import Example, load_picture, read_dataset
+from lora_diffusion.training.dataset import Example, data_hash, load_picture, read_dataset
 from lora_diffusion.training.examples import LatentPicture, RunOfSamples, collate
 from lora_diffusion.training.injection import extract, inject
 from lora_diffusion.training.objective import Denoiser, encode_picture
 
-PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-SAVE_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,18 @@ class TrainResult:
     """Mean loss over the first tenth of the steps."""
     last_loss: float
     """Mean loss over the last tenth."""
+    is_main_process: bool = True
+    """Whether this is the process that wrote the file and should report."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run is about: base, modules, settings and the pictures' hash."""
+
+    base: Base
+    paths: tuple[str, ...]
+    config: TrainConfig
+    data_hash: str
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -49,35 +63,46 @@ def train(config: TrainConfig) -> TrainResult:
 
     Everything that can be wrong with the input is checked before the first step. Raises LoRADiffusionError's children.
     """
-    check_settings(config)
     examples = read_dataset(config.data)
     AcceleratorState._reset_state()  # it keeps the precision of an earlier run in this process
     accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation
+        mixed_precision=checked_precision(config), gradient_accumulation_steps=config.gradient_accumulation
     )
+    if accelerator.is_main_process:
+        check_writable(config.output)
     set_seed(config.seed)
-    base = load_base(config.base, device=accelerator.device, precision=PRECISIONS[config.mixed_precision])
+    base = load_base(config.base, device=accelerator.device, precision=DTYPES[PRECISIONS[config.mixed_precision]])
     base.pipe.vae.float()
-    paths = resolve_targets(base.paths, unet=config.unet_targets, text_encoders=config.text_encoder_targets)
+    paths = resolve_targets(
+        trainable_paths(base.anatomy), unet=config.unet_targets, text_encoders=config.text_encoder_targets
+    )
     pictures = cache_latents(base, examples, config.resolution or base.size_px, progress=accelerator.is_main_process)
     parameters = inject(base, paths, config)
-    losses = run_steps(accelerator, base, parameters, pictures, paths, config)
+    set_seed(config.seed, device_specific=True)  # dropout differs between processes
+    run = Run(base=base, paths=paths, config=config, data_hash=data_hash(examples))
+    losses = run_steps(accelerator, run, parameters, pictures)
     tenth = max(1, len(losses) // 10)
     first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
-    adapter = current_adapter(base, paths, config, steps=config.steps, loss=last)
+    adapter = current_adapter(run, steps=config.steps, loss=last)
     if accelerator.is_main_process:
         save_adapter(adapter, config.output)
     accelerator.wait_for_everyone()
-    return TrainResult(adapter=adapter, path=config.output, first_loss=first, last_loss=last)
+    return TrainResult(
+        adapter=adapter,
+        path=config.output,
+        first_loss=first,
+        last_loss=last,
+        is_main_process=accelerator.is_main_process,
+    )
 
 
-def check_settings(config: TrainConfig) -> None:
-    """Raise now what would otherwise fail after the work is done."""
+def checked_precision(config: TrainConfig) -> str:
+    """The mixed precision, if this machine can do it; raises ConfigError for what would fail after the work is done."""
     if config.output.suffix != ".safetensors":
         raise ConfigError(f"output {str(config.output)!r} does not end in .safetensors; adapters are saved as such")
     if config.mixed_precision == "fp16" and default_device().type == "cpu":
         raise ConfigError("mixed_precision 'fp16' needs a GPU; on the CPU use 'no' or 'bf16'")
-    check_writable(config.output)
+    return config.mixed_precision
 
 
 def cache_latents(
@@ -93,14 +118,13 @@ def cache_latents(
 
 def run_steps(
     accelerator: Accelerator,
-    base: Base,
+    run: Run,
     parameters: dict[str, list[nn.Parameter]],
     pictures: tuple[LatentPicture, ...],
-    paths: Sequence[str],
-    config: TrainConfig,
 ) -> list[float]:
     """All optimizer steps; returns the loss of each. Raises TrainingError if a loss is not finite."""
-    denoiser = Denoiser(base, config.resolution or base.size_px)
+    config = run.config
+    denoiser = Denoiser(run.base, config.resolution or run.base.size_px)
     per_step = config.batch_size * config.gradient_accumulation * accelerator.num_processes
     samples = RunOfSamples(
         pictures,
@@ -134,7 +158,7 @@ def run_steps(
             bar.update()
             bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.4f}")
             if accelerator.is_main_process and is_checkpoint(len(losses), config):
-                save_checkpoint(base, paths, config, losses)
+                save_checkpoint(run, losses)
     bar.close()
     return losses
 
@@ -173,22 +197,30 @@ def is_checkpoint(step: int, config: TrainConfig) -> bool:
     return config.save_every > 0 and step % config.save_every == 0 and step < config.steps
 
 
-def save_checkpoint(base: Base, paths: Sequence[str], config: TrainConfig, losses: list[float]) -> None:
-    step = len(losses)
-    adapter = current_adapter(base, paths, config, steps=step, loss=sum(losses[-20:]) / len(losses[-20:]))
-    save_adapter(adapter, config.output.with_name(f"{config.output.stem}-step{step:08d}.safetensors"))
+def save_checkpoint(run: Run, losses: list[float]) -> None:
+    step, output = len(losses), run.config.output
+    adapter = current_adapter(run, steps=step, loss=sum(losses[-20:]) / len(losses[-20:]))
+    save_adapter(adapter, output.with_name(f"{output.stem}-step{step:08d}.safetensors"))
 
 
-def current_adapter(base: Base, paths: Sequence[str], config: TrainConfig, *, steps: int, loss: float) -> Adapter:
+def current_adapter(run: Run, *, steps: int, loss: float) -> Adapter:
     """What has been learned so far, with the record of how."""
-    settings = config.model_dump(mode="json", exclude={"data", "output"})
+    config, base = run.config, run.base
+    record = {
+        **config.model_dump(mode="json", exclude={"data", "output"}),
+        "data": config.data.name,
+        "data_hash": run.data_hash,
+        "steps_done": steps,
+        "loss": round(loss, 6),
+        "versions": library_versions(),
+    }
     metadata = AdapterMetadata(
         name=config.name or config.output.stem,
         family=base.family.name,
         base_name=base.name,
         base_hash=base.hash,
         trigger_words=config.trigger_words,
-        training={**settings, "data": config.data.name, "steps_done": steps, "loss": round(loss, 6)},
+        training=record,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    return extract(base, paths, metadata, SAVE_TYPES[config.save_precision])
+    return extract(base, run.paths, metadata, DTYPES[config.save_precision])
