@@ -79,7 +79,7 @@ def settings_table(kind: type[Settings]) -> str:
 class Train:
     """Train an adapter from captioned pictures."""
 
-    config: Annotated[Path, tyro.conf.Positional]
+    config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG.toml")]
     """TOML file with the run's settings."""
     set: Changes = ()
     """Change one setting of the file."""
@@ -176,7 +176,7 @@ class Merge:
 class Inspect:
     """Show what is in an adapter file."""
 
-    file: Annotated[Path, tyro.conf.Positional]
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER")]
     json: bool = False
     """Print as JSON."""
 
@@ -244,6 +244,7 @@ def parse_changes(texts: tuple[str, ...]) -> dict[str, object]:
 def quiet() -> Iterator[None]:
     """Keep the libraries' notices off the terminal; what matters reaches the user as our own errors."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from lora_diffusion.config import TrainConfig, read_toml
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -39,6 +41,14 @@ def test_every_command_and_code_block_runs(tmp_path: Path) -> None:
     outputs = {p.name: p.read_bytes() for p in (tmp_path / "outputs").iterdir()}
     assert (tmp_path / "again" / "00000.png").read_bytes() == outputs["00000.png"]
     shutil.rmtree(tmp_path / "merged")
+
+
+def test_the_sample_configuration_is_valid(tmp_path: Path) -> None:
+    path = tmp_path / "my-style.toml"
+    path.write_text(blocks("toml")[0])
+    config = read_toml(path, TrainConfig)
+    assert config.data == tmp_path / "pictures"
+    assert (config.rank, config.trigger_words) == (16, ("sks",))
 
 
 def test_the_map_of_files_is_the_tree() -> None:

@@ -103,7 +103,7 @@ class Ema:
             m.copy_(kept)
 
 
-def learning_rate_fraction(step: int, steps: int, *, warmup: int = 50, hold: float = 0.5) -> float:
+def learning_rate_fraction(step: int, steps: int, *, warmup: int = 40, hold: float = 0.45) -> float:
     """Linear warm-up, flat until `hold` of the run, then linear to zero."""
     if step < warmup:
         return (step + 1) / warmup
