@@ -82,7 +82,10 @@ class Export:
 
 
 Stage = (
-    Annotated[Vae, subcommand("vae")] | Annotated[Latents, subcommand("latents")] | Annotated[Unet, subcommand("unet")]
+    Annotated[Vae, subcommand("vae")]
+    | Annotated[Latents, subcommand("latents")]
+    | Annotated[Unet, subcommand("unet")]
+    | Annotated[Export, subcommand("export")]
 )
 
 

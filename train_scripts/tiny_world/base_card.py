@@ -1,6 +1,7 @@
 """The embedded base's model card, written from the measured figures and the logs of its training."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ One picture of {time_steps} steps with guidance: {seconds} s (median of {runs}, 
 
 {training}
 
+{history}
 Measured by `python -m train_scripts.evaluate_tiny_base` on {cpu}, {cores} cores, torch {torch}.
 """
 
@@ -74,6 +76,7 @@ def write_card(folder: Path, figures: dict[str, Any]) -> None:
         time_steps=timing["steps"],
         runs=timing["runs"],
         time_threads=timing["threads"],
+        history=history(folder),
         training="\n".join(training_row(folder, stage) for stage in ("vae", "unet")),
         **{key: settings[key] for key in ("prompts", "steps", "guidance")},
         **{key: machine[key] for key in ("cpu", "cores", "torch")},
@@ -100,7 +103,15 @@ def psnr_table(autoencoder: dict[str, Any]) -> str:
 
 
 def training_row(folder: Path, stage: str) -> str:
-    """Steps, minutes and last loss of a stage, from its log."""
+    """Steps, minutes and last loss of a stage, from its log; a step number that falls back begins a further run."""
     log = folder / f"training_{stage}.jsonl"
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    return f"- {stage}: {rows[-1]['step']} steps in {rows[-1]['minutes']:.0f} minutes, loss {rows[-1]['loss']:.3f}"
+    ends = [row for row, following in pairwise([*rows, {"step": 0}]) if following["step"] < row["step"]]
+    steps, minutes = sum(row["step"] for row in ends), sum(row["minutes"] for row in ends)
+    return f"- {stage}: {steps} steps in {len(ends)} run(s) of {minutes:.0f} minutes, last loss {rows[-1]['loss']:.3f}"
+
+
+def history(folder: Path) -> str:
+    """What `history.md` says of runs with other settings than the script's own, if it is there."""
+    path = folder / "history.md"
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
