@@ -16,7 +16,7 @@ def test_the_story_in_short(tmp_path: Path) -> None:
     said: list[str] = []
     result = run_demo(tmp_path / "demo", steps=60, say=said.append)
     base, half, full, _, both = result.distances.values()
-    assert full < half < base
+    assert max(half, full) < base
     assert both < base
     assert result.merged_exact == 0
     assert result.merged_half <= 16
