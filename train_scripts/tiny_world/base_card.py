@@ -47,7 +47,8 @@ among its training pictures.
 
 ## How fast is it?
 
-One picture of {time_steps} steps with guidance: {seconds} s (median of {runs}, {time_threads} threads).
+One picture of {time_steps} steps with guidance: {seconds} s (median of {runs}, {time_threads} threads; load
+average before: {load}).
 
 ## How was it made?
 
@@ -75,6 +76,7 @@ def write_card(folder: Path, figures: dict[str, Any]) -> None:
         seconds=timing["median"],
         time_steps=timing["steps"],
         runs=timing["runs"],
+        load=timing["load_before"],
         time_threads=timing["threads"],
         history=history(folder),
         training="\n".join(training_row(folder, stage) for stage in ("vae", "unet")),
