@@ -76,7 +76,7 @@ def test_a_style_adapter_moves_pictures_towards_its_style(tiny: Base, name: str)
         style_distance(tiny, pictures(tiny, texts, adapters={name: weight}), target) for weight in (0.0, 0.5, 1.0)
     )
     assert half < base
-    assert full < 0.75 * base
+    assert full < 0.5 * base
 
 
 @pytest.mark.parametrize("name", STYLES)
@@ -91,7 +91,7 @@ def test_a_character_appears_in_settings_it_was_not_trained_in(tiny: Base, subje
     texts = prompts(name)
     assert name not in subjects(pictures(tiny, texts[:2], adapters={}))
     found = subjects(pictures(tiny, texts, adapters={name: 1.0}))
-    assert found.count(name) >= 3, found  # measured: gloop 4, zuki 5 or more, of 8
+    assert found.count(name) >= 5, found  # measured: gloop 6, zuki 7, of 8
 
 
 @pytest.mark.parametrize("path", sorted((DATA / "presets").glob("*.json")), ids=lambda p: p.stem)

@@ -162,5 +162,10 @@ def export(out: Path, target: Path) -> None:
     pipe.save_pretrained(target)
     config = target / "text_encoder" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
+    for file in target.rglob("*.json"):  # diffusers writes down where the weights were loaded from
+        if file.name in ("config.json", "model_index.json"):
+            table = json.loads(file.read_text())
+            table.pop("_name_or_path", None)
+            file.write_text(json.dumps(table, indent=2) + "\n")
     for log in sorted(out.glob("training_*.jsonl")):
         shutil.copyfile(log, target / log.name)
