@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_diffusion.adapter import Adapter as Adapter
     from lora_diffusion.adapter import AdapterMetadata as AdapterMetadata
-    from lora_diffusion.adapter import LoRALayer as LoRALayer
     from lora_diffusion.adapter import adapter_hash as adapter_hash
     from lora_diffusion.algebra.combine import combine as combine
     from lora_diffusion.blend import Blend as Blend
@@ -20,9 +19,10 @@ if TYPE_CHECKING:
     from lora_diffusion.config import GenerateConfig as GenerateConfig
     from lora_diffusion.config import TrainConfig as TrainConfig
     from lora_diffusion.errors import LoRADiffusionError as LoRADiffusionError
-    from lora_diffusion.formats.native import load_adapter as load_adapter
     from lora_diffusion.formats.native import save_adapter as save_adapter
+    from lora_diffusion.formats.reading import load_adapter as load_adapter
     from lora_diffusion.inspection import inspect_adapter as inspect_adapter
+    from lora_diffusion.layers import LoRALayer as LoRALayer
     from lora_diffusion.merging import merge as merge
     from lora_diffusion.models import Base as Base
     from lora_diffusion.models import load_base as load_base
@@ -61,7 +61,7 @@ HOMES = {
     "BlendPreset": "config",
     "GenerateConfig": "config",
     "LoRADiffusionError": "errors",
-    "LoRALayer": "adapter",
+    "LoRALayer": "layers",
     "TrainConfig": "config",
     "WeightedAdapter": "blend",
     "adapter_hash": "adapter",
@@ -69,7 +69,7 @@ HOMES = {
     "combine": "algebra.combine",
     "generate": "sampling",
     "inspect_adapter": "inspection",
-    "load_adapter": "formats.native",
+    "load_adapter": "formats.reading",
     "load_base": "models",
     "merge": "merging",
     "save_adapter": "formats.native",

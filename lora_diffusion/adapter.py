@@ -5,64 +5,17 @@ Words: `down` (A, rank x in) and `up` (B, out x rank) are the two factors; `scal
 """
 
 import hashlib
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from lora_diffusion.errors import AdapterFormatError
+from lora_diffusion.layers import DoRALayer, FullLayer, Layer
 from lora_diffusion.precision import tensor_bytes
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class LoRALayer:
-    """The low-rank update of one linear or convolution module [arXiv:2106.09685].
-
-    Linear: `down` (rank, in), `up` (out, rank). Convolution: `down` (rank, in, kh, kw), `up` (out, rank, 1, 1).
-    """
-
-    down: Tensor
-    up: Tensor
-    alpha: float
-
-    def __post_init__(self) -> None:
-        if not (self.down.is_floating_point() and self.up.is_floating_point()):
-            raise AdapterFormatError(f"factors of type {self.up.dtype} and {self.down.dtype}; expected floating point")
-        if not math.isfinite(self.alpha):
-            raise AdapterFormatError(f"alpha is {self.alpha}; expected a finite number")
-        if self.down.ndim not in (2, 4) or self.up.ndim != self.down.ndim:
-            raise AdapterFormatError(
-                f"factors of shape {tuple(self.up.shape)} and {tuple(self.down.shape)}; expected both with 2 "
-                "dimensions (linear) or both with 4 (convolution)"
-            )
-        rank = self.down.shape[0]
-        if rank < 1 or self.up.shape[1] != rank or tuple(self.up.shape[2:]) not in ((), (1, 1)):
-            raise AdapterFormatError(
-                f"up {tuple(self.up.shape)} does not follow down {tuple(self.down.shape)}; expected up (out, rank) "
-                "after down (rank, in)"
-            )
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the weight that this layer updates."""
-        return (self.up.shape[0], *self.down.shape[1:])
-
-    def delta(self) -> Tensor:
-        """scale * up @ down in float32, of shape `weight_shape`."""
-        product = self.up.float().flatten(1) @ self.down.float().flatten(1)
-        return (self.scale * product).reshape(self.weight_shape)
 
 
 class AdapterMetadata(BaseModel):
@@ -82,43 +35,119 @@ class AdapterMetadata(BaseModel):
     created: str = ""
     """ISO 8601, UTC."""
     source_format: str = "native"
+    """The dialect of the file that it was read from."""
+    variant: str = ""
+    """What sets its base apart within the family: `v-prediction`, `inpainting`, or nothing."""
+    notes: tuple[str, ...] = ()
+    """What a reader had to assume."""
+    merged_from: tuple[str, ...] = ()
+    """Names or hashes of the adapters that this one was made of."""
+
+
+Token = Mapping[str, Tensor]
+"""A learned token's vectors (n, width), one entry for each text encoder, by component."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Adapter:
     """Layers by module path, with metadata. Two adapters are the same if `adapter_hash` says so."""
 
-    layers: Mapping[str, LoRALayer]
+    layers: Mapping[str, Layer]
+    """What is added to the weight of each module."""
+    biases: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """What is added to the bias of each module, (out,)."""
+    tokens: Mapping[str, Token] = field(default_factory=dict[str, Token])
+    """Learned words (textual inversion) [arXiv:2208.01618]."""
     metadata: AdapterMetadata = field(default_factory=AdapterMetadata)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", MappingProxyType(dict(sorted(self.layers.items()))))
+        for name in ("layers", "biases", "tokens"):
+            object.__setattr__(self, name, MappingProxyType(dict(sorted(getattr(self, name).items()))))
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Every module path that it changes."""
+        return tuple(sorted({*self.layers, *self.biases}))
 
     @property
     def components(self) -> tuple[str, ...]:
         """The parts of the pipeline that it touches."""
-        return tuple(sorted({path.split(".", 1)[0] for path in self.layers}, reverse=True))
+        worded = (component for token in self.tokens.values() for component in token)
+        return tuple(sorted({*(path.split(".", 1)[0] for path in self.paths), *worded}, reverse=True))
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of layer in it, and of what else it holds, as people call them."""
+        found = {kind_of(layer) for layer in self.layers.values()}
+        found |= {"bias"} if self.biases else set()
+        return tuple(sorted(found | ({"textual inversion"} if self.tokens else set())))
 
     @property
     def num_parameters(self) -> int:
-        return sum(layer.down.numel() + layer.up.numel() for layer in self.layers.values())
+        return sum(tensor.numel() for _, tensor in named_tensors(self))
+
+
+def kind_of(layer: Layer) -> str:
+    """`LoRA`, `LoCon` (LoRA on a kernel wider than 1), `LoHa`, `LoKr`, `DoRA` (or `DoRA on LoHa`), `full`, `norm`."""
+    if isinstance(layer, DoRALayer):
+        inner = kind_of(layer.inner)
+        return "DoRA" if inner == "LoRA" else f"DoRA on {inner}"
+    if isinstance(layer, FullLayer) and layer.diff.ndim == 1:
+        return "norm"
+    wide = layer.kind == "LoRA" and any(side > 1 for side in layer.weight_shape[2:])
+    return "LoCon" if wide else layer.kind
+
+
+def named_tensors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor with a name for messages: `<module path> <factor>`."""
+    for path, layer in adapter.layers.items():
+        yield from ((f"{path} {name}", factor) for name, factor in layer.factors.items())
+    yield from ((f"{path} bias", bias) for path, bias in adapter.biases.items())
+    for word, token in adapter.tokens.items():
+        yield from ((f"token {word!r} of {component}", vectors) for component, vectors in sorted(token.items()))
 
 
 def adapter_hash(adapter: Adapter) -> str:
-    """SHA-256 over paths, alphas and factors: the same for the same tensors, whatever the file or its metadata."""
+    """SHA-256 over paths, alphas and tensors: the same for the same tensors, whatever the file or its metadata."""
     digest = hashlib.sha256()
     for path, layer in adapter.layers.items():
-        digest.update(f"{path}|{float(layer.alpha)!r}".encode())
-        for factor in (layer.down, layer.up):
-            digest.update(f"|{factor.dtype}|{tuple(factor.shape)}|".encode())
+        kind = "" if layer.kind == "LoRA" else f"|{layer.kind}"
+        digest.update(f"{path}|{float(getattr(layer, 'alpha', 1.0))!r}{kind}".encode())
+        for name, factor in layer.factors.items():
+            digest.update(labelled(factor, name if kind else ""))
             digest.update(tensor_bytes(factor))
+    for path, bias in adapter.biases.items():
+        digest.update(labelled(bias, f"{path}|bias"))
+        digest.update(tensor_bytes(bias))
+    for word, token in adapter.tokens.items():
+        for component, vectors in sorted(token.items()):
+            digest.update(labelled(vectors, f"token|{word}|{component}"))
+            digest.update(tensor_bytes(vectors))
     return digest.hexdigest()
 
 
-def non_finite_paths(adapter: Adapter) -> tuple[str, ...]:
-    """Module paths whose factors hold NaN or infinity."""
+def labelled(tensor: Tensor, name: str) -> bytes:
+    """What a hash takes in before a tensor's bytes."""
+    return f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode()
+
+
+def non_finite_names(adapter: Adapter) -> tuple[str, ...]:
+    """The tensors that hold NaN or infinity, by name."""
     return tuple(
-        path
-        for path, layer in adapter.layers.items()
-        if not (layer.down.isfinite().all() and layer.up.isfinite().all())
+        name
+        for name, tensor in named_tensors(adapter)
+        if tensor.device.type != "meta" and not bool(tensor.float().isfinite().all())
+    )
+
+
+def cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
+    """The adapter with every tensor rounded to `dtype`."""
+    return Adapter(
+        layers={
+            path: layer.with_factors({name: factor.to(dtype) for name, factor in layer.factors.items()})
+            for path, layer in adapter.layers.items()
+        },
+        biases={path: bias.to(dtype) for path, bias in adapter.biases.items()},
+        tokens={word: {c: v.to(dtype) for c, v in token.items()} for word, token in adapter.tokens.items()},
+        metadata=adapter.metadata,
     )

@@ -2,11 +2,13 @@
 
     W' = W + sum_i weight_i * (alpha_i / rank_i) * up_i @ down_i
 
-never an average of factors. Knows nothing of files or models.
+never an average of factors; other kinds of layer add their own delta in the same way. A DoRA layer's delta is what it
+makes of the base's own weight, minus that weight, so that it too sums, in any order. Knows nothing of files or models.
 """
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_diffusion.adapter import Adapter, LoRALayer, adapter_hash
+from lora_diffusion.adapter import Adapter, adapter_hash
 from lora_diffusion.errors import ConfigError, FamilyMismatchError
 from lora_diffusion.families import family_title
+from lora_diffusion.layers import Layer, LoRALayer
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,24 +72,63 @@ class Blend:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Every module path that the blend changes."""
+        """Every module path whose weight the blend changes."""
         return tuple(sorted({path for entry in self.active for path in entry.adapter.layers}))
 
+    @property
+    def bias_paths(self) -> tuple[str, ...]:
+        """Every module path whose bias the blend changes."""
+        return tuple(sorted({path for entry in self.active for path in entry.adapter.biases}))
 
-def joined_layer(blend: Blend, path: str, device: torch.device | None = None) -> LoRALayer:
-    """The blend at one module as a single layer of scale 1 in float32: the factors joined, the ranks added.
 
-    Weights and scales go into `up` once; averaging factors instead would add cross terms up_i @ down_j.
+def weighted_layers(blend: Blend, path: str) -> list[tuple[float, Layer]]:
+    """The layers at one module, with the weights of their adapters."""
+    return [(e.weight, e.adapter.layers[path]) for e in blend.active if path in e.adapter.layers]
+
+
+def is_joinable(layer: Layer) -> bool:
+    """Whether its factors can be stacked with others': plain LoRA, without a Tucker core."""
+    return isinstance(layer, LoRALayer) and layer.mid is None
+
+
+def joined_layer(layers: Sequence[tuple[float, Layer]], device: torch.device | None = None) -> LoRALayer:
+    """Weighted LoRA layers of one module as a single layer of scale 1 in float32: factors stacked, ranks added.
+
+    Weights and scales go into `up` once; averaging factors instead would add cross terms up_i @ down_j. Raises
+    ConfigError for a kind whose factors cannot be stacked.
     """
-    pairs = [(e.weight, e.adapter.layers[path]) for e in blend.active if path in e.adapter.layers]
-    up = torch.cat([layer.up.to(device).float() * (weight * layer.scale) for weight, layer in pairs], dim=1)
-    down = torch.cat([layer.down.to(device).float() for _, layer in pairs], dim=0)
-    return LoRALayer(down=down, up=up, alpha=float(down.shape[0]))
+    pairs = [(weight, layer) for weight, layer in layers if isinstance(layer, LoRALayer) and layer.mid is None]
+    if len(pairs) < len(layers):
+        kinds = sorted({layer.kind for _, layer in layers if not is_joinable(layer)})
+        raise ConfigError(f"{', '.join(kinds)} layers have no factors to stack; only plain LoRA combines exactly")
+    shape = max((layer.weight_shape for _, layer in pairs), key=len)
+    up = torch.cat([layer.up.to(device).float().flatten(1) * (w * layer.scale) for w, layer in pairs], dim=1)
+    down = torch.cat([layer.down.to(device).float().flatten(1) for _, layer in pairs], dim=0)
+    ones = [1] * len(shape[2:])
+    return LoRALayer(down=down.reshape(-1, *shape[1:]), up=up.reshape(*up.shape, *ones), alpha=float(down.shape[0]))
 
 
-def blend_delta(blend: Blend, path: str, device: torch.device | None = None) -> Tensor:
-    """Sum of the weighted deltas at one module, float32, of the shape of its weight: one product for all adapters."""
-    return joined_layer(blend, path, device).delta()
+def blend_delta(blend: Blend, path: str, base: Tensor | None = None) -> Tensor:
+    """Sum of the weighted deltas at one module, float32, of the shape and on the device of the `base` weight.
+
+    One product for all LoRA layers together. Without `base`, which DoRA needs, on the CPU in the layers' own shape.
+    """
+    layers = weighted_layers(blend, path)
+    device = base.device if base is not None else None
+    stacked = [pair for pair in layers if is_joinable(pair[1])]
+    deltas = [joined_layer(stacked, device).delta()] if stacked else []
+    for weight, layer in layers:
+        if not is_joinable(layer):
+            moved = layer.with_factors({name: factor.to(device) for name, factor in layer.factors.items()})
+            deltas.append(weight * moved.delta(base))
+    shape = deltas[0].shape if base is None else base.shape
+    return functools.reduce(torch.add, (delta.reshape(shape) for delta in deltas))
+
+
+def blend_bias(blend: Blend, path: str, base: Tensor) -> Tensor:
+    """Sum of what the blend adds to one module's bias, float32, on the device of the `base` bias."""
+    found = [(e.weight, e.adapter.biases[path]) for e in blend.active if path in e.adapter.biases]
+    return functools.reduce(torch.add, (weight * bias.to(base.device).float() for weight, bias in found))
 
 
 def blended_weight(weight: Tensor, delta: Tensor, path: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -103,26 +145,49 @@ def blended_weight(weight: Tensor, delta: Tensor, path: str, dtype: torch.dtype 
 def check_fits(
     blend: Blend, *, base_name: str, family: str, paths: frozenset[str], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Raise FamilyMismatchError unless every layer of every adapter finds a weight of its shape in the base.
+    """Raise FamilyMismatchError unless everything in every adapter finds a tensor of its shape in the base.
 
-    `paths` are the module paths of the base's family, `shapes` the weights that the blend would change.
+    `paths` are the module paths of the base's family, `shapes` the parameters (`<module path>.weight` or `.bias`) that
+    the blend would change. Raises ConfigError for learned tokens, which no picture shows yet.
     """
     for entry in blend.entries:
-        adapter, own = entry.adapter, entry.adapter.metadata.family
-        if own and own != family:
-            raise FamilyMismatchError(
-                f"{entry.name} is an adapter for {family_title(own)}, but {base_name} is {family_title(family)}; "
-                "use a base of its family"
+        adapter = entry.adapter
+        if adapter.tokens:
+            raise ConfigError(
+                f"{entry.name} holds learned tokens ({', '.join(adapter.tokens)}), which no base takes up yet; "
+                "`lora-diffusion convert --without-tokens` makes a file of its layers alone"
             )
-        unknown = [path for path in adapter.layers if path not in paths or path not in shapes]
+        check_family(adapter.metadata.family, entry.name, base_name=base_name, family=family)
+        wanted = wanted_shapes(adapter)
+        unknown = [name for name in wanted if name.rpartition(".")[0] not in paths or name not in shapes]
         if unknown:
             raise FamilyMismatchError(
-                f"{entry.name}: {len(unknown)} of {len(adapter.layers)} layers match no module of {base_name} "
+                f"{entry.name}: {len(unknown)} of {len(wanted)} layers match no module of {base_name} "
                 f"({family_title(family)}; first: {unknown[0]}); use the base that it was trained on"
             )
-        for path, layer in adapter.layers.items():
-            if layer.weight_shape != shapes[path]:
+        for name, shape in wanted.items():
+            if not same_weight(shape, shapes[name]):
                 raise FamilyMismatchError(
-                    f"{entry.name}: {path} is for a weight of shape {layer.weight_shape}, but {base_name} has "
-                    f"{shapes[path]} there; use the base that it was trained on"
+                    f"{entry.name}: {name} is for a weight of shape {shape}, but {base_name} has {shapes[name]} there; "
+                    "use the base that it was trained on"
                 )
+
+
+def check_family(own: str, name: str, *, base_name: str, family: str) -> None:
+    """Raise FamilyMismatchError if an adapter's family is known and not the base's."""
+    if own and own != family:
+        raise FamilyMismatchError(
+            f"{name} is an adapter for {family_title(own)}, but {base_name} is {family_title(family)}; "
+            "use a base of its family"
+        )
+
+
+def wanted_shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    """The parameters that an adapter changes, `<module path>.weight` and `.bias`, with the shapes it expects."""
+    weights = {f"{path}.weight": layer.weight_shape for path, layer in adapter.layers.items()}
+    return weights | {f"{path}.bias": tuple(bias.shape) for path, bias in adapter.biases.items()}
+
+
+def same_weight(layer: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    """Whether a layer's delta is that of the weight, be it with the kernel flattened or a 1x1 kernel left out."""
+    return layer == weight or (layer[:1] == weight[:1] and math.prod(layer) == math.prod(weight) and len(weight) > 1)

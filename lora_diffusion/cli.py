@@ -8,7 +8,7 @@ import sys
 import tomllib
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -17,6 +17,7 @@ import tyro
 from lora_diffusion.config import (
     EMBEDDED_BASE,
     BlendEntry,
+    Dialect,
     GenerateConfig,
     Settings,
     TrainConfig,
@@ -36,6 +37,11 @@ Changes = Annotated[
     tuple[str, ...],
     tyro.conf.UseAppendAction,
     tyro.conf.arg(metavar="KEY=VALUE", help_behavior_hint=REPEATABLE),
+]
+Patterns = Annotated[
+    tuple[str, ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(metavar="PATTERN", help_behavior_hint=REPEATABLE),
 ]
 BaseFlag = Annotated[
     str, tyro.conf.arg(help_behavior_hint=f"(default: {EMBEDDED_BASE}, or that of the preset or recipe)")
@@ -111,6 +117,8 @@ class Generate:
     """`tiny-sd`, a folder in diffusers' layout, or a hub id."""
     adapter: Adapters = ()
     """Adapter and its weight, 1 if not given."""
+    ignore_unmatched: Patterns = ()
+    """Keys of adapter files that may be there without being understood."""
     preset: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """Blend preset (JSON) whose base, adapters and settings are used."""
     from_: Annotated[Path | None, tyro.conf.arg(name="from", metavar="IMAGE", help_behavior_hint="")] = None
@@ -134,7 +142,7 @@ class Generate:
             else:
                 config = validate(GenerateConfig, given, source="generate")
                 plan = Plan(base=self.base or EMBEDDED_BASE, entries=parse_adapters(self.adapter), settings=config)
-            written = generate_files(plan, self.output)
+            written = generate_files(replace(plan, ignore=self.ignore_unmatched), self.output)
         for note in written.notes:
             print(f"note: {note}; the pixels may differ", file=sys.stderr)
         print(json.dumps([str(p) for p in written.paths]) if self.json else "\n".join(map(str, written.paths)))
@@ -150,6 +158,8 @@ class Merge:
     """`tiny-sd`, a folder in diffusers' layout, or a hub id."""
     adapter: Adapters = ()
     """Adapter and its weight, 1 if not given."""
+    ignore_unmatched: Patterns = ()
+    """Keys of adapter files that may be there without being understood."""
     precision: WeightType = "keep"
     """Type of the written weights; `keep` writes what the base has."""
     json: bool = False
@@ -159,7 +169,9 @@ class Merge:
         with quiet():
             from lora_diffusion.commands import merge_files
 
-            report = merge_files(self.base, parse_adapters(self.adapter), self.output, self.precision)
+            report = merge_files(
+                self.base, parse_adapters(self.adapter), self.output, self.precision, self.ignore_unmatched
+            )
         facts = {
             "output": str(report.output),
             "merged_modules": report.merged_modules,
@@ -174,17 +186,96 @@ class Merge:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect:
-    """Show what is in an adapter file."""
+    """Show what is in adapter files, from their headers alone."""
 
-    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER")]
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER")]
+    norms: bool = False
+    """Read the tensors too: norms of the deltas, dead layers, NaN and hashes."""
+    plot: Annotated[Path | None, tyro.conf.arg(metavar="PNG", help_behavior_hint="")] = None
+    """Draw the norms into this picture; one adapter only."""
+    ignore_unmatched: Patterns = ()
+    """Keys that may be there without being understood."""
     json: bool = False
     """Print as JSON."""
 
-    def run(self) -> None:
+    def run(self) -> int:
         from lora_diffusion.inspection import describe_inspection, inspect_adapter
 
-        facts = inspect_adapter(self.file)
-        print(json.dumps(facts) if self.json else describe_inspection(facts))
+        if not self.files or (self.plot and len(self.files) > 1):
+            raise ConfigError("give one adapter to plot" if self.files else "give at least one adapter file")
+        read = self.norms or self.plot is not None
+        facts = [inspect_adapter(file, norms=read, ignore=self.ignore_unmatched) for file in self.files]
+        if self.plot:
+            from lora_diffusion.evaluation.norm_plot import save_norm_plot
+
+            save_norm_plot(facts[0]["norms"], self.plot, title=facts[0]["name"])
+        if self.json:
+            print(json.dumps(facts[0] if len(facts) == 1 else facts))
+        else:
+            print("\n\n".join(describe_inspection(entry) for entry in facts))
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Write adapters in another dialect: the inputs first, the output file or folder last."""
+
+    paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IN ... OUT")]
+    to: Dialect
+    """native (PEFT/diffusers), kohya (A1111, Forge, ComfyUI), or embedding (a learned token alone)."""
+    dtype: WeightType = "keep"
+    """Type of the written tensors."""
+    force: bool = False
+    """Replace files that are there."""
+    without_tokens: bool = False
+    """Leave learned tokens out."""
+    card: bool = False
+    """Also write a model card for the Hugging Face Hub beside each file."""
+    ignore_unmatched: Patterns = ()
+    """Keys that may be there without being understood."""
+    json: bool = False
+    """Print the result as JSON."""
+
+    def run(self) -> int:
+        from lora_diffusion.commands import convert_files
+        from lora_diffusion.conversion import Conversion
+
+        if len(self.paths) < 2:
+            raise ConfigError("give at least one input and, last, the output: convert IN OUT --to kohya")
+        how = Conversion(
+            to=self.to,
+            dtype=self.dtype,
+            force=self.force,
+            without_tokens=self.without_tokens,
+            card=self.card,
+            ignore=self.ignore_unmatched,
+        )
+        done = convert_files(self.paths[:-1], self.paths[-1], how)
+        facts = [{"from": str(x.source), "to": str(x.output), "rounding_error": x.rounding_error} for x in done]
+        lines = [f"{x.output}: rounding changed the tensors by {x.rounding_error:.2g} of their norm" for x in done]
+        print(json.dumps(facts) if self.json else "\n".join(lines))
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Check an adapter file; the exit code is 0 if every check passes, else 1."""
+
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER")]
+    base: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: none)")] = ""
+    """Base that it should fit: `tiny-sd`, a folder in diffusers' layout, or a hub id."""
+    ignore_unmatched: Patterns = ()
+    """Keys that may be there without being understood."""
+    json: bool = False
+    """Print the checks as JSON."""
+
+    def run(self) -> int:
+        with quiet():
+            from lora_diffusion.verification import describe_checks, verify
+
+            checks = verify(self.file, base=self.base, ignore=self.ignore_unmatched)
+        print(json.dumps([vars(check) for check in checks]) if self.json else describe_checks(checks))
+        return int(any(check.passed is False for check in checks))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +295,15 @@ class Demo:
 
 
 Train.__doc__ = f"{Train.__doc__}\n\nSettings of the TOML file:\n{settings_table(TrainConfig)}"
-COMMANDS = {"train": Train, "generate": Generate, "merge": Merge, "inspect": Inspect, "demo": Demo}
+COMMANDS = {
+    "train": Train,
+    "generate": Generate,
+    "merge": Merge,
+    "inspect": Inspect,
+    "convert": Convert,
+    "verify": Verify,
+    "demo": Demo,
+}
 
 
 def parse_adapters(texts: tuple[str, ...]) -> tuple[BlendEntry, ...]:
@@ -257,10 +356,10 @@ def main(arguments: list[str] | None = None) -> int:
         COMMANDS,
         args=arguments,
         prog="lora-diffusion",
-        description="Train, blend and merge LoRA adapters for Stable Diffusion.",
+        description="Train, blend, merge and convert LoRA adapters for Stable Diffusion.",
     )
     try:
-        command.run()
+        return command.run() or 0
     except LoRADiffusionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -270,7 +369,6 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What the commands do between their flags and the library: find files, load, run, write."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from lora_diffusion.blend import Blend, WeightedAdapter
+from lora_diffusion.blend import Blend, WeightedAdapter, check_family
 from lora_diffusion.config import BlendEntry, BlendPreset, GenerateConfig, WeightType, validate
+from lora_diffusion.conversion import Conversion, Converted, convert, outputs_for
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.files import check_writable
-from lora_diffusion.formats.native import load_adapter
+from lora_diffusion.formats.diffusers_folder import anatomy_of_folder
+from lora_diffusion.formats.reading import load_adapter, outline_adapter
 from lora_diffusion.merging import MergeReport, merge
-from lora_diffusion.models import Base, load_base
+from lora_diffusion.models import Base, find_base, load_base
 from lora_diffusion.precision import DTYPES
 from lora_diffusion.recipe import Recipe, differences, read_recipe
 from lora_diffusion.sampling import Picture, generate
@@ -28,6 +30,8 @@ class Plan:
     entries: tuple[BlendEntry, ...]
     settings: GenerateConfig
     recipe: Recipe | None = None
+    ignore: tuple[str, ...] = ()
+    """Patterns of keys that adapter files may hold without being understood."""
 
 
 def preset_plan(path: Path, *, base: str, settings: Mapping[str, Any], adapters: tuple[BlendEntry, ...]) -> Plan:
@@ -59,7 +63,15 @@ def replay_plan(image: Path, *, base: str) -> Plan:
     return Plan(base=base or recipe.base, entries=recipe.adapters, settings=recipe.settings, recipe=recipe)
 
 
-def load_blend(entries: Iterable[BlendEntry], *, folder: Path | None = None) -> Blend:
+def refuse_other_families(entries: Iterable[BlendEntry], base: str, ignore: Sequence[str] = ()) -> None:
+    """Raise FamilyMismatchError for an adapter of another family than the base's, from the files' headers alone."""
+    family, _ = anatomy_of_folder(find_base(base))
+    for entry in entries:
+        outline = outline_adapter(Path(entry.path), ignore=ignore)
+        check_family(outline.metadata.family, outline.metadata.name, base_name=base, family=family.name)
+
+
+def load_blend(entries: Iterable[BlendEntry], *, folder: Path | None = None, ignore: Sequence[str] = ()) -> Blend:
     """The adapters that a preset or recipe refers to, checked against their hashes.
 
     Relative paths start at `folder`. Raises AdapterFormatError for a file that is no adapter, ConfigError for one
@@ -68,7 +80,7 @@ def load_blend(entries: Iterable[BlendEntry], *, folder: Path | None = None) -> 
     weighted: list[WeightedAdapter] = []
     for entry in entries:
         path = (folder or Path()) / entry.path
-        item = WeightedAdapter(adapter=load_adapter(path), weight=entry.weight, path=path)
+        item = WeightedAdapter(adapter=load_adapter(path, ignore=ignore), weight=entry.weight, path=path)
         if entry.hash and item.hash != entry.hash:
             raise ConfigError(
                 f"{path}: its content (hash {item.hash[:12]}) is not what the recipe was made with "
@@ -101,7 +113,8 @@ def generate_files(plan: Plan, output: Path) -> Written:
     Raises LoRADiffusionError's children.
     """
     check_writable(output / "00000.png")
-    blend = load_blend(plan.entries)
+    refuse_other_families(plan.entries, plan.base, plan.ignore)
+    blend = load_blend(plan.entries, ignore=plan.ignore)
     base = load_base(plan.base, precision=recipe_precision(plan.recipe))
     notes: list[str] = []
     if plan.recipe:
@@ -130,6 +143,15 @@ def free_name(folder: Path) -> Path:
     return folder / f"{max(taken, default=-1) + 1:05d}.png"
 
 
-def merge_files(base: str, entries: tuple[BlendEntry, ...], output: Path, precision: WeightType) -> MergeReport:
+def merge_files(
+    base: str, entries: tuple[BlendEntry, ...], output: Path, precision: WeightType, ignore: tuple[str, ...] = ()
+) -> MergeReport:
     """Merge adapter files into a base. Raises LoRADiffusionError's children."""
-    return merge(base, load_blend(entries), output, dtype=precision)
+    refuse_other_families(entries, base, ignore)
+    return merge(base, load_blend(entries, ignore=ignore), output, dtype=precision)
+
+
+def convert_files(sources: Sequence[Path], target: Path, how: Conversion) -> list[Converted]:
+    """Convert files to `target`, or into it. Raises LoRADiffusionError's children before or at the first bad file."""
+    pairs = list(zip(sources, outputs_for(sources, target), strict=True))
+    return [convert(source, output, how) for source, output in tqdm(pairs, unit="file", disable=len(pairs) < 2)]

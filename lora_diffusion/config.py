@@ -18,6 +18,7 @@ from lora_diffusion.errors import ConfigError
 Scheduler = Literal["base", "ddim", "euler", "euler-ancestral", "dpm++"]
 Precision = Literal["no", "fp16", "bf16"]
 WeightType = Literal["keep", "float32", "float16", "bfloat16"]
+Dialect = Literal["native", "kohya", "embedding"]
 Positive = Annotated[int, Field(gt=0)]
 
 EMBEDDED_BASE = "tiny-sd"

@@ -1,77 +1,161 @@
-"""What is in an adapter file, as plain values."""
+"""What is in an adapter file, as plain values: from its header alone, or with its tensors read."""
 
+import hashlib
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lora_diffusion.adapter import Adapter, LoRALayer, adapter_hash
+from lora_diffusion.adapter import Adapter, adapter_hash, named_tensors, non_finite_names
 from lora_diffusion.families import family_title
-from lora_diffusion.formats.native import load_adapter
+from lora_diffusion.formats.header_entries import tag_frequencies
+from lora_diffusion.formats.pickled import is_pickled
+from lora_diffusion.formats.reading import load_adapter, outline_adapter
+from lora_diffusion.formats.safetensors_file import read_header
+from lora_diffusion.layers import Layer, LoRALayer
+from lora_diffusion.precision import dtype_name
+
+MOST_TAGS = 20
+LEGACY_START, LEGACY_BYTES = 0x100000, 0x10000
 
 
-def inspect_adapter(path: Path) -> dict[str, Any]:
-    """Family, sizes, strength, triggers and record of an adapter file, ready for JSON. Raises AdapterFormatError."""
-    adapter = load_adapter(path)
+def inspect_adapter(path: Path, *, norms: bool = False, ignore: Sequence[str] = ()) -> dict[str, Any]:
+    """Dialect, kind, family, sizes, triggers and record of an adapter, ready for JSON.
+
+    Reads the header alone, unless `norms` asks for what only the tensors tell: norms of the deltas, dead layers, NaN,
+    and hashes. Raises AdapterFormatError.
+    """
+    adapter = load_adapter(path, ignore=ignore) if norms else outline_adapter(path, ignore=ignore)
     metadata = adapter.metadata
-    return {
+    training = dict(metadata.training)
+    tags = tag_frequencies(training)
+    training.pop("ss_tag_frequency", None)
+    facts = {
         "file": str(path),
-        "bytes": path.stat().st_size,
+        "bytes": size_of(path),
         "name": metadata.name,
-        "kind": "LoRA",
-        "format": metadata.source_format,
+        "dialect": metadata.source_format,
+        "kind": ", ".join(adapter.kinds),
         "family": family_title(metadata.family) or "unknown",
+        "variant": metadata.variant,
         "base": metadata.base_name,
         "base_hash": metadata.base_hash,
-        "hash": adapter_hash(adapter),
         "trigger_words": list(metadata.trigger_words),
+        "learned_tokens": {word: {c: list(v.shape) for c, v in t.items()} for word, t in adapter.tokens.items()},
         "parameters": adapter.num_parameters,
-        "precision": sorted({str(x.down.dtype).removeprefix("torch.") for x in adapter.layers.values()}),
-        "ranks": count_values(layer.rank for layer in adapter.layers.values()),
-        "alphas": count_values(layer.alpha for layer in adapter.layers.values()),
-        "components": {component: component_summary(adapter, component) for component in adapter.components},
-        "training": dict(metadata.training),
+        "precision": sorted({dtype_name(tensor.dtype) for _, tensor in named_tensors(adapter)}),
+        "ranks": spread(value for layer in adapter.layers.values() if (value := getattr(layer, "rank", None))),
+        "alphas": spread(v for layer in adapter.layers.values() if (v := getattr(layer, "alpha", None)) is not None),
+        "components": dict(Counter(path.split(".", 1)[0] for path in adapter.paths)),
+        "blocks": dict(Counter(block_of(path) for path in adapter.paths)),
+        "tags": dict(list(tags.items())[:MOST_TAGS]),
+        "training": training,
+        "description": metadata.description,
         "created": metadata.created,
+        "notes": list(metadata.notes),
     }
+    return facts | (measured(adapter, path) if norms else {})
 
 
-def count_values(values: Any) -> dict[str, int]:
-    """How many layers have each value."""
-    return {f"{value:g}": count for value, count in sorted(Counter(values).items())}
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a PEFT folder."""
+    files = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
+    return sum(file.stat().st_size for file in files)
 
 
-def component_summary(adapter: Adapter, component: str) -> dict[str, float]:
-    """Number of layers and the norms of their deltas."""
-    norms = [delta_norm(x) for path, x in adapter.layers.items() if path.startswith(f"{component}.")]
-    return {
-        "layers": len(norms),
-        "median_delta_norm": round(median(norms), 6),
-        "max_delta_norm": round(max(norms), 6),
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """Smallest, middle and largest value; empty for none."""
+    listed = sorted(values)
+    return {"min": listed[0], "median": median(listed), "max": listed[-1]} if listed else {}
+
+
+def block_of(path: str) -> str:
+    """The block of a module path: `unet.down_blocks.0`, `unet.mid_block`, and each text encoder as one."""
+    component, inner = path.split(".", 1)
+    if component != "unet":
+        return component
+    side, _, rest = inner.partition(".")
+    return f"unet.{side}.{rest.partition('.')[0]}" if side in ("down_blocks", "up_blocks") else f"unet.{side}"
+
+
+def measured(adapter: Adapter, path: Path) -> dict[str, Any]:
+    """What only the tensors tell."""
+    norms = {layer_path: delta_norm(layer) for layer_path, layer in adapter.layers.items()}
+    facts: dict[str, Any] = {
+        "hash": adapter_hash(adapter),
+        "norms": block_norms(norms),
+        "no_norm": sorted(layer_path for layer_path, norm in norms.items() if norm is None),
+        "dead": sorted(layer_path for layer_path, norm in norms.items() if norm == 0),
+        "non_finite": list(non_finite_names(adapter)),
     }
+    return facts | (file_hashes(path) if path.is_file() and not is_pickled(path) else {})
 
 
-def delta_norm(layer: LoRALayer) -> float:
-    """Frobenius norm of the delta, from the rank x rank Gram matrices of its factors."""
+def block_norms(norms: Mapping[str, float | None]) -> dict[str, dict[str, float]]:
+    """Middle and largest norm of the deltas in each block."""
+    blocks: dict[str, list[float]] = {}
+    for path, norm in norms.items():
+        if norm is not None:
+            blocks.setdefault(block_of(path), []).append(norm)
+    return {block: {"median": median(found), "max": max(found)} for block, found in blocks.items()}
+
+
+def delta_norm(layer: Layer) -> float | None:
+    """Frobenius norm of the delta; None for DoRA, whose delta depends on the base.
+
+    For plain LoRA from the rank x rank Gram matrices of its factors.
+    """
+    if layer.kind == "DoRA":
+        return None
+    if not isinstance(layer, LoRALayer) or layer.mid is not None:
+        return float(layer.delta().double().norm())
     up, down = layer.up.double().flatten(1), layer.down.double().flatten(1)
     squared = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0)
     return abs(layer.scale) * float(squared.sqrt())
 
 
-def describe_inspection(facts: dict[str, Any]) -> str:
-    """The facts as aligned lines of text."""
+def file_hashes(path: Path) -> dict[str, str]:
+    """The hashes by which sites and user interfaces know a file.
+
+    `autov2` begins the SHA-256 of the whole file; `sshs_model_hash` is that of the bytes after the header, and
+    `sshs_legacy_hash` that of 64 KiB behind the first mebibyte [github.com/kohya-ss/sd-scripts, library/train_util.py].
+    """
+    start = read_header(path).data_start
+    with path.open("rb") as file:
+        whole = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(start)
+        payload = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(LEGACY_START)
+        legacy = hashlib.sha256(file.read(LEGACY_BYTES)).hexdigest()
+    return {"autov2": whole[:10], "sshs_model_hash": payload, "sshs_legacy_hash": legacy[:8]}
+
+
+def describe_inspection(facts: Mapping[str, Any]) -> str:
+    """The facts as aligned lines of text, with a bar for each block's norm."""
     lines: list[str] = []
     for key, value in facts.items():
-        if key == "components":
-            for name, summary in value.items():
-                text = (
-                    f"{summary['layers']} layers, delta norm {summary['median_delta_norm']:.4g} in the middle, "
-                    f"{summary['max_delta_norm']:.4g} at most"
-                )
-                lines.append(f"{name:<16}{text}")
-        elif isinstance(value, dict):
-            joined = ", ".join(f"{k}: {v}" for k, v in value.items())
-            lines.append(f"{key.replace('_', ' '):<16}{joined or '-'}")
-        else:
-            shown = ", ".join(value) if isinstance(value, list) else value
-            lines.append(f"{key.replace('_', ' '):<16}{shown if shown not in ('', None) else '-'}")
+        title = key.replace("_", " ")
+        if key == "norms":
+            lines += ["delta norms, middle and largest:", *bars(value)]
+        elif value not in ("", [], {}, None):
+            lines.append(f"{title:<18}{shown(value)}")
     return "\n".join(lines)
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {shown(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def bars(norms: Mapping[str, Mapping[str, float]], width: int = 40) -> list[str]:
+    """One line for each block: name, bar, numbers."""
+    longest = max((entry["median"] for entry in norms.values()), default=0) or 1
+    lines: list[str] = []
+    for block, entry in norms.items():
+        bar = "█" * round(width * entry["median"] / longest)
+        lines.append(f"  {block:<22}{bar:<{width}} {entry['median']:.4g} ({entry['max']:.4g})")
+    return lines

@@ -10,26 +10,28 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from lora_diffusion.blend import Blend, blend_delta, blended_weight, check_fits
+from lora_diffusion.anatomy import changeable_paths
+from lora_diffusion.blend import Blend, blend_bias, blend_delta, blended_weight, check_fits, wanted_shapes
 from lora_diffusion.config import WeightType
 from lora_diffusion.errors import BaseModelError, ConfigError
-from lora_diffusion.families import module_paths
 from lora_diffusion.files import whole_folder
 from lora_diffusion.formats.diffusers_folder import (
     anatomy_of_folder,
     base_hash,
     components_of,
+    find_parameters,
+    stored_kinds,
     text_encoder_names,
     weight_files,
 )
-from lora_diffusion.formats.safetensors_file import TensorKind, stream_safetensors, tensor_kinds
+from lora_diffusion.formats.safetensors_file import TensorKind, stream_safetensors
 from lora_diffusion.models import find_base
 from lora_diffusion.precision import DTYPES
 from lora_diffusion.recipe import Recipe, blend_entries, library_versions
 
 RECIPE_FILE = "lora_diffusion_recipe.json"
 Places = Mapping[tuple[Path, str], str]
-"""(file, tensor name) -> module path."""
+"""(file, tensor name) -> parameter, `<module path>.weight` or `.bias`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,7 @@ def merge(base: str, blend: Blend, output: Path, *, dtype: WeightType = "keep") 
     Raises ConfigError if there is nothing to merge, BaseModelError, FamilyMismatchError if any layer finds no tensor,
     OutputError if `output` cannot be written; in each case nothing is left behind.
     """
-    if not blend.paths:
+    if not blend.paths and not blend.bias_paths:
         raise ConfigError("nothing to merge; give at least one adapter with a weight other than 0")
     folder = find_base(base)
     places = match_tensors(base, folder, blend)
@@ -82,31 +84,17 @@ class Rounding:
         return (self.error / self.delta) ** 0.5 if self.delta else 0.0
 
 
-def checkpoint_keys(path: str) -> tuple[str, ...]:
-    """The names that a checkpoint file may have for the weight of a module: with and without `text_model`."""
-    inner = path.split(".", 1)[1]
-    return f"{inner}.weight", f"{inner.removeprefix('text_model.')}.weight"
-
-
 def match_tensors(base: str, folder: Path, blend: Blend) -> Places:
-    """Where in the checkpoint each module of the blend has its weight.
+    """Where in the checkpoint each module of the blend has its weight and bias.
 
     Raises FamilyMismatchError if one is missing or of another shape, before anything is written.
     """
-    layers = {path for entry in blend.entries for path in entry.adapter.layers}
-    wanted = {(path.split(".", 1)[0], key): path for path in layers for key in checkpoint_keys(path)}
-    places: dict[tuple[Path, str], str] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for component in ("unet", *text_encoder_names(folder)):
-        for file in weight_files(folder, component):
-            for key, (_, weight_shape) in tensor_kinds(file).items():
-                path = wanted.get((component, key))
-                if path is not None:
-                    places[file, key], shapes[path] = path, weight_shape
-    family, shape = anatomy_of_folder(folder)
-    check_fits(blend, base_name=base, family=family.name, paths=frozenset(module_paths(shape)), shapes=shapes)
-    active = set(blend.paths)
-    return {place: path for place, path in places.items() if path in active}
+    stored = find_parameters(folder, {name for entry in blend.entries for name in wanted_shapes(entry.adapter)})
+    family, anatomy = anatomy_of_folder(folder)
+    shapes = {name: place.shape for name, place in stored.items()}
+    check_fits(blend, base_name=base, family=family.name, paths=frozenset(changeable_paths(anatomy)), shapes=shapes)
+    active = {f"{path}.weight" for path in blend.paths} | {f"{path}.bias" for path in blend.bias_paths}
+    return {(place.file, place.key): name for name, place in stored.items() if name in active}
 
 
 def write_checkpoint(
@@ -131,7 +119,7 @@ def write_checkpoint(
 def write_merged(source: Path, target: Path, places: Places, blend: Blend, recipe: Recipe, rounding: Rounding) -> None:
     """One weight file with the blend in it; holds one tensor at a time."""
     kinds: dict[str, TensorKind] = {
-        key: (output_dtype(dtype, recipe.precision), shape) for key, (dtype, shape) in tensor_kinds(source).items()
+        key: (output_dtype(dtype, recipe.precision), shape) for key, (dtype, shape) in stored_kinds(source).items()
     }
     with safe_open(source, framework="pt") as opened:
         metadata = {**(opened.metadata() or {}), "lora_diffusion_recipe": recipe.model_dump_json()}
@@ -139,16 +127,18 @@ def write_merged(source: Path, target: Path, places: Places, blend: Blend, recip
 
         def merged(key: str) -> Tensor:
             bar.update()
-            weight, path = opened.get_tensor(key), places.get((source, key))
-            if path is None:
-                return weight.to(kinds[key][0])
-            return merged_weight(weight, blend_delta(blend, path), path, kinds[key][0], rounding)
+            tensor, name = opened.get_tensor(key), places.get((source, key))
+            if name is None:
+                return tensor.to(kinds[key][0])
+            path, _, leaf = name.rpartition(".")
+            delta = blend_delta(blend, path, tensor) if leaf == "weight" else blend_bias(blend, path, tensor)
+            return merged_tensor(tensor, delta, path, kinds[key][0], rounding)
 
         with target.open("wb") as file, bar:
             stream_safetensors(file, kinds, metadata, merged)
 
 
-def merged_weight(weight: Tensor, delta: Tensor, path: str, dtype: torch.dtype, rounding: Rounding) -> Tensor:
+def merged_tensor(weight: Tensor, delta: Tensor, path: str, dtype: torch.dtype, rounding: Rounding) -> Tensor:
     rounded = blended_weight(weight, delta, path, dtype)
     rounding.error += float((rounded.float() - (weight.float() + delta)).double().square().sum())
     rounding.delta += float(delta.double().square().sum())

@@ -26,9 +26,10 @@ from diffusers import (
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from lora_diffusion.anatomy import Anatomy, module_paths
 from lora_diffusion.config import EMBEDDED_BASE, Scheduler
 from lora_diffusion.errors import BaseModelError
-from lora_diffusion.families import Anatomy, Family, module_paths
+from lora_diffusion.families import Family
 from lora_diffusion.formats.diffusers_folder import (
     anatomy_of_folder,
     base_hash,

@@ -14,7 +14,8 @@ import pytest
 import torch
 from random_bases import write_random_sd, write_random_sdxl
 
-from lora_diffusion.adapter import Adapter, AdapterMetadata, LoRALayer
+from lora_diffusion.adapter import Adapter, AdapterMetadata
+from lora_diffusion.layers import LoRALayer
 from lora_diffusion.models import Base, load_base
 from lora_diffusion.patching import weight_at
 from lora_diffusion.targets import resolve_targets

@@ -6,8 +6,9 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from lora_diffusion.anatomy import anatomy_of, module_paths
 from lora_diffusion.errors import BaseModelError
-from lora_diffusion.families import FAMILIES, SD1, SDXL, TINY_SD, anatomy, module_paths, recognise
+from lora_diffusion.families import FAMILIES, SD1, SDXL, TINY_SD, recognise
 from lora_diffusion.models import Base, live_path
 
 SD_BLOCKS = {
@@ -47,7 +48,7 @@ def weighted_modules(model: nn.Module) -> set[str]:
 def test_unet_paths_are_exactly_the_modules_of_the_full_size_unet(name: str) -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel(**FULL_SIZE[name])
-    paths = [p.removeprefix("unet.") for p in module_paths(anatomy(FULL_SIZE[name], {}))]
+    paths = [p.removeprefix("unet.") for p in module_paths(anatomy_of(FULL_SIZE[name], {}))]
     assert len(paths) == len(set(paths))
     assert set(paths) == weighted_modules(unet)
 
@@ -55,7 +56,7 @@ def test_unet_paths_are_exactly_the_modules_of_the_full_size_unet(name: str) -> 
 def test_text_encoder_paths_are_exactly_the_modules_of_clip() -> None:
     with torch.device("meta"):
         encoder = CLIPTextModel(CLIPTextConfig(num_hidden_layers=12))
-    shape = anatomy(FULL_SIZE["SD 1.5"], {"text_encoder": {"num_hidden_layers": 12}})
+    shape = anatomy_of(FULL_SIZE["SD 1.5"], {"text_encoder": {"num_hidden_layers": 12}})
     paths = {p.removeprefix("text_encoder.") for p in module_paths(shape) if p.startswith("text_encoder.")}
     assert {live_path(encoder, p) for p in paths} == weighted_modules(encoder)
 

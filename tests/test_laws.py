@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_diffusion.adapter import Adapter, AdapterMetadata, LoRALayer, adapter_hash
+from lora_diffusion.adapter import Adapter, AdapterMetadata, adapter_hash
 from lora_diffusion.algebra.combine import combine
 from lora_diffusion.blend import Blend, WeightedAdapter, blend_delta
 from lora_diffusion.errors import AdapterFormatError, ConfigError, FamilyMismatchError
+from lora_diffusion.layers import LoRALayer
 from lora_diffusion.models import Base
 from lora_diffusion.patching import blended, weight_at
 
@@ -97,7 +98,7 @@ def test_the_hash_tells_tensors_and_alpha_but_not_metadata() -> None:
 
 
 def test_factors_that_do_not_follow_each_other_are_refused() -> None:
-    with pytest.raises(AdapterFormatError, match=r"up \(3, 2\) does not follow down \(4, 4\)"):
+    with pytest.raises(AdapterFormatError, match=r"do not follow each other \(down \(4, 4\), up \(3, 2\)\)"):
         LoRALayer(down=torch.ones(4, 4), up=torch.ones(3, 2), alpha=1.0)
 
 

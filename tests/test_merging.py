@@ -10,10 +10,11 @@ from conftest import random_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lora_diffusion.adapter import Adapter, LoRALayer
+from lora_diffusion.adapter import Adapter
 from lora_diffusion.blend import Blend, WeightedAdapter
 from lora_diffusion.config import GenerateConfig
 from lora_diffusion.errors import ConfigError, FamilyMismatchError, LoRADiffusionError, OutputError
+from lora_diffusion.layers import LoRALayer
 from lora_diffusion.merging import RECIPE_FILE, MergeReport, merge
 from lora_diffusion.models import Base, load_base
 from lora_diffusion.patching import blended, weight_at

@@ -9,7 +9,7 @@ from PIL import Image
 from lora_diffusion.adapter import AdapterMetadata, adapter_hash
 from lora_diffusion.config import TrainConfig
 from lora_diffusion.errors import ConfigError, DatasetError, OutputError, TrainingError
-from lora_diffusion.formats.native import load_adapter
+from lora_diffusion.formats.reading import load_adapter
 from lora_diffusion.models import load_base, module_at
 from lora_diffusion.targets import resolve_targets
 from lora_diffusion.training import loop

@@ -2,12 +2,16 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.errors import BaseModelError
-from lora_diffusion.families import Anatomy, Family, anatomy, module_paths, recognise
+from lora_diffusion.anatomy import Anatomy, anatomy_of, module_paths
+from lora_diffusion.errors import AdapterFormatError, BaseModelError
+from lora_diffusion.families import Family, recognise
+from lora_diffusion.formats.safetensors_file import TensorKind, tensor_kinds
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 WEIGHT_NAMES = ("diffusion_pytorch_model", "model")
@@ -61,7 +65,7 @@ def anatomy_of_folder(folder: Path) -> tuple[Family, Anatomy]:
     encoders = {name: read_json(folder / name / "config.json") for name in text_encoder_names(folder)}
     try:
         family = recognise(unet["cross_attention_dim"], two_encoders=len(encoders) == 2)
-        shape = anatomy(unet, encoders)
+        shape = anatomy_of(unet, encoders)
         module_paths(shape)
         return family, shape
     except BaseModelError:
@@ -100,6 +104,41 @@ def shards(index: Path) -> tuple[Path, ...]:
     if not names or len(files) < len(names) or not all(file.is_file() for file in files):
         raise BaseModelError(f"{index}: does not name weight files beside it that are there; the base is incomplete")
     return files
+
+
+def stored_kinds(file: Path) -> dict[str, TensorKind]:
+    """Type and shape of every tensor of a base's weight file. Raises BaseModelError."""
+    try:
+        return tensor_kinds(file)
+    except AdapterFormatError as error:
+        raise BaseModelError(f"{error}; the base is damaged") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredParameter:
+    """Where a checkpoint folder holds a parameter."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+
+
+def find_parameters(folder: Path, names: Iterable[str]) -> dict[str, StoredParameter]:
+    """Those of the parameters (`<module path>.weight` or `.bias`) that the folder has, from the files' headers alone.
+
+    Keys stand with and without the level `text_model`. Raises BaseModelError, AdapterFormatError for a broken file.
+    """
+    wanted: dict[tuple[str, str], str] = {}
+    for name in names:
+        component, _, inner = name.partition(".")
+        wanted |= {(component, inner): name, (component, inner.removeprefix("text_model.")): name}
+    found: dict[str, StoredParameter] = {}
+    for component in ("unet", *text_encoder_names(folder)):
+        for file in weight_files(folder, component):
+            for key, (_, shape) in stored_kinds(file).items():
+                if (component, key) in wanted:
+                    found[wanted[component, key]] = StoredParameter(file=file, key=key, shape=shape)
+    return found
 
 
 def weight_variant(folder: Path) -> str | None:

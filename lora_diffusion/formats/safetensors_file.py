@@ -1,17 +1,21 @@
-"""The safetensors container: read with its own library, written here.
+"""The safetensors container: read and written here, strictly and in bounded memory.
 
-Our own writer, because the library's puts header entries in random order (huggingface/safetensors#584), so that the
-same content would not give the same bytes; and because it needs all tensors at once, where a merge holds one at a time.
+The reader is our own so that a damaged or hostile file ends in one typed error that names the key, and so that a header
+can be looked at without its tensors; the writer, because the library's puts header entries in random order
+(huggingface/safetensors#584), so that the same content would not give the same bytes, and because it needs all tensors
+at once, where a merge holds one at a time. Format: [github.com/huggingface/safetensors].
 """
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_diffusion.errors import AdapterFormatError
@@ -23,41 +27,177 @@ DTYPE_NAMES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
 DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 TensorKind = tuple[torch.dtype, tuple[int, ...]]
+
+MOST_HEADER_BYTES = 100_000_000
+"""The format's own limit."""
+SCALAR_BYTES = 64
+"""Tensors up to this size, such as a layer's alpha, are read even when only the outline of a file is asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """Where a tensor lies: type, shape, and first and last byte after the header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a file says of itself, checked against its length."""
+
+    slots: Mapping[str, Slot]
+    metadata: Mapping[str, str]
+    data_start: int
+    data_bytes: int
+
+
+def read_header(path: Path) -> Header:
+    """The checked header of a file; reads nothing else.
+
+    Raises AdapterFormatError for anything but a whole, consistent safetensors file.
+    """
+    with opened(path) as file:
+        return header_of(file, path)
+
+
+def opened(path: Path) -> BinaryIO:
+    """The file, ready to be read. Raises AdapterFormatError."""
+    if path.is_dir():
+        raise AdapterFormatError(f"{path}: is a folder; give the path of a .safetensors adapter")
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        raise AdapterFormatError(f"{path}: no such file; give the path of a .safetensors adapter") from None
+    except OSError as error:
+        raise AdapterFormatError(f"{path}: cannot be read ({error.strerror}); expected a .safetensors file") from None
+
+
+def header_of(file: BinaryIO, path: Path) -> Header:
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8:
+        raise not_safetensors(path, f"it has {size} bytes")
+    if 8 + length > size:
+        raise not_safetensors(path, f"its header should have {length:,} bytes, the file has {size:,}")
+    if length > MOST_HEADER_BYTES:
+        raise not_safetensors(path, f"its header of {length:,} bytes is beyond the format's {MOST_HEADER_BYTES:,}")
+    table = parsed(file.read(length), path)
+    metadata = table.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise not_safetensors(path, "its __metadata__ is no table of texts")
+    slots = {key: slot_of(key, entry, path) for key, entry in table.items()}
+    check_layout(slots, size - 8 - length, path)
+    return Header(slots=slots, metadata=metadata, data_start=8 + length, data_bytes=size - 8 - length)
+
+
+def not_safetensors(path: Path, reason: str) -> AdapterFormatError:
+    return AdapterFormatError(f"{path}: not a safetensors file ({reason}); expected a file saved as .safetensors")
+
+
+def parsed(text: bytes, path: Path) -> dict[str, Any]:
+    """The header's JSON object; a key that is there twice is refused, because readers would disagree on it."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in table if keys.count(key) > 1)
+            raise not_safetensors(path, f"its header has the key {twice!r} twice")
+        return table
+
+    try:
+        table = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise not_safetensors(path, f"its header is no JSON: {str(error)[:80]}") from None
+    if not isinstance(table, dict):
+        raise not_safetensors(path, "its header is no JSON object")
+    return table
+
+
+def slot_of(key: str, entry: Any, path: Path) -> Slot:
+    """One tensor's entry. Raises AdapterFormatError that names the key."""
+    try:
+        name, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise not_safetensors(path, f"{key!r} has no dtype, shape and data_offsets") from None
+    if not isinstance(name, str) or name not in DTYPES_BY_NAME:
+        raise not_safetensors(path, f"{key!r} is of the unknown type {name!r}")
+    if not isinstance(shape, list) or len(shape) > 64 or not all(is_size(side) for side in (*shape, start, end)):
+        raise not_safetensors(path, f"{key!r} has a shape or offsets that are no sizes")
+    dtype = DTYPES_BY_NAME[name]
+    if end - start != math.prod(shape) * dtype.itemsize:
+        raise not_safetensors(path, f"{key!r} of shape {shape} does not fill its {end - start} bytes")
+    return Slot(dtype=dtype, shape=tuple(shape), start=start, end=end)
+
+
+def is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def check_layout(slots: Mapping[str, Slot], data_bytes: int, path: Path) -> None:
+    """Every byte after the header belongs to exactly one tensor."""
+    reached = 0
+    for key, slot in sorted(slots.items(), key=lambda item: (item[1].start, item[1].end)):
+        if slot.end > data_bytes:
+            raise not_safetensors(path, f"{key!r} ends {slot.end - data_bytes:,} bytes after the file; it is cut short")
+        if slot.start != reached:
+            word = "overlaps the tensor before it" if slot.start < reached else "leaves a gap before it"
+            raise not_safetensors(path, f"{key!r} {word}")
+        reached = slot.end
+    if reached != data_bytes:
+        raise not_safetensors(path, f"{data_bytes - reached:,} bytes after its last tensor belong to none")
 
 
 def tensor_kinds(path: Path) -> dict[str, TensorKind]:
     """Type and shape of every tensor, from the header alone. Raises AdapterFormatError."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-            return {key: (DTYPES_BY_NAME[s.get_dtype()], tuple(s.get_shape())) for key, s in slices.items()}
-    except (SafetensorError, OSError, KeyError) as error:
-        raise AdapterFormatError(f"{path}: cannot be read as safetensors ({error}); the file is damaged") from None
+    return {key: (slot.dtype, slot.shape) for key, slot in read_header(path).slots.items()}
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header metadata. Raises AdapterFormatError if the file is not safetensors."""
-    if path.is_dir():
-        raise AdapterFormatError(f"{path}: is a folder; give the path of a .safetensors adapter")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-            return tensors, dict(file.metadata() or {})
-    except FileNotFoundError:
-        raise AdapterFormatError(f"{path}: no such file; give the path of a .safetensors adapter") from None
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise AdapterFormatError(
-            f"{path}: not a safetensors file ({error}); expected an adapter saved as .safetensors"
-        ) from None
+    """Tensors and header metadata, read in one piece. Raises AdapterFormatError if the file is not safetensors."""
+    with opened(path) as file:
+        header = header_of(file, path)
+        data = torch.empty(header.data_bytes, dtype=torch.uint8)
+        if cast(Any, file).readinto(data.numpy()) != header.data_bytes:
+            raise not_safetensors(path, "it became shorter while it was read")
+    return {key: view(data, slot) for key, slot in header.slots.items()}, dict(header.metadata)
+
+
+def view(data: Tensor, slot: Slot) -> Tensor:
+    """A tensor as a part of the file's bytes; copied only where those do not lie as its type needs."""
+    part = data[slot.start : slot.end]
+    if slot.start % slot.dtype.itemsize:
+        part = part.clone()
+    return part.view(slot.dtype).reshape(slot.shape)
+
+
+def read_outline(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The same without the numbers: tensors are on the meta device, but for the smallest, such as a layer's alpha."""
+    with opened(path) as file:
+        header = header_of(file, path)
+        tensors = {key: outline(file, header, slot) for key, slot in header.slots.items()}
+    return tensors, dict(header.metadata)
+
+
+def outline(file: BinaryIO, header: Header, slot: Slot) -> Tensor:
+    if not 0 < slot.end - slot.start <= SCALAR_BYTES:
+        return torch.empty(slot.shape, dtype=slot.dtype, device="meta")
+    file.seek(header.data_start + slot.start)
+    return torch.frombuffer(bytearray(file.read(slot.end - slot.start)), dtype=slot.dtype).reshape(slot.shape)
 
 
 def payload_hash(tensors: Mapping[str, Tensor]) -> str:

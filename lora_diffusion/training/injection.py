@@ -7,8 +7,9 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from lora_diffusion.adapter import Adapter, AdapterMetadata, LoRALayer
+from lora_diffusion.adapter import Adapter, AdapterMetadata
 from lora_diffusion.config import TrainConfig
+from lora_diffusion.layers import LoRALayer
 from lora_diffusion.models import Base, live_path, module_at
 
 NAME = "default"

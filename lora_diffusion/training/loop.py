@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lora_diffusion.adapter import Adapter, AdapterMetadata
+from lora_diffusion.anatomy import trainable_paths
 from lora_diffusion.config import TrainConfig
 from lora_diffusion.errors import ConfigError, TrainingError
-from lora_diffusion.families import trainable_paths
 from lora_diffusion.files import check_writable
 from lora_diffusion.formats.native import save_adapter
 from lora_diffusion.models import Base, default_device, load_base

@@ -1,0 +1,194 @@
+"""The inside of a base: every module path, from the numbers in its configuration.
+
+Paths come from these numbers and never from walking a live model, because library versions rename modules. A path is
+dotted, in diffusers' spelling, and starts with its component:
+`unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q`,
+`text_encoder.text_model.encoder.layers.0.self_attn.q_proj`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+ATTENTION_LEAVES = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_ATTENTION_LEAVES = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anatomy:
+    """The numbers in a base's configuration that fix its module paths."""
+
+    block_channels: tuple[int, ...]
+    """UNet channels from the highest resolution to the lowest."""
+    down_attention: tuple[int, ...]
+    """Transformer layers in each attention of a down block; 0 for blocks without attention."""
+    up_attention: tuple[int, ...]
+    mid_attention: int
+    mid_block: bool
+    """Distilled UNets leave the middle block out."""
+    layers_per_block: int
+    added_embedding: bool
+    """SDXL's second time embedding."""
+    text_layers: Mapping[str, int]
+    """Hidden layers of each text encoder, by component."""
+    text_projections: tuple[str, ...] = ()
+    """Text encoders that end in a projection."""
+
+
+SD1_ANATOMY = Anatomy(
+    block_channels=(320, 640, 1280, 1280),
+    down_attention=(1, 1, 1, 0),
+    up_attention=(0, 1, 1, 1),
+    mid_attention=1,
+    mid_block=True,
+    layers_per_block=2,
+    added_embedding=False,
+    text_layers={"text_encoder": 12},
+)
+ANATOMIES: Mapping[str, Anatomy] = {
+    "sd1": SD1_ANATOMY,
+    "sd2": replace(SD1_ANATOMY, text_layers={"text_encoder": 23}),
+    "sdxl": Anatomy(
+        block_channels=(320, 640, 1280),
+        down_attention=(0, 2, 10),
+        up_attention=(10, 2, 0),
+        mid_attention=10,
+        mid_block=True,
+        layers_per_block=2,
+        added_embedding=True,
+        text_layers={"text_encoder": 12, "text_encoder_2": 32},
+        text_projections=("text_encoder_2",),
+    ),
+    "tiny-sd": Anatomy(
+        block_channels=(48, 96, 192),
+        down_attention=(1, 1, 1),
+        up_attention=(1, 1, 1),
+        mid_attention=1,
+        mid_block=True,
+        layers_per_block=1,
+        added_embedding=False,
+        text_layers={"text_encoder": 2},
+    ),
+}
+"""The published checkpoints of each family, and the embedded base, by the family's name."""
+
+
+def anatomy_of(unet: Mapping[str, Any], text_encoders: Mapping[str, Mapping[str, Any]]) -> Anatomy:
+    """Read from the `config.json` of a UNet and of its text encoders, by component."""
+    downs: Sequence[str] = unet["down_block_types"]
+    ups: Sequence[str] = unet["up_block_types"]
+    per_block = unet.get("transformer_layers_per_block", 1)
+    depths = [per_block] * len(downs) if isinstance(per_block, int) else list(per_block)
+    return Anatomy(
+        block_channels=tuple(unet["block_out_channels"]),
+        down_attention=tuple(d if "CrossAttn" in b else 0 for b, d in zip(downs, depths, strict=True)),
+        up_attention=tuple(d if "CrossAttn" in b else 0 for b, d in zip(ups, reversed(depths), strict=True)),
+        mid_attention=depths[-1],
+        mid_block=unet.get("mid_block_type", "UNetMidBlock2DCrossAttn") is not None,
+        layers_per_block=unet["layers_per_block"],
+        added_embedding=unet.get("addition_embed_type") == "text_time",
+        text_layers={name: config["num_hidden_layers"] for name, config in text_encoders.items()},
+        text_projections=tuple(
+            name
+            for name, config in text_encoders.items()
+            if "CLIPTextModelWithProjection" in config.get("architectures", ())
+        ),
+    )
+
+
+def module_paths(shape: Anatomy) -> tuple[str, ...]:
+    """Every linear and convolution module of the UNet and the text encoders, each a place for an adapter's layer."""
+    paths = [f"unet.{path}" for path in unet_paths(shape)]
+    for component, num_layers in shape.text_layers.items():
+        paths += [f"{component}.{path}" for path in text_encoder_paths(num_layers)]
+        if component in shape.text_projections:
+            paths.append(f"{component}.text_projection")
+    return tuple(paths)
+
+
+def changeable_paths(shape: Anatomy) -> tuple[str, ...]:
+    """Every module that an adapter may change: those of `module_paths`, and the norms."""
+    return module_paths(shape) + norm_paths(shape)
+
+
+def norm_paths(shape: Anatomy) -> tuple[str, ...]:
+    """Every group norm and layer norm of the UNet and the text encoders."""
+    paths = list(module_paths(shape))
+    resnets = [path.removesuffix(".conv1") for path in paths if path.endswith(".conv1")]
+    attentions = [path.removesuffix(".proj_in") for path in paths if path.endswith(".proj_in")]
+    blocks = [path.removesuffix(".attn1.to_q") for path in paths if path.endswith(".attn1.to_q")]
+    layers = [path.removesuffix(".self_attn.q_proj") for path in paths if path.endswith(".self_attn.q_proj")]
+    norms = [f"{path}.norm{i}" for path in resnets for i in (1, 2)]
+    norms += [f"{path}.norm" for path in attentions]
+    norms += [f"{path}.norm{i}" for path in blocks for i in (1, 2, 3)]
+    norms += [f"{path}.layer_norm{i}" for path in layers for i in (1, 2)]
+    norms += [f"{component}.text_model.final_layer_norm" for component in shape.text_layers]
+    return (*norms, "unet.conv_norm_out")
+
+
+def trainable_paths(shape: Anatomy) -> tuple[str, ...]:
+    """The module paths that the loss reaches.
+
+    SDXL reads its first text encoder before the last layer, which therefore never gets a gradient.
+    """
+    if len(shape.text_layers) == 1:
+        return module_paths(shape)
+    last = f"text_encoder.text_model.encoder.layers.{shape.text_layers['text_encoder'] - 1}."
+    return tuple(path for path in module_paths(shape) if not path.startswith(last))
+
+
+def unet_paths(shape: Anatomy) -> Iterator[str]:
+    yield from ("conv_in", "time_embedding.linear_1", "time_embedding.linear_2")
+    if shape.added_embedding:
+        yield from ("add_embedding.linear_1", "add_embedding.linear_2")
+    last = len(shape.block_channels) - 1
+    for i, depth in enumerate(shape.down_attention):
+        yield from block_paths(f"down_blocks.{i}", shape.layers_per_block, depth, shortcuts=down_shortcuts(shape, i))
+        if i < last:
+            yield f"down_blocks.{i}.downsamplers.0.conv"
+    if shape.mid_block:
+        yield from attention_block_paths("mid_block.attentions.0", shape.mid_attention)
+        yield from resnet_paths("mid_block.resnets.0", shortcut=False)
+        yield from resnet_paths("mid_block.resnets.1", shortcut=False)
+    for i, depth in enumerate(shape.up_attention):
+        count = shape.layers_per_block + 1
+        yield from block_paths(f"up_blocks.{i}", count, depth, shortcuts=range(count))
+        if i < last:
+            yield f"up_blocks.{i}.upsamplers.0.conv"
+    yield "conv_out"
+
+
+def down_shortcuts(shape: Anatomy, block: int) -> range:
+    """Which ResNets of a down block change the number of channels: the first, where the block is wider."""
+    channels = shape.block_channels
+    return range(1) if block > 0 and channels[block] != channels[block - 1] else range(0)
+
+
+def block_paths(prefix: str, layers: int, depth: int, *, shortcuts: range) -> Iterator[str]:
+    for j in range(layers):
+        if depth:
+            yield from attention_block_paths(f"{prefix}.attentions.{j}", depth)
+        yield from resnet_paths(f"{prefix}.resnets.{j}", shortcut=j in shortcuts)
+
+
+def resnet_paths(prefix: str, *, shortcut: bool) -> Iterator[str]:
+    yield from (f"{prefix}.conv1", f"{prefix}.time_emb_proj", f"{prefix}.conv2")
+    if shortcut:
+        yield f"{prefix}.conv_shortcut"
+
+
+def attention_block_paths(prefix: str, depth: int) -> Iterator[str]:
+    yield f"{prefix}.proj_in"
+    for k in range(depth):
+        block = f"{prefix}.transformer_blocks.{k}"
+        for attention in ("attn1", "attn2"):
+            yield from (f"{block}.{attention}.{leaf}" for leaf in ATTENTION_LEAVES)
+        yield from (f"{block}.ff.net.0.proj", f"{block}.ff.net.2")
+    yield f"{prefix}.proj_out"
+
+
+def text_encoder_paths(num_layers: int) -> Iterator[str]:
+    for i in range(num_layers):
+        layer = f"text_model.encoder.layers.{i}"
+        yield from (f"{layer}.self_attn.{leaf}" for leaf in TEXT_ATTENTION_LEAVES)
+        yield from (f"{layer}.mlp.fc1", f"{layer}.mlp.fc2")

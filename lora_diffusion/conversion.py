@@ -1,0 +1,94 @@
+"""Adapters from one dialect into another, with what a change of precision cost."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lora_diffusion.adapter import Adapter, cast, named_tensors, non_finite_names
+from lora_diffusion.card import hub_card
+from lora_diffusion.config import Dialect, WeightType
+from lora_diffusion.errors import ConfigError, OutputError
+from lora_diffusion.files import whole_file
+from lora_diffusion.formats.embeddings import save_embedding
+from lora_diffusion.formats.kohya import save_kohya
+from lora_diffusion.formats.native import save_adapter
+from lora_diffusion.formats.reading import load_adapter
+from lora_diffusion.precision import DTYPES
+
+WRITERS: Mapping[Dialect, Callable[[Adapter, Path], None]] = {
+    "native": save_adapter,
+    "kohya": save_kohya,
+    "embedding": save_embedding,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What to make of each file."""
+
+    to: Dialect
+    dtype: WeightType = "keep"
+    force: bool = False
+    without_tokens: bool = False
+    card: bool = False
+    ignore: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """A file that was written, and what rounding took from it."""
+
+    source: Path
+    output: Path
+    rounding_error: float
+    """Norm of what rounding changed over the norm of all tensors; 0 where no type changed."""
+
+
+def convert(source: Path, output: Path, how: Conversion) -> Converted:
+    """Read `source` in any dialect and write it to `output` in another.
+
+    Raises OutputError if something is there already, AdapterFormatError, ConfigError for a type that cannot hold it.
+    """
+    card = output.with_suffix(".md")
+    for path in (output, card) if how.card else (output,):
+        if path.exists() and not how.force:
+            raise OutputError(f"{path}: already there; give another output, or --force to replace it")
+    adapter = load_adapter(source, ignore=how.ignore)
+    if how.without_tokens:
+        adapter = replace(adapter, tokens={})
+    if how.to == "embedding":
+        adapter = replace(adapter, layers={}, biases={})
+    rounded = adapter if how.dtype == "keep" else cast(adapter, DTYPES[how.dtype])
+    broken = non_finite_names(rounded)
+    if broken:
+        raise ConfigError(f"{source}: {broken[0]} is beyond the range of {how.dtype}; choose bfloat16 or float32")
+    WRITERS[how.to](rounded, output)
+    if how.card:
+        with whole_file(card) as part:
+            part.write_text(hub_card(rounded, output.name), encoding="utf-8")
+    return Converted(source=source, output=output, rounding_error=rounding_error(adapter, rounded))
+
+
+def rounding_error(before: Adapter, after: Adapter) -> float:
+    """Norm of the difference of all tensors over their norm."""
+    error = total = 0.0
+    for (_, old), (_, new) in zip(named_tensors(before), named_tensors(after), strict=True):
+        error += float((old.double() - new.double()).square().sum())
+        total += float(old.double().square().sum())
+    return (error / total) ** 0.5 if total else 0.0
+
+
+def outputs_for(sources: Sequence[Path], target: Path) -> list[Path]:
+    """Where each of the files goes: to `target` itself, or into it if there are several or it is a folder.
+
+    Raises ConfigError if two would take the same name.
+    """
+    if len(sources) == 1 and not target.is_dir() and target.suffix == ".safetensors":
+        return [target]
+    outputs = [target / f"{source.stem}.safetensors" for source in sources]
+    if len(set(outputs)) < len(outputs):
+        twice = next(path for path in outputs if outputs.count(path) > 1)
+        raise ConfigError(f"two of the files would become {twice}; convert them into different folders")
+    if target.is_file() or (len(sources) == 1 and target.suffix not in ("", ".safetensors")):
+        raise ConfigError(f"{target}: expected a folder, or one input and an output that ends in .safetensors")
+    return outputs

@@ -1,0 +1,24 @@
+"""A plot of how strongly an adapter changes each block."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from lora_diffusion.files import whole_file
+
+
+def save_norm_plot(norms: Mapping[str, Mapping[str, float]], path: Path, *, title: str) -> None:
+    """Bars of each block's middle delta norm, the largest as a mark, as a whole PNG. Raises OutputError."""
+    from matplotlib.figure import Figure  # slow to import, and only this needs it
+
+    names = list(norms)
+    figure = Figure(figsize=(8, 0.32 * len(names) + 1.4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.barh(names, [norms[name]["median"] for name in names], color="#4c78a8", label="median")
+    axes.plot([norms[name]["max"] for name in names], names, "|", color="#1f2430", markersize=12, label="largest")
+    axes.invert_yaxis()
+    axes.set_xlabel("Frobenius norm of the delta")
+    axes.set_title(title)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    with whole_file(path) as part:
+        figure.savefig(part, format="png", dpi=120)

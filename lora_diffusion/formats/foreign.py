@@ -1,0 +1,40 @@
+"""Adapters that are recognised, named and refused: kinds that are not done here, and other models' adapters."""
+
+import re
+from collections.abc import Iterable
+
+KINDS: tuple[tuple[str, str], ...] = (
+    (r"\.oft_(blocks|diag|[rR]\b)|\.oft_R\.", "an OFT or BOFT adapter (orthogonal fine-tuning)"),
+    (r"\.boft_[rRs]", "a BOFT adapter (butterfly orthogonal fine-tuning)"),
+    (r"\.(a1|a2|b1|b2|bm)\.weight$", "a GLoRA adapter"),
+    (r"\.on_input$|\.ia3_l", "an (IA)3 adapter"),
+    (r"\.vera_lambda|\.vblora_", "a VeRA or VB-LoRA adapter, whose shared factors are not in one module"),
+    (r"\.(lora_E|ranknum)", "an unfinished AdaLoRA adapter; export it as LoRA from the tool that trained it"),
+    (r"\.(hra_u|fourierft_|randlora_|shira_|delora_|road_|miss_block|waveft_|c3a_|hira_)", "one of PEFT's other kinds"),
+    (r"\.(set_weight|reshape_weight)$", "a patch that replaces weights instead of adding to them"),
+    (r"\.lambda_layer$|\.(p|q)_layer\.", "a T-LoRA adapter"),
+    (r"(^|\.)(to_k_custom_diffusion|to_v_custom_diffusion)", "a Custom Diffusion adapter"),
+    (r"^(image_proj|ip_adapter)\.|\.to_[kv]_ip\.", "an IP-Adapter"),
+    (r"motion_modules", "an AnimateDiff motion adapter"),
+    (r"^(control_model|controlnet|input_hint_block)|\.lora_controlnet", "a ControlNet"),
+)
+MODELS: tuple[tuple[str, str], ...] = (
+    (r"double_blocks|single_blocks|single_transformer_blocks|guidance_in", "an adapter for Flux"),
+    (r"joint_blocks|lora_te3_|^text_encoder_3\.", "an adapter for Stable Diffusion 3"),
+    (r"^lora_prior|effnet|clip_txt_pooled_mapper", "an adapter for Stable Cascade"),
+    (
+        r"^(diffusion_model|transformer|lora_transformer)[._]",
+        "an adapter for a transformer model (SD 3, Flux, ...)",
+    ),
+    (r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.", "a whole checkpoint, no adapter"),
+    (r"^(decoder|encoder|quant_conv|post_quant_conv)\.(conv|mid|up|down|weight|bias)", "an autoencoder, no adapter"),
+)
+
+
+def name_of(keys: Iterable[str]) -> str:
+    """What other kind or model the keys speak of; empty if nothing known."""
+    listed = list(keys)
+    for pattern, name in (*KINDS, *MODELS):
+        if any(re.search(pattern, key) for key in listed):
+            return name
+    return ""
