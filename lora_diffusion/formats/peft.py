@@ -185,7 +185,7 @@ class ModuleReader:
         low_rank = layer.inner if isinstance(layer, DoRALayer) else layer
         if low_rank is None or not hasattr(low_rank, "alpha"):
             return found
-        if self.setting(path, "use_dora") and not isinstance(layer, DoRALayer):
+        if isinstance(layer, LoRALayer) and self.setting(path, "use_dora"):
             raise AdapterFormatError("the header says DoRA, but the file has no magnitude for it; it is incomplete")
         alpha = self.alpha(path, low_rank)
         if alpha is None:
