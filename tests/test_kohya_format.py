@@ -124,7 +124,7 @@ WIDTHS = {LINEAR: 48, CONV: 48, TEXT: 128}
 
 
 @st.composite
-def layers(draw: st.DrawFn, path: str) -> Layer:
+def layers(draw: st.DrawFn, path: str) -> Layer:  # noqa: PLR0911 (one return for each kind)
     """A layer of any kind for a module of the embedded base, mixed ranks, alphas and types."""
     rng = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))

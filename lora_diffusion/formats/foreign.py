@@ -34,7 +34,16 @@ MODELS: tuple[tuple[str, str], ...] = (
 def name_of(keys: Iterable[str]) -> str:
     """What other kind or model the keys speak of; empty if nothing known."""
     listed = list(keys)
-    for pattern, name in (*KINDS, *MODELS):
+    return first_match(KINDS, listed) or first_match(MODELS, listed)
+
+
+def model_of(keys: Iterable[str]) -> str:
+    """What other model the keys speak of; empty if none."""
+    return first_match(MODELS, list(keys))
+
+
+def first_match(table: tuple[tuple[str, str], ...], listed: list[str]) -> str:
+    for pattern, name in table:
         if any(re.search(pattern, key) for key in listed):
             return name
     return ""

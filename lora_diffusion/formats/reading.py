@@ -86,6 +86,7 @@ def translate(
 ) -> Found:
     """Ask the reader whose dialect the keys are in. Raises AdapterFormatError that names what else they may be."""
     keys = frozenset(tensors)
+    refuse_foreign(foreign.model_of(keys), keys, source)
     if order_keyed.recognises(keys):
         return order_keyed.read(tensors, entries, source)
     if kohya.recognises(keys):
@@ -96,14 +97,17 @@ def translate(
         return embeddings.read(tensors, source)
     if not keys and native.TOKENS_KEY in entries:
         return Found(dialect="native")
-    name = foreign.name_of(keys)
-    if name:
-        raise AdapterFormatError(f"{source}: is {name}; this toolkit does not do those (first key: {min(keys)!r})")
+    refuse_foreign(foreign.name_of(keys), keys, source)
     first = f"first: {min(keys)!r}" if keys else "it holds no tensors"
     raise AdapterFormatError(
         f"{source}: none of its {len(keys)} tensors is in a known layout ({first}); expected keys of PEFT, diffusers, "
         "kohya, LyCORIS, the older order-keyed files or a learned token"
     )
+
+
+def refuse_foreign(name: str, keys: frozenset[str], source: str) -> None:
+    if name:
+        raise AdapterFormatError(f"{source}: is {name}; this toolkit does not do those (first key: {min(keys)!r})")
 
 
 def refuse_unmatched(found: Found, tensors: Mapping[str, Tensor], ignore: Sequence[str], source: str) -> None:

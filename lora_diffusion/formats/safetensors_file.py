@@ -121,6 +121,8 @@ def parsed(text: bytes, path: Path) -> dict[str, Any]:
 
     try:
         table = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except AdapterFormatError:
+        raise
     except (ValueError, RecursionError) as error:
         raise not_safetensors(path, f"its header is no JSON: {str(error)[:80]}") from None
     if not isinstance(table, dict):

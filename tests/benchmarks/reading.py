@@ -1,0 +1,138 @@
+"""How fast adapter files are read and converted, against a plain read of the bytes and against diffusers.
+
+    python tests/benchmarks/reading.py
+
+Every measurement runs in a process of its own, so that its peak memory is its own; all in one run, one after another,
+on one file of SD 1.5's size (rank 64, attention and feed-forward, float16). Writes `reading.json` beside this script.
+"""
+
+import json
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_diffusion.adapter import Adapter, AdapterMetadata
+from lora_diffusion.anatomy import ANATOMIES, module_paths
+from lora_diffusion.conversion import Conversion, convert
+from lora_diffusion.formats.kohya import save_kohya
+from lora_diffusion.formats.native import save_adapter
+from lora_diffusion.formats.reading import load_adapter, outline_adapter
+from lora_diffusion.layers import LoRALayer
+from lora_diffusion.models import sample_data
+from lora_diffusion.recognition import block_channels
+
+RANK, RUNS, FOLDER = 64, 5, 100
+LEAVES = (".to_q", ".to_k", ".to_v", ".to_out.0", ".ff.net.0.proj", ".ff.net.2")
+
+
+def full_size_adapter() -> Adapter:
+    """Random factors for SD 1.5's attention and feed-forward."""
+    rng = torch.Generator().manual_seed(0)
+    layers: dict[str, LoRALayer] = {}
+    for path in module_paths(ANATOMIES["sd1"]):
+        width = block_channels(path.removeprefix("unet."), "sd1") if path.endswith(LEAVES) else None
+        if not path.startswith("unet.") or not width:
+            continue
+        inner = 768 if "attn2.to_k" in path or "attn2.to_v" in path else width * (4 if path.endswith("net.2") else 1)
+        out = width * 8 if path.endswith("net.0.proj") else width
+        down, up = torch.randn(RANK, inner, generator=rng).half(), torch.randn(out, RANK, generator=rng).half()
+        layers[path] = LoRALayer(down=down, up=up, alpha=32.0)
+    return Adapter(layers=layers, metadata=AdapterMetadata(name="benchmark", family="sd1"))
+
+
+def diffusers_loader() -> Callable[[Path], Any]:
+    """A pipeline with SD 1.5's UNet, of random weights, that takes the file as a user would give it."""
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+    from lora_diffusion.models import load_base, quiet_libraries
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
+    unet = unet.half().to_empty(device="cpu")
+    parts = {**load_base().pipe.components, "unet": unet}
+    with quiet_libraries():
+        pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+
+    def load(path: Path) -> None:
+        with quiet_libraries():
+            pipe.load_lora_weights(path)
+
+    return load
+
+
+def reader(name: str) -> Callable[[Path], Any]:
+    if name == "diffusers":
+        return diffusers_loader()
+    return {"bytes": Path.read_bytes, "load_adapter": load_adapter, "outline_adapter": outline_adapter}[name]
+
+
+def measure_here(name: str, path: Path) -> None:
+    """Print seconds and the growth of peak memory for one read in this process."""
+    load = reader(name)
+    path.read_bytes()  # the file is in the system's cache for all alike
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    kept = load(path)
+    seconds = time.perf_counter() - started
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(json.dumps({"seconds": seconds, "peak_mb": grown / 1024}))
+    del kept
+
+
+def measured(name: str, path: Path) -> dict[str, float]:
+    """Median over fresh processes."""
+    rows = []
+    for _ in range(RUNS):
+        done = subprocess.run([sys.executable, __file__, name, str(path)], capture_output=True, text=True, check=True)
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+    return {key: round(statistics.median(row[key] for row in rows), 4) for key in rows[0]}
+
+
+def conversions_per_second(folder: Path) -> float:
+    """A folder of copies of a ready adapter (1.4 MB), native to kohya."""
+    source = sample_data() / "adapters" / "neon.safetensors"
+    files = [Path(shutil.copy(source, folder / f"{i:03d}.safetensors")) for i in range(FOLDER)]
+    (folder / "out").mkdir()
+    started = time.perf_counter()
+    for file in files:
+        convert(file, folder / "out" / file.name, Conversion(to="kohya"))
+    return round(FOLDER / (time.perf_counter() - started), 1)
+
+
+def main() -> None:
+    if len(sys.argv) == 3:
+        return measure_here(sys.argv[1], Path(sys.argv[2]))
+    with tempfile.TemporaryDirectory() as scratch:
+        native, kohya = Path(scratch) / "native.safetensors", Path(scratch) / "kohya.safetensors"
+        adapter = full_size_adapter()
+        save_adapter(adapter, native)
+        save_kohya(adapter, kohya)
+        figures: dict[str, Any] = {
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+            "file_mb": round(native.stat().st_size / 2**20, 1),
+            "runs": RUNS,
+            "native": {
+                name: measured(name, native) for name in ("bytes", "load_adapter", "outline_adapter", "diffusers")
+            },
+            "kohya": {
+                name: measured(name, kohya) for name in ("bytes", "load_adapter", "outline_adapter", "diffusers")
+            },
+            "conversions_per_second": conversions_per_second(Path(scratch)),
+        }
+    text = json.dumps(figures, indent=1)
+    Path(__file__).with_name("reading.json").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
