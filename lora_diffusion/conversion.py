@@ -71,6 +71,8 @@ def convert(source: Path, output: Path, how: Conversion) -> Converted:
 
 def rounding_error(before: Adapter, after: Adapter) -> float:
     """Norm of the difference of all tensors over their norm."""
+    if before is after:
+        return 0.0
     error = total = 0.0
     for (_, old), (_, new) in zip(named_tensors(before), named_tensors(after), strict=True):
         error += float((old.double() - new.double()).square().sum())

@@ -8,7 +8,6 @@ on one file of SD 1.5's size (rank 64, attention and feed-forward, float16). Wri
 
 import json
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -32,6 +31,7 @@ from lora_diffusion.models import sample_data
 from lora_diffusion.recognition import block_channels
 
 RANK, RUNS, FOLDER = 64, 5, 100
+READERS = ("bytes", "load_adapter", "outline_adapter", "diffusers")
 LEAVES = (".to_q", ".to_k", ".to_v", ".to_out.0", ".ff.net.0.proj", ".ff.net.2")
 
 
@@ -77,16 +77,24 @@ def reader(name: str) -> Callable[[Path], Any]:
 
 
 def measure_here(name: str, path: Path) -> None:
-    """Print seconds and the growth of peak memory for one read in this process."""
+    """Print seconds and the growth of peak memory for one read in this process (Linux)."""
     load = reader(name)
-    path.read_bytes()  # the file is in the system's cache for all alike
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with path.open("rb") as file:  # so that the file is in the system's cache for all alike
+        while file.read(2**20):
+            pass
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = memory_mb("VmRSS")
     started = time.perf_counter()
     kept = load(path)
     seconds = time.perf_counter() - started
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(json.dumps({"seconds": seconds, "peak_mb": grown / 1024}))
+    print(json.dumps({"seconds": seconds, "peak_mb": memory_mb("VmHWM") - before}))
     del kept
+
+
+def memory_mb(field: str) -> float:
+    """A figure of this process from the system: VmRSS is what it holds, VmHWM the most that it held."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) / 1024
 
 
 def measured(name: str, path: Path) -> dict[str, float]:
