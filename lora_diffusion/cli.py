@@ -188,7 +188,8 @@ class Merge:
 class Inspect:
     """Show what is in adapter files, from their headers alone."""
 
-    files: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER")]
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER", help_behavior_hint="")]
+    """Adapter files, or folders that PEFT saved."""
     norms: bool = False
     """Read the tensors too: norms of the deltas, dead layers, NaN and hashes."""
     plot: Annotated[Path | None, tyro.conf.arg(metavar="PNG", help_behavior_hint="")] = None
@@ -220,7 +221,8 @@ class Inspect:
 class Convert:
     """Write adapters in another dialect: the inputs first, the output file or folder last."""
 
-    paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IN ... OUT")]
+    paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IN ... OUT", help_behavior_hint="")]
+    """Adapters to read, and where to write: a .safetensors file for one, a folder for several."""
     to: Dialect
     """native (PEFT/diffusers), kohya (A1111, Forge, ComfyUI), or embedding (a learned token alone)."""
     dtype: WeightType = "keep"

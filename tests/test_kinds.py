@@ -12,11 +12,12 @@ from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
 from lycoris.modules.norms import NormModule
-from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
-from safetensors.torch import save_file
+from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_diffusion.formats.kohya_names import kohya_name
+from lora_diffusion.formats.native import save_adapter
 from lora_diffusion.formats.reading import load_adapter
 from lora_diffusion.layers import DoRALayer
 
@@ -159,3 +160,30 @@ def test_a_peft_folder_changes_the_weights_as_peft_does(kind: str, given: str, t
         torch.testing.assert_close(ours, after.weight.detach(), atol=2e-6, rtol=1e-4)
         if kind == "bias":
             torch.testing.assert_close(original.bias + adapter.biases[path], after.bias, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kind", ["lora", "dora", "patterns", "loha", "loha-tucker", "lokr", "lokr-both", "lokr-tucker"]
+)
+def test_peft_loads_the_kinds_that_we_write(kind: str, tmp_path: Path) -> None:
+    """Our native keys, with the header's settings, into PEFT's own modules."""
+    source: Any = get_peft_model(Model(), PEFT[kind])
+    torch.manual_seed(6)
+    with torch.no_grad():
+        for parameter in source.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    source.save_pretrained(tmp_path / "peft")
+    adapter = load_adapter(tmp_path / "peft")
+    save_adapter(adapter, tmp_path / "ours.safetensors")
+    state = {key.removeprefix("unet."): value for key, value in load_file(tmp_path / "ours.safetensors").items()}
+    target: Any = get_peft_model(Model(), PEFT[kind])
+    result = set_peft_model_state_dict(target, {f"base_model.model.{key}": value for key, value in state.items()})
+    assert not result.unexpected_keys
+    for path in (LINEAR, CONV):
+        weight = fresh(path).weight.detach()
+        after = target.merge_and_unload().get_submodule(path.removeprefix("unet.")).weight.detach()
+        ours = weight + adapter.layers[path].delta(weight).reshape(weight.shape)
+        torch.testing.assert_close(ours, after, atol=2e-6, rtol=1e-4)
+        target = get_peft_model(Model(), PEFT[kind])
+        set_peft_model_state_dict(target, {f"base_model.model.{key}": value for key, value in state.items()})

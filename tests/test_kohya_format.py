@@ -245,3 +245,41 @@ def test_a_missing_or_zero_alpha_means_the_rank(tmp_path: Path) -> None:
         layer = load_adapter(tmp_path / "a.safetensors").layers[LINEAR]
         assert isinstance(layer, LoRALayer)
         assert layer.scale == 1.0
+
+
+@pytest.mark.parametrize(
+    ("entries", "variant"),
+    [
+        ({"ss_base_model_version": "sd_v2_v"}, "v-prediction"),
+        ({"modelspec.architecture": "stable-diffusion-v2-512/lora"}, ""),
+        ({"modelspec.architecture": "stable-diffusion-v2-768-v/lora"}, "v-prediction"),
+        ({"modelspec.prediction_type": "v"}, "v-prediction"),
+        ({"ss_base_model_version": "sd_v2_inpainting"}, "inpainting"),
+    ],
+)
+def test_the_variant_is_recognised_and_kept(entries: dict[str, str], variant: str, tmp_path: Path) -> None:
+    block = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+    path = kohya_file(tmp_path / "a.safetensors", "sd2", {block: (640, 1024)})
+    save_file(load_file(path), path, metadata=entries)
+    adapter = load_adapter(path)
+    assert (adapter.metadata.family, adapter.metadata.variant) == ("sd2", variant)
+    save_kohya(adapter, tmp_path / "b.safetensors")
+    written = read_header(tmp_path / "b.safetensors").metadata
+    assert ("768-v" in written["modelspec.architecture"]) == (variant == "v-prediction")
+
+
+def test_an_inpainting_unet_is_recognised_by_its_first_convolution(tmp_path: Path) -> None:
+    tensors = {
+        "lora_unet_conv_in.lora_down.weight": torch.ones(2, 9, 3, 3),
+        "lora_unet_conv_in.lora_up.weight": torch.ones(320, 2, 1, 1),
+    }
+    save_file(tensors, tmp_path / "inpaint.safetensors")
+    assert load_adapter(tmp_path / "inpaint.safetensors").metadata.variant == "inpainting"
+
+
+def test_a_family_that_the_file_leaves_open_is_left_open(tmp_path: Path) -> None:
+    path = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    file = kohya_file(tmp_path / "te.safetensors", "sdxl", {path: (768, 768)})
+    assert load_adapter(file).metadata.family == ""  # SD 1.x's encoder is SDXL's first
+    save_file(load_file(file), file, metadata={"ss_base_model_version": "sdxl_base_v1-0"})
+    assert load_adapter(file).metadata.family == "sdxl"

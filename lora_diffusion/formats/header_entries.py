@@ -56,8 +56,9 @@ def modelspec_entries(adapter: Adapter, tensors: Mapping[str, Tensor], *, title:
     }
     family = FAMILIES.get(metadata.family)
     if family:
-        entries["modelspec.architecture"] = family.modelspec
-        entries["modelspec.resolution"] = f"{family.resolution}x{family.resolution}"
+        small = metadata.family == "sd2" and metadata.variant != "v-prediction"  # SD 2.x comes in two sizes
+        entries["modelspec.architecture"] = "stable-diffusion-v2-512/lora" if small else family.modelspec
+        entries["modelspec.resolution"] = "512x512" if small else f"{family.resolution}x{family.resolution}"
     optional = {
         "modelspec.prediction_type": "v" if metadata.variant == "v-prediction" else "",
         "modelspec.trigger_phrase": ", ".join(metadata.trigger_words),

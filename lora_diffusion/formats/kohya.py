@@ -70,7 +70,7 @@ def family_of(modules: Mapping[str, Module], entries: Mapping[str, str]) -> str:
     """The family whose table knows the most of the names, at shapes that it can have; empty if SD 1.x or SD 2.x."""
     fitting = {family: fit(modules, family) for family in ANATOMIES}
     most = max(fitting.values(), default=0)
-    best = tuple(family for family, count in fitting.items() if count == most and count)
+    best = tuple(family for family, count in fitting.items() if count == most and count > 0)
     return choose_family(best, named_base(entries)[0]) or ("" if set(best) <= {"sd1", "sd2"} else best[0])
 
 

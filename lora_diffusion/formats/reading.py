@@ -128,12 +128,19 @@ def complete(metadata: AdapterMetadata, found: Found, path: Path, *, own: bool) 
     family = metadata.family
     if not own:
         possible = candidates(shapes) if shapes else ()
-        family = choose_family(possible, metadata.family) or found.family
+        family = choose_family(possible, metadata.family) if possible else found.family
+    variant = metadata.variant or ("inpainting" if is_inpainting(shapes) else "")
     dialect = "native" if own and found.dialect == peft.DIALECT else found.dialect
     changes = {
         "name": metadata.name or path.stem,
         "family": family,
         "source_format": dialect,
+        "variant": variant,
         "notes": tuple(dict.fromkeys((*metadata.notes, *found.notes))),
     }
     return metadata.model_copy(update=changes)
+
+
+def is_inpainting(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the UNet's first convolution reads nine channels: latents, mask and masked latents."""
+    return shapes.get("unet.conv_in", ())[1:2] == (9,)

@@ -22,7 +22,7 @@ from lora_diffusion.config import TrainConfig
 from lora_diffusion.errors import ConfigError, TrainingError
 from lora_diffusion.files import check_writable
 from lora_diffusion.formats.native import save_adapter
-from lora_diffusion.models import Base, default_device, load_base
+from lora_diffusion.models import Base, default_device, load_base, prediction_type
 from lora_diffusion.precision import DTYPES
 from lora_diffusion.recipe import library_versions
 from lora_diffusion.targets import resolve_targets
@@ -217,6 +217,7 @@ def current_adapter(run: Run, *, steps: int, loss: float) -> Adapter:
     metadata = AdapterMetadata(
         name=config.name or config.output.stem,
         family=base.family.name,
+        variant="v-prediction" if prediction_type(base) == "v_prediction" else "",
         base_name=base.name,
         base_hash=base.hash,
         trigger_words=config.trigger_words,
