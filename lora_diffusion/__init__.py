@@ -18,10 +18,17 @@ if TYPE_CHECKING:
     from lora_diffusion.config import BlendPreset as BlendPreset
     from lora_diffusion.config import GenerateConfig as GenerateConfig
     from lora_diffusion.config import TrainConfig as TrainConfig
+    from lora_diffusion.conversion import Conversion as Conversion
+    from lora_diffusion.conversion import convert as convert
     from lora_diffusion.errors import LoRADiffusionError as LoRADiffusionError
     from lora_diffusion.formats.native import save_adapter as save_adapter
     from lora_diffusion.formats.reading import load_adapter as load_adapter
+    from lora_diffusion.formats.reading import outline_adapter as outline_adapter
     from lora_diffusion.inspection import inspect_adapter as inspect_adapter
+    from lora_diffusion.layers import DoRALayer as DoRALayer
+    from lora_diffusion.layers import FullLayer as FullLayer
+    from lora_diffusion.layers import LoHaLayer as LoHaLayer
+    from lora_diffusion.layers import LoKrLayer as LoKrLayer
     from lora_diffusion.layers import LoRALayer as LoRALayer
     from lora_diffusion.merging import merge as merge
     from lora_diffusion.models import Base as Base
@@ -29,6 +36,7 @@ if TYPE_CHECKING:
     from lora_diffusion.patching import blended as blended
     from lora_diffusion.sampling import generate as generate
     from lora_diffusion.training.loop import train as train
+    from lora_diffusion.verification import verify as verify
 
 __all__ = [
     "Adapter",
@@ -36,7 +44,12 @@ __all__ = [
     "Base",
     "Blend",
     "BlendPreset",
+    "Conversion",
+    "DoRALayer",
+    "FullLayer",
     "GenerateConfig",
+    "LoHaLayer",
+    "LoKrLayer",
     "LoRADiffusionError",
     "LoRALayer",
     "TrainConfig",
@@ -44,13 +57,16 @@ __all__ = [
     "adapter_hash",
     "blended",
     "combine",
+    "convert",
     "generate",
     "inspect_adapter",
     "load_adapter",
     "load_base",
     "merge",
+    "outline_adapter",
     "save_adapter",
     "train",
+    "verify",
 ]
 
 HOMES = {
@@ -59,7 +75,12 @@ HOMES = {
     "Base": "models",
     "Blend": "blend",
     "BlendPreset": "config",
+    "Conversion": "conversion",
+    "DoRALayer": "layers",
+    "FullLayer": "layers",
     "GenerateConfig": "config",
+    "LoHaLayer": "layers",
+    "LoKrLayer": "layers",
     "LoRADiffusionError": "errors",
     "LoRALayer": "layers",
     "TrainConfig": "config",
@@ -67,13 +88,16 @@ HOMES = {
     "adapter_hash": "adapter",
     "blended": "patching",
     "combine": "algebra.combine",
+    "convert": "conversion",
     "generate": "sampling",
     "inspect_adapter": "inspection",
     "load_adapter": "formats.reading",
     "load_base": "models",
     "merge": "merging",
+    "outline_adapter": "formats.reading",
     "save_adapter": "formats.native",
     "train": "training.loop",
+    "verify": "verification",
 }
 
 
