@@ -239,8 +239,7 @@ class Convert:
     """Print the result as JSON."""
 
     def run(self) -> int:
-        from lora_diffusion.commands import convert_files
-        from lora_diffusion.conversion import Conversion
+        from lora_diffusion.conversion import Conversion, convert_files
 
         if len(self.paths) < 2:
             raise ConfigError("give at least one input and, last, the output: convert IN OUT --to kohya")

@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from lora_diffusion.blend import Blend, WeightedAdapter, check_family
 from lora_diffusion.config import BlendEntry, BlendPreset, GenerateConfig, WeightType, validate
-from lora_diffusion.conversion import Conversion, Converted, convert, outputs_for
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.files import check_writable
 from lora_diffusion.formats.diffusers_folder import anatomy_of_folder
@@ -149,9 +148,3 @@ def merge_files(
     """Merge adapter files into a base. Raises LoRADiffusionError's children."""
     refuse_other_families(entries, base, ignore)
     return merge(base, load_blend(entries, ignore=ignore), output, dtype=precision)
-
-
-def convert_files(sources: Sequence[Path], target: Path, how: Conversion) -> list[Converted]:
-    """Convert files to `target`, or into it. Raises LoRADiffusionError's children before or at the first bad file."""
-    pairs = list(zip(sources, outputs_for(sources, target), strict=True))
-    return [convert(source, output, how) for source, output in tqdm(pairs, unit="file", disable=len(pairs) < 2)]

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tqdm import tqdm
+
 from lora_diffusion.adapter import Adapter, cast, named_tensors, non_finite_names
 from lora_diffusion.card import hub_card
 from lora_diffusion.config import Dialect, WeightType
@@ -94,3 +96,9 @@ def outputs_for(sources: Sequence[Path], target: Path) -> list[Path]:
     if target.is_file() or (len(sources) == 1 and target.suffix not in ("", ".safetensors")):
         raise ConfigError(f"{target}: expected a folder, or one input and an output that ends in .safetensors")
     return outputs
+
+
+def convert_files(sources: Sequence[Path], target: Path, how: Conversion) -> list[Converted]:
+    """Convert files to `target`, or into it; stops at the first bad one. Raises LoRADiffusionError's children."""
+    pairs = list(zip(sources, outputs_for(sources, target), strict=True))
+    return [convert(source, output, how) for source, output in tqdm(pairs, unit="file", disable=len(pairs) < 2)]
