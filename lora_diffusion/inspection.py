@@ -1,6 +1,7 @@
 """What is in an adapter file, as plain values: from its header alone, or with its tensors read."""
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from lora_diffusion.adapter import Adapter, adapter_hash, named_tensors, non_fin
 from lora_diffusion.families import family_title
 from lora_diffusion.formats.header_entries import tag_frequencies
 from lora_diffusion.formats.pickled import is_pickled
-from lora_diffusion.formats.reading import load_adapter, outline_adapter
+from lora_diffusion.formats.reading import load_unchecked, outline_adapter
 from lora_diffusion.formats.safetensors_file import read_header
 from lora_diffusion.layers import Layer, LoRALayer
 from lora_diffusion.precision import dtype_name
@@ -26,7 +27,7 @@ def inspect_adapter(path: Path, *, norms: bool = False, ignore: Sequence[str] = 
     Reads the header alone, unless `norms` asks for what only the tensors tell: norms of the deltas, dead layers, NaN,
     and hashes. Raises AdapterFormatError.
     """
-    adapter = load_adapter(path, ignore=ignore) if norms else outline_adapter(path, ignore=ignore)
+    adapter = (load_unchecked if norms else outline_adapter)(path, ignore=ignore)
     metadata = adapter.metadata
     training = dict(metadata.training)
     tags = tag_frequencies(training)
@@ -102,17 +103,21 @@ def block_norms(norms: Mapping[str, float | None]) -> dict[str, dict[str, float]
 
 
 def delta_norm(layer: Layer) -> float | None:
-    """Frobenius norm of the delta; None for DoRA, whose delta depends on the base.
+    """Frobenius norm of the delta; None for DoRA, whose delta depends on the base, and for values that are no numbers.
 
     For plain LoRA from the rank x rank Gram matrices of its factors.
     """
     if layer.kind == "DoRA":
         return None
     if not isinstance(layer, LoRALayer) or layer.mid is not None:
-        return float(layer.delta().double().norm())
+        return finite(float(layer.delta().double().norm()))
     up, down = layer.up.double().flatten(1), layer.down.double().flatten(1)
     squared = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0)
-    return abs(layer.scale) * float(squared.sqrt())
+    return finite(abs(layer.scale) * float(squared.sqrt()))
+
+
+def finite(norm: float) -> float | None:
+    return norm if math.isfinite(norm) else None
 
 
 def file_hashes(path: Path) -> dict[str, str]:

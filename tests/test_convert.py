@@ -84,6 +84,24 @@ def test_inspect_with_norms_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFix
     assert "norms" not in inspect_adapter(NEON)
 
 
+def test_inspect_names_dead_and_broken_tensors_of_a_file_that_nothing_else_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    block = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn"
+    tensors = {
+        f"{block}1_to_q.lora_down.weight": torch.full((2, 640), float("nan")),
+        f"{block}1_to_q.lora_up.weight": torch.ones(640, 2),
+        f"{block}2_to_k.lora_down.weight": torch.ones(2, 768),
+        f"{block}2_to_k.lora_up.weight": torch.zeros(640, 2),
+    }
+    save_file(tensors, tmp_path / "broken.safetensors")
+    assert main(["inspect", str(tmp_path / "broken.safetensors"), "--norms", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    path = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn"
+    assert (facts["non_finite"], facts["dead"]) == ([f"{path}1.to_q down"], [f"{path}2.to_k"])
+    assert main(["verify", str(tmp_path / "broken.safetensors")]) == 1
+
+
 def test_inspect_reads_the_header_alone(tmp_path: Path) -> None:
     """A sparse file of 1 GB, of which only the header has been written."""
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"

@@ -35,6 +35,11 @@ def load_adapter(path: Path, *, ignore: Sequence[str] = ()) -> Adapter:
     return adapter
 
 
+def load_unchecked(path: Path, *, ignore: Sequence[str] = ()) -> Adapter:
+    """The same for a file whose values are to be looked at, NaN and edited tensors included; not for use in a blend."""
+    return read_adapter(path, read_safetensors, ignore)[1]
+
+
 def outline_adapter(path: Path, *, ignore: Sequence[str] = ()) -> Adapter:
     """The same from the header alone: factors have shape and type, on the meta device, but no values.
 
