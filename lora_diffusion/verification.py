@@ -11,8 +11,8 @@ from lora_diffusion.errors import AdapterFormatError, LoRADiffusionError
 from lora_diffusion.families import family_title
 from lora_diffusion.formats.diffusers_folder import anatomy_of_folder, find_parameters
 from lora_diffusion.formats.reading import load_adapter
-from lora_diffusion.formats.safetensors_file import payload_hash, read_header, read_safetensors
-from lora_diffusion.inspection import delta_norm
+from lora_diffusion.formats.safetensors_file import read_header
+from lora_diffusion.inspection import delta_norm, file_hashes
 from lora_diffusion.models import find_base
 
 HASH_KEY = "modelspec.hash_sha256"
@@ -77,7 +77,7 @@ def check_payload(path: Path) -> Check:
     stated = read_header(path).metadata.get(HASH_KEY, "")
     if not stated:
         return Check(name=name, passed=None, detail=f"the header has no {HASH_KEY}")
-    actual = payload_hash(read_safetensors(path)[0])
+    actual = file_hashes(path)["sshs_model_hash"]
     return Check(name=name, passed=stated.removeprefix("0x") == actual, detail=stated)
 
 

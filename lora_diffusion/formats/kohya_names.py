@@ -13,7 +13,6 @@ from lora_diffusion.anatomy import ANATOMIES, Anatomy, changeable_paths
 from lora_diffusion.families import FAMILIES, TWO_ENCODERS
 
 UNET_PREFIX = "lora_unet"
-PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 
 RESNET_NAMES = {
     "norm1": "in_layers.0",

@@ -60,7 +60,7 @@ def vector(magnitude: Tensor) -> Tensor:
 
 def header(adapter: Adapter, tensors: Mapping[str, Tensor], *, title: str) -> dict[str, str]:
     """All header entries, as strings."""
-    alpha = {p: float(getattr(layer, "alpha")) for p, layer in adapter.layers.items() if hasattr(layer, "alpha")}  # noqa: B009
+    alpha = {p: float(a) for p, layer in adapter.layers.items() if (a := getattr(layer, "alpha", None)) is not None}
     entries = {
         **record_entry(adapter, alpha=alpha, hashed=True),
         PEFT_KEY: json.dumps(peft_metadata(adapter), sort_keys=True),
