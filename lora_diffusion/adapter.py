@@ -4,18 +4,22 @@ Words: `down` (A, rank x in) and `up` (B, out x rank) are the two factors; `scal
 `delta` = scale * up @ down is what the adapter adds to a module's weight. Knows nothing of files or models.
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
 from lora_diffusion.layers import DoRALayer, FullLayer, Layer
 from lora_diffusion.precision import tensor_bytes
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class AdapterMetadata(BaseModel):
@@ -44,7 +48,7 @@ class AdapterMetadata(BaseModel):
     """Names or hashes of the adapters that this one was made of."""
 
 
-Token = Mapping[str, Tensor]
+Token: TypeAlias = "Mapping[str, Tensor]"
 """A learned token's vectors (n, width), one entry for each text encoder, by component."""
 
 
@@ -54,7 +58,7 @@ class Adapter:
 
     layers: Mapping[str, Layer]
     """What is added to the weight of each module."""
-    biases: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    biases: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
     """What is added to the bias of each module, (out,)."""
     tokens: Mapping[str, Token] = field(default_factory=dict[str, Token])
     """Learned words (textual inversion) [arXiv:2208.01618]."""
@@ -132,10 +136,8 @@ def labelled(tensor: Tensor, name: str) -> bytes:
 
 
 def non_finite_names(adapter: Adapter) -> tuple[str, ...]:
-    """The tensors that hold NaN or infinity, by name; those on the meta device have no values to look at."""
-    return tuple(
-        name for name, tensor in named_tensors(adapter) if tensor.device.type != "meta" and not is_finite(tensor)
-    )
+    """The tensors that hold NaN or infinity, by name."""
+    return tuple(name for name, tensor in named_tensors(adapter) if not is_finite(tensor))
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -143,6 +145,8 @@ def is_finite(tensor: Tensor) -> bool:
 
     A finite sum says so at a tenth of the cost; only where it is not, as it may have overflowed, each is looked at.
     """
+    import torch
+
     if tensor.dtype.itemsize > 1 and bool(tensor.sum(dtype=torch.float32).isfinite()):
         return True
     return bool(tensor.float().isfinite().all())

@@ -16,7 +16,7 @@ from lora_diffusion.formats.diffusers_folder import anatomy_of_folder
 from lora_diffusion.formats.reading import load_adapter, outline_adapter
 from lora_diffusion.merging import MergeReport, merge
 from lora_diffusion.models import Base, find_base, load_base
-from lora_diffusion.precision import DTYPES
+from lora_diffusion.precision import torch_dtype
 from lora_diffusion.recipe import Recipe, differences, read_recipe
 from lora_diffusion.sampling import Picture, generate
 
@@ -133,7 +133,7 @@ def generate_files(plan: Plan, output: Path) -> Written:
 
 def recipe_precision(recipe: Recipe | None) -> torch.dtype | None:
     """The type that a recipe was run in; None takes the device's own."""
-    return DTYPES.get(recipe.precision) if recipe else None
+    return torch_dtype(recipe.precision) if recipe else None
 
 
 def free_name(folder: Path) -> Path:

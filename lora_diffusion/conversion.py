@@ -15,7 +15,7 @@ from lora_diffusion.formats.embeddings import save_embedding
 from lora_diffusion.formats.kohya import save_kohya
 from lora_diffusion.formats.native import save_adapter
 from lora_diffusion.formats.reading import load_adapter
-from lora_diffusion.precision import DTYPES
+from lora_diffusion.precision import torch_dtype
 
 WRITERS: Mapping[Dialect, Callable[[Adapter, Path], None]] = {
     "native": save_adapter,
@@ -60,7 +60,7 @@ def convert(source: Path, output: Path, how: Conversion) -> Converted:
         adapter = replace(adapter, tokens={})
     if how.to == "embedding":
         adapter = replace(adapter, layers={}, biases={})
-    rounded = adapter if how.dtype == "keep" else cast(adapter, DTYPES[how.dtype])
+    rounded = adapter if how.dtype == "keep" else cast(adapter, torch_dtype(how.dtype))
     broken = non_finite_names(rounded)
     if broken:
         raise ConfigError(f"{source}: {broken[0]} is beyond the range of {how.dtype}; choose bfloat16 or float32")

@@ -5,16 +5,20 @@ base. The formulas are those of the papers and of the tools that write the files
 github.com/huggingface/peft], so that a file means here what it means there.
 """
 
+from __future__ import annotations
+
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Self
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from lora_diffusion.errors import AdapterFormatError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FLOAT32_EPSILON = 2.0**-23
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,8 +30,8 @@ class Layer(ABC):
     @property
     def factors(self) -> dict[str, Tensor]:
         """Its tensors by field name, in a fixed order."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "alpha"}
+        return {name: value for name, value in values.items() if value is not None}
 
     def with_factors(self, factors: Mapping[str, Tensor]) -> Self:
         """The same layer with some of its tensors replaced."""
@@ -215,7 +219,7 @@ class LoKrLayer(Layer):
         first = half(self.w1, self.w1_a, self.w1_b, None)
         second = half(self.w2, self.w2_a, self.w2_b, self.t2)
         first = first.reshape(*first.shape, *[1] * (second.ndim - 2))
-        return torch.kron(first, second.contiguous()) * self.scale
+        return first.kron(second.contiguous()) * self.scale
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -292,12 +296,14 @@ class DoRALayer(Layer):
         moved = weight + self.inner.delta().reshape(weight.shape)
         axis = 0 if self.per_output else 1
         others = [dim for dim in range(weight.ndim) if dim != axis]
-        norm = moved.square().sum(dim=others, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).eps)
+        norm = moved.square().sum(dim=others, keepdim=True).sqrt().clamp(min=FLOAT32_EPSILON)
         return moved * (self.magnitude.float().reshape(norm.shape) / norm) - weight
 
 
 def tucker(core: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """(out, in, kh, kw) from a core (r, q, kh, kw), `first` (r, out) and `second` (q, in)."""
+    import torch
+
     return torch.einsum("ijkl,ip,jr->prkl", core.float(), first.float(), second.float())
 
 

@@ -26,7 +26,7 @@ from lora_diffusion.formats.diffusers_folder import (
 )
 from lora_diffusion.formats.safetensors_file import TensorKind, stream_safetensors
 from lora_diffusion.models import find_base
-from lora_diffusion.precision import DTYPES
+from lora_diffusion.precision import FLOAT_TYPES, torch_dtype
 from lora_diffusion.recipe import Recipe, blend_entries, library_versions
 
 RECIPE_FILE = "lora_diffusion_recipe.json"
@@ -128,11 +128,12 @@ def write_merged(source: Path, target: Path, places: Places, blend: Blend, recip
         def merged(key: str) -> Tensor:
             bar.update()
             tensor, name = opened.get_tensor(key), places.get((source, key))
+            dtype = torch_dtype(kinds[key][0])
             if name is None:
-                return tensor.to(kinds[key][0])
+                return tensor.to(dtype)
             path, _, leaf = name.rpartition(".")
             delta = blend_delta(blend, path, tensor) if leaf == "weight" else blend_bias(blend, path, tensor)
-            return merged_tensor(tensor, delta, path, kinds[key][0], rounding)
+            return merged_tensor(tensor, delta, path, dtype, rounding)
 
         with target.open("wb") as file, bar:
             stream_safetensors(file, kinds, metadata, merged)
@@ -145,9 +146,9 @@ def merged_tensor(weight: Tensor, delta: Tensor, path: str, dtype: torch.dtype, 
     return rounded
 
 
-def output_dtype(dtype: torch.dtype, wanted: str) -> torch.dtype:
+def output_dtype(dtype: str, wanted: str) -> str:
     """The type to write a tensor in; integers, such as position ids, stay as they are."""
-    return DTYPES[wanted] if wanted in DTYPES and dtype.is_floating_point else dtype
+    return wanted if wanted in FLOAT_TYPES and "float" in dtype else dtype
 
 
 def card(recipe: Recipe, rounding_error: float) -> str:

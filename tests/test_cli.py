@@ -13,7 +13,7 @@ from PIL import Image
 from lora_diffusion.cli import main, parse_adapter
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.native import save_adapter
-from lora_diffusion.models import Base
+from lora_diffusion.models import Base, sample_data
 from lora_diffusion.recipe import INFOTEXT_KEY, read_recipe
 
 
@@ -154,9 +154,11 @@ def test_a_pipeline_that_is_not_stable_diffusion_is_named(tmp_path: Path, capsys
     )
 
 
-def test_help_comes_without_any_heavy_library() -> None:
+def test_help_and_inspect_come_without_any_heavy_library() -> None:
+    file = sample_data() / "adapters" / "gloop.safetensors"
     code = (
         "import sys; from lora_diffusion.cli import main\n"
+        f"main(['inspect', {str(file)!r}])\n"
         "try: main(['generate', '--help'])\nexcept SystemExit: pass\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'accelerate', 'peft', 'gradio', 'PIL'} & set(sys.modules)\n"
         "sys.exit(f'imported: {heavy}' if heavy else 0)"
@@ -164,6 +166,7 @@ def test_help_comes_without_any_heavy_library() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--adapter" in done.stdout
+    assert "gloop" in done.stdout
 
 
 def test_help_takes_less_than_half_a_second_of_processor_time() -> None:

@@ -4,11 +4,12 @@ Of their own: `{token: vectors}` (diffusers), `string_to_param` (A1111's pickles
 `clip_l` and `clip_g` (SDXL). Beside kohya's layers: `bundle_emb.<token>.string_to_param.*`.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lora_diffusion.adapter import Adapter, Token
 from lora_diffusion.errors import AdapterFormatError
@@ -16,6 +17,9 @@ from lora_diffusion.families import FAMILIES
 from lora_diffusion.formats.found import Found
 from lora_diffusion.formats.header_entries import modelspec_entries, record_entry
 from lora_diffusion.formats.safetensors_file import write_safetensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DIALECT = "textual inversion"
 BUNDLE = re.compile(r"bundle_emb\.(?P<token>.+?)\.(?:string_to_param\.\*|(?P<encoder>clip_[lg]))$")

@@ -1,12 +1,16 @@
 """What the reader of a dialect hands over, before it is checked and becomes an adapter."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lora_diffusion.adapter import Token
 from lora_diffusion.layers import Layer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,18 +4,22 @@ ModelSpec 1.0.1 [github.com/Stability-AI/ModelSpec] tells other programs what a 
 user interfaces show [github.com/kohya-ss/sd-scripts].
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
-from torch import Tensor
 
 from lora_diffusion.adapter import Adapter, AdapterMetadata, adapter_hash
 from lora_diffusion.config import Settings, describe
 from lora_diffusion.errors import AdapterFormatError
 from lora_diffusion.families import FAMILIES
 from lora_diffusion.formats.safetensors_file import payload_hash
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RECORD_KEY = "lora_diffusion"
 BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}

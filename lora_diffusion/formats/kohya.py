@@ -4,11 +4,12 @@ The alpha of every module is a tensor of its own; without one, or with 0, it is 
 the layers as `bundle_emb.<token>.string_to_param.*`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lora_diffusion.adapter import Adapter
 from lora_diffusion.anatomy import ANATOMIES
@@ -23,6 +24,9 @@ from lora_diffusion.formats.safetensors_file import write_safetensors
 from lora_diffusion.formats.usable import refuse_unusable
 from lora_diffusion.layers import DoRALayer, Layer, LoKrLayer
 from lora_diffusion.recognition import choose_family, is_plausible
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DIALECT = "kohya"
 

@@ -6,15 +6,14 @@ refuses a file with any further tensor, so the alpha of each layer is in the hea
 which diffusers and PEFT apply, and once more by module path in our own record. Learned tokens are in the header too.
 """
 
+from __future__ import annotations
+
 import base64
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.adapter import Adapter, Token
 from lora_diffusion.errors import AdapterFormatError
@@ -24,7 +23,10 @@ from lora_diffusion.formats.peft import MAGNITUDE_VECTOR, PEFT_KEY
 from lora_diffusion.formats.safetensors_file import write_safetensors
 from lora_diffusion.formats.usable import refuse_unusable
 from lora_diffusion.layers import DoRALayer, LoRALayer
-from lora_diffusion.precision import DTYPES, dtype_name, tensor_bytes
+from lora_diffusion.precision import dtype_name, tensor_bytes, torch_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TOKENS_KEY = "lora_diffusion_tokens"
 PEFT_LEAVES = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
@@ -130,5 +132,7 @@ def read_tokens(entries: Mapping[str, str], source: str) -> dict[str, Token]:
 
 
 def decoded(entry: Mapping[str, Any]) -> Tensor:
+    import torch
+
     data = bytearray(base64.b64decode(entry["data"], validate=True))
-    return torch.frombuffer(data, dtype=DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return torch.frombuffer(data, dtype=torch_dtype(entry["dtype"])).reshape(entry["shape"])

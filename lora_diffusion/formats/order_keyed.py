@@ -5,11 +5,11 @@ in `up`. diffusers swapped two modules inside each block with release 0.15, so f
 keys; they are told apart by shape, because the feed-forward projection has eight times as many outputs.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping, Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeAlias
 
 from lora_diffusion.anatomy import ANATOMIES, module_paths
 from lora_diffusion.errors import AdapterFormatError
@@ -18,6 +18,9 @@ from lora_diffusion.formats.found import Found
 from lora_diffusion.layers import LoRALayer
 from lora_diffusion.recognition import is_plausible
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 DIALECT = "order-keyed"
 KEY = re.compile(r"(unet|text_encoder):(\d+):(up|down)$")
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -25,7 +28,7 @@ FEED_FORWARD = ("ff.net.0.proj",)
 OLD_ORDER = (*(f"attn1.{leaf}" for leaf in ATTENTION), *FEED_FORWARD, *(f"attn2.{leaf}" for leaf in ATTENTION))
 NEW_ORDER = (*(f"attn1.{leaf}" for leaf in ATTENTION), *(f"attn2.{leaf}" for leaf in ATTENTION), *FEED_FORWARD)
 TEXT_ORDER = ("k_proj", "v_proj", "q_proj", "out_proj")
-Pair = tuple[Tensor, Tensor]
+Pair: TypeAlias = "tuple[Tensor, Tensor]"
 
 
 def recognises(keys: frozenset[str]) -> bool:
@@ -114,6 +117,8 @@ def layer(pair: Pair, path: str, source: str) -> LoRALayer:
 
 def from_list(tensors: Sequence[object]) -> dict[str, Tensor] | None:
     """The `.pt` form, [up, down, up, down, ...], under the keys of the other; None for any other list."""
+    import torch
+
     if not tensors or len(tensors) % 2 or not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
         return None
     component = "text_encoder" if len(tensors) // 2 in (48, 92) else "unet"

@@ -10,20 +10,23 @@ LoHa and LoKr have LyCORIS' names for their factors. The alpha is in the header,
 or nowhere, which means the rank [github.com/huggingface/peft; diffusers/utils/state_dict_utils.py].
 """
 
+from __future__ import annotations
+
 import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.errors import AdapterFormatError
 from lora_diffusion.families import COMPONENTS
 from lora_diffusion.formats.found import Found
 from lora_diffusion.formats.leaves import MAGNITUDE, Module, assemble
 from lora_diffusion.layers import DoRALayer, Layer, LoKrLayer, LoRALayer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DIALECT, OLDER = "peft", "diffusers (older spelling)"
 PEFT_KEY = "lora_adapter_metadata"

@@ -1,15 +1,18 @@
 """Pickled files (`.pt`, `.bin`, `.ckpt`): only through torch's `weights_only`, which executes nothing."""
 
+from __future__ import annotations
+
 import pickle
 import warnings
 import zipfile
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lora_diffusion.errors import AdapterFormatError
 from lora_diffusion.formats import order_keyed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUFFIXES = (".pt", ".bin", ".ckpt", ".pth")
 
@@ -24,6 +27,8 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise AdapterFormatError(f"{path}: no such file; give the path of an adapter")
     refuse_bomb(path)
+    import torch
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's notes on how it was pickled
@@ -59,6 +64,8 @@ def refuse_bomb(path: Path) -> None:
 
 def tensors_in(content: object, stem: str) -> dict[str, Tensor]:
     """Tensors by key: a state dict, one inside `state_dict`, A1111's learned token, or a list of pairs."""
+    import torch
+
     if isinstance(content, list | tuple):
         return order_keyed.from_list(content) or {}
     if not isinstance(content, dict):

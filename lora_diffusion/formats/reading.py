@@ -1,12 +1,12 @@
 """Any adapter file into an `Adapter`: the one place where dialects are told apart, and every key is accounted for."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from lora_diffusion.adapter import Adapter, AdapterMetadata, adapter_hash
 from lora_diffusion.errors import AdapterFormatError
@@ -18,7 +18,10 @@ from lora_diffusion.formats.safetensors_file import read_outline, read_safetenso
 from lora_diffusion.formats.usable import refuse_unusable
 from lora_diffusion.recognition import candidates, choose_family
 
-Content = tuple[dict[str, Tensor], dict[str, str]]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Content: TypeAlias = "tuple[dict[str, Tensor], dict[str, str]]"
 FOLDER_FILE, FOLDER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -41,11 +44,11 @@ def load_unchecked(path: Path, *, ignore: Sequence[str] = ()) -> Adapter:
 
 
 def outline_adapter(path: Path, *, ignore: Sequence[str] = ()) -> Adapter:
-    """The same from the header alone: factors have shape and type, on the meta device, but no values.
+    """The same from the header alone: factors have shape and type, but no values, and torch is not imported.
 
     A pickled file has no header and is read in full.
     """
-    return read_adapter(path, read_outline, ignore)[1]
+    return read_adapter(path, cast("Callable[[Path], Content]", read_outline), ignore)[1]
 
 
 def read_adapter(

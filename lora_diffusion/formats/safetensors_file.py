@@ -6,50 +6,57 @@ can be looked at without its tensors; the writer, because the library's puts hea
 at once, where a merge holds one at a time. Format: [github.com/huggingface/safetensors].
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math
 import os
+import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from lora_diffusion.errors import AdapterFormatError
 from lora_diffusion.files import whole_file
-from lora_diffusion.precision import tensor_bytes
+from lora_diffusion.formats.outline import Outline
+from lora_diffusion.precision import dtype_name, tensor_bytes, torch_dtype
 
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DTYPES_BY_NAME = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }
-DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-TensorKind = tuple[torch.dtype, tuple[int, ...]]
+"""The format's types: torch's name, and bytes of one value."""
+NAMES = {dtype: name for name, (dtype, _) in DTYPES_BY_NAME.items()}
+ITEM_BYTES = dict(DTYPES_BY_NAME.values())
+SCALARS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B"}
+"""How a single number lies in the file, for `struct`."""
+TensorKind = tuple[str, tuple[int, ...]]
+"""Type, as torch spells it, and shape."""
 
 MOST_HEADER_BYTES = 100_000_000
 """The format's own limit."""
-SCALAR_BYTES = 64
-"""Tensors up to this size, such as a layer's alpha, are read even when only the outline of a file is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
     """Where a tensor lies: type, shape, and first and last byte after the header."""
 
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
     start: int
     end: int
@@ -140,8 +147,8 @@ def slot_of(key: str, entry: Any, path: Path) -> Slot:
         raise not_safetensors(path, f"{key!r} is of the unknown type {name!r}")
     if not isinstance(shape, list) or len(shape) > 64 or not all(is_size(side) for side in (*shape, start, end)):
         raise not_safetensors(path, f"{key!r} has a shape or offsets that are no sizes")
-    dtype = DTYPES_BY_NAME[name]
-    if end - start != math.prod(shape) * dtype.itemsize:
+    dtype, item_bytes = DTYPES_BY_NAME[name]
+    if end - start != math.prod(shape) * item_bytes:
         raise not_safetensors(path, f"{key!r} of shape {shape} does not fill its {end - start} bytes")
     return Slot(dtype=dtype, shape=tuple(shape), start=start, end=end)
 
@@ -171,6 +178,8 @@ def tensor_kinds(path: Path) -> dict[str, TensorKind]:
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header metadata, read in one piece. Raises AdapterFormatError if the file is not safetensors."""
+    import torch
+
     with opened(path) as file:
         header = header_of(file, path)
         data = torch.empty(header.data_bytes, dtype=torch.uint8)
@@ -182,37 +191,46 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def view(data: Tensor, slot: Slot) -> Tensor:
     """A tensor as a part of the file's bytes; copied only where those do not lie as its type needs."""
     part = data[slot.start : slot.end]
-    if slot.start % slot.dtype.itemsize:
+    if slot.start % ITEM_BYTES[slot.dtype]:
         part = part.clone()
-    return part.view(slot.dtype).reshape(slot.shape)
+    return part.view(torch_dtype(slot.dtype)).reshape(slot.shape)
 
 
-def read_outline(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The same without the numbers: tensors are on the meta device, but for the smallest, such as a layer's alpha."""
+def read_outline(path: Path) -> tuple[dict[str, Outline], dict[str, str]]:
+    """The same without the numbers, but for single ones, such as a layer's alpha. Does not import torch."""
     with opened(path) as file:
         header = header_of(file, path)
         tensors = {key: outline(file, header, slot) for key, slot in header.slots.items()}
     return tensors, dict(header.metadata)
 
 
-def outline(file: BinaryIO, header: Header, slot: Slot) -> Tensor:
-    if not 0 < slot.end - slot.start <= SCALAR_BYTES:
-        return torch.empty(slot.shape, dtype=slot.dtype, device="meta")
+def outline(file: BinaryIO, header: Header, slot: Slot) -> Outline:
+    plain = Outline(shape=slot.shape, dtype=slot.dtype)
+    if plain.numel() != 1:
+        return plain
     file.seek(header.data_start + slot.start)
-    return torch.frombuffer(bytearray(file.read(slot.end - slot.start)), dtype=slot.dtype).reshape(slot.shape)
+    data = file.read(slot.end - slot.start)
+    if slot.dtype == "bfloat16":
+        return replace(plain, value=struct.unpack("<f", b"\0\0" + data)[0])
+    code = SCALARS.get(NAMES[slot.dtype])
+    return replace(plain, value=float(struct.unpack(code, data)[0])) if code else plain
+
+
+def kind_of(tensor: Tensor) -> TensorKind:
+    return dtype_name(tensor.dtype), tuple(tensor.shape)
 
 
 def payload_hash(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over the bytes after the header, as ModelSpec's `hash_sha256` wants it."""
     digest = hashlib.sha256()
-    for key in storage_order({k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()}):
+    for key in storage_order({key: kind_of(tensor) for key, tensor in tensors.items()}):
         digest.update(tensor_bytes(tensors[key]))
     return digest.hexdigest()
 
 
 def storage_order(kinds: Mapping[str, TensorKind]) -> list[str]:
     """Wide types first, so that every tensor stays aligned; then by name."""
-    return sorted(kinds, key=lambda key: (-kinds[key][0].itemsize, key))
+    return sorted(kinds, key=lambda key: (-ITEM_BYTES[kinds[key][0]], key))
 
 
 def header_bytes(kinds: Mapping[str, TensorKind], metadata: Mapping[str, str]) -> bytes:
@@ -221,9 +239,9 @@ def header_bytes(kinds: Mapping[str, TensorKind], metadata: Mapping[str, str]) -
     offset = 0
     for key in storage_order(kinds):
         dtype, shape = kinds[key]
-        size = dtype.itemsize * torch.Size(shape).numel()
+        size = ITEM_BYTES[dtype] * math.prod(shape)
         header[key] = {
-            "dtype": DTYPE_NAMES[dtype],
+            "dtype": NAMES[dtype],
             "shape": list(shape),
             "data_offsets": [offset, offset + size],
         }
@@ -246,13 +264,13 @@ def stream_safetensors(
     file.write(header_bytes(kinds, metadata))
     for key in storage_order(kinds):
         value = tensor(key)
-        if (value.dtype, tuple(value.shape)) != kinds[key]:
+        if kind_of(value) != kinds[key]:
             raise ValueError(f"{key}: {value.dtype} {tuple(value.shape)} where the header says {kinds[key]}")
         file.write(tensor_bytes(value))
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors and metadata, the same bytes for the same content, whole or not at all. Raises OutputError."""
-    kinds = {key: (value.dtype, tuple(value.shape)) for key, value in tensors.items()}
+    kinds = {key: kind_of(value) for key, value in tensors.items()}
     with whole_file(path) as part, part.open("wb") as file:
         stream_safetensors(file, kinds, metadata, lambda key: tensors[key])

@@ -23,7 +23,7 @@ from lora_diffusion.errors import ConfigError, TrainingError
 from lora_diffusion.files import check_writable
 from lora_diffusion.formats.native import save_adapter
 from lora_diffusion.models import Base, default_device, load_base, prediction_type
-from lora_diffusion.precision import DTYPES
+from lora_diffusion.precision import torch_dtype
 from lora_diffusion.recipe import library_versions
 from lora_diffusion.targets import resolve_targets
 from lora_diffusion.training.dataset import Example, data_hash, load_picture, read_dataset
@@ -71,7 +71,7 @@ def train(config: TrainConfig) -> TrainResult:
     if accelerator.is_main_process:
         check_writable(config.output)
     set_seed(config.seed)
-    base = load_base(config.base, device=accelerator.device, precision=DTYPES[PRECISIONS[config.mixed_precision]])
+    base = load_base(config.base, device=accelerator.device, precision=torch_dtype(PRECISIONS[config.mixed_precision]))
     base.pipe.vae.float()
     paths = resolve_targets(
         trainable_paths(base.anatomy), unet=config.unet_targets, text_encoders=config.text_encoder_targets
@@ -224,4 +224,4 @@ def current_adapter(run: Run, *, steps: int, loss: float) -> Adapter:
         training=record,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    return extract(base, run.paths, metadata, DTYPES[config.save_precision])
+    return extract(base, run.paths, metadata, torch_dtype(config.save_precision))

@@ -30,12 +30,12 @@ from lora_diffusion.layers import LoRALayer
 from lora_diffusion.models import sample_data
 from lora_diffusion.recognition import block_channels
 
-RANK, RUNS, FOLDER = 64, 5, 100
+RANK, LARGE_RANK, RUNS, FOLDER = 64, 1400, 5, 100
 READERS = ("bytes", "load_adapter", "outline_adapter", "diffusers")
 LEAVES = (".to_q", ".to_k", ".to_v", ".to_out.0", ".ff.net.0.proj", ".ff.net.2")
 
 
-def full_size_adapter() -> Adapter:
+def full_size_adapter(rank: int) -> Adapter:
     """Random factors for SD 1.5's attention and feed-forward."""
     rng = torch.Generator().manual_seed(0)
     layers: dict[str, LoRALayer] = {}
@@ -45,7 +45,7 @@ def full_size_adapter() -> Adapter:
             continue
         inner = 768 if "attn2.to_k" in path or "attn2.to_v" in path else width * (4 if path.endswith("net.2") else 1)
         out = width * 8 if path.endswith("net.0.proj") else width
-        down, up = torch.randn(RANK, inner, generator=rng).half(), torch.randn(out, RANK, generator=rng).half()
+        down, up = torch.randn(rank, inner, generator=rng).half(), torch.randn(out, rank, generator=rng).half()
         layers[path] = LoRALayer(down=down, up=up, alpha=32.0)
     return Adapter(layers=layers, metadata=AdapterMetadata(name="benchmark", family="sd1"))
 
@@ -106,6 +106,16 @@ def measured(name: str, path: Path) -> dict[str, float]:
     return {key: round(statistics.median(row[key] for row in rows), 4) for key in rows[0]}
 
 
+def inspect_seconds(path: Path) -> float:
+    """Median of the whole command, from the shell to the last line."""
+    seconds = []
+    for _ in range(RUNS):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "lora_diffusion.cli", "inspect", path], capture_output=True, check=True)
+        seconds.append(time.perf_counter() - started)
+    return round(statistics.median(seconds), 3)
+
+
 def conversions_per_second(folder: Path) -> float:
     """A folder of copies of a ready adapter (1.4 MB), native to kohya."""
     source = sample_data() / "adapters" / "neon.safetensors"
@@ -121,19 +131,20 @@ def main() -> None:
     if len(sys.argv) == 3:
         return measure_here(sys.argv[1], Path(sys.argv[2]))
     with tempfile.TemporaryDirectory() as scratch:
-        native, kohya = Path(scratch) / "native.safetensors", Path(scratch) / "kohya.safetensors"
-        adapter = full_size_adapter()
+        native, kohya, large = (Path(scratch) / f"{name}.safetensors" for name in ("native", "kohya", "large"))
+        adapter = full_size_adapter(RANK)
+        save_kohya(full_size_adapter(LARGE_RANK), large)
         save_adapter(adapter, native)
         save_kohya(adapter, kohya)
         figures: dict[str, Any] = {
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
             "file_mb": round(native.stat().st_size / 2**20, 1),
             "runs": RUNS,
-            "native": {
-                name: measured(name, native) for name in ("bytes", "load_adapter", "outline_adapter", "diffusers")
-            },
-            "kohya": {
-                name: measured(name, kohya) for name in ("bytes", "load_adapter", "outline_adapter", "diffusers")
+            "native": {name: measured(name, native) for name in READERS},
+            "kohya": {name: measured(name, kohya) for name in READERS},
+            "inspect_command": {
+                "file_mb": round(large.stat().st_size / 2**20, 1),
+                "seconds": inspect_seconds(large),
             },
             "conversions_per_second": conversions_per_second(Path(scratch)),
         }
