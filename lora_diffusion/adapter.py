@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -68,6 +69,16 @@ class Adapter:
         for name in ("layers", "biases", "tokens"):
             object.__setattr__(self, name, MappingProxyType(dict(sorted(getattr(self, name).items()))))
 
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 over paths, alphas and tensors: the same for the same content, whatever the file or its metadata."""
+        return content_hash(self)
+
+    @cached_property
+    def non_finite(self) -> tuple[str, ...]:
+        """The tensors that hold NaN or infinity, by name."""
+        return tuple(name for name, tensor in named_tensors(self) if not is_finite(tensor))
+
     @property
     def paths(self) -> tuple[str, ...]:
         """Every module path that it changes."""
@@ -112,7 +123,11 @@ def named_tensors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
 
 
 def adapter_hash(adapter: Adapter) -> str:
-    """SHA-256 over paths, alphas and tensors: the same for the same tensors, whatever the file or its metadata."""
+    """The content hash by which presets, recipes and files know an adapter."""
+    return adapter.hash
+
+
+def content_hash(adapter: Adapter) -> str:
     digest = hashlib.sha256()
     for path, layer in adapter.layers.items():
         kind = "" if layer.kind == "LoRA" else f"|{layer.kind}"
@@ -133,11 +148,6 @@ def adapter_hash(adapter: Adapter) -> str:
 def labelled(tensor: Tensor, name: str) -> bytes:
     """What a hash takes in before a tensor's bytes."""
     return f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode()
-
-
-def non_finite_names(adapter: Adapter) -> tuple[str, ...]:
-    """The tensors that hold NaN or infinity, by name."""
-    return tuple(name for name, tensor in named_tensors(adapter) if not is_finite(tensor))
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -16,10 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_diffusion.adapter import Adapter, adapter_hash
+from lora_diffusion.adapter import Adapter
+from lora_diffusion.anatomy import Anatomy
+from lora_diffusion.config import BlendWeight, Weight
 from lora_diffusion.errors import ConfigError, FamilyMismatchError
 from lora_diffusion.families import family_title
 from lora_diffusion.layers import Layer, LoRALayer
+from lora_diffusion.weights import Moment, coefficients, has_schedule, is_off
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,12 +33,12 @@ class WeightedAdapter:
     """
 
     adapter: Adapter
-    weight: float = 1.0
+    weight: Weight = 1.0
     path: Path | None = None
     """Where its file was found; goes into recipes."""
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.weight):
+        if not isinstance(self.weight, BlendWeight) and not math.isfinite(self.weight):
             raise ConfigError(f"weight {self.weight} of {self.name!r} is no finite number")
 
     @property
@@ -43,10 +46,10 @@ class WeightedAdapter:
         """What to call it in messages and recipes."""
         return self.adapter.metadata.name or (self.path.stem if self.path else "adapter")
 
-    @cached_property
+    @property
     def hash(self) -> str:
         """The adapter's content hash."""
-        return adapter_hash(self.adapter)
+        return self.adapter.hash
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,23 +70,54 @@ class Blend:
     @cached_property
     def active(self) -> tuple[WeightedAdapter, ...]:
         """Entries of weight other than 0, in an order of their own, so that the user's order changes no bit."""
-        entries = (e for e in self.entries if e.weight != 0)
-        return tuple(sorted(entries, key=lambda e: (e.hash, e.weight)))
+        entries = [e for e in self.entries if not is_off(e.weight)]
+        if len(entries) < 2:  # a lone adapter needs no order, and its hash costs as much as a tenth of applying it
+            return tuple(entries)
+        return tuple(sorted(entries, key=lambda e: (e.hash, str(e.weight))))
 
     @property
-    def paths(self) -> tuple[str, ...]:
-        """Every module path whose weight the blend changes."""
-        return tuple(sorted({path for entry in self.active for path in entry.adapter.layers}))
+    def is_scheduled(self) -> bool:
+        """Whether it changes from step to step."""
+        return any(has_schedule(e.weight) for e in self.active)
+
+
+Term = tuple[float, Layer]
+"""A layer and its coefficient."""
+BiasTerm = tuple[float, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BlendSum:
+    """What a blend comes to at one moment: the layers of each module, with their coefficients, none of which is 0."""
+
+    layers: Mapping[str, tuple[Term, ...]]
+    biases: Mapping[str, tuple[BiasTerm, ...]]
 
     @property
-    def bias_paths(self) -> tuple[str, ...]:
-        """Every module path whose bias the blend changes."""
-        return tuple(sorted({path for entry in self.active for path in entry.adapter.biases}))
+    def names(self) -> tuple[str, ...]:
+        """The parameters that it changes, `<module path>.weight` and `.bias`."""
+        return (*(f"{path}.weight" for path in self.layers), *(f"{path}.bias" for path in self.biases))
 
 
-def weighted_layers(blend: Blend, path: str) -> list[tuple[float, Layer]]:
-    """The layers at one module, with the weights of their adapters."""
-    return [(e.weight, e.adapter.layers[path]) for e in blend.active if path in e.adapter.layers]
+def blend_sum(blend: Blend, anatomy: Anatomy | None = None, moment: Moment | None = None) -> BlendSum:
+    """The blend at one denoising step, or at all of them if none has a schedule.
+
+    `anatomy` is the base's, needed for weights by block. Raises ConfigError for blocks that the base does not have, or
+    a schedule without a moment.
+    """
+    layers: dict[str, list[Term]] = {}
+    biases: dict[str, list[BiasTerm]] = {}
+    for entry in blend.active:
+        adapter = entry.adapter
+        for path, coefficient in coefficients(entry.weight, adapter.paths, anatomy, moment).items():
+            if coefficient != 0 and path in adapter.layers:
+                layers.setdefault(path, []).append((coefficient, adapter.layers[path]))
+            if coefficient != 0 and path in adapter.biases:
+                biases.setdefault(path, []).append((coefficient, adapter.biases[path]))
+    return BlendSum(
+        layers={path: tuple(terms) for path, terms in layers.items()},
+        biases={path: tuple(terms) for path, terms in biases.items()},
+    )
 
 
 def is_joinable(layer: Layer) -> bool:
@@ -91,55 +125,117 @@ def is_joinable(layer: Layer) -> bool:
     return isinstance(layer, LoRALayer) and layer.mid is None
 
 
-def joined_layer(layers: Sequence[tuple[float, Layer]], device: torch.device | None = None) -> LoRALayer:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stack:
+    """The factors of several LoRA layers of one module, side by side in float32 on one device; weights come later.
+
+    `up` is (out, sum of ranks) with the scales in it, `down` (sum of ranks, in), kernels flattened. Averaging factors
+    instead of stacking them would add cross terms up_i @ down_j.
+    """
+
+    up: Tensor
+    down: Tensor
+    ranks: tuple[int, ...]
+
+    def weighted_up(self, weights: Sequence[float]) -> Tensor:
+        """`up` with each layer's columns times its weight."""
+        if len(weights) == 1:
+            return self.up if weights[0] == 1 else self.up * weights[0]
+        columns = [weight for weight, rank in zip(weights, self.ranks, strict=True) for _ in range(rank)]
+        return self.up * torch.tensor(columns, dtype=torch.float32, device=self.up.device)
+
+
+def stacked(layers: Sequence[Layer], device: torch.device | None = None) -> Stack:
+    """Plain LoRA layers as one pair of factors. Raises ConfigError for a kind whose factors cannot be stacked."""
+    plain = [layer for layer in layers if isinstance(layer, LoRALayer) and layer.mid is None]
+    if len(plain) < len(layers):
+        kinds = sorted({layer.kind for layer in layers if not is_joinable(layer)})
+        raise ConfigError(f"{', '.join(kinds)} layers have no factors to stack; only plain LoRA combines exactly")
+    ups = [layer.up.to(device, torch.float32).flatten(1) * layer.scale for layer in plain]
+    downs = [layer.down.to(device, torch.float32).flatten(1) for layer in plain]
+    single = len(plain) == 1
+    return Stack(
+        up=ups[0] if single else torch.cat(ups, dim=1),
+        down=downs[0] if single else torch.cat(downs, dim=0),
+        ranks=tuple(layer.rank for layer in plain),
+    )
+
+
+def joined_layer(terms: Sequence[Term]) -> LoRALayer:
     """Weighted LoRA layers of one module as a single layer of scale 1 in float32: factors stacked, ranks added.
 
-    Weights and scales go into `up` once; averaging factors instead would add cross terms up_i @ down_j. Raises
-    ConfigError for a kind whose factors cannot be stacked.
+    Raises ConfigError for a kind whose factors cannot be stacked.
     """
-    pairs = [(weight, layer) for weight, layer in layers if isinstance(layer, LoRALayer) and layer.mid is None]
-    if len(pairs) < len(layers):
-        kinds = sorted({layer.kind for _, layer in layers if not is_joinable(layer)})
-        raise ConfigError(f"{', '.join(kinds)} layers have no factors to stack; only plain LoRA combines exactly")
-    shape = max((layer.weight_shape for _, layer in pairs), key=len)
-    up = torch.cat([layer.up.to(device).float().flatten(1) * (w * layer.scale) for w, layer in pairs], dim=1)
-    down = torch.cat([layer.down.to(device).float().flatten(1) for _, layer in pairs], dim=0)
+    stack = stacked([layer for _, layer in terms])
+    shape = max((layer.weight_shape for _, layer in terms), key=len)
+    up = stack.weighted_up([weight for weight, _ in terms])
     ones = [1] * len(shape[2:])
-    return LoRALayer(down=down.reshape(-1, *shape[1:]), up=up.reshape(*up.shape, *ones), alpha=float(down.shape[0]))
+    rank = stack.down.shape[0]
+    return LoRALayer(down=stack.down.reshape(rank, *shape[1:]), up=up.reshape(*up.shape, *ones), alpha=float(rank))
 
 
-def blend_delta(blend: Blend, path: str, base: Tensor | None = None) -> Tensor:
+def parted(terms: Sequence[Term]) -> tuple[list[Term], list[Term]]:
+    """Those whose factors can be stacked, and the others."""
+    return [term for term in terms if is_joinable(term[1])], [term for term in terms if not is_joinable(term[1])]
+
+
+def term_deltas(terms: Sequence[Term], base: Tensor | None) -> list[Tensor]:
+    """The weighted deltas of layers that cannot be stacked, on the base's device."""
+    device = base.device if base is not None else None
+    moved = [(w, x.with_factors({name: factor.to(device) for name, factor in x.factors.items()})) for w, x in terms]
+    return [weight * layer.delta(base) for weight, layer in moved]
+
+
+def delta_of(terms: Sequence[Term], base: Tensor | None = None) -> Tensor:
     """Sum of the weighted deltas at one module, float32, of the shape and on the device of the `base` weight.
 
     One product for all LoRA layers together. Without `base`, which DoRA needs, on the CPU in the layers' own shape.
     """
-    layers = weighted_layers(blend, path)
-    device = base.device if base is not None else None
-    stacked = [pair for pair in layers if is_joinable(pair[1])]
-    deltas = [joined_layer(stacked, device).delta()] if stacked else []
-    for weight, layer in layers:
-        if not is_joinable(layer):
-            moved = layer.with_factors({name: factor.to(device) for name, factor in layer.factors.items()})
-            deltas.append(weight * moved.delta(base))
+    joinable, others = parted(terms)
+    deltas = term_deltas(others, base)
+    if joinable:
+        stack = stacked([layer for _, layer in joinable], base.device if base is not None else None)
+        product = stack.weighted_up([weight for weight, _ in joinable]) @ stack.down
+        deltas.insert(0, product.reshape(base.shape if base is not None else joined_shape(joinable)))
     shape = deltas[0].shape if base is None else base.shape
     return functools.reduce(torch.add, (delta.reshape(shape) for delta in deltas))
 
 
-def blend_bias(blend: Blend, path: str, base: Tensor) -> Tensor:
-    """Sum of what the blend adds to one module's bias, float32, on the device of the `base` bias."""
-    found = [(e.weight, e.adapter.biases[path]) for e in blend.active if path in e.adapter.biases]
-    return functools.reduce(torch.add, (weight * bias.to(base.device).float() for weight, bias in found))
+def joined_shape(terms: Sequence[Term]) -> tuple[int, ...]:
+    return max((layer.weight_shape for _, layer in terms), key=len)
 
 
-def blended_weight(weight: Tensor, delta: Tensor, path: str, dtype: torch.dtype | None = None) -> Tensor:
-    """The base's weight plus the blend's delta: computed in float32, rounded once to `dtype` (the weight's own).
+def blended_weight(
+    base: Tensor, terms: Sequence[Term], *, stack: Stack | None = None, out: Tensor | None = None
+) -> Tensor:
+    """The base's weight plus the sum of the terms, in float32.
 
-    Raises ConfigError if the result does not fit into that type.
+    All LoRA layers are one product, added to the base as it is computed; the other kinds' deltas follow one by one.
+    `stack` holds the factors of the former, if they are at hand; `out`, float32 and not the base, is written to.
     """
-    value = (weight.float() + delta).to(dtype or weight.dtype)
-    if not bool(value.isfinite().all()):
-        raise ConfigError(f"{path}: the blended weight is beyond the range of {value.dtype}; lower the weights")
+    joinable, others = parted(terms)
+    value = base.float()
+    if joinable:
+        stack = stack or stacked([layer for _, layer in joinable], base.device)
+        up = stack.weighted_up([weight for weight, _ in joinable])
+        flat = None if out is None else out.view(up.shape[0], -1)
+        value = torch.addmm(value.reshape(up.shape[0], -1), up, stack.down, out=flat).reshape(base.shape)
+    for delta in term_deltas(others, base):
+        value = torch.add(value, delta.reshape(base.shape), out=out)
     return value
+
+
+def blended_bias(base: Tensor, terms: Sequence[BiasTerm]) -> Tensor:
+    """The base's bias plus the weighted biases, in float32."""
+    return functools.reduce(torch.add, (weight * bias.to(base.device).float() for weight, bias in terms), base.float())
+
+
+def rounded(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The blended value in the base's type. Raises ConfigError if it does not fit into that."""
+    result = value.to(dtype)
+    if dtype != torch.float32 and not bool(result.isfinite().all()):
+        raise ConfigError(f"{name}: the blended value is beyond the range of {dtype}; lower the weights")
+    return result
 
 
 def check_fits(

@@ -26,12 +26,13 @@ from lora_diffusion.config import (
     validate,
 )
 from lora_diffusion.errors import ConfigError, LoRADiffusionError
+from lora_diffusion.tags import parse_weight
 
 REPEATABLE = "(repeatable)"
 Adapters = Annotated[
     tuple[str, ...],
     tyro.conf.UseAppendAction,
-    tyro.conf.arg(metavar="FILE[:WEIGHT]", help_behavior_hint=REPEATABLE),
+    tyro.conf.arg(metavar="FILE[:WEIGHT][:OPTION=VALUE...]", help_behavior_hint=REPEATABLE),
 ]
 Changes = Annotated[
     tuple[str, ...],
@@ -116,7 +117,7 @@ class Generate:
     base: BaseFlag = ""
     """`tiny-sd`, a folder in diffusers' layout, or a hub id."""
     adapter: Adapters = ()
-    """Adapter and its weight, 1 if not given."""
+    """Adapter and its weight, 1 if not given; options may follow, as in a prompt's tags."""
     ignore_unmatched: Patterns = ()
     """Keys of adapter files that may be there without being understood."""
     preset: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
@@ -157,7 +158,7 @@ class Merge:
     base: str = EMBEDDED_BASE
     """`tiny-sd`, a folder in diffusers' layout, or a hub id."""
     adapter: Adapters = ()
-    """Adapter and its weight, 1 if not given."""
+    """Adapter and its weight, 1 if not given; options may follow, as in a prompt's tags."""
     ignore_unmatched: Patterns = ()
     """Keys of adapter files that may be there without being understood."""
     precision: WeightType = "keep"
@@ -308,22 +309,23 @@ COMMANDS = {
 
 
 def parse_adapters(texts: tuple[str, ...]) -> tuple[BlendEntry, ...]:
-    """FILE[:WEIGHT] each. Raises ConfigError for a weight that is no number."""
+    """FILE[:WEIGHT[:OPTION=VALUE]...] each. Raises ConfigError for a weight that cannot be read."""
     return tuple(parse_adapter(text) for text in texts)
 
 
 def parse_adapter(text: str) -> BlendEntry:
-    path, colon, weight = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return BlendEntry(path=text)
-    try:
-        return validate(BlendEntry, {"path": path, "weight": float(weight)}, source=f"--adapter {text}")
-    except ValueError as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(
-            f"--adapter {text}: the weight {weight!r} is no number; write FILE:0.8, or FILE alone for weight 1"
-        ) from None
+    path, parts = split_file(text)
+    return BlendEntry(path=path, weight=parse_weight(parts, source=f"--adapter {text}"))
+
+
+def split_file(text: str) -> tuple[str, list[str]]:
+    """A file and the parts after it: the longest that exists, as a path may have colons of its own, else up to the
+    first that ends in a suffix, so that the mistake is found in the right half."""
+    parts = text.split(":")
+    heads = [":".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    path = next((head for head in heads if Path(head).exists()), None)
+    path = path or next((head for head in reversed(heads) if Path(head).suffix), parts[0])
+    return path, text[len(path) + 1 :].split(":") if len(text) > len(path) else []
 
 
 def parse_changes(texts: tuple[str, ...]) -> dict[str, object]:

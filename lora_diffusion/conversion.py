@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lora_diffusion.adapter import Adapter, cast, named_tensors, non_finite_names
+from lora_diffusion.adapter import Adapter, cast, named_tensors
 from lora_diffusion.card import hub_card
 from lora_diffusion.config import Dialect, WeightType
 from lora_diffusion.errors import ConfigError, OutputError
@@ -61,7 +61,7 @@ def convert(source: Path, output: Path, how: Conversion) -> Converted:
     if how.to == "embedding":
         adapter = replace(adapter, layers={}, biases={})
     rounded = adapter if how.dtype == "keep" else cast(adapter, torch_dtype(how.dtype))
-    broken = non_finite_names(rounded)
+    broken = rounded.non_finite
     if broken:
         raise ConfigError(f"{source}: {broken[0]} is beyond the range of {how.dtype}; choose bfloat16 or float32")
     WRITERS[how.to](rounded, output)

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lora_diffusion.adapter import Adapter, adapter_hash, named_tensors, non_finite_names
+from lora_diffusion.adapter import Adapter, adapter_hash, named_tensors
 from lora_diffusion.families import family_title
 from lora_diffusion.formats.header_entries import tag_frequencies
 from lora_diffusion.formats.pickled import is_pickled
@@ -88,7 +88,7 @@ def measured(adapter: Adapter, path: Path) -> dict[str, Any]:
         "norms": block_norms(norms),
         "no_norm": sorted(layer_path for layer_path, norm in norms.items() if norm is None),
         "dead": sorted(layer_path for layer_path, norm in norms.items() if norm == 0),
-        "non_finite": list(non_finite_names(adapter)),
+        "non_finite": list(adapter.non_finite),
     }
     return facts | (file_hashes(path) if path.is_file() and not is_pickled(path) else {})
 

@@ -5,13 +5,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from lora_diffusion.anatomy import changeable_paths
-from lora_diffusion.blend import Blend, blend_bias, blend_delta, blended_weight, check_fits, wanted_shapes
+from lora_diffusion.blend import (
+    Blend,
+    BlendSum,
+    blend_sum,
+    blended_bias,
+    blended_weight,
+    check_fits,
+    rounded,
+    wanted_shapes,
+)
 from lora_diffusion.config import WeightType
 from lora_diffusion.errors import BaseModelError, ConfigError
 from lora_diffusion.files import whole_folder
@@ -28,6 +36,7 @@ from lora_diffusion.formats.safetensors_file import TensorKind, stream_safetenso
 from lora_diffusion.models import find_base
 from lora_diffusion.precision import FLOAT_TYPES, torch_dtype
 from lora_diffusion.recipe import Recipe, blend_entries, library_versions
+from lora_diffusion.tags import weight_text
 
 RECIPE_FILE = "lora_diffusion_recipe.json"
 Places = Mapping[tuple[Path, str], str]
@@ -50,10 +59,15 @@ def merge(base: str, blend: Blend, output: Path, *, dtype: WeightType = "keep") 
     Raises ConfigError if there is nothing to merge, BaseModelError, FamilyMismatchError if any layer finds no tensor,
     OutputError if `output` cannot be written; in each case nothing is left behind.
     """
-    if not blend.paths and not blend.bias_paths:
-        raise ConfigError("nothing to merge; give at least one adapter with a weight other than 0")
     folder = find_base(base)
-    places = match_tensors(base, folder, blend)
+    family, anatomy = anatomy_of_folder(folder)
+    total = blend_sum(blend, anatomy)
+    if not total.names:
+        raise ConfigError("nothing to merge; give at least one adapter with a weight other than 0")
+    stored = find_parameters(folder, {name for entry in blend.entries for name in wanted_shapes(entry.adapter)})
+    shapes = {name: place.shape for name, place in stored.items()}
+    check_fits(blend, base_name=base, family=family.name, paths=frozenset(changeable_paths(anatomy)), shapes=shapes)
+    places = {(place.file, place.key): name for name, place in stored.items() if name in total.names}
     recipe = Recipe(
         kind="merge",
         base=base,
@@ -65,10 +79,10 @@ def merge(base: str, blend: Blend, output: Path, *, dtype: WeightType = "keep") 
     rounding = Rounding()
     try:
         with whole_folder(output) as part:
-            write_checkpoint(folder, part, places, blend, recipe, rounding)
+            write_checkpoint(folder, part, places, total, recipe, rounding)
     except (SafetensorError, FileNotFoundError) as error:
         raise BaseModelError(f"{folder}: cannot be read in full ({error}); the base is damaged") from None
-    return MergeReport(output=output, merged_modules=len(blend.paths), rounding_error=rounding.relative)
+    return MergeReport(output=output, merged_modules=len(total.layers), rounding_error=rounding.relative)
 
 
 @dataclass
@@ -78,27 +92,19 @@ class Rounding:
     error: float = 0.0
     delta: float = 0.0
 
+    def add(self, base: Tensor, exact: Tensor, value: Tensor) -> None:
+        """Take one tensor in: before the blend, after it in float32, and as it is stored."""
+        self.error += float((value.float() - exact).double().square().sum())
+        self.delta += float((exact - base.float()).double().square().sum())
+
     @property
     def relative(self) -> float:
         """Norm of the error over norm of the delta."""
         return (self.error / self.delta) ** 0.5 if self.delta else 0.0
 
 
-def match_tensors(base: str, folder: Path, blend: Blend) -> Places:
-    """Where in the checkpoint each module of the blend has its weight and bias.
-
-    Raises FamilyMismatchError if one is missing or of another shape, before anything is written.
-    """
-    stored = find_parameters(folder, {name for entry in blend.entries for name in wanted_shapes(entry.adapter)})
-    family, anatomy = anatomy_of_folder(folder)
-    shapes = {name: place.shape for name, place in stored.items()}
-    check_fits(blend, base_name=base, family=family.name, paths=frozenset(changeable_paths(anatomy)), shapes=shapes)
-    active = {f"{path}.weight" for path in blend.paths} | {f"{path}.bias" for path in blend.bias_paths}
-    return {(place.file, place.key): name for name, place in stored.items() if name in active}
-
-
 def write_checkpoint(
-    folder: Path, part: Path, places: Places, blend: Blend, recipe: Recipe, rounding: Rounding
+    folder: Path, part: Path, places: Places, total: BlendSum, recipe: Recipe, rounding: Rounding
 ) -> None:
     """The whole pipeline into `part`: merged components written afresh, the others copied."""
     shutil.copyfile(folder / "model_index.json", part / "model_index.json")
@@ -111,12 +117,14 @@ def write_checkpoint(
         for source in sorted((folder / component).glob("*.json")):
             shutil.copyfile(source, part / component / source.name)
         for source in weight_files(folder, component):
-            write_merged(source, part / component / source.name, places, blend, recipe, rounding)
+            write_merged(source, part / component / source.name, places, total, recipe, rounding)
     (part / RECIPE_FILE).write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
     (part / "README.md").write_text(card(recipe, rounding.relative), encoding="utf-8")
 
 
-def write_merged(source: Path, target: Path, places: Places, blend: Blend, recipe: Recipe, rounding: Rounding) -> None:
+def write_merged(
+    source: Path, target: Path, places: Places, total: BlendSum, recipe: Recipe, rounding: Rounding
+) -> None:
     """One weight file with the blend in it; holds one tensor at a time."""
     kinds: dict[str, TensorKind] = {
         key: (output_dtype(dtype, recipe.precision), shape) for key, (dtype, shape) in stored_kinds(source).items()
@@ -132,18 +140,17 @@ def write_merged(source: Path, target: Path, places: Places, blend: Blend, recip
             if name is None:
                 return tensor.to(dtype)
             path, _, leaf = name.rpartition(".")
-            delta = blend_delta(blend, path, tensor) if leaf == "weight" else blend_bias(blend, path, tensor)
-            return merged_tensor(tensor, delta, path, dtype, rounding)
+            exact = (
+                blended_weight(tensor, total.layers[path])
+                if leaf == "weight"
+                else blended_bias(tensor, total.biases[path])
+            )
+            value = rounded(exact, dtype, name)
+            rounding.add(tensor, exact, value)
+            return value
 
         with target.open("wb") as file, bar:
             stream_safetensors(file, kinds, metadata, merged)
-
-
-def merged_tensor(weight: Tensor, delta: Tensor, path: str, dtype: torch.dtype, rounding: Rounding) -> Tensor:
-    rounded = blended_weight(weight, delta, path, dtype)
-    rounding.error += float((rounded.float() - (weight.float() + delta)).double().square().sum())
-    rounding.delta += float(delta.double().square().sum())
-    return rounded
 
 
 def output_dtype(dtype: str, wanted: str) -> str:
@@ -153,7 +160,7 @@ def output_dtype(dtype: str, wanted: str) -> str:
 
 def card(recipe: Recipe, rounding_error: float) -> str:
     """A README for the merged checkpoint."""
-    rows = "\n".join(f"| {e.name or e.path} | {e.weight:g} | `{e.hash[:16]}` |" for e in recipe.adapters)
+    rows = "\n".join(f"| {e.name or e.path} | {weight_text(e.weight)} | `{e.hash[:16]}` |" for e in recipe.adapters)
     return (
         f"# {recipe.base} with {len(recipe.adapters)} adapter(s) merged in\n\n"
         f"| adapter | weight | hash |\n|---|---|---|\n{rows}\n\n"

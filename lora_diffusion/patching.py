@@ -1,23 +1,44 @@
-"""Put a blend into a loaded base and take it out: in place, exact, reversible.
+"""Put blends into a loaded base and take them out: in place, exact, reversible.
 
-The base's own values are kept before anything is written and copied back afterwards; nothing is ever subtracted, so
-undo gives the base back bit for bit.
+Every value that is written is computed from the base's own one, which is kept, and never from what is there at the
+moment: so a result depends on the base and the blend alone, and undo, which copies, gives the base back bit for bit.
+Going from one blend to the next touches only the parameters for which they differ.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Literal
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
+from lora_diffusion.adapter import Adapter
 from lora_diffusion.anatomy import changeable_paths
-from lora_diffusion.blend import Blend, blend_bias, blend_delta, blended_weight, check_fits, wanted_shapes
-from lora_diffusion.errors import ConfigError
+from lora_diffusion.blend import (
+    Blend,
+    BlendSum,
+    Stack,
+    blend_sum,
+    blended_bias,
+    blended_weight,
+    check_fits,
+    parted,
+    rounded,
+    stacked,
+    wanted_shapes,
+)
+from lora_diffusion.errors import AdapterFormatError, ConfigError
+from lora_diffusion.formats.diffusers_folder import find_parameters
+from lora_diffusion.formats.safetensors_file import map_safetensors
+from lora_diffusion.layers import Layer
 from lora_diffusion.models import Base, module_at
+from lora_diffusion.weights import Moment
 
-BLENDED: WeakSet[Base] = WeakSet()
-"""Bases that have a blend in their weights at this moment."""
+PATCHED: WeakSet[Base] = WeakSet()
+"""Bases that have a patch open at this moment."""
+Backup = Literal["memory", "file"]
+Terms = tuple[tuple[float, object], ...]
 
 
 def weight_at(base: Base, path: str) -> Tensor:
@@ -51,38 +72,183 @@ def check_base_fits(base: Base, blend: Blend) -> None:
     check_fits(blend, base_name=base.name, family=base.family.name, paths=paths, shapes=shapes)
 
 
-def changed_parameters(base: Base, blend: Blend) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Every parameter that the blend changes: name, live tensor and new value."""
-    for path in blend.paths:
-        weight = weight_at(base, path)
-        yield f"{path}.weight", weight, blended_weight(weight, blend_delta(blend, path, weight), path)
-    for path in blend.bias_paths:
-        bias = parameter_at(base, f"{path}.bias")
-        yield f"{path}.bias", bias, blended_weight(bias, blend_bias(blend, path, bias), path)
+class Patch:
+    """A base whose weights hold one blend after another; `patching` opens one and undoes it.
+
+    Holds what makes switching cheap: the base's own values of every parameter touched so far (in memory, or mapped from
+    its files), which terms each parameter has in it now, and the stacked factors of the blend that is applied.
+    """
+
+    def __init__(self, base: Base, original: Callable[[str, Tensor], Tensor]) -> None:
+        self.base = base
+        self.original = original
+        """The base's own value of a parameter, given its name and the live tensor."""
+        self.applied: dict[str, Terms] = {}
+        """What each changed parameter holds; empty terms if a write was cut off."""
+        self.live: dict[str, Tensor] = {}
+        self.stacks: dict[str, tuple[tuple[Layer, ...], Stack]] = {}
+        self.checked: WeakSet[Adapter] = WeakSet()
+
+    def apply(self, blend: Blend, moment: Moment | None = None) -> None:
+        """Make the weights those of the blend, whatever is in them now; at one denoising step if it has a schedule.
+
+        Raises FamilyMismatchError, ConfigError, and AdapterFormatError for NaN, all before anything is touched; and
+        ConfigError, with the base's own values back, if a blended weight is beyond the range of the base's type.
+        """
+        self.check(blend)
+        self.write(blend_sum(blend, self.base.anatomy, moment))
+
+    def check(self, blend: Blend) -> None:
+        """Raise what `apply` would; each adapter is looked at once."""
+        new = tuple(entry for entry in blend.entries if entry.adapter not in self.checked)
+        if not new:
+            return
+        for entry in new:
+            if entry.adapter.non_finite:
+                raise AdapterFormatError(f"{entry.name}: {entry.adapter.non_finite[0]} holds NaN or infinity; not used")
+        check_base_fits(self.base, Blend(entries=new))
+        self.checked.update(entry.adapter for entry in new)
+
+    def write(self, total: BlendSum) -> None:
+        """Make the weights the base's plus these terms; touches only the parameters whose terms are others now.
+
+        Raises ConfigError, with the base's own values back, for a value beyond the range of the base's type.
+        """
+        try:
+            with torch.no_grad():
+                for name in [name for name in self.applied if not has_terms(total, name)]:
+                    self.restore(name)
+                for path, terms in total.layers.items():
+                    self.write_weight(path, terms)
+                for path, biases in total.biases.items():
+                    self.write_bias(path, biases)
+        except BaseException:
+            self.undo()
+            raise
+        self.stacks = {path: kept for path, kept in self.stacks.items() if path in total.layers}
+
+    def write_weight(self, path: str, terms: tuple[tuple[float, Layer], ...]) -> None:
+        name = f"{path}.weight"
+        if self.applied.get(name) == terms:
+            return
+        live = self.live_tensor(name)
+        own = self.original(name, live)
+        self.applied[name] = ()
+        in_place = live.dtype == torch.float32 and live.is_contiguous()
+        value = blended_weight(own, terms, stack=self.stack(path, terms, live), out=live if in_place else None)
+        if not in_place:
+            live.copy_(rounded(value, live.dtype, name))
+        self.applied[name] = terms
+
+    def write_bias(self, path: str, terms: tuple[tuple[float, Tensor], ...]) -> None:
+        name = f"{path}.bias"
+        if same_terms(self.applied.get(name), terms):
+            return
+        live = self.live_tensor(name)
+        value = rounded(blended_bias(self.original(name, live), terms), live.dtype, name)
+        self.applied[name] = ()
+        live.copy_(value)
+        self.applied[name] = terms
+
+    def stack(self, path: str, terms: tuple[tuple[float, Layer], ...], live: Tensor) -> Stack | None:
+        """The module's factors side by side, from the last time if they are the same; None if none can be stacked."""
+        layers = tuple(layer for _, layer in parted(terms)[0])
+        if not layers:
+            return None
+        kept = self.stacks.get(path)
+        if kept is None or kept[0] != layers:
+            kept = self.stacks[path] = (layers, stacked(layers, live.device))
+        return kept[1]
+
+    def live_tensor(self, name: str) -> Tensor:
+        if name not in self.live:
+            self.live[name] = parameter_at(self.base, name)
+        return self.live[name]
+
+    def restore(self, name: str) -> None:
+        live = self.live_tensor(name)
+        live.copy_(self.original(name, live))
+        del self.applied[name]
+
+    def undo(self) -> None:
+        """Copy the base's own values back."""
+        with torch.no_grad():
+            for name in tuple(self.applied):
+                self.restore(name)
+        self.stacks.clear()
+
+
+def has_terms(total: BlendSum, name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    return path in (total.layers if leaf == "weight" else total.biases)
+
+
+def same_terms(first: Terms | None, second: Terms) -> bool:
+    """Whether they are the same numbers with the same tensors; tensors themselves do not compare as a whole."""
+    return first is not None and [(w, id(x)) for w, x in first] == [(w, id(x)) for w, x in second]
+
+
+def memory_backup() -> Callable[[str, Tensor], Tensor]:
+    """The base's own values from copies made when a parameter is first touched."""
+    kept: dict[str, Tensor] = {}
+
+    def original(name: str, live: Tensor) -> Tensor:
+        if name not in kept:
+            kept[name] = live.clone()
+        return kept[name]
+
+    return original
+
+
+def file_backup(base: Base) -> Callable[[str, Tensor], Tensor]:
+    """The base's own values from its files, mapped and not read into memory.
+
+    Raises ConfigError when a parameter is first touched whose live value is not the file's: then the files are no
+    backup, because the weights were changed after loading.
+    """
+    paths = changeable_paths(base.anatomy)
+    places = find_parameters(base.folder, (f"{path}.{leaf}" for path in paths for leaf in ("weight", "bias")))
+    files = {file: map_safetensors(file) for file in {place.file for place in places.values()}}
+    compared: set[str] = set()
+
+    def original(name: str, live: Tensor) -> Tensor:
+        place = places[name]
+        value = files[place.file][place.key].reshape(live.shape).to(live.device, live.dtype)
+        if name not in compared and not torch.equal(value, live):
+            raise ConfigError(f"{name}: is not what {base.folder} holds; keep the backup in memory instead")
+        compared.add(name)
+        return value
+
+    return original
 
 
 @contextmanager
-def blended(base: Base, blend: Blend) -> Iterator[Base]:
-    """The base with the blend in its weights; the base's own values are back afterwards, whatever happens inside.
+def patching(base: Base, *, backup: Backup = "memory") -> Iterator[Patch]:
+    """A patch on the base, to apply blends one after another; the base's own values are back afterwards, whatever
+    happens inside.
 
-    Raises FamilyMismatchError before anything is touched, and ConfigError if the base has a blend in it already: a
-    second one would take the first one's weights for the base's own.
+    `backup` says where they come from: copies in memory, of the parameters touched, or the base's files, which costs no
+    memory. Raises ConfigError if the base has a patch already, which would take the first one's weights for its own.
     """
-    check_base_fits(base, blend)
-    if base in BLENDED:
+    if base in PATCHED:
         raise ConfigError(
             f"{base.name} has a blend in its weights already; leave that one first, or load a second base"
         )
-    kept: dict[str, Tensor] = {}
-    BLENDED.add(base)
+    patch = Patch(base, memory_backup() if backup == "memory" else file_backup(base))
+    PATCHED.add(base)
     try:
-        with torch.no_grad():
-            for name, live, value in changed_parameters(base, blend):
-                kept[name] = live.clone()
-                live.copy_(value)
-        yield base
+        yield patch
     finally:
-        with torch.no_grad():
-            for name, value in kept.items():
-                parameter_at(base, name).copy_(value)
-        BLENDED.discard(base)
+        patch.undo()
+        PATCHED.discard(base)
+
+
+@contextmanager
+def blended(base: Base, blend: Blend, moment: Moment | None = None, *, backup: Backup = "memory") -> Iterator[Patch]:
+    """The base with the blend in its weights; the base's own values are back afterwards, whatever happens inside.
+
+    Raises as `Patch.apply` and `patching` do.
+    """
+    with patching(base, backup=backup) as patch:
+        patch.apply(blend, moment)
+        yield patch

@@ -1,6 +1,5 @@
 """The recipe that made an output, keyed by content hashes, and PNG files that carry it."""
 
-import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +12,8 @@ from lora_diffusion.blend import Blend
 from lora_diffusion.config import BlendEntry, GenerateConfig, Settings, describe
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.files import whole_file
+from lora_diffusion.infotext import quoted
+from lora_diffusion.tags import weight_text
 
 PNG_KEY = "lora_diffusion"
 INFOTEXT_KEY = "parameters"
@@ -57,7 +58,7 @@ def infotext(recipe: Recipe) -> str:
     settings = recipe.settings
     if settings is None:
         return ""
-    tags = "".join(f" <lora:{e.name or Path(e.path).stem}:{e.weight:g}>" for e in recipe.adapters)
+    tags = "".join(f" <lora:{e.name or Path(e.path).stem}:{weight_text(e.weight)}>" for e in recipe.adapters)
     pairs = {
         "Steps": str(settings.steps),
         "Sampler": settings.scheduler,
@@ -69,9 +70,9 @@ def infotext(recipe: Recipe) -> str:
     }
     hashes = ", ".join(f"{e.name or Path(e.path).stem}: {e.hash[:12]}" for e in recipe.adapters)
     if hashes:
-        pairs["Lora hashes"] = json.dumps(hashes)
+        pairs["Lora hashes"] = hashes
     negative = [f"Negative prompt: {settings.negative_prompt}"] if settings.negative_prompt else []
-    return "\n".join([settings.prompt + tags, *negative, ", ".join(f"{k}: {v}" for k, v in pairs.items())])
+    return "\n".join([settings.prompt + tags, *negative, ", ".join(f"{k}: {quoted(v)}" for k, v in pairs.items())])
 
 
 def write_png(image: Image.Image, path: Path, recipe: Recipe) -> None:

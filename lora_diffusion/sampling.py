@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from lora_diffusion.blend import Blend
 from lora_diffusion.config import GenerateConfig, Scheduler, validate
 from lora_diffusion.errors import ConfigError, SamplingError
 from lora_diffusion.models import Base, new_scheduler, quiet_libraries
-from lora_diffusion.patching import blended
+from lora_diffusion.patching import patching
 from lora_diffusion.precision import dtype_name
 from lora_diffusion.recipe import Recipe, blend_entries, library_versions, write_png
+from lora_diffusion.weights import Moment
+
+BeforeStep = Callable[[Moment], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +62,21 @@ def pipeline_with(base: Base, scheduler: Scheduler) -> Any:
     return pipe
 
 
-def sample(base: Base, settings: GenerateConfig) -> Image.Image:
+def sample(base: Base, settings: GenerateConfig, before_step: BeforeStep | None = None) -> Image.Image:
     """One picture from the base as it stands. Noise comes from the CPU, so that devices agree on it.
 
+    `before_step` is called with each denoising step before it is taken; the first comes before the prompt is read.
     Raises SamplingError if the result holds NaN.
     """
     pipe = pipeline_with(base, settings.scheduler)
+    before_step = before_step or (lambda _: None)
+    before_step(Moment(step=0, steps=settings.steps))
+
+    def after_step(_pipe: Any, step: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
+        if step + 1 < settings.steps:
+            before_step(Moment(step=step + 1, steps=settings.steps))
+        return {}
+
     result = pipe(
         prompt=settings.prompt,
         negative_prompt=settings.negative_prompt or None,
@@ -73,6 +86,8 @@ def sample(base: Base, settings: GenerateConfig) -> Image.Image:
         height=settings.height,
         generator=torch.Generator("cpu").manual_seed(settings.seed),
         output_type="np",
+        callback_on_step_end=after_step,
+        callback_on_step_end_tensor_inputs=[],
     )
     if not np.isfinite(result.images).all():
         raise SamplingError(
@@ -98,7 +113,8 @@ def generate(
     entries = blend_entries(blend)
     pictures: list[Picture] = []
     singles = [single for config in configs for single in single_settings(base, config)]
-    with blended(base, blend):
+    with patching(base) as patch:
+        patch.check(blend)
         for settings in singles:
             recipe = Recipe(
                 kind="image",
@@ -110,7 +126,7 @@ def generate(
                 device=base.pipe.device.type,
                 versions=library_versions(),
             )
-            picture = Picture(image=sample(base, settings), recipe=recipe)
+            picture = Picture(image=sample(base, settings, partial(patch.apply, blend)), recipe=recipe)
             pictures.append(picture)
             if on_picture:
                 on_picture(picture)

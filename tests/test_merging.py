@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lora_diffusion.adapter import Adapter
-from lora_diffusion.blend import Blend, WeightedAdapter
+from lora_diffusion.blend import Blend, WeightedAdapter, blend_sum
 from lora_diffusion.config import GenerateConfig
 from lora_diffusion.errors import ConfigError, FamilyMismatchError, LoRADiffusionError, OutputError
 from lora_diffusion.layers import LoRALayer
@@ -38,7 +38,7 @@ def test_the_merged_checkpoint_holds_the_live_blends_weights(
     base: Base = request.getfixturevalue(family)
     blend = two(base)
     report = merged(base, blend, tmp_path / "merged")
-    assert report.merged_modules == len(blend.paths)
+    assert report.merged_modules == len(blend_sum(blend).layers)
     assert report.rounding_error == 0.0
     again = load_base(str(tmp_path / "merged"), device=torch.device("cpu"))
     with blended(base, blend):
@@ -66,7 +66,7 @@ def test_half_precision_is_rounded_once_and_its_loss_reported(sd: Base, tmp_path
     report = merged(sd, blend, tmp_path / "merged", dtype="float16")
     tensors = load_file(tmp_path / "merged" / "unet" / "diffusion_pytorch_model.safetensors")
     with blended(sd, blend):
-        for path in [p for p in blend.paths if p.startswith("unet.")]:
+        for path in [p for p in blend_sum(blend).layers if p.startswith("unet.")]:
             assert torch.equal(tensors[f"{path.removeprefix('unet.')}.weight"], weight_at(sd, path).half())
     assert 0 < report.rounding_error < 0.01
     assert {t.dtype for t in tensors.values()} == {torch.float16}

@@ -196,6 +196,19 @@ def view(data: Tensor, slot: Slot) -> Tensor:
     return part.view(torch_dtype(slot.dtype)).reshape(slot.shape)
 
 
+def map_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors as the file's own pages, which the system reads when they are looked at and drops when it must.
+
+    Raises AdapterFormatError if the file is not safetensors.
+    """
+    import torch
+
+    header = read_header(path)
+    size = header.data_start + header.data_bytes
+    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[header.data_start :]
+    return {key: view(data, slot) for key, slot in header.slots.items()}
+
+
 def read_outline(path: Path) -> tuple[dict[str, Outline], dict[str, str]]:
     """The same without the numbers, but for single ones, such as a layer's alpha. Does not import torch."""
     with opened(path) as file:

@@ -1,6 +1,6 @@
 """What no file may hold, whatever its dialect."""
 
-from lora_diffusion.adapter import Adapter, named_tensors, non_finite_names
+from lora_diffusion.adapter import Adapter, named_tensors
 from lora_diffusion.errors import AdapterFormatError
 
 
@@ -9,7 +9,7 @@ def refuse_unusable(adapter: Adapter, source: str) -> None:
     count = sum(1 for _ in named_tensors(adapter))
     if not count:
         raise AdapterFormatError(f"{source}: an adapter without layers; expected at least one pair of factors")
-    broken = non_finite_names(adapter)
+    broken = adapter.non_finite
     if broken:
         raise AdapterFormatError(
             f"{source}: {len(broken)} of {count} tensors hold NaN or infinity (first: {broken[0]}); "
