@@ -129,19 +129,21 @@ def is_joinable(layer: Layer) -> bool:
 class Stack:
     """The factors of several LoRA layers of one module, side by side in float32 on one device; weights come later.
 
-    `up` is (out, sum of ranks) with the scales in it, `down` (sum of ranks, in), kernels flattened. Averaging factors
-    instead of stacking them would add cross terms up_i @ down_j.
+    `up` is (out, sum of ranks), `down` (sum of ranks, in), kernels flattened. Averaging factors instead of stacking
+    them would add cross terms up_i @ down_j.
     """
 
     up: Tensor
     down: Tensor
     ranks: tuple[int, ...]
+    scales: tuple[float, ...]
 
-    def weighted_up(self, weights: Sequence[float]) -> Tensor:
-        """`up` with each layer's columns times its weight."""
-        if len(weights) == 1:
-            return self.up if weights[0] == 1 else self.up * weights[0]
-        columns = [weight for weight, rank in zip(weights, self.ranks, strict=True) for _ in range(rank)]
+    def weighted_up(self, terms: Sequence[Term]) -> Tensor:
+        """`up` with each layer's columns times its scale and its coefficient in `terms`."""
+        factors = [weight * scale for (weight, _), scale in zip(terms, self.scales, strict=True)]
+        if len(factors) == 1:
+            return self.up * factors[0]
+        columns = [factor for factor, rank in zip(factors, self.ranks, strict=True) for _ in range(rank)]
         return self.up * torch.tensor(columns, dtype=torch.float32, device=self.up.device)
 
 
@@ -151,13 +153,14 @@ def stacked(layers: Sequence[Layer], device: torch.device | None = None) -> Stac
     if len(plain) < len(layers):
         kinds = sorted({layer.kind for layer in layers if not is_joinable(layer)})
         raise ConfigError(f"{', '.join(kinds)} layers have no factors to stack; only plain LoRA combines exactly")
-    ups = [layer.up.to(device, torch.float32).flatten(1) * layer.scale for layer in plain]
+    ups = [layer.up.to(device, torch.float32).flatten(1) for layer in plain]
     downs = [layer.down.to(device, torch.float32).flatten(1) for layer in plain]
     single = len(plain) == 1
     return Stack(
         up=ups[0] if single else torch.cat(ups, dim=1),
         down=downs[0] if single else torch.cat(downs, dim=0),
         ranks=tuple(layer.rank for layer in plain),
+        scales=tuple(layer.scale for layer in plain),
     )
 
 
@@ -168,7 +171,7 @@ def joined_layer(terms: Sequence[Term]) -> LoRALayer:
     """
     stack = stacked([layer for _, layer in terms])
     shape = max((layer.weight_shape for _, layer in terms), key=len)
-    up = stack.weighted_up([weight for weight, _ in terms])
+    up = stack.weighted_up(terms)
     ones = [1] * len(shape[2:])
     rank = stack.down.shape[0]
     return LoRALayer(down=stack.down.reshape(rank, *shape[1:]), up=up.reshape(*up.shape, *ones), alpha=float(rank))
@@ -195,7 +198,7 @@ def delta_of(terms: Sequence[Term], base: Tensor | None = None) -> Tensor:
     deltas = term_deltas(others, base)
     if joinable:
         stack = stacked([layer for _, layer in joinable], base.device if base is not None else None)
-        product = stack.weighted_up([weight for weight, _ in joinable]) @ stack.down
+        product = stack.weighted_up(joinable) @ stack.down
         deltas.insert(0, product.reshape(base.shape if base is not None else joined_shape(joinable)))
     shape = deltas[0].shape if base is None else base.shape
     return functools.reduce(torch.add, (delta.reshape(shape) for delta in deltas))
@@ -217,7 +220,7 @@ def blended_weight(
     value = base.float()
     if joinable:
         stack = stack or stacked([layer for _, layer in joinable], base.device)
-        up = stack.weighted_up([weight for weight, _ in joinable])
+        up = stack.weighted_up(joinable)
         flat = None if out is None else out.view(up.shape[0], -1)
         value = torch.addmm(value.reshape(up.shape[0], -1), up, stack.down, out=flat).reshape(base.shape)
     for delta in term_deltas(others, base):

@@ -11,7 +11,7 @@ from typing import Literal
 from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_diffusion.adapter import Adapter
 from lora_diffusion.anatomy import changeable_paths
@@ -56,12 +56,38 @@ def parameter_at(base: Base, name: str) -> Tensor:
 
 
 def live_shapes(base: Base, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """The shapes of those parameters that the base has."""
+    """The shapes of those parameters that the base has, quantised weights as they were before."""
     found: dict[str, tuple[int, ...]] = {}
     for name in names:
+        path, _, leaf = name.rpartition(".")
         with suppress(KeyError):
-            found[name] = tuple(parameter_at(base, name).shape)
+            tensor = parameter_at(base, name)
+            found[name] = weight_shape(module_at(base, path)) if leaf == "weight" else tuple(tensor.shape)
     return found
+
+
+def weight_shape(module: nn.Module) -> tuple[int, ...]:
+    """The shape of a module's weight; of a quantised one, as it was before."""
+    if isinstance(module, nn.Linear):
+        return (module.out_features, module.in_features)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return tuple(weight.shape)
+
+
+def quantised(base: Base) -> bool:
+    """Whether the UNet's weights are stored in codes, so that nothing can be added to them."""
+    kinds = {module.weight.dtype for module in base.pipe.unet.modules() if isinstance(module, nn.Linear)}
+    return any(not dtype.is_floating_point for dtype in kinds)
+
+
+def check_blend(base: Base, blend: Blend) -> None:
+    """Raise AdapterFormatError for NaN, and FamilyMismatchError unless everything finds its place. Touches nothing."""
+    for entry in blend.entries:
+        broken = entry.adapter.non_finite
+        if broken:
+            raise AdapterFormatError(f"{entry.name}: {broken[0]} holds NaN or infinity; it is not used")
+    check_base_fits(base, blend)
 
 
 def check_base_fits(base: Base, blend: Blend) -> None:
@@ -103,10 +129,7 @@ class Patch:
         new = tuple(entry for entry in blend.entries if entry.adapter not in self.checked)
         if not new:
             return
-        for entry in new:
-            if entry.adapter.non_finite:
-                raise AdapterFormatError(f"{entry.name}: {entry.adapter.non_finite[0]} holds NaN or infinity; not used")
-        check_base_fits(self.base, Blend(entries=new))
+        check_blend(self.base, Blend(entries=new))
         self.checked.update(entry.adapter for entry in new)
 
     def write(self, total: BlendSum) -> None:
@@ -233,6 +256,10 @@ def patching(base: Base, *, backup: Backup = "memory") -> Iterator[Patch]:
     if base in PATCHED:
         raise ConfigError(
             f"{base.name} has a blend in its weights already; leave that one first, or load a second base"
+        )
+    if quantised(base):
+        raise ConfigError(
+            f"{base.name}: its weights are quantised, nothing can be added to them; keep a branch (exact)"
         )
     patch = Patch(base, memory_backup() if backup == "memory" else file_backup(base))
     PATCHED.add(base)

@@ -1,0 +1,262 @@
+"""Blends beside the weights: one parallel branch per module, for all adapters together, the weights untouched.
+
+    y = f(x; W) + up (down x)
+
+Factors are stacked, so the branch costs the same few operations however many adapters it holds. Each sample of a batch
+may have a blend of its own (its factors are one slice of a batched product), which serves several blends in one pass,
+regional masks, bases with quantised weights, and half-precision bases whose rounding would swallow a delta.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lora_diffusion.blend import (
+    BiasTerm,
+    Blend,
+    BlendSum,
+    Term,
+    blend_sum,
+    blended_bias,
+    parted,
+    stacked,
+    term_deltas,
+)
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.models import Base, module_at
+from lora_diffusion.patching import check_blend, weight_shape
+from lora_diffusion.weights import Moment
+
+Sums = Sequence[BlendSum]
+Forward = Callable[..., Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """What a module adds to its output, in the activations' type; the first axis is the sample, or 1 for all alike."""
+
+    down: Tensor | None = None
+    """(n, sum of ranks, in, ...kernel); blends of fewer ranks are filled up with zeros."""
+    up: Tensor | None = None
+    """(n, out, sum of ranks)."""
+    dense: Tensor | None = None
+    """(n, *weight): deltas of the kinds whose factors cannot be stacked."""
+    bias: Tensor | None = None
+    """(n, out)."""
+
+
+def side_of(module: nn.Module, path: str, sums: Sums) -> Side:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+    terms = [total.layers.get(path, ()) for total in sums]
+    biases = [total.biases.get(path, ()) for total in sums]
+    pairs = [factors(found, module) for found in terms]
+    down, up = padded([down for down, _ in pairs]), padded([None if up is None else up.mT for _, up in pairs])
+    dense = padded([dense_delta(found, module, path) for found in terms])
+    bias = padded([bias_delta(found, module) for found in biases])
+    return Side(
+        down=None if down is None else down.to(dtype),
+        up=None if up is None else up.mT.contiguous().to(dtype),
+        dense=None if dense is None else dense.to(dtype),
+        bias=None if bias is None else bias.to(dtype),
+    )
+
+
+def factors(terms: Sequence[Term], module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """(sum of ranks, in, ...kernel) and (out, sum of ranks) with weights and scales in it; None without plain LoRA."""
+    joinable = parted(terms)[0]
+    if not joinable:
+        return None, None
+    shape = weight_shape(module)
+    assert isinstance(module.weight, Tensor)
+    stack = stacked([layer for _, layer in joinable], module.weight.device)
+    return stack.down.reshape(-1, *shape[1:]), stack.weighted_up(joinable)
+
+
+def dense_delta(terms: Sequence[Term], module: nn.Module, path: str) -> Tensor | None:
+    others = parted(terms)[1]
+    if not others:
+        return None
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if not weight.dtype.is_floating_point:
+        if any(layer.kind == "DoRA" for _, layer in others):
+            raise ConfigError(f"{path}: DoRA needs the base's own weight, which is quantised; load it in float16")
+        weight = torch.zeros(weight_shape(module), device=weight.device)  # only its shape and device are looked at
+    return torch.stack([delta.reshape(weight.shape) for delta in term_deltas(others, weight)]).sum(0)
+
+
+def bias_delta(terms: Sequence[BiasTerm], module: nn.Module) -> Tensor | None:
+    if not terms:
+        return None
+    bias = module.bias
+    assert isinstance(bias, Tensor)
+    return blended_bias(torch.zeros_like(bias, dtype=torch.float32), terms)
+
+
+def padded(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """Stacked along a new first axis; what is missing, or shorter along its own first axis, is filled with zeros."""
+    found = [tensor for tensor in tensors if tensor is not None]
+    if not found:
+        return None
+    longest = max(tensor.shape[0] for tensor in found)
+    result = found[0].new_zeros(len(tensors), longest, *found[0].shape[1:])
+    for row, tensor in zip(result, tensors, strict=True):
+        if tensor is not None:
+            row[: tensor.shape[0]] = tensor
+    return result
+
+
+def with_side(module: nn.Module, own: Forward, side: Side) -> Forward:
+    """The module's forward with the side added to its output."""
+    add = {nn.Linear: add_to_linear, nn.Conv2d: add_to_convolution}
+    kind = next((add[kind] for kind in add if isinstance(module, kind)), add_to_norm)
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return kind(module, x, own(x, *args, **kwargs), side)
+
+    return forward
+
+
+def spread(tensor: Tensor, batch: int) -> Tensor:
+    """The samples' slices for a batch that holds every blend the same number of times, one after another."""
+    if batch % tensor.shape[0]:
+        raise ConfigError(f"{tensor.shape[0]} blends for a batch of {batch}; expected a multiple")
+    return tensor.repeat(batch // tensor.shape[0], *[1] * (tensor.ndim - 1)) if tensor.shape[0] < batch else tensor
+
+
+def add_to_linear(_module: nn.Module, x: Tensor, y: Tensor, side: Side) -> Tensor:
+    """x (n, ..., in), y (n, ..., out)."""
+    if side.up is not None and side.down is not None:
+        if side.up.shape[0] == 1:
+            hidden = x.reshape(-1, x.shape[-1]) @ side.down[0].T
+            y.view(-1, y.shape[-1]).addmm_(hidden, side.up[0].T)
+        else:
+            hidden = torch.bmm(rows(x), spread(side.down, x.shape[0]).mT)
+            rows(y).baddbmm_(hidden, spread(side.up, x.shape[0]).mT)
+    if side.dense is not None:
+        rows(y).baddbmm_(rows(x), spread(side.dense, x.shape[0]).mT)
+    if side.bias is not None:
+        rows(y).add_(spread(side.bias, x.shape[0])[:, None])
+    return y
+
+
+def rows(x: Tensor) -> Tensor:
+    """(n, tokens, width)."""
+    return x.view(x.shape[0], -1, x.shape[-1])
+
+
+def add_to_convolution(module: nn.Module, x: Tensor, y: Tensor, side: Side) -> Tensor:
+    """x (n, in, h, w), y (n, out, h', w'). Each sample is a group of one convolution."""
+    assert isinstance(module, nn.Conv2d)
+    batch, out = y.shape[:2]
+    flat = y.view(batch, out, -1)
+    if side.up is not None and side.down is not None:
+        hidden = convolved(module, x, side.down)
+        flat.baddbmm_(spread(side.up, batch), hidden.reshape(batch, side.down.shape[1], -1))
+    if side.dense is not None:
+        flat += convolved(module, x, side.dense).reshape(flat.shape)
+    if side.bias is not None:
+        flat += spread(side.bias, batch)[:, :, None]
+    return y
+
+
+def convolved(module: nn.Conv2d, x: Tensor, kernels: Tensor) -> Tensor:
+    """Every sample convolved with its own kernels (n, out, in, kh, kw), or all with the only ones."""
+    how: dict[str, Any] = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
+    if kernels.shape[0] == 1:
+        return functional.conv2d(x, kernels[0], **how)
+    own = spread(kernels, x.shape[0]).flatten(0, 1)
+    return functional.conv2d(x.reshape(1, -1, *x.shape[2:]), own, groups=x.shape[0], **how)
+
+
+def add_to_norm(module: nn.Module, x: Tensor, y: Tensor, side: Side) -> Tensor:
+    """A norm's output is linear in its weight: what the delta adds is the normalised input times the delta."""
+    channels = (-1, *[1] * (x.ndim - 2)) if isinstance(module, nn.GroupNorm) else (*[1] * (x.ndim - 2), -1)
+    if side.dense is not None:
+        y = y + normalised(module, x) * spread(side.dense, x.shape[0]).reshape(x.shape[0], *channels)
+    if side.bias is not None:
+        y = y + spread(side.bias, x.shape[0]).reshape(x.shape[0], *channels)
+    return y
+
+
+def normalised(module: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(module, nn.GroupNorm):
+        return functional.group_norm(x, module.num_groups, eps=module.eps)
+    assert isinstance(module, nn.LayerNorm)
+    return functional.layer_norm(x, module.normalized_shape, eps=module.eps)
+
+
+class Branch:
+    """A base whose modules have a branch beside them; `branching` opens one and takes it away."""
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+        self.applied: dict[str, tuple[object, ...]] = {}
+        self.own: dict[str, Forward] = {}
+
+    def apply(self, blends: Sequence[Blend], moment: Moment | None = None) -> None:
+        """Give sample i of every batch the blend i, counted modulo their number; one blend is everybody's.
+
+        Raises FamilyMismatchError, AdapterFormatError and ConfigError before anything changes.
+        """
+        for blend in blends:
+            check_blend(self.base, blend)
+        self.write([blend_sum(blend, self.base.anatomy, moment) for blend in blends])
+
+    def write(self, sums: Sums) -> None:
+        """The same from the terms of each sample."""
+        paths = {path for total in sums for path in (*total.layers, *total.biases)}
+        wanted = {path: tuple((t.layers.get(path, ()), t.biases.get(path, ())) for t in sums) for path in paths}
+        changed = [path for path, terms in wanted.items() if not same(self.applied.get(path), terms)]
+        sides = {path: side_of(module_at(self.base, path), path, sums) for path in changed}
+        for path in [path for path in self.applied if path not in wanted]:
+            self.remove(path)
+        for path, side in sides.items():
+            module = module_at(self.base, path)
+            own = self.own.setdefault(path, module.forward)
+            module.forward = with_side(module, own, side)  # type: ignore[method-assign]
+            self.applied[path] = wanted[path]
+
+    def remove(self, path: str) -> None:
+        del module_at(self.base, path).forward
+        del self.applied[path], self.own[path]
+
+    def undo(self) -> None:
+        """Take every branch away."""
+        for path in tuple(self.applied):
+            self.remove(path)
+
+
+def same(first: object, second: object) -> bool:
+    """Whether two nested tuples hold the same numbers and the very same layers and tensors."""
+    if isinstance(first, tuple) and isinstance(second, tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first is second or (isinstance(first, float) and first == second)
+
+
+@contextmanager
+def branching(base: Base) -> Iterator[Branch]:
+    """A branch beside the base's modules, gone afterwards, whatever happens inside. The weights are never touched."""
+    branch = Branch(base)
+    try:
+        yield branch
+    finally:
+        branch.undo()
+
+
+@contextmanager
+def branched(base: Base, *blends: Blend, moment: Moment | None = None) -> Iterator[Branch]:
+    """The base with a blend beside its weights, or with one blend for each sample of a batch.
+
+    Raises as `Branch.apply` does.
+    """
+    with branching(base) as branch:
+        branch.apply(blends, moment)
+        yield branch
