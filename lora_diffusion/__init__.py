@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from lora_diffusion.algebra.combine import combine as combine
     from lora_diffusion.blend import Blend as Blend
     from lora_diffusion.blend import WeightedAdapter as WeightedAdapter
-    from lora_diffusion.config import BlendPreset as BlendPreset
     from lora_diffusion.config import GenerateConfig as GenerateConfig
     from lora_diffusion.config import TrainConfig as TrainConfig
     from lora_diffusion.conversion import Conversion as Conversion
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from lora_diffusion.models import Base as Base
     from lora_diffusion.models import load_base as load_base
     from lora_diffusion.patching import blended as blended
+    from lora_diffusion.preset import BlendPreset as BlendPreset
     from lora_diffusion.sampling import generate as generate
     from lora_diffusion.training.loop import train as train
     from lora_diffusion.verification import verify as verify
@@ -74,7 +74,7 @@ HOMES = {
     "AdapterMetadata": "adapter",
     "Base": "models",
     "Blend": "blend",
-    "BlendPreset": "config",
+    "BlendPreset": "preset",
     "Conversion": "conversion",
     "DoRALayer": "layers",
     "FullLayer": "layers",

@@ -8,7 +8,7 @@ makes of the base's own weight, minus that weight, so that it too sums, in any o
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from lora_diffusion.adapter import Adapter
 from lora_diffusion.anatomy import Anatomy
-from lora_diffusion.config import BlendWeight, Weight
 from lora_diffusion.errors import ConfigError, FamilyMismatchError
 from lora_diffusion.families import family_title
 from lora_diffusion.layers import Layer, LoRALayer
+from lora_diffusion.preset import BlendWeight, Region, Weight
 from lora_diffusion.weights import Moment, coefficients, has_schedule, is_off
 
 
@@ -36,6 +36,8 @@ class WeightedAdapter:
     weight: Weight = 1.0
     path: Path | None = None
     """Where its file was found; goes into recipes."""
+    region: Region | None = None
+    """The part of the picture that it acts in."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.weight, BlendWeight) and not math.isfinite(self.weight):
@@ -117,6 +119,26 @@ def blend_sum(blend: Blend, anatomy: Anatomy | None = None, moment: Moment | Non
     return BlendSum(
         layers={path: tuple(terms) for path, terms in layers.items()},
         biases={path: tuple(terms) for path, terms in biases.items()},
+    )
+
+
+def joined_sums(sums: Iterable[BlendSum]) -> BlendSum:
+    """The terms of several sums in one."""
+    layers: dict[str, tuple[Term, ...]] = {}
+    biases: dict[str, tuple[BiasTerm, ...]] = {}
+    for total in sums:
+        for path, terms in total.layers.items():
+            layers[path] = (*layers.get(path, ()), *terms)
+        for path, terms in total.biases.items():
+            biases[path] = (*biases.get(path, ()), *terms)
+    return BlendSum(layers=layers, biases=biases)
+
+
+def part_of(total: BlendSum, keep: Callable[[str], bool]) -> BlendSum:
+    """The terms at those module paths that are to be kept."""
+    return BlendSum(
+        layers={path: terms for path, terms in total.layers.items() if keep(path)},
+        biases={path: terms for path, terms in total.biases.items() if keep(path)},
     )
 
 

@@ -115,13 +115,18 @@ def padded(tensors: Sequence[Tensor | None]) -> Tensor | None:
 
 def with_side(module: nn.Module, own: Forward, side: Side) -> Forward:
     """The module's forward with the side added to its output."""
-    add = {nn.Linear: add_to_linear, nn.Conv2d: add_to_convolution}
-    kind = next((add[kind] for kind in add if isinstance(module, kind)), add_to_norm)
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return kind(module, x, own(x, *args, **kwargs), side)
+        return add_side(module, x, own(x, *args, **kwargs), side)
 
     return forward
+
+
+def add_side(module: nn.Module, x: Tensor, y: Tensor, side: Side) -> Tensor:
+    """The module's output y for x with the side added, in y's own memory where that can be done."""
+    if isinstance(module, nn.Linear):
+        return add_to_linear(module, x, y, side)
+    return (add_to_convolution if isinstance(module, nn.Conv2d) else add_to_norm)(module, x, y, side)
 
 
 def spread(tensor: Tensor, batch: int) -> Tensor:

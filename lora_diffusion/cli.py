@@ -16,7 +16,6 @@ import tyro
 
 from lora_diffusion.config import (
     EMBEDDED_BASE,
-    BlendEntry,
     Dialect,
     GenerateConfig,
     Settings,
@@ -26,6 +25,7 @@ from lora_diffusion.config import (
     validate,
 )
 from lora_diffusion.errors import ConfigError, LoRADiffusionError
+from lora_diffusion.preset import BlendEntry
 from lora_diffusion.tags import parse_weight
 
 REPEATABLE = "(repeatable)"
@@ -281,6 +281,35 @@ class Verify:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Library:
+    """List a folder's adapters, from an index that reads each file once."""
+
+    folder: Annotated[
+        Path | None,
+        tyro.conf.Positional,
+        tyro.conf.arg(
+            metavar="[FOLDER]", help_behavior_hint="(default: $LORA_DIFFUSION_LIBRARY, or the package's own)"
+        ),
+    ] = None
+    """Folder of adapters; those in folders inside it are found too."""
+    search: Annotated[str, tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: all)")] = ""
+    """Words in name, trigger words or path."""
+    family: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: all)")] = ""
+    """sd1, sd2, sdxl, tiny-sd or tiny-sdxl."""
+    json: bool = False
+    """Print as JSON."""
+
+    def run(self) -> int:
+        from lora_diffusion.library import default_folder, describe_library, entry_facts, open_library, search
+
+        library = open_library(self.folder or default_folder())
+        entries = search(library, self.search, self.family)
+        facts = [entry_facts(entry) for entry in entries] if self.json else []
+        print(json.dumps(facts) if self.json else describe_library(library, entries))
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Demo:
     """Run the whole story on the embedded base: train, blend, merge, compare."""
 
@@ -304,6 +333,7 @@ COMMANDS = {
     "inspect": Inspect,
     "convert": Convert,
     "verify": Verify,
+    "library": Library,
     "demo": Demo,
 }
 

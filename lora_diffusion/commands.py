@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from lora_diffusion.blend import Blend, WeightedAdapter, check_family
-from lora_diffusion.config import BlendEntry, BlendPreset, GenerateConfig, WeightType, validate
+from lora_diffusion.config import GenerateConfig, WeightType, validate
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.files import check_writable
 from lora_diffusion.formats.diffusers_folder import anatomy_of_folder
@@ -17,6 +17,7 @@ from lora_diffusion.formats.reading import load_adapter, outline_adapter
 from lora_diffusion.merging import MergeReport, merge
 from lora_diffusion.models import Base, find_base, load_base
 from lora_diffusion.precision import torch_dtype
+from lora_diffusion.preset import BlendEntry, BlendPreset
 from lora_diffusion.recipe import Recipe, differences, read_recipe
 from lora_diffusion.sampling import Picture, generate
 

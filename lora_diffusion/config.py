@@ -9,9 +9,9 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lora_diffusion.errors import ConfigError
 
@@ -19,7 +19,6 @@ Scheduler = Literal["base", "ddim", "euler", "euler-ancestral", "dpm++"]
 Precision = Literal["no", "fp16", "bf16"]
 WeightType = Literal["keep", "float32", "float16", "bfloat16"]
 Dialect = Literal["native", "kohya", "embedding"]
-Curve = Literal["hold", "linear", "cosine"]
 Positive = Annotated[int, Field(gt=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -167,77 +166,3 @@ def describe_one(item: Mapping[str, Any], kind: type[BaseModel]) -> str:
         return f"{key!r} is missing; it has no default"
     reason = f"{item['msg'][0].lower()}{item['msg'][1:]}"
     return f"{key!r} is {item['input']!r}: {reason}" if key else reason
-
-
-class Schedule(Settings):
-    """How a factor goes over the denoising steps: through points, each a position and the factor there.
-
-    Before the first and after the last point their factors hold. A step's position is its middle, (i + 0.5) / steps,
-    in fractions, and its number from 0 in steps.
-    """
-
-    points: Annotated[tuple[tuple[Finite, Finite], ...], Field(min_length=1)]
-    """(position, factor), by ascending position."""
-    unit: Literal["fraction", "step"] = "fraction"
-    curve: Curve = "hold"
-    """Between points: `hold` the earlier factor, or go over to the later one, `linear` or by a half `cosine`."""
-
-    @model_validator(mode="after")
-    def ascending(self) -> Self:
-        """Refuse points that go back."""
-        positions = [position for position, _ in self.points]
-        if positions != sorted(positions):
-            raise ValueError(f"the points of a schedule go back: {positions}; give them by ascending position")
-        return self
-
-
-class BlendWeight(Settings):
-    """An adapter's weight in full: what a module gets is the weight of its component, times every factor it meets.
-
-    Whatever is not named keeps the adapter's weight. The text encoders read the prompt once, before the first step, so
-    schedules act on the UNet alone.
-    """
-
-    value: Finite = 1.0
-    """The adapter's weight."""
-    components: Mapping[Literal["unet", "text_encoder", "text_encoder_2"], Finite] = {}
-    """Weights in its place, by component."""
-    blocks: str | tuple[Finite, ...] | Mapping[str, Finite | Schedule] = {}
-    """Factors by block: a stock preset's name, a vector of 12, 17, 20 or 26 values, or factors by name (`IN04`)."""
-    modules: tuple[tuple[str, Finite], ...] = ()
-    """Factors by pattern of module path (`unet.*.attn2.*`); of several that match, the last counts."""
-    schedule: Schedule | None = None
-    """Factor over the steps."""
-
-
-Weight = Finite | BlendWeight
-"""A number, or an adapter's weight in full."""
-
-
-class BlendEntry(Settings):
-    """One adapter of a preset, by reference."""
-
-    path: str
-    """Where the file was found; a relative path is taken from the preset's folder."""
-    weight: Weight = 1.0
-    name: str = ""
-    hash: str = ""
-    """Content hash over the adapter's tensors; empty accepts any file."""
-
-
-class BlendPreset(Settings):
-    """A blend by reference, with the settings to sample it; travels as JSON."""
-
-    name: str
-    description: str = ""
-    base: str = EMBEDDED_BASE
-    adapters: tuple[BlendEntry, ...]
-    settings: GenerateConfig | None = None
-
-    @classmethod
-    def from_json(cls, text: str, *, source: str) -> Self:
-        """The preset in a JSON text; raises ConfigError that names `source` and every mistake."""
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            raise ConfigError(f"{source}: {describe(error, cls)}") from None

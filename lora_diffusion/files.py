@@ -1,4 +1,4 @@
-"""Files that are there in full or not at all: written beside, synced, renamed."""
+"""Files that are there in full or not at all: written beside, synced, renamed; and where the package keeps its own."""
 
 import contextlib
 import os
@@ -89,3 +89,9 @@ def check_writable(path: Path) -> None:
     """Raise OutputError now, rather than after an hour's work, if nothing can be written at `path`."""
     with beside(path):
         pass
+
+
+def sample_data() -> Path:
+    """Where the embedded base and its adapters lie: inside an installed package, or at the checkout's top."""
+    inside = Path(__file__).parent / "sample_data"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "sample_data"

@@ -30,6 +30,7 @@ from lora_diffusion.anatomy import Anatomy, module_paths
 from lora_diffusion.config import EMBEDDED_BASE, Scheduler
 from lora_diffusion.errors import BaseModelError
 from lora_diffusion.families import Family
+from lora_diffusion.files import sample_data as sample_data
 from lora_diffusion.formats.diffusers_folder import (
     anatomy_of_folder,
     base_hash,
@@ -71,12 +72,6 @@ class Base:
     def size_px(self) -> int:
         """Side of the square pictures that it makes by default."""
         return int(self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor)
-
-
-def sample_data() -> Path:
-    """Where the embedded base and its adapters lie: inside an installed package, or at the checkout's top."""
-    inside = Path(__file__).parent / "sample_data"
-    return inside if inside.is_dir() else Path(__file__).parents[1] / "sample_data"
 
 
 def find_base(name: str) -> Path:

@@ -9,10 +9,11 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from pydantic import ValidationError
 
 from lora_diffusion.blend import Blend
-from lora_diffusion.config import BlendEntry, GenerateConfig, Settings, describe
+from lora_diffusion.config import GenerateConfig, Settings, describe
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.files import whole_file
 from lora_diffusion.infotext import quoted
+from lora_diffusion.preset import BlendEntry, Composition
 from lora_diffusion.tags import weight_text
 
 PNG_KEY = "lora_diffusion"
@@ -26,6 +27,7 @@ class Recipe(Settings):
     base: str
     base_hash: str
     adapters: tuple[BlendEntry, ...] = ()
+    composition: Composition = Composition()
     settings: GenerateConfig | None = None
     precision: str = "float32"
     device: str = "cpu"
@@ -40,7 +42,8 @@ def library_versions() -> dict[str, str]:
 def blend_entries(blend: Blend) -> tuple[BlendEntry, ...]:
     """The blend by reference: where each adapter was found, its hash and weight."""
     return tuple(
-        BlendEntry(path=str(e.path or e.name), weight=e.weight, name=e.name, hash=e.hash) for e in blend.entries
+        BlendEntry(path=str(e.path or e.name), weight=e.weight, name=e.name, hash=e.hash, region=e.region)
+        for e in blend.entries
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,14 @@ import torch
 from PIL import Image
 
 from lora_diffusion.blend import Blend
+from lora_diffusion.composition import BeforeStep, composed
 from lora_diffusion.config import GenerateConfig, Scheduler, validate
 from lora_diffusion.errors import ConfigError, SamplingError
 from lora_diffusion.models import Base, new_scheduler, quiet_libraries
-from lora_diffusion.patching import patching
 from lora_diffusion.precision import dtype_name
+from lora_diffusion.preset import Composition
 from lora_diffusion.recipe import Recipe, blend_entries, library_versions, write_png
 from lora_diffusion.weights import Moment
-
-BeforeStep = Callable[[Moment], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,32 +102,44 @@ def generate(
     configs: Sequence[GenerateConfig],
     blend: Blend | None = None,
     *,
+    composition: Composition | None = None,
     on_picture: Callable[[Picture], None] | None = None,
 ) -> list[Picture]:
     """Pictures of all settings under one blend, each with its recipe.
 
-    They are made one after another, so that none depends on its neighbours; `on_picture` gets each as soon as it is
-    there. Raises FamilyMismatchError if an adapter does not belong to the base, ConfigError, SamplingError.
+    They are made one after another, so that none depends on its neighbours; `composition` says how the adapters come
+    together, by default as a sum; `on_picture` gets each picture as soon as it is there. Raises FamilyMismatchError if
+    an adapter does not belong to the base, AdapterFormatError for NaN, ConfigError, SamplingError.
     """
-    blend = blend or Blend()
-    entries = blend_entries(blend)
+    blend, composition = blend or Blend(), composition or Composition()
     pictures: list[Picture] = []
     singles = [single for config in configs for single in single_settings(base, config)]
-    with patching(base) as patch:
-        patch.check(blend)
-        for settings in singles:
-            recipe = Recipe(
-                kind="image",
-                base=base.name,
-                base_hash=base.hash,
-                adapters=entries,
-                settings=settings,
-                precision=dtype_name(base.pipe.unet.dtype),
-                device=base.pipe.device.type,
-                versions=library_versions(),
-            )
-            picture = Picture(image=sample(base, settings, partial(patch.apply, blend)), recipe=recipe)
-            pictures.append(picture)
-            if on_picture:
-                on_picture(picture)
+    for size, group in groupby(singles, key=partial(latent_size, base)):
+        with composed(base, blend, composition, size) as before_step:
+            for settings in group:
+                recipe = recipe_of(base, blend, composition, settings)
+                pictures.append(Picture(image=sample(base, settings, before_step), recipe=recipe))
+                if on_picture:
+                    on_picture(pictures[-1])
     return pictures
+
+
+def latent_size(base: Base, settings: GenerateConfig) -> tuple[int, int]:
+    """Height and width of the latents of a picture."""
+    factor = int(base.pipe.vae_scale_factor)
+    return (settings.height or base.size_px) // factor, (settings.width or base.size_px) // factor
+
+
+def recipe_of(base: Base, blend: Blend, composition: Composition, settings: GenerateConfig) -> Recipe:
+    """What it takes to make a picture again."""
+    return Recipe(
+        kind="image",
+        base=base.name,
+        base_hash=base.hash,
+        adapters=blend_entries(blend),
+        composition=composition,
+        settings=settings,
+        precision=dtype_name(base.pipe.unet.dtype),
+        device=base.pipe.device.type,
+        versions=library_versions(),
+    )

@@ -18,8 +18,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from lora_diffusion.config import BlendWeight, Curve, Schedule, Weight, validate
+from lora_diffusion.config import validate
 from lora_diffusion.errors import ConfigError
+from lora_diffusion.preset import BlendWeight, Curve, Schedule, Weight
 from lora_diffusion.weights import vector_of
 
 TAG = re.compile(r"<lora:([^<>]*)>")

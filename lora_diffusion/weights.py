@@ -15,8 +15,8 @@ from functools import cache
 from pathlib import Path
 
 from lora_diffusion.anatomy import Anatomy
-from lora_diffusion.config import BlendWeight, Schedule, Weight
 from lora_diffusion.errors import ConfigError
+from lora_diffusion.preset import BlendWeight, Schedule, Weight
 
 BlockPresets = Mapping[str, tuple[tuple[float, ...], ...]]
 """Vectors by name; one name may have vectors for several families."""

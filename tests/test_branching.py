@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_diffusion.adapter import Adapter
 from lora_diffusion.blend import Blend
 from lora_diffusion.branching import branched, branching
-from lora_diffusion.config import BlendWeight, Schedule
 from lora_diffusion.errors import AdapterFormatError, ConfigError
 from lora_diffusion.layers import DoRALayer, FullLayer, LoHaLayer, LoRALayer
 from lora_diffusion.models import Base, encode_prompts, load_base, module_at
 from lora_diffusion.patching import blended, patching, weight_at
+from lora_diffusion.preset import BlendWeight, Schedule
 from lora_diffusion.weights import Moment
 
 LATENTS = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0))

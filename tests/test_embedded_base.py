@@ -12,10 +12,11 @@ from PIL import Image
 from lora_diffusion.adapter import adapter_hash
 from lora_diffusion.blend import Blend, WeightedAdapter
 from lora_diffusion.commands import load_blend
-from lora_diffusion.config import BlendPreset, GenerateConfig
+from lora_diffusion.config import GenerateConfig
 from lora_diffusion.evaluation.style import style_distance, style_pictures
 from lora_diffusion.formats.reading import load_adapter
 from lora_diffusion.models import Base, sample_data
+from lora_diffusion.preset import BlendPreset
 from lora_diffusion.sampling import generate
 from train_scripts.tiny_world.reader import load_reader, read
 from train_scripts.tiny_world.scene import is_held_out

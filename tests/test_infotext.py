@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, PngImagePlugin
 
-from lora_diffusion.config import BlendEntry, GenerateConfig
+from lora_diffusion.config import GenerateConfig
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.infotext import (
     Infotext,
@@ -19,6 +19,7 @@ from lora_diffusion.infotext import (
     quoted,
     read_infotext,
 )
+from lora_diffusion.preset import BlendEntry
 from lora_diffusion.recipe import Recipe, infotext, write_png
 
 FORGE = """a lighthouse, (stormy:1.2) <lora:ink:0.8>

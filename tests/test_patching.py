@@ -15,12 +15,13 @@ from torch import Tensor
 from lora_diffusion.adapter import Adapter
 from lora_diffusion.anatomy import changeable_paths
 from lora_diffusion.blend import Blend, WeightedAdapter, blend_sum, delta_of
-from lora_diffusion.config import BlendWeight, GenerateConfig, Schedule, Weight
+from lora_diffusion.config import GenerateConfig
 from lora_diffusion.errors import AdapterFormatError, ConfigError, LoRADiffusionError
 from lora_diffusion.formats.native import save_adapter
 from lora_diffusion.layers import DoRALayer, FullLayer, LoHaLayer, LoKrLayer, LoRALayer
 from lora_diffusion.models import Base, load_base
 from lora_diffusion.patching import Patch, blended, live_shapes, parameter_at, patching, weight_at
+from lora_diffusion.preset import BlendWeight, Schedule, Weight
 from lora_diffusion.sampling import generate, sample
 from lora_diffusion.weights import Moment
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_diffusion.anatomy import ANATOMIES, module_paths
-from lora_diffusion.config import BlendWeight, Schedule
 from lora_diffusion.errors import ConfigError
+from lora_diffusion.preset import BlendWeight, Schedule
 from lora_diffusion.tags import Tag, parse_weight, take_tags, weight_text
 from lora_diffusion.weights import (
     Moment,

@@ -1,0 +1,62 @@
+"""One adapter without the main directions of another, in closed form on the factors."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_diffusion.adapter import Adapter
+from lora_diffusion.blend import is_joinable
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.layers import LoRALayer
+
+MAIN_SHARE = 0.95
+"""Share of a delta's squared singular values that its main directions hold."""
+
+
+def project_out(subject: Adapter, style: Adapter, strength: float) -> Adapter:
+    """The subject with the input directions that the style uses most damped [NP-LoRA, arXiv:2511.11051].
+
+        delta' = delta (I - strength / (1 + strength) V V^T)
+
+    V (in, k) are the fewest right singular vectors of the style's delta that hold 95 % of its squared singular values.
+    Acts on the subject's `down` alone, so ranks stay. Where the two share no module, the subject is as it was. Raises
+    ConfigError for layers other than plain LoRA at shared modules.
+    """
+    shared = [path for path in subject.layers if path in style.layers]
+    layers = {path: damped(path, subject, style, strength / (1 + strength)) for path in shared}
+    return replace(subject, layers={**subject.layers, **layers})
+
+
+def damped(path: str, subject: Adapter, style: Adapter, share: float) -> LoRALayer:
+    first, second = subject.layers[path], style.layers[path]
+    if not (isinstance(first, LoRALayer) and isinstance(second, LoRALayer)) or not (
+        is_joinable(first) and is_joinable(second)
+    ):
+        raise ConfigError(f"{path}: a projection needs plain LoRA in both adapters, not {first.kind} and {second.kind}")
+    directions = main_directions(second)
+    down = first.down.float().flatten(1)
+    moved = down - share * (down @ directions) @ directions.T
+    return replace(first, down=moved.reshape(first.down.shape))
+
+
+def main_directions(layer: LoRALayer) -> Tensor:
+    """The right singular vectors (in, k) of a layer's delta that hold its main part, from a rank x rank matrix."""
+    up, down = layer.up.float().flatten(1), layer.down.float().flatten(1)
+    linalg: Any = torch.linalg
+    basis, mixing = factored(down.T)
+    _, right = factored(up)
+    values: Tensor
+    vectors: Tensor
+    _, values, vectors = linalg.svd(right @ mixing.T)
+    held = values.square().cumsum(0) / values.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+    count = int((held < MAIN_SHARE).sum()) + 1
+    return basis @ vectors[:count].T if bool(values[0] > 0) else basis[:, :0]
+
+
+def factored(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Its QR factors; torch's own stub says nothing of their type."""
+    linalg: Any = torch.linalg
+    basis, mixing = linalg.qr(matrix)
+    return basis, mixing

@@ -1,0 +1,201 @@
+"""How the adapters of a blend come together in a picture: all at once, in turn, side by side, chosen, or by region.
+
+`composed` opens a base for one picture and says what to do before each denoising step. The sum is the default, and the
+other modes are made of sums too: one for each step (`switch`, `k-lora`), one for each sample of a batch (`composite`),
+or one for each region. Text encoders read the prompt once, before the first step, and always hold the whole sum.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from lora_diffusion.adapter import Adapter
+from lora_diffusion.algebra.project import project_out
+from lora_diffusion.blend import Blend, BlendSum, WeightedAdapter, blend_sum, joined_sums, part_of
+from lora_diffusion.branching import branching
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.models import Base
+from lora_diffusion.patching import check_blend, patching, quantised
+from lora_diffusion.preset import Composition
+from lora_diffusion.regional import Lane, regional
+from lora_diffusion.regions import region_mask
+from lora_diffusion.weights import Moment
+
+BeforeStep = Callable[[Moment], None]
+
+
+@contextmanager
+def composed(base: Base, blend: Blend, composition: Composition, size: tuple[int, int]) -> Iterator[BeforeStep]:
+    """A base for pictures of one size, (height, width) in latents; yields what to call before each denoising step.
+
+    The base is as it was afterwards, whatever happens inside. Raises FamilyMismatchError, AdapterFormatError and
+    ConfigError before anything changes.
+    """
+    check_blend(base, blend)
+    check_composition(blend, composition)
+    with ExitStack() as stack:
+        if any(entry.region for entry in blend.entries):
+            yield regions(base, blend, size, composition, stack)
+        elif composition.mode == "composite":
+            yield composite(base, blend, composition, stack)
+        else:
+            plan = sum_plan(base, blend, composition)
+            write = writer(base, composition, stack)
+            yield lambda moment: write(plan(moment))
+
+
+def check_composition(blend: Blend, composition: Composition) -> None:
+    """Raise ConfigError for a mode that these adapters cannot be in."""
+    mode, count = composition.mode, len(blend.active)
+    if mode == "k-lora" and count != 2:
+        raise ConfigError(f"k-lora chooses between two adapters, the subject first; this blend has {count}")
+    if mode == "np-lora" and count < 2:
+        raise ConfigError(f"np-lora needs a subject and, after it, at least one style; this blend has {count}")
+    if mode != "sum" and any(entry.region for entry in blend.entries):
+        raise ConfigError(f"regions are blended by their masks, so that {mode} has no meaning with them; use sum")
+
+
+def writer(base: Base, composition: Composition, stack: ExitStack) -> Callable[[BlendSum], None]:
+    """What puts a sum into the base: its weights, or a branch beside them if asked for or if they are quantised."""
+    if composition.exact or quantised(base):
+        branch = stack.enter_context(branching(base))
+        return lambda total: branch.write([total])
+    return stack.enter_context(patching(base)).write
+
+
+def sum_plan(base: Base, blend: Blend, composition: Composition) -> Callable[[Moment], BlendSum]:
+    """The sum that stands for the blend at each step."""
+    entries = tuple(entry for entry in blend.entries if entry in blend.active)
+    if composition.mode == "switch":
+        return lambda moment: switched(base, entries, moment, composition.switch_every)
+    if composition.mode == "k-lora":
+        return Chooser(base, entries[0], entries[1], composition).chosen
+    if composition.mode == "np-lora":
+        blend = Blend(entries=(projected(entries, composition.projection), *entries[1:]))
+    return lambda moment: blend_sum(blend, base.anatomy, moment)
+
+
+def alone(base: Base, entry: WeightedAdapter, moment: Moment) -> BlendSum:
+    return blend_sum(Blend(entries=(entry,)), base.anatomy, moment)
+
+
+def in_unet(path: str) -> bool:
+    return path.startswith("unet.")
+
+
+def in_text(path: str) -> bool:
+    return not in_unet(path)
+
+
+def switched(base: Base, entries: Sequence[WeightedAdapter], moment: Moment, every: int) -> BlendSum:
+    """LoRA Switch: one adapter in the UNet at a time, the next after every few steps [arXiv:2402.16843]."""
+    if not entries:
+        return BlendSum(layers={}, biases={})
+    turn = entries[moment.step // every % len(entries)]
+    text = blend_sum(Blend(entries=tuple(entries)), base.anatomy, moment)
+    return joined_sums([part_of(alone(base, turn, moment), in_unet), part_of(text, in_text)])
+
+
+def projected(entries: Sequence[WeightedAdapter], strength: float) -> WeightedAdapter:
+    """NP-LoRA: the first adapter without the main directions of each other one [arXiv:2511.11051]."""
+    subject = entries[0].adapter
+    for style in entries[1:]:
+        subject = project_out(subject, style.adapter, strength)
+    return replace(entries[0], adapter=subject)
+
+
+class Chooser:
+    """K-LoRA: at each layer and step the one of two adapters whose largest changes are larger [arXiv:2502.18461].
+
+    A layer's strength is the sum of its K largest absolute changes, K the product of the two ranks. The style's counts
+    times slope * t / T + start, t the step's number, and times the ratio of all the subject's changes to all the
+    style's, so that the louder adapter does not win everywhere. (The authors' code counts forward passes, not steps.)
+    """
+
+    def __init__(self, base: Base, subject: WeightedAdapter, style: WeightedAdapter, composition: Composition) -> None:
+        self.base, self.subject, self.style, self.composition = base, subject, style, composition
+        both = subject.adapter.layers.keys() & style.adapter.layers.keys()
+        self.strengths = {path: strengths(subject.adapter, style.adapter, path) for path in both if in_unet(path)}
+        mine, other = (
+            math.fsum(float(entry.adapter.layers[path].delta().abs().sum()) for path in sorted(self.strengths))
+            for entry in (subject, style)
+        )
+        self.balance = mine / other if other else 1.0
+
+    def chosen(self, moment: Moment) -> BlendSum:
+        """The sum at one step."""
+        first, second = alone(self.base, self.subject, moment), alone(self.base, self.style, moment)
+        ramp = self.composition.k_lora_slope * moment.step / moment.steps + self.composition.k_lora_start
+        styled = {path for path, (mine, other) in self.strengths.items() if mine < other * self.balance * ramp}
+        kept = self.strengths.keys() - styled
+        return joined_sums([part_of(first, lambda p: p not in styled), part_of(second, lambda p: p not in kept)])
+
+
+def strengths(first: Adapter, second: Adapter, path: str) -> tuple[float, float]:
+    """Sum of the K largest absolute changes of either adapter at one layer."""
+    pair = first.layers[path], second.layers[path]
+    count = math.prod(getattr(layer, "rank", 1) for layer in pair)
+    changes = [layer.delta().abs().flatten() for layer in pair]
+    mine, other = (float(change.topk(min(count, change.numel())).values.sum()) for change in changes)
+    return mine, other
+
+
+def composite(base: Base, blend: Blend, composition: Composition, stack: ExitStack) -> BeforeStep:
+    """LoRA Composite: the mean of what each adapter alone predicts, in one batch [arXiv:2402.16843]."""
+    entries = [entry for entry in blend.entries if entry in blend.active]
+    if not entries:
+        return lambda _: None
+    branch = stack.enter_context(branching(base))
+    write_text = writer(base, composition, stack)
+    unet = base.pipe.unet
+    own = unet.forward
+    count = len(entries)
+
+    def forward(sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, **kwargs: Any) -> Any:
+        added = kwargs.pop("added_cond_kwargs", None)
+        if added is not None:
+            kwargs["added_cond_kwargs"] = {name: each(tensor, count) for name, tensor in added.items()}
+        result = own(each(sample, count), timestep, each(encoder_hidden_states, count), **kwargs)
+        predictions = result[0]
+        mean = predictions.unflatten(0, (-1, count)).mean(dim=1)
+        return (mean,) if isinstance(result, tuple) else type(result)(sample=mean)
+
+    def before_step(moment: Moment) -> None:
+        branch.write([part_of(alone(base, entry, moment), in_unet) for entry in entries])
+        write_text(part_of(blend_sum(blend, base.anatomy, moment), in_text))
+
+    unet.forward = forward
+    stack.callback(lambda: vars(unet).pop("forward"))
+    return before_step
+
+
+def each(tensor: Tensor, count: int) -> Tensor:
+    """Every sample `count` times, its copies side by side, so that copy i has blend i."""
+    return tensor.repeat_interleave(count, dim=0)
+
+
+def regions(base: Base, blend: Blend, size: tuple[int, int], composition: Composition, stack: ExitStack) -> BeforeStep:
+    """Every adapter with a region acts in it alone; the others act everywhere, as a sum.
+
+    The prompt is read as a whole, so that the text encoders hold every adapter's part.
+    """
+    placed = [entry for entry in blend.entries if entry.region and entry in blend.active]
+    masks = [region_mask(entry.region) for entry in placed if entry.region]
+    everywhere = Blend(entries=tuple(entry for entry in blend.entries if not entry.region))
+    write = writer(base, composition, stack)
+    lanes = stack.enter_context(regional(base, size))
+
+    def before_step(moment: Moment) -> None:
+        if moment.step > 0 and not blend.is_scheduled:
+            return
+        own = [alone(base, entry, moment) for entry in placed]
+        lanes.undo()
+        write(joined_sums([blend_sum(everywhere, base.anatomy, moment), *(part_of(total, in_text) for total in own)]))
+        totals = [part_of(total, in_unet) for total in own]
+        lanes.apply([Lane(total=total, mask=mask) for total, mask in zip(totals, masks, strict=True)])
+
+    return before_step

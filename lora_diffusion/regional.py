@@ -1,0 +1,139 @@
+"""Adapters that act in parts of the picture: in every layer, a side's output counts as its mask says there.
+
+The keys and values of cross-attention come from the prompt, which has no place in the picture. So an attention that
+reads the prompt is run once for each region, with that region's keys and values, and once without; what a region
+changes counts as its mask says.
+
+    y = y_0 + sum over regions of mask * (y_region - y_0)
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_diffusion.blend import BlendSum
+from lora_diffusion.branching import Forward, Side, add_side, side_of
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.models import Base, module_at
+from lora_diffusion.regions import scaled_mask, token_grid
+
+TEXT_READERS = re.compile(r"\.attn2\.to_[kv]$")
+PLACELESS = re.compile(r"time_emb|time_embedding|add_embedding")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Lane:
+    """What acts in one region: the terms of its adapters in the UNet, and its mask (SIDE, SIDE)."""
+
+    total: BlendSum
+    mask: Tensor
+
+
+def touches(lane: Lane, path: str) -> bool:
+    return path in lane.total.layers or path in lane.total.biases
+
+
+class Regional:
+    """A UNet with lanes beside its modules; `regional` opens one and takes it away."""
+
+    def __init__(self, base: Base, size: tuple[int, int]) -> None:
+        self.base = base
+        self.size = size
+        """Height and width of the latents."""
+        self.replaced: list[tuple[nn.Module, Forward | None]] = []
+        """What was given a lane, with the forward that it had of its own, such as a branch's."""
+        self.reading: int | None = None
+        """The lane whose keys and values the prompt's readers use now; None is none."""
+
+    def apply(self, lanes: Sequence[Lane]) -> None:
+        """Put these lanes in the place of any before. Raises ConfigError for layers that have no place in a picture."""
+        self.undo()
+        paths = sorted({path for lane in lanes for path in (*lane.total.layers, *lane.total.biases)})
+        placeless = next((path for path in paths if PLACELESS.search(path)), None)
+        if placeless:
+            raise ConfigError(f"{placeless}: acts on the whole picture, so that no region holds it; leave it out")
+        for path in paths:
+            module = module_at(self.base, path)
+            held = [path in lane.total.layers or path in lane.total.biases for lane in lanes]
+            sides = [
+                side_of(module, path, [lane.total]) if has else None for lane, has in zip(lanes, held, strict=True)
+            ]
+            make = self.reader if TEXT_READERS.search(path) else self.placed
+            self.replace(module, make(module, module.forward, sides, lanes))
+        for path in {path.rpartition(".")[0] for path in paths if TEXT_READERS.search(path)}:
+            attention = module_at(self.base, path)
+            self.replace(attention, self.attention(attention.forward, lanes))
+
+    def replace(self, module: nn.Module, forward: Forward) -> None:
+        self.replaced.append((module, vars(module).get("forward")))
+        module.forward = forward  # type: ignore[method-assign]
+
+    def placed(self, module: nn.Module, own: Forward, sides: Sequence[Side | None], lanes: Sequence[Lane]) -> Forward:
+        """A module whose output has places: each side counts as its mask says there."""
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            y = own(x, *args, **kwargs)
+            for side, lane in zip(sides, lanes, strict=True):
+                if side is not None:
+                    y = y + self.mask_for(y, lane) * (add_side(module, x, y.clone(), side) - y)
+            return y
+
+        return forward
+
+    def reader(self, module: nn.Module, own: Forward, sides: Sequence[Side | None], _lanes: Sequence[Lane]) -> Forward:
+        """A module that reads the prompt: it has the side of the lane that is read now."""
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            y = own(x, *args, **kwargs)
+            side = sides[self.reading] if self.reading is not None else None
+            return y if side is None else add_side(module, x, y, side)
+
+        return forward
+
+    def attention(self, own: Forward, lanes: Sequence[Lane]) -> Forward:
+        """An attention that reads the prompt: once as it is, and once for each region."""
+
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            self.reading = None
+            bare = own(*args, **kwargs)
+            y = bare
+            for number, lane in enumerate(lanes):
+                self.reading = number
+                try:
+                    y = y + self.mask_for(bare, lane) * (own(*args, **kwargs) - bare)
+                finally:
+                    self.reading = None
+            return y
+
+        return forward
+
+    def mask_for(self, y: Tensor, lane: Lane) -> Tensor:
+        """The lane's mask at the resolution of an output (n, tokens, width) or (n, channels, h, w)."""
+        if y.ndim == 4:
+            return scaled_mask(lane.mask, *y.shape[2:]).to(y.device, y.dtype)
+        rows, columns = token_grid(y.shape[1], *self.size)
+        return scaled_mask(lane.mask, rows, columns).reshape(1, -1, 1).to(y.device, y.dtype)
+
+    def undo(self) -> None:
+        """Take every lane away."""
+        for module, own in reversed(self.replaced):
+            del module.forward
+            if own is not None:
+                module.forward = own  # type: ignore[method-assign]
+        self.replaced.clear()
+
+
+@contextmanager
+def regional(base: Base, size: tuple[int, int]) -> Iterator[Regional]:
+    """Lanes beside the UNet's modules, for latents of (height, width); gone afterwards, whatever happens inside."""
+    lanes = Regional(base, size)
+    try:
+        with torch.no_grad():
+            yield lanes
+    finally:
+        lanes.undo()
