@@ -1,0 +1,114 @@
+"""How long a folder of a thousand adapters takes to be read, read again, and searched by name and by hash.
+
+    python tests/benchmarks/library.py
+
+The adapters are the package's own five, each saved a hundred times in our layout and a hundred times in kohya's: every
+one in full (1.4 MB, no links), under a name of its own and with a layer of its own, so that no two share a hash. The
+files are in the system's cache; the measuring runs in a process of its own, whose start is not counted. A first look-up
+by hash comes on top of what those before it have found out, in the order of the figures; "reopened" is one more with
+the folder opened anew, which counts. Writes `library.json` beside this script.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+COPIES = 100
+SECOND_RUNS = 5
+
+
+def write_adapters(folder: Path) -> int:
+    """The files; returns how many."""
+    from lora_diffusion.files import sample_data
+    from lora_diffusion.formats.kohya import save_kohya
+    from lora_diffusion.formats.native import save_adapter
+    from lora_diffusion.formats.reading import load_adapter
+
+    count = 0
+    for source in sorted((sample_data() / "adapters").glob("*.safetensors")):
+        adapter = load_adapter(source)
+        path, layer = next((p, layer) for p, layer in adapter.layers.items() if layer.kind == "LoRA")
+        for dialect, save in (("native", save_adapter), ("kohya", save_kohya)):
+            for i in range(COPIES):
+                name = f"{source.stem}-{dialect}-{i:03}"
+                factors = {
+                    key: factor + count * 1e-4 if key == "up" else factor for key, factor in layer.factors.items()
+                }
+                layers = {**adapter.layers, path: layer.with_factors(factors)}
+                metadata = adapter.metadata.model_copy(update={"name": name.replace("-", " ")})
+                save(replace(adapter, layers=layers, metadata=metadata), folder / f"{name}.safetensors")
+                count += 1
+    return count
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return round(time.perf_counter() - started, 4)
+
+
+def median_seconds(work: Callable[[], Any]) -> float:
+    return round(statistics.median(seconds(work) for _ in range(SECOND_RUNS)), 4)
+
+
+def measure_here(folder: Path) -> None:
+    """Print the figures; the index is empty at the start."""
+    from lora_diffusion.library import find, find_by_hash, open_library, with_content_hash, with_file_hashes
+
+    first = seconds(lambda: open_library(folder))
+    figures: dict[str, Any] = {"refresh": {"first": first, "second": median_seconds(lambda: open_library(folder))}}
+    library = open_library(folder)
+    figures["find_name"] = median_seconds(lambda: find(library, "neon kohya 050"))
+    figures["torch_imported_so_far"] = "torch" in sys.modules
+    ours, theirs = find(library, "neon native 050"), with_file_hashes(find(library, "neon kohya 050"))
+    last = with_file_hashes(max(library.entries, key=lambda entry: entry.bytes))
+    digests = {
+        "content_of_native_file": ours.content_hash,
+        "payload_that_the_header_claims": theirs.payload_hash[:12],
+        "file_hash_of_the_last_to_be_hashed": last.file_hash[:10],
+        "content_of_kohya_file": with_content_hash(theirs).content_hash,
+    }
+    for name, digest in digests.items():
+        once = seconds(lambda digest=digest: find_by_hash(library, digest))
+        figures[f"find_{name}"] = {
+            "first": once,
+            "second": median_seconds(lambda digest=digest: find_by_hash(library, digest)),
+            "reopened": median_seconds(lambda digest=digest: find_by_hash(open_library(folder), digest)),
+        }
+    figures["index_mb"] = round(library.index.stat().st_size / 2**20, 2)
+    print(json.dumps(figures))
+
+
+def main() -> None:
+    if len(sys.argv) == 2:
+        return measure_here(Path(sys.argv[1]))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "adapters"
+        folder.mkdir()
+        count = write_adapters(folder)
+        total = sum(path.stat().st_size for path in folder.iterdir())
+        environment = {**os.environ, "XDG_CACHE_HOME": scratch}
+        command = [sys.executable, __file__, str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    figures = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}",
+        "adapters": count,
+        "total_mb": round(total / 2**20),
+        "seconds": json.loads(done.stdout.splitlines()[-1]),
+    }
+    text = json.dumps(figures, indent=1)
+    Path(__file__).with_name("library.json").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
