@@ -38,6 +38,8 @@ class WeightedAdapter:
     """Where its file was found; goes into recipes."""
     region: Region | None = None
     """The part of the picture that it acts in."""
+    payload_hash: str = ""
+    """SHA-256 of its file's bytes after the header, by which other programs know it."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.weight, BlendWeight) and not math.isfinite(self.weight):
@@ -269,15 +271,10 @@ def check_fits(
     """Raise FamilyMismatchError unless everything in every adapter finds a tensor of its shape in the base.
 
     `paths` are the module paths of the base's family, `shapes` the parameters (`<module path>.weight` or `.bias`) that
-    the blend would change. Raises ConfigError for learned tokens, which no picture shows yet.
+    the blend would change.
     """
     for entry in blend.entries:
         adapter = entry.adapter
-        if adapter.tokens:
-            raise ConfigError(
-                f"{entry.name} holds learned tokens ({', '.join(adapter.tokens)}), which no base takes up yet; "
-                "`lora-diffusion convert --without-tokens` makes a file of its layers alone"
-            )
         check_family(adapter.metadata.family, entry.name, base_name=base_name, family=family)
         wanted = wanted_shapes(adapter)
         unknown = [name for name in wanted if name.rpartition(".")[0] not in paths or name not in shapes]

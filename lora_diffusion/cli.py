@@ -8,7 +8,7 @@ import sys
 import tomllib
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, make_dataclass, replace
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -25,8 +25,8 @@ from lora_diffusion.config import (
     validate,
 )
 from lora_diffusion.errors import ConfigError, LoRADiffusionError
-from lora_diffusion.preset import BlendEntry
-from lora_diffusion.tags import parse_weight
+from lora_diffusion.preset import BlendEntry, Composition
+from lora_diffusion.tags import parse_weight, take_region
 
 REPEATABLE = "(repeatable)"
 Adapters = Annotated[
@@ -54,6 +54,10 @@ def optional_flags(kind: type[Settings]) -> type[Any]:
     fields: list[tuple[str, Any, Any]] = []
     for name, info in kind.model_fields.items():
         hint = "(required)" if info.is_required() else f"(default: {shown(info.default)})"
+        if info.annotation is bool:
+            switch = tyro.conf.arg(help=info.description, help_behavior_hint="")
+            fields.append((name, Annotated[bool, tyro.conf.FlagCreatePairsOff, switch], False))
+            continue
         argument = tyro.conf.arg(help=info.description, metavar=metavar(info.annotation), help_behavior_hint=hint)
         fields.append((name, Annotated[info.annotation | None, argument], None))
     return make_dataclass(f"{kind.__name__}Flags", fields, kw_only=True, frozen=True)
@@ -107,23 +111,60 @@ class Train:
 
 
 GenerateFlags = optional_flags(GenerateConfig)
+CompositionFlags = optional_flags(Composition)
+
+
+def given(flags: Any) -> dict[str, Any]:
+    """The flags that were set."""
+    return {key: value for key, value in vars(flags).items() if value is not None and value is not False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeansFlags:
+    """Where adapters are looked for, and what is done to their weights."""
+
+    library: Annotated[
+        Path | None,
+        tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: $LORA_DIFFUSION_LIBRARY, or the package's own)"),
+    ] = None
+    """Folder in which adapters are found by name, for tags, and by hash."""
+    block_presets: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """An `lbwpresets.txt`: block vectors by name, for lbw=NAME."""
+    balance: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = False
+    """Scale the weights so that equal ones mean equal strength."""
+    ignore_unmatched: Patterns = ()
+    """Keys of adapter files that may be there without being understood."""
+
+    def means(self) -> Any:
+        from lora_diffusion.commands import Means
+        from lora_diffusion.references import Shelf
+
+        return Means(
+            shelf=Shelf(library_folder=self.library),
+            ignore=self.ignore_unmatched,
+            block_presets=self.block_presets,
+            balance=self.balance,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Make pictures from a base and any blend of adapters."""
+    """Make pictures from a base and any blend of adapters.
+
+    Tags in the prompt call adapters of the library: `<lora:neon:0.8:lbw=MIDD:start=0.2:stop=0.8>`.
+    """
 
     settings: Annotated[GenerateFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    composition: Annotated[CompositionFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    where: Annotated[MeansFlags, tyro.conf.arg(name="")]
     base: BaseFlag = ""
     """`tiny-sd`, a folder in diffusers' layout, or a hub id."""
     adapter: Adapters = ()
     """Adapter and its weight, 1 if not given; options may follow, as in a prompt's tags."""
-    ignore_unmatched: Patterns = ()
-    """Keys of adapter files that may be there without being understood."""
     preset: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """Blend preset (JSON) whose base, adapters and settings are used."""
     from_: Annotated[Path | None, tyro.conf.arg(name="from", metavar="IMAGE", help_behavior_hint="")] = None
-    """PNG that `generate` wrote, to be made again."""
+    """Picture to be made again: one of ours, or one of A1111 or Forge, whose adapters are found by their hashes."""
     output: Path = Path("outputs")
     """Folder for the PNGs."""
     json: bool = False
@@ -131,22 +172,123 @@ class Generate:
 
     def run(self) -> None:
         with quiet():
-            from lora_diffusion.commands import Plan, generate_files, preset_plan, replay_plan
+            from lora_diffusion.commands import generate_files
 
-            given = {key: value for key, value in vars(self.settings).items() if value is not None}
-            if self.from_:
-                if given or self.adapter or self.preset:
-                    raise ConfigError("--from makes a picture again as it was; give only --base and --output with it")
-                plan = replay_plan(self.from_, base=self.base)
-            elif self.preset:
-                plan = preset_plan(self.preset, base=self.base, settings=given, adapters=parse_adapters(self.adapter))
-            else:
-                config = validate(GenerateConfig, given, source="generate")
-                plan = Plan(base=self.base or EMBEDDED_BASE, entries=parse_adapters(self.adapter), settings=config)
-            written = generate_files(replace(plan, ignore=self.ignore_unmatched), self.output)
+            means = self.where.means()
+            written = generate_files(self.plan(means.shelf), self.output, means)
         for note in written.notes:
-            print(f"note: {note}; the pixels may differ", file=sys.stderr)
+            print(f"note: {note}", file=sys.stderr)
         print(json.dumps([str(p) for p in written.paths]) if self.json else "\n".join(map(str, written.paths)))
+
+    def plan(self, shelf: Any) -> Any:
+        """What to make, from the flags."""
+        from lora_diffusion.plans import Plan, preset_plan, replay_plan
+
+        settings, composition = given(self.settings), given(self.composition)
+        adapters = parse_adapters(self.adapter)
+        if self.from_:
+            if settings or composition or adapters or self.preset or self.where.balance:
+                raise ConfigError("--from makes a picture again as it was; give only --base, --library and --output")
+            return replay_plan(self.from_, base=self.base, shelf=shelf)
+        if self.preset:
+            return preset_plan(
+                self.preset, base=self.base, settings=settings, composition=composition, adapters=adapters
+            )
+        return Plan(
+            base=self.base or EMBEDDED_BASE,
+            entries=adapters,
+            settings=validate(GenerateConfig, settings, source="generate"),
+            composition=validate(Composition, composition, source="generate"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Save, list, show or check blend presets.
+
+    `save FILE` writes the adapters and settings given; `list [FOLDER]`; `show FILE`; `check FILE` looks for every
+    adapter by path and hash and exits with 1 if one is missing or has changed.
+    """
+
+    action: Annotated[
+        Literal["save", "list", "show", "check"],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="save|list|show|check", help_behavior_hint=""),
+    ]
+    path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[PATH]", help_behavior_hint="")] = Path()
+    """File of the preset, or folder to list."""
+    settings: Annotated[GenerateFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    composition: Annotated[CompositionFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    where: Annotated[MeansFlags, tyro.conf.arg(name="")]
+    adapter: Adapters = ()
+    """Adapter to save, with its weight and options."""
+    base: BaseFlag = ""
+    """Base to save: `tiny-sd`, a folder in diffusers' layout, or a hub id."""
+    from_: Annotated[Path | None, tyro.conf.arg(name="from", metavar="IMAGE", help_behavior_hint="")] = None
+    """Picture whose blend and settings are saved."""
+    name: str = ""
+    """Name of the preset; the file's if empty."""
+    description: str = ""
+    """What it is good for."""
+    force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Replace a preset that is there."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print as JSON."""
+
+    def run(self) -> int:
+        with quiet():
+            return {"save": self.save, "list": self.list, "show": self.show, "check": self.check}[self.action]()
+
+    def save(self) -> int:
+        from lora_diffusion.commands import save_plan
+        from lora_diffusion.plans import settings_plan
+
+        settings, composition = given(self.settings), given(self.composition)
+        means = self.where.means()
+        plan = settings_plan(
+            self.from_,
+            base=self.base,
+            settings=settings,
+            composition=composition,
+            adapters=parse_adapters(self.adapter),
+            shelf=means.shelf,
+        )
+        preset = save_plan(plan, self.path, means, name=self.name, description=self.description, force=self.force)
+        print(preset.model_dump_json(exclude_defaults=True) if self.json else f"{self.path}: saved")
+        return 0
+
+    def list(self) -> int:
+        from lora_diffusion.preset_files import list_presets
+
+        rows = list_presets(self.path)
+        if self.json:
+            print(json.dumps([{"file": str(p), "name": getattr(found, "name", "")} for p, found in rows]))
+            return 0
+        for path, found in rows:
+            text = found if isinstance(found, str) else f"{found.name}: " + ", ".join(e.name for e in found.adapters)
+            print(f"{path}  {text}")
+        return 0
+
+    def show(self) -> int:
+        from lora_diffusion.preset_files import describe_preset, read_preset
+
+        preset = read_preset(self.path)
+        print(preset.model_dump_json(exclude_defaults=True) if self.json else describe_preset(preset))
+        return 0
+
+    def check(self) -> int:
+        from lora_diffusion.preset_files import check_preset
+
+        checks = check_preset(self.path, self.where.means().shelf)
+        if self.json:
+            print(json.dumps([{"what": what, "problem": problem} for what, problem in checks]))
+        else:
+            print(
+                "\n".join(
+                    f"{'ok' if not problem else 'NO':<4}{what}{problem and ': '}{problem}" for what, problem in checks
+                )
+            )
+        return int(any(problem for _, problem in checks))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,12 +297,11 @@ class Merge:
 
     output: Path
     """Folder to write; must not exist or be empty."""
+    where: Annotated[MeansFlags, tyro.conf.arg(name="")]
     base: str = EMBEDDED_BASE
     """`tiny-sd`, a folder in diffusers' layout, or a hub id."""
     adapter: Adapters = ()
     """Adapter and its weight, 1 if not given; options may follow, as in a prompt's tags."""
-    ignore_unmatched: Patterns = ()
-    """Keys of adapter files that may be there without being understood."""
     precision: WeightType = "keep"
     """Type of the written weights; `keep` writes what the base has."""
     json: bool = False
@@ -170,9 +311,8 @@ class Merge:
         with quiet():
             from lora_diffusion.commands import merge_files
 
-            report = merge_files(
-                self.base, parse_adapters(self.adapter), self.output, self.precision, self.ignore_unmatched
-            )
+            means = self.where.means()
+            report = merge_files(self.base, parse_adapters(self.adapter), self.output, self.precision, means)
         facts = {
             "output": str(report.output),
             "merged_modules": report.merged_modules,
@@ -329,6 +469,7 @@ Train.__doc__ = f"{Train.__doc__}\n\nSettings of the TOML file:\n{settings_table
 COMMANDS = {
     "train": Train,
     "generate": Generate,
+    "preset": Preset,
     "merge": Merge,
     "inspect": Inspect,
     "convert": Convert,
@@ -345,7 +486,8 @@ def parse_adapters(texts: tuple[str, ...]) -> tuple[BlendEntry, ...]:
 
 def parse_adapter(text: str) -> BlendEntry:
     path, parts = split_file(text)
-    return BlendEntry(path=path, weight=parse_weight(parts, source=f"--adapter {text}"))
+    rest, region = take_region(parts, source=f"--adapter {text}")
+    return BlendEntry(path=path, weight=parse_weight(rest, source=f"--adapter {text}"), region=region)
 
 
 def split_file(text: str) -> tuple[str, list[str]]:

@@ -1,93 +1,70 @@
 """What the commands do between their flags and the library: find files, load, run, write."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from lora_diffusion.blend import Blend, WeightedAdapter, check_family
-from lora_diffusion.config import GenerateConfig, WeightType, validate
+from lora_diffusion.algebra.balance import balanced
+from lora_diffusion.blend import Blend, blend_sum, check_family
+from lora_diffusion.config import WeightType
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.files import check_writable
 from lora_diffusion.formats.diffusers_folder import anatomy_of_folder
-from lora_diffusion.formats.reading import load_adapter, outline_adapter
+from lora_diffusion.formats.reading import outline_adapter
 from lora_diffusion.merging import MergeReport, merge
 from lora_diffusion.models import Base, find_base, load_base
-from lora_diffusion.precision import torch_dtype
+from lora_diffusion.patching import quantised, rounding_loss
+from lora_diffusion.plans import Plan, with_tags
+from lora_diffusion.precision import dtype_name, torch_dtype
 from lora_diffusion.preset import BlendEntry, BlendPreset
-from lora_diffusion.recipe import Recipe, differences, read_recipe
+from lora_diffusion.preset_files import save_preset
+from lora_diffusion.recipe import Recipe, differences
+from lora_diffusion.references import Found, Shelf, load_blend
 from lora_diffusion.sampling import Picture, generate
+from lora_diffusion.weights import Moment, read_block_presets, spelled_out
+
+MOST_LOST = 0.1
+"""Share of a blend's delta that rounding may take before a user is told."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Pictures to make: base, adapters by reference, settings; for a replay also the recipe to hold to."""
+class Means:
+    """Where things are looked for, and what is done to a blend before it is used."""
 
-    base: str
-    entries: tuple[BlendEntry, ...]
-    settings: GenerateConfig
-    recipe: Recipe | None = None
+    shelf: Shelf = field(default_factory=Shelf)
     ignore: tuple[str, ...] = ()
     """Patterns of keys that adapter files may hold without being understood."""
-
-
-def preset_plan(path: Path, *, base: str, settings: Mapping[str, Any], adapters: tuple[BlendEntry, ...]) -> Plan:
-    """Pictures from a preset; what is given besides wins over it. Raises ConfigError."""
-    preset = read_preset(path)
-    kept = preset.settings.model_dump() if preset.settings else {}
-    found = tuple(e.model_copy(update={"path": str(path.parent / e.path)}) for e in preset.adapters)
-    return Plan(
-        base=base or preset.base,
-        entries=found + adapters,
-        settings=validate(GenerateConfig, {**kept, **settings}, source=str(path)),
-    )
-
-
-def read_preset(path: Path) -> BlendPreset:
-    """A blend preset from its JSON file. Raises ConfigError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); expected a blend preset as JSON") from None
-    return BlendPreset.from_json(text, source=str(path))
-
-
-def replay_plan(image: Path, *, base: str) -> Plan:
-    """The picture in a PNG once more. Raises ConfigError if it carries no recipe for an image."""
-    recipe = read_recipe(image)
-    if recipe.kind != "image" or recipe.settings is None:
-        raise ConfigError(f"{image}: carries the recipe of a {recipe.kind}, not of a picture")
-    return Plan(base=base or recipe.base, entries=recipe.adapters, settings=recipe.settings, recipe=recipe)
+    block_presets: Path | None = None
+    """An `lbwpresets.txt` with block vectors by name."""
+    balance: bool = False
+    """Scale the weights so that equal ones mean equal strength."""
 
 
 def refuse_other_families(entries: Iterable[BlendEntry], base: str, ignore: Sequence[str] = ()) -> None:
     """Raise FamilyMismatchError for an adapter of another family than the base's, from the files' headers alone."""
     family, _ = anatomy_of_folder(find_base(base))
     for entry in entries:
+        if entry.hash and not Path(entry.path).exists():
+            continue  # looked for by its hash later
         outline = outline_adapter(Path(entry.path), ignore=ignore)
         check_family(outline.metadata.family, outline.metadata.name, base_name=base, family=family.name)
 
 
-def load_blend(entries: Iterable[BlendEntry], *, folder: Path | None = None, ignore: Sequence[str] = ()) -> Blend:
-    """The adapters that a preset or recipe refers to, checked against their hashes.
+def prepared_blend(base: str, entries: tuple[BlendEntry, ...], means: Means) -> Found:
+    """The adapters loaded, their weights spelled out for this base and balanced if asked.
 
-    Relative paths start at `folder`. Raises AdapterFormatError for a file that is no adapter, ConfigError for one
-    whose content has changed.
+    Raises LoRADiffusionError's children.
     """
-    weighted: list[WeightedAdapter] = []
-    for entry in entries:
-        path = (folder or Path()) / entry.path
-        item = WeightedAdapter(adapter=load_adapter(path, ignore=ignore), weight=entry.weight, path=path)
-        if entry.hash and item.hash != entry.hash:
-            raise ConfigError(
-                f"{path}: its content (hash {item.hash[:12]}) is not what the recipe was made with "
-                f"({entry.hash[:12]}); give back the original file"
-            )
-        weighted.append(item)
-    return Blend(entries=tuple(weighted))
+    refuse_other_families(entries, base, means.ignore)
+    presets = read_block_presets(means.block_presets) if means.block_presets else None
+    _, anatomy = anatomy_of_folder(find_base(base))
+    found = load_blend(entries, means.shelf, ignore=means.ignore)
+    spelled = [replace(entry, weight=spelled_out(entry.weight, anatomy, presets)) for entry in found.blend.entries]
+    blend = Blend(entries=tuple(spelled))
+    return replace(found, blend=balanced(blend) if means.balance else blend)
 
 
 def check_base_hash(base: Base, recipe: Recipe) -> None:
@@ -101,25 +78,27 @@ def check_base_hash(base: Base, recipe: Recipe) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """Files of finished pictures, and what may make a replay differ."""
+    """Files of finished pictures, and what a user should know of them."""
 
     paths: tuple[Path, ...]
     notes: tuple[str, ...] = ()
 
 
-def generate_files(plan: Plan, output: Path) -> Written:
+def generate_files(plan: Plan, output: Path, means: Means | None = None) -> Written:
     """Make the pictures of a plan and write each into `output`, under names that are free, as soon as it is there.
 
     Raises LoRADiffusionError's children.
     """
+    means = means or Means()
     check_writable(output / "00000.png")
-    refuse_other_families(plan.entries, plan.base, plan.ignore)
-    blend = load_blend(plan.entries, ignore=plan.ignore)
+    plan = with_tags(plan, means.shelf)
+    found = prepared_blend(plan.base, plan.entries, means)
     base = load_base(plan.base, precision=recipe_precision(plan.recipe))
-    notes: list[str] = []
+    notes = [*plan.notes, *found.notes]
     if plan.recipe:
         check_base_hash(base, plan.recipe)
-        notes = differences(plan.recipe, device=base.pipe.device.type)
+        notes += [f"{note}; the pixels may differ" for note in differences(plan.recipe, device=base.pipe.device.type)]
+    notes += rounding_notes(base, found.blend, plan)
     paths: list[Path] = []
     with tqdm(total=plan.settings.count, desc="generate", unit="picture", leave=False) as bar:
 
@@ -128,8 +107,19 @@ def generate_files(plan: Plan, output: Path) -> Written:
             picture.save(paths[-1])
             bar.update()
 
-        generate(base, [plan.settings], blend, on_picture=keep)
+        generate(base, [plan.settings], found.blend, composition=plan.composition, on_picture=keep)
     return Written(paths=tuple(paths), notes=tuple(notes))
+
+
+def rounding_notes(base: Base, blend: Blend, plan: Plan) -> list[str]:
+    """A warning if adding to the weights would round away more of the blend than most people would accept."""
+    if plan.composition.exact or quantised(base) or base.pipe.unet.dtype == torch.float32:
+        return []
+    lost = rounding_loss(base, blend_sum(blend, base.anatomy, Moment(step=0, steps=plan.settings.steps)))
+    if lost <= MOST_LOST:
+        return []
+    kind = dtype_name(base.pipe.unet.dtype)
+    return [f"rounding to {kind} loses {lost:.0%} of what the adapters change; --exact keeps it in a branch"]
 
 
 def recipe_precision(recipe: Recipe | None) -> torch.dtype | None:
@@ -144,8 +134,30 @@ def free_name(folder: Path) -> Path:
 
 
 def merge_files(
-    base: str, entries: tuple[BlendEntry, ...], output: Path, precision: WeightType, ignore: tuple[str, ...] = ()
+    base: str, entries: tuple[BlendEntry, ...], output: Path, precision: WeightType, means: Means | None = None
 ) -> MergeReport:
     """Merge adapter files into a base. Raises LoRADiffusionError's children."""
-    refuse_other_families(entries, base, ignore)
-    return merge(base, load_blend(entries, ignore=ignore), output, dtype=precision)
+    found = prepared_blend(base, entries, means or Means())
+    return merge(base, found.blend, output, dtype=precision)
+
+
+def save_plan(plan: Plan, path: Path, means: Means, *, name: str, description: str, force: bool) -> BlendPreset:
+    """Write a plan as a preset, with every adapter's name and hash and its weight in full.
+
+    Raises LoRADiffusionError's children.
+    """
+    if path.suffix != ".json":
+        raise ConfigError(f"{path}: a preset is a .json file; give one, e.g. my-blend.json")
+    plan = with_tags(plan, means.shelf)
+    if not plan.entries:
+        raise ConfigError("nothing to save; give at least one --adapter, a prompt with a tag, or --from IMAGE")
+    found = prepared_blend(plan.base, plan.entries, means)
+    preset = BlendPreset(
+        name=name or path.stem,
+        description=description,
+        base=plan.base,
+        adapters=plan.entries,
+        composition=plan.composition,
+        settings=plan.settings if plan.settings.prompt else None,
+    )
+    return save_preset(preset, path, found, force=force)

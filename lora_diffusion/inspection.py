@@ -1,7 +1,6 @@
 """What is in an adapter file, as plain values: from its header alone, or with its tensors read."""
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,12 +8,12 @@ from statistics import median
 from typing import Any
 
 from lora_diffusion.adapter import Adapter, adapter_hash, named_tensors
+from lora_diffusion.algebra.analyse import delta_norm
 from lora_diffusion.families import family_title
 from lora_diffusion.formats.header_entries import tag_frequencies
 from lora_diffusion.formats.pickled import is_pickled
 from lora_diffusion.formats.reading import load_unchecked, outline_adapter
-from lora_diffusion.formats.safetensors_file import read_header
-from lora_diffusion.layers import Layer, LoRALayer
+from lora_diffusion.formats.safetensors_file import file_payload_hash
 from lora_diffusion.precision import dtype_name
 
 MOST_TAGS = 20
@@ -102,38 +101,17 @@ def block_norms(norms: Mapping[str, float | None]) -> dict[str, dict[str, float]
     return {block: {"median": median(found), "max": max(found)} for block, found in blocks.items()}
 
 
-def delta_norm(layer: Layer) -> float | None:
-    """Frobenius norm of the delta; None for DoRA, whose delta depends on the base, and for values that are no numbers.
-
-    For plain LoRA from the rank x rank Gram matrices of its factors.
-    """
-    if layer.kind == "DoRA":
-        return None
-    if not isinstance(layer, LoRALayer) or layer.mid is not None:
-        return finite(float(layer.delta().double().norm()))
-    up, down = layer.up.double().flatten(1), layer.down.double().flatten(1)
-    squared = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0)
-    return finite(abs(layer.scale) * float(squared.sqrt()))
-
-
-def finite(norm: float) -> float | None:
-    return norm if math.isfinite(norm) else None
-
-
 def file_hashes(path: Path) -> dict[str, str]:
     """The hashes by which sites and user interfaces know a file.
 
     `autov2` begins the SHA-256 of the whole file; `sshs_model_hash` is that of the bytes after the header, and
     `sshs_legacy_hash` that of 64 KiB behind the first mebibyte [github.com/kohya-ss/sd-scripts, library/train_util.py].
     """
-    start = read_header(path).data_start
     with path.open("rb") as file:
         whole = hashlib.file_digest(file, "sha256").hexdigest()
-        file.seek(start)
-        payload = hashlib.file_digest(file, "sha256").hexdigest()
         file.seek(LEGACY_START)
         legacy = hashlib.sha256(file.read(LEGACY_BYTES)).hexdigest()
-    return {"autov2": whole[:10], "sshs_model_hash": payload, "sshs_legacy_hash": legacy[:8]}
+    return {"autov2": whole[:10], "sshs_model_hash": file_payload_hash(path), "sshs_legacy_hash": legacy[:8]}
 
 
 def describe_inspection(facts: Mapping[str, Any]) -> str:

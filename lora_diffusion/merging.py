@@ -59,6 +59,12 @@ def merge(base: str, blend: Blend, output: Path, *, dtype: WeightType = "keep") 
     Raises ConfigError if there is nothing to merge, BaseModelError, FamilyMismatchError if any layer finds no tensor,
     OutputError if `output` cannot be written; in each case nothing is left behind.
     """
+    worded = next((entry for entry in blend.active if entry.adapter.tokens), None)
+    if worded:
+        raise ConfigError(
+            f"{worded.name} holds learned words ({', '.join(worded.adapter.tokens)}), which no checkpoint can; "
+            "`lora-diffusion convert --without-tokens` makes a file of its layers alone"
+        )
     folder = find_base(base)
     family, anatomy = anatomy_of_folder(folder)
     total = blend_sum(blend, anatomy)

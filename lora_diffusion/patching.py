@@ -201,6 +201,22 @@ class Patch:
         self.stacks.clear()
 
 
+def rounding_loss(base: Base, total: BlendSum) -> float:
+    """What rounding to the base's type takes from these terms in its weights: norm of the loss over norm of the delta.
+
+    bfloat16 can lose half of a gentle adapter, because its steps are wider than the delta.
+    """
+    lost = delta = 0.0
+    with torch.no_grad():
+        for path, terms in total.layers.items():
+            own = weight_at(base, path)
+            exact = blended_weight(own, terms)
+            change = exact - own.float()
+            lost += float((rounded(exact, own.dtype, path).float() - exact).double().square().sum())
+            delta += float(change.double().square().sum())
+    return (lost / delta) ** 0.5 if delta else 0.0
+
+
 def has_terms(total: BlendSum, name: str) -> bool:
     path, _, leaf = name.rpartition(".")
     return path in (total.layers if leaf == "weight" else total.biases)
@@ -274,7 +290,8 @@ def patching(base: Base, *, backup: Backup = "memory") -> Iterator[Patch]:
 def blended(base: Base, blend: Blend, moment: Moment | None = None, *, backup: Backup = "memory") -> Iterator[Patch]:
     """The base with the blend in its weights; the base's own values are back afterwards, whatever happens inside.
 
-    Raises as `Patch.apply` and `patching` do.
+    Learned words are not weights; `words.learned_words` opens them beside this. Raises as `Patch.apply` and `patching`
+    do.
     """
     with patching(base, backup=backup) as patch:
         patch.apply(blend, moment)

@@ -1,11 +1,13 @@
 """A blend by reference, as data that travels in JSON, PNGs and headers: adapters, weights, regions, composition."""
 
+import os
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from lora_diffusion.config import EMBEDDED_BASE, Finite, GenerateConfig, Positive, Settings, describe
+from lora_diffusion.config import EMBEDDED_BASE, Finite, GenerateConfig, Positive, Settings, describe, read_toml
 from lora_diffusion.errors import ConfigError
 
 Curve = Literal["hold", "linear", "cosine"]
@@ -109,6 +111,8 @@ class BlendEntry(Settings):
     name: str = ""
     hash: str = ""
     """Content hash over the adapter's tensors; empty accepts any file."""
+    payload_hash: str = ""
+    """SHA-256 of the file's bytes after its header, by which A1111 and Forge know it."""
     region: Region | None = None
     """The part of the picture that it acts in; everywhere if not given."""
 
@@ -130,3 +134,55 @@ class BlendPreset(Settings):
             return cls.model_validate_json(text)
         except ValidationError as error:
             raise ConfigError(f"{source}: {describe(error, cls)}") from None
+
+
+class RouteConfig(Settings):
+    """One training of gates over frozen adapters, as read from a TOML file; see `training/routing.py`."""
+
+    data: Annotated[tuple[Path, ...], Field(min_length=1)]
+    """Folder with captioned pictures, or several whose pictures are taken together."""
+    output: Path
+    """The blend preset to write (.json)."""
+    base: str = EMBEDDED_BASE
+    """Base to train on: `tiny-sd`, a folder in diffusers' layout, or a hub id."""
+    adapters: Annotated[tuple[BlendEntry, ...], Field(min_length=1)]
+    """The adapters, each with `path` and, if it is not 1, `weight`, a plain number that its gates multiply."""
+    stretches: Positive = 4
+    """Equal stretches of the denoising, each with gates of its own."""
+    steps: Positive = 100
+    """Optimizer steps."""
+    batch_size: Positive = 4
+    """Pictures per step."""
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.05
+    """Learning rate of the gates at the first step (Adam); it falls to 0 by a cosine."""
+    start: Finite = 1.0
+    """Every gate's value at first; 1 is the plain sum with the weights as they are given."""
+    penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    """How strongly gates are held to their start: times the mean squared distance, added to the loss."""
+    resolution: Annotated[int, Field(gt=0, multiple_of=8)] | None = None
+    """Pictures are scaled and centre-cropped to this square."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Type of the frozen base; gates are float32 always."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of data order and noise."""
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def one_or_more(cls, value: object) -> object:
+        """Take a lone folder as a list of one."""
+        return (value,) if isinstance(value, str | Path) else value
+
+
+def read_route(path: Path, changes: Mapping[str, Any] | None = None) -> RouteConfig:
+    """The settings in a TOML file, as `read_toml`; relative paths of data and adapters start at its folder as well.
+
+    Raises ConfigError.
+    """
+    changes = changes or {}
+    config = read_toml(path, RouteConfig, changes)
+    data = tuple(Path(os.path.normpath(path.parent / folder)) for folder in config.data)
+    adapters = tuple(
+        entry.model_copy(update={"path": os.path.normpath(path.parent / entry.path)}) for entry in config.adapters
+    )
+    found = {"data": data, "adapters": adapters}
+    return config.model_copy(update={key: value for key, value in found.items() if key not in changes})

@@ -42,7 +42,14 @@ def library_versions() -> dict[str, str]:
 def blend_entries(blend: Blend) -> tuple[BlendEntry, ...]:
     """The blend by reference: where each adapter was found, its hash and weight."""
     return tuple(
-        BlendEntry(path=str(e.path or e.name), weight=e.weight, name=e.name, hash=e.hash, region=e.region)
+        BlendEntry(
+            path=str(e.path or e.name),
+            weight=e.weight,
+            name=e.name,
+            hash=e.hash,
+            payload_hash=e.payload_hash,
+            region=e.region,
+        )
         for e in blend.entries
     )
 
@@ -71,7 +78,7 @@ def infotext(recipe: Recipe) -> str:
         "Model hash": recipe.base_hash[:10],
         "Model": recipe.base,
     }
-    hashes = ", ".join(f"{e.name or Path(e.path).stem}: {e.hash[:12]}" for e in recipe.adapters)
+    hashes = ", ".join(f"{e.name or Path(e.path).stem}: {(e.payload_hash or e.hash)[:12]}" for e in recipe.adapters)
     if hashes:
         pairs["Lora hashes"] = hashes
     negative = [f"Negative prompt: {settings.negative_prompt}"] if settings.negative_prompt else []
@@ -85,6 +92,15 @@ def write_png(image: Image.Image, path: Path, recipe: Recipe) -> None:
     texts.add_text(INFOTEXT_KEY, infotext(recipe))
     with whole_file(path) as part:
         image.save(part, format="PNG", pnginfo=texts)
+
+
+def has_recipe(path: Path) -> bool:
+    """Whether a file is a PNG with a recipe of ours in it, readable or not."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return PNG_KEY in image.info
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
 
 
 def read_recipe(path: Path) -> Recipe:

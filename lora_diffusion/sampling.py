@@ -20,6 +20,7 @@ from lora_diffusion.precision import dtype_name
 from lora_diffusion.preset import Composition
 from lora_diffusion.recipe import Recipe, blend_entries, library_versions, write_png
 from lora_diffusion.weights import Moment
+from lora_diffusion.words import learned_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,13 +116,19 @@ def generate(
     pictures: list[Picture] = []
     singles = [single for config in configs for single in single_settings(base, config)]
     for size, group in groupby(singles, key=partial(latent_size, base)):
-        with composed(base, blend, composition, size) as before_step:
+        with composed(base, blend, composition, size) as before_step, learned_words(base, blend) as rewrite:
             for settings in group:
                 recipe = recipe_of(base, blend, composition, settings)
-                pictures.append(Picture(image=sample(base, settings, before_step), recipe=recipe))
+                pictures.append(Picture(image=sample(base, rewritten(settings, rewrite), before_step), recipe=recipe))
                 if on_picture:
                     on_picture(pictures[-1])
     return pictures
+
+
+def rewritten(settings: GenerateConfig, rewrite: Callable[[str], str]) -> GenerateConfig:
+    """The settings with both prompts rewritten."""
+    texts = {"prompt": rewrite(settings.prompt), "negative_prompt": rewrite(settings.negative_prompt)}
+    return settings.model_copy(update=texts)
 
 
 def latent_size(base: Base, settings: GenerateConfig) -> tuple[int, int]:

@@ -6,6 +6,8 @@ then options:
     te=0.5  te2=0.5  unet=0.8        the weight of one component
     lbw=MIDD  lbw=1,0,0,...          factors by block, a preset's name or a vector
     IN04=0.5  *.attn2.*=0            a factor for one block, or for a pattern of module paths
+    box=0,0,0.5,1  mask=FILE         where in the picture it acts: left, top, right, bottom, or a white mask
+    feather=0.1                      how soft the region's edge is
     start=0.2  stop=0.8  step=5-10   when it acts: with a point as fractions of the run, whole numbers as steps
     linear=0@0.2,1@0.8  cosine=...   factors at positions, and how to go from one to the next
 
@@ -20,7 +22,7 @@ from typing import Any, get_args
 
 from lora_diffusion.config import validate
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.preset import BlendWeight, Curve, Schedule, Weight
+from lora_diffusion.preset import BlendWeight, Curve, Region, Schedule, Weight
 from lora_diffusion.weights import vector_of
 
 TAG = re.compile(r"<lora:([^<>]*)>")
@@ -30,7 +32,8 @@ COMPONENTS: Mapping[str, tuple[str, ...]] = {
     "te": ("text_encoder", "text_encoder_2"),
     "te2": ("text_encoder_2",),
 }
-OPTIONS = (*COMPONENTS, "lbw", "start", "stop", "step", *get_args(Curve))
+REGION_OPTIONS = ("box", "mask", "feather")
+OPTIONS = (*COMPONENTS, *REGION_OPTIONS, "lbw", "start", "stop", "step", *get_args(Curve))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,7 @@ class Tag:
 
     name: str
     weight: Weight
+    region: Region | None = None
 
 
 def take_tags(prompt: str) -> tuple[str, tuple[Tag, ...]]:
@@ -62,7 +66,37 @@ def parse_tag(text: str) -> Tag:
     name, *parts = text.split(":")
     if not name.strip():
         raise ConfigError(f"<lora:{text}>: has no name; write <lora:name:0.8>")
-    return Tag(name=name.strip(), weight=parse_weight(parts, source=f"<lora:{text}>"))
+    source = f"<lora:{text}>"
+    rest, region = take_region(parts, source=source)
+    return Tag(name=name.strip(), weight=parse_weight(rest, source=source), region=region)
+
+
+def in_our_order(prompt: str) -> str:
+    """A prompt of A1111 or Forge with its tags as this toolkit writes them.
+
+    There two numbers are the text encoder's weight and then the UNet's, and a third, the dynamic rank, has no meaning
+    here.
+    """
+
+    def turned(match: re.Match[str]) -> str:
+        name, *parts = match[1].split(":")
+        numbers = [part for part in parts if "=" not in part]
+        first = [numbers[1], numbers[0]] if len(numbers) > 1 else numbers
+        options = [part for part in parts if "=" in part and not part.startswith("dyn=")]
+        return f"<lora:{':'.join([name, *first, *options])}>"
+
+    return TAG.sub(turned, prompt)
+
+
+def take_region(parts: Sequence[str], *, source: str) -> tuple[list[str], Region | None]:
+    """The parts that are not about a region, and the region that the others describe. Raises ConfigError."""
+    rest = [part for part in parts if part.partition("=")[0] not in REGION_OPTIONS]
+    table: dict[str, Any] = dict(part.split("=", 1) for part in parts if part not in rest and "=" in part)
+    if not table:
+        return rest, None
+    if "box" in table:
+        table["box"] = vector_of(table["box"], source=f"{source}: box")
+    return rest, validate(Region, table, source=source)
 
 
 def is_number(text: str) -> bool:

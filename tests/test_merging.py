@@ -177,3 +177,10 @@ def test_a_truncated_base_is_named_and_nothing_is_left(sd: Base, tmp_path: Path)
     with pytest.raises(LoRADiffusionError, match="damaged"):
         merge(str(source), two(sd), tmp_path / "merged")
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_merge_refuses_learned_words_rather_than_dropping_them(sd: Base, tmp_path: Path) -> None:
+    adapter = Adapter(layers=random_adapter(sd, seed=1).layers, tokens={"<s1>": {"text_encoder": torch.ones(1, 32)}})
+    with pytest.raises(ConfigError, match="holds learned words"):
+        merged(sd, Blend(entries=(WeightedAdapter(adapter=adapter),)), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

@@ -11,14 +11,12 @@ from safetensors.torch import save_file
 
 from lora_diffusion.adapter import Adapter, AdapterMetadata
 from lora_diffusion.anatomy import ANATOMIES, module_paths
-from lora_diffusion.blend import Blend, WeightedAdapter
-from lora_diffusion.errors import AdapterFormatError, ConfigError
+from lora_diffusion.errors import AdapterFormatError
 from lora_diffusion.formats.embeddings import save_embedding
 from lora_diffusion.formats.order_keyed import NEW_ORDER, OLD_ORDER, TEXT_ORDER
 from lora_diffusion.formats.reading import load_adapter
 from lora_diffusion.layers import LoRALayer
 from lora_diffusion.models import Base, quiet_libraries
-from lora_diffusion.patching import blended
 from lora_diffusion.recognition import block_channels
 
 REAL = Path(__file__).parents[2] / "shared" / "adapters" / "analog_svd_rank4.safetensors"
@@ -149,12 +147,3 @@ def test_a_learned_token_is_written_as_diffusers_reads_it(two: bool, tmp_path: P
     back = load_adapter(tmp_path / "cat.safetensors")
     assert back.tokens.keys() == {"cat"}
     assert all(torch.equal(back.tokens["cat"][component], token[component]) for component in token)
-
-
-def test_a_blend_refuses_learned_tokens_rather_than_dropping_them(sd: Base) -> None:
-    adapter = Adapter(layers={}, tokens={"<s1>": {"text_encoder": torch.ones(1, 32)}})
-    with (
-        pytest.raises(ConfigError, match="learned tokens"),
-        blended(sd, Blend(entries=(WeightedAdapter(adapter=adapter),))),
-    ):
-        pass

@@ -241,6 +241,14 @@ def payload_hash(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def file_payload_hash(path: Path) -> str:
+    """The same of a file as it lies there, by which A1111 and kohya's scripts know it. Raises AdapterFormatError."""
+    start = read_header(path).data_start
+    with path.open("rb") as file:
+        file.seek(start)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def storage_order(kinds: Mapping[str, TensorKind]) -> list[str]:
     """Wide types first, so that every tensor stays aligned; then by name."""
     return sorted(kinds, key=lambda key: (-ITEM_BYTES[kinds[key][0]], key))

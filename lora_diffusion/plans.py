@@ -1,0 +1,113 @@
+"""What pictures to make: from flags, a preset, a picture's own recipe, or a picture of another program."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion.config import EMBEDDED_BASE, GenerateConfig, validate
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.infotext import Infotext, generate_settings, read_infotext
+from lora_diffusion.preset import BlendEntry, Composition
+from lora_diffusion.preset_files import anchored_entries, read_preset
+from lora_diffusion.recipe import Recipe, has_recipe, read_recipe
+from lora_diffusion.references import Shelf, hashed_entries, tagged_entries
+from lora_diffusion.tags import in_our_order, take_tags
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Pictures to make: base, adapters by reference, settings; for a replay also the recipe to hold to."""
+
+    base: str
+    entries: tuple[BlendEntry, ...]
+    settings: GenerateConfig
+    composition: Composition = field(default_factory=Composition)
+    recipe: Recipe | None = None
+    notes: tuple[str, ...] = ()
+    """What is known already to make a replay differ."""
+
+
+def preset_plan(
+    path: Path,
+    *,
+    base: str,
+    settings: Mapping[str, Any],
+    composition: Mapping[str, Any],
+    adapters: tuple[BlendEntry, ...],
+) -> Plan:
+    """Pictures from a preset; what is given besides wins over it. Raises ConfigError."""
+    preset = read_preset(path)
+    kept = preset.settings.model_dump() if preset.settings else {}
+    return Plan(
+        base=base or preset.base,
+        entries=anchored_entries(preset, path.parent) + adapters,
+        settings=validate(GenerateConfig, {**kept, **settings}, source=str(path)),
+        composition=validate(Composition, {**preset.composition.model_dump(), **composition}, source=str(path)),
+    )
+
+
+def replay_plan(image: Path, *, base: str, shelf: Shelf) -> Plan:
+    """The picture in a file once more: of ours from its recipe, of A1111 and Forge from their text.
+
+    Raises ConfigError if it carries neither.
+    """
+    info = None if has_recipe(image) else read_infotext(image)
+    if info is not None:
+        return foreign_plan(image, info, base=base, shelf=shelf)
+    recipe = read_recipe(image)
+    if recipe.kind != "image" or recipe.settings is None:
+        raise ConfigError(f"{image}: carries the recipe of a {recipe.kind}, not of a picture")
+    return Plan(
+        base=base or recipe.base,
+        entries=recipe.adapters,
+        settings=recipe.settings,
+        composition=recipe.composition,
+        recipe=recipe,
+    )
+
+
+def settings_plan(
+    image: Path | None,
+    *,
+    base: str,
+    settings: Mapping[str, Any],
+    composition: Mapping[str, Any],
+    adapters: tuple[BlendEntry, ...],
+    shelf: Shelf,
+) -> Plan:
+    """What flags say, over what a picture's own recipe says, if one is given. Raises ConfigError."""
+    start = replay_plan(image, base=base, shelf=shelf) if image else None
+    kept = start.settings.model_dump() if start else {"prompt": ""}
+    together = start.composition.model_dump() if start else {}
+    return Plan(
+        base=base or (start.base if start else EMBEDDED_BASE),
+        entries=(start.entries if start else ()) + adapters,
+        settings=validate(GenerateConfig, {**kept, **settings}, source="preset save"),
+        composition=validate(Composition, {**together, **composition}, source="preset save"),
+        notes=start.notes if start else (),
+    )
+
+
+def foreign_plan(image: Path, info: Infotext, *, base: str, shelf: Shelf) -> Plan:
+    """A picture of A1111 or Forge: its settings as far as they have a counterpart, its adapters by their hashes.
+
+    Raises ConfigError if no base is given, as a picture names one that only its maker has.
+    """
+    if not base:
+        named = f" ({info.model})" if info.model else ""
+        raise ConfigError(f"{image}: was made by another program on a base of its own{named}; give that with --base")
+    table, notes = generate_settings(info, source=str(image))
+    prompt, tags = take_tags(in_our_order(str(table.get("prompt", ""))))
+    entries, more = hashed_entries(tags, info, shelf)
+    settings = validate(GenerateConfig, {**table, "prompt": prompt}, source=str(image))
+    return Plan(base=base, entries=entries, settings=settings, notes=(*notes, *more))
+
+
+def with_tags(plan: Plan, shelf: Shelf) -> Plan:
+    """The plan with its prompt's tags turned into adapters. Raises ConfigError for a name that is unknown."""
+    prompt, tags = take_tags(plan.settings.prompt)
+    if not tags:
+        return plan
+    settings = plan.settings.model_copy(update={"prompt": prompt})
+    return replace(plan, settings=settings, entries=(*plan.entries, *tagged_entries(tags, shelf)))
