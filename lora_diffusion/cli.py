@@ -132,6 +132,8 @@ class MeansFlags:
     """An `lbwpresets.txt`: block vectors by name, for lbw=NAME."""
     balance: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = False
     """Scale the weights so that equal ones mean equal strength."""
+    low_memory: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = False
+    """Take the base's own values back from its files afterwards, and keep no copies in memory."""
     ignore_unmatched: Patterns = ()
     """Keys of adapter files that may be there without being understood."""
 
@@ -144,6 +146,7 @@ class MeansFlags:
             ignore=self.ignore_unmatched,
             block_presets=self.block_presets,
             balance=self.balance,
+            low_memory=self.low_memory,
         )
 
 

@@ -41,6 +41,8 @@ class Means:
     """An `lbwpresets.txt` with block vectors by name."""
     balance: bool = False
     """Scale the weights so that equal ones mean equal strength."""
+    low_memory: bool = False
+    """Take the base's own values back from its files, and keep no copies in memory."""
 
 
 def refuse_other_families(entries: Iterable[BlendEntry], base: str, ignore: Sequence[str] = ()) -> None:
@@ -107,7 +109,8 @@ def generate_files(plan: Plan, output: Path, means: Means | None = None) -> Writ
             picture.save(paths[-1])
             bar.update()
 
-        generate(base, [plan.settings], found.blend, composition=plan.composition, on_picture=keep)
+        backup = "file" if means.low_memory else "memory"
+        generate(base, [plan.settings], found.blend, composition=plan.composition, backup=backup, on_picture=keep)
     return Written(paths=tuple(paths), notes=tuple(notes))
 
 

@@ -19,32 +19,35 @@ from lora_diffusion.blend import Blend, BlendSum, WeightedAdapter, blend_sum, jo
 from lora_diffusion.branching import branching
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.models import Base
-from lora_diffusion.patching import check_blend, patching, quantised
+from lora_diffusion.patching import Backup, check_blend, patching, quantised
 from lora_diffusion.preset import Composition
 from lora_diffusion.regional import Lane, regional
 from lora_diffusion.regions import region_mask
 from lora_diffusion.weights import Moment
 
 BeforeStep = Callable[[Moment], None]
+Write = Callable[[BlendSum], None]
 
 
 @contextmanager
-def composed(base: Base, blend: Blend, composition: Composition, size: tuple[int, int]) -> Iterator[BeforeStep]:
+def composed(
+    base: Base, blend: Blend, composition: Composition, size: tuple[int, int], *, backup: Backup = "memory"
+) -> Iterator[BeforeStep]:
     """A base for pictures of one size, (height, width) in latents; yields what to call before each denoising step.
 
-    The base is as it was afterwards, whatever happens inside. Raises FamilyMismatchError, AdapterFormatError and
-    ConfigError before anything changes.
+    The base is as it was afterwards, whatever happens inside; `backup` says where its own values are kept. Raises
+    FamilyMismatchError, AdapterFormatError and ConfigError before anything changes.
     """
     check_blend(base, blend)
     check_composition(blend, composition)
     with ExitStack() as stack:
+        write = writer(base, composition, backup, stack)
         if any(entry.region for entry in blend.entries):
-            yield regions(base, blend, size, composition, stack)
+            yield regions(base, blend, size, write, stack)
         elif composition.mode == "composite":
-            yield composite(base, blend, composition, stack)
+            yield composite(base, blend, write, stack)
         else:
             plan = sum_plan(base, blend, composition)
-            write = writer(base, composition, stack)
             yield lambda moment: write(plan(moment))
 
 
@@ -59,12 +62,12 @@ def check_composition(blend: Blend, composition: Composition) -> None:
         raise ConfigError(f"regions are blended by their masks, so that {mode} has no meaning with them; use sum")
 
 
-def writer(base: Base, composition: Composition, stack: ExitStack) -> Callable[[BlendSum], None]:
+def writer(base: Base, composition: Composition, backup: Backup, stack: ExitStack) -> Write:
     """What puts a sum into the base: its weights, or a branch beside them if asked for or if they are quantised."""
     if composition.exact or quantised(base):
         branch = stack.enter_context(branching(base))
         return lambda total: branch.write([total])
-    return stack.enter_context(patching(base)).write
+    return stack.enter_context(patching(base, backup=backup)).write
 
 
 def sum_plan(base: Base, blend: Blend, composition: Composition) -> Callable[[Moment], BlendSum]:
@@ -144,13 +147,12 @@ def strengths(first: Adapter, second: Adapter, path: str) -> tuple[float, float]
     return mine, other
 
 
-def composite(base: Base, blend: Blend, composition: Composition, stack: ExitStack) -> BeforeStep:
+def composite(base: Base, blend: Blend, write_text: Write, stack: ExitStack) -> BeforeStep:
     """LoRA Composite: the mean of what each adapter alone predicts, in one batch [arXiv:2402.16843]."""
     entries = [entry for entry in blend.entries if entry in blend.active]
     if not entries:
         return lambda _: None
     branch = stack.enter_context(branching(base))
-    write_text = writer(base, composition, stack)
     unet = base.pipe.unet
     own = unet.forward
     count = len(entries)
@@ -178,7 +180,7 @@ def each(tensor: Tensor, count: int) -> Tensor:
     return tensor.repeat_interleave(count, dim=0)
 
 
-def regions(base: Base, blend: Blend, size: tuple[int, int], composition: Composition, stack: ExitStack) -> BeforeStep:
+def regions(base: Base, blend: Blend, size: tuple[int, int], write: Write, stack: ExitStack) -> BeforeStep:
     """Every adapter with a region acts in it alone; the others act everywhere, as a sum.
 
     The prompt is read as a whole, so that the text encoders hold every adapter's part.
@@ -186,7 +188,6 @@ def regions(base: Base, blend: Blend, size: tuple[int, int], composition: Compos
     placed = [entry for entry in blend.entries if entry.region and entry in blend.active]
     masks = [region_mask(entry.region) for entry in placed if entry.region]
     everywhere = Blend(entries=tuple(entry for entry in blend.entries if not entry.region))
-    write = writer(base, composition, stack)
     lanes = stack.enter_context(regional(base, size))
 
     def before_step(moment: Moment) -> None:

@@ -16,6 +16,7 @@ from lora_diffusion.composition import BeforeStep, composed
 from lora_diffusion.config import GenerateConfig, Scheduler, validate
 from lora_diffusion.errors import ConfigError, SamplingError
 from lora_diffusion.models import Base, new_scheduler, quiet_libraries
+from lora_diffusion.patching import Backup
 from lora_diffusion.precision import dtype_name
 from lora_diffusion.preset import Composition
 from lora_diffusion.recipe import Recipe, blend_entries, library_versions, write_png
@@ -104,19 +105,24 @@ def generate(
     blend: Blend | None = None,
     *,
     composition: Composition | None = None,
+    backup: Backup = "memory",
     on_picture: Callable[[Picture], None] | None = None,
 ) -> list[Picture]:
     """Pictures of all settings under one blend, each with its recipe.
 
     They are made one after another, so that none depends on its neighbours; `composition` says how the adapters come
-    together, by default as a sum; `on_picture` gets each picture as soon as it is there. Raises FamilyMismatchError if
-    an adapter does not belong to the base, AdapterFormatError for NaN, ConfigError, SamplingError.
+    together, by default as a sum; `backup` where the base's own values are kept meanwhile; `on_picture` gets each
+    picture as soon as it is there. Raises FamilyMismatchError if an adapter does not belong to the base,
+    AdapterFormatError for NaN, ConfigError, SamplingError.
     """
     blend, composition = blend or Blend(), composition or Composition()
     pictures: list[Picture] = []
     singles = [single for config in configs for single in single_settings(base, config)]
     for size, group in groupby(singles, key=partial(latent_size, base)):
-        with composed(base, blend, composition, size) as before_step, learned_words(base, blend) as rewrite:
+        with (
+            composed(base, blend, composition, size, backup=backup) as before_step,
+            learned_words(base, blend) as rewrite,
+        ):
             for settings in group:
                 recipe = recipe_of(base, blend, composition, settings)
                 pictures.append(Picture(image=sample(base, rewritten(settings, rewrite), before_step), recipe=recipe))

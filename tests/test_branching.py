@@ -234,3 +234,18 @@ def test_bfloat16_keeps_in_a_branch_what_rounding_the_weights_would_swallow(sd: 
             found = module(x).float() - plain
     spacing = 2.0**-8 * plain.abs().clamp(min=1e-3)
     assert bool(((found - exact).abs() <= 2 * spacing).all())
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [(torch.float16, 0.02), (torch.bfloat16, 0.06)])
+def test_in_half_precision_branch_and_weights_agree_to_its_rounding(
+    sd_folder: object, precision: torch.dtype, tolerance: float
+) -> None:
+    base = load_base(str(sd_folder), device=torch.device("cpu"), precision=precision)
+    blend = blend_of((random_adapter(base, seed=1), 0.6), (random_adapter(base, seed=2), -0.3))
+    bare = predict(base)
+    with blended(base, blend):
+        in_place = predict(base)
+    with branched(base, blend):
+        beside = predict(base)
+    assert (in_place - bare).abs().max() > 4 * tolerance
+    assert (beside - in_place).abs().max() < tolerance

@@ -270,3 +270,15 @@ def test_exact_is_the_same_picture_to_rounding(sd: Base) -> None:
     pictures = [generate(sd, [SMALL], blend, composition=Composition(exact=exact))[0].image for exact in (False, True)]
     difference = [abs(a - b) for a, b in zip(pictures[0].tobytes(), pictures[1].tobytes(), strict=True)]
     assert max(difference) <= 1
+
+
+def test_the_base_file_serves_as_the_backup_of_every_mode(sd: Base) -> None:
+    before = parameters(sd)
+    blend = blend_of((random_adapter(sd, seed=1), 0.8), (random_adapter(sd, seed=2), 0.6))
+    composition = Composition(mode="switch", switch_every=1)
+    kept, mapped = (
+        generate(sd, [SMALL], blend, composition=composition, backup=backup)[0].image.tobytes()
+        for backup in ("memory", "file")
+    )
+    assert kept == mapped
+    assert same(before, parameters(sd))
