@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from lora_diffusion.algebra.combine import combine as combine
     from lora_diffusion.blend import Blend as Blend
     from lora_diffusion.blend import WeightedAdapter as WeightedAdapter
+    from lora_diffusion.branching import branched as branched
+    from lora_diffusion.branching import branching as branching
     from lora_diffusion.config import GenerateConfig as GenerateConfig
     from lora_diffusion.config import TrainConfig as TrainConfig
     from lora_diffusion.conversion import Conversion as Conversion
@@ -29,14 +31,22 @@ if TYPE_CHECKING:
     from lora_diffusion.layers import LoHaLayer as LoHaLayer
     from lora_diffusion.layers import LoKrLayer as LoKrLayer
     from lora_diffusion.layers import LoRALayer as LoRALayer
+    from lora_diffusion.library import find as find
+    from lora_diffusion.library import open_library as open_library
     from lora_diffusion.merging import merge as merge
     from lora_diffusion.models import Base as Base
     from lora_diffusion.models import load_base as load_base
     from lora_diffusion.patching import blended as blended
+    from lora_diffusion.patching import patching as patching
     from lora_diffusion.preset import BlendPreset as BlendPreset
+    from lora_diffusion.preset import BlendWeight as BlendWeight
+    from lora_diffusion.preset import Composition as Composition
+    from lora_diffusion.preset import Region as Region
+    from lora_diffusion.preset import Schedule as Schedule
     from lora_diffusion.sampling import generate as generate
     from lora_diffusion.training.loop import train as train
     from lora_diffusion.verification import verify as verify
+    from lora_diffusion.weights import Moment as Moment
 
 __all__ = [
     "Adapter",
@@ -44,6 +54,8 @@ __all__ = [
     "Base",
     "Blend",
     "BlendPreset",
+    "BlendWeight",
+    "Composition",
     "Conversion",
     "DoRALayer",
     "FullLayer",
@@ -52,18 +64,26 @@ __all__ = [
     "LoKrLayer",
     "LoRADiffusionError",
     "LoRALayer",
+    "Moment",
+    "Region",
+    "Schedule",
     "TrainConfig",
     "WeightedAdapter",
     "adapter_hash",
     "blended",
+    "branched",
+    "branching",
     "combine",
     "convert",
+    "find",
     "generate",
     "inspect_adapter",
     "load_adapter",
     "load_base",
     "merge",
+    "open_library",
     "outline_adapter",
+    "patching",
     "save_adapter",
     "train",
     "verify",
@@ -75,6 +95,8 @@ HOMES = {
     "Base": "models",
     "Blend": "blend",
     "BlendPreset": "preset",
+    "BlendWeight": "preset",
+    "Composition": "preset",
     "Conversion": "conversion",
     "DoRALayer": "layers",
     "FullLayer": "layers",
@@ -83,18 +105,26 @@ HOMES = {
     "LoKrLayer": "layers",
     "LoRADiffusionError": "errors",
     "LoRALayer": "layers",
+    "Moment": "weights",
+    "Region": "preset",
+    "Schedule": "preset",
     "TrainConfig": "config",
     "WeightedAdapter": "blend",
     "adapter_hash": "adapter",
     "blended": "patching",
+    "branched": "branching",
+    "branching": "branching",
     "combine": "algebra.combine",
     "convert": "conversion",
+    "find": "library",
     "generate": "sampling",
     "inspect_adapter": "inspection",
     "load_adapter": "formats.reading",
     "load_base": "models",
     "merge": "merging",
+    "open_library": "library",
     "outline_adapter": "formats.reading",
+    "patching": "patching",
     "save_adapter": "formats.native",
     "train": "training.loop",
     "verify": "verification",

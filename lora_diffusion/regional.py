@@ -47,6 +47,8 @@ class Regional:
         """Height and width of the latents."""
         self.replaced: list[tuple[nn.Module, Forward | None]] = []
         """What was given a lane, with the forward that it had of its own, such as a branch's."""
+        self.masks: dict[tuple[Lane, tuple[int, ...]], Tensor] = {}
+        """Masks at the resolutions that were asked for so far."""
         self.reading: int | None = None
         """The lane whose keys and values the prompt's readers use now; None is none."""
 
@@ -114,10 +116,12 @@ class Regional:
 
     def mask_for(self, y: Tensor, lane: Lane) -> Tensor:
         """The lane's mask at the resolution of an output (n, tokens, width) or (n, channels, h, w)."""
-        if y.ndim == 4:
-            return scaled_mask(lane.mask, *y.shape[2:]).to(y.device, y.dtype)
-        rows, columns = token_grid(y.shape[1], *self.size)
-        return scaled_mask(lane.mask, rows, columns).reshape(1, -1, 1).to(y.device, y.dtype)
+        shape = tuple(y.shape[2:]) if y.ndim == 4 else (y.shape[1],)
+        if (lane, shape) not in self.masks:
+            rows, columns = shape if len(shape) == 2 else token_grid(shape[0], *self.size)
+            mask = scaled_mask(lane.mask, rows, columns).to(y.device, y.dtype)
+            self.masks[lane, shape] = mask if len(shape) == 2 else mask.reshape(1, -1, 1)
+        return self.masks[lane, shape]
 
     def undo(self) -> None:
         """Take every lane away."""
@@ -126,6 +130,7 @@ class Regional:
             if own is not None:
                 module.forward = own  # type: ignore[method-assign]
         self.replaced.clear()
+        self.masks.clear()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The parallel branch gives what the weights in place give, for every kind of layer, and each sample its own blend."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,13 +11,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_diffusion.adapter import Adapter
-from lora_diffusion.blend import Blend
+from lora_diffusion.blend import Blend, blend_sum, delta_of
 from lora_diffusion.branching import branched, branching
+from lora_diffusion.commands import rounding_notes
+from lora_diffusion.config import GenerateConfig
 from lora_diffusion.errors import AdapterFormatError, ConfigError
 from lora_diffusion.layers import DoRALayer, FullLayer, LoHaLayer, LoRALayer
 from lora_diffusion.models import Base, encode_prompts, load_base, module_at
-from lora_diffusion.patching import blended, patching, weight_at
-from lora_diffusion.preset import BlendWeight, Schedule
+from lora_diffusion.patching import blended, patching, rounding_loss, weight_at
+from lora_diffusion.plans import Plan
+from lora_diffusion.preset import BlendWeight, Composition, Schedule
 from lora_diffusion.weights import Moment
 
 LATENTS = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -249,3 +253,27 @@ def test_in_half_precision_branch_and_weights_agree_to_its_rounding(
         beside = predict(base)
     assert (in_place - bare).abs().max() > 4 * tolerance
     assert (beside - in_place).abs().max() < tolerance
+
+
+def test_a_user_is_told_when_rounding_would_swallow_an_adapter(sd: Base, sd_folder: object) -> None:
+    base = load_base(str(sd_folder), device=torch.device("cpu"), precision=torch.bfloat16)
+    gentle, strong = (blend_of((random_adapter(sd, seed=1), weight)) for weight in (0.004, 2.0))
+    plan = Plan(base=base.name, entries=(), settings=GenerateConfig(prompt="a cat"))
+    for blend in (gentle, strong):
+        total = blend_sum(blend)
+        lost = delta = 0.0
+        with blended(base, blend):
+            for path, terms in total.layers.items():
+                own = weight_at(sd, path).bfloat16().double()
+                change = delta_of(terms).double().reshape(own.shape)
+                lost += float((weight_at(base, path).double() - own - change).square().sum())
+                delta += float(change.square().sum())
+        assert rounding_loss(base, total) == pytest.approx((lost / delta) ** 0.5, rel=1e-3)
+    notes = rounding_notes(base, gentle, plan)
+    assert len(notes) == 1
+    assert "rounding to bfloat16 loses" in notes[0]
+    assert "--exact" in notes[0]
+    assert rounding_notes(base, strong, plan) == []
+    exact = replace(plan, composition=Composition(exact=True))
+    assert rounding_notes(base, gentle, exact) == []
+    assert rounding_notes(sd, gentle, plan) == []

@@ -1,0 +1,73 @@
+"""Draw the picture of the README that shows how adapters come together: one row a prompt, one column a way.
+
+python -m train_scripts.draw_blend_grid [--output sample_data/blends.png]
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from lora_diffusion.blend import Blend, WeightedAdapter
+from lora_diffusion.config import GenerateConfig
+from lora_diffusion.evaluation.grid import grid, save_grid
+from lora_diffusion.formats.reading import load_adapter
+from lora_diffusion.models import load_base, sample_data
+from lora_diffusion.preset import BlendWeight, Composition, Region, Schedule, Weight
+from lora_diffusion.sampling import generate
+
+ADAPTERS = sample_data() / "adapters"
+PROMPTS = (
+    ("a gloop character on the beach", 1),
+    ("a gloop character in the forest at night", 4),
+    ("a blue house in the snow", 2),
+)
+LEFT, RIGHT = Region(box=(0, 0, 0.5, 1)), Region(box=(0.5, 0, 1, 1))
+LATE = BlendWeight(value=0.6, schedule=Schedule(points=((0.0, 0.0), (0.3, 1.0))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One column: a title, what is blended, and how."""
+
+    title: str
+    blend: Blend
+    composition: Composition = field(default_factory=Composition)
+
+
+def entry(name: str, weight: Weight = 1.0, region: Region | None = None) -> WeightedAdapter:
+    path = ADAPTERS / f"{name}.safetensors"
+    return WeightedAdapter(adapter=load_adapter(path), weight=weight, path=path, region=region)
+
+
+def ways() -> list[Way]:
+    """The columns."""
+    both = Blend(entries=(entry("gloop", 0.8), entry("neon", 0.6)))
+    halves = Blend(entries=(entry("neon", 1.0, LEFT), entry("watercolour", 1.0, RIGHT)))
+    modes = ("switch", "composite", "k-lora", "np-lora")
+    return [
+        Way(title="base", blend=Blend()),
+        Way(title="sum", blend=both),
+        Way(title="neon from 0.3", blend=Blend(entries=(entry("gloop", 0.8), entry("neon", LATE)))),
+        *(Way(title=mode, blend=both, composition=Composition(mode=mode, switch_every=1)) for mode in modes),
+        Way(title="left and right", blend=halves),
+    ]
+
+
+def draw(output: Path | None = None) -> None:
+    """Make all pictures and write them as one labelled sheet; by default where the README shows it."""
+    base = load_base()
+    configs = [GenerateConfig(prompt=f"{prompt}, in zwx style", seed=seed) for prompt, seed in PROMPTS]
+    columns = [
+        [picture.image for picture in generate(base, configs, way.blend, composition=way.composition)] for way in ways()
+    ]
+    sheet = grid(
+        list(zip(*columns, strict=True)),
+        columns=[way.title for way in ways()],
+        labels=[config.prompt for config in configs],
+    )
+    save_grid(sheet, output or sample_data() / "blends.png")
+
+
+if __name__ == "__main__":
+    tyro.cli(draw)
