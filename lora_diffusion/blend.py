@@ -151,10 +151,10 @@ def is_joinable(layer: Layer) -> bool:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stack:
-    """The factors of several LoRA layers of one module, side by side in float32 on one device; weights come later.
+    """The factors of several LoRA layers of one module, side by side on one device; weights come later.
 
-    `up` is (out, sum of ranks), `down` (sum of ranks, in), kernels flattened. Averaging factors instead of stacking
-    them would add cross terms up_i @ down_j.
+    `up` is (out, sum of ranks) in the type of the layers, `down` (sum of ranks, in) in float32, kernels flattened.
+    Averaging factors instead of stacking them would add cross terms up_i @ down_j.
     """
 
     up: Tensor
@@ -163,12 +163,11 @@ class Stack:
     scales: tuple[float, ...]
 
     def weighted_up(self, terms: Sequence[Term]) -> Tensor:
-        """`up` with each layer's columns times its scale and its coefficient in `terms`."""
-        factors = [weight * scale for (weight, _), scale in zip(terms, self.scales, strict=True)]
-        if len(factors) == 1:
-            return self.up * factors[0]
-        columns = [factor for factor, rank in zip(factors, self.ranks, strict=True) for _ in range(rank)]
-        return self.up * torch.tensor(columns, dtype=torch.float32, device=self.up.device)
+        """`up` with each layer's columns times its scale and its coefficient in `terms`, float32."""
+        columns: list[float] = []
+        for (weight, _), scale, rank in zip(terms, self.scales, self.ranks, strict=True):
+            columns += [weight * scale] * rank
+        return self.up.to(torch.float32, copy=True).mul_(torch.tensor(columns, device=self.up.device))
 
 
 def stacked(layers: Sequence[Layer], device: torch.device | None = None) -> Stack:
@@ -177,12 +176,9 @@ def stacked(layers: Sequence[Layer], device: torch.device | None = None) -> Stac
     if len(plain) < len(layers):
         kinds = sorted({layer.kind for layer in layers if not is_joinable(layer)})
         raise ConfigError(f"{', '.join(kinds)} layers have no factors to stack; only plain LoRA combines exactly")
-    ups = [layer.up.to(device, torch.float32).flatten(1) for layer in plain]
-    downs = [layer.down.to(device, torch.float32).flatten(1) for layer in plain]
-    single = len(plain) == 1
     return Stack(
-        up=ups[0] if single else torch.cat(ups, dim=1),
-        down=downs[0] if single else torch.cat(downs, dim=0),
+        up=torch.cat([layer.up.flatten(1) for layer in plain], dim=1).to(device),
+        down=torch.cat([layer.down.flatten(1) for layer in plain], dim=0).to(device, torch.float32),
         ranks=tuple(layer.rank for layer in plain),
         scales=tuple(layer.scale for layer in plain),
     )

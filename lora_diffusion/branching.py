@@ -10,6 +10,7 @@ regional masks, bases with quantised weights, and half-precision bases whose rou
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,6 +49,13 @@ class Side:
     """(n, *weight): deltas of the kinds whose factors cannot be stacked."""
     bias: Tensor | None = None
     """(n, out)."""
+
+    @cached_property
+    def shared(self) -> tuple[Tensor, Tensor] | None:
+        """(in, sum of ranks) and (sum of ranks, out) of a linear module, if all samples have the same blend."""
+        if self.down is None or self.up is None or self.up.shape[0] > 1:
+            return None
+        return self.down[0].T, self.up[0].T
 
 
 def side_of(module: nn.Module, path: str, sums: Sums) -> Side:
@@ -138,13 +146,12 @@ def spread(tensor: Tensor, batch: int) -> Tensor:
 
 def add_to_linear(_module: nn.Module, x: Tensor, y: Tensor, side: Side) -> Tensor:
     """x (n, ..., in), y (n, ..., out)."""
-    if side.up is not None and side.down is not None:
-        if side.up.shape[0] == 1:
-            hidden = x.reshape(-1, x.shape[-1]) @ side.down[0].T
-            y.view(-1, y.shape[-1]).addmm_(hidden, side.up[0].T)
-        else:
-            hidden = torch.bmm(rows(x), spread(side.down, x.shape[0]).mT)
-            rows(y).baddbmm_(hidden, spread(side.up, x.shape[0]).mT)
+    if side.shared:
+        down, up = side.shared
+        y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]) @ down, up)
+    elif side.up is not None and side.down is not None:
+        hidden = torch.bmm(rows(x), spread(side.down, x.shape[0]).mT)
+        rows(y).baddbmm_(hidden, spread(side.up, x.shape[0]).mT)
     if side.dense is not None:
         rows(y).baddbmm_(rows(x), spread(side.dense, x.shape[0]).mT)
     if side.bias is not None:
