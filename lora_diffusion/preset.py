@@ -140,7 +140,7 @@ class RouteConfig(Settings):
     """One training of gates over frozen adapters, as read from a TOML file; see `training/routing.py`."""
 
     data: Annotated[tuple[Path, ...], Field(min_length=1)]
-    """Folder with captioned pictures, or several whose pictures are taken together."""
+    """Folder with captioned pictures, or several, taken together; one that is given twice counts twice."""
     output: Path
     """The blend preset to write (.json)."""
     base: str = EMBEDDED_BASE
@@ -155,10 +155,11 @@ class RouteConfig(Settings):
     """Pictures per step."""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.05
     """Learning rate of the gates at the first step (Adam); it falls to 0 by a cosine."""
-    start: Finite = 1.0
-    """Every gate's value at first; 1 is the plain sum with the weights as they are given."""
-    penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
-    """How strongly gates are held to their start: times the mean squared distance, added to the loss."""
+    start: Finite | Literal["average"] = "average"
+    """Every gate's value at first: `average` is 1 / number of adapters, as several at full strength are more than a
+    base can take; 1 is the plain sum, for weights that are tuned already."""
+    penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """How strongly gates are held to their start: times their mean squared distance from it, added to the loss."""
     resolution: Annotated[int, Field(gt=0, multiple_of=8)] | None = None
     """Pictures are scaled and centre-cropped to this square."""
     mixed_precision: Literal["no", "bf16"] = "no"

@@ -1,0 +1,201 @@
+"""The commands that blend: generate, preset, merge."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from lora_diffusion.cli.flags import (
+    Adapters,
+    BaseFlag,
+    CompositionFlags,
+    GenerateFlags,
+    MeansFlags,
+    given,
+    parse_adapters,
+    quiet,
+)
+from lora_diffusion.config import EMBEDDED_BASE, GenerateConfig, WeightType, validate
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.preset import Composition
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Make pictures from a base and any blend of adapters.
+
+    Tags in the prompt call adapters of the library: `<lora:neon:0.8:lbw=MIDD:start=0.2:stop=0.8>`.
+    """
+
+    settings: Annotated[GenerateFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    composition: Annotated[CompositionFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    where: Annotated[MeansFlags, tyro.conf.arg(name="")]
+    base: BaseFlag = ""
+    """`tiny-sd`, a folder in diffusers' layout, or a hub id."""
+    adapter: Adapters = ()
+    """Adapter and its weight, 1 if not given; options may follow, as in a prompt's tags."""
+    preset: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """Blend preset (JSON) whose base, adapters and settings are used."""
+    from_: Annotated[Path | None, tyro.conf.arg(name="from", metavar="IMAGE", help_behavior_hint="")] = None
+    """Picture to be made again: one of ours, or one of A1111 or Forge, whose adapters are found by their hashes."""
+    output: Path = Path("outputs")
+    """Folder for the PNGs."""
+    json: bool = False
+    """Print the result as JSON."""
+
+    def run(self) -> None:
+        with quiet():
+            from lora_diffusion.commands import generate_files
+
+            means = self.where.means()
+            written = generate_files(self.plan(means.shelf), self.output, means)
+        for note in written.notes:
+            print(f"note: {note}", file=sys.stderr)
+        print(json.dumps([str(p) for p in written.paths]) if self.json else "\n".join(map(str, written.paths)))
+
+    def plan(self, shelf: Any) -> Any:
+        """What to make, from the flags."""
+        from lora_diffusion.plans import Plan, preset_plan, replay_plan
+
+        settings, composition = given(self.settings), given(self.composition)
+        adapters = parse_adapters(self.adapter)
+        if self.from_:
+            if settings or composition or adapters or self.preset or self.where.balance:
+                raise ConfigError("--from makes a picture again as it was; give only --base, --library and --output")
+            return replay_plan(self.from_, base=self.base, shelf=shelf)
+        if self.preset:
+            return preset_plan(
+                self.preset, base=self.base, settings=settings, composition=composition, adapters=adapters
+            )
+        return Plan(
+            base=self.base or EMBEDDED_BASE,
+            entries=adapters,
+            settings=validate(GenerateConfig, settings, source="generate"),
+            composition=validate(Composition, composition, source="generate"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Save, list, show or check blend presets.
+
+    `save FILE` writes the adapters and settings given; `list [FOLDER]`; `show FILE`; `check FILE` looks for every
+    adapter by path and hash and exits with 1 if one is missing or has changed.
+    """
+
+    action: Annotated[
+        Literal["save", "list", "show", "check"],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="save|list|show|check", help_behavior_hint=""),
+    ]
+    path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[PATH]", help_behavior_hint="")] = Path()
+    """File of the preset, or folder to list."""
+    settings: Annotated[GenerateFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    composition: Annotated[CompositionFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    where: Annotated[MeansFlags, tyro.conf.arg(name="")]
+    adapter: Adapters = ()
+    """Adapter to save, with its weight and options."""
+    base: BaseFlag = ""
+    """Base to save: `tiny-sd`, a folder in diffusers' layout, or a hub id."""
+    from_: Annotated[Path | None, tyro.conf.arg(name="from", metavar="IMAGE", help_behavior_hint="")] = None
+    """Picture whose blend and settings are saved."""
+    name: str = ""
+    """Name of the preset; the file's if empty."""
+    description: str = ""
+    """What it is good for."""
+    force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Replace a preset that is there."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print as JSON."""
+
+    def run(self) -> int:
+        with quiet():
+            return {"save": self.save, "list": self.list, "show": self.show, "check": self.check}[self.action]()
+
+    def save(self) -> int:
+        from lora_diffusion.commands import save_plan
+        from lora_diffusion.plans import settings_plan
+
+        settings, composition = given(self.settings), given(self.composition)
+        means = self.where.means()
+        plan = settings_plan(
+            self.from_,
+            base=self.base,
+            settings=settings,
+            composition=composition,
+            adapters=parse_adapters(self.adapter),
+            shelf=means.shelf,
+        )
+        preset = save_plan(plan, self.path, means, name=self.name, description=self.description, force=self.force)
+        print(preset.model_dump_json(exclude_defaults=True) if self.json else f"{self.path}: saved")
+        return 0
+
+    def list(self) -> int:
+        from lora_diffusion.preset_files import list_presets
+
+        rows = list_presets(self.path)
+        if self.json:
+            print(json.dumps([{"file": str(p), "name": getattr(found, "name", "")} for p, found in rows]))
+            return 0
+        for path, found in rows:
+            text = found if isinstance(found, str) else f"{found.name}: " + ", ".join(e.name for e in found.adapters)
+            print(f"{path}  {text}")
+        return 0
+
+    def show(self) -> int:
+        from lora_diffusion.preset_files import describe_preset, read_preset
+
+        preset = read_preset(self.path)
+        print(preset.model_dump_json(exclude_defaults=True) if self.json else describe_preset(preset))
+        return 0
+
+    def check(self) -> int:
+        from lora_diffusion.preset_files import check_preset
+
+        checks = check_preset(self.path, self.where.means().shelf)
+        if self.json:
+            print(json.dumps([{"what": what, "problem": problem} for what, problem in checks]))
+        else:
+            print(
+                "\n".join(
+                    f"{'ok' if not problem else 'NO':<4}{what}{problem and ': '}{problem}" for what, problem in checks
+                )
+            )
+        return int(any(problem for _, problem in checks))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """Merge a blend into a checkpoint folder."""
+
+    output: Path
+    """Folder to write; must not exist or be empty."""
+    where: Annotated[MeansFlags, tyro.conf.arg(name="")]
+    base: str = EMBEDDED_BASE
+    """`tiny-sd`, a folder in diffusers' layout, or a hub id."""
+    adapter: Adapters = ()
+    """Adapter and its weight, 1 if not given; options may follow, as in a prompt's tags."""
+    precision: WeightType = "keep"
+    """Type of the written weights; `keep` writes what the base has."""
+    json: bool = False
+    """Print the result as JSON."""
+
+    def run(self) -> None:
+        with quiet():
+            from lora_diffusion.commands import merge_files
+
+            means = self.where.means()
+            report = merge_files(self.base, parse_adapters(self.adapter), self.output, self.precision, means)
+        facts = {
+            "output": str(report.output),
+            "merged_modules": report.merged_modules,
+            "rounding_error": report.rounding_error,
+        }
+        text = (
+            f"{report.output}: {report.merged_modules} modules merged; "
+            f"rounding changed the delta by {report.rounding_error:.2%}"
+        )
+        print(json.dumps(facts) if self.json else text)
