@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from lora_diffusion.weights import Moment, coefficients, has_schedule, is_off
 class WeightedAdapter:
     """An adapter and the user's weight for it: 0 is off, 1 as trained; negative and larger ones are allowed.
 
-    Raises ConfigError for a weight that is not finite.
+    Raises ConfigError for a weight that is not finite, or has a pattern that matches no module of the adapter.
     """
 
     adapter: Adapter
@@ -44,6 +45,10 @@ class WeightedAdapter:
     def __post_init__(self) -> None:
         if not isinstance(self.weight, BlendWeight) and not math.isfinite(self.weight):
             raise ConfigError(f"weight {self.weight} of {self.name!r} is no finite number")
+        patterns = self.weight.modules if isinstance(self.weight, BlendWeight) else ()
+        for pattern, _ in patterns:
+            if not any(fnmatchcase(path, pattern) for path in self.adapter.paths):
+                raise ConfigError(f"{self.name}: the pattern {pattern!r} matches none of its modules")
 
     @property
     def name(self) -> str:
@@ -107,11 +112,13 @@ def blend_sum(blend: Blend, anatomy: Anatomy | None = None, moment: Moment | Non
     """The blend at one denoising step, or at all of them if none has a schedule.
 
     `anatomy` is the base's, needed for weights by block. Raises ConfigError for blocks that the base does not have, or
-    a schedule without a moment.
+    a schedule without a moment, or a region, which weights cannot hold.
     """
     layers: dict[str, list[Term]] = {}
     biases: dict[str, list[BiasTerm]] = {}
     for entry in blend.active:
+        if entry.region:
+            raise ConfigError(f"{entry.name}: acts in a region, which only pictures have; `generate` blends by regions")
         adapter = entry.adapter
         for path, coefficient in coefficients(entry.weight, adapter.paths, anatomy, moment).items():
             if coefficient != 0 and path in adapter.layers:
@@ -176,9 +183,12 @@ def stacked(layers: Sequence[Layer], device: torch.device | None = None) -> Stac
     if len(plain) < len(layers):
         kinds = sorted({layer.kind for layer in layers if not is_joinable(layer)})
         raise ConfigError(f"{', '.join(kinds)} layers have no factors to stack; only plain LoRA combines exactly")
+    ups, downs = [layer.up.flatten(1) for layer in plain], [layer.down.flatten(1) for layer in plain]
+    if len({(tensor.dtype, tensor.device) for tensor in (*ups, *downs)}) > 1:
+        ups, downs = ([tensor.to(device, torch.float32) for tensor in tensors] for tensors in (ups, downs))
     return Stack(
-        up=torch.cat([layer.up.flatten(1) for layer in plain], dim=1).to(device),
-        down=torch.cat([layer.down.flatten(1) for layer in plain], dim=0).to(device, torch.float32),
+        up=torch.cat(ups, dim=1).to(device),
+        down=torch.cat(downs, dim=0).to(device, torch.float32),
         ranks=tuple(layer.rank for layer in plain),
         scales=tuple(layer.scale for layer in plain),
     )

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from lora_diffusion.blend import (
 )
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.models import Base, module_at
-from lora_diffusion.patching import check_blend, weight_shape
+from lora_diffusion.patching import check_blend, plain_arithmetic, weight_shape
 from lora_diffusion.weights import Moment
 
 Sums = Sequence[BlendSum]
@@ -49,6 +50,22 @@ class Side:
     """(n, *weight): deltas of the kinds whose factors cannot be stacked."""
     bias: Tensor | None = None
     """(n, out)."""
+
+    def like(self, y: Tensor) -> "Side":
+        """The side in the type of the output, which quantised modules and autocast choose for themselves."""
+        found = next(tensor for tensor in (self.up, self.dense, self.bias) if tensor is not None)
+        if found.dtype == y.dtype:
+            return self
+        if y.dtype not in self.casts:
+            parts = {name: getattr(self, name) for name in ("down", "up", "dense", "bias")}
+            cast = {name: part if part is None else part.to(y.dtype) for name, part in parts.items()}
+            self.casts[y.dtype] = Side(**cast)
+        return self.casts[y.dtype]
+
+    @cached_property
+    def casts(self) -> "dict[torch.dtype, Side]":
+        """The same in other types, as they were asked for."""
+        return {}
 
     @cached_property
     def shared(self) -> tuple[Tensor, Tensor] | None:
@@ -132,6 +149,7 @@ def with_side(module: nn.Module, own: Forward, side: Side) -> Forward:
 
 def add_side(module: nn.Module, x: Tensor, y: Tensor, side: Side) -> Tensor:
     """The module's output y for x with the side added, in y's own memory where that can be done."""
+    side, x = side.like(y), x.to(y.dtype)
     if isinstance(module, nn.Linear):
         return add_to_linear(module, x, y, side)
     return (add_to_convolution if isinstance(module, nn.Conv2d) else add_to_norm)(module, x, y, side)
@@ -205,13 +223,38 @@ def normalised(module: nn.Module, x: Tensor) -> Tensor:
     return functional.layer_norm(x, module.normalized_shape, eps=module.eps)
 
 
+class Forwards:
+    """Forwards that stand in for modules' own, and what stood there before, such as another tool's hook."""
+
+    def __init__(self) -> None:
+        self.replaced: list[tuple[nn.Module, Forward | None]] = []
+
+    def replace(self, module: nn.Module, forward: Forward) -> None:
+        """Give a module another forward until `restore`."""
+        self.replaced.append((module, vars(module).get("forward")))
+        module.forward = forward  # type: ignore[method-assign]
+
+    def restore(self) -> None:
+        """Give every module back what it had, the last replaced first."""
+        while self.replaced:
+            module, own = self.replaced[-1]
+            vars(module).pop("forward", None)
+            if own is not None:
+                module.forward = own  # type: ignore[method-assign]
+            self.replaced.pop()
+
+
+BRANCHED: WeakSet[Base] = WeakSet()
+"""Bases that have a branch open at this moment."""
+
+
 class Branch:
     """A base whose modules have a branch beside them; `branching` opens one and takes it away."""
 
     def __init__(self, base: Base) -> None:
         self.base = base
         self.applied: dict[str, tuple[object, ...]] = {}
-        self.own: dict[str, Forward] = {}
+        self.forwards: dict[str, Forwards] = {}
 
     def apply(self, blends: Sequence[Blend], moment: Moment | None = None) -> None:
         """Give sample i of every batch the blend i, counted modulo their number; one blend is everybody's.
@@ -227,22 +270,26 @@ class Branch:
         paths = {path for total in sums for path in (*total.layers, *total.biases)}
         wanted = {path: tuple((t.layers.get(path, ()), t.biases.get(path, ())) for t in sums) for path in paths}
         changed = [path for path, terms in wanted.items() if not same(self.applied.get(path), terms)]
-        sides = {path: side_of(module_at(self.base, path), path, sums) for path in changed}
+        with plain_arithmetic(self.base):
+            sides = {path: side_of(module_at(self.base, path), path, sums) for path in changed}
         for path in [path for path in self.applied if path not in wanted]:
             self.remove(path)
         for path, side in sides.items():
+            self.remove(path)
             module = module_at(self.base, path)
-            own = self.own.setdefault(path, module.forward)
-            module.forward = with_side(module, own, side)  # type: ignore[method-assign]
+            self.forwards[path] = Forwards()
+            self.forwards[path].replace(module, with_side(module, module.forward, side))
             self.applied[path] = wanted[path]
 
     def remove(self, path: str) -> None:
-        del module_at(self.base, path).forward
-        del self.applied[path], self.own[path]
+        if path in self.forwards:
+            self.forwards[path].restore()
+            del self.forwards[path]
+        self.applied.pop(path, None)
 
     def undo(self) -> None:
         """Take every branch away."""
-        for path in tuple(self.applied):
+        for path in tuple(self.forwards):
             self.remove(path)
 
 
@@ -255,12 +302,21 @@ def same(first: object, second: object) -> bool:
 
 @contextmanager
 def branching(base: Base) -> Iterator[Branch]:
-    """A branch beside the base's modules, gone afterwards, whatever happens inside. The weights are never touched."""
+    """A branch beside the base's modules, gone afterwards, whatever happens inside. The weights are never touched.
+
+    Raises ConfigError if the base has a branch already.
+    """
+    if base in BRANCHED:
+        raise ConfigError(f"{base.name} has a branch beside its weights already; leave that one first")
     branch = Branch(base)
+    BRANCHED.add(base)
     try:
         yield branch
     finally:
-        branch.undo()
+        try:
+            branch.undo()
+        finally:
+            BRANCHED.discard(base)
 
 
 @contextmanager

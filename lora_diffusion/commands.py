@@ -9,14 +9,14 @@ from tqdm import tqdm
 
 from lora_diffusion.algebra.balance import balanced
 from lora_diffusion.blend import Blend, blend_sum, check_family
-from lora_diffusion.config import WeightType
+from lora_diffusion.config import GenerateConfig, WeightType
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.files import check_writable
 from lora_diffusion.formats.diffusers_folder import anatomy_of_folder
 from lora_diffusion.formats.reading import outline_adapter
 from lora_diffusion.merging import MergeReport, merge
 from lora_diffusion.models import Base, find_base, load_base
-from lora_diffusion.patching import quantised, rounding_loss
+from lora_diffusion.patching import check_blend, quantised, rounding_loss
 from lora_diffusion.plans import Plan, with_tags
 from lora_diffusion.precision import dtype_name, torch_dtype
 from lora_diffusion.preset import BlendEntry, BlendPreset
@@ -24,7 +24,7 @@ from lora_diffusion.preset_files import save_preset
 from lora_diffusion.recipe import Recipe, differences
 from lora_diffusion.references import Found, Shelf, load_blend
 from lora_diffusion.sampling import Picture, generate
-from lora_diffusion.weights import Moment, read_block_presets, spelled_out
+from lora_diffusion.weights import read_block_presets, spelled_out, without_schedules
 
 MOST_LOST = 0.1
 """Share of a blend's delta that rounding may take before a user is told."""
@@ -118,11 +118,17 @@ def rounding_notes(base: Base, blend: Blend, plan: Plan) -> list[str]:
     """A warning if adding to the weights would round away more of the blend than most people would accept."""
     if plan.composition.exact or quantised(base) or base.pipe.unet.dtype == torch.float32:
         return []
-    lost = rounding_loss(base, blend_sum(blend, base.anatomy, Moment(step=0, steps=plan.settings.steps)))
+    check_blend(base, blend)
+    lost = rounding_loss(base, blend_sum(unscheduled(blend), base.anatomy))
     if lost <= MOST_LOST:
         return []
     kind = dtype_name(base.pipe.unet.dtype)
     return [f"rounding to {kind} loses {lost:.0%} of what the adapters change; --exact keeps it in a branch"]
+
+
+def unscheduled(blend: Blend) -> Blend:
+    """The blend at full weight everywhere, whatever its schedules and regions."""
+    return Blend(entries=tuple(replace(e, region=None, weight=without_schedules(e.weight)) for e in blend.entries))
 
 
 def recipe_precision(recipe: Recipe | None) -> torch.dtype | None:
@@ -144,7 +150,15 @@ def merge_files(
     return merge(base, found.blend, output, dtype=precision)
 
 
-def save_plan(plan: Plan, path: Path, means: Means, *, name: str, description: str, force: bool) -> BlendPreset:
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A preset as it was written, and what a user should know of it."""
+
+    preset: BlendPreset
+    notes: tuple[str, ...]
+
+
+def save_plan(plan: Plan, path: Path, means: Means, *, name: str, description: str, force: bool) -> Saved:
     """Write a plan as a preset, with every adapter's name and hash and its weight in full.
 
     Raises LoRADiffusionError's children.
@@ -161,6 +175,6 @@ def save_plan(plan: Plan, path: Path, means: Means, *, name: str, description: s
         base=plan.base,
         adapters=plan.entries,
         composition=plan.composition,
-        settings=plan.settings if plan.settings.prompt else None,
+        settings=None if plan.settings == GenerateConfig(prompt="") else plan.settings,
     )
-    return save_preset(preset, path, found, force=force)
+    return Saved(preset=save_preset(preset, path, found, force=force), notes=(*plan.notes, *found.notes))

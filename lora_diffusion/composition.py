@@ -8,22 +8,22 @@ or one for each region. Text encoders read the prompt once, before the first ste
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from lora_diffusion.adapter import Adapter
 from lora_diffusion.algebra.project import project_out
-from lora_diffusion.blend import Blend, BlendSum, WeightedAdapter, blend_sum, joined_sums, part_of
-from lora_diffusion.branching import branching
+from lora_diffusion.blend import Blend, BlendSum, WeightedAdapter, blend_sum, delta_of, joined_sums, part_of
+from lora_diffusion.branching import BRANCHED, Branch, Forwards, branching
 from lora_diffusion.errors import ConfigError
+from lora_diffusion.layers import Layer
 from lora_diffusion.models import Base
-from lora_diffusion.patching import Backup, check_blend, patching, quantised
+from lora_diffusion.patching import Backup, check_blend, patching, quantised, weight_at
 from lora_diffusion.preset import Composition
 from lora_diffusion.regional import Lane, regional
 from lora_diffusion.regions import region_mask
-from lora_diffusion.weights import Moment
+from lora_diffusion.weights import Moment, check_mode
 
 BeforeStep = Callable[[Moment], None]
 Write = Callable[[BlendSum], None]
@@ -38,6 +38,8 @@ def composed(
     The base is as it was afterwards, whatever happens inside; `backup` says where its own values are kept. Raises
     FamilyMismatchError, AdapterFormatError and ConfigError before anything changes.
     """
+    if base in BRANCHED:
+        raise ConfigError(f"{base.name} has a branch beside its weights, unknown to any recipe; leave that one first")
     check_blend(base, blend)
     check_composition(blend, composition)
     with ExitStack() as stack:
@@ -48,18 +50,18 @@ def composed(
             yield composite(base, blend, write, stack)
         else:
             plan = sum_plan(base, blend, composition)
-            yield lambda moment: write(plan(moment))
+            changing = blend.is_scheduled or composition.mode in ("switch", "k-lora")
+
+            def before_step(moment: Moment) -> None:
+                if moment.step == 0 or changing:
+                    write(plan(moment))
+
+            yield before_step
 
 
 def check_composition(blend: Blend, composition: Composition) -> None:
     """Raise ConfigError for a mode that these adapters cannot be in."""
-    mode, count = composition.mode, len(blend.active)
-    if mode == "k-lora" and count != 2:
-        raise ConfigError(f"k-lora chooses between two adapters, the subject first; this blend has {count}")
-    if mode == "np-lora" and count < 2:
-        raise ConfigError(f"np-lora needs a subject and, after it, at least one style; this blend has {count}")
-    if mode != "sum" and any(entry.region for entry in blend.entries):
-        raise ConfigError(f"regions are blended by their masks, so that {mode} has no meaning with them; use sum")
+    check_mode(composition, len(blend.active), regions=any(entry.region for entry in blend.entries))
 
 
 def writer(base: Base, composition: Composition, backup: Backup, stack: ExitStack) -> Write:
@@ -83,7 +85,8 @@ def sum_plan(base: Base, blend: Blend, composition: Composition) -> Callable[[Mo
 
 
 def alone(base: Base, entry: WeightedAdapter, moment: Moment) -> BlendSum:
-    return blend_sum(Blend(entries=(entry,)), base.anatomy, moment)
+    """The terms of one adapter, wherever in the picture they act."""
+    return blend_sum(Blend(entries=(replace(entry, region=None),)), base.anatomy, moment)
 
 
 def in_unet(path: str) -> bool:
@@ -122,12 +125,17 @@ class Chooser:
     def __init__(self, base: Base, subject: WeightedAdapter, style: WeightedAdapter, composition: Composition) -> None:
         self.base, self.subject, self.style, self.composition = base, subject, style, composition
         both = subject.adapter.layers.keys() & style.adapter.layers.keys()
-        self.strengths = {path: strengths(subject.adapter, style.adapter, path) for path in both if in_unet(path)}
-        mine, other = (
-            math.fsum(float(entry.adapter.layers[path].delta().abs().sum()) for path in sorted(self.strengths))
-            for entry in (subject, style)
-        )
+        pairs = {path: self.pair(path) for path in sorted(both) if in_unet(path)}
+        self.strengths = {path: (mine.largest, other.largest) for path, (mine, other) in pairs.items()}
+        mine, other = (math.fsum(pair[i].whole for pair in pairs.values()) for i in (0, 1))
         self.balance = mine / other if other else 1.0
+
+    def pair(self, path: str) -> "tuple[Change, Change]":
+        """How much either adapter changes one layer."""
+        layers = self.subject.adapter.layers[path], self.style.adapter.layers[path]
+        count = math.prod(getattr(layer, "rank", 1) for layer in layers)
+        own = weight_at(self.base, path)
+        return change_of(layers[0], own, count), change_of(layers[1], own, count)
 
     def chosen(self, moment: Moment) -> BlendSum:
         """The sum at one step."""
@@ -138,13 +146,19 @@ class Chooser:
         return joined_sums([part_of(first, lambda p: p not in styled), part_of(second, lambda p: p not in kept)])
 
 
-def strengths(first: Adapter, second: Adapter, path: str) -> tuple[float, float]:
-    """Sum of the K largest absolute changes of either adapter at one layer."""
-    pair = first.layers[path], second.layers[path]
-    count = math.prod(getattr(layer, "rank", 1) for layer in pair)
-    changes = [layer.delta().abs().flatten() for layer in pair]
-    mine, other = (float(change.topk(min(count, change.numel())).values.sum()) for change in changes)
-    return mine, other
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """Absolute changes of one layer: their sum, and that of the K largest."""
+
+    whole: float
+    largest: float
+
+
+def change_of(layer: Layer, own: Tensor, count: int) -> Change:
+    """Computed on the base's device, where its own weight is."""
+    changes = delta_of([(1.0, layer)], own).abs().flatten()
+    largest = changes.topk(min(count, changes.numel())).values
+    return Change(whole=float(changes.sum()), largest=float(largest.sum()))
 
 
 def composite(base: Base, blend: Blend, write_text: Write, stack: ExitStack) -> BeforeStep:
@@ -152,7 +166,8 @@ def composite(base: Base, blend: Blend, write_text: Write, stack: ExitStack) -> 
     entries = [entry for entry in blend.entries if entry in blend.active]
     if not entries:
         return lambda _: None
-    branch = stack.enter_context(branching(base))
+    branch = Branch(base)  # beside that of the text encoders, if they have one
+    stack.callback(branch.undo)
     unet = base.pipe.unet
     own = unet.forward
     count = len(entries)
@@ -167,11 +182,14 @@ def composite(base: Base, blend: Blend, write_text: Write, stack: ExitStack) -> 
         return (mean,) if isinstance(result, tuple) else type(result)(sample=mean)
 
     def before_step(moment: Moment) -> None:
+        if moment.step > 0 and not blend.is_scheduled:
+            return
         branch.write([part_of(alone(base, entry, moment), in_unet) for entry in entries])
         write_text(part_of(blend_sum(blend, base.anatomy, moment), in_text))
 
-    unet.forward = forward
-    stack.callback(lambda: vars(unet).pop("forward"))
+    forwards = Forwards()
+    stack.callback(forwards.restore)
+    forwards.replace(unet, forward)
     return before_step
 
 

@@ -76,9 +76,10 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
 
 
 def quantised(base: Base) -> bool:
-    """Whether the UNet's weights are stored in codes, so that nothing can be added to them."""
-    kinds = {module.weight.dtype for module in base.pipe.unet.modules() if isinstance(module, nn.Linear)}
-    return any(not dtype.is_floating_point for dtype in kinds)
+    """Whether weights of any component are stored in codes, so that nothing can be added to them."""
+    models: list[nn.Module] = [getattr(base.pipe, component) for component in base.family.components]
+    linear = (module for model in models for module in model.modules() if isinstance(module, nn.Linear))
+    return any(not module.weight.dtype.is_floating_point for module in linear)
 
 
 def check_blend(base: Base, blend: Blend) -> None:
@@ -138,7 +139,7 @@ class Patch:
         Raises ConfigError, with the base's own values back, for a value beyond the range of the base's type.
         """
         try:
-            with torch.no_grad():
+            with plain_arithmetic(self.base):
                 for name in [name for name in self.applied if not has_terms(total, name)]:
                     self.restore(name)
                 for path, terms in total.layers.items():
@@ -194,11 +195,25 @@ class Patch:
         del self.applied[name]
 
     def undo(self) -> None:
-        """Copy the base's own values back."""
-        with torch.no_grad():
-            for name in tuple(self.applied):
-                self.restore(name)
+        """Copy the base's own values back; a Ctrl-C meanwhile comes through when they are."""
+        interrupted: BaseException | None = None
+        while self.applied:
+            try:
+                with torch.no_grad():
+                    for name in tuple(self.applied):
+                        self.restore(name)
+            except KeyboardInterrupt as error:
+                interrupted = error
         self.stacks.clear()
+        if interrupted:
+            raise interrupted
+
+
+@contextmanager
+def plain_arithmetic(base: Base) -> Iterator[None]:
+    """No gradients, and float32 as it says: autocast would compute the deltas in half precision."""
+    with torch.no_grad(), torch.autocast(base.pipe.unet.device.type, enabled=False):
+        yield
 
 
 def rounding_loss(base: Base, total: BlendSum) -> float:
@@ -207,13 +222,12 @@ def rounding_loss(base: Base, total: BlendSum) -> float:
     bfloat16 can lose half of a gentle adapter, because its steps are wider than the delta.
     """
     lost = delta = 0.0
-    with torch.no_grad():
+    with plain_arithmetic(base):
         for path, terms in total.layers.items():
             own = weight_at(base, path)
             exact = blended_weight(own, terms)
-            change = exact - own.float()
-            lost += float((rounded(exact, own.dtype, path).float() - exact).double().square().sum())
-            delta += float(change.double().square().sum())
+            lost += float((rounded(exact, own.dtype, path).float() - exact).square().sum())
+            delta += float((exact - own.float()).square().sum())
     return (lost / delta) ** 0.5 if delta else 0.0
 
 
@@ -282,8 +296,10 @@ def patching(base: Base, *, backup: Backup = "memory") -> Iterator[Patch]:
     try:
         yield patch
     finally:
-        patch.undo()
-        PATCHED.discard(base)
+        try:
+            patch.undo()
+        finally:
+            PATCHED.discard(base)
 
 
 @contextmanager

@@ -106,6 +106,10 @@ def foreign_plan(image: Path, info: Infotext, *, base: str, shelf: Shelf) -> Pla
 
 def with_tags(plan: Plan, shelf: Shelf) -> Plan:
     """The plan with its prompt's tags turned into adapters. Raises ConfigError for a name that is unknown."""
+    if take_tags(plan.settings.negative_prompt)[1]:
+        raise ConfigError(
+            f"the negative prompt has a tag in it: {plan.settings.negative_prompt!r}; tags go into the prompt"
+        )
     prompt, tags = take_tags(plan.settings.prompt)
     if not tags:
         return plan

@@ -70,7 +70,7 @@ class Region(Settings):
     mask_hash: str = ""
     """SHA-256 of that file; empty accepts any."""
     feather: Share = 0.1
-    """Width of the soft edge, as a fraction of the picture's shorter side."""
+    """Width of the soft edge, as a fraction of the picture's sides."""
 
     @model_validator(mode="after")
     def one_way(self) -> Self:

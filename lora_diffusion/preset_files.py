@@ -1,5 +1,6 @@
 """Preset files: read, written with paths from their own folder, listed, described and checked."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from lora_diffusion.anatomy import Anatomy
@@ -9,8 +10,9 @@ from lora_diffusion.formats.diffusers_folder import anatomy_of_folder
 from lora_diffusion.models import find_base
 from lora_diffusion.preset import BlendEntry, BlendPreset, Region
 from lora_diffusion.references import Found, Shelf, load_blend, references
+from lora_diffusion.regions import region_mask
 from lora_diffusion.tags import weight_text
-from lora_diffusion.weights import spelled_out
+from lora_diffusion.weights import check_mode, is_off, spelled_out
 
 
 def anchored_entries(preset: BlendPreset, folder: Path) -> tuple[BlendEntry, ...]:
@@ -79,10 +81,10 @@ def placed(region: Region | None) -> str:
     return f" in {region.mask or ', '.join(f'{side:g}' for side in region.box or ())}"
 
 
-def check_preset(path: Path, shelf: Shelf) -> list[tuple[str, str]]:
+def check_preset(path: Path, shelf: Shelf, ignore: Sequence[str] = ()) -> list[tuple[str, str]]:
     """What is wrong with a preset: pairs of what was checked and what came of it, empty if all is well.
 
-    Each adapter has to be found with its hash, and its weight has to fit its base.
+    Each adapter has to be found with its hash, its weight has to fit its base, and all have to go together.
     """
     preset = read_preset(path)
     checks: list[tuple[str, str]] = []
@@ -94,15 +96,31 @@ def check_preset(path: Path, shelf: Shelf) -> list[tuple[str, str]]:
         family = anatomy = None
     for entry in anchored_entries(preset, path.parent):
         checks.append(
-            (f"adapter {entry.name or entry.path}", problem_with(entry, shelf, family.name if family else "", anatomy))
+            (
+                f"adapter {entry.name or entry.path}",
+                problem_with(entry, shelf, ignore, family.name if family else "", anatomy),
+            )
         )
+    checks.append(("composition", problem_together(preset)))
     return checks
 
 
-def problem_with(entry: BlendEntry, shelf: Shelf, family: str, anatomy: Anatomy | None) -> str:
+def problem_together(preset: BlendPreset) -> str:
+    """Why its adapters cannot come together as the preset says; empty if they can."""
+    active = sum(not is_off(entry.weight) for entry in preset.adapters)
+    try:
+        check_mode(preset.composition, active, regions=any(entry.region for entry in preset.adapters))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def problem_with(entry: BlendEntry, shelf: Shelf, ignore: Sequence[str], family: str, anatomy: Anatomy | None) -> str:
     """Why an adapter of a preset cannot be used as it says; empty if it can."""
     try:
-        found = load_blend([entry], shelf)
+        found = load_blend([entry], shelf, ignore=ignore)
+        if entry.region:
+            region_mask(entry.region)
         own = found.blend.entries[0].adapter.metadata.family
         if family and own and own != family:
             return f"is for {own}, the preset's base is {family}"

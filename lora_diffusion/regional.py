@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_diffusion.blend import BlendSum
-from lora_diffusion.branching import Forward, Side, add_side, side_of
+from lora_diffusion.branching import Forward, Forwards, Side, add_side, side_of
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.models import Base, module_at
 from lora_diffusion.regions import scaled_mask, token_grid
@@ -45,8 +45,7 @@ class Regional:
         self.base = base
         self.size = size
         """Height and width of the latents."""
-        self.replaced: list[tuple[nn.Module, Forward | None]] = []
-        """What was given a lane, with the forward that it had of its own, such as a branch's."""
+        self.forwards = Forwards()
         self.masks: dict[tuple[Lane, tuple[int, ...]], Tensor] = {}
         """Masks at the resolutions that were asked for so far."""
         self.reading: int | None = None
@@ -66,14 +65,10 @@ class Regional:
                 side_of(module, path, [lane.total]) if has else None for lane, has in zip(lanes, held, strict=True)
             ]
             make = self.reader if TEXT_READERS.search(path) else self.placed
-            self.replace(module, make(module, module.forward, sides, lanes))
+            self.forwards.replace(module, make(module, module.forward, sides, lanes))
         for path in {path.rpartition(".")[0] for path in paths if TEXT_READERS.search(path)}:
             attention = module_at(self.base, path)
-            self.replace(attention, self.attention(attention.forward, lanes))
-
-    def replace(self, module: nn.Module, forward: Forward) -> None:
-        self.replaced.append((module, vars(module).get("forward")))
-        module.forward = forward  # type: ignore[method-assign]
+            self.forwards.replace(attention, self.attention(attention.forward, lanes))
 
     def placed(self, module: nn.Module, own: Forward, sides: Sequence[Side | None], lanes: Sequence[Lane]) -> Forward:
         """A module whose output has places: each side counts as its mask says there."""
@@ -125,11 +120,7 @@ class Regional:
 
     def undo(self) -> None:
         """Take every lane away."""
-        for module, own in reversed(self.replaced):
-            del module.forward
-            if own is not None:
-                module.forward = own  # type: ignore[method-assign]
-        self.replaced.clear()
+        self.forwards.restore()
         self.masks.clear()
 
 

@@ -18,11 +18,14 @@ SIDE = 512
 def region_mask(region: Region) -> Tensor:
     """The region as a (SIDE, SIDE) float32 mask of 0 to 1, whatever the picture's shape.
 
-    Raises ConfigError for a mask file that cannot be read or has changed.
+    Raises ConfigError for a mask file that cannot be read or has changed, or a region that is empty.
     """
     image = box_image(region.box) if region.box else mask_image(region)
     softened = image.filter(ImageFilter.GaussianBlur(region.feather * SIDE / 4)) if region.feather else image
-    return torch.from_numpy(np.asarray(softened, dtype=np.float32) / 255)
+    mask = torch.from_numpy(np.asarray(softened, dtype=np.float32) / 255)
+    if not bool(mask.any()):
+        raise ConfigError(f"the region {region.mask or region.box} is empty; an adapter would act nowhere")
+    return mask
 
 
 def box_image(box: tuple[float, float, float, float]) -> Image.Image:
@@ -39,9 +42,17 @@ def mask_image(region: Region) -> Image.Image:
         raise ConfigError(f"{path}: is not the mask that the recipe was made with; give back the original file")
     try:
         with Image.open(path) as image:
-            return image.convert("L").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+            return grey(image).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ConfigError(f"{path}: cannot be read as a mask ({error}); give a picture, white where it acts") from None
+
+
+def grey(image: Image.Image) -> Image.Image:
+    """Brightness in 8 bits; what is transparent counts as black, 16 bits are scaled down."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8))
+    layered = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), layered).convert("L")
 
 
 def mask_hash(path: Path) -> str:

@@ -1,6 +1,7 @@
 """The one way to make an image."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -38,6 +39,11 @@ class Picture:
 
 def single_settings(base: Base, config: GenerateConfig) -> list[GenerateConfig]:
     """The settings of each picture alone: its own seed, the size spelled out. Raises ConfigError."""
+    tagged = next((text for text in (config.prompt, config.negative_prompt) if "<lora:" in text), "")
+    if tagged:
+        raise ConfigError(
+            f"the prompt {tagged!r} has a tag in it; `take_tags` and `tagged_entries` turn it into a blend"
+        )
     most = int(base.pipe.scheduler.config.num_train_timesteps)
     if config.steps > most:
         raise ConfigError(f"'steps' is {config.steps}; {base.name} was trained with {most} timesteps, use fewer")
@@ -75,28 +81,40 @@ def sample(base: Base, settings: GenerateConfig, before_step: BeforeStep | None 
     before_step(Moment(step=0, steps=settings.steps))
 
     def after_step(_pipe: Any, step: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
-        if step + 1 < settings.steps:
-            before_step(Moment(step=step + 1, steps=settings.steps))
+        calls = len(pipe.scheduler.timesteps)  # some schedulers take more than one to a step
+        if step + 1 < calls:
+            before_step(Moment(step=(step + 1) * settings.steps // calls, steps=settings.steps))
         return {}
 
-    result = pipe(
-        prompt=settings.prompt,
-        negative_prompt=settings.negative_prompt or None,
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance,
-        width=settings.width,
-        height=settings.height,
-        generator=torch.Generator("cpu").manual_seed(settings.seed),
-        output_type="np",
-        callback_on_step_end=after_step,
-        callback_on_step_end_tensor_inputs=[],
-    )
+    with own_precision(pipe.vae):
+        result = pipe(
+            prompt=settings.prompt,
+            negative_prompt=settings.negative_prompt or None,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            width=settings.width,
+            height=settings.height,
+            generator=torch.Generator("cpu").manual_seed(settings.seed),
+            output_type="np",
+            callback_on_step_end=after_step,
+            callback_on_step_end_tensor_inputs=[],
+        )
     if not np.isfinite(result.images).all():
         raise SamplingError(
             f"the picture of seed {settings.seed} came out as NaN; lower the adapters' weights, or use a precision of "
             "wider range"
         )
     return pipe.numpy_to_pil(result.images)[0]
+
+
+@contextmanager
+def own_precision(vae: Any) -> Iterator[None]:
+    """Give the autoencoder its type back: diffusers widens SDXL's to decode, and leaves it so after a Ctrl-C."""
+    dtype = vae.dtype
+    try:
+        yield
+    finally:
+        vae.to(dtype)
 
 
 def generate(

@@ -25,7 +25,8 @@ from lora_diffusion.errors import ConfigError
 from lora_diffusion.preset import BlendWeight, Curve, Region, Schedule, Weight
 from lora_diffusion.weights import vector_of
 
-TAG = re.compile(r"<lora:([^<>]*)>")
+TAG = re.compile(r"<(?:lora|lyco):([^<>]*)>")
+UNKNOWN = re.compile(r"<(hypernet|lora|lyco)\b[^<>]*>?")
 BLOCK = re.compile(r"BASE|M00|(?:IN|OUT)\d\d")
 COMPONENTS: Mapping[str, tuple[str, ...]] = {
     "unet": ("unet",),
@@ -51,9 +52,12 @@ def take_tags(prompt: str) -> tuple[str, tuple[Tag, ...]]:
     Raises ConfigError for a tag that cannot be read.
     """
     tags = tuple(parse_tag(match[1]) for match in TAG.finditer(prompt))
-    if not tags and "<lora" not in prompt:
-        return prompt, ()
     bare = TAG.sub("", prompt)
+    foreign = UNKNOWN.search(bare)
+    if foreign and (foreign[1] == "hypernet" or foreign[0].endswith(">")):
+        raise ConfigError(f"the prompt has the tag {foreign[0]!r}, which is no adapter; <lora:name:0.8> calls one")
+    if not tags and not foreign:
+        return prompt, ()
     if "<lora" in bare:
         raise ConfigError(
             f"the prompt has a tag without its end: {bare[bare.index('<lora') :][:40]!r}; close it with >"
@@ -91,9 +95,12 @@ def in_our_order(prompt: str) -> str:
 def take_region(parts: Sequence[str], *, source: str) -> tuple[list[str], Region | None]:
     """The parts that are not about a region, and the region that the others describe. Raises ConfigError."""
     rest = [part for part in parts if part.partition("=")[0] not in REGION_OPTIONS]
-    table: dict[str, Any] = dict(part.split("=", 1) for part in parts if part not in rest and "=" in part)
+    about = [part for part in parts if part not in rest]
+    table: dict[str, Any] = {part.partition("=")[0]: part.partition("=")[2] for part in about}
     if not table:
         return rest, None
+    if len(table) < len(about) or "" in table.values():
+        raise ConfigError(f"{source}: {':'.join(about)} is no region; write box=0,0,0.5,1 or mask=FILE, each once")
     if "box" in table:
         table["box"] = vector_of(table["box"], source=f"{source}: box")
     return rest, validate(Region, table, source=source)
@@ -140,6 +147,8 @@ def read_options(options: Mapping[str, str], source: str) -> dict[str, Any]:
     for key, text in options.items():
         if key in COMPONENTS:
             components |= dict.fromkeys(COMPONENTS[key], number(text, source))
+        elif key == "lbw" and not text:
+            raise ConfigError(f"{source}: lbw= names no preset and no vector; write lbw=MIDD")
         elif key == "lbw":
             fields["blocks"] = vector_of(text, source=source) if "," in text else text
         elif BLOCK.fullmatch(key):

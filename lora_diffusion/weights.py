@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lora_diffusion.anatomy import Anatomy
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.preset import BlendWeight, Schedule, Weight
+from lora_diffusion.preset import BlendWeight, Composition, Schedule, Weight
 
 BlockPresets = Mapping[str, tuple[tuple[float, ...], ...]]
 """Vectors by name; one name may have vectors for several families."""
@@ -208,6 +208,27 @@ def has_schedule(weight: Weight) -> bool:
         return False
     blocks = weight.blocks.values() if isinstance(weight.blocks, Mapping) else ()
     return weight.schedule is not None or any(isinstance(factor, Schedule) for factor in blocks)
+
+
+def check_mode(composition: Composition, count: int, *, regions: bool) -> None:
+    """Raise ConfigError for a mode in which that many adapters, some with regions, cannot come together."""
+    mode = composition.mode
+    if mode == "k-lora" and count != 2:
+        raise ConfigError(f"k-lora chooses between two adapters, the subject first; this blend has {count}")
+    if mode == "np-lora" and count < 2:
+        raise ConfigError(f"np-lora needs a subject and, after it, at least one style; this blend has {count}")
+    if mode != "sum" and regions:
+        raise ConfigError(f"regions are blended by their masks, so that {mode} has no meaning with them; use sum")
+
+
+def without_schedules(weight: Weight) -> Weight:
+    """The weight as if all its schedules were 1."""
+    if not isinstance(weight, BlendWeight):
+        return weight
+    blocks = weight.blocks
+    if isinstance(blocks, Mapping):
+        blocks = {block: 1.0 if isinstance(factor, Schedule) else factor for block, factor in blocks.items()}
+    return weight.model_copy(update={"schedule": None, "blocks": blocks})
 
 
 def is_off(weight: Weight) -> bool:

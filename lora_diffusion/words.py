@@ -36,8 +36,9 @@ class Word:
 
 def words_of(blend: Blend) -> tuple[Word, ...]:
     """Every learned word of the adapters that are on."""
+    adapters = {entry.hash: entry for entry in blend.active if entry.adapter.tokens}
     return tuple(
-        named(entry, word, token) for entry in blend.active for word, token in sorted(entry.adapter.tokens.items())
+        named(entry, word, token) for entry in adapters.values() for word, token in sorted(entry.adapter.tokens.items())
     )
 
 
@@ -53,6 +54,10 @@ def rewriter(words: tuple[Word, ...]) -> Callable[[str], str]:
     A word is also known as `adapter/word`. The returned function raises ConfigError for a word that several adapters
     have, where the prompt does not say whose is meant.
     """
+    named: dict[tuple[str, str], Word] = {}
+    for word in words:
+        if named.setdefault((word.adapter, word.word), word) is not word:
+            raise ConfigError(f"two adapters are called {word.adapter!r} and have the word {word.word!r}; rename one")
     owners: dict[str, list[Word]] = {}
     for word in words:
         owners.setdefault(word.word, []).append(word)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from random_bases import write_random_sd, write_random_sdxl
 
 from lora_diffusion.adapter import Adapter, AdapterMetadata
@@ -21,6 +22,8 @@ from lora_diffusion.patching import weight_at
 from lora_diffusion.targets import resolve_targets
 
 NewAdapter = Callable[..., Adapter]
+settings.register_profile("laws", deadline=None)  # how long an example takes says what else the machine does
+settings.load_profile("laws")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,13 +11,13 @@ from lora_diffusion.preset import BlendWeight, Weight
 
 
 def balanced(blend: Blend) -> Blend:
-    """The blend with each weight scaled so that all adapters are, at weight 1, as strong as their geometric mean.
+    """The blend with each weight scaled so that all that are on are, at weight 1, as strong as their geometric mean.
 
     An adapter's strength is the median norm of its deltas. Raises ConfigError for one that cannot be measured.
     """
-    norms = [typical_norm(entry.adapter) for entry in blend.entries]
+    norms = [typical_norm(entry.adapter) for entry in blend.active]
     mean = math.exp(math.fsum(map(math.log, norms)) / len(norms)) if norms else 1.0
-    pairs = zip(blend.entries, norms, strict=True)
+    pairs = zip(blend.active, norms, strict=True)
     return Blend(entries=tuple(replace(entry, weight=scaled(entry.weight, mean / norm)) for entry, norm in pairs))
 
 

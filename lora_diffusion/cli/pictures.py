@@ -112,6 +112,8 @@ class Preset:
     """Print as JSON."""
 
     def run(self) -> int:
+        if self.action != "save" and (given(self.settings) or given(self.composition) or self.adapter or self.from_):
+            raise ConfigError(f"preset {self.action} takes no adapters and no settings; only `preset save` does")
         with quiet():
             return {"save": self.save, "list": self.list, "show": self.show, "check": self.check}[self.action]()
 
@@ -129,8 +131,10 @@ class Preset:
             adapters=parse_adapters(self.adapter),
             shelf=means.shelf,
         )
-        preset = save_plan(plan, self.path, means, name=self.name, description=self.description, force=self.force)
-        print(preset.model_dump_json(exclude_defaults=True) if self.json else f"{self.path}: saved")
+        saved = save_plan(plan, self.path, means, name=self.name, description=self.description, force=self.force)
+        for note in saved.notes:
+            print(f"note: {note}", file=sys.stderr)
+        print(saved.preset.model_dump_json(exclude_defaults=True) if self.json else f"{self.path}: saved")
         return 0
 
     def list(self) -> int:
@@ -155,7 +159,8 @@ class Preset:
     def check(self) -> int:
         from lora_diffusion.preset_files import check_preset
 
-        checks = check_preset(self.path, self.where.means().shelf)
+        means = self.where.means()
+        checks = check_preset(self.path, means.shelf, means.ignore)
         if self.json:
             print(json.dumps([{"what": what, "problem": problem} for what, problem in checks]))
         else:

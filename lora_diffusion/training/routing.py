@@ -1,0 +1,168 @@
+"""A routed mixture: gates over frozen adapters, trained in minutes on captioned pictures and saved as a blend preset.
+
+Only the gates learn (MoLE [arXiv:2404.13628], LoRA Soups [arXiv:2410.13025]): some dozens of numbers, on the same
+denoising loss as an adapter. The file is an ordinary `BlendPreset`, so that whatever reads one applies the mixture, and
+sampling costs what any scheduled blend costs.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from lora_diffusion.blend import Blend, WeightedAdapter, check_family
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.files import check_writable, whole_file
+from lora_diffusion.formats.diffusers_folder import anatomy_of_folder
+from lora_diffusion.formats.reading import load_adapter
+from lora_diffusion.models import find_base, load_base
+from lora_diffusion.preset import BlendEntry, BlendPreset, RouteConfig
+from lora_diffusion.training.dataset import Example, data_hash, read_dataset
+from lora_diffusion.training.examples import LatentPicture, RunOfSamples, collate
+from lora_diffusion.training.gates import Gates, routed
+from lora_diffusion.training.loop import cache_latents, check_finite
+from lora_diffusion.training.objective import Denoiser
+
+HELD_OUT = 32
+"""Samples that the loss is measured on before and after: the same pictures under noise that training does not see."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouteResult:
+    """The preset, where it lies, and how training went."""
+
+    preset: BlendPreset
+    path: Path
+    first_loss: float
+    """Mean loss on held-out noise with the gates at their start."""
+    last_loss: float
+    """The same with the trained gates."""
+
+
+def route(config: RouteConfig) -> RouteResult:
+    """Train gates as `config` says and write the preset to `config.output`, whole or not at all.
+
+    Everything that can be wrong with the input is checked before the first step. The same configuration gives the same
+    file on the CPU. Raises LoRADiffusionError's children.
+    """
+    if config.output.suffix != ".json":
+        raise ConfigError(f"output {str(config.output)!r} does not end in .json; a routed mixture is a blend preset")
+    examples = tuple(example for folder in config.data for example in read_dataset(folder))
+    blend = read_blend(config)
+    check_writable(config.output)
+    base = load_base(config.base, precision=torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32)
+    gates = Gates(base, blend, stretches=config.stretches, start=start_of(config))
+    losses = run(gates, examples, config)
+    preset = preset_of(gates, config, description=described(config, examples, losses))
+    with whole_file(config.output) as part:
+        part.write_text(preset.model_dump_json(indent=1, exclude_defaults=True) + "\n", encoding="utf-8")
+    return RouteResult(preset=preset, path=config.output, first_loss=losses[0], last_loss=losses[1])
+
+
+def start_of(config: RouteConfig) -> float:
+    """Every gate's value at first. An average is where learning is shortest: the sum of adapters that were each trained
+    alone overshoots, on the embedded base to twice the average's loss."""
+    return 1 / len(config.adapters) if config.start == "average" else config.start
+
+
+def read_blend(config: RouteConfig) -> Blend:
+    """The adapters of a configuration. Raises FamilyMismatchError, before the base is loaded, and ConfigError."""
+    family, _ = anatomy_of_folder(find_base(config.base))
+    entries = tuple(read_entry(entry) for entry in config.adapters)
+    for entry in entries:
+        check_family(entry.adapter.metadata.family, entry.name, base_name=config.base, family=family.name)
+    return Blend(entries=entries)
+
+
+def read_entry(entry: BlendEntry) -> WeightedAdapter:
+    path = Path(entry.path)
+    item = WeightedAdapter(adapter=load_adapter(path), weight=entry.weight, path=path, region=entry.region)
+    if entry.hash and item.hash != entry.hash:
+        raise ConfigError(
+            f"{path}: its content (hash {item.hash[:12]}) is not what the configuration names ({entry.hash[:12]}); "
+            "give back the original file"
+        )
+    return item
+
+
+def run(gates: Gates, examples: tuple[Example, ...], config: RouteConfig) -> tuple[float, float]:
+    """Train the gates; returns the mean loss on held-out noise before and after. Raises TrainingError."""
+    base, size_px = gates.base, config.resolution or gates.base.size_px
+    base.pipe.vae.float()
+    pictures = cache_latents(base, examples, size_px, progress=True)
+    denoiser = Denoiser(base, size_px)
+    training = samples_of(pictures, denoiser, length=config.steps * config.batch_size, seed=config.seed)
+    held_out = samples_of(pictures, denoiser, length=HELD_OUT, seed=config.seed + 1)
+    with routed(gates):
+        first = mean_loss(denoiser, held_out, config.batch_size)
+        train_gates(gates, denoiser, training, config)
+        last = mean_loss(denoiser, held_out, config.batch_size)
+    check_finite(torch.tensor(last), config.steps)
+    return first, last
+
+
+def train_gates(gates: Gates, denoiser: Denoiser, samples: RunOfSamples, config: RouteConfig) -> None:
+    """All optimizer steps, inside `routed`. Raises TrainingError if a loss is not finite.
+
+    Adam, whose rate falls to 0 by a cosine, so that the gates come to rest.
+    """
+    optimiser = torch.optim.Adam([gates.values], lr=config.learning_rate)
+    schedule = CosineAnnealingLR(optimiser, config.steps)
+    each = batches(denoiser, samples, config.batch_size)
+    for step, batch in enumerate(tqdm(each, total=config.steps, desc="route", unit="step"), start=1):
+        loss = denoiser(**batch).mean()
+        check_finite(loss.detach(), step)
+        optimiser.zero_grad()
+        (loss + config.penalty * gates.drift()).backward()
+        optimiser.step()
+        schedule.step()
+
+
+@torch.no_grad()
+def mean_loss(denoiser: Denoiser, samples: RunOfSamples, batch_size: int) -> float:
+    """Over the same samples at each call."""
+    return float(torch.cat([denoiser(**batch) for batch in batches(denoiser, samples, batch_size)]).mean())
+
+
+def samples_of(pictures: tuple[LatentPicture, ...], denoiser: Denoiser, *, length: int, seed: int) -> RunOfSamples:
+    """The samples of a run. No caption is dropped: the gates are to weigh adapters for the prompts that call them."""
+    return RunOfSamples(pictures, length=length, seed=seed, num_timesteps=denoiser.num_timesteps, caption_dropout=0.0)
+
+
+def batches(denoiser: Denoiser, samples: RunOfSamples, size: int) -> Iterator[dict[str, Any]]:
+    """The denoiser's arguments, batch by batch, on its device."""
+    device = denoiser.alphas_cumprod.device
+    for batch in DataLoader(samples, batch_size=size, collate_fn=collate):
+        yield {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def preset_of(gates: Gates, config: RouteConfig, *, description: str) -> BlendPreset:
+    """The mixture as a preset, with paths from the folder of the output."""
+    folder = config.output.absolute().parent
+    entries = tuple(
+        BlendEntry(
+            path=Path(os.path.relpath(Path(given.path).absolute(), folder)).as_posix(),
+            weight=weight,
+            name=given.name or item.name,
+            hash=item.hash,
+        )
+        for given, item, weight in zip(config.adapters, gates.blend.entries, gates.weights(), strict=True)
+    )
+    return BlendPreset(name=config.output.stem, description=description, base=config.base, adapters=entries)
+
+
+def described(config: RouteConfig, examples: tuple[Example, ...], losses: tuple[float, float]) -> str:
+    """How the mixture came about, in a sentence."""
+    folders = " and ".join(dict.fromkeys(folder.name for folder in config.data))
+    return (
+        f"Gates by block and {config.stretches} stretches of steps, trained for {config.steps} steps of "
+        f"{config.batch_size} on {folders} ({len(examples)} pictures, hash {data_hash(examples)[:12]}), seed "
+        f"{config.seed}; loss on held-out noise {losses[0]:.4f} -> {losses[1]:.4f}."
+    )
