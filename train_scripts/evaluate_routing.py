@@ -1,0 +1,63 @@
+"""Measure a routed preset against plain sums: is the subject read, and how far is the style.
+
+    lora-diffusion route sample_data/configs/route-neon-gloop.toml
+    python -m train_scripts.evaluate_routing runs/neon-gloop-routed.json
+
+The prompts are the settings and times of day that gloop was not trained in, two seeds each, in neon.
+"""
+
+import itertools
+from pathlib import Path
+
+import tyro
+
+from lora_diffusion.blend import Blend, WeightedAdapter
+from lora_diffusion.config import GenerateConfig
+from lora_diffusion.evaluation.style import style_distance, style_pictures
+from lora_diffusion.formats.reading import load_adapter
+from lora_diffusion.models import load_base, sample_data
+from lora_diffusion.preset_files import read_preset
+from lora_diffusion.references import Shelf, load_blend
+from lora_diffusion.sampling import generate
+from train_scripts.draw_sample_sets import SETTINGS, TIMES, character_scene, subject_caption, subject_scenes
+from train_scripts.tiny_world.reader import load_reader, read
+
+SUMS = ((1.0, 1.0), (0.5, 0.5), (0.6, 0.8), (0.4, 0.6))
+"""Weights of neon and gloop to compare with."""
+SEEDS, STEPS = 2, 12
+
+
+def prompts() -> list[str]:
+    """A gloop in neon, everywhere that its training set was not."""
+    seen = {(scene.setting, scene.time) for scene in subject_scenes("gloop")}
+    unseen = [pair for pair in itertools.product(SETTINGS, TIMES) if pair not in seen]
+    return [f"{subject_caption(character_scene('gloop', *pair))}, in zwx style" for pair in unseen]
+
+
+def plain(neon: float, gloop: float) -> Blend:
+    adapters = [load_adapter(sample_data() / "adapters" / f"{name}.safetensors") for name in ("neon", "gloop")]
+    pairs = zip(adapters, (neon, gloop), strict=True)
+    return Blend(entries=tuple(WeightedAdapter(adapter=adapter, weight=weight) for adapter, weight in pairs))
+
+
+def measure(preset: Path) -> None:
+    """Print, for the preset and for plain sums, how often gloop is read and the distance to the neon training set."""
+    routed = load_blend(read_preset(preset).adapters, Shelf(folder=preset.parent)).blend
+    blends = {f"neon {n} + gloop {g}": plain(n, g) for n, g in SUMS} | {preset.stem: routed}
+    base, reader = load_base(), load_reader(sample_data() / "tiny-world-reader")
+    neon = style_pictures(sample_data() / "styles" / "neon")
+    texts = prompts()
+    configs = [
+        GenerateConfig(prompt=text, seed=100 * seed + i, steps=STEPS)
+        for seed in range(SEEDS)
+        for i, text in enumerate(texts)
+    ]
+    for name, blend in blends.items():
+        pictures = [picture.image for picture in generate(base, configs, blend)]
+        found = sum(reading.subject == "gloop" for reading in read(reader, pictures))
+        distance = style_distance(base, pictures, neon)
+        print(f"{name:<24} gloop in {found} of {len(pictures)}, style distance {distance:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    tyro.cli(measure)
