@@ -248,6 +248,8 @@ def blended_weight(
     """
     joinable, others = parted(terms)
     value = base.float()
+    if out is None and value is not base:
+        out = value  # a copy of our own already
     if joinable:
         stack = stack or stacked([layer for _, layer in joinable], base.device)
         up = stack.weighted_up(joinable)
@@ -265,10 +267,17 @@ def blended_bias(base: Tensor, terms: Sequence[BiasTerm]) -> Tensor:
 
 def rounded(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """The blended value in the base's type. Raises ConfigError if it does not fit into that."""
-    result = value.to(dtype)
-    if dtype != torch.float32 and not bool(result.isfinite().all()):
+    check_range(value, dtype, name)
+    return value.to(dtype)
+
+
+def check_range(value: Tensor, dtype: torch.dtype, name: str) -> None:
+    """Raise ConfigError if a blended value does not fit into the base's type; its extremes tell, at half the cost."""
+    if dtype == torch.float32:
+        return
+    extremes = torch.stack(torch.aminmax(value)).to(dtype)
+    if not bool(extremes.isfinite().all()):
         raise ConfigError(f"{name}: the blended value is beyond the range of {dtype}; lower the weights")
-    return result
 
 
 def check_fits(

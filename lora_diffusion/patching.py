@@ -23,6 +23,7 @@ from lora_diffusion.blend import (
     blended_bias,
     blended_weight,
     check_fits,
+    check_range,
     parted,
     rounded,
     stacked,
@@ -77,8 +78,8 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
 
 def quantised(base: Base) -> bool:
     """Whether weights of any component are stored in codes, so that nothing can be added to them."""
-    models: list[nn.Module] = [getattr(base.pipe, component) for component in base.family.components]
-    linear = (module for model in models for module in model.modules() if isinstance(module, nn.Linear))
+    models = (getattr(base.pipe, component, None) for component in base.family.components)
+    linear = (module for model in models if model for module in model.modules() if isinstance(module, nn.Linear))
     return any(not module.weight.dtype.is_floating_point for module in linear)
 
 
@@ -161,7 +162,8 @@ class Patch:
         in_place = live.dtype == torch.float32 and live.is_contiguous()
         value = blended_weight(own, terms, stack=self.stack(path, terms, live), out=live if in_place else None)
         if not in_place:
-            live.copy_(rounded(value, live.dtype, name))
+            check_range(value, live.dtype, name)
+            live.copy_(value)
         self.applied[name] = terms
 
     def write_bias(self, path: str, terms: tuple[tuple[float, Tensor], ...]) -> None:
@@ -169,7 +171,8 @@ class Patch:
         if same_terms(self.applied.get(name), terms):
             return
         live = self.live_tensor(name)
-        value = rounded(blended_bias(self.original(name, live), terms), live.dtype, name)
+        value = blended_bias(self.original(name, live), terms)
+        check_range(value, live.dtype, name)
         self.applied[name] = ()
         live.copy_(value)
         self.applied[name] = terms

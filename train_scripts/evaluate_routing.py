@@ -40,7 +40,7 @@ def plain(neon: float, gloop: float) -> Blend:
     return Blend(entries=tuple(WeightedAdapter(adapter=adapter, weight=weight) for adapter, weight in pairs))
 
 
-def measure(preset: Path) -> None:
+def measure(preset: tyro.conf.Positional[Path]) -> None:
     """Print, for the preset and for plain sums, how often gloop is read and the distance to the neon training set."""
     routed = load_blend(read_preset(preset).adapters, Shelf(folder=preset.parent)).blend
     blends = {f"neon {n} + gloop {g}": plain(n, g) for n, g in SUMS} | {preset.stem: routed}
