@@ -21,6 +21,7 @@ from lora_diffusion.models import Base, encode_prompts, load_base, module_at
 from lora_diffusion.patching import blended, patching, rounding_loss, weight_at
 from lora_diffusion.plans import Plan
 from lora_diffusion.preset import BlendWeight, Composition, Schedule
+from lora_diffusion.sampling import generate
 from lora_diffusion.weights import Moment
 
 LATENTS = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -277,3 +278,43 @@ def test_a_user_is_told_when_rounding_would_swallow_an_adapter(sd: Base, sd_fold
     exact = replace(plan, composition=Composition(exact=True))
     assert rounding_notes(base, gentle, exact) == []
     assert rounding_notes(sd, gentle, plan) == []
+
+
+def test_a_second_branch_is_refused_and_other_tools_forwards_are_put_back(sd: Base) -> None:
+    blend = blend_of((random_adapter(sd, seed=1), 1.0))
+    path = next(path for path in blend.entries[0].adapter.layers if path.startswith("unet."))
+    module = module_at(sd, path)
+    own = module.forward
+
+    def hook(x: Tensor) -> Tensor:
+        return own(x)
+
+    module.forward = hook  # type: ignore[method-assign]
+    try:
+        with branched(sd, blend):
+            with pytest.raises(ConfigError, match="has a branch beside its weights already"), branched(sd, blend):
+                pass
+            with pytest.raises(ConfigError, match="unknown to any recipe"):
+                generate(sd, [GenerateConfig(prompt="a cat", steps=1, width=32, height=32)])
+        assert module.forward is hook
+    finally:
+        del module.forward
+
+
+def test_a_quantised_text_encoder_is_not_patched_either(sd: Base, sd_folder: object) -> None:
+    base = load_base(str(sd_folder), device=torch.device("cpu"))
+    encoder = base.pipe.text_encoder
+    for name, module in list(encoder.named_modules()):
+        if type(module) is nn.Linear:
+            parent, _, leaf = name.rpartition(".")
+            setattr(encoder.get_submodule(parent), leaf, Int8Linear(module))
+    with pytest.raises(ConfigError, match="quantised"), blended(base, blend_of((random_adapter(sd, seed=1), 0.8))):
+        pass
+
+
+def test_a_branch_works_under_autocast(sd: Base) -> None:
+    blend = blend_of((random_adapter(sd, seed=1), 0.8))
+    with branched(sd, blend):
+        plain = predict(sd)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert (predict(sd) - plain).abs().max() < 0.1

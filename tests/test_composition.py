@@ -1,5 +1,8 @@
 """More than a sum: adapters in turn, side by side, chosen, projected, and by region."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from conftest import random_adapter
@@ -282,3 +285,17 @@ def test_the_base_file_serves_as_the_backup_of_every_mode(sd: Base) -> None:
     )
     assert kept == mapped
     assert same(before, parameters(sd))
+
+
+def test_what_is_transparent_or_dark_in_a_mask_does_not_act(tmp_path: Path) -> None:
+    clear = Image.new("RGBA", (4, 4), (255, 255, 255, 0))
+    clear.paste((255, 255, 255, 255), (0, 0, 2, 4))
+    clear.save(tmp_path / "clear.png")
+    assert scaled_mask(region_mask(Region(mask=str(tmp_path / "clear.png"), feather=0)), 1, 4)[0, 3] < 0.1
+    deep = Image.fromarray(np.array([[0, 65535], [0, 65535]], dtype=np.uint16))
+    deep.save(tmp_path / "deep.png")
+    found = scaled_mask(region_mask(Region(mask=str(tmp_path / "deep.png"), feather=0)), 1, 4)[0]
+    assert found[0] < 0.1 < 0.9 < found[3]
+    Image.new("L", (4, 4), 0).save(tmp_path / "black.png")
+    with pytest.raises(ConfigError, match="is empty"):
+        region_mask(Region(mask=str(tmp_path / "black.png")))

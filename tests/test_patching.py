@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_adapter
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import PNDMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
-from lora_diffusion.adapter import Adapter
+from lora_diffusion.adapter import Adapter, AdapterMetadata
+from lora_diffusion.algebra.combine import combine
 from lora_diffusion.anatomy import changeable_paths
 from lora_diffusion.blend import Blend, WeightedAdapter, blend_sum, delta_of
 from lora_diffusion.config import GenerateConfig
@@ -21,7 +22,7 @@ from lora_diffusion.formats.native import save_adapter
 from lora_diffusion.layers import DoRALayer, FullLayer, LoHaLayer, LoKrLayer, LoRALayer
 from lora_diffusion.models import Base, load_base
 from lora_diffusion.patching import Patch, blended, live_shapes, parameter_at, patching, weight_at
-from lora_diffusion.preset import BlendWeight, Schedule, Weight
+from lora_diffusion.preset import BlendWeight, Region, Schedule, Weight
 from lora_diffusion.sampling import generate, sample
 from lora_diffusion.weights import Moment
 
@@ -314,3 +315,77 @@ def test_pixels_are_those_of_peft_with_set_adapters(
     with blended(base, blend_of((adapters[0], 0.7), (adapters[1], -0.4))):
         ours = base.pipe(**options, generator=torch.Generator().manual_seed(0)).images
     assert abs(theirs - ours).max() < 1e-4
+
+
+def test_ctrl_c_during_undo_comes_through_after_it(
+    sd: Base, before: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restore, calls = Patch.restore, []
+
+    def interrupted(self: Patch, name: str) -> None:
+        calls.append(name)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        restore(self, name)
+
+    monkeypatch.setattr(Patch, "restore", interrupted)
+    with pytest.raises(KeyboardInterrupt), blended(sd, blend_of((random_adapter(sd, seed=1), 1.0))):
+        pass
+    assert same(before, parameters(sd))
+    with blended(sd, Blend()):
+        pass
+
+
+def test_autocast_changes_no_bit_of_what_is_written(sd: Base) -> None:
+    blend = blend_of((random_adapter(sd, seed=1), 0.7))
+    plain = fresh(sd, blend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert same(plain, fresh(sd, blend))
+
+
+def test_adapters_stored_in_different_types_sum(sd: Base) -> None:
+    adapter = random_adapter(sd, seed=1)
+    types = (torch.float8_e4m3fn, torch.float16, torch.float32)
+    layer = adapter.layers[ONE]
+    cast = [
+        Adapter(layers={ONE: layer.with_factors({name: f.to(dtype) for name, f in layer.factors.items()})})
+        for dtype in types
+    ]
+    live = fresh(sd, blend_of(*((one, 0.5) for one in cast)))[f"{ONE}.weight"]
+    expected = weight_at(sd, ONE) + sum(0.5 * one.layers[ONE].delta() for one in cast)
+    assert torch.allclose(live, expected, atol=1e-6)
+
+
+def test_weights_hold_no_region(sd: Base) -> None:
+    entry = WeightedAdapter(adapter=random_adapter(sd, seed=1), region=Region(box=(0, 0, 0.5, 1)))
+    with pytest.raises(ConfigError, match="acts in a region"), blended(sd, Blend(entries=(entry,))):
+        pass
+
+
+def test_a_pattern_that_matches_no_module_is_refused(sd: Base) -> None:
+    with pytest.raises(ConfigError, match="matches none of its modules"):
+        blend_of((random_adapter(sd, seed=1), BlendWeight(modules=(("*.attnn2.*", 0.0),))))
+
+
+def test_combining_keeps_biases_and_refuses_words(sd: Base) -> None:
+    plain = random_adapter(sd, seed=1)
+    biased = Adapter(layers=plain.layers, biases={PATH: torch.ones(64)})
+    one = combine(blend_of((biased, 0.5), (biased, 1.0)), AdapterMetadata())
+    assert torch.equal(one.biases[PATH], torch.full((64,), 1.5))
+    worded = Adapter(layers=plain.layers, tokens={"sks": {"text_encoder": torch.ones(1, 32)}})
+    with pytest.raises(ConfigError, match="cannot be combined"):
+        combine(blend_of((worded, 1.0)), AdapterMetadata())
+
+
+def test_a_scheduler_with_more_calls_than_steps_is_told_the_step_it_is_in(sd: Base) -> None:
+    own = sd.pipe.scheduler
+    sd.pipe.scheduler = PNDMScheduler(skip_prk_steps=True, num_train_timesteps=1000)
+    seen: list[int] = []
+    try:
+        settings = GenerateConfig(prompt="a cat", steps=10, width=32, height=32)
+        sample(sd, settings, lambda moment: seen.append(moment.step))
+    finally:
+        sd.pipe.scheduler = own
+    assert len(seen) == 11
+    assert seen == sorted(seen)
+    assert (seen[0], seen[-1]) == (0, 9)
