@@ -29,7 +29,13 @@ EMBEDDED_BASE = "tiny-sd"
 class Settings(BaseModel):
     """Frozen settings that refuse unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        coerce_numbers_to_str=True,
+        defer_build=True,  # validators are built when they are first needed, which help never does
+    )
 
 
 class GenerateConfig(Settings):

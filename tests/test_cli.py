@@ -10,7 +10,8 @@ import pytest
 from conftest import random_adapter
 from PIL import Image
 
-from lora_diffusion.cli import main, parse_adapter
+from lora_diffusion.cli import main
+from lora_diffusion.cli.blend_flags import parse_adapter
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.native import save_adapter
 from lora_diffusion.models import Base, sample_data
@@ -169,14 +170,21 @@ def test_help_and_inspect_come_without_any_heavy_library() -> None:
     assert "gloop" in done.stdout
 
 
-def test_help_takes_less_than_half_a_second_of_processor_time() -> None:
-    command = [sys.executable, "-m", "lora_diffusion.cli", "--help"]
-    seconds: list[float] = []
+def test_help_costs_little_more_than_the_libraries_it_is_made_with() -> None:
+    """Half a second on an idle core; a ratio within one run holds on a busy one too."""
+    help_command = [sys.executable, "-m", "lora_diffusion.cli", "--help"]
+    libraries = [sys.executable, "-c", "import pydantic, tyro"]
+    ours, theirs = [], []
     for _ in range(5):
-        before = children_seconds()
-        subprocess.run(command, capture_output=True, check=True)
-        seconds.append(children_seconds() - before)
-    assert min(seconds) < 0.5
+        ours.append(processor_seconds(help_command))
+        theirs.append(processor_seconds(libraries))
+    assert min(ours) < 4 * min(theirs)
+
+
+def processor_seconds(command: list[str]) -> float:
+    before = children_seconds()
+    subprocess.run(command, capture_output=True, check=True)
+    return children_seconds() - before
 
 
 def children_seconds() -> float:

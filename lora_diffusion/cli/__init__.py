@@ -1,38 +1,53 @@
-"""The command line: a thin skin over the library. Heavy libraries are imported when a command runs, not before."""
+"""The command line: a thin skin over the library. Heavy libraries are imported when a command runs, not before.
 
+Each command's own module is imported when that command is called, or when help asks for all.
+"""
+
+import importlib
 import sys
+from typing import Any
 
 import tyro
 
 from lora_diffusion.allocator import keep_freed_memory
-from lora_diffusion.cli.adapter_files import Convert, Inspect, Library, Verify
-from lora_diffusion.cli.flags import parse_adapter as parse_adapter
-from lora_diffusion.cli.pictures import Generate, Merge, Preset
-from lora_diffusion.cli.training import Demo, Route, Train
 from lora_diffusion.errors import LoRADiffusionError
 
 COMMANDS = {
-    "train": Train,
-    "route": Route,
-    "generate": Generate,
-    "preset": Preset,
-    "merge": Merge,
-    "inspect": Inspect,
-    "convert": Convert,
-    "verify": Verify,
-    "library": Library,
-    "demo": Demo,
+    "train": ("training", "Train"),
+    "route": ("routing", "Route"),
+    "generate": ("pictures", "Generate"),
+    "preset": ("pictures", "Preset"),
+    "merge": ("pictures", "Merge"),
+    "inspect": ("adapter_files", "Inspect"),
+    "convert": ("adapter_files", "Convert"),
+    "verify": ("adapter_files", "Verify"),
+    "library": ("adapter_files", "Library"),
+    "demo": ("training", "Demo"),
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, or 2 for bad input, with one sentence on standard error."""
-    command = tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
+def command_class(name: str) -> Any:
+    """The class of a command: its flags are its fields."""
+    module, kind = COMMANDS[name]
+    return getattr(importlib.import_module(f"lora_diffusion.cli.{module}"), kind)
+
+
+def parsed(arguments: list[str]) -> Any:
+    """The command with its flags; help and mistakes end here, as tyro ends them."""
+    if arguments and arguments[0] in COMMANDS:
+        name, *rest = arguments
+        return tyro.cli(command_class(name), args=rest, prog=f"lora-diffusion {name}")
+    return tyro.extras.subcommand_cli_from_dict(
+        {name: command_class(name) for name in COMMANDS},
         args=arguments,
         prog="lora-diffusion",
         description="Train, blend, merge and convert LoRA adapters for Stable Diffusion.",
     )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, or 2 for bad input, with one sentence on standard error."""
+    command = parsed(sys.argv[1:] if arguments is None else arguments)
     keep_freed_memory()
     try:
         return command.run() or 0

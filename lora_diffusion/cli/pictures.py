@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from lora_diffusion.cli.flags import (
+from lora_diffusion.cli.blend_flags import (
     Adapters,
     BaseFlag,
     CompositionFlags,
@@ -16,8 +16,8 @@ from lora_diffusion.cli.flags import (
     MeansFlags,
     given,
     parse_adapters,
-    quiet,
 )
+from lora_diffusion.cli.flags import quiet
 from lora_diffusion.config import EMBEDDED_BASE, GenerateConfig, WeightType, validate
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.preset import Composition
