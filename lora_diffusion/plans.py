@@ -1,5 +1,6 @@
 """What pictures to make: from flags, a preset, a picture's own recipe, or a picture of another program."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +14,9 @@ from lora_diffusion.preset_files import anchored_entries, read_preset
 from lora_diffusion.recipe import Recipe, has_recipe, read_recipe
 from lora_diffusion.references import Shelf, hashed_entries, tagged_entries
 from lora_diffusion.tags import in_our_order, take_tags
+
+SYNTAX = re.compile(r"[()\[\]]|\bBREAK\b|\bAND\b")
+"""What has a meaning of its own in A1111's prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +105,18 @@ def foreign_plan(image: Path, info: Infotext, *, base: str, shelf: Shelf) -> Pla
     prompt, tags = take_tags(in_our_order(str(table.get("prompt", ""))))
     entries, more = hashed_entries(tags, info, shelf)
     settings = validate(GenerateConfig, {**table, "prompt": prompt}, source=str(image))
-    return Plan(base=base, entries=entries, settings=settings, notes=(*notes, *more))
+    return Plan(base=base, entries=entries, settings=settings, notes=(*notes, *more, *unread(info, settings)))
+
+
+def unread(info: Infotext, settings: GenerateConfig) -> list[str]:
+    """What the other program makes of a prompt and this one does not."""
+    notes: list[str] = []
+    if info.ti_hashes:
+        words = ", ".join(info.ti_hashes)
+        notes.append(f"its learned words ({words}) are not looked for; give their files with --adapter")
+    if SYNTAX.search(f"{settings.prompt}\n{settings.negative_prompt}"):
+        notes.append("emphasis, BREAK and prompt editing are read as plain text here")
+    return notes
 
 
 def with_tags(plan: Plan, shelf: Shelf) -> Plan:

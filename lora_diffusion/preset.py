@@ -101,6 +101,15 @@ class Composition(Settings):
     exact: bool = False
     """Keep a branch beside the weights instead of adding to them, which a half-precision base may round away."""
 
+    @model_validator(mode="after")
+    def nothing_idle(self) -> Self:
+        """Refuse a setting of a mode that is not chosen."""
+        owners = {"switch_every": "switch", "k_lora_slope": "k-lora", "k_lora_start": "k-lora", "projection": "np-lora"}
+        for field, mode in owners.items():
+            if self.mode != mode and getattr(self, field) != type(self).model_fields[field].default:
+                raise ValueError(f"{field} belongs to the mode {mode}; {self.mode} has no use for it")
+        return self
+
 
 class BlendEntry(Settings):
     """One adapter of a preset, by reference."""

@@ -17,7 +17,7 @@ from lora_diffusion.adapter import Adapter
 from lora_diffusion.algebra.project import main_directions, project_out
 from lora_diffusion.blend import Blend, WeightedAdapter
 from lora_diffusion.composition import composed
-from lora_diffusion.config import GenerateConfig
+from lora_diffusion.config import GenerateConfig, validate
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.layers import LoRALayer
 from lora_diffusion.models import Base
@@ -257,7 +257,8 @@ def test_regions_and_modes_exclude_each_other(sd: Base) -> None:
 def test_every_mode_makes_its_own_picture_and_leaves_the_base_alone(sd: Base, mode: str, exact: bool) -> None:
     before = parameters(sd)
     blend = blend_of((random_adapter(sd, seed=1), 0.8), (random_adapter(sd, seed=2), 0.6))
-    composition = Composition(mode=mode, switch_every=1, exact=exact)  # type: ignore[arg-type]
+    options = {"switch_every": 1} if mode == "switch" else {}
+    composition = Composition(mode=mode, exact=exact, **options)  # type: ignore[arg-type]
     first, again = (generate(sd, [SMALL], blend, composition=composition)[0] for _ in range(2))
     assert first.image.tobytes() == again.image.tobytes()
     assert first.recipe.composition == composition
@@ -299,3 +300,8 @@ def test_what_is_transparent_or_dark_in_a_mask_does_not_act(tmp_path: Path) -> N
     Image.new("L", (4, 4), 0).save(tmp_path / "black.png")
     with pytest.raises(ConfigError, match="is empty"):
         region_mask(Region(mask=str(tmp_path / "black.png")))
+
+
+def test_a_setting_of_another_mode_is_refused() -> None:
+    with pytest.raises(ConfigError, match="projection belongs to the mode np-lora; switch has no use for it"):
+        validate(Composition, {"mode": "switch", "projection": 3.0}, source="generate")

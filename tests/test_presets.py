@@ -161,6 +161,15 @@ def test_a_picture_of_a1111_is_made_again_with_the_adapters_it_names(
     assert "hash 0123456789ab) is not in" in refused(capsys, "generate", "--from", lost, "--base", sd.folder, *common)
 
 
+def test_what_a1111_alone_makes_of_a_prompt_is_noted(sd: Base, shelf: Path, tmp_path: Path, capsys: Capture) -> None:
+    picture = a1111_picture(tmp_path / "a.png", "a (red:1.4) cat", ', TI hashes: "EasyNegative: 0123456789ab"')
+    common = ["--base", sd.folder, "--library", shelf, "--output", tmp_path / "out"]
+    assert run("generate", "--from", picture, *common) == 0
+    notes = capsys.readouterr().err
+    assert "learned words (EasyNegative) are not looked for" in notes
+    assert "emphasis, BREAK and prompt editing are read as plain text" in notes
+
+
 def test_our_pictures_carry_the_hash_by_which_a1111_knows_a_file(sd: Base, shelf: Path, tmp_path: Path) -> None:
     common = ["--base", sd.folder, "--output", tmp_path / "out", *FAST, "--prompt", "a cat"]
     assert run("generate", *common, "--adapter", shelf / "one.safetensors") == 0

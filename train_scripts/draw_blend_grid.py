@@ -44,12 +44,13 @@ def ways() -> list[Way]:
     """The columns."""
     both = Blend(entries=(entry("gloop", 0.8), entry("neon", 0.6)))
     halves = Blend(entries=(entry("neon", 1.0, LEFT), entry("watercolour", 1.0, RIGHT)))
-    modes = ("switch", "composite", "k-lora", "np-lora")
+    modes = ("composite", "k-lora", "np-lora")
     return [
         Way(title="base", blend=Blend()),
         Way(title="sum", blend=both),
         Way(title="neon from 0.3", blend=Blend(entries=(entry("gloop", 0.8), entry("neon", LATE)))),
-        *(Way(title=mode, blend=both, composition=Composition(mode=mode, switch_every=1)) for mode in modes),
+        Way(title="switch", blend=both, composition=Composition(mode="switch", switch_every=1)),
+        *(Way(title=mode, blend=both, composition=Composition(mode=mode)) for mode in modes),
         Way(title="left and right", blend=halves),
     ]
 
