@@ -88,8 +88,7 @@ class Composition(Settings):
     """How the adapters of a blend come together."""
 
     mode: Mode = "sum"
-    """sum: all at once. switch: one after another over the steps. composite: the mean of what each predicts. k-lora: at
-    each layer and step the stronger of two. np-lora: the first without the main directions of the others."""
+    """All at once, in turn, the mean of their predictions, the stronger one, or the first without the others' part."""
     switch_every: Positive = 5
     """Denoising steps before `switch` takes the next adapter."""
     k_lora_slope: Finite = 1.5
