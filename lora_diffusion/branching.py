@@ -85,12 +85,14 @@ def side_of(module: nn.Module, path: str, sums: Sums) -> Side:
     down, up = padded([down for down, _ in pairs]), padded([None if up is None else up.mT for _, up in pairs])
     dense = padded([dense_delta(found, module, path) for found in terms])
     bias = padded([bias_delta(found, module) for found in biases])
-    return Side(
+    side = Side(
         down=None if down is None else down.to(dtype),
         up=None if up is None else up.mT.contiguous().to(dtype),
         dense=None if dense is None else dense.to(dtype),
         bias=None if bias is None else bias.to(dtype),
     )
+    _ = side.shared  # now, so that the first forward is like all others
+    return side
 
 
 def factors(terms: Sequence[Term], module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
