@@ -70,7 +70,7 @@ class Side:
     @cached_property
     def shared(self) -> tuple[Tensor, Tensor] | None:
         """(in, sum of ranks) and (sum of ranks, out) of a linear module, if all samples have the same blend."""
-        if self.down is None or self.up is None or self.up.shape[0] > 1:
+        if self.down is None or self.up is None or self.up.shape[0] > 1 or self.down.ndim > 3:
             return None
         return self.down[0].T, self.up[0].T
 
