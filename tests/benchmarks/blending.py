@@ -685,7 +685,8 @@ def main() -> None:
     if options.worker:
         torch.set_num_threads(1)
         name, *arguments = options.worker
-        return print(json.dumps(WORKERS[name](*arguments)))
+        found = WORKERS[name](*arguments)
+        return print(json.dumps(found)) if found is not None else None
     output = Path(__file__).with_name("blending.json")
     groups = json.loads(output.read_text())["groups"] if options.only and output.is_file() else {}
     for name in [options.only] if options.only else GROUPS:
