@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from lora_diffusion.blend import Blend as Blend
     from lora_diffusion.blend import WeightedAdapter as WeightedAdapter
     from lora_diffusion.branching import branched as branched
-    from lora_diffusion.branching import branching as branching
     from lora_diffusion.config import GenerateConfig as GenerateConfig
     from lora_diffusion.config import TrainConfig as TrainConfig
     from lora_diffusion.conversion import Conversion as Conversion
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from lora_diffusion.models import Base as Base
     from lora_diffusion.models import load_base as load_base
     from lora_diffusion.patching import blended as blended
-    from lora_diffusion.patching import patching as patching
     from lora_diffusion.preset import BlendPreset as BlendPreset
     from lora_diffusion.preset import BlendWeight as BlendWeight
     from lora_diffusion.preset import Composition as Composition
@@ -72,7 +70,6 @@ __all__ = [
     "adapter_hash",
     "blended",
     "branched",
-    "branching",
     "combine",
     "convert",
     "find",
@@ -83,7 +80,6 @@ __all__ = [
     "merge",
     "open_library",
     "outline_adapter",
-    "patching",
     "save_adapter",
     "train",
     "verify",
@@ -113,7 +109,6 @@ HOMES = {
     "adapter_hash": "adapter",
     "blended": "patching",
     "branched": "branching",
-    "branching": "branching",
     "combine": "algebra.combine",
     "convert": "conversion",
     "find": "library",
@@ -124,7 +119,6 @@ HOMES = {
     "merge": "merging",
     "open_library": "library",
     "outline_adapter": "formats.reading",
-    "patching": "patching",
     "save_adapter": "formats.native",
     "train": "training.loop",
     "verify": "verification",
