@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -131,6 +132,14 @@ def blend_sum(blend: Blend, anatomy: Anatomy | None = None, moment: Moment | Non
     )
 
 
+def same_terms(first: object, second: object) -> bool:
+    """Whether two nested tuples hold the same numbers and the very same layers and tensors."""
+    if isinstance(first, tuple) and isinstance(second, tuple):
+        mine, other = cast("tuple[object, ...]", first), cast("tuple[object, ...]", second)
+        return len(mine) == len(other) and all(map(same_terms, mine, other))
+    return first is second or (isinstance(first, int | float) and first == second)
+
+
 def joined_sums(sums: Iterable[BlendSum]) -> BlendSum:
     """The terms of several sums in one."""
     layers: dict[str, tuple[Term, ...]] = {}
@@ -200,7 +209,7 @@ def joined_layer(terms: Sequence[Term]) -> LoRALayer:
     Raises ConfigError for a kind whose factors cannot be stacked.
     """
     stack = stacked([layer for _, layer in terms])
-    shape = max((layer.weight_shape for _, layer in terms), key=len)
+    shape = joined_shape(terms)
     up = stack.weighted_up(terms)
     ones = [1] * len(shape[2:])
     rank = stack.down.shape[0]

@@ -26,6 +26,7 @@ from lora_diffusion.blend import (
     blend_sum,
     blended_bias,
     parted,
+    same_terms,
     stacked,
     term_deltas,
 )
@@ -35,7 +36,7 @@ from lora_diffusion.patching import check_blend, plain_arithmetic, weight_shape
 from lora_diffusion.weights import Moment
 
 Sums = Sequence[BlendSum]
-Forward = Callable[..., Tensor]
+Forward = Callable[..., Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,7 +272,7 @@ class Branch:
         """The same from the terms of each sample."""
         paths = {path for total in sums for path in (*total.layers, *total.biases)}
         wanted = {path: tuple((t.layers.get(path, ()), t.biases.get(path, ())) for t in sums) for path in paths}
-        changed = [path for path, terms in wanted.items() if not same(self.applied.get(path), terms)]
+        changed = [path for path, terms in wanted.items() if not same_terms(self.applied.get(path), terms)]
         with plain_arithmetic(self.base):
             sides = {path: side_of(module_at(self.base, path), path, sums) for path in changed}
         for path in [path for path in self.applied if path not in wanted]:
@@ -293,13 +294,6 @@ class Branch:
         """Take every branch away."""
         for path in tuple(self.forwards):
             self.remove(path)
-
-
-def same(first: object, second: object) -> bool:
-    """Whether two nested tuples hold the same numbers and the very same layers and tensors."""
-    if isinstance(first, tuple) and isinstance(second, tuple):
-        return len(first) == len(second) and all(map(same, first, second))
-    return first is second or (isinstance(first, float) and first == second)
 
 
 @contextmanager

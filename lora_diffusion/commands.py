@@ -177,4 +177,4 @@ def save_plan(plan: Plan, path: Path, means: Means, *, name: str, description: s
         composition=plan.composition,
         settings=None if plan.settings == GenerateConfig(prompt="") else plan.settings,
     )
-    return Saved(preset=save_preset(preset, path, found, force=force), notes=(*plan.notes, *found.notes))
+    return Saved(preset=save_preset(preset, path, found.blend, force=force), notes=(*plan.notes, *found.notes))

@@ -44,19 +44,31 @@ def composed(
     check_composition(blend, composition)
     with ExitStack() as stack:
         write = writer(base, composition, backup, stack)
-        if any(entry.region for entry in blend.entries):
-            yield regions(base, blend, size, write, stack)
-        elif composition.mode == "composite":
-            yield composite(base, blend, write, stack)
-        else:
-            plan = sum_plan(base, blend, composition)
-            changing = blend.is_scheduled or composition.mode in ("switch", "k-lora")
+        put = placer(base, blend, composition, size, write, stack)
+        changing = blend.is_scheduled or composition.mode in ("switch", "k-lora")
 
-            def before_step(moment: Moment) -> None:
-                if moment.step == 0 or changing:
-                    write(plan(moment))
+        def before_step(moment: Moment) -> None:
+            if moment.step == 0 or changing:
+                put(moment)
 
-            yield before_step
+        yield before_step
+
+
+def placer(
+    base: Base,
+    blend: Blend,
+    composition: Composition,
+    size: tuple[int, int],
+    write: Write,
+    stack: ExitStack,
+) -> BeforeStep:
+    """What puts the blend of a step into the base, in the way that the composition asks for."""
+    if any(entry.region for entry in blend.entries):
+        return regions(base, blend, size, write, stack)
+    if composition.mode == "composite":
+        return composite(base, blend, write, stack)
+    plan = sum_plan(base, blend, composition)
+    return lambda moment: write(plan(moment))
 
 
 def check_composition(blend: Blend, composition: Composition) -> None:
@@ -182,8 +194,6 @@ def composite(base: Base, blend: Blend, write_text: Write, stack: ExitStack) -> 
         return (mean,) if isinstance(result, tuple) else type(result)(sample=mean)
 
     def before_step(moment: Moment) -> None:
-        if moment.step > 0 and not blend.is_scheduled:
-            return
         branch.write([part_of(alone(base, entry, moment), in_unet) for entry in entries])
         write_text(part_of(blend_sum(blend, base.anatomy, moment), in_text))
 
@@ -209,8 +219,6 @@ def regions(base: Base, blend: Blend, size: tuple[int, int], write: Write, stack
     lanes = stack.enter_context(regional(base, size))
 
     def before_step(moment: Moment) -> None:
-        if moment.step > 0 and not blend.is_scheduled:
-            return
         own = [alone(base, entry, moment) for entry in placed]
         lanes.undo()
         write(joined_sums([blend_sum(everywhere, base.anatomy, moment), *(part_of(total, in_text) for total in own)]))

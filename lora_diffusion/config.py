@@ -9,7 +9,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -149,12 +149,16 @@ def validate(kind: type[Model], table: Mapping[str, Any], *, source: str) -> Mod
 
 
 def anchored(table: Mapping[str, Any], kind: type[BaseModel], folder: Path) -> dict[str, Any]:
-    """The table with the values of path settings joined to `folder`."""
-    paths = {name for name, info in kind.model_fields.items() if info.annotation is Path}
-    return {
-        key: os.path.normpath(folder / value) if key in paths and isinstance(value, str) else value
-        for key, value in table.items()
-    }
+    """The table with the values of path settings, or of lists of paths, joined to `folder`."""
+    holders: tuple[Any, ...] = (Path, tuple[Path, ...])
+    paths = {name for name, info in kind.model_fields.items() if info.annotation in holders}
+
+    def joined(value: Any) -> Any:
+        if isinstance(value, list):
+            return [joined(item) for item in cast("list[Any]", value)]
+        return os.path.normpath(folder / value) if isinstance(value, str) else value
+
+    return {key: joined(value) if key in paths else value for key, value in table.items()}
 
 
 def describe(error: ValidationError, kind: type[BaseModel]) -> str:

@@ -14,9 +14,10 @@ from lora_diffusion.config import GenerateConfig, TrainConfig, WeightType, read_
 from lora_diffusion.errors import OutputError
 from lora_diffusion.evaluation.grid import grid, save_grid
 from lora_diffusion.evaluation.style import style_distance, style_pictures
+from lora_diffusion.files import sample_data
 from lora_diffusion.formats.reading import load_adapter
 from lora_diffusion.merging import merge
-from lora_diffusion.models import Base, load_base, sample_data
+from lora_diffusion.models import Base, load_base
 from lora_diffusion.sampling import generate
 from lora_diffusion.training.loop import train
 

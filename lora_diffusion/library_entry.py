@@ -15,16 +15,11 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import cast
 
 from lora_diffusion.errors import LoRADiffusionError
-from lora_diffusion.formats.native import TOKENS_KEY
 from lora_diffusion.formats.pickled import SUFFIXES, is_pickled
-from lora_diffusion.formats.reading import FOLDER_CONFIG, FOLDER_FILE, read_adapter
-from lora_diffusion.formats.safetensors_file import read_outline
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from lora_diffusion.formats.reading import FOLDER_CONFIG, FOLDER_FILE, OUTLINE, Content, read_adapter
 
 ADAPTER_SUFFIXES = (".safetensors", *SUFFIXES)
 PICTURES = ("png", "jpg", "jpeg", "webp", "gif")
@@ -207,15 +202,13 @@ def with_header(entry: LibraryEntry) -> LibraryEntry:
     """The entry with what the file's header says. Raises AdapterFormatError."""
     texts: dict[str, str] = {}
 
-    def header_alone(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-        tensors, entries = read_outline(file)
+    def noted(file: Path) -> Content:
+        tensors, entries = OUTLINE.file(file)
         texts.update(entries)
-        without = {TOKENS_KEY: "{}"} if TOKENS_KEY in entries else {}  # the vectors there would need torch
-        return cast("dict[str, Tensor]", tensors), {**entries, **without}
+        return tensors, entries
 
-    record, adapter = read_adapter(entry.path, header_alone, ())
-    metadata, own_words = adapter.metadata, words_in(texts.get(TOKENS_KEY, "{}"))
-    kinds = {*adapter.kinds, *(["textual inversion"] if own_words else [])}
+    record, adapter = read_adapter(entry.path, replace(OUTLINE, file=noted), ())
+    metadata = adapter.metadata
     claims = (texts.get(key, "").lower().removeprefix("0x") for key in CLAIMS)
     return replace(
         entry,
@@ -223,9 +216,9 @@ def with_header(entry: LibraryEntry) -> LibraryEntry:
         family=metadata.family,
         variant=metadata.variant,
         dialect=metadata.source_format,
-        kinds=tuple(sorted(kinds)),
+        kinds=adapter.kinds,
         trigger_words=once(map(plain, (*metadata.trigger_words, *entry.trigger_words))),
-        learned_tokens=once(map(plain, (*adapter.tokens, *own_words))),
+        learned_tokens=once(map(plain, adapter.tokens)),
         content_hash=record.hash if record and SHA256.fullmatch(record.hash) else "",
         claims=once(claim for claim in claims if SHA256.fullmatch(claim)),
     )
@@ -233,14 +226,6 @@ def with_header(entry: LibraryEntry) -> LibraryEntry:
 
 def once(texts: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(texts))
-
-
-def words_in(text: str) -> tuple[str, ...]:
-    """The learned words in a header of ours; what is wrong with their vectors comes out when the file is loaded."""
-    try:
-        return tuple(cast("dict[str, Any]", json.loads(text)).keys())
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"header entry {TOKENS_KEY!r} cannot be read ({error})") from None
 
 
 def read_sidecar(file: Path) -> tuple[tuple[str, ...], float | None, tuple[str, ...]]:

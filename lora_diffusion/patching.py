@@ -26,6 +26,7 @@ from lora_diffusion.blend import (
     check_range,
     parted,
     rounded,
+    same_terms,
     stacked,
     wanted_shapes,
 )
@@ -154,7 +155,7 @@ class Patch:
 
     def write_weight(self, path: str, terms: tuple[tuple[float, Layer], ...]) -> None:
         name = f"{path}.weight"
-        if self.applied.get(name) == terms:
+        if same_terms(self.applied.get(name), terms):
             return
         live = self.live_tensor(name)
         own = self.original(name, live)
@@ -215,7 +216,7 @@ class Patch:
 @contextmanager
 def plain_arithmetic(base: Base) -> Iterator[None]:
     """No gradients, and float32 as it says: autocast would compute the deltas in half precision."""
-    with torch.no_grad(), torch.autocast(base.pipe.unet.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(base.device.type, enabled=False):
         yield
 
 
@@ -237,11 +238,6 @@ def rounding_loss(base: Base, total: BlendSum) -> float:
 def has_terms(total: BlendSum, name: str) -> bool:
     path, _, leaf = name.rpartition(".")
     return path in (total.layers if leaf == "weight" else total.biases)
-
-
-def same_terms(first: Terms | None, second: Terms) -> bool:
-    """Whether they are the same numbers with the same tensors; tensors themselves do not compare as a whole."""
-    return first is not None and [(w, id(x)) for w, x in first] == [(w, id(x)) for w, x in second]
 
 
 def memory_backup() -> Callable[[str, Tensor], Tensor]:

@@ -10,9 +10,9 @@ from lora_diffusion.config import EMBEDDED_BASE, GenerateConfig, validate
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.infotext import Infotext, generate_settings, read_infotext
 from lora_diffusion.preset import BlendEntry, Composition
-from lora_diffusion.preset_files import anchored_entries, read_preset
+from lora_diffusion.preset_files import read_preset
 from lora_diffusion.recipe import Recipe, has_recipe, read_recipe
-from lora_diffusion.references import Shelf, hashed_entries, tagged_entries
+from lora_diffusion.references import Shelf, anchored_entries, hashed_entries, tagged_entries
 from lora_diffusion.tags import in_our_order, take_tags
 
 SYNTAX = re.compile(r"[()\[\]]|\bBREAK\b|\bAND\b")
@@ -45,7 +45,7 @@ def preset_plan(
     kept = preset.settings.model_dump() if preset.settings else {}
     return Plan(
         base=base or preset.base,
-        entries=anchored_entries(preset, path.parent) + adapters,
+        entries=anchored_entries(preset.adapters, path.parent) + adapters,
         settings=validate(GenerateConfig, {**kept, **settings}, source=str(path)),
         composition=validate(Composition, {**preset.composition.model_dump(), **composition}, source=str(path)),
     )

@@ -1,13 +1,12 @@
 """A blend by reference, as data that travels in JSON, PNGs and headers: adapters, weights, regions, composition."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from lora_diffusion.config import EMBEDDED_BASE, Finite, GenerateConfig, Positive, Settings, describe, read_toml
+from lora_diffusion.config import EMBEDDED_BASE, Finite, GenerateConfig, Positive, Settings, describe
 from lora_diffusion.errors import ConfigError
 
 Curve = Literal["hold", "linear", "cosine"]
@@ -180,18 +179,3 @@ class RouteConfig(Settings):
     def one_or_more(cls, value: object) -> object:
         """Take a lone folder as a list of one."""
         return (value,) if isinstance(value, str | Path) else value
-
-
-def read_route(path: Path, changes: Mapping[str, Any] | None = None) -> RouteConfig:
-    """The settings in a TOML file, as `read_toml`; relative paths of data and adapters start at its folder as well.
-
-    Raises ConfigError.
-    """
-    changes = changes or {}
-    config = read_toml(path, RouteConfig, changes)
-    data = tuple(Path(os.path.normpath(path.parent / folder)) for folder in config.data)
-    adapters = tuple(
-        entry.model_copy(update={"path": os.path.normpath(path.parent / entry.path)}) for entry in config.adapters
-    )
-    found = {"data": data, "adapters": adapters}
-    return config.model_copy(update={key: value for key, value in found.items() if key not in changes})

@@ -4,29 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_diffusion.anatomy import Anatomy
+from lora_diffusion.blend import Blend
 from lora_diffusion.errors import ConfigError, LoRADiffusionError, OutputError
 from lora_diffusion.files import whole_file
 from lora_diffusion.formats.diffusers_folder import anatomy_of_folder
 from lora_diffusion.models import find_base
 from lora_diffusion.preset import BlendEntry, BlendPreset, Region
-from lora_diffusion.references import Found, Shelf, load_blend, references
+from lora_diffusion.references import Shelf, anchored_entries, load_blend, references
 from lora_diffusion.regions import region_mask
 from lora_diffusion.tags import weight_text
 from lora_diffusion.weights import check_mode, is_off, spelled_out
-
-
-def anchored_entries(preset: BlendPreset, folder: Path) -> tuple[BlendEntry, ...]:
-    """A preset's adapters and masks, their paths taken from its folder."""
-    return tuple(
-        entry.model_copy(update={"path": str(folder / entry.path), "region": anchored_region(entry.region, folder)})
-        for entry in preset.adapters
-    )
-
-
-def anchored_region(region: Region | None, folder: Path) -> Region | None:
-    if region is None or not region.mask:
-        return region
-    return region.model_copy(update={"mask": str(folder / region.mask)})
 
 
 def read_preset(path: Path) -> BlendPreset:
@@ -38,14 +25,14 @@ def read_preset(path: Path) -> BlendPreset:
     return BlendPreset.from_json(text, source=str(path))
 
 
-def save_preset(preset: BlendPreset, path: Path, found: Found, *, force: bool = False) -> BlendPreset:
-    """Write a preset with the adapters that were loaded for it, by path from the file's folder, by name and by hash.
+def save_preset(preset: BlendPreset, path: Path, blend: Blend, *, force: bool = False) -> BlendPreset:
+    """Write a preset with the adapters of a blend, by path from the file's folder, by name and by hash.
 
     Raises OutputError if there is a file already and `force` does not say to replace it, or if it cannot be written.
     """
     if path.exists() and not force:
         raise OutputError(f"{path}: already there; give another file, or --force to replace it")
-    whole = preset.model_copy(update={"adapters": references(found.blend, path.parent)})
+    whole = preset.model_copy(update={"adapters": references(blend, path.parent)})
     with whole_file(path) as part:
         part.write_text(whole.model_dump_json(indent=2, exclude_defaults=True) + "\n", encoding="utf-8")
     return whole
@@ -94,7 +81,7 @@ def check_preset(path: Path, shelf: Shelf, ignore: Sequence[str] = ()) -> list[t
     except LoRADiffusionError as error:
         checks.append((f"base {preset.base}", str(error)))
         family = anatomy = None
-    for entry in anchored_entries(preset, path.parent):
+    for entry in anchored_entries(preset.adapters, path.parent):
         checks.append(
             (
                 f"adapter {entry.name or entry.path}",

@@ -13,8 +13,8 @@ from lora_diffusion.config import GenerateConfig, Settings, describe
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.files import whole_file
 from lora_diffusion.infotext import quoted
-from lora_diffusion.preset import BlendEntry, Composition, Region
-from lora_diffusion.regions import mask_hash
+from lora_diffusion.preset import BlendEntry, Composition
+from lora_diffusion.regions import known_region
 from lora_diffusion.tags import weight_text
 
 PNG_KEY = "lora_diffusion"
@@ -49,15 +49,10 @@ def blend_entries(blend: Blend) -> tuple[BlendEntry, ...]:
             name=e.name,
             hash=e.hash,
             payload_hash=e.payload_hash,
-            region=e.region and with_hash(e.region),
+            region=e.region and known_region(e.region),
         )
         for e in blend.entries
     )
-
-
-def with_hash(region: Region) -> Region:
-    """A region whose mask is known by its hash. Raises ConfigError if the mask cannot be read."""
-    return region.model_copy(update={"mask_hash": mask_hash(Path(region.mask))}) if region.mask else region
 
 
 def differences(recipe: Recipe, *, device: str) -> list[str]:

@@ -13,15 +13,14 @@ from lora_diffusion.formats.safetensors_file import file_payload_hash
 from lora_diffusion.infotext import Infotext
 from lora_diffusion.library import Library, default_folder, find, find_by_hash, open_library
 from lora_diffusion.preset import BlendEntry, Region
-from lora_diffusion.regions import mask_hash
+from lora_diffusion.regions import known_region
 from lora_diffusion.tags import Tag
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shelf:
-    """Where adapters are looked for: relative paths in `folder`, names and hashes in the library."""
+    """Where adapters are looked for by name and by hash."""
 
-    folder: Path = Path()
     library_folder: Path | None = None
     """Folder of the library; by default the one that the environment names, or the package's own."""
 
@@ -53,10 +52,10 @@ def load_blend(entries: Iterable[BlendEntry], shelf: Shelf | None = None, *, ign
 
 def load_entry(entry: BlendEntry, shelf: Shelf, ignore: Sequence[str]) -> tuple[WeightedAdapter, str]:
     """One adapter, and a note if it is not the file that the reference names."""
-    path = shelf.folder / entry.path
+    path = Path(entry.path)
     changed = ""
     if path.exists() or not entry.hash:
-        item = weighted(entry, path, shelf, ignore)
+        item = weighted(entry, path, ignore)
         if not entry.hash or item.hash == entry.hash:
             return item, ""
         changed = f"its content (hash {item.hash[:12]}) is not what the recipe was made with ({entry.hash[:12]})"
@@ -64,29 +63,21 @@ def load_entry(entry: BlendEntry, shelf: Shelf, ignore: Sequence[str]) -> tuple[
     if elsewhere is None:
         reason = changed or f"no such file, and none in {shelf.library.folder} has its hash ({entry.hash[:12]})"
         raise ConfigError(f"{path}: {reason}; give back the original file, or its folder with --library")
-    item = weighted(entry, elsewhere.path, shelf, ignore)
+    item = weighted(entry, elsewhere.path, ignore)
     if item.hash != entry.hash:
         raise AdapterFormatError(f"{elsewhere.path}: is indexed under a hash that it does not have; it has changed")
     return item, f"{path}: {'has changed' if changed else 'is not there'}; {elsewhere.path} has the recorded content"
 
 
-def weighted(entry: BlendEntry, path: Path, shelf: Shelf, ignore: Sequence[str]) -> WeightedAdapter:
+def weighted(entry: BlendEntry, path: Path, ignore: Sequence[str]) -> WeightedAdapter:
     """The adapter in a file with what the reference says of it."""
     return WeightedAdapter(
         adapter=load_adapter(path, ignore=ignore),
         weight=entry.weight,
         path=path,
-        region=with_mask(entry.region, shelf.folder),
+        region=entry.region and known_region(entry.region),
         payload_hash=file_payload_hash(path) if path.suffix == ".safetensors" and path.is_file() else "",
     )
-
-
-def with_mask(region: Region | None, folder: Path) -> Region | None:
-    """A region whose mask file is found from the folder, and known by its hash from here on."""
-    if region is None or not region.mask:
-        return region
-    path = folder / region.mask
-    return region.model_copy(update={"mask": str(path), "mask_hash": region.mask_hash or mask_hash(path)})
 
 
 def tagged_entries(tags: Iterable[Tag], shelf: Shelf) -> tuple[BlendEntry, ...]:
@@ -116,6 +107,22 @@ def hashed_entries(tags: Iterable[Tag], info: Infotext, shelf: Shelf) -> tuple[t
             notes.append(f"the picture has no hash of {tag.name!r}; {entry.path} has its name")
         entries.append(BlendEntry(path=str(entry.path), weight=tag.weight, region=tag.region))
     return tuple(entries), tuple(notes)
+
+
+def anchored_entries(entries: Iterable[BlendEntry], folder: Path) -> tuple[BlendEntry, ...]:
+    """Adapters and masks as a file in that folder names them, with their paths as seen from here."""
+    return tuple(
+        entry.model_copy(
+            update={"path": os.path.normpath(folder / entry.path), "region": anchored_region(entry.region, folder)}
+        )
+        for entry in entries
+    )
+
+
+def anchored_region(region: Region | None, folder: Path) -> Region | None:
+    if region is None or not region.mask:
+        return region
+    return region.model_copy(update={"mask": str(folder / region.mask)})
 
 
 def references(blend: Blend, folder: Path) -> tuple[BlendEntry, ...]:

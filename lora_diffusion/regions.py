@@ -55,6 +55,13 @@ def grey(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), layered).convert("L")
 
 
+def known_region(region: Region) -> Region:
+    """A region whose mask is known by its hash. Raises ConfigError if the mask cannot be read."""
+    if not region.mask or region.mask_hash:
+        return region
+    return region.model_copy(update={"mask_hash": mask_hash(Path(region.mask))})
+
+
 def mask_hash(path: Path) -> str:
     """SHA-256 of a mask file. Raises ConfigError if it cannot be read."""
     try:

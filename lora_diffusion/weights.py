@@ -88,11 +88,11 @@ def block_layouts(anatomy: Anatomy) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return layouts((anatomy.layers_per_block, down, up, anatomy.mid_block))
 
 
-def stock_preset(name: str, anatomy: Anatomy) -> dict[str, float] | None:
-    """Factors of a stock preset by block; None for an unknown name.
+def stock_presets(anatomy: Anatomy) -> dict[str, dict[str, float]]:
+    """Factors by block of the presets that everybody uses, by name.
 
     INS and IND are the shallow and the deep half of the blocks with attention on the way in, OUTD and OUTS on the way
-    out; MIDD is all that is deep. For SD 1.x these are the 17 values that everybody uses
+    out; MIDD is all that is deep. For SD 1.x these are the 17 values of their origin
     [github.com/hako-mikan/sd-webui-lora-block-weight]; for other families the same halves.
     """
     _, attentive = block_layouts(anatomy)
@@ -100,9 +100,9 @@ def stock_preset(name: str, anatomy: Anatomy) -> dict[str, float] | None:
     outs = [block for block in attentive if block.startswith("OUT")]
     shallow_in, deep_in = ins[: len(ins) // 2], ins[len(ins) // 2 :]
     deep_out, shallow_out = outs[: len(outs) // 2], outs[len(outs) // 2 :]
-    chosen = {
+    chosen: dict[str, list[str]] = {
         "NONE": [],
-        "ALL": attentive,
+        "ALL": list(attentive),
         "INS": ["BASE", *shallow_in],
         "IND": ["BASE", *deep_in],
         "INALL": ["BASE", *ins],
@@ -110,14 +110,9 @@ def stock_preset(name: str, anatomy: Anatomy) -> dict[str, float] | None:
         "OUTD": ["BASE", *deep_out],
         "OUTS": ["BASE", *shallow_out],
         "OUTALL": ["BASE", *outs],
-        "ALL0.5": attentive,
-    }.get(name)
-    if chosen is None:
-        return None
-    return {block: (0.5 if name == "ALL0.5" else 1.0) * (block in chosen) for block in attentive}
-
-
-STOCK_PRESETS = ("NONE", "ALL", "INS", "IND", "INALL", "MIDD", "OUTD", "OUTS", "OUTALL", "ALL0.5")
+    }
+    presets = {name: {block: float(block in on) for block in attentive} for name, on in chosen.items()}
+    return presets | {"ALL0.5": dict.fromkeys(attentive, 0.5)}
 
 
 def block_factors(
@@ -148,13 +143,13 @@ def named_factors(name: str, anatomy: Anatomy, presets: BlockPresets) -> dict[st
     if name in presets:
         fitting = [v for v in presets[name] if len(v) in map(len, block_layouts(anatomy))]
         return block_factors((fitting or list(presets[name]))[0], anatomy)
-    stock = stock_preset(name, anatomy)
-    if stock is None:
-        known = [*STOCK_PRESETS, *presets]
+    stock = stock_presets(anatomy)
+    if name not in stock:
+        known = [*stock, *presets]
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known ones: {', '.join(known)}"
         raise ConfigError(f"unknown block preset {name!r}; {hint}")
-    return dict(stock)
+    return dict(stock[name])
 
 
 def spelled_out(weight: Weight, anatomy: Anatomy, presets: BlockPresets | None = None) -> Weight:
@@ -180,11 +175,12 @@ def coefficients(
         raise ConfigError("weights by block need a base of a known family; give factors by module pattern instead")
     blocks = block_factors(weight.blocks, anatomy) if anatomy is not None and weight.blocks else {}
     found: dict[str, float] = {}
+    own = {str(component): value for component, value in weight.components.items()}
     for path in paths:
         component = path.split(".", 1)[0]
         factor = blocks.get(block_name(path, anatomy), 1.0) if anatomy is not None and blocks else 1.0
         matching = [value for pattern, value in weight.modules if fnmatchcase(path, pattern)]
-        value = weight.components.get(component, weight.value)  # type: ignore[call-overload]
+        value = own.get(component, weight.value)
         value *= matching[-1] if matching else 1.0
         for part in (factor, weight.schedule):
             value *= at_moment(part, moment, timeless=component != "unet")

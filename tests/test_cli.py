@@ -13,8 +13,9 @@ from PIL import Image
 from lora_diffusion.cli import main
 from lora_diffusion.cli.blend_flags import parse_adapter
 from lora_diffusion.errors import ConfigError
+from lora_diffusion.files import sample_data
 from lora_diffusion.formats.native import save_adapter
-from lora_diffusion.models import Base, sample_data
+from lora_diffusion.models import Base
 from lora_diffusion.recipe import INFOTEXT_KEY, read_recipe
 
 

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 
 from lora_diffusion.adapter import adapter_hash, cast
 from lora_diffusion.cli import main
+from lora_diffusion.files import sample_data
 from lora_diffusion.formats.reading import load_adapter
 from lora_diffusion.inspection import inspect_adapter
-from lora_diffusion.models import sample_data
 
 READY = sample_data() / "adapters"
 NEON = READY / "neon.safetensors"

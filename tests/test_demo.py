@@ -7,7 +7,8 @@ from PIL import Image
 
 from lora_diffusion.demo import PROMPTS, SUBJECT_ROWS, run_demo
 from lora_diffusion.errors import OutputError
-from lora_diffusion.models import load_base, sample_data
+from lora_diffusion.files import sample_data
+from lora_diffusion.models import load_base
 from train_scripts.tiny_world.reader import load_reader, read
 
 

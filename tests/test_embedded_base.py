@@ -13,10 +13,11 @@ from lora_diffusion.adapter import adapter_hash
 from lora_diffusion.blend import Blend, WeightedAdapter
 from lora_diffusion.config import GenerateConfig
 from lora_diffusion.evaluation.style import style_distance, style_pictures
+from lora_diffusion.files import sample_data
 from lora_diffusion.formats.reading import load_adapter
-from lora_diffusion.models import Base, sample_data
+from lora_diffusion.models import Base
 from lora_diffusion.preset import BlendPreset
-from lora_diffusion.references import Shelf, load_blend
+from lora_diffusion.references import anchored_entries, load_blend
 from lora_diffusion.sampling import generate
 from train_scripts.tiny_world.reader import load_reader, read
 from train_scripts.tiny_world.scene import is_held_out
@@ -98,7 +99,7 @@ def test_a_character_appears_in_settings_it_was_not_trained_in(tiny: Base, subje
 @pytest.mark.parametrize("path", sorted((DATA / "presets").glob("*.json")), ids=lambda p: p.stem)
 def test_presets_name_adapters_that_are_there_unchanged(tiny: Base, path: Path) -> None:
     preset = BlendPreset.from_json(path.read_text(), source=str(path))
-    blend = load_blend(preset.adapters, Shelf(folder=path.parent)).blend
+    blend = load_blend(anchored_entries(preset.adapters, path.parent)).blend
     assert len(blend.entries) == 2
     assert all(e.hash for e in preset.adapters)
     assert {e.adapter.metadata.base_hash for e in blend.entries} == {tiny.hash}

@@ -16,6 +16,7 @@ from lora_diffusion.adapter import Adapter, AdapterMetadata, adapter_hash
 from lora_diffusion.anatomy import ANATOMIES, anatomy_of, changeable_paths, module_paths, norm_paths
 from lora_diffusion.errors import AdapterFormatError
 from lora_diffusion.families import FAMILIES
+from lora_diffusion.files import sample_data
 from lora_diffusion.formats.diffusers_folder import anatomy_of_folder
 from lora_diffusion.formats.kohya import save_kohya
 from lora_diffusion.formats.kohya_names import kohya_name, kohya_names, spellings
@@ -23,7 +24,6 @@ from lora_diffusion.formats.native import save_adapter
 from lora_diffusion.formats.reading import load_adapter, outline_adapter
 from lora_diffusion.formats.safetensors_file import read_header
 from lora_diffusion.layers import DoRALayer, FullLayer, Layer, LoHaLayer, LoKrLayer, LoRALayer
-from lora_diffusion.models import sample_data
 
 UNETS: dict[str, dict[str, Any]] = {
     "sd1": {"cross_attention_dim": 768, "attention_head_dim": 8},

@@ -9,9 +9,10 @@ from conftest import random_adapter
 from PIL import Image, PngImagePlugin
 
 from lora_diffusion.cli import main
+from lora_diffusion.files import sample_data
 from lora_diffusion.formats.native import save_adapter
 from lora_diffusion.formats.safetensors_file import file_payload_hash
-from lora_diffusion.models import Base, sample_data
+from lora_diffusion.models import Base
 from lora_diffusion.preset import BlendPreset, BlendWeight, Region
 from lora_diffusion.recipe import INFOTEXT_KEY, read_recipe
 

@@ -20,16 +20,17 @@ from lora_diffusion.branching import branched
 from lora_diffusion.cli import main
 from lora_diffusion.config import GenerateConfig, validate
 from lora_diffusion.errors import BaseModelError, ConfigError, DatasetError, FamilyMismatchError, TrainingError
+from lora_diffusion.files import sample_data
 from lora_diffusion.formats.native import save_adapter
 from lora_diffusion.formats.reading import load_adapter
 from lora_diffusion.layers import FullLayer, LoRALayer
-from lora_diffusion.models import Base, encode_prompts, load_base, module_at, sample_data
+from lora_diffusion.models import Base, encode_prompts, load_base, module_at
 from lora_diffusion.patching import blended
-from lora_diffusion.preset import BlendEntry, BlendPreset, BlendWeight, Region, RouteConfig, Schedule, read_route
+from lora_diffusion.preset import BlendEntry, BlendPreset, BlendWeight, Region, RouteConfig, Schedule
 from lora_diffusion.sampling import generate
 from lora_diffusion.training.gates import Gates, routed, stretch_at
 from lora_diffusion.training.objective import Denoiser
-from lora_diffusion.training.routing import RouteResult, route
+from lora_diffusion.training.routing import RouteResult, read_route, route
 from lora_diffusion.weights import Moment
 
 STEPS = 8
@@ -293,7 +294,7 @@ def test_bad_input_is_one_clear_error_and_no_file(folder: Path, sd: Base) -> Non
         ({"base": str(folder / "data")}, BaseModelError, "data"),
         ({"data": folder / "empty"}, DatasetError, "no pictures in it"),
         ({"adapters": ({"path": str(folder / "large.safetensors")},)}, FamilyMismatchError, "large is an adapter for"),
-        ({"adapters": ({**one, "hash": "0" * 64},)}, ConfigError, "is not what the configuration names"),
+        ({"adapters": ({**one, "hash": "0" * 64},)}, ConfigError, "is not what the recipe was made with"),
         ({"adapters": ({**one, "weight": {"value": 0.5}},)}, ConfigError, "give a number"),
         ({"learning_rate": 1e30}, TrainingError, "loss at step"),
     ]

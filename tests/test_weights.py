@@ -20,7 +20,7 @@ from lora_diffusion.weights import (
     read_block_presets,
     schedule_factor,
     spelled_out,
-    stock_preset,
+    stock_presets,
 )
 
 SD1, SDXL = ANATOMIES["sd1"], ANATOMIES["sdxl"]
@@ -47,7 +47,7 @@ def at(weight: object, path: str, moment: Moment | None = None, anatomy: object 
 @pytest.mark.parametrize("name", STOCK_SD1)
 def test_stock_presets_are_the_ones_that_everybody_uses(name: str) -> None:
     vector = tuple(float(value) for value in STOCK_SD1[name].split(","))
-    assert tuple((stock_preset(name, SD1) or {}).values()) == vector
+    assert tuple(stock_presets(SD1)[name].values()) == vector
     assert block_factors(name, SD1) == block_factors(vector, SD1)
 
 

@@ -11,8 +11,9 @@ import tyro
 from lora_diffusion.blend import Blend, WeightedAdapter
 from lora_diffusion.config import GenerateConfig
 from lora_diffusion.evaluation.grid import grid, save_grid
+from lora_diffusion.files import sample_data
 from lora_diffusion.formats.reading import load_adapter
-from lora_diffusion.models import load_base, sample_data
+from lora_diffusion.models import load_base
 from lora_diffusion.preset import BlendWeight, Composition, Region, Schedule, Weight
 from lora_diffusion.sampling import generate
 

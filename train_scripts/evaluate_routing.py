@@ -14,10 +14,11 @@ import tyro
 from lora_diffusion.blend import Blend, WeightedAdapter
 from lora_diffusion.config import GenerateConfig
 from lora_diffusion.evaluation.style import style_distance, style_pictures
+from lora_diffusion.files import sample_data
 from lora_diffusion.formats.reading import load_adapter
-from lora_diffusion.models import load_base, sample_data
+from lora_diffusion.models import load_base
 from lora_diffusion.preset_files import read_preset
-from lora_diffusion.references import Shelf, load_blend
+from lora_diffusion.references import anchored_entries, load_blend
 from lora_diffusion.sampling import generate
 from train_scripts.draw_sample_sets import SETTINGS, TIMES, character_scene, subject_caption, subject_scenes
 from train_scripts.tiny_world.reader import load_reader, read
@@ -42,7 +43,7 @@ def plain(neon: float, gloop: float) -> Blend:
 
 def measure(preset: tyro.conf.Positional[Path]) -> None:
     """Print, for the preset and for plain sums, how often gloop is read and the distance to the neon training set."""
-    routed = load_blend(read_preset(preset).adapters, Shelf(folder=preset.parent)).blend
+    routed = load_blend(anchored_entries(read_preset(preset).adapters, preset.parent)).blend
     blends = {f"neon {n} + gloop {g}": plain(n, g) for n, g in SUMS} | {preset.stem: routed}
     base, reader = load_base(), load_reader(sample_data() / "tiny-world-reader")
     neon = style_pictures(sample_data() / "styles" / "neon")

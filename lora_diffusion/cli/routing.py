@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from lora_diffusion.cli.flags import Changes, parse_changes, quiet, settings_table
-from lora_diffusion.preset import RouteConfig, read_route
+from lora_diffusion.preset import RouteConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +23,11 @@ class Route:
     """Print the result as JSON."""
 
     def run(self) -> None:
-        config = read_route(self.config, parse_changes(self.set))
+        changes = parse_changes(self.set)
         with quiet():
-            from lora_diffusion.training.routing import route
+            from lora_diffusion.training.routing import read_route, route
 
-            result = route(config)
+            result = route(read_route(self.config, changes))
         facts = {"preset": str(result.path), "first_loss": result.first_loss, "last_loss": result.last_loss}
         text = f"{result.path}: loss on held-out noise {result.first_loss:.4f} -> {result.last_loss:.4f}"
         print(json.dumps(facts) if self.json else text)

@@ -11,14 +11,15 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lora_diffusion.adapter import Adapter, Token
 from lora_diffusion.errors import AdapterFormatError
 from lora_diffusion.formats.header_entries import modelspec_entries, record_entry
 from lora_diffusion.formats.leaves import ALPHA, MAGNITUDE, take_apart
+from lora_diffusion.formats.outline import Outline
 from lora_diffusion.formats.peft import MAGNITUDE_VECTOR, PEFT_KEY
 from lora_diffusion.formats.safetensors_file import write_safetensors
 from lora_diffusion.formats.usable import refuse_unusable
@@ -120,15 +121,23 @@ def written(token: Token) -> dict[str, Any]:
     }
 
 
-def read_tokens(entries: Mapping[str, str], source: str) -> dict[str, Token]:
-    """The learned tokens in a header of ours. Raises AdapterFormatError if they cannot be read."""
+def read_tokens(
+    entries: Mapping[str, str], source: str, decode: Callable[[Mapping[str, Any]], Tensor]
+) -> dict[str, Token]:
+    """The learned tokens in a header of ours, each vector `decoded` or `outlined`.
+
+    Raises AdapterFormatError if they cannot be read.
+    """
     try:
         table = json.loads(entries.get(TOKENS_KEY, "{}"))
-        return {
-            word: {component: decoded(entry) for component, entry in token.items()} for word, token in table.items()
-        }
+        return {word: {component: decode(entry) for component, entry in token.items()} for word, token in table.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, RecursionError) as error:
         raise AdapterFormatError(f"{source}: header entry {TOKENS_KEY!r} cannot be read ({error})") from None
+
+
+def outlined(entry: Mapping[str, Any]) -> Tensor:
+    """Shape and type alone, without torch."""
+    return cast("Tensor", Outline(shape=tuple(map(int, entry["shape"])), dtype=str(entry["dtype"])))
 
 
 def decoded(entry: Mapping[str, Any]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -22,6 +23,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Content: TypeAlias = "tuple[dict[str, Tensor], dict[str, str]]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How much of a file is read: its tensors and header entries, and the vectors of a learned token in the header."""
+
+    file: Callable[[Path], Content]
+    token: Callable[[Mapping[str, Any]], Tensor]
+
+
+WHOLE = Reading(file=read_safetensors, token=native.decoded)
+OUTLINE = Reading(file=cast("Callable[[Path], Content]", read_outline), token=native.outlined)
 FOLDER_FILE, FOLDER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -31,7 +44,7 @@ def load_adapter(path: Path, *, ignore: Sequence[str] = ()) -> Adapter:
     Keys that match a pattern of `ignore` may be there without being understood. Raises AdapterFormatError for a file
     that is damaged, of a kind that is not done here, or not understood in full.
     """
-    record, adapter = read_adapter(path, read_safetensors, ignore)
+    record, adapter = read_adapter(path, WHOLE, ignore)
     refuse_unusable(adapter, str(path))
     if record and record.hash and record.hash != adapter_hash(adapter):
         raise AdapterFormatError(f"{path}: its tensors are not those it was saved with; the file is damaged or edited")
@@ -40,7 +53,7 @@ def load_adapter(path: Path, *, ignore: Sequence[str] = ()) -> Adapter:
 
 def load_unchecked(path: Path, *, ignore: Sequence[str] = ()) -> Adapter:
     """The same for a file whose values are to be looked at, NaN and edited tensors included; not for use in a blend."""
-    return read_adapter(path, read_safetensors, ignore)[1]
+    return read_adapter(path, WHOLE, ignore)[1]
 
 
 def outline_adapter(path: Path, *, ignore: Sequence[str] = ()) -> Adapter:
@@ -48,21 +61,19 @@ def outline_adapter(path: Path, *, ignore: Sequence[str] = ()) -> Adapter:
 
     A pickled file has no header and is read in full.
     """
-    return read_adapter(path, cast("Callable[[Path], Content]", read_outline), ignore)[1]
+    return read_adapter(path, OUTLINE, ignore)[1]
 
 
-def read_adapter(
-    path: Path, read_file: Callable[[Path], Content], ignore: Sequence[str]
-) -> tuple[Record | None, Adapter]:
+def read_adapter(path: Path, how: Reading, ignore: Sequence[str]) -> tuple[Record | None, Adapter]:
     source = str(path)
     config = folder_config(path)
     file = path / FOLDER_FILE if path.is_dir() and config is not None else path
-    tensors, entries = (read_pickled(file), {}) if is_pickled(file) else read_file(file)
+    tensors, entries = (read_pickled(file), {}) if is_pickled(file) else how.file(file)
     record = read_record(entries, source)
     found = translate(tensors, entries, source, config=config, alphas=record.alpha if record else None)
     refuse_unmatched(found, tensors, ignore, source)
     metadata = complete(record.metadata if record else foreign_metadata(entries), found, path, own=record is not None)
-    tokens = {**found.tokens, **native.read_tokens(entries, source)}
+    tokens = {**found.tokens, **native.read_tokens(entries, source, how.token)}
     return record, Adapter(layers=found.layers, biases=found.biases, tokens=tokens, metadata=metadata)
 
 

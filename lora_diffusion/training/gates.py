@@ -8,9 +8,9 @@ and late ones its surface. There is no softmax: a gate is a factor of the user's
 is learned is a `BlendWeight`, which every command reads.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_diffusion.blend import Blend, WeightedAdapter, is_joinable, stacked
-from lora_diffusion.branching import convolved
+from lora_diffusion.branching import Forward, Forwards, convolved
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.models import Base, module_at
 from lora_diffusion.patching import check_blend, patching, weight_shape
 from lora_diffusion.preset import BlendWeight, Schedule
 from lora_diffusion.weights import block_layouts, block_name
 
-Forward = Callable[..., Any]
 DECIMALS = 4
 """Of a gate as it is saved; a ten-thousandth of a delta is below what any picture shows."""
 
@@ -50,7 +49,7 @@ class Gates(nn.Module):
         self.blocks = tuple(block for block in block_layouts(base.anatomy)[0] if block in used - {"BASE"})
         check_layers(blend, self.paths)
         shape = (len(blend.entries), len(self.blocks), stretches)
-        device = base.pipe.unet.device
+        device = base.device
         self.values = nn.Parameter(torch.full(shape, start, dtype=torch.float32, device=device))
         self.num_timesteps = int(base.pipe.scheduler.config.num_train_timesteps)
         self.stretch = torch.zeros(1, dtype=torch.int64, device=device)
@@ -84,6 +83,11 @@ class Gates(nn.Module):
             for i, entry in enumerate(self.blend.entries)
         )
 
+    def mixture(self) -> Blend:
+        """The blend with these weights."""
+        pairs = zip(self.blend.entries, self.weights(), strict=True)
+        return Blend(entries=tuple(replace(entry, weight=weight) for entry, weight in pairs))
+
     def factors(self, i: int, entry: WeightedAdapter) -> dict[str, float | Schedule]:
         """By block in which this adapter has a layer."""
         here = {self.block_of(path) for path in entry.adapter.paths}
@@ -100,10 +104,7 @@ class Gates(nn.Module):
         off = dict.fromkeys(self.blocks, 0.0) | {"BASE": self.start}
         return Blend(
             entries=tuple(
-                WeightedAdapter(
-                    adapter=entry.adapter,
-                    weight=BlendWeight(value=value_of(entry), blocks=off, modules=self.kept(entry)),
-                )
+                replace(entry, weight=BlendWeight(value=value_of(entry), blocks=off, modules=self.kept(entry)))
                 for entry in self.blend.entries
             )
         )
@@ -222,29 +223,13 @@ def routed(gates: Gates) -> Iterator[None]:
         gates.look_at(torch.as_tensor(timestep).reshape(-1))
         return whole(sample, timestep, *args, **kwargs)
 
-    with patching(base) as patch:
+    forwards = Forwards()
+    with patching(base) as patch, ExitStack() as stack:
         patch.apply(gates.ungated())
-        forwards: dict[nn.Module, Forward] = {unet: forward}
+        stack.callback(forwards.restore)
         for path in gates.paths:
             module = module_at(base, path)
-            forwards[module] = with_gates(module, factors_at(module, path, gates.blend), gates, gates.block_of(path))
-        with replaced_forwards(forwards):
-            yield
-
-
-@contextmanager
-def replaced_forwards(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
-    """Modules with other forwards, which go away afterwards; those that were there before come back."""
-    with ExitStack() as stack:
-        for module, forward in forwards.items():
-            before = vars(module).get("forward")
-            stack.callback(restore_forward, module, before)
-            module.forward = forward  # type: ignore[method-assign]
+            factors = factors_at(module, path, gates.blend)
+            forwards.replace(module, with_gates(module, factors, gates, gates.block_of(path)))
+        forwards.replace(unet, forward)
         yield
-
-
-def restore_forward(module: nn.Module, before: Forward | None) -> None:
-    if before is not None:
-        module.forward = before  # type: ignore[method-assign]
-    else:
-        vars(module).pop("forward", None)

@@ -5,8 +5,7 @@ denoising loss as an adapter. The file is an ordinary `BlendPreset`, so that wha
 sampling costs what any scheduled blend costs.
 """
 
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,15 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lora_diffusion.blend import Blend, WeightedAdapter, check_family
+from lora_diffusion.blend import Blend, check_family
+from lora_diffusion.config import read_toml
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.files import check_writable, whole_file
+from lora_diffusion.files import check_writable
 from lora_diffusion.formats.diffusers_folder import anatomy_of_folder
-from lora_diffusion.formats.reading import load_adapter
 from lora_diffusion.models import find_base, load_base
-from lora_diffusion.preset import BlendEntry, BlendPreset, RouteConfig
+from lora_diffusion.preset import BlendPreset, RouteConfig
+from lora_diffusion.preset_files import save_preset
+from lora_diffusion.references import anchored_entries, load_blend
 from lora_diffusion.training.dataset import Example, data_hash, read_dataset
 from lora_diffusion.training.examples import LatentPicture, RunOfSamples, collate
 from lora_diffusion.training.gates import Gates, routed
@@ -60,9 +61,13 @@ def route(config: RouteConfig) -> RouteResult:
     base = load_base(config.base, precision=torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32)
     gates = Gates(base, blend, stretches=config.stretches, start=start_of(config))
     losses = run(gates, examples, config)
-    preset = preset_of(gates, config, description=described(config, examples, losses))
-    with whole_file(config.output) as part:
-        part.write_text(preset.model_dump_json(indent=1, exclude_defaults=True) + "\n", encoding="utf-8")
+    preset = BlendPreset(
+        name=config.output.stem,
+        description=described(config, examples, losses),
+        base=config.base,
+        adapters=config.adapters,
+    )
+    preset = save_preset(preset, config.output, gates.mixture(), force=True)
     return RouteResult(preset=preset, path=config.output, first_loss=losses[0], last_loss=losses[1])
 
 
@@ -72,24 +77,25 @@ def start_of(config: RouteConfig) -> float:
     return 1 / len(config.adapters) if config.start == "average" else config.start
 
 
+def read_route(path: Path, changes: Mapping[str, Any] | None = None) -> RouteConfig:
+    """The settings in a TOML file, as `read_toml`; relative paths of adapters start at its folder as well.
+
+    Raises ConfigError.
+    """
+    changes = changes or {}
+    config = read_toml(path, RouteConfig, changes)
+    if "adapters" in changes:
+        return config
+    return config.model_copy(update={"adapters": anchored_entries(config.adapters, path.parent)})
+
+
 def read_blend(config: RouteConfig) -> Blend:
     """The adapters of a configuration. Raises FamilyMismatchError, before the base is loaded, and ConfigError."""
     family, _ = anatomy_of_folder(find_base(config.base))
-    entries = tuple(read_entry(entry) for entry in config.adapters)
-    for entry in entries:
+    blend = load_blend(config.adapters).blend
+    for entry in blend.entries:
         check_family(entry.adapter.metadata.family, entry.name, base_name=config.base, family=family.name)
-    return Blend(entries=entries)
-
-
-def read_entry(entry: BlendEntry) -> WeightedAdapter:
-    path = Path(entry.path)
-    item = WeightedAdapter(adapter=load_adapter(path), weight=entry.weight, path=path, region=entry.region)
-    if entry.hash and item.hash != entry.hash:
-        raise ConfigError(
-            f"{path}: its content (hash {item.hash[:12]}) is not what the configuration names ({entry.hash[:12]}); "
-            "give back the original file"
-        )
-    return item
+    return blend
 
 
 def run(gates: Gates, examples: tuple[Example, ...], config: RouteConfig) -> tuple[float, float]:
@@ -141,21 +147,6 @@ def batches(denoiser: Denoiser, samples: RunOfSamples, size: int) -> Iterator[di
     device = denoiser.alphas_cumprod.device
     for batch in DataLoader(samples, batch_size=size, collate_fn=collate):
         yield {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-
-
-def preset_of(gates: Gates, config: RouteConfig, *, description: str) -> BlendPreset:
-    """The mixture as a preset, with paths from the folder of the output."""
-    folder = config.output.absolute().parent
-    entries = tuple(
-        BlendEntry(
-            path=Path(os.path.relpath(Path(given.path).absolute(), folder)).as_posix(),
-            weight=weight,
-            name=given.name or item.name,
-            hash=item.hash,
-        )
-        for given, item, weight in zip(config.adapters, gates.blend.entries, gates.weights(), strict=True)
-    )
-    return BlendPreset(name=config.output.stem, description=description, base=config.base, adapters=entries)
 
 
 def described(config: RouteConfig, examples: tuple[Example, ...], losses: tuple[float, float]) -> str:

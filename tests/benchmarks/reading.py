@@ -23,11 +23,11 @@ import torch
 from lora_diffusion.adapter import Adapter, AdapterMetadata
 from lora_diffusion.anatomy import ANATOMIES, module_paths
 from lora_diffusion.conversion import Conversion, convert
+from lora_diffusion.files import sample_data
 from lora_diffusion.formats.kohya import save_kohya
 from lora_diffusion.formats.native import save_adapter
 from lora_diffusion.formats.reading import load_adapter, outline_adapter
 from lora_diffusion.layers import LoRALayer
-from lora_diffusion.models import sample_data
 from lora_diffusion.recognition import block_channels
 
 RANK, LARGE_RANK, RUNS, FOLDER = 64, 1400, 5, 100
