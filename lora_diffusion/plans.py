@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.config import EMBEDDED_BASE, GenerateConfig, validate
+from lora_diffusion.config import EMBEDDED_BASE, GenerateConfig, Model, validate
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.infotext import Infotext, generate_settings, read_infotext
+from lora_diffusion.infotext import Infotext, generate_settings
+from lora_diffusion.picture_text import read_infotext
 from lora_diffusion.preset import BlendEntry, Composition
 from lora_diffusion.preset_files import read_preset
 from lora_diffusion.recipe import Recipe, has_recipe, read_recipe
@@ -42,13 +43,17 @@ def preset_plan(
 ) -> Plan:
     """Pictures from a preset; what is given besides wins over it. Raises ConfigError."""
     preset = read_preset(path)
-    kept = preset.settings.model_dump() if preset.settings else {}
     return Plan(
         base=base or preset.base,
         entries=anchored_entries(preset.adapters, path.parent) + adapters,
-        settings=validate(GenerateConfig, {**kept, **settings}, source=str(path)),
-        composition=validate(Composition, {**preset.composition.model_dump(), **composition}, source=str(path)),
+        settings=laid_over(GenerateConfig, preset.settings, settings, source=str(path)),
+        composition=laid_over(Composition, preset.composition, composition, source=str(path)),
     )
+
+
+def laid_over(kind: type[Model], kept: Model | None, given: Mapping[str, Any], *, source: str) -> Model:
+    """Settings with those given in their place. Raises ConfigError."""
+    return validate(kind, {**(kept.model_dump() if kept else {}), **given}, source=source)
 
 
 def replay_plan(image: Path, *, base: str, shelf: Shelf) -> Plan:
@@ -81,15 +86,14 @@ def settings_plan(
     shelf: Shelf,
 ) -> Plan:
     """What flags say, over what a picture's own recipe says, if one is given. Raises ConfigError."""
-    start = replay_plan(image, base=base, shelf=shelf) if image else None
-    kept = start.settings.model_dump() if start else {"prompt": ""}
-    together = start.composition.model_dump() if start else {}
+    nothing = Plan(base=EMBEDDED_BASE, entries=(), settings=GenerateConfig(prompt=""))
+    start = replay_plan(image, base=base, shelf=shelf) if image else nothing
     return Plan(
-        base=base or (start.base if start else EMBEDDED_BASE),
-        entries=(start.entries if start else ()) + adapters,
-        settings=validate(GenerateConfig, {**kept, **settings}, source="preset save"),
-        composition=validate(Composition, {**together, **composition}, source="preset save"),
-        notes=start.notes if start else (),
+        base=base or start.base,
+        entries=start.entries + adapters,
+        settings=laid_over(GenerateConfig, start.settings, settings, source="preset save"),
+        composition=laid_over(Composition, start.composition, composition, source="preset save"),
+        notes=start.notes,
     )
 
 

@@ -58,6 +58,20 @@ def tiny() -> Base:
 
 
 @pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Indexes of libraries lie in the test's own folder, and no library is named by the environment."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("LORA_DIFFUSION_LIBRARY", raising=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An empty folder for adapters."""
+    (tmp_path / "adapters").mkdir()
+    return tmp_path / "adapters"
+
+
+@pytest.fixture
 def untouched(sd: Base) -> Iterator[dict[str, torch.Tensor]]:
     """Copies of every weight of the random base; the test fails if one has changed afterwards."""
     before = {path: weight_at(sd, path).clone() for path in sd.paths}

@@ -12,13 +12,12 @@ from lora_diffusion.config import GenerateConfig
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.infotext import (
     Infotext,
-    comment_text,
     generate_settings,
     hashes,
     parse_infotext,
     quoted,
-    read_infotext,
 )
+from lora_diffusion.picture_text import comment_text, read_infotext
 from lora_diffusion.preset import BlendEntry
 from lora_diffusion.recipe import Recipe, infotext, write_png
 

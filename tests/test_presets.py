@@ -20,10 +20,12 @@ Capture = pytest.CaptureFixture[str]
 FAST = ["--steps", "1", "--width", "32", "--height", "32"]
 
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
 @pytest.fixture
-def shelf(sd: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def shelf(sd: Base, tmp_path: Path) -> Path:
     """A library of two adapters, one in a folder of its own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "library"
     save_adapter(random_adapter(sd, seed=1), folder / "one.safetensors")
     save_adapter(random_adapter(sd, seed=2), folder / "more" / "two.safetensors")
