@@ -180,10 +180,14 @@ class Stack:
 
     def weighted_up(self, terms: Sequence[Term]) -> Tensor:
         """`up` with each layer's columns times its scale and its coefficient in `terms`, float32."""
-        columns: list[float] = []
-        for (weight, _), scale, rank in zip(terms, self.scales, self.ranks, strict=True):
-            columns += [weight * scale] * rank
-        return self.up.to(torch.float32, copy=True).mul_(torch.tensor(columns, device=self.up.device))
+        factors = tuple(weight * scale for (weight, _), scale in zip(terms, self.scales, strict=True))
+        return torch.mul(self.up, column_factors(factors, self.ranks, self.up.device)).float()
+
+
+@functools.lru_cache(maxsize=16)
+def column_factors(factors: tuple[float, ...], ranks: tuple[int, ...], device: torch.device) -> Tensor:
+    """Each factor as often as its rank, float32; most modules of a blend ask for the very same ones."""
+    return torch.tensor([value for value, rank in zip(factors, ranks, strict=True) for _ in range(rank)], device=device)
 
 
 def stacked(layers: Sequence[Layer], device: torch.device | None = None) -> Stack:
@@ -196,8 +200,8 @@ def stacked(layers: Sequence[Layer], device: torch.device | None = None) -> Stac
     if len({(tensor.dtype, tensor.device) for tensor in (*ups, *downs)}) > 1:
         ups, downs = ([tensor.to(device, torch.float32) for tensor in tensors] for tensors in (ups, downs))
     return Stack(
-        up=torch.cat(ups, dim=1).to(device),
-        down=torch.cat(downs, dim=0).to(device, torch.float32),
+        up=(torch.cat(ups, dim=1) if len(ups) > 1 else ups[0]).to(device),
+        down=(torch.cat(downs, dim=0) if len(downs) > 1 else downs[0]).to(device, torch.float32),
         ranks=tuple(layer.rank for layer in plain),
         scales=tuple(layer.scale for layer in plain),
     )

@@ -7,17 +7,20 @@ github.com/huggingface/peft], so that a file means here what it means there.
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self, TypeAlias, TypeVar
 
 from lora_diffusion.errors import AdapterFormatError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+T = TypeVar("T", bound="LowRank")
 FLOAT32_EPSILON = 2.0**-23
 
 
@@ -30,8 +33,8 @@ class Layer(ABC):
     @property
     def factors(self) -> dict[str, Tensor]:
         """Its tensors by field name, in a fixed order."""
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "alpha"}
-        return {name: value for name, value in values.items() if value is not None}
+        values = ((name, getattr(self, name)) for name in factor_names(type(self)))
+        return {name: value for name, value in values if value is not None}
 
     def with_factors(self, factors: Mapping[str, Tensor]) -> Self:
         """The same layer with some of its tensors replaced."""
@@ -48,6 +51,12 @@ class Layer(ABC):
     @abstractmethod
     def delta(self, base: Tensor | None = None) -> Tensor:
         """What it adds to the weight, float32, of shape `weight_shape`; DoRA needs the `base` weight itself."""
+
+
+@functools.cache
+def factor_names(kind: type[Layer]) -> tuple[str, ...]:
+    """The fields of a kind that hold tensors."""
+    return tuple(field.name for field in fields(kind) if field.name != "alpha")
 
 
 def check_factors(layer: Layer) -> None:
@@ -222,6 +231,20 @@ class LoKrLayer(Layer):
         return first.kron(second.contiguous()) * self.scale
 
 
+LowRank: TypeAlias = LoRALayer | LoHaLayer | LoKrLayer
+"""The kinds that have factors and an alpha."""
+
+
+def with_alpha(layer: T, alpha: float) -> T:
+    """The same layer with another alpha; its factors, which fit already, are not looked at again."""
+    if alpha == layer.alpha:
+        return layer
+    check_alpha(alpha)
+    changed = copy.copy(layer)
+    object.__setattr__(changed, "alpha", alpha)
+    return changed
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FullLayer(Layer):
     """A difference of full rank, of a module of any kind: a matrix, a convolution, or a norm's weights."""
@@ -252,7 +275,7 @@ class DoRALayer(Layer):
     """
 
     kind: ClassVar[str] = "DoRA"
-    inner: LoRALayer | LoHaLayer | LoKrLayer
+    inner: LowRank
     magnitude: Tensor
 
     def __post_init__(self) -> None:

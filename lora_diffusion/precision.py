@@ -27,9 +27,9 @@ def dtype_name(dtype: torch.dtype | str) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def tensor_bytes(tensor: Tensor) -> bytes:
-    """The values in row-major order, whatever the tensor's device and memory layout."""
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The values in row-major order, whatever the tensor's device and memory layout; copied only if it needs to be."""
     import torch
 
     flat = tensor.detach().cpu().contiguous(memory_format=torch.contiguous_format).reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes()
+    return flat.view(torch.uint8).numpy().data

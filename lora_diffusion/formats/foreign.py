@@ -2,8 +2,11 @@
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
-KINDS: tuple[tuple[str, str], ...] = (
+Table = tuple[tuple[str, str], ...]
+"""Patterns of keys, and what they are keys of."""
+KINDS: Table = (
     (r"\.oft_(blocks|diag|[rR]\b)|\.oft_R\.", "an OFT or BOFT adapter (orthogonal fine-tuning)"),
     (r"\.boft_[rRs]", "a BOFT adapter (butterfly orthogonal fine-tuning)"),
     (r"\.(a1|a2|b1|b2|bm)\.weight$", "a GLoRA adapter"),
@@ -18,7 +21,7 @@ KINDS: tuple[tuple[str, str], ...] = (
     (r"motion_modules", "an AnimateDiff motion adapter"),
     (r"^(control_model|controlnet|input_hint_block)|\.lora_controlnet", "a ControlNet"),
 )
-MODELS: tuple[tuple[str, str], ...] = (
+MODELS: Table = (
     (r"double_blocks|single_blocks|single_transformer_blocks|guidance_in", "an adapter for Flux"),
     (r"joint_blocks|lora_te3_|^text_encoder_3\.", "an adapter for Stable Diffusion 3"),
     (r"^lora_prior|effnet|clip_txt_pooled_mapper", "an adapter for Stable Cascade"),
@@ -39,11 +42,16 @@ def name_of(keys: Iterable[str]) -> str:
 
 def model_of(keys: Iterable[str]) -> str:
     """What other model the keys speak of; empty if none."""
-    return first_match(MODELS, list(keys))
+    return first_match(MODELS, keys)
 
 
-def first_match(table: tuple[tuple[str, str], ...], listed: list[str]) -> str:
-    for pattern, name in table:
-        if any(re.search(pattern, key) for key in listed):
-            return name
-    return ""
+def first_match(table: Table, keys: Iterable[str]) -> str:
+    """The name that stands first in the table of those that the keys speak of."""
+    rows = {row for key in keys if (row := row_of(table, key)) is not None}
+    return table[min(rows)][1] if rows else ""
+
+
+@lru_cache(maxsize=2**16)
+def row_of(table: Table, key: str) -> int | None:
+    """The first row whose pattern is found in the key. The same keys come with every adapter."""
+    return next((row for row, (pattern, _) in enumerate(table) if re.search(pattern, key)), None)

@@ -7,16 +7,15 @@ same names [github.com/KohakuBlueleaf/LyCORIS, lycoris/modules].
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_diffusion.errors import AdapterFormatError
-from lora_diffusion.layers import DoRALayer, FullLayer, Layer, LoHaLayer, LoKrLayer, LoRALayer
+from lora_diffusion.layers import DoRALayer, FullLayer, Layer, LoHaLayer, LoKrLayer, LoRALayer, LowRank, with_alpha
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LowRank = LoRALayer | LoHaLayer | LoKrLayer
 LOW_RANK: Mapping[type[LowRank], Mapping[str, str]] = {
     LoRALayer: {"down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight"},
     LoHaLayer: {name: f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
@@ -31,7 +30,7 @@ NEEDED: Mapping[type[LowRank], tuple[str, ...]] = {
 ALPHA, MAGNITUDE = "alpha", "dora_scale"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Module:
     """What a file holds for one module."""
 
@@ -73,7 +72,7 @@ def low_rank(kind: type[LowRank], leaves: Mapping[str, Tensor]) -> LowRank:
     layer = kind(**factors, alpha=1.0)
     if isinstance(layer, LoKrLayer) and layer.w1 is not None and layer.w2 is not None:
         return layer  # two whole matrices have scale 1, whatever alpha the file says
-    return replace(layer, alpha=alpha_of(leaves.get(ALPHA), layer.rank))
+    return with_alpha(layer, alpha_of(leaves.get(ALPHA), layer.rank))
 
 
 def alpha_of(alpha: Tensor | None, rank: int) -> float:
@@ -98,7 +97,7 @@ def take_apart(layer: Layer | None, bias: Tensor | None) -> dict[str, Tensor]:
         layer = layer.inner
     if layer is None:
         return leaves
-    assert isinstance(layer, LoRALayer | LoHaLayer | LoKrLayer)
+    assert isinstance(layer, LowRank)
     leaves |= {LOW_RANK[type(layer)][field]: factor for field, factor in layer.factors.items()}
     return {**leaves, ALPHA: alpha_tensor(layer.alpha)}
 

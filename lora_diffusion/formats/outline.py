@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from lora_diffusion.errors import AdapterFormatError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Outline:
     """Shape and type of a tensor, and the value if it is a single number that was read with the header."""
 

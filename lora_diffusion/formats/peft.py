@@ -24,7 +24,7 @@ from lora_diffusion.errors import AdapterFormatError
 from lora_diffusion.families import COMPONENTS
 from lora_diffusion.formats.found import Found
 from lora_diffusion.formats.leaves import MAGNITUDE, Module, assemble
-from lora_diffusion.layers import DoRALayer, Layer, LoKrLayer, LoRALayer
+from lora_diffusion.layers import DoRALayer, Layer, LoKrLayer, LoRALayer, LowRank, with_alpha
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +49,7 @@ UNET_STARTS = ("down_blocks.", "up_blocks.", "mid_block.", "conv_", "time_embedd
 TEXT_STARTS = ("text_model.", "encoder.layers.")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
     """Where a key belongs: component (empty if the key leaves it open), module in it, and leaf."""
 
@@ -188,14 +188,14 @@ class ModuleReader:
             found = replace(found, used=found.used - {MAGNITUDE} | {MAGNITUDE_VECTOR})
         layer = found.layer
         low_rank = layer.inner if isinstance(layer, DoRALayer) else layer
-        if low_rank is None or not hasattr(low_rank, "alpha"):
+        if not isinstance(low_rank, LowRank):
             return found
         if isinstance(layer, LoRALayer) and self.setting(path, "use_dora"):
             raise AdapterFormatError("the header says DoRA, but the file has no magnitude for it; it is incomplete")
         alpha = self.alpha(path, low_rank)
         if alpha is None:
             return self.with_bias(found, leaves, low_rank)
-        scaled = replace(low_rank, alpha=alpha)
+        scaled = with_alpha(low_rank, alpha)
         outer = replace(layer, inner=scaled) if isinstance(layer, DoRALayer) else scaled
         return self.with_bias(replace(found, layer=outer, assumed_alpha=False), leaves, scaled)
 

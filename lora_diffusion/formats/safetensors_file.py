@@ -52,7 +52,7 @@ MOST_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Slot:
     """Where a tensor lies: type, shape, and first and last byte after the header."""
 
