@@ -2,7 +2,8 @@
 
 `composed` opens a base for one picture and says what to do before each denoising step. The sum is the default, and the
 other modes are made of sums too: one for each step (`switch`, `k-lora`), one for each sample of a batch (`composite`),
-or one for each region. Text encoders read the prompt once, before the first step, and always hold the whole sum.
+or one for each region. Text encoders hold the whole sum while the prompt is read, once, before the first step; where
+regions change them, it is read for each region too.
 """
 
 import math
@@ -21,11 +22,13 @@ from lora_diffusion.layers import Layer
 from lora_diffusion.models import Base
 from lora_diffusion.patching import Backup, check_blend, patching, quantised, weight_at
 from lora_diffusion.preset import Composition
-from lora_diffusion.regional import Lane, regional
+from lora_diffusion.regional import Lane, refuse_placeless, regional
 from lora_diffusion.regions import region_mask
 from lora_diffusion.weights import Moment, check_mode
 
-BeforeStep = Callable[[Moment], None]
+ReadPrompt = Callable[[], Tensor]
+"""Reads the picture's prompt with the text encoders as they are: hidden states in the order of the UNet's batch."""
+BeforeStep = Callable[[Moment, ReadPrompt], None]
 Write = Callable[[BlendSum], None]
 
 
@@ -47,9 +50,9 @@ def composed(
         put = placer(base, blend, composition, size, write, stack)
         changing = blend.is_scheduled or composition.mode in ("switch", "k-lora")
 
-        def before_step(moment: Moment) -> None:
+        def before_step(moment: Moment, read: ReadPrompt) -> None:
             if moment.step == 0 or changing:
-                put(moment)
+                put(moment, read)
 
         yield before_step
 
@@ -68,7 +71,7 @@ def placer(
     if composition.mode == "composite":
         return composite(base, blend, write, stack)
     plan = sum_plan(base, blend, composition)
-    return lambda moment: write(plan(moment))
+    return lambda moment, _: write(plan(moment))
 
 
 def check_composition(blend: Blend, composition: Composition) -> None:
@@ -177,7 +180,7 @@ def composite(base: Base, blend: Blend, write_text: Write, stack: ExitStack) -> 
     """LoRA Composite: the mean of what each adapter alone predicts, in one batch [arXiv:2402.16843]."""
     entries = [entry for entry in blend.entries if entry in blend.active]
     if not entries:
-        return lambda _: None
+        return lambda _, __: None
     branch = Branch(base)  # beside that of the text encoders, if they have one
     stack.callback(branch.undo)
     unet = base.pipe.unet
@@ -193,7 +196,7 @@ def composite(base: Base, blend: Blend, write_text: Write, stack: ExitStack) -> 
         mean = predictions.unflatten(0, (-1, count)).mean(dim=1)
         return (mean,) if isinstance(result, tuple) else type(result)(sample=mean)
 
-    def before_step(moment: Moment) -> None:
+    def before_step(moment: Moment, _read: ReadPrompt) -> None:
         branch.write([part_of(alone(base, entry, moment), in_unet) for entry in entries])
         write_text(part_of(blend_sum(blend, base.anatomy, moment), in_text))
 
@@ -211,18 +214,36 @@ def each(tensor: Tensor, count: int) -> Tensor:
 def regions(base: Base, blend: Blend, size: tuple[int, int], write: Write, stack: ExitStack) -> BeforeStep:
     """Every adapter with a region acts in it alone; the others act everywhere, as a sum.
 
-    The prompt is read as a whole, so that the text encoders hold every adapter's part.
+    Where regions change text encoders, the prompt is read once for each region, and once for the rest of the picture.
     """
     placed = [entry for entry in blend.entries if entry.region and entry in blend.active]
     masks = [region_mask(entry.region) for entry in placed if entry.region]
     everywhere = Blend(entries=tuple(entry for entry in blend.entries if not entry.region))
     lanes = stack.enter_context(regional(base, size))
+    prompts: list[Tensor | None] = []
 
-    def before_step(moment: Moment) -> None:
+    def before_step(moment: Moment, read: ReadPrompt) -> None:
         own = [alone(base, entry, moment) for entry in placed]
+        for total in own:
+            refuse_placeless(total)
+        common, texts = blend_sum(everywhere, base.anatomy, moment), [part_of(total, in_text) for total in own]
         lanes.undo()
-        write(joined_sums([blend_sum(everywhere, base.anatomy, moment), *(part_of(total, in_text) for total in own)]))
+        if moment.step == 0:
+            prompts[:] = read_apart(common, texts, write, read)
+        write(joined_sums([common, *texts]))
         totals = [part_of(total, in_unet) for total in own]
-        lanes.apply([Lane(total=total, mask=mask) for total, mask in zip(totals, masks, strict=True)])
+        parts = zip(totals, masks, prompts[1:], strict=True)
+        lanes.apply([Lane(total=total, mask=mask, prompt=prompt) for total, mask, prompt in parts], prompts[0])
 
     return before_step
+
+
+def read_apart(common: BlendSum, texts: Sequence[BlendSum], write: Write, read: ReadPrompt) -> list[Tensor | None]:
+    """The prompt as it is read outside of all regions, and in each; None for all if the regions read it alike."""
+    if not any(text.names for text in texts):
+        return [None] * (1 + len(texts))
+    prompts: list[Tensor | None] = []
+    for sums in ([common], *([common, text] for text in texts)):
+        write(joined_sums(sums))
+        prompts.append(read())
+    return prompts

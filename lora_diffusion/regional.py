@@ -1,10 +1,12 @@
 """Adapters that act in parts of the picture: in every layer, a side's output counts as its mask says there.
 
 The keys and values of cross-attention come from the prompt, which has no place in the picture. So an attention that
-reads the prompt is run once for each region, with that region's keys and values, and once without; what a region
-changes counts as its mask says.
+reads the prompt is run once for each region, with that region's keys and values and with the prompt as that region's
+text encoders read it, and once without; what a region changes counts as its mask says.
 
     y = y_0 + sum over regions of mask * (y_region - y_0)
+
+SDXL's pooled text vector, which is added to the time, is the whole picture's.
 """
 
 import re
@@ -16,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_diffusion.anatomy import changeable_paths
 from lora_diffusion.blend import BlendSum
 from lora_diffusion.branching import Forward, Forwards, Side, add_side, side_of
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.models import Base, module_at
 from lora_diffusion.regions import scaled_mask, token_grid
 
-TEXT_READERS = re.compile(r"\.attn2\.to_[kv]$")
+PROMPT_READERS = re.compile(r"\.attn2\.to_[kv]$")
 PLACELESS = re.compile(r"time_emb|time_embedding|add_embedding")
 
 
@@ -32,10 +35,15 @@ class Lane:
 
     total: BlendSum
     mask: Tensor
+    prompt: Tensor | None = None
+    """The prompt as its text encoders read it, in the order of the UNet's batch; None if they are everybody's."""
 
 
-def touches(lane: Lane, path: str) -> bool:
-    return path in lane.total.layers or path in lane.total.biases
+def refuse_placeless(total: BlendSum) -> None:
+    """Raise ConfigError for layers that have no place in a picture."""
+    placeless = next((path for path in sorted({*total.layers, *total.biases}) if PLACELESS.search(path)), None)
+    if placeless:
+        raise ConfigError(f"{placeless}: acts on the whole picture, so that no region holds it; leave it out")
 
 
 class Regional:
@@ -51,24 +59,22 @@ class Regional:
         self.reading: int | None = None
         """The lane whose keys and values the prompt's readers use now; None is none."""
 
-    def apply(self, lanes: Sequence[Lane]) -> None:
-        """Put these lanes in the place of any before. Raises ConfigError for layers that have no place in a picture."""
+    def apply(self, lanes: Sequence[Lane], outside: Tensor | None = None) -> None:
+        """Put these lanes in the place of any before; `outside` is the prompt as it is read outside of all of them."""
         self.undo()
         paths = sorted({path for lane in lanes for path in (*lane.total.layers, *lane.total.biases)})
-        placeless = next((path for path in paths if PLACELESS.search(path)), None)
-        if placeless:
-            raise ConfigError(f"{placeless}: acts on the whole picture, so that no region holds it; leave it out")
         for path in paths:
             module = module_at(self.base, path)
             held = [path in lane.total.layers or path in lane.total.biases for lane in lanes]
             sides = [
                 side_of(module, path, [lane.total]) if has else None for lane, has in zip(lanes, held, strict=True)
             ]
-            make = self.reader if TEXT_READERS.search(path) else self.placed
+            make = self.reader if PROMPT_READERS.search(path) else self.placed
             self.forwards.replace(module, make(module, module.forward, sides, lanes))
-        for path in {path.rpartition(".")[0] for path in paths if TEXT_READERS.search(path)}:
+        everywhere = changeable_paths(self.base.anatomy) if outside is not None else paths
+        for path in {path.rpartition(".")[0] for path in everywhere if PROMPT_READERS.search(path)}:
             attention = module_at(self.base, path)
-            self.forwards.replace(attention, self.attention(attention.forward, lanes))
+            self.forwards.replace(attention, self.attention(attention.forward, lanes, outside))
 
     def placed(self, module: nn.Module, own: Forward, sides: Sequence[Side | None], lanes: Sequence[Lane]) -> Forward:
         """A module whose output has places: each side counts as its mask says there."""
@@ -92,17 +98,18 @@ class Regional:
 
         return forward
 
-    def attention(self, own: Forward, lanes: Sequence[Lane]) -> Forward:
-        """An attention that reads the prompt: once as it is, and once for each region."""
+    def attention(self, own: Forward, lanes: Sequence[Lane], outside: Tensor | None) -> Forward:
+        """An attention that reads the prompt: once as it is outside, and once for each region."""
 
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
-            self.reading = None
-            bare = own(*args, **kwargs)
-            y = bare
+        def forward(x: Tensor, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            def read(prompt: Tensor | None) -> Tensor:
+                return own(x, encoder_hidden_states if prompt is None else prompt, *args, **kwargs)
+
+            bare = y = read(outside)
             for number, lane in enumerate(lanes):
                 self.reading = number
                 try:
-                    y = y + self.mask_for(bare, lane) * (own(*args, **kwargs) - bare)
+                    y = y + self.mask_for(bare, lane) * (read(lane.prompt) - bare)
                 finally:
                     self.reading = None
             return y

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from lora_diffusion.blend import Blend
 from lora_diffusion.composition import BeforeStep, composed
@@ -77,13 +78,14 @@ def sample(base: Base, settings: GenerateConfig, before_step: BeforeStep | None 
     Raises SamplingError if the result holds NaN.
     """
     pipe = pipeline_with(base, settings.scheduler)
-    before_step = before_step or (lambda _: None)
-    before_step(Moment(step=0, steps=settings.steps))
+    before_step = before_step or (lambda _, __: None)
+    read = partial(prompt_states, pipe, settings)
+    before_step(Moment(step=0, steps=settings.steps), read)
 
     def after_step(_pipe: Any, step: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
         calls = len(pipe.scheduler.timesteps)  # some schedulers take more than one to a step
         if step + 1 < calls:
-            before_step(Moment(step=(step + 1) * settings.steps // calls, steps=settings.steps))
+            before_step(Moment(step=(step + 1) * settings.steps // calls, steps=settings.steps), read)
         return {}
 
     with own_precision(pipe.vae):
@@ -105,6 +107,20 @@ def sample(base: Base, settings: GenerateConfig, before_step: BeforeStep | None 
             "wider range"
         )
     return pipe.numpy_to_pil(result.images)[0]
+
+
+def prompt_states(pipe: Any, settings: GenerateConfig) -> Tensor:
+    """What cross-attention reads, (1 or 2, tokens, width): the negative prompt comes first if there is guidance."""
+    guided = settings.guidance > 1 and pipe.unet.config.time_cond_proj_dim is None
+    with torch.no_grad():
+        positive, negative, *_ = pipe.encode_prompt(
+            prompt=settings.prompt,
+            device=pipe.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=guided,
+            negative_prompt=settings.negative_prompt or None,
+        )
+    return torch.cat([negative, positive]) if guided else positive
 
 
 @contextmanager

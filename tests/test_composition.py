@@ -9,7 +9,7 @@ from conftest import random_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_branching import everywhere, predict
+from test_branching import PROMPTS, everywhere, predict
 from test_patching import blend_of, parameters, same
 from torch import Tensor
 
@@ -20,15 +20,22 @@ from lora_diffusion.composition import composed
 from lora_diffusion.config import GenerateConfig, validate
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.layers import LoRALayer
-from lora_diffusion.models import Base
+from lora_diffusion.models import Base, encode_prompts
 from lora_diffusion.patching import blended, weight_at
 from lora_diffusion.preset import BlendWeight, Composition, Region
+from lora_diffusion.regional import PLACELESS
 from lora_diffusion.regions import region_mask, scaled_mask, token_grid
 from lora_diffusion.sampling import generate
 from lora_diffusion.weights import Moment
 
 SIZE = (16, 16)
+WHOLE_PICTURE = Region(box=(0, 0, 1, 1), feather=0)
+LEFT = Region(box=(0, 0, 0.5, 1), feather=0)
 SMALL = GenerateConfig(prompt="a cat", steps=2, seed=5, width=32, height=32)
+
+
+def no_prompt() -> Tensor:
+    raise AssertionError("no adapter here changes a text encoder in a region")
 
 
 def unet_only(base: Base, seed: int) -> Adapter:
@@ -42,7 +49,7 @@ def normal_layer(rng: torch.Generator, rank: int, inner: int, out: int) -> LoRAL
 
 def at_step(base: Base, blend: Blend, composition: Composition, step: int, steps: int = 10) -> dict[str, Tensor]:
     with composed(base, blend, composition, SIZE) as before_step:
-        before_step(Moment(step=step, steps=steps))
+        before_step(Moment(step=step, steps=steps), no_prompt)
         return parameters(base)
 
 
@@ -76,21 +83,59 @@ def test_composite_is_the_mean_of_what_each_adapter_predicts(family: str, reques
             expected.append(predict(base))
     blend = blend_of(*zip(adapters, weights, strict=True))
     with composed(base, blend, Composition(mode="composite"), SIZE) as before_step:
-        before_step(Moment(step=0, steps=2))
+        before_step(Moment(step=0, steps=2), no_prompt)
         found = predict(base)
     assert torch.allclose(found, torch.stack(expected).mean(0), atol=1e-4)
     assert (expected[0] - expected[1]).abs().max() > 0.01
 
 
-def test_a_region_that_is_the_whole_picture_is_no_region(sd: Base) -> None:
-    adapter = everywhere(sd, 1)
-    layers = {path: layer for path, layer in adapter.layers.items() if "time_emb" not in path}
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_region_that_is_the_whole_picture_is_no_region(family: str, request: pytest.FixtureRequest) -> None:
+    base: Base = request.getfixturevalue(family)
+    adapter = everywhere(base, 1)
+    layers = {path: layer for path, layer in adapter.layers.items() if not PLACELESS.search(path)}
     whole = Adapter(layers=layers, biases=adapter.biases, metadata=adapter.metadata)
-    with blended(sd, blend_of((whole, 0.5))):
-        expected = predict(sd)
-    with composed(sd, placed(whole, Region(box=(0, 0, 1, 1), feather=0), 0.5), Composition(), SIZE) as before_step:
-        before_step(Moment(step=0, steps=2))
-        assert torch.allclose(predict(sd), expected, atol=2e-4)
+    with blended(base, blend_of((whole, 0.5))):
+        expected = predict(base)
+    with composed(base, placed(whole, WHOLE_PICTURE, 0.5), Composition(), SIZE) as before_step:
+        before_step(Moment(step=0, steps=2), lambda: encode_prompts(base, PROMPTS, size_px=32).hidden)
+        assert torch.allclose(predict(base), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_picture_is_the_same_where_the_region_is_all_of_it(family: str, request: pytest.FixtureRequest) -> None:
+    base: Base = request.getfixturevalue(family)
+    adapter = random_adapter(base, seed=1)
+    assert set(adapter.components) == set(base.family.components)
+    settings = [SMALL.model_copy(update={"negative_prompt": "a dog"}), SMALL.model_copy(update={"guidance": 1.0})]
+    plain = generate(base, settings, blend_of((adapter, 0.7)))
+    found = generate(base, settings, placed(adapter, WHOLE_PICTURE, 0.7))
+    for one, other in zip(plain, found, strict=True):
+        assert np.abs(np.asarray(one.image, dtype=int) - np.asarray(other.image, dtype=int)).max() <= 1
+
+
+def test_a_region_reads_the_prompt_with_its_own_text_encoder(sd: Base) -> None:
+    """The left half as the adapter reads it, the right half as the base does, be it that neither touches the UNet."""
+    adapter = random_adapter(sd, seed=1, unet=())
+    assert adapter.components == ("text_encoder",)
+    module = sd.pipe.unet.get_submodule("up_blocks.1.attentions.2.transformer_blocks.0.attn2")
+    width = module.to_q.weight.shape[1]
+    x = torch.randn(1, 256, width, generator=torch.Generator().manual_seed(0))
+
+    def read() -> Tensor:
+        return encode_prompts(sd, ["a cat"], size_px=32).hidden
+
+    own = read()
+    with blended(sd, blend_of((adapter, 1.0))):
+        changed = read()
+    with torch.no_grad():
+        halves = [module(x, encoder_hidden_states=states).reshape(16, 16, width) for states in (changed, own)]
+        with composed(sd, placed(adapter, LEFT), Composition(), SIZE) as before_step:
+            before_step(Moment(step=0, steps=2), read)
+            found = module(x, encoder_hidden_states=changed).reshape(16, 16, width)
+    assert torch.allclose(found[:, :8], halves[0][:, :8], atol=1e-5)
+    assert torch.allclose(found[:, 8:], halves[1][:, 8:], atol=1e-5)
+    assert not torch.allclose(halves[0], halves[1], atol=1e-3)
 
 
 def test_an_adapter_acts_in_its_region_and_nowhere_else(sd: Base) -> None:
@@ -102,9 +147,9 @@ def test_an_adapter_acts_in_its_region_and_nowhere_else(sd: Base) -> None:
         down=torch.randn(2, *shape[1:], generator=rng), up=torch.randn(4, 2, 1, 1, generator=rng), alpha=2.0
     )
     bare = predict(sd)
-    blend = placed(Adapter(layers={path: layer}), Region(box=(0, 0, 0.5, 1), feather=0))
+    blend = placed(Adapter(layers={path: layer}), LEFT)
     with composed(sd, blend, Composition(), SIZE) as before_step:
-        before_step(Moment(step=0, steps=2))
+        before_step(Moment(step=0, steps=2), no_prompt)
         change = (predict(sd) - bare).abs().amax(dim=(0, 1))
     assert bool((change[:, :8] > 0).all())
     assert float(change[:, 8:].max()) == 0
@@ -127,11 +172,11 @@ def test_two_regions_meet_without_touching_each_other(sd: Base) -> None:
     )
     module = sd.pipe.unet.get_submodule(path.removeprefix("unet.").removesuffix(".to_v"))
     x, context = torch.randn(1, 256, out, generator=rng), torch.randn(1, 7, inner, generator=rng)
-    left, right = Region(box=(0, 0, 0.5, 1), feather=0), Region(box=(0.5, 0, 1, 1), feather=0)
-    entries = (WeightedAdapter(adapter=one, region=left), WeightedAdapter(adapter=two, region=right))
+    right = Region(box=(0.5, 0, 1, 1), feather=0)
+    entries = (WeightedAdapter(adapter=one, region=LEFT), WeightedAdapter(adapter=two, region=right))
     with torch.no_grad():
         with composed(sd, Blend(entries=entries), Composition(), SIZE) as before_step:
-            before_step(Moment(step=0, steps=2))
+            before_step(Moment(step=0, steps=2), no_prompt)
             found = module(x, encoder_hidden_states=context).reshape(16, 16, out)
         halves = []
         for adapter in (one, two):
@@ -147,7 +192,7 @@ def test_what_has_no_place_in_a_picture_cannot_be_in_a_region(sd: Base) -> None:
         pytest.raises(ConfigError, match="acts on the whole picture"),
         composed(sd, placed(everywhere(sd, 1), Region(box=(0, 0, 0.5, 1))), Composition(), SIZE) as before_step,
     ):
-        before_step(Moment(step=0, steps=2))
+        before_step(Moment(step=0, steps=2), no_prompt)
     assert not any("forward" in vars(module) for module in sd.pipe.unet.modules())
 
 
