@@ -1,12 +1,12 @@
 """One adapter without the main directions of another, in closed form on the factors."""
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_diffusion.adapter import Adapter
+from lora_diffusion.algebra.low_rank import spectrum_of
 from lora_diffusion.blend import is_joinable
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.layers import LoRALayer
@@ -42,21 +42,9 @@ def damped(path: str, subject: Adapter, style: Adapter, share: float) -> LoRALay
 
 
 def main_directions(layer: LoRALayer) -> Tensor:
-    """The right singular vectors (in, k) of a layer's delta that hold its main part, from a rank x rank matrix."""
-    up, down = layer.up.float().flatten(1), layer.down.float().flatten(1)
-    linalg: Any = torch.linalg
-    basis, mixing = factored(down.T)
-    _, right = factored(up)
-    values: Tensor
-    vectors: Tensor
-    _, values, vectors = linalg.svd(right @ mixing.T)
-    held = values.square().cumsum(0) / values.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
-    count = int((held < MAIN_SHARE).sum()) + 1
-    return basis @ vectors[:count].T if bool(values[0] > 0) else basis[:, :0]
-
-
-def factored(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Its QR factors; torch's own stub says nothing of their type."""
-    linalg: Any = torch.linalg
-    basis, mixing = linalg.qr(matrix)
-    return basis, mixing
+    """The right singular vectors (in, k) of a layer's delta that hold its main part."""
+    spectrum = spectrum_of([(1.0, layer)])
+    energy = spectrum.values.square()
+    held = energy.cumsum(0) / energy.sum().clamp(min=torch.finfo(torch.float32).tiny)
+    count = int((held < MAIN_SHARE).sum()) + 1 if bool(energy[0] > 0) else 0
+    return spectrum.right[:count].T
