@@ -9,13 +9,11 @@ from tqdm import tqdm
 
 from lora_diffusion.algebra.balance import balanced
 from lora_diffusion.blend import Blend, blend_sum, check_family
-from lora_diffusion.config import GenerateConfig, WeightType
+from lora_diffusion.config import GenerateConfig
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.files import check_writable
-from lora_diffusion.formats.diffusers_folder import anatomy_of_folder
 from lora_diffusion.formats.reading import outline_adapter
-from lora_diffusion.merging import MergeReport, merge
-from lora_diffusion.models import Base, find_base, load_base
+from lora_diffusion.models import Base, find_checkpoint, load_base
 from lora_diffusion.patching import check_blend, quantised, rounding_loss
 from lora_diffusion.plans import Plan, with_tags
 from lora_diffusion.precision import dtype_name, torch_dtype
@@ -47,7 +45,7 @@ class Means:
 
 def refuse_other_families(entries: Iterable[BlendEntry], base: str, ignore: Sequence[str] = ()) -> None:
     """Raise FamilyMismatchError for an adapter of another family than the base's, from the files' headers alone."""
-    family, _ = anatomy_of_folder(find_base(base))
+    family = find_checkpoint(base).family
     for entry in entries:
         if entry.hash and not Path(entry.path).exists():
             continue  # looked for by its hash later
@@ -62,7 +60,7 @@ def prepared_blend(base: str, entries: tuple[BlendEntry, ...], means: Means) -> 
     """
     refuse_other_families(entries, base, means.ignore)
     presets = read_block_presets(means.block_presets) if means.block_presets else None
-    _, anatomy = anatomy_of_folder(find_base(base))
+    anatomy = find_checkpoint(base).anatomy
     found = load_blend(entries, means.shelf, ignore=means.ignore)
     spelled = [replace(entry, weight=spelled_out(entry.weight, anatomy, presets)) for entry in found.blend.entries]
     blend = Blend(entries=tuple(spelled))
@@ -140,14 +138,6 @@ def free_name(folder: Path) -> Path:
     """The first five-digit PNG name after those already there."""
     taken = [int(p.stem) for p in folder.glob("*.png") if p.stem.isdecimal()] if folder.is_dir() else []
     return folder / f"{max(taken, default=-1) + 1:05d}.png"
-
-
-def merge_files(
-    base: str, entries: tuple[BlendEntry, ...], output: Path, precision: WeightType, means: Means | None = None
-) -> MergeReport:
-    """Merge adapter files into a base. Raises LoRADiffusionError's children."""
-    found = prepared_blend(base, entries, means or Means())
-    return merge(base, found.blend, output, dtype=precision)
 
 
 @dataclass(frozen=True, kw_only=True)

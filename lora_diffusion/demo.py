@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from lora_diffusion.blend import Blend, WeightedAdapter
-from lora_diffusion.config import GenerateConfig, TrainConfig, WeightType, read_toml
+from lora_diffusion.config import GenerateConfig, MergeConfig, TrainConfig, WeightType, read_toml
 from lora_diffusion.errors import OutputError
 from lora_diffusion.evaluation.grid import grid, save_grid
 from lora_diffusion.evaluation.style import style_distance, style_pictures
@@ -139,7 +139,7 @@ def merged_difference(
     base: Base, column: Column, output: Path, dtype: WeightType, expected: Sequence[Image.Image]
 ) -> int:
     """Largest difference of any pixel between the live blend's pictures and the merged checkpoint's."""
-    merge(base.name, column.blend, output, dtype=dtype)
+    merge(base.name, column.blend, output, MergeConfig(precision=dtype))
     again = [p.image for p in generate(load_base(str(output)), settings())]
     pairs = zip(again, expected, strict=True)
     return max(int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max()) for a, b in pairs)

@@ -31,6 +31,7 @@ from lora_diffusion.config import EMBEDDED_BASE, Scheduler
 from lora_diffusion.errors import BaseModelError
 from lora_diffusion.families import Family
 from lora_diffusion.files import sample_data
+from lora_diffusion.formats.checkpoint import Checkpoint, open_checkpoint
 from lora_diffusion.formats.diffusers_folder import (
     anatomy_of_folder,
     base_hash,
@@ -91,6 +92,15 @@ def find_base(name: str) -> Path:
         folder = download(name)
     check_is_stable_diffusion(folder)
     return folder.resolve()
+
+
+def find_checkpoint(name: str) -> Checkpoint:
+    """The weights of a base on disk: the embedded one, a folder, a single file in the original layout, or a hub id.
+
+    Raises BaseModelError.
+    """
+    path = Path(name)
+    return open_checkpoint(path.resolve() if path.is_file() else find_base(name))
 
 
 def download(name: str) -> Path:

@@ -124,6 +124,18 @@ class BlendEntry(Settings):
     """The part of the picture that it acts in; everywhere if not given."""
 
 
+class BaseTerm(Settings):
+    """Another checkpoint blended into the base: weight * (added - taken)."""
+
+    added: str
+    """`tiny-sd`, a folder in diffusers' layout, a single file, or a hub id."""
+    weight: Annotated[float, Field(allow_inf_nan=False)]
+    taken: str = ""
+    """What is subtracted from it; the base itself if empty, which makes a weighted sum of the two."""
+    added_hash: str = ""
+    taken_hash: str = ""
+
+
 class BlendPreset(Settings):
     """A blend by reference, with the settings to sample it; travels as JSON."""
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from lora_diffusion.adapter import Adapter
 from lora_diffusion.blend import Blend, WeightedAdapter, blend_sum
-from lora_diffusion.config import GenerateConfig
+from lora_diffusion.config import GenerateConfig, MergeConfig, WeightType
 from lora_diffusion.errors import ConfigError, FamilyMismatchError, LoRADiffusionError, OutputError
 from lora_diffusion.layers import LoRALayer
 from lora_diffusion.merging import RECIPE_FILE, MergeReport, merge
@@ -27,8 +27,8 @@ def two(base: Base, first: float = 0.8, second: float = -0.5) -> Blend:
     return Blend(entries=tuple(WeightedAdapter(adapter=a, weight=w, path=Path(p)) for a, w, p in pairs))
 
 
-def merged(base: Base, blend: Blend, output: Path, **options: str) -> MergeReport:
-    return merge(str(base.folder), blend, output, **options)  # type: ignore[arg-type]
+def merged(base: Base, blend: Blend, output: Path, precision: WeightType = "keep") -> MergeReport:
+    return merge(str(base.folder), blend, output, MergeConfig(precision=precision))
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
@@ -63,7 +63,7 @@ def test_merging_a_weight_and_its_negative_gives_the_base_within_rounding(sd: Ba
 
 def test_half_precision_is_rounded_once_and_its_loss_reported(sd: Base, tmp_path: Path) -> None:
     blend = two(sd)
-    report = merged(sd, blend, tmp_path / "merged", dtype="float16")
+    report = merged(sd, blend, tmp_path / "merged", precision="float16")
     tensors = load_file(tmp_path / "merged" / "unet" / "diffusion_pytorch_model.safetensors")
     with blended(sd, blend):
         for path in [p for p in blend_sum(blend).layers if p.startswith("unet.")]:
@@ -122,7 +122,7 @@ def test_a_layer_without_its_tensor_refuses_before_anything_is_written(sd: Base,
 def test_a_failure_in_the_middle_leaves_nothing_behind(
     sd: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import lora_diffusion.merging as module
+    import lora_diffusion.merging.checkpoints as module
 
     calls = []
 
@@ -151,7 +151,7 @@ def test_a_blend_that_changes_nothing_is_not_merged(sd: Base, tmp_path: Path) ->
 
 def test_weights_beyond_the_outputs_range_are_refused(sd: Base, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"beyond the range of torch\.float16"):
-        merged(sd, two(sd, 1e7, 0.0), tmp_path / "merged", dtype="float16")
+        merged(sd, two(sd, 1e7, 0.0), tmp_path / "merged", precision="float16")
     assert not list(tmp_path.iterdir())
 
 
@@ -179,8 +179,13 @@ def test_a_truncated_base_is_named_and_nothing_is_left(sd: Base, tmp_path: Path)
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_merge_refuses_learned_words_rather_than_dropping_them(sd: Base, tmp_path: Path) -> None:
-    adapter = Adapter(layers=random_adapter(sd, seed=1).layers, tokens={"<s1>": {"text_encoder": torch.ones(1, 32)}})
-    with pytest.raises(ConfigError, match="holds learned words"):
-        merged(sd, Blend(entries=(WeightedAdapter(adapter=adapter),)), tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
+def test_learned_words_become_tokens_of_the_merged_folder(sd: Base, tmp_path: Path) -> None:
+    vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    adapter = Adapter(layers=random_adapter(sd, seed=1).layers, tokens={"<s1>": {"text_encoder": vectors}})
+    blend = Blend(entries=(WeightedAdapter(adapter=adapter, weight=0.5),))
+    config = GenerateConfig(prompt="a <s1> cat", steps=2, seed=4)
+    live = generate(sd, [config], blend)[0].image
+    merged(sd, blend, tmp_path / "merged")
+    again = load_base(str(tmp_path / "merged"), device=torch.device("cpu"))
+    assert len(again.pipe.tokenizer) == len(sd.pipe.tokenizer) + 2
+    assert generate(again, [config])[0].image.tobytes() == live.tobytes()

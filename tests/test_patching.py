@@ -16,6 +16,7 @@ from lora_diffusion.adapter import Adapter, AdapterMetadata
 from lora_diffusion.algebra.combine import combine
 from lora_diffusion.anatomy import changeable_paths
 from lora_diffusion.blend import Blend, WeightedAdapter, blend_sum, delta_of
+from lora_diffusion.composition import ReadPrompt
 from lora_diffusion.config import GenerateConfig
 from lora_diffusion.errors import AdapterFormatError, ConfigError, LoRADiffusionError
 from lora_diffusion.formats.native import save_adapter
@@ -242,7 +243,7 @@ def test_a_schedule_gives_at_each_step_exactly_the_blend_of_that_step(sd: Base) 
     blend, seen = blend_of((scheduled, fading()), (steady, 0.5)), []
     with patching(sd) as patch:
 
-        def look(moment: Moment) -> None:
+        def look(moment: Moment, _read: ReadPrompt) -> None:
             patch.apply(blend, moment)
             seen.append((moment, parameters(sd)))
 
@@ -367,14 +368,14 @@ def test_a_pattern_that_matches_no_module_is_refused(sd: Base) -> None:
         blend_of((random_adapter(sd, seed=1), BlendWeight(modules=(("*.attnn2.*", 0.0),))))
 
 
-def test_combining_keeps_biases_and_refuses_words(sd: Base) -> None:
+def test_combining_keeps_biases_and_words(sd: Base) -> None:
     plain = random_adapter(sd, seed=1)
     biased = Adapter(layers=plain.layers, biases={PATH: torch.ones(64)})
     one = combine(blend_of((biased, 0.5), (biased, 1.0)), AdapterMetadata())
     assert torch.equal(one.biases[PATH], torch.full((64,), 1.5))
     worded = Adapter(layers=plain.layers, tokens={"sks": {"text_encoder": torch.ones(1, 32)}})
-    with pytest.raises(ConfigError, match="cannot be combined"):
-        combine(blend_of((worded, 1.0)), AdapterMetadata())
+    both = combine(blend_of((worded, 0.5)), AdapterMetadata())
+    assert torch.equal(both.tokens["sks"]["text_encoder"], torch.ones(1, 32))
 
 
 def test_a_scheduler_with_more_calls_than_steps_is_told_the_step_it_is_in(sd: Base) -> None:
@@ -383,7 +384,7 @@ def test_a_scheduler_with_more_calls_than_steps_is_told_the_step_it_is_in(sd: Ba
     seen: list[int] = []
     try:
         settings = GenerateConfig(prompt="a cat", steps=10, width=32, height=32)
-        sample(sd, settings, lambda moment: seen.append(moment.step))
+        sample(sd, settings, lambda moment, _: seen.append(moment.step))
     finally:
         sd.pipe.scheduler = own
     assert len(seen) == 11

@@ -48,8 +48,11 @@ def spectrum_of(terms: Sequence[Term], base: Tensor | None = None) -> Spectrum:
 
 def dense_spectrum(delta: Tensor) -> Spectrum:
     """The SVD of a whole matrix, (out, in[, kh, kw])."""
-    matrix = delta.float()
-    left, values, right = decomposed(matrix.reshape(matrix.shape[0], -1))
+    matrix = delta.float().reshape(delta.shape[0], -1)
+    if matrix.shape[0] < matrix.shape[1]:  # LAPACK takes four times as long for a wide matrix as for a tall one
+        right, values, left = decomposed(matrix.T.contiguous())
+        return Spectrum(left=left.T, values=values, right=right.T, shape=tuple(delta.shape))
+    left, values, right = decomposed(matrix)
     return Spectrum(left=left, values=values, right=right, shape=tuple(delta.shape))
 
 

@@ -17,11 +17,20 @@ COMMANDS = {
     "route": ("routing", "Route"),
     "generate": ("pictures", "Generate"),
     "preset": ("pictures", "Preset"),
-    "merge": ("pictures", "Merge"),
+    "merge": ("merging", "Merge"),
     "inspect": ("adapter_files", "Inspect"),
     "convert": ("adapter_files", "Convert"),
     "verify": ("adapter_files", "Verify"),
     "library": ("adapter_files", "Library"),
+    "library pack": ("packing", "Pack"),
+    "library unpack": ("packing", "Unpack"),
+    "combine": ("combining", "Combine"),
+    "resize": ("combining", "Resize"),
+    "extract": ("extraction", "Extract"),
+    "approximate": ("extraction", "Approximate"),
+    "analyse": ("analysis", "Analyse"),
+    "sparsify": ("slimming", "Sparsify"),
+    "distil": ("distilling", "Distil"),
     "demo": ("training", "Demo"),
 }
 
@@ -34,11 +43,12 @@ def command_class(name: str) -> Any:
 
 def parsed(arguments: list[str]) -> Any:
     """The command with its flags; help and mistakes end here, as tyro ends them."""
-    if arguments and arguments[0] in COMMANDS:
-        name, *rest = arguments
-        return tyro.cli(command_class(name), args=rest, prog=f"lora-diffusion {name}")
+    for words in (2, 1):
+        name = " ".join(arguments[:words])
+        if name in COMMANDS:
+            return tyro.cli(command_class(name), args=arguments[words:], prog=f"lora-diffusion {name}")
     return tyro.extras.subcommand_cli_from_dict(
-        {name: command_class(name) for name in COMMANDS},
+        {name: command_class(name) for name in COMMANDS if " " not in name},
         args=arguments,
         prog="lora-diffusion",
         description="Train, blend, merge and convert LoRA adapters for Stable Diffusion.",

@@ -109,7 +109,10 @@ class Verify:
 
 @dataclass(frozen=True, kw_only=True)
 class Library:
-    """List a folder's adapters, from an index that reads each file once."""
+    """List a folder's adapters, from an index that reads each file once.
+
+    `library pack` and `library unpack` store adapters that share directions in one file.
+    """
 
     folder: Annotated[
         Path | None,

@@ -1,4 +1,4 @@
-"""The commands that blend: generate, preset, merge."""
+"""The commands that make pictures: generate and preset."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ from lora_diffusion.cli.blend_flags import (
     parse_adapters,
 )
 from lora_diffusion.cli.flags import quiet
-from lora_diffusion.config import EMBEDDED_BASE, GenerateConfig, WeightType, validate
+from lora_diffusion.config import EMBEDDED_BASE, GenerateConfig, validate
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.preset import Composition
 
@@ -170,37 +170,3 @@ class Preset:
                 )
             )
         return int(any(problem for _, problem in checks))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Merge:
-    """Merge a blend into a checkpoint folder."""
-
-    output: Path
-    """Folder to write; must not exist or be empty."""
-    where: Annotated[MeansFlags, tyro.conf.arg(name="")]
-    base: str = EMBEDDED_BASE
-    """`tiny-sd`, a folder in diffusers' layout, or a hub id."""
-    adapter: Adapters = ()
-    """Adapter and its weight, 1 if not given; options may follow, as in a prompt's tags."""
-    precision: WeightType = "keep"
-    """Type of the written weights; `keep` writes what the base has."""
-    json: bool = False
-    """Print the result as JSON."""
-
-    def run(self) -> None:
-        with quiet():
-            from lora_diffusion.commands import merge_files
-
-            means = self.where.means()
-            report = merge_files(self.base, parse_adapters(self.adapter), self.output, self.precision, means)
-        facts = {
-            "output": str(report.output),
-            "merged_modules": report.merged_modules,
-            "rounding_error": report.rounding_error,
-        }
-        text = (
-            f"{report.output}: {report.merged_modules} modules merged; "
-            f"rounding changed the delta by {report.rounding_error:.2%}"
-        )
-        print(json.dumps(facts) if self.json else text)

@@ -11,7 +11,7 @@ from typing import Any
 from lora_diffusion.anatomy import Anatomy, anatomy_of, module_paths
 from lora_diffusion.errors import AdapterFormatError, BaseModelError
 from lora_diffusion.families import Family, recognise
-from lora_diffusion.formats.safetensors_file import TensorKind, tensor_kinds
+from lora_diffusion.formats.safetensors_file import Header, read_header
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 WEIGHT_NAMES = ("diffusion_pytorch_model", "model")
@@ -106,10 +106,15 @@ def shards(index: Path) -> tuple[Path, ...]:
     return files
 
 
-def stored_kinds(file: Path) -> dict[str, TensorKind]:
+def stored_kinds(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Type and shape of every tensor of a base's weight file. Raises BaseModelError."""
+    return {key: (slot.dtype, slot.shape) for key, slot in header_of_base(file).slots.items()}
+
+
+def header_of_base(file: Path) -> Header:
+    """The header of a base's weight file. Raises BaseModelError."""
     try:
-        return tensor_kinds(file)
+        return read_header(file)
     except AdapterFormatError as error:
         raise BaseModelError(f"{error}; the base is damaged") from None
 
@@ -135,9 +140,9 @@ def find_parameters(folder: Path, names: Iterable[str]) -> dict[str, StoredParam
     found: dict[str, StoredParameter] = {}
     for component in ("unet", *text_encoder_names(folder)):
         for file in weight_files(folder, component):
-            for key, (_, shape) in stored_kinds(file).items():
+            for key, slot in header_of_base(file).slots.items():
                 if (component, key) in wanted:
-                    found[wanted[component, key]] = StoredParameter(file=file, key=key, shape=shape)
+                    found[wanted[component, key]] = StoredParameter(file=file, key=key, shape=slot.shape)
     return found
 
 

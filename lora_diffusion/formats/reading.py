@@ -14,6 +14,7 @@ from lora_diffusion.errors import AdapterFormatError
 from lora_diffusion.formats import embeddings, foreign, kohya, native, order_keyed, peft
 from lora_diffusion.formats.found import Found
 from lora_diffusion.formats.header_entries import Record, foreign_metadata, read_record
+from lora_diffusion.formats.packed import refuse_pack
 from lora_diffusion.formats.pickled import is_pickled, read_pickled
 from lora_diffusion.formats.safetensors_file import read_outline, read_safetensors
 from lora_diffusion.formats.usable import refuse_unusable
@@ -69,6 +70,7 @@ def read_adapter(path: Path, how: Reading, ignore: Sequence[str]) -> tuple[Recor
     config = folder_config(path)
     file = path / FOLDER_FILE if path.is_dir() and config is not None else path
     tensors, entries = (read_pickled(file), {}) if is_pickled(file) else how.file(file)
+    refuse_pack(entries, source)
     record = read_record(entries, source)
     found = translate(tensors, entries, source, config=config, alphas=record.alpha if record else None)
     refuse_unmatched(found, tensors, ignore, source)

@@ -188,6 +188,18 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return {key: view(data, slot) for key, slot in header.slots.items()}, dict(header.metadata)
 
 
+def read_slot(path: Path, slot: Slot, data_start: int) -> Tensor:
+    """One tensor, read from its place in the file into memory of its own. Raises AdapterFormatError."""
+    import torch
+
+    data = torch.empty(slot.end - slot.start, dtype=torch.uint8)
+    with opened(path) as file:
+        file.seek(data_start + slot.start)
+        if cast(Any, file).readinto(data.numpy()) != slot.end - slot.start:
+            raise not_safetensors(path, "it became shorter while it was read")
+    return data.view(torch_dtype(slot.dtype)).reshape(slot.shape)
+
+
 def view(data: Tensor, slot: Slot) -> Tensor:
     """A tensor as a part of the file's bytes; copied only where those do not lie as its type needs."""
     part = data[slot.start : slot.end]

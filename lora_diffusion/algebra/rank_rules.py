@@ -1,0 +1,97 @@
+"""How many singular values to keep: a rank, or the fewest that meet a goal."""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from lora_diffusion.errors import ConfigError
+
+ROUNDING = 1e-15
+"""How far below a goal still meets it: a few roundings of float64, so that 4 of the values 4 and 3 is 0.8 of 5."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankRule:
+    """Exactly one way to choose a rank, and a cap if wanted.
+
+    Raises ConfigError for none or several ways, or a value out of range.
+    """
+
+    rank: int | None = None
+    """So many values."""
+    keep: float | None = None
+    """The fewest whose squares come to this share of all squares: of the squared Frobenius norm."""
+    ratio: float | None = None
+    """Those of at least the largest value / ratio."""
+    frobenius: float | None = None
+    """The fewest that hold this share of the Frobenius norm itself, not squared."""
+    cumulative: float | None = None
+    """The fewest that come to this share of the sum of all values."""
+    at_most: int | None = None
+    """No more than this, whatever the rule says."""
+
+    def __post_init__(self) -> None:
+        if len(self.chosen) != 1:
+            given = " and ".join(self.chosen) or "none"
+            raise ConfigError(
+                f"a rank is chosen by exactly one of rank, keep, ratio, frobenius and cumulative, not by {given}"
+            )
+        for name in ("rank", "at_most"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{spelled(name)} is {value}; expected a whole number of at least 1")
+        for name in ("keep", "frobenius", "cumulative"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ConfigError(f"{spelled(name)} is {value:g}; expected a share above 0 and up to 1, such as 0.99")
+        if self.ratio is not None and not 1 <= self.ratio < math.inf:
+            raise ConfigError(f"ratio is {self.ratio:g}; expected a number of at least 1, such as 10")
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The names of the ways that are given."""
+        ways = (field.name for field in fields(self) if field.name != "at_most")
+        return tuple(name for name in ways if getattr(self, name) is not None)
+
+    def __str__(self) -> str:
+        """As people say it: `keep 0.99, at most 32`."""
+        (way,) = self.chosen
+        cap = "" if self.at_most is None else f", at most {self.at_most}"
+        return f"{way} {getattr(self, way):g}{cap}"
+
+
+def count(rule: RankRule, values: Tensor) -> int:
+    """How many of the singular values (k,), falling, the rule keeps: at least 1, and none that is numerically zero.
+
+    Those are the values up to the largest * epsilon * k. A rank above the number of the others gives that number.
+    """
+    significant = values[values > values[0] * torch.finfo(values.dtype).eps * values.numel()].double()
+    caps = [significant.numel(), rule.at_most or significant.numel(), wanted(rule, significant)]
+    return max(1, min(caps))
+
+
+def wanted(rule: RankRule, values: Tensor) -> int:
+    """The same without a cap, for values that all count, float64; 0 for no values."""
+    if rule.rank is not None:
+        return rule.rank
+    if values.numel() == 0:
+        return 0
+    if rule.ratio is not None:
+        return int((values >= values[0] / rule.ratio).sum())
+    if rule.keep is not None:
+        return fewest(values.square().cumsum(0), rule.keep)
+    if rule.frobenius is not None:
+        return fewest(values.square().cumsum(0).sqrt(), rule.frobenius)
+    assert rule.cumulative is not None
+    return fewest(values.cumsum(0), rule.cumulative)
+
+
+def fewest(held: Tensor, share: float) -> int:
+    """The length of the shortest prefix that holds a share of the whole; `held` is what each prefix holds."""
+    return int((held < share * held[-1] * (1 - ROUNDING)).sum()) + 1
+
+
+def spelled(name: str) -> str:
+    return name.replace("_", " ")

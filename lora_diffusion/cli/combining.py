@@ -1,0 +1,107 @@
+"""The commands that make adapters into one of the rank that is wanted: combine, resize."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from lora_diffusion.cli.blend_flags import parse_adapters
+from lora_diffusion.cli.flags import Patterns
+from lora_diffusion.config import WeightType
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.preset import BlendEntry
+
+
+def optional(metavar: str) -> Any:
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankFlags:
+    """Which rank each module gets; one of the first five."""
+
+    rank: Annotated[int | None, optional("N")] = None
+    """Rank N everywhere, less where the delta has no more."""
+    keep: Annotated[float | None, optional("SHARE")] = None
+    """The lowest rank that keeps this share of the squared Frobenius norm of the delta, such as 0.99."""
+    ratio: Annotated[float | None, optional("NUMBER")] = None
+    """Every singular value of at least the largest / NUMBER."""
+    frobenius: Annotated[float | None, optional("SHARE")] = None
+    """The lowest rank that keeps this share of the Frobenius norm, not squared."""
+    cumulative: Annotated[float | None, optional("SHARE")] = None
+    """The lowest rank that keeps this share of the sum of singular values."""
+    at_most: Annotated[int | None, optional("N")] = None
+    """No rank above N, whatever the rule says."""
+
+    def rule(self) -> Any:
+        """The rule, or None if no flag is set. Raises ConfigError for one that cannot be used."""
+        from lora_diffusion.algebra.rank_rules import RankRule
+
+        ways = {key: value for key, value in vars(self).items() if value is not None}
+        return RankRule(**ways) if ways else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputFlags:
+    """How the file is written."""
+
+    dtype: WeightType = "keep"
+    """Type of the written tensors; `keep` is that of the inputs, or float32 if they differ."""
+    force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Replace a file that is there."""
+    ignore_unmatched: Patterns = ()
+    """Keys of adapter files that may be there without being understood."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the result as JSON, module by module."""
+
+    def write(self, entries: tuple[BlendEntry, ...], output: Path, rule: Any) -> int:
+        """Do it and say what came of it."""
+        from lora_diffusion.combining import Combination, combine_files, described, facts_of
+
+        how = Combination(rule=rule, dtype=self.dtype, force=self.force, ignore=self.ignore_unmatched)
+        done = combine_files(entries, output, how)
+        print(json.dumps(facts_of(done)) if self.json else described(done))
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combine:
+    """Make one adapter of several: `combine ink.safetensors:0.8 neon.safetensors:0.6 both.safetensors`.
+
+    Without a rank the sum is exact and ranks add up; with one it is the closest of that rank, and the error is printed.
+    """
+
+    files: Annotated[
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="FILE[:WEIGHT] ... OUT", help_behavior_hint=""),
+    ]
+    """Adapters with their weights, 1 if not given, options as in a prompt's tags; last, the file to write."""
+    rank: Annotated[RankFlags, tyro.conf.arg(name="")]
+    how: Annotated[OutputFlags, tyro.conf.arg(name="")]
+
+    def run(self) -> int:
+        if len(self.files) < 2:
+            raise ConfigError("give at least one adapter and, last, the output: combine A:0.8 B:0.6 OUT.safetensors")
+        *adapters, output = self.files
+        return self.how.write(parse_adapters(tuple(adapters)), Path(output), self.rank.rule())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resize:
+    """Write an adapter at the rank that a rule chooses, the closest of that rank; the error is printed."""
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN", help_behavior_hint="")]
+    """Adapter to read, in any dialect."""
+    output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT", help_behavior_hint="")]
+    """File to write (.safetensors)."""
+    rank: Annotated[RankFlags, tyro.conf.arg(name="")]
+    how: Annotated[OutputFlags, tyro.conf.arg(name="")]
+
+    def run(self) -> int:
+        rule = self.rank.rule()
+        if rule is None:
+            raise ConfigError("give the rank: --rank 8, --keep 0.99, --ratio 10, --frobenius 0.9 or --cumulative 0.9")
+        return self.how.write((BlendEntry(path=str(self.source)),), self.output, rule)

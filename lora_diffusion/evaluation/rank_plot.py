@@ -1,0 +1,43 @@
+"""A plot of the effective rank of each block, adapters side by side."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion.evaluation.plot_style import (
+    COLOURS,
+    MARKERS,
+    PALE,
+    bare,
+    figure_of,
+    save_figure,
+    shown_block,
+    shown_name,
+)
+
+
+def save_rank_plot(adapters: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """A row for each block, a mark for each adapter at the median over its modules. Raises OutputError."""
+    blocks = sorted({block for adapter in adapters for block in adapter["blocks"]})
+    height = 0.3 + 0.045 * len(adapters)
+    figure = figure_of(8, height * len(blocks) + 1.2)
+    axes = figure.add_subplot()
+    step = 0.6 / len(adapters)
+    for i, adapter in enumerate(adapters):
+        found = {block: facts["effective_rank"] for block, facts in adapter["blocks"].items()}
+        rows = [y + step * (i - (len(adapters) - 1) / 2) for y, block in enumerate(blocks) if block in found]
+        values = [found[block] for block in blocks if block in found]
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)]
+        label = f"{shown_name(adapter['name'])} (rank {adapter['whole']['rank']:g})"
+        axes.plot(values, rows, marker, color=colour, ms=6, label=label)
+    axes.set_yticks(range(len(blocks)), [shown_block(block) for block in blocks])
+    axes.set_ylim(len(blocks) - 0.5, -0.5)
+    axes.set_xlim(0, 1.02 * max(facts["rank"] for adapter in adapters for facts in adapter["blocks"].values()))
+    axes.hlines([y + 0.5 for y in range(len(blocks) - 1)], 0, 1, PALE, lw=0.6, transform=axes.get_yaxis_transform())
+    axes.grid(axis="x", color=PALE, lw=0.6)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("effective rank of the delta (median over modules)")
+    axes.tick_params(axis="y", length=0)
+    figure.legend(loc="outside right upper", frameon=False)
+    bare(axes)
+    save_figure(figure, path)

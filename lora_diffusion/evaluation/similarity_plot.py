@@ -1,0 +1,50 @@
+"""A plot of phi(i, j): how far two adapters' first directions span the same space [arXiv:2106.09685, figure 3]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_diffusion.evaluation.plot_style import figure_of, heat_map, save_figure, shown_name
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PANELS = (
+    ("input", "similarity", "input directions"),
+    ("output", "similarity", "output directions"),
+    ("input", "random", "random input directions"),
+    ("output", "random", "random output directions"),
+)
+
+
+def save_similarity_plot(pair: Mapping[str, Any], path: Path) -> None:
+    """Input and output directions above, what random ones give below, all in one scale. Raises OutputError.
+
+    Each is the mean over the modules that both adapters change; the two must have some in common.
+    """
+    grids = [pair[side][what] for side, what, _ in PANELS]
+    highest = max(value for grid in grids for row in grid for value in row)
+    figure = figure_of(7.6, 6.8)
+    panels: list[Axes] = list(figure.subplots(2, 2, sharex=True, sharey=True).flat)
+    images = [
+        heat_map(axes, grid, colours="viridis", low=0, high=highest) for axes, grid in zip(panels, grids, strict=True)
+    ]
+    for axes, (_, _, title), grid in zip(panels, PANELS, grids, strict=True):
+        axes.set_title(title, fontsize=11)
+        label_directions(axes, grid)
+    figure.supxlabel(f"first j directions of {shown_name(pair['second'])}", fontsize=10)
+    figure.supylabel(f"first i directions of {shown_name(pair['first'])}", fontsize=10)
+    bar = figure.colorbar(images[0], ax=panels, shrink=0.7, aspect=28)
+    bar.set_label("φ(i, j): 0 orthogonal, 1 one inside the other (mean over modules)")
+    bar.outline.set_visible(False)
+    save_figure(figure, path)
+
+
+def label_directions(axes: Axes, grid: Sequence[Sequence[float]]) -> None:
+    """Number rows and columns from 1, not more than a dozen of them."""
+    for count, ticks in ((len(grid), axes.set_yticks), (len(grid[0]), axes.set_xticks)):
+        step = -(-count // 12)
+        numbers = sorted({1, *range(step, count + 1, step)})
+        ticks([number - 1 for number in numbers], [str(number) for number in numbers])

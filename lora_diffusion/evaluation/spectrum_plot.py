@@ -1,0 +1,67 @@
+"""A plot of the singular values of each block: how steeply they fall says how many directions matter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_diffusion.evaluation.plot_style import INK, PALE, bare, figure_of, save_figure, shown_block, shown_name
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MOST_COLUMNS = 3
+
+
+def save_spectrum_plot(adapters: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """A panel for each adapter, a line for each block: medians over its modules, on a log scale. Raises OutputError."""
+    columns = min(len(adapters), MOST_COLUMNS)
+    rows = ceil(len(adapters) / columns)
+    figure = figure_of(3.4 * columns + 1.9, 3.1 * rows + 0.4)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    flat: list[Axes] = list(panels.flat)
+    colours = block_colours(sorted({block for adapter in adapters for block in adapter["blocks"]}))
+    for axes, adapter in zip(flat, adapters, strict=False):
+        draw_spectra(axes, adapter, colours)
+    for axes in flat[len(adapters) :]:
+        axes.set_visible(False)
+    for axes in flat[max(len(adapters) - columns, 0) : len(adapters)]:
+        axes.tick_params(labelbottom=True)
+    handles = {line.get_label(): line for axes in flat for line in axes.get_lines()}
+    shown = [block for block in colours if shown_block(block) in handles]
+    labels = [shown_block(block) for block in shown]
+    figure.legend([handles[label] for label in labels], labels, loc="outside right upper", frameon=False, title="block")
+    figure.supxlabel("direction, strongest first", fontsize=10)
+    figure.supylabel("singular value of the delta (median over modules)", fontsize=10)
+    save_figure(figure, path)
+
+
+def block_colours(blocks: Sequence[str]) -> dict[str, Any]:
+    """Ink for the text encoders; from dark to bright along the UNet."""
+    import matplotlib
+
+    palette = matplotlib.colormaps["viridis"]
+    inner = [block for block in blocks if block.startswith("unet.")]
+    places = {block: 0.92 * i / max(len(inner) - 1, 1) for i, block in enumerate(inner)}
+    return {block: palette(places[block]) if block in places else INK for block in blocks}
+
+
+def draw_spectra(axes: Axes, adapter: Mapping[str, Any], colours: Mapping[str, Any]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for block, found in adapter["blocks"].items():
+        values = [value for value in found["values"] if value > 0]
+        style = "-" if block.startswith("unet.") else "--"
+        marker = "o" if len(values) <= 16 else ""
+        numbers = range(1, len(values) + 1)
+        axes.plot(numbers, values, style, marker=marker, ms=3, lw=1.4, color=colours[block], label=shown_block(block))
+    axes.set_yscale("log")
+    axes.set_xlim(left=0.5)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(shown_name(adapter["name"]), fontsize=11)
+    axes.grid(axis="y", color=PALE, lw=0.6)
+    axes.set_axisbelow(True)
+    bare(axes)

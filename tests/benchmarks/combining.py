@@ -1,0 +1,141 @@
+"""How long it takes to make one adapter of four, of rank 64, for every attention projection of SDXL's UNet.
+
+    python tests/benchmarks/combining.py
+
+Random float16 factors of the true shapes, from a UNet without memory. Exact combining stacks factors; compressing to
+rank 64 takes QR factors of the stacks and the SVD of a small matrix. Beside it stands torch's SVD of the whole delta
+in float32, which gives the same: of two modules of each shape, times how many modules have that shape. A second table
+has one module of 1280 x 1280 by the sum of the ranks, on which the gain depends. CPU seconds of one thread. Writes
+`combining.json` beside this script.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from full_size import CONFIGS
+from measuring import machine
+from torch import Tensor
+
+from lora_diffusion.adapter import Adapter, AdapterMetadata
+from lora_diffusion.algebra.combine import combine, joint_sum
+from lora_diffusion.algebra.compress import compress
+from lora_diffusion.algebra.low_rank import spectrum_of
+from lora_diffusion.algebra.rank_rules import RankRule
+from lora_diffusion.anatomy import ANATOMIES, ATTENTION_LEAVES, module_paths
+from lora_diffusion.blend import Blend, Term, WeightedAdapter, delta_of
+from lora_diffusion.layers import LoRALayer
+from lora_diffusion.models import quiet_libraries
+
+RANK = 64
+WEIGHTS = (0.8, 0.6, -0.4, 0.5)
+SAMPLED = 2
+SIDE, STACKS = 1280, (16, 48, 64, 128, 256)
+REPEATS = 5
+
+
+def attention_shapes() -> dict[str, tuple[int, int]]:
+    """(out, in) of each attention projection of SDXL's UNet."""
+    with torch.device("meta"), quiet_libraries():
+        unet: Any = UNet2DConditionModel(**CONFIGS["sdxl"])
+    leaves = tuple(f".{leaf}" for leaf in ATTENTION_LEAVES)
+    paths = [path for path in module_paths(ANATOMIES["sdxl"]) if path.startswith("unet.") and path.endswith(leaves)]
+    return {path: tuple(unet.get_submodule(path.removeprefix("unet.")).weight.shape) for path in paths}
+
+
+def random_adapter(shapes: dict[str, tuple[int, int]], seed: int) -> Adapter:
+    rng = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng).mul_(0.02).half()
+
+    layers = {
+        path: LoRALayer(down=normal(RANK, inner), up=normal(out, RANK), alpha=RANK / 2)
+        for path, (out, inner) in shapes.items()
+    }
+    return Adapter(layers=layers, metadata=AdapterMetadata(family="sdxl"))
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    started = time.process_time()
+    result = work()
+    return time.process_time() - started, result
+
+
+def whole_svd(terms: tuple[Term, ...]) -> tuple[float, float]:
+    """CPU seconds of the SVD of the dense delta, and the norm of what lies beyond the rank."""
+    delta = delta_of(terms)
+    seconds, (_, values, _) = timed(lambda: torch.linalg.svd(delta, full_matrices=False))
+    return seconds, float(values[RANK:].double().norm())
+
+
+def by_stack() -> list[dict[str, Any]]:
+    """Milliseconds for one module, the median of some, by the sum of its ranks."""
+    rows: list[dict[str, Any]] = []
+    for rank in STACKS:
+        rng = torch.Generator().manual_seed(rank)
+        layer = LoRALayer(
+            down=torch.randn(rank, SIDE, generator=rng), up=torch.randn(SIDE, rank, generator=rng), alpha=1.0
+        )
+        delta = layer.delta()
+        ours = median_ms(lambda layer=layer: spectrum_of([(1.0, layer)]))
+        whole = median_ms(lambda delta=delta: torch.linalg.svd(delta, full_matrices=False))
+        rows.append({"stack": rank, "ours_ms": ours, "whole_svd_ms": whole, "ratio": round(whole / ours, 1)})
+    return rows
+
+
+def median_ms(work: Callable[[], Any]) -> float:
+    return round(1000 * statistics.median(timed(work)[0] for _ in range(REPEATS)), 2)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    shapes = attention_shapes()
+    adapters = [random_adapter(shapes, seed) for seed in range(len(WEIGHTS))]
+    pairs = zip(adapters, WEIGHTS, strict=True)
+    blend = Blend(entries=tuple(WeightedAdapter(adapter=adapter, weight=weight) for adapter, weight in pairs))
+    total = joint_sum(blend)
+    exact_seconds = timed(lambda: combine(blend, AdapterMetadata()))[0]
+    compress_seconds, (_, report) = timed(lambda: compress(total, RankRule(rank=RANK), AdapterMetadata()))
+    rows: list[dict[str, Any]] = []
+    for shape in sorted(set(shapes.values())):
+        paths = [path for path, own in shapes.items() if own == shape]
+        found = {path: whole_svd(total.layers[path]) for path in paths[:SAMPLED]}
+        each = sum(seconds for seconds, _ in found.values()) / len(found)
+        apart = max(abs(report.modules[path].lost / lost - 1) for path, (_, lost) in found.items())
+        rows.append(
+            {
+                "shape": shape,
+                "modules": len(paths),
+                "measured": len(found),
+                "seconds_each": round(each, 3),
+                "lost_norm_differs_by": float(f"{apart:.1g}"),
+            }
+        )
+    whole = sum(row["modules"] * row["seconds_each"] for row in rows)
+    figures = {
+        "machine": machine(),
+        "what": f"{len(WEIGHTS)} adapters of rank {RANK}, {len(shapes)} modules, CPU seconds",
+        "combine_exact_seconds": round(exact_seconds, 2),
+        "compress_to_rank_64_seconds": round(compress_seconds, 2),
+        "relative_error": round(report.total.relative, 4),
+        "whole_svd": {
+            "seconds_extrapolated": round(whole, 1),
+            "how": f"measured on {SAMPLED} modules of each shape, times the modules of that shape",
+            "shapes": rows,
+        },
+        "whole_svd_over_compress": round(whole / compress_seconds, 1),
+        "one_module_of_1280_x_1280": by_stack(),
+    }
+    text = json.dumps(figures, indent=1)
+    Path(__file__).with_name("combining.json").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
