@@ -10,6 +10,7 @@ import torch
 from lora_diffusion.adapter import Adapter, AdapterMetadata, cast
 from lora_diffusion.algebra.combine import combine, joint_sum, united_words
 from lora_diffusion.algebra.compress import CompressionReport, Loss, compress
+from lora_diffusion.algebra.consensus import ConsensusConfig, consensus
 from lora_diffusion.algebra.rank_rules import RankRule
 from lora_diffusion.algebra.rounding import rounding_error
 from lora_diffusion.anatomy import ANATOMIES
@@ -35,7 +36,9 @@ class Combination:
     """How adapters become one."""
 
     rule: RankRule | None = None
-    """Which rank each module gets; without a rule the sum is exact and ranks add up."""
+    """Which rank each module gets; without a rule nothing is cut off, and ranks add up."""
+    consensus: ConsensusConfig | None = None
+    """What decides where adapters disagree; without it they are summed."""
     dtype: WeightType = "keep"
     """Type of the layers' tensors; `keep` is that of the inputs, or float32 if they differ. Words keep theirs."""
     force: bool = False
@@ -48,6 +51,7 @@ class Combined:
 
     sources: tuple[Path, ...]
     output: Path
+    how: Combination
     adapter: Adapter
     report: CompressionReport | None
     """What compression took; None for an exact sum."""
@@ -69,7 +73,7 @@ def combine_files(entries: Sequence[BlendEntry], output: Path, how: Combination)
     active = [entry for entry in blend.entries if not is_off(entry.weight)]
     if not active:
         raise ConfigError("nothing to combine; give at least one adapter with a weight other than 0")
-    exact, report = one_adapter(blend, how.rule)
+    exact, report = one_adapter(blend, how)
     dtype = common_type(active) if how.dtype == "keep" else torch_dtype(how.dtype)
     rounded = replace(cast(exact, dtype), tokens=exact.tokens)
     if rounded.non_finite:
@@ -84,6 +88,7 @@ def combine_files(entries: Sequence[BlendEntry], output: Path, how: Combination)
     return Combined(
         sources=sources,
         output=output,
+        how=how,
         adapter=written,
         report=report,
         rounding_error=error,
@@ -92,13 +97,15 @@ def combine_files(entries: Sequence[BlendEntry], output: Path, how: Combination)
     )
 
 
-def one_adapter(blend: Blend, rule: RankRule | None) -> tuple[Adapter, CompressionReport | None]:
+def one_adapter(blend: Blend, how: Combination) -> tuple[Adapter, CompressionReport | None]:
     """The blend as one adapter: the only place that knows the ways to make it. Raises LoRADiffusionError's children."""
     family = next((e.adapter.metadata.family for e in blend.active if e.adapter.metadata.family), "")
     anatomy = ANATOMIES.get(family)
-    if rule is None:
+    if how.consensus:
+        blend = Blend(entries=(WeightedAdapter(adapter=consensus(blend, how.consensus, AdapterMetadata(), anatomy)),))
+    if how.rule is None:
         return combine(blend, AdapterMetadata(), anatomy), None
-    adapter, report = compress(joint_sum(blend, anatomy), rule, AdapterMetadata())
+    adapter, report = compress(joint_sum(blend, anatomy), how.rule, AdapterMetadata())
     return replace(adapter, tokens=united_words(blend)), report
 
 
@@ -160,6 +167,7 @@ def record(
     made = {
         "adapters": parts,
         "rule": "exact" if how.rule is None else str(how.rule),
+        "consensus": asdict(how.consensus) if how.consensus else None,
         "relative_error": 0.0 if report is None else report.total.relative,
         "rounding_error": rounding,
     }
@@ -175,7 +183,7 @@ def facts_of(done: Combined) -> dict[str, Any]:
         "rounding_error": done.rounding_error,
         "bytes_before": done.bytes_before,
         "bytes_after": done.bytes_after,
-        "exact": done.report is None,
+        "exact": done.report is None and done.how.consensus is None,
     }
     if done.report is None:
         return facts
@@ -195,7 +203,8 @@ def described(done: Combined) -> str:
     )
     rounding = f"rounding changed the delta by {done.rounding_error:.2%}"
     if done.report is None:
-        return f"{done.output}: {sizes}; the sum is exact, {rounding}"
+        made = f"made by {done.how.consensus.method}" if done.how.consensus else "the sum is exact"
+        return f"{done.output}: {sizes}; {made}, {rounding}"
     rows = [*done.report.by(block_of).items(), ("all", done.report.total)]
     table = [
         f"{name:<22}{loss.modules:>8}{span(loss.ranks_before):>10}{span(loss.ranks_after):>10}"

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from lora_diffusion.adapter import Adapter, AdapterMetadata, cast
 from lora_diffusion.algebra.combine import combine, joint_sum
 from lora_diffusion.algebra.compress import compress
+from lora_diffusion.algebra.consensus import ConsensusConfig, consensus
 from lora_diffusion.algebra.rank_rules import RankRule, count
 from lora_diffusion.algebra.rounding import rounding_error
 from lora_diffusion.blend import Blend, BlendSum, WeightedAdapter
 from lora_diffusion.cli import main
 from lora_diffusion.combining import Combination, combine_files
 from lora_diffusion.errors import ConfigError, FamilyMismatchError, LoRADiffusionError
+from lora_diffusion.files import sample_data
 from lora_diffusion.formats.native import save_adapter
 from lora_diffusion.formats.reading import load_adapter
 from lora_diffusion.inspection import block_of
@@ -517,3 +519,20 @@ def test_an_adapter_of_another_family_is_refused(sdxl: Base, files: list[Path], 
     with pytest.raises(LoRADiffusionError, match="tiny SD and tiny SDXL in one blend"):
         combine_files(entries, tmp_path / "out.safetensors", Combination())
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_consensus_is_written_and_said_and_settings_without_a_method_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs = [str(sample_data() / "adapters" / f"{name}.safetensors") for name in ("ink", "neon")]
+    output = tmp_path / "ties.safetensors"
+    assert main(["combine", *inputs, str(output), "--method", "ties", "--density", "0.3"]) == 0
+    assert "made by ties" in capsys.readouterr().out
+    found = load_adapter(output)
+    assert found.metadata.training["combination"]["consensus"]["density"] == 0.3
+    blend = Blend(entries=tuple(WeightedAdapter(adapter=load_adapter(Path(path))) for path in inputs))
+    wanted = consensus(blend, ConsensusConfig(method="ties", density=0.3), AdapterMetadata())
+    path = next(iter(wanted.layers))
+    assert torch.allclose(found.layers[path].delta(), wanted.layers[path].delta(), atol=1e-2, rtol=1e-2)
+    assert main(["combine", *inputs, str(tmp_path / "no.safetensors"), "--density", "0.3"]) == 2
+    assert "--density belongs to a --method" in capsys.readouterr().err

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -44,6 +44,41 @@ class RankFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConsensusFlags:
+    """What decides where adapters disagree, instead of the sum."""
+
+    method: Annotated[
+        Literal["ties", "dare", "della", "knots", "magnitude", "median", "slerp", "zip", "project"] | None,
+        optional("ties|dare|della|knots|magnitude|median|slerp|zip|project"),
+    ] = None
+    """A rule that decides where adapters disagree, instead of the sum. slerp and zip take two adapters; project takes
+    the others' directions out of the first."""
+    density: Annotated[float | None, optional("SHARE")] = None
+    """Share of the numbers that stay (ties, dare, della, knots, magnitude; default 0.5)."""
+    seed: Annotated[int | None, optional("N")] = None
+    """Seed of what is dropped at random (dare, della; default 0)."""
+    spread: Annotated[float | None, optional("NUMBER")] = None
+    """How much more often small numbers are dropped than large ones, 0 to below 1 (della; default 0.2)."""
+    disjoint: Annotated[Literal["mean", "sum"] | None, optional("mean|sum")] = None
+    """Numbers that agree in sign become their mean, as strong as one adapter, or their sum (ties, della, knots)."""
+    penalty: Annotated[float | None, optional("NUMBER")] = None
+    """How much shared columns give way to each other, 0 to below 1 (zip; default 0.9)."""
+    strength: Annotated[float | None, optional("NUMBER")] = None
+    """How strongly the others' directions are taken out of the first: 0 not, 1 half (project; default 1)."""
+
+    def consensus(self) -> Any:
+        """The settings, or None if no method is set. Raises ConfigError for settings that cannot be used."""
+        given = {key: value for key, value in vars(self).items() if value is not None}
+        if given and not self.method:
+            raise ConfigError(f"--{next(iter(given))} belongs to a --method; give one, such as --method ties")
+        if not self.method:
+            return None
+        from lora_diffusion.algebra.consensus import ConsensusConfig
+
+        return ConsensusConfig(**given)
+
+
+@dataclass(frozen=True, kw_only=True)
 class OutputFlags:
     """How the file is written."""
 
@@ -56,11 +91,13 @@ class OutputFlags:
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the result as JSON, module by module."""
 
-    def write(self, entries: tuple[BlendEntry, ...], output: Path, rule: Any) -> int:
+    def write(self, entries: tuple[BlendEntry, ...], output: Path, rule: Any, consensus: Any = None) -> int:
         """Do it and say what came of it."""
         from lora_diffusion.combining import Combination, combine_files, described, facts_of
 
-        how = Combination(rule=rule, dtype=self.dtype, force=self.force, ignore=self.ignore_unmatched)
+        how = Combination(
+            rule=rule, consensus=consensus, dtype=self.dtype, force=self.force, ignore=self.ignore_unmatched
+        )
         done = combine_files(entries, output, how)
         print(json.dumps(facts_of(done)) if self.json else described(done))
         return 0
@@ -79,6 +116,7 @@ class Combine:
         tyro.conf.arg(metavar="FILE[:WEIGHT] ... OUT", help_behavior_hint=""),
     ]
     """Adapters with their weights, 1 if not given, options as in a prompt's tags; last, the file to write."""
+    by: Annotated[ConsensusFlags, tyro.conf.arg(name="")]
     rank: Annotated[RankFlags, tyro.conf.arg(name="")]
     how: Annotated[OutputFlags, tyro.conf.arg(name="")]
 
@@ -86,7 +124,8 @@ class Combine:
         if len(self.files) < 2:
             raise ConfigError("give at least one adapter and, last, the output: combine A:0.8 B:0.6 OUT.safetensors")
         *adapters, output = self.files
-        return self.how.write(parse_adapters(tuple(adapters)), Path(output), self.rank.rule())
+        entries = parse_adapters(tuple(adapters))
+        return self.how.write(entries, Path(output), self.rank.rule(), self.by.consensus())
 
 
 @dataclass(frozen=True, kw_only=True)
