@@ -1,0 +1,122 @@
+"""What merging four adapters into a checkpoint costs: against copying the files, and diffusers with PEFT.
+
+    python tests/benchmarks/merging.py
+
+SD 1.5's UNet with random weights in float16 beside the embedded base's other parts; adapters of rank 16 on its 128
+attention projections. Each way runs in a process of its own, in turn, and writes to disk and syncs; wall time, as files
+are what it is about. Memory is how far the process grows above what it holds before, which for ours has the adapters in
+it. Writes `merging.json` beside this script.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from full_size import base_around, new_unet, pipeline_around, write_adapters
+from measuring import machine, status_mb
+
+from lora_diffusion.blend import Blend, WeightedAdapter
+from lora_diffusion.files import sync
+from lora_diffusion.formats.reading import load_adapter
+from lora_diffusion.merging import merge
+
+WEIGHTS = (0.9, 0.8, 0.7, 0.6)
+ROUNDS = 3
+
+
+def prepare(folder: Path) -> None:
+    """The base and the adapters."""
+    unet = new_unet("sd1", torch.float16)
+    pipeline_around(unet).save_pretrained(folder / "base")
+    write_adapters(base_around(unet, "sd1"), folder, len(WEIGHTS))
+
+
+def copied(folder: Path, output: Path) -> None:
+    shutil.copytree(folder / "base", output)
+
+
+def ours(folder: Path, output: Path) -> None:
+    """The sampled base is of SD 1.5's shape, and so is what `merge` finds."""
+    pairs = zip(adapters_in(folder), WEIGHTS, strict=True)
+    entries = [WeightedAdapter(adapter=load_adapter(file), weight=weight, path=file) for file, weight in pairs]
+    merge(str(folder / "base"), Blend(entries=tuple(entries)), output)
+
+
+def peer(folder: Path, output: Path) -> None:
+    """diffusers as its documentation says: load, fuse, save."""
+    from diffusers import StableDiffusionPipeline
+
+    pipe: Any = StableDiffusionPipeline.from_pretrained(folder / "base", torch_dtype=torch.float16)
+    files = adapters_in(folder)
+    for file in files:
+        pipe.load_lora_weights(file, adapter_name=file.stem)
+    pipe.set_adapters([file.stem for file in files], list(WEIGHTS))
+    pipe.fuse_lora(components=["unet"])
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(output)
+
+
+WAYS = {"copy": copied, "ours": ours, "peer": peer}
+
+
+def adapters_in(folder: Path) -> list[Path]:
+    return sorted(folder.glob("a0*.safetensors"))
+
+
+def measured(way: str, folder: Path) -> dict[str, float]:
+    """Wall seconds until everything is synced, and megabytes that the process grew by."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        output, before, started = Path(scratch) / "out", status_mb("VmRSS"), time.perf_counter()
+        WAYS[way](folder, output)
+        for file in output.rglob("*"):
+            if file.is_file():
+                sync(file)
+        return {"seconds": time.perf_counter() - started, "mb": status_mb("VmHWM") - before}
+
+
+def in_own_process(way: str, folder: Path) -> dict[str, float]:
+    command = [sys.executable, __file__, "--worker", way, str(folder)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.worker:
+        way, folder = options.worker
+        if way == "prepare":
+            return prepare(Path(folder))
+        return print(json.dumps(measured(way, Path(folder))))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        subprocess.run([sys.executable, __file__, "--worker", "prepare", scratch], check=True)
+        size = sum(file.stat().st_size for file in (folder / "base").rglob("*") if file.is_file()) / 1e6
+        rounds = [{way: in_own_process(way, folder) for way in WAYS} for _ in range(ROUNDS)]
+    seconds = {way: statistics.median(found[way]["seconds"] for found in rounds) for way in WAYS}
+    grown = {way: statistics.median(found[way]["mb"] for found in rounds) for way in WAYS}
+    facts = {
+        "machine": machine(),
+        "checkpoint_mb": round(size),
+        "rounds": ROUNDS,
+        "seconds": {way: round(value, 2) for way, value in seconds.items()},
+        "times_copying": {way: round(seconds[way] / seconds["copy"], 2) for way in ("ours", "peer")},
+        "memory_of_checkpoint": {way: round(grown[way] * 1.048576 / size, 3) for way in ("ours", "peer")},
+    }
+    Path(__file__).with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+    print(json.dumps(facts, indent=1))
+
+
+if __name__ == "__main__":
+    main()
