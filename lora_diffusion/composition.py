@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_diffusion.algebra.project import project_out
+from lora_diffusion.algebra.project import projected
 from lora_diffusion.blend import Blend, BlendSum, WeightedAdapter, blend_sum, delta_of, joined_sums, part_of
 from lora_diffusion.branching import BRANCHED, Branch, Forwards, branching
 from lora_diffusion.errors import ConfigError
@@ -119,14 +119,6 @@ def switched(base: Base, entries: Sequence[WeightedAdapter], moment: Moment, eve
     turn = entries[moment.step // every % len(entries)]
     text = blend_sum(Blend(entries=tuple(entries)), base.anatomy, moment)
     return joined_sums([part_of(alone(base, turn, moment), in_unet), part_of(text, in_text)])
-
-
-def projected(entries: Sequence[WeightedAdapter], strength: float) -> WeightedAdapter:
-    """NP-LoRA: the first adapter without the main directions of each other one [arXiv:2511.11051]."""
-    subject = entries[0].adapter
-    for style in entries[1:]:
-        subject = project_out(subject, style.adapter, strength)
-    return replace(entries[0], adapter=subject)
 
 
 class Chooser:

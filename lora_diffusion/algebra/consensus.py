@@ -7,7 +7,7 @@ in Core Space, KnOTS in coordinates of its own; ZipLoRA and NP-LoRA need the fac
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 import torch
@@ -18,7 +18,7 @@ from lora_diffusion.adapter import Adapter, AdapterMetadata
 from lora_diffusion.algebra.combine import combine, joint_sum, united_words
 from lora_diffusion.algebra.core_rules import Disjoint, dare, della, magnitude, median, slerp, ties
 from lora_diffusion.algebra.core_space import CoreSpace, core_space, knots_space, layer_of
-from lora_diffusion.algebra.project import project_out
+from lora_diffusion.algebra.project import projected
 from lora_diffusion.algebra.zip import zipped
 from lora_diffusion.anatomy import Anatomy
 from lora_diffusion.blend import BiasTerm, Blend, is_joinable, joined_layer
@@ -134,7 +134,9 @@ def consensus(blend: Blend, how: ConsensusConfig, metadata: AdapterMetadata, ana
     """
     check_blend(blend, how.method)
     if how.method == "project":
-        return combine(projected(blend, how.strength), metadata, anatomy)
+        entries = tuple(entry for entry in blend.entries if entry in blend.active)
+        alone = Blend(entries=(projected(entries, how.strength), *entries[1:]))
+        return combine(alone, metadata, anatomy)
     total = joint_sum(blend, anatomy)
     progress = tqdm(total.layers.items(), desc=how.method, unit="module", leave=False, disable=None)
     return Adapter(
@@ -158,15 +160,6 @@ def generator_for(seed: int, name: str) -> Generator:
     """Random numbers for one parameter that depend on no other, so that the order of modules changes nothing."""
     digest = hashlib.sha256(f"{seed}|{name}".encode()).digest()
     return Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def projected(blend: Blend, strength: float) -> Blend:
-    """NP-LoRA: the first adapter without the main directions of each other one [arXiv:2511.11051]."""
-    first, *others = (entry for entry in blend.entries if entry in blend.active)
-    subject = first.adapter
-    for style in others:
-        subject = project_out(subject, style.adapter, strength)
-    return Blend(entries=(replace(first, adapter=subject), *others))
 
 
 def terms_of(terms: Sequence[tuple[float, Layer]]) -> Terms:

@@ -1,5 +1,6 @@
 """One adapter without the main directions of another, in closed form on the factors."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from lora_diffusion.adapter import Adapter
 from lora_diffusion.algebra.low_rank import spectrum_of
-from lora_diffusion.blend import is_joinable
+from lora_diffusion.blend import WeightedAdapter, is_joinable
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.layers import LoRALayer
 
@@ -27,6 +28,14 @@ def project_out(subject: Adapter, style: Adapter, strength: float) -> Adapter:
     shared = [path for path in subject.layers if path in style.layers]
     layers = {path: damped(path, subject, style, strength / (1 + strength)) for path in shared}
     return replace(subject, layers={**subject.layers, **layers})
+
+
+def projected(entries: Sequence[WeightedAdapter], strength: float) -> WeightedAdapter:
+    """The first of several adapters without the main directions of each other one."""
+    subject = entries[0].adapter
+    for style in entries[1:]:
+        subject = project_out(subject, style.adapter, strength)
+    return replace(entries[0], adapter=subject)
 
 
 def damped(path: str, subject: Adapter, style: Adapter, share: float) -> LoRALayer:

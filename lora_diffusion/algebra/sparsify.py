@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lora_diffusion.adapter import Adapter
 from lora_diffusion.algebra.analyse import delta_norm
+from lora_diffusion.algebra.rounding import changed
 from lora_diffusion.blend import is_joinable
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.layers import FullLayer, Layer, LoRALayer
@@ -98,24 +99,8 @@ def sparsity(before: Adapter, after: Adapter) -> Sparsity:
         nonzeros=sum(int(factor.count_nonzero()) for factor in factors),
         entries=sum(factor.numel() for factor in factors),
         norms={path: delta_norm(layer) or 0.0 for path, layer in before.layers.items()},
-        lost={path: lost_norm(layer, after.layers[path]) for path, layer in before.layers.items()},
+        lost={path: changed(layer, after.layers[path]) for path, layer in before.layers.items()},
     )
-
-
-def lost_norm(before: Layer, after: Layer) -> float:
-    """Frobenius norm of the difference of two deltas; of two pairs of factors of one rank without forming either.
-
-    up down - up' down' = (up - up') down + up' (down - down'), which loses no digits where the two are close.
-    """
-    if not (isinstance(before, LoRALayer) and isinstance(after, LoRALayer)):
-        return float((before.delta().double() - after.delta().double()).square().sum().sqrt())
-    up, down, other_up, other_down = (x.float() for x in (before.up, before.down, after.up, after.down))
-    both = LoRALayer(
-        up=torch.cat([up - other_up, other_up], dim=1),
-        down=torch.cat([down, down - other_down]),
-        alpha=2 * before.alpha,
-    )
-    return delta_norm(both) or 0.0
 
 
 def factor_scores(layer: LoRALayer) -> list[Tensor]:

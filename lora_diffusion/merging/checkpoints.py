@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
+from lora_diffusion.algebra.combine import united_words
 from lora_diffusion.anatomy import changeable_paths
 from lora_diffusion.blend import Blend, blend_sum, check_fits, same_weight
 from lora_diffusion.config import MergeConfig
@@ -28,7 +29,7 @@ from lora_diffusion.merging.recipe import (
     touched_hash,
 )
 from lora_diffusion.merging.values import BaseChange, Merged
-from lora_diffusion.merging.words import add_to_folder, merged_words, save_beside, word_rows
+from lora_diffusion.merging.words import add_to_folder, save_beside, word_rows
 from lora_diffusion.models import find_base, find_checkpoint
 from lora_diffusion.preset import BaseTerm
 from lora_diffusion.recipe import blend_entries
@@ -71,7 +72,7 @@ def merge(
     config = config or MergeConfig()
     source = find_checkpoint(base)
     changes, terms = loaded_terms(source, bases)
-    total, words = blend_sum(blend, source.anatomy), merged_words(blend)
+    total, words = blend_sum(blend, source.anatomy), united_words(blend)
     if not (total.names or changes or words):
         raise ConfigError("nothing to merge; give at least one adapter with a weight other than 0")
     paths = frozenset(changeable_paths(source.anatomy))

@@ -237,8 +237,7 @@ def single_of_folder(base: Checkpoint, precision: str) -> dict[str, OutputTensor
         name = pipeline_name(component, key)
         place = original_place(name, base.family, base.anatomy, vae_blocks=blocks)
         if place is not None:
-            moved = Stored(file=stored.file, slot=stored.slot, data_start=stored.data_start)
-            grouped.setdefault(place.key, []).append((place, part(base, name, moved)))
+            grouped.setdefault(place.key, []).append((place, part(base, name, stored)))
     return {key: joined(key, places, precision) for key, places in grouped.items()}
 
 

@@ -1,12 +1,12 @@
 """What each tensor of a merged checkpoint becomes: computed in float32, rounded once, and what rounding cost."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from lora_diffusion.algebra.consensus import generator_for
 from lora_diffusion.blend import BlendSum, blended_bias, blended_weight, check_range
 from lora_diffusion.config import MergeConfig
 from lora_diffusion.formats.checkpoint import Checkpoint
@@ -81,13 +81,7 @@ def rounded(exact: Tensor, dtype: torch.dtype, name: str, config: MergeConfig) -
     check_range(exact, dtype, name)
     if config.stochastic_seed is None or dtype not in (torch.float16, torch.bfloat16):
         return exact.to(dtype)
-    return rounded_at_random(exact, dtype, seeded(config.stochastic_seed, name))
-
-
-def seeded(seed: int, name: str) -> torch.Generator:
-    """A generator for one tensor, the same in whatever order tensors are written."""
-    digest = hashlib.sha256(f"{seed}|{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return rounded_at_random(exact, dtype, generator_for(config.stochastic_seed, name))
 
 
 def rounded_at_random(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

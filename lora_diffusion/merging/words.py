@@ -8,25 +8,10 @@ import torch
 from torch import Tensor
 
 from lora_diffusion.adapter import Adapter, AdapterMetadata, Token
-from lora_diffusion.blend import Blend
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.checkpoint import Checkpoint
 from lora_diffusion.formats.embeddings import save_embedding
-
-TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-
-
-def merged_words(blend: Blend) -> dict[str, Token]:
-    """Every learned word of the adapters that are on. Raises ConfigError for one that two of them have."""
-    words: dict[str, Token] = {}
-    for entry in blend.active:
-        for word, token in entry.adapter.tokens.items():
-            if word in words:
-                raise ConfigError(
-                    f"two adapters have learned the word {word!r}, which a checkpoint holds once; rename one"
-                )
-            words[word] = token
-    return words
+from lora_diffusion.words import TOKENIZERS
 
 
 def word_rows(words: Mapping[str, Token], base: Checkpoint) -> dict[str, Tensor]:
