@@ -22,7 +22,11 @@ from lora_diffusion.patching import weight_at
 from lora_diffusion.targets import resolve_targets
 
 NewAdapter = Callable[..., Adapter]
-settings.register_profile("laws", deadline=None)  # how long an example takes says what else the machine does
+
+# How long an example takes says what else the machine does, so no deadline. `laws` tries the same examples everywhere:
+# a red run is the change's own. `pytest --hypothesis-profile=explore` looks for new ones.
+settings.register_profile("explore", deadline=None)
+settings.register_profile("laws", deadline=None, derandomize=True)
 settings.load_profile("laws")
 
 

@@ -115,13 +115,17 @@ def test_extracting_a_merged_adapter_gives_its_delta_back(
 @settings(max_examples=15)
 @given(shape=st.sampled_from(SHAPES), rank=st.integers(1, 14), seed=st.integers(0, 99))
 def test_no_layer_of_the_rank_is_closer(shape: tuple[int, ...], rank: int, seed: int) -> None:
-    """Eckart and Young: what is lost is the norm of the other singular values."""
+    """Eckart and Young: what is lost is the norm of the other singular values, and float32 rounding's share at most.
+
+    A backward stable decomposition errs by a small multiple of size * epsilon * the largest singular value.
+    """
     base, weight = random_weight(shape, seed + 100), random_weight(shape, seed)
     found = extract([(PATH, base, base + weight)], Approximation(rule=RankRule(rank=rank)))
     delta = (base + weight).double() - base.double()
     tail = torch.linalg.svdvals(delta.flatten(1))[rank:].square().sum().sqrt()
-    assert found.report.total.lost == pytest.approx(float(tail), abs=1e-6)
-    assert float((product(found.layers[PATH]) - delta.flatten(1)).norm()) == pytest.approx(float(tail), abs=1e-6)
+    rounding = min(delta.flatten(1).shape) * torch.finfo(torch.float32).eps * float(delta.norm())
+    assert found.report.total.lost == pytest.approx(float(tail), abs=rounding)
+    assert float((product(found.layers[PATH]) - delta.flatten(1)).norm()) == pytest.approx(float(tail), abs=rounding)
 
 
 @settings(max_examples=20)
