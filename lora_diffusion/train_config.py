@@ -1,0 +1,280 @@
+"""The settings of a training run, in sections: one for each part of the loop that reads it.
+
+Defaults suit Stable Diffusion 1.x at 512 pixels on a GPU and a style of ten to fifty pictures; `train_defaults.py` has
+what other families and purposes change. Each docstring says what the value does and why it is what it is.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from lora_diffusion.config import EMBEDDED_BASE, Finite, Positive, Precision, Settings
+
+Share = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class DataConfig(Settings):
+    """Which pictures, and how they are cut."""
+
+    folder: Path
+    """Pictures with captions: .txt or .caption files beside them, metadata.jsonl, or kohya's folders named `N_what`."""
+    instance_prompt: str = ""
+    """Caption of pictures that have none, such as `photo of sks dog`; if left out, they are an error."""
+    repeats: Positive = 1
+    """How often each picture comes in one pass over the data, times what its folder's name says."""
+    resolution: Annotated[int, Field(gt=0, multiple_of=8)] | None = None
+    """Side of the square whose area every bucket has; the base's own if left out."""
+    buckets: bool = True
+    """Keep each picture's shape, roughly: cut it to the nearest of several sizes of one area; else to a square."""
+    bucket_step: Annotated[int, Field(gt=0, multiple_of=8)] | None = None
+    """Sides of buckets are multiples of this; an eighth of the resolution if left out, as 64 is of 512."""
+    largest_aspect: Annotated[float, Field(ge=1, le=4)] = 2.0
+    """Longest side over shortest side of any bucket."""
+    crop: Literal["centre", "random"] = "centre"
+    """What is kept of a picture that does not have its bucket's shape. Random cuts make a small set go further."""
+    crop_zoom: Annotated[float, Field(ge=1, le=4)] = 1.0
+    """Random cuts are enlarged by up to this, so that square pictures have something to cut too."""
+    flip: bool = False
+    """Mirror every other view. Off, as faces, text and anything with a left and a right suffer."""
+    colour_jitter: Share = 0.0
+    """Largest change of brightness, contrast and saturation, as a share."""
+    variants: Positive = 1
+    """Different views (crop, flip, colours) of each picture that are encoded and cached, taken in turn."""
+    masks: Literal["none", "file", "alpha"] = "none"
+    """Where the loss counts: `a.mask.png` beside `a.png` (white counts), or the picture's own alpha."""
+    mask_floor: Share = 0.0
+    """What unmasked parts count, against 1 for masked ones."""
+    cache: Literal["memory", "disk", "none"] = "memory"
+    """Where encoded pictures and captions are kept; `none` encodes at each step, with a new view each time."""
+    cache_folder: Path | None = None
+    """Folder of a disk cache; in the run's folder if left out. Entries are named by content, so none goes stale."""
+
+
+class CaptionConfig(Settings):
+    """What becomes of a caption before a step sees it."""
+
+    template: str = "{caption}"
+    """Wording around each caption; {trigger} stands for the trigger words."""
+    shuffle: bool = False
+    """Put the parts of a caption in a new order each time."""
+    separator: Annotated[str, Field(min_length=1)] = ","
+    """What parts of a caption are divided by."""
+    keep: Count = 0
+    """So many first parts stay in place and are never dropped."""
+    part_dropout: Share = 0.0
+    """Chance that any other part is left out."""
+    dropout: Share = 0.05
+    """Chance that the whole caption is replaced by the empty one, which keeps classifier-free guidance working."""
+    chunks: Annotated[int, Field(ge=1, le=4)] = 3
+    """A caption may take so many chunks of 75 tokens; what does not fit is an error."""
+    weights: bool = False
+    """Read `(word:1.3)` in captions as a weight rather than as text."""
+
+
+class AdapterConfig(Settings):
+    """What is trained."""
+
+    rank: Positive = 16
+    """Rank of the two factors."""
+    alpha: AboveZero | None = None
+    """The update is scaled by alpha / rank; alpha is the rank if left out, so that a learning rate suits every rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the factors' input that is dropped in training."""
+    unet_targets: tuple[str, ...] = ("attention", "feed-forward", "projections")
+    """Named sets (attention, cross-attention, feed-forward, projections, convolutions, all) or patterns. Attention
+    alone leaves a gap to full fine-tuning that feed-forward layers close."""
+    text_encoder_targets: tuple[str, ...] = ()
+    """Named sets (attention, feed-forward, all) or patterns; empty trains the UNet only and caches the captions."""
+    max_norm: AboveZero | None = None
+    """Largest Frobenius norm of any module's delta; larger ones are scaled back after each step."""
+
+
+class ObjectiveConfig(Settings):
+    """What a step minimises."""
+
+    prediction: Literal["base", "epsilon", "v"] = "base"
+    """What the UNet predicts; `base` is what the base was trained for."""
+    zero_terminal_snr: bool = False
+    """Rescale the noise schedule so that its last step is pure noise [arXiv 2305.08891]; needs v-prediction."""
+    loss: Literal["mse", "huber", "smooth-l1", "l1"] = "mse"
+    """Distance of prediction and target; huber and smooth-l1 forgive outliers."""
+    huber_delta: AboveZero = 0.1
+    """Where huber and smooth-l1 turn from square to linear, in units of the noise."""
+    huber_schedule: Literal["constant", "snr", "exponential"] = "snr"
+    """How that point moves with the noise level [arXiv 2403.16728]."""
+    weighting: Literal["none", "min-snr", "debiased"] = "none"
+    """Weight of a timestep: none, min-SNR [arXiv 2303.09556] or debiased [arXiv 2310.08442]."""
+    min_snr_gamma: AboveZero = 5.0
+    """The gamma of min-SNR; 5 is the paper's."""
+    timesteps: Literal["uniform", "logit-normal", "content", "style"] = "uniform"
+    """How timesteps are drawn: content leans to high noise, style to low."""
+    first_timestep: Count = 0
+    """Lowest timestep drawn."""
+    last_timestep: Count | None = None
+    """Highest timestep drawn; the schedule's last if left out."""
+    noise_offset: NotNegative = 0.0
+    """Size of a shift per channel that is added to the noise, for very dark or bright pictures; 0.05 is mild."""
+    pyramid_discount: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Noise of lower resolutions is added, each level by this factor weaker; 0 for none, 0.3 is common."""
+    pyramid_levels: Annotated[int, Field(ge=1, le=12)] = 6
+    """How many of them."""
+    input_perturbation: NotNegative = 0.0
+    """Extra noise in the input that the target does not know of [arXiv 2301.11706]; 0.1 is the paper's."""
+
+
+class PriorConfig(Settings):
+    """What keeps the base's own knowledge."""
+
+    mode: Literal["none", "pictures", "prediction"] = "none"
+    """`pictures`: train on pictures of the class as well, made by the base where they are missing (DreamBooth).
+    `prediction`: pull towards the frozen base's own prediction on other prompts, which needs no pictures."""
+    weight: NotNegative = 1.0
+    """Of this loss against the pictures' own."""
+    prompt: str = ""
+    """What class pictures show, such as `photo of a dog`."""
+    folder: Path | None = None
+    """Class pictures; in the run's folder if left out."""
+    count: Positive = 100
+    """How many there should be; missing ones are made."""
+    guidance: NotNegative = 7.5
+    """Classifier-free guidance for making them."""
+    steps: Positive = 25
+    """Denoising steps for making them."""
+    prompts: tuple[str, ...] = ()
+    """Prompts for `prediction`; the class prompt, or else the empty one, if none is given."""
+
+
+class OptimiserConfig(Settings):
+    """How parameters move."""
+
+    kind: str = "adamw"
+    """adamw, adamw-8bit, paged-adamw-8bit, prodigy, adafactor, lion, schedule-free, or a class by its import path."""
+    learning_rate: AboveZero = 1e-4
+    """Peak rate of the UNet's factors; Prodigy wants 1."""
+    text_encoder_learning_rate: AboveZero | tuple[AboveZero, ...] | None = None
+    """Peak rate of the text encoders' factors, one for all or one for each; a tenth of the UNet's if left out."""
+    rates: dict[str, NotNegative] = Field(default_factory=dict[str, float])
+    """Factors on the rate by module pattern, such as `"unet.down_blocks.*" = 0.5`; 0 freezes."""
+    weight_decay: NotNegative = 0.01
+    """Decoupled weight decay."""
+    options: dict[str, Any] = Field(default_factory=dict[str, Any])
+    """More arguments of the optimiser's class."""
+    schedule: Literal["constant", "linear", "cosine", "restarts"] = "cosine"
+    """How the rate falls after warm-up."""
+    restarts: Positive = 1
+    """How often `restarts` begins its cosine anew."""
+    warmup_steps: Count = 20
+    """Steps of linear warm-up."""
+    max_gradient_norm: AboveZero = 1.0
+    """Gradients are clipped to this norm."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of a running mean of the parameters that is saved in their place; 0 for none."""
+
+
+class ValidationConfig(Settings):
+    """How a run tells whether it still gets better."""
+
+    share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the pictures that is held out; they are never trained on."""
+    folder: Path | None = None
+    """Held-out pictures of their own, read as the training data are."""
+    every: Positive = 100
+    """Optimiser steps between validations."""
+    draws: Positive = 8
+    """Timesteps per picture, spread over the schedule, each with fixed noise."""
+    base_prompts: tuple[str, ...] = ()
+    """Prompts on which the drift from the frozen base is measured."""
+    patience: Count = 0
+    """Stop after so many validations without a better one; 0 never stops early."""
+    keep_best: bool = True
+    """Write the adapter of the best validation rather than the last one."""
+
+
+class SamplesConfig(Settings):
+    """Pictures on the way."""
+
+    prompts: tuple[str, ...] = ()
+    """What they show; none are made without prompts."""
+    every: Positive = 100
+    """Optimiser steps between rows of the contact sheet."""
+    seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
+    """Seed of each picture."""
+    steps: Positive = 20
+    """Denoising steps."""
+    guidance: NotNegative = 4.0
+    """Classifier-free guidance scale."""
+    weight: Finite = 1.0
+    """Weight of the adapter."""
+
+
+class ComputeConfig(Settings):
+    """What a step costs."""
+
+    mixed_precision: Precision = "no"
+    """Accelerate's mixed precision; trainable parameters are float32 always."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: about a third slower, a third to a half less memory."""
+    compile: bool = False
+    """`torch.compile` for the UNet."""
+    channels_last: bool = False
+    """Channels-last layout for the UNet, faster for convolutions on recent GPUs."""
+
+
+class TrackingConfig(Settings):
+    """What is kept of a run besides the adapter."""
+
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """Where curves go while a run goes on; in `logs` in the run's folder."""
+    project: str = "lora_diffusion"
+    """Name of the project there."""
+    report: bool = True
+    """Write `report.html` at the end."""
+
+
+class TrainConfig(Settings):
+    """One training run, as read from a TOML file."""
+
+    output: Path
+    """The adapter file to write (.safetensors). What else a run keeps lies beside it, in `NAME-run`."""
+    base: str = EMBEDDED_BASE
+    """Base to train on: `tiny-sd`, a folder in diffusers' layout, or a hub id."""
+    name: str = ""
+    """Name of the adapter; the output's file name if empty."""
+    trigger_words: tuple[str, ...] = ()
+    """Words that call the adapter in a prompt; recorded in the file."""
+    steps: Positive = 1500
+    """Optimiser steps."""
+    batch_size: Positive = 1
+    """Pictures per step and process."""
+    gradient_accumulation: Positive = 1
+    """Batches whose gradients are summed into one optimiser step."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of initial weights, data order, noise and dropout."""
+    save_every: Count = 0
+    """Optimiser steps between intermediate adapters (`name-step00000100.safetensors`); 0 for none."""
+    save_precision: Literal["float32", "float16", "bfloat16"] = "float16"
+    """Type of the saved factors."""
+    state_every: Count = 200
+    """Optimiser steps between states that a stopped run goes on from; 0 for none."""
+    resume: bool = True
+    """Go on from the last state of an unfinished run of the same settings, if there is one."""
+    data: DataConfig
+    captions: CaptionConfig = CaptionConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    prior: PriorConfig = PriorConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+    validation: ValidationConfig = ValidationConfig()
+    samples: SamplesConfig = SamplesConfig()
+    compute: ComputeConfig = ComputeConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def folder_alone(cls, value: object) -> object:
+        """`data = "pictures"` for a section with nothing but the folder."""
+        return {"folder": value} if isinstance(value, str | Path) else value
