@@ -122,7 +122,7 @@ def test_a_layer_without_its_tensor_refuses_before_anything_is_written(sd: Base,
 def test_a_failure_in_the_middle_leaves_nothing_behind(
     sd: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import lora_diffusion.merging.checkpoints as module
+    import lora_diffusion.merging.writing as module
 
     calls = []
 

@@ -1,35 +1,21 @@
 """Merge adapters and other checkpoints into a base: tensor by tensor, in float32, rounded once."""
 
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-
-from torch import Tensor
-from tqdm import tqdm
 
 from lora_diffusion.algebra.combine import united_words
 from lora_diffusion.anatomy import changeable_paths
 from lora_diffusion.blend import Blend, blend_sum, check_fits, same_weight
 from lora_diffusion.config import MergeConfig
-from lora_diffusion.errors import AdapterFormatError, BaseModelError, ConfigError, FamilyMismatchError, OutputError
-from lora_diffusion.files import whole_file, whole_folder
+from lora_diffusion.errors import ConfigError, FamilyMismatchError, OutputError
 from lora_diffusion.formats.checkpoint import Checkpoint
-from lora_diffusion.formats.safetensors_file import stream_safetensors
-from lora_diffusion.merging.outputs import OutputFile, OutputPlan, OutputTensor, output_plan
-from lora_diffusion.merging.recipe import (
-    RECIPE_FILE,
-    RECIPE_KEY,
-    MergeRecipe,
-    card,
-    find_merge_recipe,
-    recipe_json,
-    same_merge,
-    touched_hash,
-)
+from lora_diffusion.merging.outputs import output_plan
+from lora_diffusion.merging.recipe import RECIPE_FILE, MergeRecipe, card, find_merge_recipe, same_merge, touched_hash
 from lora_diffusion.merging.values import BaseChange, Merged
 from lora_diffusion.merging.words import add_to_folder, save_beside, word_rows
+from lora_diffusion.merging.writing import refuse_full_disk, sealed, with_rows, written
 from lora_diffusion.models import find_base, find_checkpoint
 from lora_diffusion.preset import BaseTerm
 from lora_diffusion.recipe import blend_entries
@@ -69,53 +55,63 @@ def merge(
     Raises ConfigError if there is nothing to merge, BaseModelError, FamilyMismatchError if anything finds no tensor,
     OutputError if `output` cannot be written; in each case nothing is left behind.
     """
-    config = config or MergeConfig()
+    config, single = config or MergeConfig(), output.suffix == ".safetensors"
     source = find_checkpoint(base)
     changes, terms = loaded_terms(source, bases)
-    total, words = blend_sum(blend, source.anatomy), united_words(blend)
-    if not (total.names or changes or words):
+    merged = merged_values(source, blend, changes, config, base_name=base, rows=not single)
+    words = united_words(blend)
+    if not (merged.total.names or changes or words):
         raise ConfigError("nothing to merge; give at least one adapter with a weight other than 0")
-    paths = frozenset(changeable_paths(source.anatomy))
-    check_fits(blend, base_name=base, family=source.family.name, paths=paths, shapes=source.shapes)
-    single = output.suffix == ".safetensors"
-    appended = {} if single else word_rows(words, source)
-    merged = Merged(total=total, bases=changes, config=config, appended=appended)
-    touched = frozenset(source.parameters if changes else total.names)
+    touched = frozenset(source.parameters if changes else merged.total.names)
     recipe = MergeRecipe(
         base=base,
-        base_hash=source.hash,
         adapters=blend_entries(blend),
         bases=terms,
         config=config,
         like=str(like or ""),
-        touched_hash=touched_hash(source, touched),
         touched_types=tuple(sorted({source.parameters[name].kind[0] for name in touched})),
     )
     if output.resolve() == source.path.resolve():
         raise OutputError(f"{output}: is the base itself; give another output")
     if not force:
         refuse_twice(source, output, recipe)
-    plan = output_plan(
-        source,
-        single=single,
-        like=find_base(str(like)) if like else None,
-        precision=config.precision,
-        shard_bytes=round(config.shard_gb * 1e9) if config.shard_gb else None,
-    )
-    plan = replace(plan, files=tuple(with_rows(file, appended) for file in plan.files))
+    lender = find_base(str(like)) if like else None
+    plan = with_rows(output_plan(source, single=single, like=lender, config=config), merged.appended)
     refuse_full_disk(output, plan)
-    with written(output, plan, merged, recipe) as part:
-        if not single:
-            (part / RECIPE_FILE).write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
-            (part / "README.md").write_text(card(recipe, merged.rounding_error), encoding="utf-8")
-            add_to_folder(part, words, source)
+    with ThreadPoolExecutor(1) as reader:
+        hashes = reader.submit(recipe_hashes, source, touched)  # the base is read for them while it is being merged
+        with written(output, plan, merged, recipe) as part:
+            recipe = sealed(part, plan, recipe, hashes.result())
+            if not single:
+                (part / RECIPE_FILE).write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
+                (part / "README.md").write_text(card(recipe, merged.rounding_error), encoding="utf-8")
+                add_to_folder(part, words, source)
     return MergeReport(
         output=output,
-        merged_modules=len(total.layers),
+        merged_modules=len(merged.total.layers),
         rounding_error=merged.rounding_error,
         num_bytes=plan.num_bytes,
         words=tuple(save_beside(output, words, source.family.name)) if single else (),
     )
+
+
+def merged_values(
+    source: Checkpoint,
+    blend: Blend,
+    changes: tuple[BaseChange, ...],
+    config: MergeConfig,
+    *,
+    base_name: str,
+    rows: bool,
+) -> Merged:
+    """What the tensors of a base become; with `rows`, learned words go into its embeddings.
+
+    Raises FamilyMismatchError if a layer finds no tensor.
+    """
+    paths = frozenset(changeable_paths(source.anatomy))
+    check_fits(blend, base_name=base_name, family=source.family.name, paths=paths, shapes=source.shapes)
+    appended = word_rows(united_words(blend), source) if rows else {}
+    return Merged(total=blend_sum(blend, source.anatomy), bases=changes, config=config, appended=appended)
 
 
 def loaded_terms(source: Checkpoint, bases: Sequence[BaseTerm]) -> tuple[tuple[BaseChange, ...], tuple[BaseTerm, ...]]:
@@ -151,6 +147,11 @@ def other_checkpoint(source: Checkpoint, name: str, known_hash: str) -> Checkpoi
     return other
 
 
+def recipe_hashes(base: Checkpoint, touched: Iterable[str]) -> dict[str, str]:
+    """What a recipe tells a base by: all of it, and the parameters that the merge changes."""
+    return {"base_hash": base.hash, "touched_hash": touched_hash(base, touched)}
+
+
 def refuse_twice(source: Checkpoint, output: Path, recipe: MergeRecipe) -> None:
     """Raise ConfigError for a base that has the merge in it already, OutputError for an output that is there."""
     found = find_merge_recipe(source.path)
@@ -160,60 +161,3 @@ def refuse_twice(source: Checkpoint, output: Path, recipe: MergeRecipe) -> None:
         )
     if output.suffix == ".safetensors" and output.is_file():
         raise OutputError(f"{output}: already there; give another output, or --force to replace it")
-
-
-def with_rows(file: OutputFile, appended: Mapping[str, Tensor]) -> OutputFile:
-    """The file with room for the rows that are put below some of its tensors."""
-
-    def grown(tensor: OutputTensor) -> OutputTensor:
-        more = sum(appended[part.name].shape[0] for part in tensor.parts if part.name in appended)
-        dtype, shape = tensor.kind
-        return replace(tensor, kind=(dtype, (shape[0] + more, *shape[1:]))) if more else tensor
-
-    return replace(file, tensors={key: grown(tensor) for key, tensor in file.tensors.items()})
-
-
-def refuse_full_disk(output: Path, plan: OutputPlan) -> None:
-    """Raise OutputError now if the weights do not fit on the disk."""
-    folder = next(folder for folder in output.resolve().parents if folder.is_dir())
-    free = shutil.disk_usage(folder).free
-    if free < plan.num_bytes:
-        raise OutputError(
-            f"{output}: needs {plan.num_bytes / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free there; "
-            "make room or give another output"
-        )
-
-
-@contextmanager
-def written(output: Path, plan: OutputPlan, merged: Merged, recipe: MergeRecipe | None) -> Iterator[Path]:
-    """A temporary file or folder with everything that is planned; it becomes the output if the block ends well.
-
-    Raises OutputError, BaseModelError if the base is cut short, ConfigError for values beyond the type's range.
-    """
-    single = not plan.files[0].name
-    try:
-        with (whole_file if single else whole_folder)(output) as part:
-            for name, source in plan.copies.items():
-                (part / name).parent.mkdir(parents=True, exist_ok=True)
-                (shutil.copytree if source.is_dir() else shutil.copyfile)(source, part / name)
-            for file in plan.files:
-                write_weights(part / file.name if file.name else part, file, merged, recipe)
-            for name, text in plan.texts.items():
-                (part / name).write_text(text, encoding="utf-8")
-            yield part
-    except (AdapterFormatError, FileNotFoundError) as error:
-        raise BaseModelError(f"the base cannot be read in full ({error}); it is damaged") from None
-
-
-def write_weights(path: Path, file: OutputFile, merged: Merged, recipe: MergeRecipe | None) -> None:
-    """One weight file; holds one tensor at a time."""
-    kinds = {key: tensor.kind for key, tensor in file.tensors.items()}
-    metadata = {key: text for key, text in file.metadata.items() if key != RECIPE_KEY}
-    metadata |= {RECIPE_KEY: recipe_json(recipe)} if recipe else {}
-    with path.open("wb") as opened, tqdm(total=len(kinds), desc="merge", unit="tensor", leave=False) as bar:
-
-        def value(key: str) -> Tensor:
-            bar.update()
-            return merged.value(file.tensors[key])
-
-        stream_safetensors(opened, kinds, metadata, value)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lora_diffusion.config import MergeConfig
 from lora_diffusion.errors import BaseModelError, ConfigError
 from lora_diffusion.formats.checkpoint import Checkpoint, Stored
 from lora_diffusion.formats.diffusers_folder import (
@@ -76,10 +77,10 @@ class OutputPlan:
         return sum(file.num_bytes for file in self.files)
 
 
-def output_plan(
-    base: Checkpoint, *, single: bool, like: Path | None, precision: str, shard_bytes: int | None
-) -> OutputPlan:
+def output_plan(base: Checkpoint, *, single: bool, like: Path | None, config: MergeConfig) -> OutputPlan:
     """The plan for a folder or a single file. Raises ConfigError, BaseModelError."""
+    precision = config.precision
+    shard_bytes = round(config.shard_gb * 1e9) if config.shard_gb else None
     if single:
         tensors = same_single(base, precision) if not base.is_folder else single_of_folder(base, precision)
         own = dict(header_of_base(base.path).metadata) if not base.is_folder else {}

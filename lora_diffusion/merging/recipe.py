@@ -18,6 +18,8 @@ from lora_diffusion.tags import weight_text
 
 RECIPE_FILE = "lora_diffusion_recipe.json"
 RECIPE_KEY = "lora_diffusion_recipe"
+BLANK = "0" * 64
+"""In place of a hash that is not known yet."""
 
 
 class MergeRecipe(Settings):
@@ -25,13 +27,13 @@ class MergeRecipe(Settings):
 
     kind: Literal["merge"] = "merge"
     base: str
-    base_hash: str
+    base_hash: str = BLANK
     adapters: tuple[BlendEntry, ...] = ()
     bases: tuple[BaseTerm, ...] = ()
     config: MergeConfig = MergeConfig()
     like: str = ""
     """Folder that lent tokenizer and configuration to a single file."""
-    touched_hash: str = ""
+    touched_hash: str = BLANK
     """Over the base's own values of what was changed; see `touched_hash`."""
     touched_types: tuple[str, ...] = ()
     """Their types."""

@@ -8,10 +8,10 @@ from lora_diffusion.config import MergeConfig
 from lora_diffusion.errors import BaseModelError, ConfigError, OutputError
 from lora_diffusion.files import whole_file, whole_folder
 from lora_diffusion.formats.checkpoint import Checkpoint, open_checkpoint
-from lora_diffusion.merging.checkpoints import written
 from lora_diffusion.merging.outputs import output_plan
 from lora_diffusion.merging.recipe import MergeRecipe, touched_hash
 from lora_diffusion.merging.values import Merged
+from lora_diffusion.merging.writing import written
 from lora_diffusion.models import find_checkpoint
 
 
@@ -56,7 +56,7 @@ def take_out(merged: Path, recipe: MergeRecipe, blend: Blend, output: Path) -> N
         raise ConfigError(f"{merged}: {reason}; give the base (hash {recipe.base_hash[:12]}) with --base")
     config = MergeConfig(precision=recipe.touched_types[0])  # type: ignore[arg-type]
     total = blend_sum(blend, source.anatomy)
-    plan = output_plan(source, single=not source.is_folder, like=None, precision=config.precision, shard_bytes=None)
+    plan = output_plan(source, single=not source.is_folder, like=None, config=config)
     with written(output, plan, Merged(total=negative(total), bases=(), config=config), None) as part:
         if touched_hash(open_checkpoint(part), total.names) != recipe.touched_hash:
             raise ConfigError(
