@@ -16,7 +16,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
 from lora_diffusion.errors import AdapterFormatError
 from lora_diffusion.files import whole_file
@@ -284,8 +284,14 @@ def header_bytes(kinds: Mapping[str, TensorKind], metadata: Mapping[str, str]) -
     return len(text).to_bytes(8, "little") + text
 
 
+class Sink(Protocol):
+    """What bytes can be written to, one after another."""
+
+    def write(self, data: bytes | memoryview, /) -> object: ...
+
+
 def stream_safetensors(
-    file: BinaryIO,
+    file: Sink,
     kinds: Mapping[str, TensorKind],
     metadata: Mapping[str, str],
     tensor: Callable[[str], Tensor],

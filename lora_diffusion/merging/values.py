@@ -48,8 +48,8 @@ class Merged:
         if exact is None:
             return own.to(dtype)
         value = rounded(exact, dtype, part.name, self.config)
-        self.error += float((value.float() - exact).double().square().sum())
-        self.delta += float((exact - own.float()).double().square().sum()) if exact.shape == own.shape else 0.0
+        self.error += squared_norm(torch.sub(value, exact))
+        self.delta += squared_norm(torch.sub(own, exact)) if exact.shape == own.shape else 0.0
         return value
 
     def exact(self, name: str, own: Tensor) -> Tensor | None:
@@ -71,6 +71,11 @@ class Merged:
     def rounding_error(self) -> float:
         """Norm of what rounding changed over norm of what the merge changes."""
         return (self.error / self.delta) ** 0.5 if self.delta else 0.0
+
+
+def squared_norm(tensor: Tensor) -> float:
+    """The squared Frobenius norm of a float32 tensor."""
+    return float(torch.linalg.vector_norm(tensor)) ** 2
 
 
 def rounded(exact: Tensor, dtype: torch.dtype, name: str, config: MergeConfig) -> Tensor:

@@ -15,6 +15,7 @@ from lora_diffusion.formats.safetensors_file import header_bytes, stream_safeten
 from lora_diffusion.merging.outputs import OutputFile, OutputPlan, OutputTensor
 from lora_diffusion.merging.recipe import RECIPE_KEY, MergeRecipe, recipe_json
 from lora_diffusion.merging.values import Merged
+from lora_diffusion.write_behind import write_behind
 
 
 def with_rows(plan: OutputPlan, appended: Mapping[str, Tensor]) -> OutputPlan:
@@ -64,9 +65,9 @@ def written(output: Path, plan: OutputPlan, merged: Merged, recipe: MergeRecipe 
 
 
 def write_weights(path: Path, file: OutputFile, merged: Merged, recipe: MergeRecipe | None) -> None:
-    """One weight file; holds one tensor at a time."""
+    """One weight file; holds two tensors at a time, the one that is computed and the one that is written."""
     kinds = {key: tensor.kind for key, tensor in file.tensors.items()}
-    with path.open("wb") as opened, tqdm(total=len(kinds), desc="merge", unit="tensor", leave=False) as bar:
+    with write_behind(path) as opened, tqdm(total=len(kinds), desc="merge", unit="tensor", leave=False) as bar:
 
         def value(key: str) -> Tensor:
             bar.update()

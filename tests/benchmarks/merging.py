@@ -1,11 +1,11 @@
 """What merging four adapters into a checkpoint costs: against copying the files, and diffusers with PEFT.
 
-    python tests/benchmarks/merging.py
+    PYTHONPATH=tests python tests/benchmarks/merging.py
 
-SD 1.5's UNet with random weights in float16 beside the embedded base's other parts; adapters of rank 16 on its 128
-attention projections. Each way runs in a process of its own, in turn, and writes to disk and syncs; wall time, as files
-are what it is about. Memory is how far the process grows above what it holds before, which for ours has the adapters in
-it. Writes `merging.json` beside this script.
+UNets of SD 1.5's and SDXL's size with random weights in float16, beside small text encoders and autoencoders; adapters
+of rank 16 on all attention projections. Each way runs in a process of its own, in turn, and writes to disk and syncs;
+wall time, as files are what it is about. Memory is how far the process grows above what it holds before, which for ours
+has the adapters in it. Writes `merging.json` beside this script.
 """
 
 import argparse
@@ -21,23 +21,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from full_size import base_around, new_unet, pipeline_around, write_adapters
 from measuring import machine, status_mb
+from random_bases import write_random_sdxl
 
+from lora_diffusion.allocator import keep_freed_memory
 from lora_diffusion.blend import Blend, WeightedAdapter
 from lora_diffusion.files import sync
 from lora_diffusion.formats.reading import load_adapter
 from lora_diffusion.merging import merge
+from lora_diffusion.models import quiet_libraries
 
 WEIGHTS = (0.9, 0.8, 0.7, 0.6)
-ROUNDS = 3
+ROUNDS = 5
 
 
 def prepare(folder: Path) -> None:
-    """The base and the adapters."""
-    unet = new_unet("sd1", torch.float16)
-    pipeline_around(unet).save_pretrained(folder / "base")
-    write_adapters(base_around(unet, "sd1"), folder, len(WEIGHTS))
+    """The base, of the family that the folder is named after, and the adapters."""
+    family = folder.name
+    unet = new_unet(family, torch.float16)
+    (pipeline_around if family == "sd1" else xl_pipeline_around)(unet).save_pretrained(folder / "base")
+    write_adapters(base_around(unet, family), folder, len(WEIGHTS))
+
+
+def xl_pipeline_around(unet: UNet2DConditionModel) -> StableDiffusionXLPipeline:
+    """diffusers' pipeline with that UNet; the other parts are those of the tests' random base."""
+    with tempfile.TemporaryDirectory() as scratch, quiet_libraries():
+        small: Any = StableDiffusionXLPipeline.from_pretrained(write_random_sdxl(Path(scratch) / "xl"))
+        return StableDiffusionXLPipeline(**{**small.components, "unet": unet})
 
 
 def copied(folder: Path, output: Path) -> None:
@@ -45,7 +57,7 @@ def copied(folder: Path, output: Path) -> None:
 
 
 def ours(folder: Path, output: Path) -> None:
-    """The sampled base is of SD 1.5's shape, and so is what `merge` finds."""
+    keep_freed_memory()  # as every command does
     pairs = zip(adapters_in(folder), WEIGHTS, strict=True)
     entries = [WeightedAdapter(adapter=load_adapter(file), weight=weight, path=file) for file, weight in pairs]
     merge(str(folder / "base"), Blend(entries=tuple(entries)), output)
@@ -53,9 +65,9 @@ def ours(folder: Path, output: Path) -> None:
 
 def peer(folder: Path, output: Path) -> None:
     """diffusers as its documentation says: load, fuse, save."""
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
-    pipe: Any = StableDiffusionPipeline.from_pretrained(folder / "base", torch_dtype=torch.float16)
+    pipe: Any = DiffusionPipeline.from_pretrained(folder / "base", torch_dtype=torch.float16)
     files = adapters_in(folder)
     for file in files:
         pipe.load_lora_weights(file, adapter_name=file.stem)
@@ -99,23 +111,27 @@ def main() -> None:
         if way == "prepare":
             return prepare(Path(folder))
         return print(json.dumps(measured(way, Path(folder))))
+    facts = {"machine": machine(), "rounds": ROUNDS, **{family: compared(family) for family in ("sd1", "sdxl")}}
+    Path(__file__).with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+    print(json.dumps(facts, indent=1))
+
+
+def compared(family: str) -> dict[str, object]:
+    """Medians over rounds in which each way has its turn."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        subprocess.run([sys.executable, __file__, "--worker", "prepare", scratch], check=True)
+        folder = Path(scratch) / family
+        folder.mkdir()
+        subprocess.run([sys.executable, __file__, "--worker", "prepare", str(folder)], check=True)
         size = sum(file.stat().st_size for file in (folder / "base").rglob("*") if file.is_file()) / 1e6
         rounds = [{way: in_own_process(way, folder) for way in WAYS} for _ in range(ROUNDS)]
     seconds = {way: statistics.median(found[way]["seconds"] for found in rounds) for way in WAYS}
     grown = {way: statistics.median(found[way]["mb"] for found in rounds) for way in WAYS}
-    facts = {
-        "machine": machine(),
+    return {
         "checkpoint_mb": round(size),
-        "rounds": ROUNDS,
         "seconds": {way: round(value, 2) for way, value in seconds.items()},
         "times_copying": {way: round(seconds[way] / seconds["copy"], 2) for way in ("ours", "peer")},
         "memory_of_checkpoint": {way: round(grown[way] * 1.048576 / size, 3) for way in ("ours", "peer")},
     }
-    Path(__file__).with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
-    print(json.dumps(facts, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,41 @@
+"""Writing a large file beside the arithmetic: one thread hands bytes to the system, one has them put on disk."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+class WriteBehind:
+    """What is written goes to a thread, one piece ahead at most; errors there come up at the next call."""
+
+    def __init__(self, file: BinaryIO, threads: ThreadPoolExecutor) -> None:
+        self.file, self.threads = file, threads
+        self.writing: Future[None] | None = None
+        self.syncing: Future[None] | None = None
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Hand over bytes, which must not change before the next call."""
+        self.wait()
+        self.writing = self.threads.submit(self.put, data)
+        if self.syncing is None or self.syncing.done():
+            self.syncing = self.threads.submit(os.fsync, self.file.fileno())
+
+    def wait(self) -> None:
+        """Return when all is written. Raises what writing raised."""
+        if self.writing is not None:
+            self.writing.result()
+
+    def put(self, data: bytes | memoryview) -> None:
+        self.file.write(data)
+
+
+@contextmanager
+def write_behind(path: Path) -> Iterator[WriteBehind]:
+    """A new file to write to; complete, but not all on disk, when the block ends. Raises OSError."""
+    with path.open("wb") as file, ThreadPoolExecutor(2) as threads:
+        behind = WriteBehind(file, threads)
+        yield behind
+        behind.wait()
