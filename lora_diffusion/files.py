@@ -1,7 +1,9 @@
 """Files that are there in full or not at all: written beside, synced, renamed; and where the package keeps its own."""
 
 import contextlib
+import glob
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -59,7 +61,8 @@ def beside(path: Path) -> Iterator[Path]:
     try:
         absent = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", dir=path.parent))
+        remove_abandoned(path)
+        scratch = Path(tempfile.mkdtemp(prefix=f"{scratch_name(path)}{os.getpid()}-", dir=path.parent))
         yield scratch
     except OutputError:
         raise
@@ -74,6 +77,30 @@ def beside(path: Path) -> Iterator[Path]:
         for folder in absent:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+def scratch_name(path: Path) -> str:
+    """How names of scratch folders for `path` begin on this machine; the process's number follows."""
+    return f".{path.name[:40]}.{platform.node()}-"
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove the scratch folders for `path` of processes that were killed, as none of their own code could."""
+    start = scratch_name(path)
+    for folder in path.parent.glob(f"{glob.escape(start)}*"):
+        process = folder.name.removeprefix(start).partition("-")[0]
+        if process.isdigit() and not is_running(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def sync(path: Path) -> None:

@@ -4,6 +4,7 @@ Each command's own module is imported when that command is called, or when help 
 """
 
 import importlib
+import signal
 import sys
 from typing import Any
 
@@ -56,9 +57,13 @@ def parsed(arguments: list[str]) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, or 2 for bad input, with one sentence on standard error."""
+    """Run a command; returns the exit code: 0, or 2 for bad input, with one sentence on standard error.
+
+    A command that is stopped by Ctrl-C or SIGTERM cleans up behind itself and ends with 130 or 143, as shells have it.
+    """
     command = parsed(sys.argv[1:] if arguments is None else arguments)
     keep_freed_memory()
+    signal.signal(signal.SIGTERM, terminated)
     try:
         return command.run() or 0
     except LoRADiffusionError as error:
@@ -67,6 +72,17 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Terminated:
+        print("stopped by SIGTERM", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which unwinds a command as Ctrl-C does."""
+
+
+def terminated(_number: int, _frame: object) -> None:
+    raise Terminated
