@@ -3,7 +3,7 @@
 Goes module by module, so that no more than one module's spectra are in memory at once.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -20,13 +20,10 @@ from lora_diffusion.algebra.low_rank import Spectrum, spectrum_of
 from lora_diffusion.algebra.overlap import Overlap, overlap_of, summed
 from lora_diffusion.algebra.similarity import Likeness, directions_of, likeness, mean_grid
 from lora_diffusion.algebra.spectra import SpectrumFacts, block_facts, spectrum_facts
-from lora_diffusion.anatomy import changeable_paths
-from lora_diffusion.blend import Blend, WeightedAdapter, check_fits, wanted_shapes
+from lora_diffusion.blend import Blend, WeightedAdapter
 from lora_diffusion.errors import ConfigError, FamilyMismatchError
 from lora_diffusion.families import family_title
-from lora_diffusion.formats.diffusers_folder import anatomy_of_folder, find_parameters
 from lora_diffusion.formats.reading import load_adapter
-from lora_diffusion.formats.safetensors_file import map_safetensors
 from lora_diffusion.inspection import block_of
 from lora_diffusion.layers import Layer
 
@@ -54,21 +51,22 @@ class Together:
 def analyse_files(paths: Sequence[Path], base: str = "", ignore: Sequence[str] = ()) -> Facts:
     """Spectra of each adapter, overlap and similarity of each two, and, with a base, amplification.
 
-    `base` is `tiny-sd`, a folder or a hub id; only the weights that the adapters change are looked at. Raises
-    ConfigError for no adapter or one without a delta to decompose, FamilyMismatchError for adapters of different
+    `base` is `tiny-sd`, a folder, a single file or a hub id; only the weights that the adapters change are looked at.
+    Raises ConfigError for no adapter or one without a delta to decompose, FamilyMismatchError for adapters of different
     families or a base that is not theirs, AdapterFormatError and BaseModelError for files that cannot be read.
     """
     if not paths:
         raise ConfigError("no adapter to analyse; give at least one file")
     adapters = [load_adapter(path, ignore=ignore) for path in paths]
     check_same_base(adapters, paths)
-    weights = base_weights(base, adapters) if base else {}
+    weight_of = base_weights(base, adapters) if base else nothing_known
     alone = [Alone() for _ in adapters]
     together = {pair: Together() for pair in combinations(range(len(adapters)), 2)}
     modules = sorted({module for adapter in adapters for module in adapter.layers})
     for module in tqdm(modules, desc="analyse", unit="module", leave=False):
-        spectra = [spectrum_at(*pair, module, weights.get(module)) for pair in zip(adapters, alone, strict=True)]
-        add_alone(alone, spectra, module, weights.get(module))
+        weight = weight_of(module)
+        spectra = [spectrum_at(*pair, module, weight) for pair in zip(adapters, alone, strict=True)]
+        add_alone(alone, spectra, module, weight)
         add_together(together, spectra, module)
     for path, found in zip(paths, alone, strict=True):
         if not found.spectra:
@@ -103,29 +101,20 @@ def check_same_base(adapters: Sequence[Adapter], paths: Sequence[Path]) -> None:
                 )
 
 
-def base_weights(base: str, adapters: Sequence[Adapter]) -> dict[str, Tensor]:
-    """The weights of every module that the adapters change, as pages of the base's own files.
+def base_weights(base: str, adapters: Sequence[Adapter]) -> Callable[[str], Tensor | None]:
+    """What reads the base's weight of a module, if an adapter changes it.
 
     Raises BaseModelError, FamilyMismatchError if anything finds no weight of its shape.
     """
-    from lora_diffusion.models import find_base  # slow to import, and nothing else here needs it
+    from lora_diffusion.models import fitting_checkpoint  # slow to import, and nothing else here needs it
 
-    folder = find_base(base)
-    family, anatomy = anatomy_of_folder(folder)
-    found = find_parameters(folder, {name for adapter in adapters for name in wanted_shapes(adapter)})
-    check_fits(
-        Blend(entries=tuple(WeightedAdapter(adapter=adapter) for adapter in adapters)),
-        base_name=base,
-        family=family.name,
-        paths=frozenset(changeable_paths(anatomy)),
-        shapes={name: place.shape for name, place in found.items()},
-    )
-    files = {file: map_safetensors(file) for file in {place.file for place in found.values()}}
-    return {
-        name.removesuffix(".weight"): files[place.file][place.key]
-        for name, place in found.items()
-        if name.endswith(".weight")
-    }
+    blend = Blend(entries=tuple(WeightedAdapter(adapter=adapter) for adapter in adapters))
+    parameters = fitting_checkpoint(base, blend).parameters
+    return lambda module: parameters[f"{module}.weight"].read()
+
+
+def nothing_known(_module: str) -> None:
+    """The weight of a module where no base is given."""
 
 
 def spectrum_at(adapter: Adapter, found: Alone, module: str, weight: Tensor | None) -> Spectrum | None:

@@ -16,11 +16,11 @@ from lora_diffusion.algebra.rounding import rounding_error
 from lora_diffusion.anatomy import ANATOMIES
 from lora_diffusion.blend import Blend, WeightedAdapter
 from lora_diffusion.config import WeightType
-from lora_diffusion.errors import ConfigError, OutputError
-from lora_diffusion.files import check_writable
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.files import check_output
 from lora_diffusion.formats.native import save_adapter
-from lora_diffusion.formats.reading import FOLDER_FILE
 from lora_diffusion.inspection import block_of, size_of
+from lora_diffusion.layers import DoRALayer, FullLayer
 from lora_diffusion.precision import dtype_name, torch_dtype
 from lora_diffusion.preset import BlendEntry
 from lora_diffusion.recipe import blend_entries
@@ -39,6 +39,8 @@ class Combination:
     """Which rank each module gets; without a rule nothing is cut off, and ranks add up."""
     consensus: ConsensusConfig | None = None
     """What decides where adapters disagree; without it they are summed."""
+    base: str = ""
+    """The base that DoRA layers are for, which have no delta without it."""
     dtype: WeightType = "keep"
     """Type of the layers' tensors; `keep` is that of the inputs, or float32 if they differ. Words keep theirs."""
     force: bool = False
@@ -73,7 +75,7 @@ def combine_files(entries: Sequence[BlendEntry], output: Path, how: Combination)
     active = [entry for entry in blend.entries if not is_off(entry.weight)]
     if not active:
         raise ConfigError("nothing to combine; give at least one adapter with a weight other than 0")
-    exact, report = one_adapter(blend, how)
+    exact, report = one_adapter(with_deltas(blend, how.base) if how.base else blend, how)
     dtype = common_type(active) if how.dtype == "keep" else torch_dtype(how.dtype)
     rounded = replace(cast(exact, dtype), tokens=exact.tokens)
     if rounded.non_finite:
@@ -109,16 +111,24 @@ def one_adapter(blend: Blend, how: Combination) -> tuple[Adapter, CompressionRep
     return replace(adapter, tokens=united_words(blend)), report
 
 
-def check_output(output: Path, sources: Sequence[Path], *, force: bool) -> None:
-    """Raise OutputError unless the output can be written, is no input, and is free or may be replaced."""
-    if output.suffix != ".safetensors":
-        raise OutputError(f"{output}: expected a file to write that ends in .safetensors")
-    files = [file for source in sources for file in (source, source / FOLDER_FILE) if file.exists()]
-    if output.exists() and any(output.samefile(file) for file in files):
-        raise OutputError(f"{output}: is one of the inputs; give another output")
-    if output.exists() and not force:
-        raise OutputError(f"{output}: already there; give another output, or --force to replace it")
-    check_writable(output)
+def with_deltas(blend: Blend, base: str) -> Blend:
+    """The blend with what each DoRA layer changes in the base's own weight in that layer's place, as a full difference.
+
+    That is how a blend applies it: beside the others, never on top of them. Raises BaseModelError, FamilyMismatchError.
+    """
+    from lora_diffusion.models import fitting_checkpoint  # slow to import, and nothing else here needs it
+
+    parameters = fitting_checkpoint(base, blend).parameters
+
+    def plain(adapter: Adapter) -> Adapter:
+        changed = {
+            path: FullLayer(diff=layer.delta(parameters[f"{path}.weight"].read()))
+            for path, layer in adapter.layers.items()
+            if isinstance(layer, DoRALayer)
+        }
+        return replace(adapter, layers={**adapter.layers, **changed})
+
+    return Blend(entries=tuple(replace(entry, adapter=plain(entry.adapter)) for entry in blend.entries))
 
 
 def common_type(entries: Sequence[WeightedAdapter]) -> torch.dtype:
@@ -170,6 +180,7 @@ def record(
         "consensus": asdict(how.consensus) if how.consensus else None,
         "relative_error": 0.0 if report is None else report.total.relative,
         "rounding_error": rounding,
+        "base": how.base,
     }
     return {key: value for key, value in training.items() if key not in STALE} | {"combination": made}
 

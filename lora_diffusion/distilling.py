@@ -7,8 +7,8 @@ import torch
 
 from lora_diffusion.blend import Blend
 from lora_diffusion.commands import Means, prepared_blend
-from lora_diffusion.errors import ConfigError, OutputError
-from lora_diffusion.files import check_writable
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.files import check_output
 from lora_diffusion.formats.native import save_adapter
 from lora_diffusion.models import load_base
 from lora_diffusion.plans import Plan
@@ -66,17 +66,6 @@ def distil_file(
     result = distil(base, found.blend, plan.composition, prompts, config, backup=backup)
     save_adapter(result.adapter, output)
     return Distilled(path=output, result=result, notes=(*plan.notes, *found.notes))
-
-
-def check_output(output: Path, inputs: list[Path], *, force: bool) -> None:
-    """Raise ConfigError for a path that is no place for the adapter, OutputError for one that is taken."""
-    if output.suffix != ".safetensors":
-        raise ConfigError(f"output {str(output)!r} does not end in .safetensors; adapters are saved as such")
-    if output.resolve() in [path.resolve() for path in inputs]:
-        raise ConfigError(f"{output}: is one of the adapters to distil; give another output")
-    if output.exists() and not force:
-        raise OutputError(f"{output}: already there; give another output, or --force to replace it")
-    check_writable(output)
 
 
 def prompts_from(source: PromptSource, blend: Blend) -> tuple[str, ...]:

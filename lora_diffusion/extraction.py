@@ -11,14 +11,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lora_diffusion.adapter import Adapter, AdapterMetadata
-from lora_diffusion.algebra.cut_rules import Rule
 from lora_diffusion.algebra.extract import Approximation, Extraction, approximate, difference, extract, finite, norm
 from lora_diffusion.algebra.range_finder import Sketch
+from lora_diffusion.algebra.rank_rules import RankRule
 from lora_diffusion.anatomy import changeable_paths
 from lora_diffusion.blend import same_weight
-from lora_diffusion.combining import check_output
 from lora_diffusion.config import WeightType
 from lora_diffusion.errors import ConfigError, FamilyMismatchError
+from lora_diffusion.files import check_output
 from lora_diffusion.formats.checkpoint import Checkpoint
 from lora_diffusion.formats.diffusers_folder import read_json
 from lora_diffusion.formats.native import save_adapter
@@ -36,7 +36,7 @@ SKETCHES: Mapping[Method, Sketch | None] = {"exact": None, "randomised": Sketch(
 class Extracting:
     """What is taken out of a checkpoint, and how."""
 
-    rule: Rule
+    rule: RankRule
     method: Method = "exact"
     unet: tuple[str, ...] = ("all",)
     text_encoders: tuple[str, ...] = ("all",)

@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lora_diffusion.errors import OutputError
@@ -116,6 +116,18 @@ def check_writable(path: Path) -> None:
     """Raise OutputError now, rather than after an hour's work, if nothing can be written at `path`."""
     with beside(path):
         pass
+
+
+def check_output(output: Path, inputs: Iterable[Path], *, force: bool) -> None:
+    """Raise OutputError unless an adapter can be written there: it is no input, and is free or may be replaced."""
+    if output.suffix != ".safetensors":
+        raise OutputError(f"{output}: expected a file to write that ends in .safetensors")
+    files = [file for path in inputs if path.exists() for file in (path, *path.glob("*.safetensors"))]
+    if output.exists() and any(output.samefile(file) for file in files):
+        raise OutputError(f"{output}: is one of the inputs; give another output")
+    if output.exists() and not force:
+        raise OutputError(f"{output}: already there; give another output, or --force to replace it")
+    check_writable(output)
 
 
 def sample_data() -> Path:

@@ -26,7 +26,8 @@ from diffusers import (
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lora_diffusion.anatomy import Anatomy, module_paths
+from lora_diffusion.anatomy import Anatomy, changeable_paths, module_paths
+from lora_diffusion.blend import Blend, check_fits
 from lora_diffusion.config import EMBEDDED_BASE, Scheduler
 from lora_diffusion.errors import BaseModelError
 from lora_diffusion.families import Family
@@ -101,6 +102,24 @@ def find_checkpoint(name: str) -> Checkpoint:
     """
     path = Path(name)
     return open_checkpoint(path.resolve() if path.is_file() else find_base(name))
+
+
+def fitting_checkpoint(name: str, blend: Blend) -> Checkpoint:
+    """The same, if everything in every adapter finds its tensor there. Raises FamilyMismatchError as well."""
+    checkpoint = find_checkpoint(name)
+    check_fits_checkpoint(blend, checkpoint, name)
+    return checkpoint
+
+
+def check_fits_checkpoint(blend: Blend, checkpoint: Checkpoint, name: str) -> None:
+    """Raise FamilyMismatchError unless everything in every adapter finds a tensor of its shape."""
+    check_fits(
+        blend,
+        base_name=name,
+        family=checkpoint.family.name,
+        paths=frozenset(changeable_paths(checkpoint.anatomy)),
+        shapes=checkpoint.shapes,
+    )
 
 
 def download(name: str) -> Path:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from lora_diffusion.adapter import Adapter
 from lora_diffusion.algebra.shared_factors import member, shared
 from lora_diffusion.errors import ConfigError, OutputError
+from lora_diffusion.files import check_output
 from lora_diffusion.formats.native import save_adapter
 from lora_diffusion.formats.packed import load_pack, names_in, save_pack
 from lora_diffusion.formats.reading import load_adapter
@@ -70,15 +71,7 @@ def pack_files(sources: Sequence[Path], output: Path, how: Packing) -> Packed:
     FamilyMismatchError; AdapterFormatError for a file that cannot be read.
     """
     files = named_files(sources)
-    inside = next(
-        (path for path in files.values() if output.exists() and path.exists() and path.samefile(output)), None
-    )
-    if inside is not None:
-        raise OutputError(f"{output}: is one of the inputs; give another output")
-    if output.exists() and not how.force:
-        raise OutputError(f"{output}: already there; give another output, or --force to replace it")
-    if output.suffix != ".safetensors":
-        raise OutputError(f"{output}: expected an output that ends in .safetensors")
+    check_output(output, files.values(), force=how.force)
     adapters = {name: load_adapter(path) for name, path in tqdm(files.items(), unit="file", disable=len(files) < 20)}
     family = shared(adapters, how.rank, type_of(adapters) if how.dtype == "keep" else torch_dtype(how.dtype))
     save_pack(family, output)

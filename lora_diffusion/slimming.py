@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lora_diffusion.adapter import Adapter, cast
 from lora_diffusion.algebra.sparsify import Scope, Sparsity, sparse_deltas, sparse_factors, sparsity
-from lora_diffusion.errors import AdapterFormatError, ConfigError, OutputError
+from lora_diffusion.errors import AdapterFormatError, ConfigError
+from lora_diffusion.files import check_output
 from lora_diffusion.formats.native import save_adapter
 from lora_diffusion.formats.reading import load_adapter
 from lora_diffusion.inspection import block_of, size_of
@@ -60,7 +61,7 @@ def sparsify_file(source: Path, output: Path, how: Slimming) -> Slimmed:
     something is there already or if the output is the input, ConfigError for a share or layers that cannot be pruned,
     or a type that cannot hold them, AdapterFormatError.
     """
-    check_output(output, source, force=how.force)
+    check_output(output, [source], force=how.force)
     before = load_adapter(source)
     if not before.layers:
         raise AdapterFormatError(f"{source}: has no layers to prune; expected a LoRA")
@@ -77,14 +78,6 @@ def sparsify_file(source: Path, output: Path, how: Slimming) -> Slimmed:
         bytes_before=size_of(source),
         bytes_after=size_of(output),
     )
-
-
-def check_output(output: Path, source: Path, *, force: bool) -> None:
-    """Raise OutputError if the output is the input, or there already and not to be replaced."""
-    if output.exists() and source.exists() and output.samefile(source):
-        raise OutputError(f"{output}: is the input itself; give another output")
-    if output.exists() and not force:
-        raise OutputError(f"{output}: already there; give another output, or --force to replace it")
 
 
 def like(pruned: Adapter, before: Adapter) -> Adapter:

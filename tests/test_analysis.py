@@ -18,14 +18,17 @@ from lora_diffusion.adapter import Adapter
 from lora_diffusion.algebra.low_rank import spectrum_of, truncated
 from lora_diffusion.analysis import analyse_files
 from lora_diffusion.analysis_text import describe_analysis
+from lora_diffusion.blend import Blend
 from lora_diffusion.cli.analysis import Analyse
 from lora_diffusion.errors import BaseModelError, ConfigError, FamilyMismatchError, OutputError
 from lora_diffusion.files import sample_data
 from lora_diffusion.formats.native import save_adapter
 from lora_diffusion.formats.reading import load_adapter
 from lora_diffusion.layers import DoRALayer, Layer, LoRALayer
+from lora_diffusion.merging import merge
 from lora_diffusion.models import Base
 from lora_diffusion.patching import weight_at
+from lora_diffusion.preset import BaseTerm
 
 ADAPTERS = sample_data() / "adapters"
 Saved = Callable[..., Path]
@@ -131,7 +134,7 @@ def dora(base: Base, layer: LoRALayer, path: str) -> DoRALayer:
 
 
 def test_dora_is_left_out_without_the_base_and_measured_with_it(
-    sd: Base, saved: Saved, capsys: pytest.CaptureFixture[str]
+    sd: Base, saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = random_adapter(sd, seed=1)
     path, layer = next(iter(plain.layers.items()))
@@ -140,10 +143,12 @@ def test_dora_is_left_out_without_the_base_and_measured_with_it(
     file = saved(mixed, "mixed")
     assert run(file) == 0
     assert f"mixed: 1 modules left out, DoRA needs the base's weight (first: {path})" in capsys.readouterr().out
-    found = analyse_files([file], base=str(sd.folder))["adapters"][0]
+    merge(str(sd.folder), Blend(), tmp_path / "one.safetensors", bases=[BaseTerm(added=str(sd.folder), weight=0.0)])
     delta = mixed.layers[path].delta(weight_at(sd, path))
-    assert found["left_out"] == {}
-    assert found["modules"][path]["norm"] == pytest.approx(float(delta.norm()), rel=1e-4)
+    for base in (sd.folder, tmp_path / "one.safetensors"):
+        found = analyse_files([file], base=str(base))["adapters"][0]
+        assert found["left_out"] == {}
+        assert found["modules"][path]["norm"] == pytest.approx(float(delta.norm()), rel=1e-4)
 
 
 def test_refusals_say_what_to_do(sd: Base, sdxl: Base, saved: Saved) -> None:

@@ -21,6 +21,10 @@ from lora_diffusion.formats.reading import load_adapter
 from lora_diffusion.merging import merge
 from lora_diffusion.models import Base, load_base, module_at, quiet_libraries
 
+KINDS = [kind for kind in LYCORIS if "tucker" not in kind and kind != "dora-in"]
+"""Tucker's form is for kernels; a magnitude per input is what LyCORIS writes but does not read again."""
+SUMS = [kind for kind in KINDS if "dora" not in kind]
+"""Whose effect is linear in the weight; LyCORIS scales DoRA's delta and magnitude apart, we what they come to."""
 WEIGHTS = {"one": 0.8, "two": -0.5}
 
 
@@ -60,18 +64,20 @@ def fused(base: Base, files: dict[str, Path]) -> Base:
 
 
 @pytest.mark.parametrize("output", ["merged", "merged.safetensors"])
-@pytest.mark.parametrize("weight", [1.0, 0.6])
-def test_it_is_what_lycoris_shows(weight: float, output: str, sd: Base, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("weight", "kinds"), [(1.0, KINDS), (0.6, SUMS)], ids=["all", "sums"])
+def test_it_is_what_lycoris_shows(weight: float, kinds: list[str], output: str, sd: Base, tmp_path: Path) -> None:
     """A file with every kind of layer that LyCORIS writes, through its own modules around the UNet's."""
     file = tmp_path / "lycoris.safetensors"
-    save_file(every_kind(sd), file)
+    save_file(layers_of(kinds, sd), file)
     blend = Blend(entries=(WeightedAdapter(adapter=load_adapter(file), weight=weight),))
     merge(str(sd.folder), blend, tmp_path / output)
     ours = unet_of(sd, tmp_path / output)
     theirs: Any = load_base(str(sd.folder), device=torch.device("cpu")).pipe.unet
     plain = predicted(theirs)
-    for name, path in every_path(sd):
-        module = make_module(*get_module(load_file(file), name), name, theirs.get_submodule(path.removeprefix("unet.")))
+    for name, path in zip(*places(kinds, sd), strict=True):
+        kind: Any
+        kind, factors = get_module(load_file(file), name)
+        module: Any = make_module(kind, factors, name, theirs.get_submodule(path.removeprefix("unet.")))
         module.multiplier = weight
         module.apply_to()
     expected = predicted(theirs)
@@ -80,24 +86,21 @@ def test_it_is_what_lycoris_shows(weight: float, output: str, sd: Base, tmp_path
     assert (predicted(ours) - expected).abs().max() < 1e-4 * effect
 
 
-KINDS = [kind for kind in LYCORIS if "tucker" not in kind and kind != "dora-in"]
-"""Tucker's form is for kernels; a magnitude per input is what LyCORIS writes but does not read again."""
-
-
-def every_kind(base: Base) -> dict[str, Tensor]:
+def layers_of(kinds: list[str], base: Base) -> dict[str, Tensor]:
     """One layer of each kind, each on a projection of the UNet of its own."""
     tensors: dict[str, Tensor] = {}
-    for kind, (name, path) in zip(KINDS, every_path(base), strict=True):
+    for kind, name, path in zip(kinds, *places(kinds, base), strict=True):
         build, options = LYCORIS[kind]
         module: Any = build(name, clone(module_at(base, path)), **options)
         tensors |= {f"{name}.{key}": value for key, value in random_state(module).items()}
     return tensors
 
 
-def every_path(base: Base) -> list[tuple[str, str]]:
+def places(kinds: list[str], base: Base) -> tuple[list[str], list[str]]:
     """As many projections as there are kinds, by kohya's name and ours."""
     paths = [path for path in base.paths if path.startswith("unet.") and path.endswith(("to_q", "to_v", "ff.net.2"))]
-    return [(kohya_name(path, base.family.name), path) for path in paths[: len(KINDS)]]
+    paths = paths[: len(kinds)]
+    return [kohya_name(path, base.family.name) for path in paths], paths
 
 
 def clone(module: Any) -> nn.Module:

@@ -354,7 +354,7 @@ def test_files_are_not_replaced_unasked_and_inputs_never(files: Path, tmp_path: 
     pack_files([files], pack, Packing(rank=3, force=True))
     with pytest.raises(OutputError, match="is one of the inputs"):
         pack_files([files], first, Packing(rank=3, force=True))
-    with pytest.raises(OutputError, match=r"expected an output that ends in \.safetensors"):
+    with pytest.raises(OutputError, match=r"expected a file to write that ends in \.safetensors"):
         pack_files([files], tmp_path / "pack", Packing(rank=3))
     with pytest.raises(ConfigError, match="are both called 'file-0'"):
         pack_files([files, first], tmp_path / "x.safetensors", Packing(rank=3))

@@ -88,7 +88,7 @@ def weighted_layer(path: str, weight: float, layer: Layer) -> Layer:
         return layer
     if layer.kind == "DoRA":
         raise ConfigError(
-            f"{path}: a DoRA layer times {weight:g} is no DoRA layer; use weight 1, or give a base and a rank"
+            f"{path}: a DoRA layer times {weight:g} is no DoRA layer; use weight 1, or name its base with --base"
         )
     name = next(name for name in ("up", "w1_a", "w1") if name in layer.factors)
     return layer.with_factors({name: weight * layer.factors[name].float()})

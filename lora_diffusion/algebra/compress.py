@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from lora_diffusion.adapter import Adapter, AdapterMetadata
@@ -81,14 +80,11 @@ def together(losses: Sequence[ModuleLoss]) -> Loss:
     )
 
 
-def compress(
-    total: BlendSum, rule: RankRule, metadata: AdapterMetadata, weights: Mapping[str, Tensor] | None = None
-) -> tuple[Adapter, CompressionReport]:
+def compress(total: BlendSum, rule: RankRule, metadata: AdapterMetadata) -> tuple[Adapter, CompressionReport]:
     """The LoRA adapter whose delta at every module is the closest to the blend's among those of the rule's rank.
 
     Layers of every kind go through their sum; differences of one dimension, as norms have, and biases are summed as
-    they are. `weights` are the base's by module path, which DoRA needs. Raises ConfigError for DoRA without it, and for
-    sums beyond the range of float32.
+    they are. Raises ConfigError for DoRA, which is no sum without its base, and for sums beyond the range of float32.
     """
     layers: dict[str, Layer] = {}
     losses: dict[str, ModuleLoss] = {}
@@ -96,21 +92,20 @@ def compress(
         if len(joined_shape(terms)) == 1:
             layers[path] = full_sum(terms)
         else:
-            layers[path], losses[path] = compressed(path, terms, rule, (weights or {}).get(path))
+            layers[path], losses[path] = compressed(path, terms, rule)
     adapter = Adapter(layers=layers, biases=summed_biases(total), metadata=metadata)
     return adapter, CompressionReport(modules=losses)
 
 
-def compressed(path: str, terms: Sequence[Term], rule: RankRule, base: Tensor | None) -> tuple[Layer, ModuleLoss]:
+def compressed(path: str, terms: Sequence[Term], rule: RankRule) -> tuple[Layer, ModuleLoss]:
     """One module's layer, and what it lost."""
-    if base is None and any(layer.kind == "DoRA" for _, layer in terms):
-        raise ConfigError(f"{path}: the delta of a DoRA layer depends on the base's weight; give the base")
+    if any(layer.kind == "DoRA" for _, layer in terms):
+        raise ConfigError(f"{path}: the delta of a DoRA layer depends on the base's weight; name the base with --base")
     try:
-        spectrum = spectrum_of(terms, base)
+        spectrum = spectrum_of(terms)
     except LINALG.LinAlgError:
         raise ConfigError(f"{path}: the sum of deltas is beyond the range of float32; lower the weights") from None
-    if base is None:
-        spectrum = replace(spectrum, shape=joined_shape(terms))  # some terms may have their kernel flattened
+    spectrum = replace(spectrum, shape=joined_shape(terms))  # some terms may have their kernel flattened
     rank = count(rule, spectrum.values)
     loss = ModuleLoss(
         rank_before=spectrum.values.numel(), rank_after=rank, norm=norm(spectrum), lost=lost_norm(spectrum, rank)

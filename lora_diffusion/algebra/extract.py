@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from lora_diffusion.algebra.compress import CompressionReport, ModuleLoss
-from lora_diffusion.algebra.cut_rules import Rule, rank_by
 from lora_diffusion.algebra.low_rank import Spectrum, dense_spectrum, truncated
 from lora_diffusion.algebra.range_finder import Sketch, sketched_spectrum, smaller_side
-from lora_diffusion.algebra.rank_rules import RankRule
+from lora_diffusion.algebra.rank_rules import RankRule, count
 from lora_diffusion.errors import BaseModelError, ConfigError
 from lora_diffusion.layers import LoRALayer
 
@@ -25,19 +24,15 @@ LINALG: Any = torch.linalg  # whose own stub says nothing of its types
 class Approximation:
     """How a whole weight becomes a layer. Raises ConfigError for a sketch without a fixed rank."""
 
-    rule: Rule
+    rule: RankRule
     sketch: Sketch | None = None
     """Find the values at random where that pays; without it every SVD is the whole one."""
     dtype: torch.dtype = torch.float32
     """Type of the factors."""
 
     def __post_init__(self) -> None:
-        if self.sketch and self.fixed_rank is None:
+        if self.sketch and self.rule.rank is None:
             raise ConfigError(f"the randomised method needs a fixed rank, not {self.rule}; give a rank, or use `exact`")
-
-    @property
-    def fixed_rank(self) -> int | None:
-        return self.rule.rank if isinstance(self.rule, RankRule) else None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,7 +93,7 @@ def finite(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]
 def closest(path: str, weight: Tensor, how: Approximation) -> LoRALayer:
     """One layer, in its type."""
     spectrum = spectrum_for(weight, how)
-    exact = truncated(spectrum, rank_by(how.rule, spectrum.values))
+    exact = truncated(spectrum, count(how.rule, spectrum.values))
     layer = exact.with_factors({name: factor.to(how.dtype) for name, factor in exact.factors.items()})
     if not all(factor.isfinite().all() for factor in layer.factors.values()):
         raise ConfigError(f"{path}: a factor is beyond the range of {how.dtype}; choose bfloat16 or float32")
@@ -107,7 +102,7 @@ def closest(path: str, weight: Tensor, how: Approximation) -> LoRALayer:
 
 def spectrum_for(weight: Tensor, how: Approximation) -> Spectrum:
     """The whole spectrum, or its beginning if it may be sketched and that pays."""
-    rank = how.fixed_rank
+    rank = how.rule.rank
     if how.sketch and rank is not None and how.sketch.pays(tuple(weight.shape), rank):
         return sketched_spectrum(weight, rank, how.sketch)
     return dense_spectrum(weight)

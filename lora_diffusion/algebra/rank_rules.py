@@ -1,6 +1,7 @@
 """How many singular values to keep: a rank, or the fewest that meet a goal."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -29,15 +30,18 @@ class RankRule:
     """The fewest that hold this share of the Frobenius norm itself, not squared."""
     cumulative: float | None = None
     """The fewest that come to this share of the sum of all values."""
+    threshold: float | None = None
+    """Those of at least this, in units of the weights."""
+    quantile: float | None = None
+    """Those above this quantile of the module's own ones, 0.9 for the highest tenth."""
     at_most: int | None = None
     """No more than this, whatever the rule says."""
 
     def __post_init__(self) -> None:
         if len(self.chosen) != 1:
             given = " and ".join(self.chosen) or "none"
-            raise ConfigError(
-                f"a rank is chosen by exactly one of rank, keep, ratio, frobenius and cumulative, not by {given}"
-            )
+            *others, last = WAYS
+            raise ConfigError(f"a rank is chosen by exactly one of {', '.join(others)} and {last}, not by {given}")
         for name in ("rank", "at_most"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -48,18 +52,25 @@ class RankRule:
                 raise ConfigError(f"{spelled(name)} is {value:g}; expected a share above 0 and up to 1, such as 0.99")
         if self.ratio is not None and not 1 <= self.ratio < math.inf:
             raise ConfigError(f"ratio is {self.ratio:g}; expected a number of at least 1, such as 10")
+        if self.threshold is not None and not 0 < self.threshold < math.inf:
+            raise ConfigError(f"threshold is {self.threshold:g}; expected a number above 0, such as 0.01")
+        if self.quantile is not None and not 0 <= self.quantile < 1:
+            raise ConfigError(f"quantile is {self.quantile:g}; expected a number from 0 to below 1, such as 0.9")
 
     @property
     def chosen(self) -> tuple[str, ...]:
         """The names of the ways that are given."""
-        ways = (field.name for field in fields(self) if field.name != "at_most")
-        return tuple(name for name in ways if getattr(self, name) is not None)
+        return tuple(name for name in WAYS if getattr(self, name) is not None)
 
     def __str__(self) -> str:
         """As people say it: `keep 0.99, at most 32`."""
         (way,) = self.chosen
         cap = "" if self.at_most is None else f", at most {self.at_most}"
         return f"{way} {getattr(self, way):g}{cap}"
+
+
+WAYS = tuple(field.name for field in fields(RankRule) if field.name != "at_most")
+"""The names of the ways to choose a rank."""
 
 
 def count(rule: RankRule, values: Tensor) -> int:
@@ -74,23 +85,25 @@ def count(rule: RankRule, values: Tensor) -> int:
 
 def wanted(rule: RankRule, values: Tensor) -> int:
     """The same without a cap, for values that all count, float64; 0 for no values."""
-    if rule.rank is not None:
-        return rule.rank
-    if values.numel() == 0:
-        return 0
-    if rule.ratio is not None:
-        return int((values >= values[0] / rule.ratio).sum())
-    if rule.keep is not None:
-        return fewest(values.square().cumsum(0), rule.keep)
-    if rule.frobenius is not None:
-        return fewest(values.square().cumsum(0).sqrt(), rule.frobenius)
-    assert rule.cumulative is not None
-    return fewest(values.cumsum(0), rule.cumulative)
+    (way,) = rule.chosen
+    return COUNTS[way](values, getattr(rule, way)) if values.numel() else 0
 
 
 def fewest(held: Tensor, share: float) -> int:
     """The length of the shortest prefix that holds a share of the whole; `held` is what each prefix holds."""
     return int((held < share * held[-1] * (1 - ROUNDING)).sum()) + 1
+
+
+COUNTS: dict[str, Callable[[Tensor, float], int]] = {
+    "rank": lambda _, rank: int(rank),
+    "keep": lambda values, share: fewest(values.square().cumsum(0), share),
+    "ratio": lambda values, ratio: int((values >= values[0] / ratio).sum()),
+    "frobenius": lambda values, share: fewest(values.square().cumsum(0).sqrt(), share),
+    "cumulative": lambda values, share: fewest(values.cumsum(0), share),
+    "threshold": lambda values, line: int((values >= line).sum()),
+    "quantile": lambda values, share: int((values > values.quantile(share)).sum()),
+}
+"""What each way keeps of falling values."""
 
 
 def spelled(name: str) -> str:

@@ -20,7 +20,7 @@ def optional(metavar: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class RankFlags:
-    """Which rank each module gets; one of the first five."""
+    """Which rank each module gets; one of the first seven."""
 
     rank: Annotated[int | None, optional("N")] = None
     """Rank N everywhere, less where the delta has no more."""
@@ -32,6 +32,10 @@ class RankFlags:
     """The lowest rank that keeps this share of the Frobenius norm, not squared."""
     cumulative: Annotated[float | None, optional("SHARE")] = None
     """The lowest rank that keeps this share of the sum of singular values."""
+    threshold: Annotated[float | None, optional("NUMBER")] = None
+    """Every singular value of at least this, in units of the weights."""
+    quantile: Annotated[float | None, optional("SHARE")] = None
+    """Every singular value above this quantile of the module's own, such as 0.9."""
     at_most: Annotated[int | None, optional("N")] = None
     """No rank above N, whatever the rule says."""
 
@@ -80,8 +84,10 @@ class ConsensusFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputFlags:
-    """How the file is written."""
+    """What a delta is taken against, and how the file is written."""
 
+    base: Annotated[str, optional("BASE")] = ""
+    """Base of the adapters (folder, single file or hub id); DoRA layers have no delta without it."""
     dtype: WeightType = "keep"
     """Type of the written tensors; `keep` is that of the inputs, or float32 if they differ."""
     force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -96,7 +102,12 @@ class OutputFlags:
         from lora_diffusion.combining import Combination, combine_files, described, facts_of
 
         how = Combination(
-            rule=rule, consensus=consensus, dtype=self.dtype, force=self.force, ignore=self.ignore_unmatched
+            rule=rule,
+            consensus=consensus,
+            base=self.base,
+            dtype=self.dtype,
+            force=self.force,
+            ignore=self.ignore_unmatched,
         )
         done = combine_files(entries, output, how)
         print(json.dumps(facts_of(done)) if self.json else described(done))
@@ -142,5 +153,5 @@ class Resize:
     def run(self) -> int:
         rule = self.rank.rule()
         if rule is None:
-            raise ConfigError("give the rank: --rank 8, --keep 0.99, --ratio 10, --frobenius 0.9 or --cumulative 0.9")
+            raise ConfigError("give the rank, such as --rank 8 or --keep 0.99; see --help for the other ways")
         return self.how.write((BlendEntry(path=str(self.source)),), self.output, rule)

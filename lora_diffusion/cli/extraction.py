@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from lora_diffusion.cli.combining import RankFlags, optional
+from lora_diffusion.cli.combining import RankFlags
 from lora_diffusion.cli.flags import quiet
 from lora_diffusion.config import WeightType
 from lora_diffusion.errors import ConfigError
@@ -16,32 +16,10 @@ Targets = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[SET|PATTERN ...]", 
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractionRankFlags(RankFlags):
-    """Which rank each module gets; one of the first seven."""
-
-    threshold: Annotated[float | None, optional("NUMBER")] = None
-    """Every singular value of at least this, in units of the weights."""
-    quantile: Annotated[float | None, optional("SHARE")] = None
-    """Every singular value above this quantile of the module's own, such as 0.9."""
-
-    def rule(self) -> Any:
-        """The rule. Raises ConfigError for none, several, or one that cannot be used."""
-        from lora_diffusion.algebra.cut_rules import CutRule
-
-        given = [name for name, value in vars(self).items() if value is not None and name != "at_most"]
-        if len(given) != 1:
-            flags = " and ".join(f"--{name}" for name in given) or "none"
-            raise ConfigError(f"give one rank rule, such as --rank 32 or --keep 0.99; given: {flags}")
-        if given[0] in ("threshold", "quantile"):
-            return CutRule(threshold=self.threshold, quantile=self.quantile, at_most=self.at_most)
-        return RankFlags(**{given[0]: getattr(self, given[0]), "at_most": self.at_most}).rule()
-
-
-@dataclass(frozen=True, kw_only=True)
 class TakingFlags:
     """What is taken, and how the file is written."""
 
-    rank: Annotated[ExtractionRankFlags, tyro.conf.arg(name="")]
+    rank: Annotated[RankFlags, tyro.conf.arg(name="")]
     method: Literal["exact", "randomised"] = "exact"
     """The whole SVD of every module; or, with --rank, a seeded random sketch of those that are much larger than N."""
     unet_targets: Targets = ("all",)
@@ -59,8 +37,11 @@ class TakingFlags:
         """For the library. Raises ConfigError for flags that contradict each other."""
         from lora_diffusion.extraction import Extracting
 
+        rule = self.rank.rule()
+        if rule is None:
+            raise ConfigError("give the rank, such as --rank 32 or --keep 0.99")
         return Extracting(
-            rule=self.rank.rule(),
+            rule=rule,
             method=self.method,
             unet=self.unet_targets,
             text_encoders=self.text_encoder_targets,

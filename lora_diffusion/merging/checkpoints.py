@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_diffusion.algebra.combine import united_words
-from lora_diffusion.anatomy import changeable_paths
-from lora_diffusion.blend import Blend, blend_sum, check_fits, same_weight
+from lora_diffusion.blend import Blend, blend_sum, same_weight
 from lora_diffusion.config import MergeConfig
 from lora_diffusion.errors import ConfigError, FamilyMismatchError, OutputError
 from lora_diffusion.formats.checkpoint import Checkpoint
@@ -16,7 +15,7 @@ from lora_diffusion.merging.recipe import RECIPE_FILE, MergeRecipe, card, find_m
 from lora_diffusion.merging.values import BaseChange, Merged
 from lora_diffusion.merging.words import add_to_folder, save_beside, word_rows
 from lora_diffusion.merging.writing import refuse_full_disk, sealed, with_rows, written
-from lora_diffusion.models import find_base, find_checkpoint
+from lora_diffusion.models import check_fits_checkpoint, find_base, find_checkpoint
 from lora_diffusion.preset import BaseTerm
 from lora_diffusion.recipe import blend_entries
 
@@ -108,8 +107,7 @@ def merged_values(
 
     Raises FamilyMismatchError if a layer finds no tensor.
     """
-    paths = frozenset(changeable_paths(source.anatomy))
-    check_fits(blend, base_name=base_name, family=source.family.name, paths=paths, shapes=source.shapes)
+    check_fits_checkpoint(blend, source, base_name)
     appended = word_rows(united_words(blend), source) if rows else {}
     return Merged(total=blend_sum(blend, source.anatomy), bases=changes, config=config, appended=appended)
 
