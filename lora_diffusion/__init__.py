@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from lora_diffusion.blend import WeightedAdapter as WeightedAdapter
     from lora_diffusion.branching import branched as branched
     from lora_diffusion.config import GenerateConfig as GenerateConfig
-    from lora_diffusion.config import TrainConfig as TrainConfig
     from lora_diffusion.conversion import Conversion as Conversion
     from lora_diffusion.conversion import convert as convert
     from lora_diffusion.errors import LoRADiffusionError as LoRADiffusionError
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     from lora_diffusion.preset import Region as Region
     from lora_diffusion.preset import Schedule as Schedule
     from lora_diffusion.sampling import generate as generate
+    from lora_diffusion.train_config import TrainConfig as TrainConfig
     from lora_diffusion.training.loop import train as train
     from lora_diffusion.verification import verify as verify
     from lora_diffusion.weights import Moment as Moment
@@ -104,7 +104,7 @@ HOMES = {
     "Moment": "weights",
     "Region": "preset",
     "Schedule": "preset",
-    "TrainConfig": "config",
+    "TrainConfig": "train_config",
     "WeightedAdapter": "blend",
     "adapter_hash": "adapter",
     "blended": "patching",

@@ -74,71 +74,28 @@ class MergeConfig(Settings):
     """Write values beyond the range of the type as its largest ones, instead of refusing them."""
 
 
-class TrainConfig(Settings):
-    """One training run, as read from a TOML file."""
-
-    data: Path
-    """Folder with pictures, each with a caption in a .txt file of the same name."""
-    output: Path
-    """The adapter file to write (.safetensors)."""
-    base: str = EMBEDDED_BASE
-    """Base to train on: `tiny-sd`, a folder in diffusers' layout, or a hub id."""
-    name: str = ""
-    """Name of the adapter; the output's file name if empty."""
-    trigger_words: tuple[str, ...] = ()
-    """Words that call the adapter in a prompt; recorded in the file."""
-    rank: Positive = 8
-    """Rank of the two factors."""
-    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 8.0
-    """The update is scaled by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the factors' input that is dropped in training."""
-    unet_targets: tuple[str, ...] = ("attention",)
-    """Named sets (attention, cross-attention, feed-forward, projections, convolutions, all) or patterns."""
-    text_encoder_targets: tuple[str, ...] = ("attention",)
-    """Named sets (attention, feed-forward, all) or patterns; empty trains the UNet only."""
-    steps: Positive = 400
-    """Optimizer steps."""
-    batch_size: Positive = 4
-    """Pictures per step and process."""
-    gradient_accumulation: Positive = 1
-    """Batches whose gradients are summed into one optimizer step."""
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
-    """Peak learning rate of the UNet's factors (AdamW)."""
-    text_encoder_learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Peak learning rate of the text encoders' factors; the UNet's if not given."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Decoupled weight decay."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 20
-    """Steps of linear warm-up before the cosine decay."""
-    max_gradient_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradients are clipped to this norm."""
-    caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """Share of captions replaced by the empty prompt, which keeps guidance working."""
-    mixed_precision: Precision = "no"
-    """Accelerate's mixed precision; trainable parameters are float32 always."""
-    resolution: Annotated[int, Field(gt=0, multiple_of=8)] | None = None
-    """Pictures are scaled and centre-cropped to this square."""
-    save_every: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps between intermediate adapters (`name-step00000100.safetensors`); 0 for none."""
-    save_precision: Literal["float32", "float16", "bfloat16"] = "float16"
-    """Type of the saved factors."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seed of initial weights, data order, noise and dropout."""
-
-
 Model = TypeVar("Model", bound=Settings)
 
 
 def read_toml(path: Path, kind: type[Model], changes: Mapping[str, Any] | None = None) -> Model:
-    """The settings in a TOML file, with `changes` over them.
+    """The settings in a TOML file, with `changes` over them; those of a section are changed one by one.
 
     Relative paths in the file are taken from its own folder, those in `changes` from the present one. Raises
     ConfigError with all mistakes at once.
     """
     changes = changes or {}
     table = anchored(read_table(path), kind, path.parent)
-    return validate(kind, {**table, **changes}, source=f"{path} with changes" if changes else str(path))
+    return validate(kind, changed(table, changes), source=f"{path} with changes" if changes else str(path))
+
+
+def changed(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`table` with `changes` over it, sections within sections."""
+    result = dict(table)
+    for key, value in changes.items():
+        inner = result.get(key)
+        both = isinstance(inner, Mapping) and isinstance(value, Mapping)
+        result[key] = changed(cast("Mapping[str, Any]", inner), cast("Mapping[str, Any]", value)) if both else value
+    return result
 
 
 def read_table(path: Path) -> dict[str, Any]:
@@ -162,16 +119,40 @@ def validate(kind: type[Model], table: Mapping[str, Any], *, source: str) -> Mod
 
 
 def anchored(table: Mapping[str, Any], kind: type[BaseModel], folder: Path) -> dict[str, Any]:
-    """The table with the values of path settings, or of lists of paths, joined to `folder`."""
-    holders: tuple[Any, ...] = (Path, tuple[Path, ...])
-    paths = {name for name, info in kind.model_fields.items() if info.annotation in holders}
+    """The table with the values of path settings, or of lists of paths, joined to `folder`, sections included."""
 
     def joined(value: Any) -> Any:
         if isinstance(value, list):
             return [joined(item) for item in cast("list[Any]", value)]
         return os.path.normpath(folder / value) if isinstance(value, str) else value
 
-    return {key: joined(value) if key in paths else value for key, value in table.items()}
+    def placed(key: str, value: Any) -> Any:
+        inner = section(kind, key)
+        if inner is None:
+            return joined(value) if key in paths else value
+        if not isinstance(value, Mapping):
+            value = {getattr(inner, "shorthand", key): value}
+        return anchored(cast("Mapping[str, Any]", value), inner, folder)
+
+    holders: tuple[Any, ...] = (Path, Path | None, tuple[Path, ...])
+    paths = {name for name, info in kind.model_fields.items() if info.annotation in holders}
+    return {key: placed(key, value) for key, value in table.items()}
+
+
+def section(kind: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The type of a setting that has settings of its own; None for any other."""
+    info = kind.model_fields.get(name)
+    annotation = info.annotation if info else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def dotted_names(kind: type[BaseModel]) -> list[str]:
+    """All settings, those of sections as `section.setting`."""
+    names: list[str] = []
+    for name in kind.model_fields:
+        inner = section(kind, name)
+        names += [name] if inner is None else [f"{name}.{leaf}" for leaf in dotted_names(inner)]
+    return names
 
 
 def describe(error: ValidationError, kind: type[BaseModel]) -> str:
@@ -182,10 +163,21 @@ def describe(error: ValidationError, kind: type[BaseModel]) -> str:
 def describe_one(item: Mapping[str, Any], kind: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, kind.model_fields, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(kind.model_fields)}"
-        return f"unknown key {key!r}; {hint}"
+        return f"unknown key {key!r}; {hint(key, kind)}"
     if item["type"] == "missing":
         return f"{key!r} is missing; it has no default"
     reason = f"{item['msg'][0].lower()}{item['msg'][1:]}"
     return f"{key!r} is {item['input']!r}: {reason}" if key else reason
+
+
+def hint(key: str, kind: type[BaseModel]) -> str:
+    """The nearest setting, whatever section it is in; or all of them, of the key's own section."""
+    known = dotted_names(kind)
+    leaves = {name.rpartition(".")[2]: name for name in known}
+    near = difflib.get_close_matches(key, known, n=1) or [
+        leaves[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1)
+    ]
+    if near:
+        return f"did you mean {near[0]!r}?"
+    prefix = key.rpartition(".")[0]
+    return f"known keys: {', '.join(name for name in known if name.rpartition('.')[0] == prefix)}"

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from lora_diffusion.blend import Blend, WeightedAdapter
-from lora_diffusion.config import GenerateConfig, MergeConfig, TrainConfig, WeightType, read_toml
+from lora_diffusion.config import GenerateConfig, MergeConfig, WeightType, read_toml
 from lora_diffusion.errors import OutputError
 from lora_diffusion.evaluation.grid import grid, save_grid
 from lora_diffusion.evaluation.style import style_distance, style_pictures
@@ -19,6 +19,7 @@ from lora_diffusion.formats.reading import load_adapter
 from lora_diffusion.merging import merge
 from lora_diffusion.models import Base, load_base
 from lora_diffusion.sampling import generate
+from lora_diffusion.train_config import TrainConfig
 from lora_diffusion.training.loop import train
 
 MARKER = ".lora_diffusion_demo"
@@ -106,7 +107,7 @@ def clear(output: Path) -> None:
 def train_style(output: Path, *, steps: int, say: Callable[[str], None]) -> Path:
     changes: dict[str, object] = {"output": output / f"{STYLE}.safetensors", "steps": steps or STYLE_STEPS}
     config = read_toml(sample_data() / "configs" / f"{STYLE}.toml", TrainConfig, changes)
-    say(f"Training the {STYLE} style for {config.steps} steps on {config.data} ...")
+    say(f"Training the {STYLE} style for {config.steps} steps on {config.data.folder} ...")
     result = train(config)
     say(f"  loss {result.first_loss:.3f} -> {result.last_loss:.3f}, saved to {result.path}")
     return result.path

@@ -7,12 +7,13 @@ import torch
 
 from lora_diffusion.blend import Blend
 from lora_diffusion.commands import Means, prepared_blend
+from lora_diffusion.dataset.reading import read_dataset
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.files import check_output
 from lora_diffusion.formats.native import save_adapter
 from lora_diffusion.models import load_base
 from lora_diffusion.plans import Plan
-from lora_diffusion.training.dataset import read_dataset
+from lora_diffusion.train_config import DataConfig
 from lora_diffusion.training.distil_config import DistilConfig
 from lora_diffusion.training.distillation import DistilResult, distil
 
@@ -73,7 +74,7 @@ def prompts_from(source: PromptSource, blend: Blend) -> tuple[str, ...]:
     if source.file and source.folder:
         raise ConfigError("prompts come from --prompts FILE or from the captions of --data FOLDER; give one of them")
     if source.folder:
-        return tuple(example.caption for example in read_dataset(source.folder))
+        return tuple(example.caption for example in read_dataset(DataConfig(folder=source.folder)))
     return read_prompts(source.file) if source.file else scenes_with_words(blend)
 
 

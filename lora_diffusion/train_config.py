@@ -5,9 +5,9 @@ what other families and purposes change. Each docstring says what the value does
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from lora_diffusion.config import EMBEDDED_BASE, Finite, Positive, Precision, Settings
 
@@ -20,6 +20,8 @@ Count = Annotated[int, Field(ge=0)]
 class DataConfig(Settings):
     """Which pictures, and how they are cut."""
 
+    shorthand: ClassVar[str] = "folder"
+    """`data = "pictures"` stands for a section with nothing but this."""
     folder: Path
     """Pictures with captions: .txt or .caption files beside them, metadata.jsonl, or kohya's folders named `N_what`."""
     instance_prompt: str = ""
@@ -105,13 +107,15 @@ class ObjectiveConfig(Settings):
     huber_delta: AboveZero = 0.1
     """Where huber and smooth-l1 turn from square to linear, in units of the noise."""
     huber_schedule: Literal["constant", "snr", "exponential"] = "snr"
-    """How that point moves with the noise level [arXiv 2403.16728]."""
+    """How that point moves: `snr` and `exponential` go from 1 in clean pictures to huber_delta in noise
+    [arXiv 2403.16728]."""
     weighting: Literal["none", "min-snr", "debiased"] = "none"
     """Weight of a timestep: none, min-SNR [arXiv 2303.09556] or debiased [arXiv 2310.08442]."""
     min_snr_gamma: AboveZero = 5.0
     """The gamma of min-SNR; 5 is the paper's."""
     timesteps: Literal["uniform", "logit-normal", "content", "style"] = "uniform"
-    """How timesteps are drawn: content leans to high noise, style to low."""
+    """How timesteps are drawn: logit-normal leans to the middle [arXiv 2403.03206], content to high noise, style to low
+    [arXiv 2302.08453]."""
     first_timestep: Count = 0
     """Lowest timestep drawn."""
     last_timestep: Count | None = None
@@ -121,7 +125,7 @@ class ObjectiveConfig(Settings):
     pyramid_discount: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Noise of lower resolutions is added, each level by this factor weaker; 0 for none, 0.3 is common."""
     pyramid_levels: Annotated[int, Field(ge=1, le=12)] = 6
-    """How many of them."""
+    """How many of them at most; a level of one pixel is the last."""
     input_perturbation: NotNegative = 0.0
     """Extra noise in the input that the target does not know of [arXiv 2301.11706]; 0.1 is the paper's."""
 
@@ -148,23 +152,30 @@ class PriorConfig(Settings):
     """Prompts for `prediction`; the class prompt, or else the empty one, if none is given."""
 
 
+SUITED: dict[str, dict[str, Any]] = {"prodigy": {"learning_rate": 1.0}, "schedule-free": {"schedule": "constant"}}
+"""What a kind of optimiser has instead of the defaults below."""
+
+
 class OptimiserConfig(Settings):
     """How parameters move."""
 
     kind: str = "adamw"
     """adamw, adamw-8bit, paged-adamw-8bit, prodigy, adafactor, lion, schedule-free, or a class by its import path."""
     learning_rate: AboveZero = 1e-4
-    """Peak rate of the UNet's factors; Prodigy wants 1."""
+    """Peak rate of the UNet's factors. 1 for prodigy if left out, which finds the rate that this is a factor of; lion
+    wants three to ten times less than adamw."""
     text_encoder_learning_rate: AboveZero | tuple[AboveZero, ...] | None = None
-    """Peak rate of the text encoders' factors, one for all or one for each; a tenth of the UNet's if left out."""
+    """Peak rate of the text encoders' factors, one for all or one for each; a tenth of the UNet's if left out (with
+    prodigy the same, as it has one rate)."""
     rates: dict[str, NotNegative] = Field(default_factory=dict[str, float])
-    """Factors on the rate by module pattern, such as `"unet.down_blocks.*" = 0.5`; 0 freezes."""
+    """Factors on the rate by pattern of modules or of their factors, such as `"unet.down_blocks.*" = 0.5` or
+    `"*.up" = 4`; factors of all patterns that match are multiplied, and 0 freezes."""
     weight_decay: NotNegative = 0.01
     """Decoupled weight decay."""
     options: dict[str, Any] = Field(default_factory=dict[str, Any])
-    """More arguments of the optimiser's class."""
+    """More arguments of the optimiser's class, such as `betas`."""
     schedule: Literal["constant", "linear", "cosine", "restarts"] = "cosine"
-    """How the rate falls after warm-up."""
+    """How the rate falls after warm-up; schedule-free means over steps instead, and has `constant`."""
     restarts: Positive = 1
     """How often `restarts` begins its cosine anew."""
     warmup_steps: Count = 20
@@ -173,6 +184,22 @@ class OptimiserConfig(Settings):
     """Gradients are clipped to this norm."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of a running mean of the parameters that is saved in their place; 0 for none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def suited_to_kind(cls, value: Any) -> Any:
+        """Defaults of a kind for what is left out, so that the record of a run has what it ran with."""
+        kind = value.get("kind") if isinstance(value, dict) else None
+        return {**SUITED.get(kind, {}), **value} if isinstance(kind, str) else value
+
+    @model_validator(mode="after")
+    def averaged_once(self) -> "OptimiserConfig":
+        """Schedule-free optimisers take no second schedule and no second mean."""
+        if self.kind == "schedule-free" and (self.schedule != "constant" or self.ema_decay):
+            raise ValueError(
+                "kind 'schedule-free' has a mean of its own; set schedule to 'constant' and ema_decay to 0"
+            )
+        return self
 
 
 class ValidationConfig(Settings):
@@ -276,5 +303,4 @@ class TrainConfig(Settings):
     @field_validator("data", mode="before")
     @classmethod
     def folder_alone(cls, value: object) -> object:
-        """`data = "pictures"` for a section with nothing but the folder."""
-        return {"folder": value} if isinstance(value, str | Path) else value
+        return {DataConfig.shorthand: value} if isinstance(value, str | Path) else value

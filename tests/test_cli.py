@@ -140,7 +140,7 @@ def test_bad_input_ends_in_one_sentence(
         (["merge", *base, *out], "nothing to merge"),
         (["merge", *base, "--output", str(blocked), "--adapter", str(adapter)], "not an empty folder"),
         (["inspect", str(text)], "not a safetensors file"),
-        (["train", str(toml)], "unknown key 'rnak'; did you mean 'rank'?"),
+        (["train", str(toml)], "unknown key 'rnak'; did you mean 'adapter.rank'?"),
         (["train", str(toml)], "'steps' is 0: input should be greater than 0"),
         (["train", str(tmp_path / "none.toml")], "no such file"),
     ]

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_diffusion.config import TrainConfig, read_toml
+from lora_diffusion.config import read_toml
+from lora_diffusion.train_config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import pytest
 import torch
@@ -28,6 +27,7 @@ from lora_diffusion.models import Base, encode_prompts, load_base, module_at
 from lora_diffusion.patching import blended
 from lora_diffusion.preset import BlendEntry, BlendPreset, BlendWeight, Region, RouteConfig, Schedule
 from lora_diffusion.sampling import generate
+from lora_diffusion.train_config import ObjectiveConfig
 from lora_diffusion.training.gates import Gates, routed, stretch_at
 from lora_diffusion.training.objective import Denoiser
 from lora_diffusion.training.routing import RouteResult, read_route, route
@@ -71,6 +71,15 @@ def predicted(base: Base, timesteps: list[int], prompt: str = "a sks cat") -> Te
     context = encode_prompts(base, [prompt] * count, size_px=32)
     at = torch.tensor(timesteps)
     return base.pipe.unet(noise, at, encoder_hidden_states=context.hidden, added_cond_kwargs=context.added).sample
+
+
+def losses_of(base: Base, timesteps: list[int], captions: list[str]) -> Tensor:
+    """The training losses of random pictures."""
+    count = len(timesteps)
+    latent, noise = torch.randn(2, count, 4, 8, 8)
+    denoiser, at = Denoiser(base, ObjectiveConfig()), torch.tensor(timesteps)
+    measures = torch.zeros(count, 6)
+    return denoiser(latent=latent, noise=noise, input_noise=noise, timestep=at, captions=captions, time_ids=measures)
 
 
 @pytest.fixture
@@ -139,10 +148,8 @@ def test_what_is_saved_names_every_block_with_layers(sd: Base) -> None:
 def test_gradients_reach_the_gates_and_nothing_else(sd: Base) -> None:
     first, second = two(sd)
     gates = Gates(sd, blend_of(first, second), stretches=2, start=0.5)
-    batch: dict[str, Any] = {"latent": torch.randn(3, 4, 8, 8), "noise": torch.randn(3, 4, 8, 8)}
     with routed(gates):
-        early = torch.tensor([999, 700, 500])
-        Denoiser(sd, 32)(**batch, timestep=early, caption=["a cat", "a sks dog", ""]).mean().backward()
+        losses_of(sd, [999, 700, 500], ["a cat", "a sks dog", ""]).mean().backward()
     found = gates.values.grad
     assert found is not None
     assert (found[:, :, 1] == 0).all(), "no sample was in the second stretch"
@@ -265,8 +272,7 @@ def test_a_bfloat16_base_trains_float32_gates(sd_folder: Path) -> None:
     base = load_base(str(sd_folder), device=torch.device("cpu"), precision=torch.bfloat16)
     gates = Gates(base, blend_of(*two(base)), stretches=1, start=1.0)
     with routed(gates):
-        noise = torch.randn(1, 4, 8, 8)
-        Denoiser(base, 32)(noise, noise, torch.tensor([500]), ["a cat"]).mean().backward()
+        losses_of(base, [500], ["a cat"]).mean().backward()
     assert gates.values.dtype == torch.float32
     assert gates.values.grad is not None
     assert (gates.values.grad[0] != 0).all()

@@ -1,22 +1,29 @@
-"""The training loop on the random base: what it trains, what it leaves alone, and what it refuses."""
+"""The training loop on the random base: what it trains, what it leaves alone, how it stops, and what it refuses."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 from lora_diffusion.adapter import AdapterMetadata, adapter_hash
-from lora_diffusion.config import TrainConfig
+from lora_diffusion.blend import Blend, WeightedAdapter
+from lora_diffusion.config import changed
 from lora_diffusion.errors import ConfigError, DatasetError, OutputError, TrainingError
 from lora_diffusion.formats.reading import load_adapter
 from lora_diffusion.models import load_base, module_at
+from lora_diffusion.patching import blended
 from lora_diffusion.targets import resolve_targets
+from lora_diffusion.train_config import AdapterConfig, TrainConfig
 from lora_diffusion.training import loop
-from lora_diffusion.training.dataset import load_picture, read_dataset
 from lora_diffusion.training.examples import picture_order, sample_seed
-from lora_diffusion.training.injection import extract, inject
-from lora_diffusion.training.loop import check_finite, rate_fraction, train
+from lora_diffusion.training.loop import train
+from lora_diffusion.training.low_rank_layers import disabled, extract, inject
+from lora_diffusion.training.run_log import read_log
+from lora_diffusion.training.self_checks import check_finite
+from lora_diffusion.training.state import states
 
 
 @pytest.fixture
@@ -29,21 +36,19 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-def settings(pictures: Path, base: Path, **changes: object) -> TrainConfig:
-    table = {
-        "data": pictures,
-        "output": pictures.parent / "out" / "style.safetensors",
-        "base": str(base),
-        "steps": 6,
-        "batch_size": 2,
-        "rank": 2,
-        "alpha": 3.0,
-        "warmup_steps": 1,
-        "learning_rate": 1e-2,
-        "trigger_words": ("sks",),
-        **changes,
-    }
-    return TrainConfig.model_validate(table)
+TABLE: dict[str, Any] = {
+    "steps": 6,
+    "batch_size": 2,
+    "trigger_words": ["sks"],
+    "adapter": {"rank": 2, "alpha": 3.0, "unet_targets": ["attention"], "text_encoder_targets": ["attention"]},
+    "optimiser": {"learning_rate": 1e-2, "text_encoder_learning_rate": 1e-2, "warmup_steps": 1},
+}
+
+
+def settings(pictures: Path, base: Path, changes: Mapping[str, Any] | None = None, **top: object) -> TrainConfig:
+    output = pictures.parent / "out" / "style.safetensors"
+    table = {"data": {"folder": pictures}, "output": output, "base": str(base), **TABLE}
+    return TrainConfig.model_validate(changed({**table, **top}, changes or {}))
 
 
 def test_training_writes_an_adapter_with_its_record(pictures: Path, sd_folder: Path) -> None:
@@ -58,9 +63,11 @@ def test_training_writes_an_adapter_with_its_record(pictures: Path, sd_folder: P
     half = load_adapter(result.path.with_name("style-step00000004.safetensors"))
     assert half.metadata.training["steps_done"] == 4
     assert sorted(p.name for p in result.path.parent.iterdir()) == [
+        "style-run",
         "style-step00000004.safetensors",
         "style.safetensors",
     ]
+    assert [line["step"] for line in read_log(result.path.parent / "style-run" / "log.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_same_seed_gives_the_same_adapter_and_another_does_not(pictures: Path, sd_folder: Path) -> None:
@@ -71,52 +78,68 @@ def test_the_same_seed_gives_the_same_adapter_and_another_does_not(pictures: Pat
 def test_accumulated_batches_equal_one_large_batch(
     pictures: Path, sd_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def plain_descent(parameters: dict[str, list[torch.nn.Parameter]], config: TrainConfig) -> torch.optim.Optimizer:
-        everything = [p for group in parameters.values() for p in group]
-        return torch.optim.SGD(everything, lr=config.learning_rate)  # Adam would hide a wrong scale of the gradient
+    def plain_descent(parameters: Mapping[str, torch.nn.Parameter], *_: object) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters.values(), lr=10.0)  # Adam would hide a wrong scale of the gradient
 
     monkeypatch.setattr(loop, "new_optimiser", plain_descent)
-    common = {"save_precision": "float32", "steps": 2, "learning_rate": 10.0, "max_gradient_norm": 1e9}
-    whole = train(settings(pictures, sd_folder, batch_size=4, **common)).adapter
-    parts = train(settings(pictures, sd_folder, batch_size=1, gradient_accumulation=4, **common)).adapter
+    common = {"optimiser": {"max_gradient_norm": 1e9}}
+    top = {"save_precision": "float32", "steps": 2}
+    whole = train(settings(pictures, sd_folder, common, batch_size=4, **top)).adapter
+    parts = train(settings(pictures, sd_folder, common, batch_size=1, gradient_accumulation=4, **top)).adapter
     for path, layer in whole.layers.items():
         other = parts.layers[path]
         assert torch.allclose(layer.up, other.up, rtol=1e-3, atol=1e-4 * float(layer.up.abs().max())), path
     assert max(float(layer.up.abs().max()) for layer in whole.layers.values()) > 1e-3
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_trainable_parameters_are_float32_and_exactly_the_injected_ones(
-    precision: str, pictures: Path, sd_folder: Path
-) -> None:
-    dtype = {"no": torch.float32, "bf16": torch.bfloat16}[precision]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trainable_parameters_are_float32_and_exactly_the_injected_ones(dtype: torch.dtype, sd_folder: Path) -> None:
     base = load_base(str(sd_folder), device=torch.device("cpu"), precision=dtype)
-    config = settings(pictures, sd_folder, mixed_precision=precision)
     paths = resolve_targets(base.paths, unet=("attention",), text_encoders=("attention",))
-    parameters = inject(base, paths, config)
+    parameters = inject(base, paths, AdapterConfig(rank=2), seed=0)
     trainable = [p for c in base.family.components for p in getattr(base.pipe, c).parameters() if p.requires_grad]
-    assert {id(p) for p in trainable} == {id(p) for group in parameters.values() for p in group}
+    assert {id(p) for p in trainable} == {id(p) for p in parameters.values()}
     assert len(trainable) == 2 * len(paths)
     assert all(p.dtype == torch.float32 for p in trainable)
 
 
 def test_bf16_trains(pictures: Path, sd_folder: Path) -> None:
-    result = train(settings(pictures, sd_folder, mixed_precision="bf16", steps=2))
+    result = train(settings(pictures, sd_folder, {"compute": {"mixed_precision": "bf16"}}, steps=2))
     assert all(float(layer.delta().norm()) > 0 for layer in result.adapter.layers.values())
 
 
-def test_a_fresh_injection_changes_no_bit_and_extracts_as_injected(pictures: Path, sd_folder: Path) -> None:
+def test_a_fresh_injection_changes_no_bit_and_extracts_as_injected(sd_folder: Path) -> None:
     base = load_base(str(sd_folder), device=torch.device("cpu"))
     inputs = (torch.randn(2, 4, 16, 16), 7, torch.randn(2, 77, 32))
     with torch.no_grad():
         before = base.pipe.unet(*inputs).sample
         paths = resolve_targets(base.paths, unet=("attention", "convolutions"), text_encoders=())
-        inject(base, paths, settings(pictures, sd_folder))
+        inject(base, paths, AdapterConfig(rank=2), seed=0)
         assert torch.equal(base.pipe.unet(*inputs).sample, before)
     adapter = extract(base, paths, metadata=AdapterMetadata(), dtype=torch.float32)
-    module = module_at(base, paths[0])
+    module: Any = module_at(base, paths[0])
     assert tuple(adapter.layers) == tuple(sorted(paths))
-    assert torch.equal(adapter.layers[paths[0]].down, module.lora_A["default"].weight)  # type: ignore[union-attr,index]
+    assert torch.equal(adapter.layers[paths[0]].factors["down"], module.low_rank.down)
+
+
+def test_the_trained_layers_predict_what_the_saved_adapter_does(pictures: Path, sd_folder: Path) -> None:
+    """In the forward pass while training, and in the weights of a fresh base; switched off, they are not there."""
+    result = train(settings(pictures, sd_folder, {"adapter": {"unet_targets": ["all"]}}, save_precision="float32"))
+    live, fresh = (load_base(str(sd_folder), device=torch.device("cpu")) for _ in range(2))
+    parameters = inject(live, tuple(result.adapter.layers), AdapterConfig(rank=2, alpha=3.0), seed=0)
+    inputs = (torch.randn(2, 4, 16, 16), 7, torch.randn(2, 77, 32))
+    with torch.no_grad():
+        for path, layer in result.adapter.layers.items():
+            for factor in ("down", "up"):
+                parameters[f"{path}.{factor}"].copy_(layer.factors[factor])
+        plain = fresh.pipe.unet(*inputs).sample
+        with blended(fresh, Blend(entries=(WeightedAdapter(adapter=result.adapter),))):
+            expected = fresh.pipe.unet(*inputs).sample
+        found = live.pipe.unet(*inputs).sample
+        assert (expected - plain).abs().max() > 1e-2
+        assert (found - expected).abs().max() < 1e-4
+        with disabled(live):
+            assert torch.equal(live.pipe.unet(*inputs).sample, plain)
 
 
 def test_sdxl_trains_both_text_encoders(pictures: Path, sdxl_folder: Path) -> None:
@@ -135,14 +158,6 @@ def test_neighbouring_samples_have_unrelated_seeds() -> None:
     seeds = {sample_seed(seed, index) for seed in range(20) for index in range(50)}
     assert len(seeds) == 1000
     assert all(0 <= s < 2**63 for s in seeds)
-
-
-def test_the_rate_warms_up_and_ends_at_zero() -> None:
-    config = TrainConfig(data=Path("a"), output=Path("b"), steps=100, warmup_steps=10)
-    rates = [rate_fraction(step, config) for step in range(101)]
-    assert rates[:10] == sorted(rates[:10])
-    assert max(rates) == rates[10] == 1.0
-    assert rates[100] == 0.0
 
 
 def test_a_loss_that_is_no_number_stops_the_run() -> None:
@@ -166,18 +181,6 @@ def test_bad_data_folders_are_named(pictures: Path, sd_folder: Path) -> None:
         assert words in message
 
 
-def test_a_caption_without_its_picture_is_an_error(pictures: Path) -> None:
-    (pictures / "lost.txt").write_text("a lost one")
-    with pytest.raises(DatasetError, match=r"lost\.txt: a caption without its picture"):
-        read_dataset(pictures)
-
-
-def test_a_picture_without_its_caption_is_an_error(pictures: Path) -> None:
-    (pictures / "2.txt").unlink()
-    with pytest.raises(DatasetError, match=r"2\.png: has no caption"):
-        read_dataset(pictures)
-
-
 def test_an_unreadable_picture_is_named(pictures: Path, sd_folder: Path) -> None:
     whole = (pictures / "1.png").read_bytes()
     (pictures / "1.png").write_bytes(whole[: len(whole) // 2])
@@ -195,33 +198,100 @@ def test_output_that_cannot_be_written_is_found_before_training(pictures: Path, 
 def test_fp16_on_the_cpu_is_refused_in_words(pictures: Path, sd_folder: Path) -> None:
     if torch.cuda.is_available():
         return
-    assert "needs a GPU" in refusal(settings(pictures, sd_folder, mixed_precision="fp16"), ConfigError)
+    assert "needs a GPU" in refusal(
+        settings(pictures, sd_folder, {"compute": {"mixed_precision": "fp16"}}), ConfigError
+    )
 
 
-@pytest.mark.parametrize(
-    ("mode", "colour", "expected"),
-    [
-        ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
-        ("LA", (0, 0), (255, 255, 255)),
-        ("I;16", 65535 // 2, (127, 127, 127)),
-        ("CMYK", (0, 0, 0, 255), (0, 0, 0)),
-        ("P", 0, (0, 0, 0)),
-    ],
-)
-def test_every_mode_becomes_plain_rgb(tmp_path: Path, mode: str, colour: object, expected: tuple[int, ...]) -> None:
-    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
-    Image.new(mode, (16, 16), colour).save(path)  # type: ignore[arg-type]
-    tensor = (load_picture(path, 16) + 1) * 127.5
-    assert tensor.shape == (3, 16, 16)
-    assert tensor[:, 8, 8].tolist() == pytest.approx(expected, abs=2)
+def test_held_out_pictures_tell_when_to_stop(pictures: Path, sd_folder: Path) -> None:
+    """A rate far too high makes the loss rise, so that the first validation is the best and patience runs out."""
+    changes = {"validation": {"share": 0.25, "every": 2, "patience": 2, "draws": 4, "base_prompts": ["a blue house"]}}
+    calm = train(settings(pictures, sd_folder, changes, steps=8))
+    log = [line for line in read_log(calm.path.parent / "style-run" / "log.jsonl") if "validation" in line]
+    assert [line["step"] for line in log] == [2, 4, 6, 8]
+    assert all(line["validation"]["drift"] > 0 for line in log)
+    assert calm.best is not None
+    assert calm.best.loss == min(line["validation"]["loss"] for line in log)
+    wild = train(settings(pictures, sd_folder, changed(changes, {"optimiser": {"learning_rate": 3.0}}), steps=40))
+    assert wild.best is not None
+    assert wild.steps == wild.best.step + 4 < 40
+    assert not states(wild.path.parent / "style-run")
 
 
-def test_exif_rotation_is_applied(tmp_path: Path) -> None:
-    picture = Image.new("RGB", (20, 10), "black")
-    picture.paste((255, 255, 255), (0, 0, 10, 10))
-    exif = picture.getexif()
-    exif[0x0112] = 6
-    picture.save(tmp_path / "a.png", exif=exif)
-    tensor = load_picture(tmp_path / "a.png", 8)
-    assert float(tensor[:, 0].mean()) > 0.9
-    assert float(tensor[:, -1].mean()) < -0.9
+def test_validation_is_the_same_each_time_and_changes_nothing(pictures: Path, sd_folder: Path) -> None:
+    plain = train(settings(pictures, sd_folder, {"validation": {"share": 0.25, "every": 100, "keep_best": False}}))
+    watched = train(settings(pictures, sd_folder, {"validation": {"share": 0.25, "every": 1, "keep_best": False}}))
+    assert adapter_hash(plain.adapter) == adapter_hash(watched.adapter)
+    assert plain.best is not None
+    log = [line for line in read_log(watched.path.parent / "style-run" / "log.jsonl") if "validation" in line]
+    assert log[-1]["validation"]["loss"] == plain.best.loss
+
+
+def test_a_pull_towards_the_frozen_base_keeps_other_prompts_in_place(pictures: Path, sd_folder: Path) -> None:
+    drift = {}
+    for weight in (0.0, 30.0):
+        prior = {"mode": "prediction", "weight": weight, "prompt": "a dog"}
+        changes = {"prior": prior, "validation": {"share": 0.25, "base_prompts": ["a dog"], "keep_best": False}}
+        result = train(settings(pictures, sd_folder, changes, steps=12))
+        drift[weight] = read_log(result.path.parent / "style-run" / "log.jsonl")[-1]["validation"]["drift"]
+    assert drift[30.0] < 0.7 * drift[0.0]
+
+
+def test_class_pictures_are_made_where_they_are_missing_and_trained_on(pictures: Path, sd_folder: Path) -> None:
+    prior = {"mode": "pictures", "prompt": "a dog", "count": 3, "steps": 1, "guidance": 1.0}
+    hashes = {adapter_hash(train(settings(pictures, sd_folder)).adapter)}
+    hashes.add(adapter_hash(train(settings(pictures, sd_folder, {"prior": prior})).adapter))
+    made = sorted((pictures.parent / "out" / "style-run" / "class").iterdir())
+    assert [path.name for path in made] == [f"class-{i:05d}.png" for i in range(3)]
+    made[1].unlink()
+    before = made[0].stat().st_mtime_ns
+    again = train(settings(pictures, sd_folder, {"prior": prior}))
+    assert made[0].stat().st_mtime_ns == before
+    assert adapter_hash(again.adapter) in hashes, "what was made again is the same"
+    hashes.add(adapter_hash(train(settings(pictures, sd_folder, {"prior": {**prior, "weight": 5.0}})).adapter))
+    assert len(hashes) == 3
+
+
+def test_a_moving_average_is_what_is_saved(pictures: Path, sd_folder: Path) -> None:
+    last, mean = (
+        train(settings(pictures, sd_folder, {"optimiser": {"ema_decay": decay}}, save_precision="float32"))
+        for decay in (0.0, 0.9)
+    )
+    assert last.last_loss == mean.last_loss, "the run itself is the same"
+    assert adapter_hash(last.adapter) != adapter_hash(mean.adapter)
+
+
+def test_no_delta_grows_beyond_its_bound(pictures: Path, sd_folder: Path) -> None:
+    free = train(settings(pictures, sd_folder, save_precision="float32")).adapter
+    bound = sorted(float(layer.delta().norm()) for layer in free.layers.values())[len(free.layers) // 2]
+    held = train(settings(pictures, sd_folder, {"adapter": {"max_norm": bound}}, save_precision="float32")).adapter
+    assert max(float(layer.delta().norm()) for layer in held.layers.values()) <= bound * (1 + 1e-5)
+
+
+def test_all_that_is_wrong_with_the_settings_is_said_at_once(pictures: Path) -> None:
+    from lora_diffusion.config import read_toml
+
+    path = pictures.parent / "run.toml"
+    path.write_text(
+        'output = "x.safetensors"\nlearning_rat = 1\nsteps = 0\n[data]\nfolder = "p"\ncrop = "left"\n'
+        "[adapter]\nranks = 4\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        read_toml(path, TrainConfig)
+    message = str(caught.value)
+    assert "'learning_rat'; did you mean 'optimiser.learning_rate'?" in message
+    assert "'adapter.ranks'; did you mean 'adapter.rank'?" in message
+    assert "'steps' is 0" in message
+    assert "'data.crop' is 'left'" in message
+
+
+def test_paths_in_a_file_are_taken_from_its_folder_and_changes_reach_into_sections(pictures: Path) -> None:
+    from lora_diffusion.cli.flags import parse_changes
+    from lora_diffusion.config import read_toml
+
+    path = pictures.parent / "run.toml"
+    path.write_text('data = "pictures"\noutput = "x.safetensors"\n[optimiser]\nwarmup_steps = 3\n')
+    config = read_toml(path, TrainConfig, parse_changes(("data.flip=true", "optimiser.learning_rate=1e-3")))
+    assert (config.data.folder, config.data.flip) == (pictures, True)
+    assert (config.optimiser.warmup_steps, config.optimiser.learning_rate) == (3, 1e-3)
+    assert config.output == pictures.parent / "x.safetensors"

@@ -7,11 +7,11 @@ import tomllib
 import warnings
 from collections.abc import Iterator
 from dataclasses import make_dataclass
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
 import tyro
 
-from lora_diffusion.config import Settings
+from lora_diffusion.config import Settings, changed, section
 from lora_diffusion.errors import ConfigError
 
 REPEATABLE = "(repeatable)"
@@ -55,27 +55,39 @@ def shown(default: object) -> str:
     return "the base's own" if default is None else str(default) or "none"
 
 
-def settings_table(kind: type[Settings]) -> str:
-    """The settings of a TOML file as lines of help."""
-    rows = [
-        f"  {name}: {info.description} ({'required' if info.is_required() else shown(info.default)})"
-        for name, info in kind.model_fields.items()
-    ]
+def settings_table(kind: type[Settings], prefix: str = "") -> str:
+    """The settings of a TOML file as lines of help, those of a section under its name."""
+    rows: list[str] = []
+    for name, info in kind.model_fields.items():
+        inner = section(kind, name)
+        if inner is not None:
+            about = (inner.__doc__ or "").strip()
+            rows += [f"\n  [{prefix}{name}] {about}", settings_table(cast("type[Settings]", inner), f"{prefix}{name}.")]
+            continue
+        default = "required" if info.is_required() else shown(info.get_default(call_default_factory=True))
+        rows.append(f"  {name}: {info.description} ({default})")
     return "\n".join(rows)
 
 
-def parse_changes(texts: tuple[str, ...]) -> dict[str, object]:
-    """KEY=VALUE each, the value as TOML or, failing that, as text. Raises ConfigError."""
-    changes: dict[str, object] = {}
+def parse_changes(texts: tuple[str, ...]) -> dict[str, Any]:
+    """KEY=VALUE each, KEY perhaps with its section, the value as TOML or, failing that, as text. Raises ConfigError."""
+    changes: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--set {text}: expected KEY=VALUE, e.g. --set steps=200")
-        try:
-            changes[key.strip()] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            changes[key.strip()] = value
+        nested: Any = toml_value(value)
+        for part in reversed(key.strip().split(".")):
+            nested = {part: nested}
+        changes = changed(changes, nested)
     return changes
+
+
+def toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 @contextlib.contextmanager

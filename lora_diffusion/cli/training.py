@@ -8,7 +8,8 @@ from typing import Annotated
 import tyro
 
 from lora_diffusion.cli.flags import Changes, parse_changes, quiet, settings_table
-from lora_diffusion.config import TrainConfig, read_toml
+from lora_diffusion.config import read_toml
+from lora_diffusion.train_config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

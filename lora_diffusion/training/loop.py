@@ -1,37 +1,38 @@
 """The one training loop."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
+from torch import Tensor
 from tqdm import tqdm
 
 from lora_diffusion.adapter import Adapter, AdapterMetadata
-from lora_diffusion.anatomy import trainable_paths
-from lora_diffusion.config import TrainConfig
-from lora_diffusion.errors import ConfigError, TrainingError
-from lora_diffusion.files import check_writable
 from lora_diffusion.formats.native import save_adapter
-from lora_diffusion.models import Base, default_device, load_base, prediction_type
 from lora_diffusion.precision import torch_dtype
 from lora_diffusion.recipe import library_versions
-from lora_diffusion.targets import resolve_targets
-from lora_diffusion.training.dataset import Example, data_hash, load_picture, read_dataset
-from lora_diffusion.training.examples import LatentPicture, RunOfSamples, collate
-from lora_diffusion.training.injection import extract, inject
-from lora_diffusion.training.objective import Denoiser, encode_picture
+from lora_diffusion.train_config import TrainConfig
+from lora_diffusion.training.examples import sample_seed
+from lora_diffusion.training.low_rank_layers import extract, layer_factors
+from lora_diffusion.training.max_norm import limit_norms
+from lora_diffusion.training.moving_average import MovingAverage, applied, write
+from lora_diffusion.training.optimisers import new_optimiser
+from lora_diffusion.training.rate_schedule import rate_fraction
+from lora_diffusion.training.run_log import RunLog
+from lora_diffusion.training.run_setup import Run, set_up
+from lora_diffusion.training.samples import RunOfSamples, collate
+from lora_diffusion.training.self_checks import check_finite, check_gradients, check_saved
+from lora_diffusion.training.state import RunState, forget_states, identity, load_state, save_state
+from lora_diffusion.training.stopping import StopRequest, stop_requests
+from lora_diffusion.training.validation import Best, on, validated
 
-PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+RECENT = 20
+"""Steps whose mean loss is shown and recorded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,188 +41,266 @@ class TrainResult:
 
     adapter: Adapter
     path: Path
+    steps: int
+    """Optimiser steps that were taken."""
+    stopped: bool
+    """Whether somebody stopped the run; then nothing is at `path` yet, and the same settings go on from here."""
     first_loss: float
     """Mean loss over the first tenth of the steps."""
     last_loss: float
     """Mean loss over the last tenth."""
+    best: Best | None = None
+    """Of the validations, if there were any."""
     is_main_process: bool = True
     """Whether this is the process that wrote the file and should report."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """What a run is about: base, modules, settings and the pictures' hash."""
-
-    base: Base
-    paths: tuple[str, ...]
-    config: TrainConfig
-    data_hash: str
 
 
 def train(config: TrainConfig) -> TrainResult:
     """Train an adapter as `config` says and write it to `config.output`.
 
-    Everything that can be wrong with the input is checked before the first step. Raises LoRADiffusionError's children.
+    Everything that can be wrong with the input is checked before the first step. A run that was stopped or killed goes
+    on from its last state; on the CPU it gives the adapter of an uninterrupted run, bit for bit. Raises
+    LoRADiffusionError's children.
     """
-    examples = read_dataset(config.data)
-    AcceleratorState._reset_state()  # it keeps the precision of an earlier run in this process
-    accelerator = Accelerator(
-        mixed_precision=checked_precision(config), gradient_accumulation_steps=config.gradient_accumulation
-    )
-    if accelerator.is_main_process:
-        check_writable(config.output)
-    set_seed(config.seed)
-    base = load_base(config.base, device=accelerator.device, precision=torch_dtype(PRECISIONS[config.mixed_precision]))
-    base.pipe.vae.float()
-    paths = resolve_targets(
-        trainable_paths(base.anatomy), unet=config.unet_targets, text_encoders=config.text_encoder_targets
-    )
-    pictures = cache_latents(base, examples, config.resolution or base.size_px, progress=accelerator.is_main_process)
-    parameters = inject(base, paths, config)
-    set_seed(config.seed, device_specific=True)  # dropout differs between processes
-    run = Run(base=base, paths=paths, config=config, data_hash=data_hash(examples))
-    losses = run_steps(accelerator, run, parameters, pictures)
-    tenth = max(1, len(losses) // 10)
-    first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
-    adapter = current_adapter(run, steps=config.steps, loss=last)
-    if accelerator.is_main_process:
-        save_adapter(adapter, config.output)
-    accelerator.wait_for_everyone()
-    return TrainResult(
-        adapter=adapter,
-        path=config.output,
-        first_loss=first,
-        last_loss=last,
-        is_main_process=accelerator.is_main_process,
-    )
+    run = set_up(config)
+    progress = Progress(run)
+    with stop_requests() as request:
+        stopped = progress.go_on(request)
+    return finished(run, progress, stopped=stopped)
 
 
-def checked_precision(config: TrainConfig) -> str:
-    """The mixed precision, if this machine can do it; raises ConfigError for what would fail after the work is done."""
-    if config.output.suffix != ".safetensors":
-        raise ConfigError(f"output {str(config.output)!r} does not end in .safetensors; adapters are saved as such")
-    if config.mixed_precision == "fp16" and default_device().type == "cpu":
-        raise ConfigError("mixed_precision 'fp16' needs a GPU; on the CPU use 'no' or 'bf16'")
-    return config.mixed_precision
+class Progress:
+    """A run under way: the optimiser and everything else that changes from step to step."""
 
+    def __init__(self, run: Run) -> None:
+        self.run, config = run, run.config
+        text_encoders = tuple(name for name in run.base.family.components if name != "unet")
+        optimiser = new_optimiser(run.parameters, config.optimiser, text_encoders)
+        self.trained = {name: p for name, p in run.parameters.items() if p.requires_grad}
+        self.peaks = [group["lr"] for group in optimiser.param_groups]
+        self.denoiser, self.optimiser = run.accelerator.prepare(run.denoiser, optimiser)
+        decay = config.optimiser.ema_decay
+        self.average = MovingAverage(decay=decay) if decay else None
+        self.losses: list[float] = []
+        self.best = Best()
+        self.best_parameters: dict[str, Tensor] | None = None
+        self.log = RunLog(run.folder, active=run.accelerator.is_main_process)
+        self.identity = identity(config, base_hash=run.base.hash, data_hash=run.data_hash)
+        self.resume()
 
-def cache_latents(
-    base: Base, examples: Sequence[Example], size_px: int, *, progress: bool
-) -> tuple[LatentPicture, ...]:
-    """Encode every picture once."""
-    pictures: list[LatentPicture] = []
-    for example in tqdm(examples, desc="encode pictures", unit="picture", disable=not progress, leave=False):
-        mean, std = encode_picture(base, load_picture(example.picture, size_px))
-        pictures.append(LatentPicture(mean=mean, std=std, caption=example.caption))
-    return tuple(pictures)
+    @property
+    def step(self) -> int:
+        return len(self.losses)
 
+    def resume(self) -> None:
+        """Go on from the last state of this run, if there is one and that is wanted."""
+        run = self.run
+        if not run.config.resume and run.accelerator.is_main_process:
+            forget_states(run.folder)
+        run.accelerator.wait_for_everyone()
+        state = load_state(run.folder, self.identity)
+        self.log.begin(state.step if state else 0)
+        if state is None:
+            return
+        write(run.parameters, state.parameters)
+        self.optimiser.load_state_dict(state.optimiser)
+        if run.accelerator.scaler is not None and state.scaler is not None:
+            run.accelerator.scaler.load_state_dict(dict(state.scaler))
+        if state.average:
+            self.average = MovingAverage(**state.average)
+        self.losses = list(state.losses)
+        self.best = Best(**state.best)
+        self.best_parameters = dict(state.best_parameters) if state.best_parameters else None
+        self.log.add(self.step, {"event": "resumed"})
 
-def run_steps(
-    accelerator: Accelerator,
-    run: Run,
-    parameters: dict[str, list[nn.Parameter]],
-    pictures: tuple[LatentPicture, ...],
-) -> list[float]:
-    """All optimizer steps; returns the loss of each. Raises TrainingError if a loss is not finite."""
-    config = run.config
-    denoiser = Denoiser(run.base, config.resolution or run.base.size_px)
-    per_step = config.batch_size * config.gradient_accumulation * accelerator.num_processes
-    samples = RunOfSamples(
-        pictures,
-        length=config.steps * per_step,
-        seed=config.seed,
-        num_timesteps=denoiser.num_timesteps,
-        caption_dropout=config.caption_dropout,
-    )
-    loader = DataLoader(samples, batch_size=config.batch_size, collate_fn=collate)
-    optimiser = new_optimiser(parameters, config)
-    schedule = LambdaLR(optimiser, lambda step: rate_fraction(step, config))
-    denoiser, optimiser, loader = accelerator.prepare(denoiser, optimiser, loader)
-    denoiser.train()
-    losses: list[float] = []
-    window: list[Tensor] = []
-    bar = tqdm(total=config.steps, desc="train", unit="step", disable=not accelerator.is_main_process)
-    for batch in loader:
-        with accelerator.accumulate(denoiser):
-            loss = denoiser(**batch).mean()
-            check_finite(loss, len(losses) + 1)
-            accelerator.backward(loss)
-            window.append(loss.detach())
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(optimiser_parameters(optimiser), config.max_gradient_norm)
-            optimiser.step()
-            optimiser.zero_grad()
-        if accelerator.sync_gradients:
-            schedule.step()
-            losses.append(float(torch.stack(window).mean()))
-            window.clear()
-            bar.update()
-            bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.4f}")
-            if accelerator.is_main_process and is_checkpoint(len(losses), config):
-                save_checkpoint(run, losses)
-    bar.close()
-    return losses
+    def state(self) -> RunState:
+        scaler = self.run.accelerator.scaler
+        return RunState(
+            step=self.step,
+            losses=self.losses,
+            parameters={name: p.detach().cpu() for name, p in self.run.parameters.items()},
+            optimiser=self.optimiser.state_dict(),
+            scaler=scaler.state_dict() if scaler else None,
+            average=self.average.state_dict() if self.average else None,
+            best=asdict(self.best),
+            best_parameters=self.best_parameters,
+        )
 
+    def go_on(self, request: StopRequest) -> bool:
+        """All steps that are left; returns whether somebody stopped the run. Raises TrainingError."""
+        run, config = self.run, self.run.config
+        main = run.accelerator.is_main_process
+        with tqdm(total=config.steps, initial=self.step, desc="train", unit="step", disable=not main) as bar:
+            while self.step < config.steps:
+                started = time.perf_counter()
+                facts = self.one_step()
+                self.log.add(self.step, {**facts, "seconds": round(time.perf_counter() - started, 4)})
+                bar.update()
+                bar.set_postfix(loss=f"{recent(self.losses):.4f}")
+                if self.enough():
+                    break
+                if main and is_due(self.step, config.save_every, config):
+                    self.save_intermediate()
+                if request.signal is not None or is_due(self.step, config.state_every, config):
+                    self.save_state()
+                if request.signal is not None and self.step < config.steps:
+                    self.log.add(self.step, {"event": "stopped"})
+                    return True
+        return False
 
-def new_optimiser(parameters: dict[str, list[nn.Parameter]], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW with a rate of its own for the text encoders."""
-    text_rate = config.text_encoder_learning_rate or config.learning_rate
-    groups = [
-        {"params": group, "lr": config.learning_rate if component == "unet" else text_rate}
-        for component, group in parameters.items()
-    ]
-    return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    def one_step(self) -> dict[str, Any]:
+        """One optimiser step over all its batches."""
+        run, config, step = self.run, self.run.config, self.step
+        self.denoiser.train()
+        # Dropout draws from the global generator; a seed for each step and process makes it a function of the step.
+        torch.manual_seed(sample_seed(config.seed + run.accelerator.process_index, -(2**40) - step))
+        fraction = rate_fraction(step, config.optimiser, config.steps)
+        for group, peak in zip(self.optimiser.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * fraction
+        window: list[Tensor] = []
+        norm: Any = 0.0
+        for batch, weight in self.batches(step):
+            with run.accelerator.accumulate(self.denoiser):
+                loss = weight * self.denoiser(**batch).mean()
+                check_finite(loss, step + 1)
+                run.accelerator.backward(loss)
+                window.append(loss.detach())
+                if run.accelerator.sync_gradients:
+                    if step == 0:
+                        check_gradients(self.trained)
+                    norm = run.accelerator.clip_grad_norm_(self.trained.values(), config.optimiser.max_gradient_norm)
+                self.optimiser.step()
+                self.optimiser.zero_grad()
+        if config.adapter.max_norm:
+            limit_norms(layer_factors(run.base, run.paths), config.adapter.max_norm)
+        if self.average:
+            self.average = self.average.updated(run.parameters)
+        losses: Any = run.accelerator.gather(torch.stack(window).mean()[None])
+        self.losses.append(float(losses.mean()))
+        facts = {"loss": self.losses[-1], "gradient_norm": float(norm), "rate": self.peaks[0] * fraction}
+        return facts | self.validation()
 
+    def batches(self, step: int) -> Iterator[tuple[dict[str, Any], float]]:
+        """The batches of this process, with what each weighs: pictures, then class pictures if there are any."""
+        run, config = self.run, self.run.config
+        size, count = config.batch_size, config.gradient_accumulation
+        for samples, weight in zip(run.samples, (1.0, config.prior.weight), strict=False):
+            for window in range(count):
+                first = (window * run.accelerator.num_processes + run.accelerator.process_index) * size
+                yield self.batch(samples, step, range(first, first + size)), weight * len(run.samples)
 
-def optimiser_parameters(optimiser: Any) -> list[nn.Parameter]:
-    return [p for group in optimiser.param_groups for p in group["params"]]
+    def batch(self, samples: RunOfSamples, step: int, places: range) -> dict[str, Any]:
+        batch: dict[str, Any] = collate([samples.sample(step, place) for place in places])
+        if samples.config.data.masks == "none":
+            del batch["mask"]
+        if not self.run.config.adapter.text_encoder_targets:
+            batch |= self.run.captions.batch(batch["captions"])
+        return on(self.run.denoiser, batch)
 
+    def validation(self) -> dict[str, Any]:
+        """What validation says after this step, if it is due."""
+        run, config = self.run, self.run.config
+        if run.held_out is None or not (self.step % config.validation.every == 0 or self.step == config.steps):
+            return {}
+        with self.resting():
+            found = validated(run.base, run.denoiser, run.captions, run.held_out, config)
+            self.best = self.best.after(self.step, found.loss)
+            if self.best.step == self.step and config.validation.keep_best:
+                self.best_parameters = {name: p.detach().clone() for name, p in run.parameters.items()}
+        return {"validation": asdict(found), "best": self.best.step == self.step}
 
-def rate_fraction(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then a cosine to zero at the last step."""
-    if step < config.warmup_steps:
-        return (step + 1) / (config.warmup_steps + 1)
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """The parameters as they would be saved: the moving average's, and without dropout."""
+        self.run.denoiser.eval()
+        inner = getattr(self.optimiser, "optimizer", self.optimiser)
+        if hasattr(inner, "eval"):  # schedule-free optimisers keep two sets of parameters
+            inner.eval()
+        try:
+            with applied(self.run.parameters, self.average) if self.average else nullcontext():
+                yield
+        finally:
+            self.run.denoiser.train()
+            if hasattr(inner, "train"):
+                inner.train()
 
+    def enough(self) -> bool:
+        """Whether validation has not got better for long enough."""
+        patience = self.run.config.validation.patience
+        return patience > 0 and self.best.since >= patience
 
-def check_finite(loss: Tensor, step: int) -> None:
-    if not bool(torch.isfinite(loss)):
-        raise TrainingError(
-            f"the loss at step {step} is {float(loss)}; nothing was written for this step. Lower learning_rate, or "
-            "use mixed_precision 'bf16' or 'no'"
+    def save_intermediate(self) -> None:
+        output = self.run.config.output
+        with self.resting():
+            save_adapter(self.adapter(), output.with_name(f"{output.stem}-step{self.step:08d}.safetensors"))
+
+    def save_state(self) -> None:
+        if self.run.accelerator.is_main_process:
+            save_state(self.run.folder, self.state(), self.identity)
+        self.run.accelerator.wait_for_everyone()
+
+    def adapter(self) -> Adapter:
+        """What has been learned so far, with the record of how."""
+        return extract(
+            self.run.base, self.run.paths, metadata_of(self.run, self), torch_dtype(self.run.config.save_precision)
         )
 
 
-def is_checkpoint(step: int, config: TrainConfig) -> bool:
-    return config.save_every > 0 and step % config.save_every == 0 and step < config.steps
+def finished(run: Run, progress: Progress, *, stopped: bool) -> TrainResult:
+    """Write the adapter of a run that came to its end, and read it again."""
+    losses, config = progress.losses, run.config
+    best = progress.best if progress.best.step else None
+    with progress.resting():
+        if progress.best_parameters:
+            write(run.parameters, progress.best_parameters)
+        adapter = progress.adapter()
+    if run.accelerator.is_main_process and not stopped:
+        save_adapter(adapter, config.output)
+        check_saved(adapter, config.output)
+        forget_states(run.folder)
+    run.accelerator.wait_for_everyone()
+    tenth = max(1, len(losses) // 10)
+    return TrainResult(
+        adapter=adapter,
+        path=config.output,
+        steps=len(losses),
+        stopped=stopped,
+        first_loss=sum(losses[:tenth]) / tenth,
+        last_loss=sum(losses[-tenth:]) / tenth,
+        best=best,
+        is_main_process=run.accelerator.is_main_process,
+    )
 
 
-def save_checkpoint(run: Run, losses: list[float]) -> None:
-    step, output = len(losses), run.config.output
-    adapter = current_adapter(run, steps=step, loss=sum(losses[-20:]) / len(losses[-20:]))
-    save_adapter(adapter, output.with_name(f"{output.stem}-step{step:08d}.safetensors"))
-
-
-def current_adapter(run: Run, *, steps: int, loss: float) -> Adapter:
-    """What has been learned so far, with the record of how."""
+def metadata_of(run: Run, progress: Progress) -> AdapterMetadata:
     config, base = run.config, run.base
+    validation = {"best": asdict(progress.best)} if progress.best.step else {}
     record = {
-        **config.model_dump(mode="json", exclude={"data", "output"}),
-        "data": config.data.name,
+        **config.model_dump(mode="json", exclude={"output", "resume", "state_every", "samples", "tracking"}),
+        "data": {**config.data.model_dump(mode="json"), "folder": config.data.folder.name, "cache_folder": None},
         "data_hash": run.data_hash,
-        "steps_done": steps,
-        "loss": round(loss, 6),
+        "steps_done": progress.step,
+        "loss": round(recent(progress.losses), 6),
+        **validation,
         "versions": library_versions(),
     }
-    metadata = AdapterMetadata(
+    return AdapterMetadata(
         name=config.name or config.output.stem,
         family=base.family.name,
-        variant="v-prediction" if prediction_type(base) == "v_prediction" else "",
+        variant="v-prediction" if run.denoiser.predicts == "v_prediction" else "",
         base_name=base.name,
         base_hash=base.hash,
         trigger_words=config.trigger_words,
         training=record,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    return extract(base, run.paths, metadata, torch_dtype(config.save_precision))
+
+
+def recent(losses: list[float]) -> float:
+    """Mean loss of the last steps."""
+    return sum(losses[-RECENT:]) / len(losses[-RECENT:])
+
+
+def is_due(step: int, every: int, config: TrainConfig) -> bool:
+    """Whether something is to be written after a step; at the end other things are."""
+    return every > 0 and step % every == 0 and step < config.steps

@@ -1,11 +1,24 @@
 """What a training step minimises: target, noise schedule and parametrisation together."""
 
-from typing import Any
+from typing import Any, Protocol, cast
 
-import torch
 from torch import Tensor, nn
 
-from lora_diffusion.models import Base, encode_prompts, prediction_type
+from lora_diffusion.models import Base, TextContext, encode_prompts, prediction_type
+from lora_diffusion.train_config import ObjectiveConfig
+from lora_diffusion.training.contexts import context_of
+from lora_diffusion.training.losses import sample_losses, target_of
+from lora_diffusion.training.noise_schedule import Predicts, alphas_cumprod_of, check_terminal_snr, noisy_latent
+
+PREDICTIONS: dict[str, Predicts] = {"epsilon": "epsilon", "v": "v_prediction"}
+
+
+class Pull(Protocol):
+    """A loss beside the pictures' own."""
+
+    def losses(
+        self, denoiser: "Denoiser", latent: Tensor, noise: Tensor, timestep: Tensor, time_ids: Tensor
+    ) -> Tensor: ...
 
 
 class Denoiser(nn.Module):
@@ -14,36 +27,66 @@ class Denoiser(nn.Module):
     Gives one loss per sample, so that the loop never learns what is predicted.
     """
 
-    def __init__(self, base: Base, size_px: int):
+    def __init__(self, base: Base, config: ObjectiveConfig):
         super().__init__()
         self.unet: nn.Module = base.pipe.unet
         self.text_encoders = nn.ModuleList(getattr(base.pipe, name) for name in base.anatomy.text_layers)
-        self.predicts = prediction_type(base)
         self.base = base
-        self.size_px = size_px
-        self.alphas_cumprod: Tensor = base.pipe.scheduler.alphas_cumprod.to(base.pipe.device)
+        self.config = config
+        self.pull: Pull | None = None
+        self.predicts: Predicts = PREDICTIONS.get(config.prediction) or cast("Predicts", prediction_type(base))
+        self.alphas_cumprod = alphas_cumprod_of(base.pipe.scheduler.alphas_cumprod, config).to(base.device)
+        check_terminal_snr(self.alphas_cumprod, self.predicts)
         self.num_timesteps = len(self.alphas_cumprod)
 
-    def forward(self, latent: Tensor, noise: Tensor, timestep: Tensor, caption: list[str]) -> Tensor:
-        """(n,) mean squared errors for latents and noise (n, c, h, w) and timesteps (n,)."""
-        alpha_bar = self.alphas_cumprod[timestep].view(-1, 1, 1, 1)
-        signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-        noisy = signal * latent + sigma * noise
-        context = encode_prompts(self.base, caption, size_px=self.size_px)
-        predicted = self.unet(
-            noisy.to(next(self.unet.parameters()).dtype),
+    def forward(  # noqa: PLR0913 (the keys of a batch)
+        self,
+        *,
+        latent: Tensor,
+        noise: Tensor,
+        input_noise: Tensor,
+        timestep: Tensor,
+        captions: list[str],
+        time_ids: Tensor,
+        mask: Tensor | None = None,
+        hidden: Tensor | None = None,
+        pooled: Tensor | None = None,
+    ) -> Tensor:
+        """(n,) losses for latents, noise and the input's noise (n, c, h, w), timesteps (n,) and measures (n, 6).
+
+        `hidden` and `pooled` are the captions as frozen encoders read them; without them they are encoded here.
+        """
+        context = self.context(captions, time_ids, hidden, pooled)
+        predicted = self.predicted(latent, input_noise, timestep, context)
+        target = target_of(latent, noise, timestep, self.alphas_cumprod, self.predicts)
+        losses = sample_losses(
+            predicted,
+            target,
+            timestep=timestep,
+            alphas_cumprod=self.alphas_cumprod,
+            predicts=self.predicts,
+            config=self.config,
+            mask=mask,
+        )
+        if self.pull is None or not self.training:
+            return losses
+        return losses + self.pull.losses(self, latent, noise, timestep, time_ids)
+
+    def context(
+        self, captions: list[str], time_ids: Tensor, hidden: Tensor | None, pooled: Tensor | None
+    ) -> TextContext:
+        if hidden is not None:
+            return context_of(hidden, pooled, time_ids)
+        context = encode_prompts(self.base, captions, size_px=self.base.size_px)
+        return context_of(context.hidden, (context.added or {}).get("text_embeds"), time_ids)
+
+    def predicted(self, latent: Tensor, noise: Tensor, timestep: Tensor, context: TextContext) -> Tensor:
+        """What the UNet makes of noisy latents."""
+        noisy = noisy_latent(latent, noise, timestep, self.alphas_cumprod)
+        unet: Any = self.unet
+        return unet(
+            noisy.to(next(unet.parameters()).dtype),
             timestep,
             encoder_hidden_states=context.hidden,
             added_cond_kwargs=context.added,
         ).sample
-        target = noise if self.predicts == "epsilon" else signal * noise - sigma * latent
-        return (predicted.float() - target.float()).square().mean(dim=(1, 2, 3))
-
-
-@torch.no_grad()
-def encode_picture(base: Base, picture: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the scaled latents (c, h, w) of a picture (3, height, width) in -1..1."""
-    vae: Any = base.pipe.vae
-    posterior = vae.encode(picture[None].to(vae.device, vae.dtype)).latent_dist
-    scale = vae.config.scaling_factor
-    return posterior.mean[0].float().cpu() * scale, posterior.std[0].float().cpu() * scale

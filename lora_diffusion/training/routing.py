@@ -5,7 +5,7 @@ denoising loss as an adapter. The file is an ordinary `BlendPreset`, so that wha
 sampling costs what any scheduled blend costs.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,23 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lora_diffusion.blend import Blend, check_family
 from lora_diffusion.config import read_toml
+from lora_diffusion.dataset.buckets import Bucket
+from lora_diffusion.dataset.reading import Example, data_hash, read_dataset
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.files import check_writable
 from lora_diffusion.formats.diffusers_folder import anatomy_of_folder
-from lora_diffusion.models import find_base, load_base
+from lora_diffusion.models import Base, find_base, load_base
 from lora_diffusion.preset import BlendPreset, RouteConfig
 from lora_diffusion.preset_files import save_preset
 from lora_diffusion.references import anchored_entries, load_blend
-from lora_diffusion.training.dataset import Example, data_hash, read_dataset
-from lora_diffusion.training.examples import LatentPicture, RunOfSamples, collate
+from lora_diffusion.train_config import DataConfig, ObjectiveConfig
+from lora_diffusion.training.content_cache import NoCache
+from lora_diffusion.training.examples import picture_order, sample_seed
 from lora_diffusion.training.gates import Gates, routed
-from lora_diffusion.training.loop import cache_latents, check_finite
+from lora_diffusion.training.latents import LatentView, ViewEncoder
 from lora_diffusion.training.objective import Denoiser
+from lora_diffusion.training.samples import Sample, collate, drawn
+from lora_diffusion.training.self_checks import check_finite
 
 HELD_OUT = 32
 """Samples that the loss is measured on before and after: the same pictures under noise that training does not see."""
@@ -47,6 +51,30 @@ class RouteResult:
     """The same with the trained gates."""
 
 
+Pictures = tuple[tuple[LatentView, str], ...]
+"""Encoded pictures with their captions."""
+
+
+def encoded(base: Base, examples: Sequence[Example], size_px: int) -> Pictures:
+    """Every picture cut to a square and encoded once. Raises DatasetError."""
+    bucket = Bucket(size_px, size_px)
+    encoder = ViewEncoder(base, DataConfig(folder=Path()), NoCache())
+    bar = tqdm(examples, desc="encode pictures", unit="picture", leave=False)
+    return tuple((encoder.encoded(example, bucket, seed=0, variant=0), example.caption) for example in bar)
+
+
+class Samples:
+    """The samples of a run. No caption is dropped: the gates are to weigh adapters for the prompts that call them."""
+
+    def __init__(self, pictures: Pictures, num_timesteps: int, *, length: int, seed: int) -> None:
+        self.pictures, self.num_timesteps, self.seed = pictures, num_timesteps, seed
+        self.order = picture_order(len(pictures), length, seed)
+
+    def __getitem__(self, index: int) -> Sample:
+        rng = torch.Generator().manual_seed(sample_seed(self.seed, index))
+        return drawn(*self.pictures[self.order[index]], ObjectiveConfig(), self.num_timesteps, rng)
+
+
 def route(config: RouteConfig) -> RouteResult:
     """Train gates as `config` says and write the preset to `config.output`, whole or not at all.
 
@@ -55,7 +83,7 @@ def route(config: RouteConfig) -> RouteResult:
     """
     if config.output.suffix != ".json":
         raise ConfigError(f"output {str(config.output)!r} does not end in .json; a routed mixture is a blend preset")
-    examples = tuple(example for folder in config.data for example in read_dataset(folder))
+    examples = tuple(example for folder in config.data for example in read_dataset(DataConfig(folder=folder)))
     blend = read_blend(config)
     check_writable(config.output)
     base = load_base(config.base, precision=torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32)
@@ -102,10 +130,10 @@ def run(gates: Gates, examples: tuple[Example, ...], config: RouteConfig) -> tup
     """Train the gates; returns the mean loss on held-out noise before and after. Raises TrainingError."""
     base, size_px = gates.base, config.resolution or gates.base.size_px
     base.pipe.vae.float()
-    pictures = cache_latents(base, examples, size_px, progress=True)
-    denoiser = Denoiser(base, size_px)
-    training = samples_of(pictures, denoiser, length=config.steps * config.batch_size, seed=config.seed)
-    held_out = samples_of(pictures, denoiser, length=HELD_OUT, seed=config.seed + 1)
+    pictures = encoded(base, examples, size_px)
+    denoiser = Denoiser(base, ObjectiveConfig())
+    training = Samples(pictures, denoiser.num_timesteps, length=config.steps * config.batch_size, seed=config.seed)
+    held_out = Samples(pictures, denoiser.num_timesteps, length=HELD_OUT, seed=config.seed + 1)
     with routed(gates):
         first = mean_loss(denoiser, held_out, config.batch_size)
         train_gates(gates, denoiser, training, config)
@@ -114,7 +142,7 @@ def run(gates: Gates, examples: tuple[Example, ...], config: RouteConfig) -> tup
     return first, last
 
 
-def train_gates(gates: Gates, denoiser: Denoiser, samples: RunOfSamples, config: RouteConfig) -> None:
+def train_gates(gates: Gates, denoiser: Denoiser, samples: Samples, config: RouteConfig) -> None:
     """All optimizer steps, inside `routed`. Raises TrainingError if a loss is not finite.
 
     Adam, whose rate falls to 0 by a cosine, so that the gates come to rest.
@@ -132,20 +160,16 @@ def train_gates(gates: Gates, denoiser: Denoiser, samples: RunOfSamples, config:
 
 
 @torch.no_grad()
-def mean_loss(denoiser: Denoiser, samples: RunOfSamples, batch_size: int) -> float:
+def mean_loss(denoiser: Denoiser, samples: Samples, batch_size: int) -> float:
     """Over the same samples at each call."""
     return float(torch.cat([denoiser(**batch) for batch in batches(denoiser, samples, batch_size)]).mean())
 
 
-def samples_of(pictures: tuple[LatentPicture, ...], denoiser: Denoiser, *, length: int, seed: int) -> RunOfSamples:
-    """The samples of a run. No caption is dropped: the gates are to weigh adapters for the prompts that call them."""
-    return RunOfSamples(pictures, length=length, seed=seed, num_timesteps=denoiser.num_timesteps, caption_dropout=0.0)
-
-
-def batches(denoiser: Denoiser, samples: RunOfSamples, size: int) -> Iterator[dict[str, Any]]:
+def batches(denoiser: Denoiser, samples: Samples, size: int) -> Iterator[dict[str, Any]]:
     """The denoiser's arguments, batch by batch, on its device."""
     device = denoiser.alphas_cumprod.device
-    for batch in DataLoader(samples, batch_size=size, collate_fn=collate):
+    for start in range(0, len(samples.order), size):
+        batch = collate([samples[index] for index in range(start, min(start + size, len(samples.order)))])
         yield {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 

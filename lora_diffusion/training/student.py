@@ -20,7 +20,7 @@ from lora_diffusion.models import Base, module_at
 from lora_diffusion.patching import Backup, blended
 from lora_diffusion.training.distil_config import DistilConfig
 from lora_diffusion.training.examples import picture_order
-from lora_diffusion.training.loop import check_finite
+from lora_diffusion.training.self_checks import check_finite
 from lora_diffusion.training.trajectories import Contexts, Pairs, contexts_of, joined_contexts, predicted
 
 NOTHING_LEFT = 1e-6

@@ -1,0 +1,67 @@
+"""What keeps the base's own knowledge: class pictures (DreamBooth), or a pull towards its own predictions.
+
+Class pictures are of [arXiv:2208.12242]; the pull needs none, and holds prompts apart from the trained ones in place.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lora_diffusion.config import GenerateConfig
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.models import Base
+from lora_diffusion.sampling import generate
+from lora_diffusion.train_config import PriorConfig
+from lora_diffusion.training.contexts import CaptionEncoder, context_of
+from lora_diffusion.training.low_rank_layers import disabled
+from lora_diffusion.training.objective import Denoiser
+
+
+def class_folder(config: PriorConfig, run_folder: Path) -> Path:
+    """Where class pictures are. Raises ConfigError if nothing says what they show."""
+    if not config.prompt:
+        raise ConfigError(
+            "prior.mode 'pictures' needs prior.prompt, what class pictures show, such as 'photo of a dog'"
+        )
+    return config.folder or run_folder / "class"
+
+
+def make_class_pictures(base: Base, config: PriorConfig, folder: Path, size_px: int, *, share: int, of: int) -> None:
+    """Make those class pictures that are missing, by seed; several processes take turns. Goes on where it was stopped.
+
+    Raises ConfigError, SamplingError, OutputError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [seed for seed in range(config.count) if not (folder / picture_name(seed)).is_file()]
+    for seed in tqdm(missing[share::of], desc="class pictures", unit="picture", leave=False):
+        settings = GenerateConfig(
+            prompt=config.prompt, seed=seed, guidance=config.guidance, steps=config.steps, width=size_px, height=size_px
+        )
+        generate(base, [settings])[0].save(folder / picture_name(seed))
+
+
+def picture_name(seed: int) -> str:
+    return f"class-{seed:05d}.png"
+
+
+class PriorPull:
+    """Losses of the adapted prediction against the frozen base's own, at the same noisy latents, on other prompts."""
+
+    def __init__(self, base: Base, encoder: CaptionEncoder, config: PriorConfig) -> None:
+        self.base, self.encoder = base, encoder
+        self.prompts: Sequence[str] = config.prompts or (config.prompt,)
+        self.weight = config.weight
+
+    def losses(self, denoiser: Denoiser, latent: Tensor, noise: Tensor, timestep: Tensor, time_ids: Tensor) -> Tensor:
+        """(n,) weighted losses; each sample takes one of the prompts in turn."""
+        chosen = [self.prompts[int(t) % len(self.prompts)] for t in timestep]
+        texts = {key: value.to(latent.device) for key, value in self.encoder.batch(chosen).items()}
+        context = context_of(texts["hidden"], texts.get("pooled"), time_ids)
+        noisy = latent, noise, timestep, context
+        with torch.no_grad(), disabled(self.base):
+            frozen = denoiser.predicted(*noisy).float()
+        moved = denoiser.predicted(*noisy).float()
+        return self.weight * (moved - frozen).square().mean(dim=(1, 2, 3))

@@ -1,0 +1,190 @@
+"""Everything that a run needs, made before its first step, where most of what can be wrong shows."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from torch import nn
+
+from lora_diffusion.anatomy import trainable_paths
+from lora_diffusion.dataset.buckets import Bucket, bucket_sizes, nearest_bucket
+from lora_diffusion.dataset.pictures import read_size
+from lora_diffusion.dataset.reading import Example, data_hash, read_dataset
+from lora_diffusion.dataset.splitting import held_out
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.files import check_writable
+from lora_diffusion.models import Base, default_device, load_base
+from lora_diffusion.precision import torch_dtype
+from lora_diffusion.targets import resolve_targets
+from lora_diffusion.train_config import DataConfig, TrainConfig
+from lora_diffusion.training.content_cache import Cache, DiskCache, MemoryCache, NoCache
+from lora_diffusion.training.contexts import CaptionEncoder
+from lora_diffusion.training.latents import ViewEncoder
+from lora_diffusion.training.low_rank_layers import inject
+from lora_diffusion.training.objective import Denoiser
+from lora_diffusion.training.prior import PriorPull, class_folder, make_class_pictures
+from lora_diffusion.training.samples import RunOfSamples, order_of
+from lora_diffusion.training.self_checks import check_trainable
+from lora_diffusion.training.timesteps import check_timesteps
+from lora_diffusion.training.validation import HeldOut
+
+PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run is about."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    base: Base
+    denoiser: Denoiser
+    paths: tuple[str, ...]
+    parameters: Mapping[str, nn.Parameter]
+    samples: tuple[RunOfSamples, ...]
+    """Those of the pictures, and of class pictures if there are any."""
+    captions: CaptionEncoder
+    held_out: HeldOut | None
+    data_hash: str
+    folder: Path
+    """Where states, log and pictures of the run are kept."""
+
+
+def run_folder(output: Path) -> Path:
+    return output.with_name(f"{output.stem}-run")
+
+
+def set_up(config: TrainConfig) -> Run:
+    """Read the data, load the base, put the adapter in. Raises LoRADiffusionError's children for what cannot work."""
+    examples, validation = split(config)
+    accelerator = new_accelerator(config)
+    if accelerator.is_main_process:
+        check_writable(config.output)
+    set_seed(config.seed)
+    compute = config.compute
+    base = load_base(config.base, device=accelerator.device, precision=torch_dtype(PRECISIONS[compute.mixed_precision]))
+    base.pipe.vae.float()
+    folder, cache = run_folder(config.output), new_cache(config)
+    paths = resolve_targets(
+        trainable_paths(base.anatomy),
+        unet=config.adapter.unet_targets,
+        text_encoders=config.adapter.text_encoder_targets,
+    )
+    captions = CaptionEncoder(base, cache)
+    denoiser = Denoiser(base, config.objective)
+    check_timesteps(config.objective, denoiser.num_timesteps)
+    per_step = config.batch_size * config.gradient_accumulation * accelerator.num_processes
+    size_px = config.data.resolution or base.size_px
+    groups = [(config, examples)]
+    if config.prior.mode == "pictures":
+        groups.append(class_group(config, base, folder, size_px, accelerator))
+    samples = tuple(samples_of(base, one, some, cache, denoiser, size_px, per_step) for one, some in groups)
+    views = ViewEncoder(base, config.data, cache)
+    sized = zip(validation, buckets_of(validation, config.data, size_px), strict=True)
+    encoded = [views.encoded(example, bucket, seed=0, variant=0) for example, bucket in sized]
+    if config.prior.mode == "prediction":
+        denoiser.pull = PriorPull(base, captions, config.prior)
+    parameters = inject(base, paths, config.adapter, config.seed)
+    check_trainable(parameters)
+    adjust(base, config)
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        base=base,
+        denoiser=denoiser,
+        paths=paths,
+        parameters=parameters,
+        samples=samples,
+        captions=captions,
+        held_out=HeldOut(views=encoded, captions=[e.caption for e in validation]) if validation else None,
+        data_hash=data_hash(examples),
+        folder=folder,
+    )
+
+
+def split(config: TrainConfig) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """Pictures to train on and pictures held out. Raises DatasetError, ConfigError."""
+    if config.validation.folder and config.validation.share:
+        raise ConfigError("validation takes a folder or a share of the pictures; give one of them")
+    examples = read_dataset(config.data)
+    if config.validation.folder:
+        return examples, read_dataset(config.data.model_copy(update={"folder": config.validation.folder}))
+    return held_out(examples, config.validation.share, config.seed)
+
+
+def new_accelerator(config: TrainConfig) -> Accelerator:
+    """Raises ConfigError for what would fail after the work is done."""
+    if config.output.suffix != ".safetensors":
+        raise ConfigError(f"output {str(config.output)!r} does not end in .safetensors; adapters are saved as such")
+    precision = config.compute.mixed_precision
+    if precision == "fp16" and default_device().type == "cpu":
+        raise ConfigError("mixed_precision 'fp16' needs a GPU; on the CPU use 'no' or 'bf16'")
+    AcceleratorState._reset_state()  # it keeps the precision of an earlier run in this process
+    passes = 2 if config.prior.mode == "pictures" else 1
+    return Accelerator(mixed_precision=precision, gradient_accumulation_steps=config.gradient_accumulation * passes)
+
+
+def new_cache(config: TrainConfig) -> Cache:
+    if config.data.cache == "disk":
+        return DiskCache(config.data.cache_folder or run_folder(config.output) / "cache")
+    return MemoryCache() if config.data.cache == "memory" else NoCache()
+
+
+def class_group(
+    config: TrainConfig, base: Base, folder: Path, size_px: int, accelerator: Accelerator
+) -> tuple[TrainConfig, tuple[Example, ...]]:
+    """Class pictures, made where they are missing, with settings of their own."""
+    place = class_folder(config.prior, folder)
+    share, of = accelerator.process_index, accelerator.num_processes
+    make_class_pictures(base, config.prior, place, size_px, share=share, of=of)
+    accelerator.wait_for_everyone()
+    data = DataConfig(folder=place, instance_prompt=config.prior.prompt, resolution=config.data.resolution)
+    plain = config.captions.model_copy(update={"template": "{caption}"})
+    return config.model_copy(update={"data": data, "captions": plain, "seed": config.seed + 1}), read_dataset(data)
+
+
+def samples_of(
+    base: Base,
+    config: TrainConfig,
+    examples: Sequence[Example],
+    cache: Cache,
+    denoiser: Denoiser,
+    size_px: int,
+    per_step: int,
+) -> RunOfSamples:
+    buckets = buckets_of(examples, config.data, size_px)
+    return RunOfSamples(
+        config=config,
+        examples=examples,
+        buckets=buckets,
+        encoder=ViewEncoder(base, config.data, cache),
+        num_timesteps=denoiser.num_timesteps,
+        order=order_of(config, examples, buckets, per_step),
+    )
+
+
+def buckets_of(examples: Sequence[Example], config: DataConfig, size_px: int) -> tuple[Bucket, ...]:
+    """The bucket of each picture."""
+    if not config.buckets:
+        return (Bucket(size_px, size_px),) * len(examples)
+    step = config.bucket_step or max(8, size_px // 64 * 8)
+    sizes = bucket_sizes(size_px, step, config.largest_aspect)
+    return tuple(nearest_bucket(sizes, *read_size(example.picture)) for example in examples)
+
+
+def adjust(base: Base, config: TrainConfig) -> None:
+    """What costs time or memory at each step."""
+    unet = base.pipe.unet
+    if config.compute.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        if config.adapter.text_encoder_targets:
+            for name in base.anatomy.text_layers:
+                getattr(base.pipe, name).gradient_checkpointing_enable({"use_reentrant": False})
+    if config.compute.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    if config.compute.compile:
+        unet.compile()

@@ -1,0 +1,115 @@
+"""Whether a run still gets better: the loss on held-out pictures, without luck in it, and the drift from the base."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from lora_diffusion.dataset.captions import caption_text
+from lora_diffusion.models import Base
+from lora_diffusion.train_config import TrainConfig
+from lora_diffusion.training.contexts import CaptionEncoder, context_of
+from lora_diffusion.training.examples import sample_seed
+from lora_diffusion.training.latents import LatentView
+from lora_diffusion.training.low_rank_layers import disabled
+from lora_diffusion.training.objective import Denoiser
+from lora_diffusion.training.samples import collate, drawn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What was found after a step."""
+
+    loss: float
+    """Mean over held-out pictures and timesteps."""
+    by_timestep: tuple[tuple[int, float], ...]
+    """Mean loss at each timestep."""
+    drift: float | None
+    """Mean squared change of the base's prediction on other prompts over its mean square; None without such prompts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Encoded pictures with their captions."""
+
+    views: Sequence[LatentView]
+    captions: Sequence[str]
+
+
+@torch.no_grad()
+def validated(
+    base: Base, denoiser: Denoiser, encoder: CaptionEncoder, held_out: HeldOut, config: TrainConfig
+) -> Validation:
+    """Losses at fixed timesteps with fixed noise, so that two validations differ by what was learned alone."""
+    timesteps = spread_timesteps(denoiser.num_timesteps, config)
+    losses = torch.zeros(len(timesteps), dtype=torch.float64)
+    drifts: list[Tensor] = []
+    for number, (seen, caption) in enumerate(zip(held_out.views, held_out.captions, strict=True)):
+        batch = fixed_batch(seen, caption, number, timesteps, config, denoiser)
+        texts = {} if config.adapter.text_encoder_targets else on(denoiser, encoder.batch(batch["captions"]))
+        losses += denoiser(**batch, **texts).double().cpu()
+        if config.validation.base_prompts:
+            prompt = config.validation.base_prompts[number % len(config.validation.base_prompts)]
+            drifts.append(drift(base, denoiser, encoder, batch, prompt))
+    losses /= len(held_out.views)
+    return Validation(
+        loss=float(losses.mean()),
+        by_timestep=tuple(zip(timesteps, losses.tolist(), strict=True)),
+        drift=float(torch.stack(drifts).mean()) if drifts else None,
+    )
+
+
+def spread_timesteps(count: int, config: TrainConfig) -> list[int]:
+    """The middles of equal stretches of the timesteps that are trained."""
+    first, last = config.objective.first_timestep, config.objective.last_timestep
+    last = count - 1 if last is None else last
+    draws = config.validation.draws
+    return [first + int((i + 0.5) * (last + 1 - first) / draws) for i in range(draws)]
+
+
+def fixed_batch(
+    seen: LatentView, caption: str, number: int, timesteps: Sequence[int], config: TrainConfig, denoiser: Denoiser
+) -> dict[str, Any]:
+    """One held-out picture at every timestep, each with noise of its own that is the same at each validation."""
+    plain = config.captions.model_copy(update={"dropout": 0.0, "part_dropout": 0.0, "shuffle": False})
+    samples = []
+    for place, timestep in enumerate(timesteps):
+        rng = Generator().manual_seed(sample_seed(number, place))
+        text = caption_text(caption, plain, config.trigger_words, rng)
+        samples.append(
+            {**drawn(seen, text, config.objective, denoiser.num_timesteps, rng), "timestep": torch.tensor(timestep)}
+        )
+    return on(denoiser, collate(samples))
+
+
+def drift(base: Base, denoiser: Denoiser, encoder: CaptionEncoder, batch: dict[str, Any], prompt: str) -> Tensor:
+    """How far the adapter moves the prediction for a prompt that it was not trained on."""
+    texts = on(denoiser, encoder.batch([prompt] * len(batch["captions"])))
+    context = context_of(texts["hidden"], texts.get("pooled"), batch["time_ids"])
+    noisy = batch["latent"], batch["noise"], batch["timestep"], context
+    moved = denoiser.predicted(*noisy).float()
+    with disabled(base):
+        frozen = denoiser.predicted(*noisy).float()
+    return (moved - frozen).square().mean() / frozen.square().mean()
+
+
+def on(denoiser: Denoiser, batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch's tensors on the denoiser's device."""
+    device = denoiser.alphas_cumprod.device
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """The best validation so far, and for how many validations there has been none better."""
+
+    step: int = 0
+    loss: float = float("inf")
+    since: int = 0
+
+    def after(self, step: int, loss: float) -> "Best":
+        if loss < self.loss:
+            return Best(step=step, loss=loss)
+        return Best(step=self.step, loss=self.loss, since=self.since + 1)
