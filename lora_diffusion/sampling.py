@@ -130,7 +130,8 @@ def own_precision(vae: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        vae.to(dtype)
+        with quiet_libraries():  # diffusers would warn of it at each picture
+            vae.to(dtype)
 
 
 def generate(

@@ -71,10 +71,6 @@ class CaptionConfig(Settings):
     """Chance that any other part is left out."""
     dropout: Share = 0.05
     """Chance that the whole caption is replaced by the empty one, which keeps classifier-free guidance working."""
-    chunks: Annotated[int, Field(ge=1, le=4)] = 3
-    """A caption may take so many chunks of 75 tokens; what does not fit is an error."""
-    weights: bool = False
-    """Read `(word:1.3)` in captions as a weight rather than as text."""
 
 
 class AdapterConfig(Settings):

@@ -91,6 +91,17 @@ def test_pyramid_noise_is_coarser_the_less_it_is_discounted() -> None:
     assert coarse_variance(0.9, levels=1) < coarse_variance(0.9, levels=6)
 
 
+@given(seed=st.integers(0, 2**32))
+def test_each_level_is_weaker_by_the_discount(seed: int) -> None:
+    """Levels below the first one weigh discount^2 and less; both runs draw the same first one."""
+    one, three = (
+        draw_noise((4, 32, 32), ObjectiveConfig(pyramid_discount=0.01, pyramid_levels=levels), seeded(seed))[0]
+        for levels in (1, 3)
+    )
+    change = float((three - one).abs().max())
+    assert 0 < change < 1.5 * 6 * 0.01**2  # normal values stay below 6; the division by the whole costs a little
+
+
 @given(
     seed=st.integers(0, 2**32),
     discount=st.floats(0.01, 0.99),
@@ -143,6 +154,7 @@ def test_timesteps_have_their_distribution(distribution: str, cumulative: Callab
     draws, rng = 4000, seeded(7)
     config = ObjectiveConfig.model_validate({"timesteps": distribution, "first_timestep": 100, "last_timestep": 899})
     drawn = torch.stack([draw_timestep(config, 1000, rng) for _ in range(draws)])
+    assert int(drawn.min()) >= 100 and int(drawn.max()) <= 899  # 1 - u^3 is rounded to 1 three times in a thousand
     steps = torch.arange(100, 900)
     measured = (drawn[None] <= steps[:, None]).double().mean(dim=1)
     expected = cumulative((steps.double() - 99) / 800)

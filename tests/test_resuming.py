@@ -35,7 +35,7 @@ EVERYTHING: dict[str, Any] = {
 
 def stop_after(config: Any, steps: int) -> None:
     """A run that is asked to stop in the middle, as Ctrl-C does, and saves its state."""
-    progress, request = Progress(set_up(config)), StopRequest()
+    progress, request = Progress(set_up(config), lambda *_: None), StopRequest()
     one_step = progress.one_step
 
     def counted() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The training loop on the random base: what it trains, what it leaves alone, how it stops, and what it refuses."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,13 @@ def test_an_unreadable_picture_is_named(pictures: Path, sd_folder: Path) -> None
     whole = (pictures / "1.png").read_bytes()
     (pictures / "1.png").write_bytes(whole[: len(whole) // 2])
     assert "1.png: cannot be read as a picture" in refusal(settings(pictures, sd_folder), DatasetError)
+
+
+def test_a_caption_that_would_be_cut_short_is_named(pictures: Path, sd_folder: Path) -> None:
+    (pictures / "2.txt").write_text("very " * 80 + "long")
+    assert re.search(
+        r"2\.png: its caption has \d+ tokens, and 75 are read", refusal(settings(pictures, sd_folder), DatasetError)
+    )
 
 
 def test_output_that_cannot_be_written_is_found_before_training(pictures: Path, sd_folder: Path) -> None:

@@ -15,6 +15,9 @@ from lora_diffusion.errors import LoRADiffusionError
 
 COMMANDS = {
     "train": ("training", "Train"),
+    "train style": ("training", "TrainStyle"),
+    "train dreambooth": ("training", "TrainDreambooth"),
+    "report": ("training", "Report"),
     "route": ("routing", "Route"),
     "generate": ("pictures", "Generate"),
     "preset": ("pictures", "Preset"),

@@ -1,39 +1,125 @@
-"""The commands that train adapters: train, demo."""
+"""The commands that train adapters: train, train style, train dreambooth, report, demo."""
 
 import json
-from dataclasses import dataclass
+import signal
+import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from lora_diffusion.cli.flags import Changes, parse_changes, quiet, settings_table
-from lora_diffusion.config import read_toml
+from lora_diffusion.config import EMBEDDED_BASE, read_toml
 from lora_diffusion.train_config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunFlags:
+    """What is changed in a run's settings, and how its end is told."""
+
+    set: Changes = ()
+    """Change one setting; those of a section as SECTION.KEY."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the result as JSON."""
+
+    def train(self, config: TrainConfig) -> int:
+        """Do it and say what came of it."""
+        with quiet():
+            from lora_diffusion.run_report.runs import train_and_report
+
+            result = train_and_report(config)
+        if not result.is_main_process:
+            return 0
+        if result.stopped:
+            print(f"stopped after step {result.steps}; the same command goes on from there", file=sys.stderr)
+            return 128 + signal.SIGINT
+        facts = {
+            "adapter": str(result.path),
+            "steps": result.steps,
+            "first_loss": result.first_loss,
+            "last_loss": result.last_loss,
+            "best": asdict(result.best) if result.best else None,
+        }
+        best = f", best after step {result.best.step}" if result.best else ""
+        text = f"{result.path}: loss {result.first_loss:.4f} -> {result.last_loss:.4f}{best}"
+        print(json.dumps(facts) if self.json else text)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train an adapter from captioned pictures."""
+    """Train an adapter from captioned pictures: by a file of settings, or as a style or a subject with defaults.
+
+    `train style FOLDER` and `train dreambooth FOLDER --instance "photo of sks dog"` need no file; see their --help.
+    """
 
     config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG.toml")]
     """TOML file with the run's settings."""
-    set: Changes = ()
-    """Change one setting of the file."""
-    json: bool = False
-    """Print the result as JSON."""
+    how: Annotated[RunFlags, tyro.conf.arg(name="")]
+
+    def run(self) -> int:
+        return self.how.train(read_toml(self.config, TrainConfig, parse_changes(self.how.set)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStyle:
+    """Train a style from a folder of captioned pictures, with defaults for the base's family."""
+
+    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
+    """Pictures, each with its caption in a .txt file of the same name."""
+    output: Path
+    """The adapter file to write (.safetensors)."""
+    base: str = EMBEDDED_BASE
+    """Base to train on: `tiny-sd`, a folder in diffusers' layout, or a hub id."""
+    trigger: str = ""
+    """Word that calls the style, as it stands in the captions."""
+    how: Annotated[RunFlags, tyro.conf.arg(name="")]
+
+    def run(self) -> int:
+        with quiet():
+            from lora_diffusion.training.purposes import settings_for
+
+        told = {"data": {"folder": self.data}, "output": self.output, "trigger_words": self.trigger.split()}
+        return self.how.train(settings_for("style", told, parse_changes(self.how.set), base=self.base))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainDreambooth:
+    """Train a subject from a few pictures of it, with defaults for the base's family."""
+
+    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
+    """Pictures of the subject; captions in .txt files are used where there are any."""
+    output: Path
+    """The adapter file to write (.safetensors)."""
+    instance: str
+    """What the pictures show, with a word of the subject's own: "photo of sks dog"."""
+    class_prompt: str = ""
+    """What is to stay as it is: "photo of a dog"; the empty prompt if left out."""
+    base: str = EMBEDDED_BASE
+    """Base to train on: `tiny-sd`, a folder in diffusers' layout, or a hub id."""
+    how: Annotated[RunFlags, tyro.conf.arg(name="")]
+
+    def run(self) -> int:
+        with quiet():
+            from lora_diffusion.training.purposes import settings_for, subject
+
+        told = subject(self.data, self.output, instance=self.instance, class_prompt=self.class_prompt)
+        return self.how.train(settings_for("dreambooth", told, parse_changes(self.how.set), base=self.base))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Write the report of a run that has ended anew, from what is in its folder."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="NAME-run", help_behavior_hint="")]
+    """The run's folder, beside its adapter."""
 
     def run(self) -> None:
-        config = read_toml(self.config, TrainConfig, parse_changes(self.set))
         with quiet():
-            from lora_diffusion.training.loop import train
+            from lora_diffusion.run_report.runs import write_report
 
-            result = train(config)
-        if not result.is_main_process:
-            return
-        facts = {"adapter": str(result.path), "first_loss": result.first_loss, "last_loss": result.last_loss}
-        text = f"{result.path}: loss {result.first_loss:.4f} -> {result.last_loss:.4f}"
-        print(json.dumps(facts) if self.json else text)
+        print(write_report(self.folder))
 
 
 @dataclass(frozen=True, kw_only=True)

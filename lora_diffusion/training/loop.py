@@ -1,7 +1,7 @@
 """The one training loop."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -21,10 +21,11 @@ from lora_diffusion.training.examples import sample_seed
 from lora_diffusion.training.low_rank_layers import extract, layer_factors
 from lora_diffusion.training.max_norm import limit_norms
 from lora_diffusion.training.moving_average import MovingAverage, applied, write
-from lora_diffusion.training.optimisers import new_optimiser
+from lora_diffusion.training.optimisers import evaluation_mode, new_optimiser
 from lora_diffusion.training.rate_schedule import rate_fraction
 from lora_diffusion.training.run_log import RunLog
 from lora_diffusion.training.run_setup import Run, set_up
+from lora_diffusion.training.sample_pictures import make_samples
 from lora_diffusion.training.samples import RunOfSamples, collate
 from lora_diffusion.training.self_checks import check_finite, check_gradients, check_saved
 from lora_diffusion.training.state import RunState, forget_states, identity, load_state, save_state
@@ -55,7 +56,11 @@ class TrainResult:
     """Whether this is the process that wrote the file and should report."""
 
 
-def train(config: TrainConfig) -> TrainResult:
+Watch = Callable[[Run, int], None]
+"""Called before the first step and after those with samples, with the number of steps done."""
+
+
+def train(config: TrainConfig, watch: Watch = lambda *_: None) -> TrainResult:
     """Train an adapter as `config` says and write it to `config.output`.
 
     Everything that can be wrong with the input is checked before the first step. A run that was stopped or killed goes
@@ -63,7 +68,7 @@ def train(config: TrainConfig) -> TrainResult:
     LoRADiffusionError's children.
     """
     run = set_up(config)
-    progress = Progress(run)
+    progress = Progress(run, watch)
     with stop_requests() as request:
         stopped = progress.go_on(request)
     return finished(run, progress, stopped=stopped)
@@ -72,8 +77,8 @@ def train(config: TrainConfig) -> TrainResult:
 class Progress:
     """A run under way: the optimiser and everything else that changes from step to step."""
 
-    def __init__(self, run: Run) -> None:
-        self.run, config = run, run.config
+    def __init__(self, run: Run, watch: Watch) -> None:
+        self.run, self.watch, config = run, watch, run.config
         text_encoders = tuple(name for name in run.base.family.components if name != "unet")
         optimiser = new_optimiser(run.parameters, config.optimiser, text_encoders)
         self.trained = {name: p for name, p in run.parameters.items() if p.requires_grad}
@@ -87,6 +92,8 @@ class Progress:
         self.log = RunLog(run.folder, active=run.accelerator.is_main_process)
         self.identity = identity(config, base_hash=run.base.hash, data_hash=run.data_hash)
         self.resume()
+        if config.tracking.trackers:
+            run.accelerator.init_trackers(config.tracking.project)
 
     @property
     def step(self) -> int:
@@ -130,13 +137,17 @@ class Progress:
         """All steps that are left; returns whether somebody stopped the run. Raises TrainingError."""
         run, config = self.run, self.run.config
         main = run.accelerator.is_main_process
+        if self.step == 0:
+            self.samples()
         with tqdm(total=config.steps, initial=self.step, desc="train", unit="step", disable=not main) as bar:
             while self.step < config.steps:
                 started = time.perf_counter()
                 facts = self.one_step()
-                self.log.add(self.step, {**facts, "seconds": round(time.perf_counter() - started, 4)})
+                self.tell({**facts, "seconds": round(time.perf_counter() - started, 4)})
                 bar.update()
                 bar.set_postfix(loss=f"{recent(self.losses):.4f}")
+                if self.step % config.samples.every == 0 or self.step == config.steps:
+                    self.samples()
                 if self.enough():
                     break
                 if main and is_due(self.step, config.save_every, config):
@@ -147,6 +158,13 @@ class Progress:
                     self.log.add(self.step, {"event": "stopped"})
                     return True
         return False
+
+    def tell(self, facts: Mapping[str, Any]) -> None:
+        """Into the log, and numbers to the trackers as well."""
+        self.log.add(self.step, facts)
+        flat = {**facts, **{f"validation/{key}": value for key, value in facts.get("validation", {}).items()}}
+        numbers = {key: value for key, value in flat.items() if isinstance(value, float)}
+        self.run.accelerator.log(numbers, step=self.step)
 
     def one_step(self) -> dict[str, Any]:
         """One optimiser step over all its batches."""
@@ -213,16 +231,21 @@ class Progress:
     def resting(self) -> Iterator[None]:
         """The parameters as they would be saved: the moving average's, and without dropout."""
         self.run.denoiser.eval()
-        inner = getattr(self.optimiser, "optimizer", self.optimiser)
-        if hasattr(inner, "eval"):  # schedule-free optimisers keep two sets of parameters
-            inner.eval()
         try:
-            with applied(self.run.parameters, self.average) if self.average else nullcontext():
+            with (
+                evaluation_mode(self.optimiser),
+                applied(self.run.parameters, self.average) if self.average else nullcontext(),
+            ):
                 yield
         finally:
             self.run.denoiser.train()
-            if hasattr(inner, "train"):
-                inner.train()
+
+    def samples(self) -> None:
+        """Pictures of what is learned so far."""
+        if self.run.accelerator.is_main_process:
+            with self.resting():
+                make_samples(self.run, self.step)
+        self.watch(self.run, self.step)
 
     def enough(self) -> bool:
         """Whether validation has not got better for long enough."""
@@ -258,7 +281,7 @@ def finished(run: Run, progress: Progress, *, stopped: bool) -> TrainResult:
         save_adapter(adapter, config.output)
         check_saved(adapter, config.output)
         forget_states(run.folder)
-    run.accelerator.wait_for_everyone()
+    run.accelerator.end_training()
     tenth = max(1, len(losses) // 10)
     return TrainResult(
         adapter=adapter,

@@ -70,8 +70,8 @@ def forward_of(module: Any, update: LowRankUpdate) -> Any:
             return frozen(module, x)
         if update.dropout and update.training:
             return frozen(module, x) + dropped(module, update, x)
+        pieces = [cast(value, x) for value in (x, module.weight, module.bias, update.down, update.up)]
         with torch.autocast(x.device.type, enabled=False):
-            pieces = [cast(value, x) for value in (x, module.weight, module.bias, update.down, update.up)]
             if isinstance(module, nn.Linear):
                 return LowRankLinear.apply(*pieces, update.scale)
             return LowRankConvolution.apply(*pieces, update.scale, module.stride, module.padding, module.dilation)

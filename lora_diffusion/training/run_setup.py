@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -12,10 +13,11 @@ from torch import nn
 
 from lora_diffusion.anatomy import trainable_paths
 from lora_diffusion.dataset.buckets import Bucket, bucket_sizes, nearest_bucket
+from lora_diffusion.dataset.captions import caption_text
 from lora_diffusion.dataset.pictures import read_size
 from lora_diffusion.dataset.reading import Example, data_hash, read_dataset
 from lora_diffusion.dataset.splitting import held_out
-from lora_diffusion.errors import ConfigError
+from lora_diffusion.errors import ConfigError, DatasetError
 from lora_diffusion.files import check_writable
 from lora_diffusion.models import Base, default_device, load_base
 from lora_diffusion.precision import torch_dtype
@@ -74,6 +76,7 @@ def set_up(config: TrainConfig) -> Run:
         unet=config.adapter.unet_targets,
         text_encoders=config.adapter.text_encoder_targets,
     )
+    check_lengths(base, (*examples, *validation), config)
     captions = CaptionEncoder(base, cache)
     denoiser = Denoiser(base, config.objective)
     check_timesteps(config.objective, denoiser.num_timesteps)
@@ -106,6 +109,20 @@ def set_up(config: TrainConfig) -> Run:
     )
 
 
+def check_lengths(base: Base, examples: Sequence[Example], config: TrainConfig) -> None:
+    """Raise DatasetError for a caption that the text encoder would cut short."""
+    plain = config.captions.model_copy(update={"dropout": 0.0, "part_dropout": 0.0, "shuffle": False})
+    most = base.pipe.tokenizer.model_max_length
+    for example in examples:
+        text = caption_text(example.caption, plain, config.trigger_words, torch.Generator())
+        count = len(base.pipe.tokenizer(text, truncation=False).input_ids)
+        if count > most:
+            raise DatasetError(
+                f"{example.picture}: its caption has {count - 2} tokens, and {most - 2} are read; shorten it "
+                f"({text[:60]} ...)"
+            )
+
+
 def split(config: TrainConfig) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """Pictures to train on and pictures held out. Raises DatasetError, ConfigError."""
     if config.validation.folder and config.validation.share:
@@ -125,7 +142,19 @@ def new_accelerator(config: TrainConfig) -> Accelerator:
         raise ConfigError("mixed_precision 'fp16' needs a GPU; on the CPU use 'no' or 'bf16'")
     AcceleratorState._reset_state()  # it keeps the precision of an earlier run in this process
     passes = 2 if config.prior.mode == "pictures" else 1
-    return Accelerator(mixed_precision=precision, gradient_accumulation_steps=config.gradient_accumulation * passes)
+    return Accelerator(
+        mixed_precision=precision,
+        gradient_accumulation_steps=config.gradient_accumulation * passes,
+        log_with=[check_tracker(name) for name in config.tracking.trackers],
+        project_dir=run_folder(config.output) / "logs",
+    )
+
+
+def check_tracker(name: str) -> str:
+    """Raise ConfigError for a tracker that is not installed."""
+    if name == "wandb" and find_spec("wandb") is None:
+        raise ConfigError("tracking.trackers names wandb, which is not installed; pip install wandb, or leave it out")
+    return name
 
 
 def new_cache(config: TrainConfig) -> Cache:

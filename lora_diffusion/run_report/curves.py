@@ -1,0 +1,75 @@
+"""How a run went, as curves."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Lines = Sequence[Mapping[str, Any]]
+MOST_POINTS = 2000
+"""No curve is drawn with more; what is between is averaged."""
+BLUE, ORANGE, GREY = "#2b6cb0", "#c05621", "#a0aec0"
+
+
+def curves(log: Lines) -> str:
+    """A PNG as a data URI: loss, validation with the best step marked if there was any, gradient norm and rate."""
+    steps = [line for line in log if "loss" in line]
+    checked = [line for line in steps if "validation" in line]
+    panels = [draw_loss, *([draw_validation] if checked else []), draw_gradient, draw_rate]
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(9.6, 3.1 * rows), layout="constrained")
+    every = figure.subplots(rows, 2).flatten()
+    for axes in every[len(panels) :]:
+        axes.remove()
+    for axes, draw in zip(every, panels, strict=False):
+        draw(axes, checked if draw is draw_validation else steps)
+        axes.set_xlabel("step")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.02)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=110)
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def draw_loss(axes: Axes, steps: Lines) -> None:
+    """Every step lightly, and a running mean over a fiftieth of the run, as single losses say little."""
+    x, y = thinned(steps, "loss")
+    axes.plot(x, y, color=GREY, linewidth=0.7, alpha=0.7)
+    width = max(1, len(y) // 50)
+    smooth = np.convolve(y, np.ones(width) / width, mode="valid")
+    axes.plot(x[width - 1 :], smooth, color=BLUE, linewidth=1.6)
+    axes.set_title(f"training loss (mean of {width * max(1, len(steps) // len(y))})" if width > 1 else "training loss")
+
+
+def draw_validation(axes: Axes, checked: Lines) -> None:
+    x = [line["step"] for line in checked]
+    y = [line["validation"]["loss"] for line in checked]
+    axes.plot(x, y, color=ORANGE, marker="o", markersize=3, linewidth=1.4)
+    best = int(np.argmin(y))
+    axes.plot(x[best], y[best], marker="o", markersize=9, markerfacecolor="none", markeredgecolor=ORANGE)
+    axes.annotate(f"best: step {x[best]}", (x[best], y[best]), xytext=(0, 12), textcoords="offset points", ha="center")
+    axes.margins(y=0.25)
+    axes.set_title("loss on held-out pictures")
+
+
+def draw_gradient(axes: Axes, steps: Lines) -> None:
+    axes.plot(*thinned(steps, "gradient_norm"), color=GREY, linewidth=0.9)
+    axes.set_title("gradient norm, before clipping")
+
+
+def draw_rate(axes: Axes, steps: Lines) -> None:
+    axes.plot(*thinned(steps, "rate"), color=BLUE, linewidth=1.4)
+    axes.set_title("learning rate")
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+
+
+def thinned(steps: Lines, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values, means of equal stretches where there are too many."""
+    x, y = (np.array([line[name] for line in steps], dtype=float) for name in ("step", key))
+    each = -(-len(x) // MOST_POINTS)
+    whole = len(x) // each * each
+    return x[:whole].reshape(-1, each).mean(1), y[:whole].reshape(-1, each).mean(1)

@@ -1,0 +1,93 @@
+"""A run as one page that needs nothing but itself: what came of it, curves, samples, settings and data."""
+
+import base64
+import html
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion.run_report.curves import Lines, curves
+from lora_diffusion.run_report.sheet import sheet_path
+
+STYLE = """
+:root { color-scheme: light dark; --ground: #fdfdfb; --ink: #1e2028; --pale: #6b7280; --line: #e2e4e8; }
+@media (prefers-color-scheme: dark) { :root { --ground: #16181d; --ink: #e6e7ea; --pale: #9aa0ab; --line: #2c3038; } }
+body { background: var(--ground); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; margin: 0 auto;
+  max-width: 1080px; padding: 1.5rem 1rem 4rem; }
+h1 { font-size: 1.6rem; margin: 0 0 .2rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .6rem; }
+p.pale { color: var(--pale); margin: 0; } img { max-width: 100%; border-radius: 6px; background: #fff; }
+ul { padding-left: 1.2rem; } table { border-collapse: collapse; width: 100%; }
+td { border-top: 1px solid var(--line); padding: .3rem .8rem .3rem 0; vertical-align: top; overflow-wrap: anywhere; }
+td:first-child { color: var(--pale); white-space: nowrap; } pre { overflow-x: auto; font-size: .85rem; }
+"""
+
+
+def write_page(folder: Path, facts: Mapping[str, Any], log: Lines) -> str:
+    """The page as HTML. `facts` are those of `run.json`; every text of the user's is escaped."""
+    title = html.escape(str(facts["name"]))
+    sheet = sheet_path(folder)
+    samples = f"<h2>Samples</h2><img alt='samples by step' src='{data_uri(sheet)}'>" if sheet.is_file() else ""
+    points = "".join(f"<li>{html.escape(text)}</li>" for text in (*outcome(facts, log), *advice(log)))
+    rows = "".join(
+        f"<tr><td>{html.escape(key)}</td><td>{html.escape(str(value))}</td></tr>" for key, value in summary(facts)
+    )
+    settings = html.escape(json.dumps(facts["settings"], indent=2))
+    return (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<title>{title}: training report</title><style>{STYLE}</style></head><body>"
+        f"<h1>{title}</h1><p class='pale'>{html.escape(facts['finished'])}</p><ul>{points}</ul>"
+        f"<h2>Curves</h2><img alt='curves' src='{curves(log)}'>{samples}"
+        f"<h2>Run</h2><table>{rows}</table>"
+        f"<h2>Settings</h2><details><summary>all of them</summary><pre>{settings}</pre></details>"
+        "</body></html>\n"
+    )
+
+
+def data_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def validations(log: Lines) -> list[tuple[int, float]]:
+    return [(line["step"], line["validation"]["loss"]) for line in log if "validation" in line]
+
+
+def outcome(facts: Mapping[str, Any], log: Lines) -> list[str]:
+    """What came of the run, in sentences."""
+    told = [
+        f"{facts['steps_done']} steps in {facts['seconds']:.0f} s, {facts['seconds_per_step']:.2f} s each; "
+        f"{facts['memory_mb']:.0f} MB at most.",
+        f"Training loss {facts['first_loss']:.4f} at first, {facts['last_loss']:.4f} at the end.",
+    ]
+    found = validations(log)
+    if found:
+        step, best = min(found, key=lambda item: item[1])
+        told.append(f"Held-out loss {found[0][1]:.4f} at first, {best:.4f} at best, after step {step}.")
+    return told
+
+
+def advice(log: Lines) -> list[str]:
+    """What to try next, as far as the figures bear it out."""
+    found = validations(log)
+    if not found:
+        return ["Nothing was held out, so nothing here tells overfitting; set validation.share to 0.1 or more."]
+    step, best = min(found, key=lambda item: item[1])
+    last_step, last = found[-1]
+    told: list[str] = []
+    if step == last_step and len(found) > 2:
+        told.append("The held-out loss was still falling at the end: more steps may help.")
+    if last > 1.02 * best:
+        told.append(f"It rose by {last / best - 1:.0%} after the best step: fewer steps or a lower rate would do.")
+    drifts = [line["validation"]["drift"] for line in log if "validation" in line and line["validation"]["drift"]]
+    if drifts and drifts[-1] > 0.1:
+        told.append(
+            f"Other prompts drifted by {drifts[-1]:.0%} of the prediction's energy: prior.mode 'prediction' holds them."
+        )
+    return told
+
+
+def summary(facts: Mapping[str, Any]) -> list[tuple[str, object]]:
+    """The run's circumstances."""
+    kept = ("base", "base_hash", "adapter", "adapter_hash", "pictures", "held_out", "buckets", "parameters", "machine")
+    return [(key.replace("_", " "), facts[key]) for key in kept] + list(facts["versions"].items())

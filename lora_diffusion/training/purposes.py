@@ -1,0 +1,37 @@
+"""The settings of a run of which only data and purpose are told: those that suit the base's family."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion.config import changed, validate
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.formats.diffusers_folder import anatomy_of_folder
+from lora_diffusion.models import default_device, find_base
+from lora_diffusion.train_config import TrainConfig
+from lora_diffusion.train_defaults import Purpose, default_settings, with_precision
+
+
+def settings_for(
+    purpose: Purpose, told: Mapping[str, Any], changes: Mapping[str, Any] | None = None, *, base: str
+) -> TrainConfig:
+    """A run's settings: the family's defaults, what is told over them, and `changes` over both.
+
+    Raises BaseModelError, and ConfigError with all mistakes at once.
+    """
+    family, _ = anatomy_of_folder(find_base(base))
+    table = with_precision(default_settings(purpose, family.name), on_gpu=default_device().type != "cpu")
+    return validate(
+        TrainConfig, changed(changed({**table, "base": base}, told), changes or {}), source=f"train {purpose}"
+    )
+
+
+def subject(data: Path, output: Path, *, instance: str, class_prompt: str) -> dict[str, Any]:
+    """What is told of a subject: `photo of sks dog`, of the class `photo of a dog`.
+
+    Raises ConfigError without an instance prompt.
+    """
+    if not instance.strip():
+        raise ConfigError("a subject needs a prompt with a word of its own: --instance 'photo of sks dog'")
+    prior = {"prior": {"prompt": class_prompt}} if class_prompt else {}
+    return {"data": {"folder": data, "instance_prompt": instance}, "output": output, **prior}

@@ -1,0 +1,30 @@
+"""Pictures on the way: the same prompts and seeds at each interval, so that they differ by what was learned."""
+
+from pathlib import Path
+
+import torch
+
+from lora_diffusion.config import GenerateConfig
+from lora_diffusion.files import whole_file
+from lora_diffusion.sampling import sample, single_settings
+from lora_diffusion.training.run_setup import Run
+
+SAMPLES = "samples"
+
+
+def picture_path(folder: Path, step: int, number: int) -> Path:
+    """Where the picture of a prompt after a step is kept in a run's folder."""
+    return folder / SAMPLES / f"step-{step:08d}-{number}.png"
+
+
+@torch.no_grad()
+def make_samples(run: Run, step: int) -> None:
+    """One picture for each prompt, from the base as it stands with what is trained in it. Raises OutputError."""
+    config = run.config.samples
+    for number, prompt in enumerate(config.prompts):
+        path = picture_path(run.folder, step, number)
+        settings = GenerateConfig(prompt=prompt, seed=config.seed, steps=config.steps, guidance=config.guidance)
+        (single,) = single_settings(run.base, settings)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as part:
+            sample(run.base, single).save(part, format="PNG")

@@ -1,0 +1,137 @@
+"""Whole runs as people start them: a style or a subject with defaults, two processes, samples and the report."""
+
+import base64
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_training import pictures, settings  # noqa: F401 (a fixture)
+
+from lora_diffusion.adapter import adapter_hash
+from lora_diffusion.cli import main
+from lora_diffusion.families import FAMILIES
+from lora_diffusion.formats.reading import load_adapter
+from lora_diffusion.run_report.runs import train_and_report
+from lora_diffusion.train_config import TrainConfig
+from lora_diffusion.train_defaults import default_settings
+from lora_diffusion.training.loop import train
+
+QUICK = ["--set", "steps=2", "--set", "batch_size=1"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("purpose", ["style", "dreambooth"])
+def test_every_familys_defaults_are_valid_settings(purpose: Any, family: str) -> None:
+    table = default_settings(purpose, family)
+    TrainConfig.model_validate({**table, "data": "x", "output": "y.safetensors"})
+    assert table["steps"] > 0
+
+
+def test_a_style_and_a_subject_need_no_file(
+    pictures: Path,  # noqa: F811
+    sd_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = ["--base", str(sd_folder)]
+    style, subject = pictures.parent / "style.safetensors", pictures.parent / "subject.safetensors"
+    assert main(["train", "style", str(pictures), "--output", str(style), "--trigger", "sks", *base, *QUICK]) == 0
+    assert "style.safetensors: loss" in capsys.readouterr().out
+    assert load_adapter(style).metadata.trigger_words == ("sks",)
+    for path in pictures.glob("*.txt"):
+        path.unlink()
+    command = ["train", "dreambooth", str(pictures), "--output", str(subject), *base, *QUICK]
+    assert main([*command, "--instance", "photo of sks dog", "--class-prompt", "photo of a dog", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 2
+    record = load_adapter(subject).metadata.training
+    assert record["prior"] == {**record["prior"], "mode": "prediction", "prompt": "photo of a dog"}
+    assert record["data"]["instance_prompt"] == "photo of sks dog"
+    assert main([*command, "--instance", " "]) == 2
+    assert "a word of its own" in capsys.readouterr().err
+
+
+class Page(HTMLParser):
+    """What a page shows and asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.scripts = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+        self.scripts += tag == "script"
+
+
+def test_a_run_leaves_samples_and_a_page_that_needs_nothing_else(
+    pictures: Path,  # noqa: F811
+    sd_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    hostile = "<script>alert(1)</script> & a cat"
+    changes = {
+        "samples": {"prompts": [hostile, "a dog"], "every": 2, "steps": 1, "guidance": 1.0},
+        "validation": {"share": 0.25, "every": 2, "draws": 2},
+    }
+    result = train_and_report(settings(pictures, sd_folder, changes, steps=4, name=hostile))
+    folder = result.path.parent / "style-run"
+    assert sorted(path.name for path in (folder / "samples").iterdir()) == [
+        f"step-{step:08d}-{number}.png" for step in (0, 2, 4) for number in (0, 1)
+    ]
+    text = (folder / "report.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert page.scripts == 0
+    assert len(page.sources) == 2
+    for source in page.sources:
+        kind, _, data = source.partition(",")
+        assert kind == "data:image/png;base64"
+        assert base64.b64decode(data)[1:4] == b"PNG"
+    assert not re.search(r"https?://", text)
+    (folder / "report.html").unlink()
+    assert main(["report", str(folder)]) == 0
+    assert (folder / "report.html").read_text() == text
+    assert main(["report", str(pictures)]) == 2
+    assert "give the NAME-run folder" in capsys.readouterr().err
+
+
+def test_samples_do_not_change_the_run(pictures: Path, sd_folder: Path) -> None:  # noqa: F811
+    plain = train(settings(pictures, sd_folder))
+    shown = train(settings(pictures, sd_folder, {"samples": {"prompts": ["a cat"], "every": 1, "steps": 1}}))
+    assert adapter_hash(plain.adapter) == adapter_hash(shown.adapter)
+
+
+def test_two_processes_train_what_one_does(pictures: Path, sd_folder: Path) -> None:  # noqa: F811
+    """The same global batch, shared out: equal up to the order in which gradients are summed."""
+    top = {"save_precision": "float32", "steps": 3}
+    changes = {"validation": {"share": 0.25, "every": 2, "draws": 2}}
+    alone = train(settings(pictures, sd_folder, changes, batch_size=2, **top)).adapter
+    output = pictures.parent / "two" / "style.safetensors"
+    config = settings(pictures, sd_folder, changes, batch_size=1, output=output, **top)
+    path = pictures.parent / "two.json"
+    path.write_text(config.model_dump_json())
+    script = pictures.parent / "run_two.py"
+    script.write_text(
+        "import sys, torch; torch.set_num_threads(1); from pathlib import Path\n"
+        "from lora_diffusion.train_config import TrainConfig\n"
+        "from lora_diffusion.training.loop import train\n"
+        "result = train(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text()))\n"
+        "print('main' if result.is_main_process else 'other')\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*launch, str(script), str(path)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sorted(done.stdout.split()) == ["main", "other"]
+    found = load_adapter(output)
+    for path_, layer in alone.layers.items():
+        for name, factor in layer.factors.items():
+            other = found.layers[path_].factors[name]
+            assert (other - factor).norm() <= 1e-3 * factor.norm(), (path_, name)
