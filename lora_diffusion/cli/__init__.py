@@ -14,6 +14,7 @@ from lora_diffusion.allocator import keep_freed_memory
 from lora_diffusion.errors import LoRADiffusionError
 
 COMMANDS = {
+    "dataset check": ("dataset", "Check"),
     "train": ("training", "Train"),
     "train style": ("training", "TrainStyle"),
     "train dreambooth": ("training", "TrainDreambooth"),
@@ -50,9 +51,11 @@ def parsed(arguments: list[str]) -> Any:
     for words in (2, 1):
         name = " ".join(arguments[:words])
         if name in COMMANDS:
-            return tyro.cli(command_class(name), args=arguments[words:], prog=f"lora-diffusion {name}")
+            kind = command_class(name)
+            about = kind.about() if hasattr(kind, "about") else None
+            return tyro.cli(kind, args=arguments[words:], prog=f"lora-diffusion {name}", description=about)
     return tyro.extras.subcommand_cli_from_dict(
-        {name: command_class(name) for name in COMMANDS if " " not in name},
+        {name: command_class(name) for name in COMMANDS},
         args=arguments,
         prog="lora-diffusion",
         description="Train, blend, merge and convert LoRA adapters for Stable Diffusion.",

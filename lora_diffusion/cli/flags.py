@@ -64,7 +64,8 @@ def settings_table(kind: type[Settings], prefix: str = "") -> str:
             about = (inner.__doc__ or "").strip()
             rows += [f"\n  [{prefix}{name}] {about}", settings_table(cast("type[Settings]", inner), f"{prefix}{name}.")]
             continue
-        default = "required" if info.is_required() else shown(info.get_default(call_default_factory=True))
+        value = info.get_default(call_default_factory=True)
+        default = "required" if info.is_required() else "not set" if value is None else shown(value)
         rows.append(f"  {name}: {info.description} ({default})")
     return "\n".join(rows)
 

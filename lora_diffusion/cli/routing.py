@@ -22,6 +22,11 @@ class Route:
     json: bool = False
     """Print the result as JSON."""
 
+    @classmethod
+    def about(cls) -> str:
+        """What help says of this command alone."""
+        return f"{cls.__doc__}\n\nSettings of the TOML file:\n{settings_table(RouteConfig)}"
+
     def run(self) -> None:
         changes = parse_changes(self.set)
         with quiet():
@@ -31,6 +36,3 @@ class Route:
         facts = {"preset": str(result.path), "first_loss": result.first_loss, "last_loss": result.last_loss}
         text = f"{result.path}: loss on held-out noise {result.first_loss:.4f} -> {result.last_loss:.4f}"
         print(json.dumps(facts) if self.json else text)
-
-
-Route.__doc__ = f"{Route.__doc__}\n\nSettings of the TOML file:\n{settings_table(RouteConfig)}"

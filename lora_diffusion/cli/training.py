@@ -58,6 +58,11 @@ class Train:
     """TOML file with the run's settings."""
     how: Annotated[RunFlags, tyro.conf.arg(name="")]
 
+    @classmethod
+    def about(cls) -> str:
+        """What help says of this command alone."""
+        return f"{cls.__doc__}\n\nSettings of the TOML file:\n{settings_table(TrainConfig)}"
+
     def run(self) -> int:
         return self.how.train(read_toml(self.config, TrainConfig, parse_changes(self.how.set)))
 
@@ -136,6 +141,3 @@ class Demo:
             from lora_diffusion.demo import run_demo
 
             run_demo(self.output, steps=self.steps, say=print)
-
-
-Train.__doc__ = f"{Train.__doc__}\n\nSettings of the TOML file:\n{settings_table(TrainConfig)}"

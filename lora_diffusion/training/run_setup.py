@@ -12,8 +12,8 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from lora_diffusion.anatomy import trainable_paths
-from lora_diffusion.dataset.buckets import Bucket, bucket_sizes, nearest_bucket
 from lora_diffusion.dataset.captions import caption_text
+from lora_diffusion.dataset.check import buckets_of
 from lora_diffusion.dataset.pictures import read_size
 from lora_diffusion.dataset.reading import Example, data_hash, read_dataset
 from lora_diffusion.dataset.splitting import held_out
@@ -87,7 +87,7 @@ def set_up(config: TrainConfig) -> Run:
         groups.append(class_group(config, base, folder, size_px, accelerator))
     samples = tuple(samples_of(base, one, some, cache, denoiser, size_px, per_step) for one, some in groups)
     views = ViewEncoder(base, config.data, cache)
-    sized = zip(validation, buckets_of(validation, config.data, size_px), strict=True)
+    sized = zip(validation, buckets_of(sizes_of(validation), config.data, size_px), strict=True)
     encoded = [views.encoded(example, bucket, seed=0, variant=0) for example, bucket in sized]
     if config.prior.mode == "prediction":
         denoiser.pull = PriorPull(base, captions, config.prior)
@@ -185,7 +185,7 @@ def samples_of(
     size_px: int,
     per_step: int,
 ) -> RunOfSamples:
-    buckets = buckets_of(examples, config.data, size_px)
+    buckets = buckets_of(sizes_of(examples), config.data, size_px)
     return RunOfSamples(
         config=config,
         examples=examples,
@@ -196,13 +196,8 @@ def samples_of(
     )
 
 
-def buckets_of(examples: Sequence[Example], config: DataConfig, size_px: int) -> tuple[Bucket, ...]:
-    """The bucket of each picture."""
-    if not config.buckets:
-        return (Bucket(size_px, size_px),) * len(examples)
-    step = config.bucket_step or max(8, size_px // 64 * 8)
-    sizes = bucket_sizes(size_px, step, config.largest_aspect)
-    return tuple(nearest_bucket(sizes, *read_size(example.picture)) for example in examples)
+def sizes_of(examples: Sequence[Example]) -> list[tuple[int, int]]:
+    return [read_size(example.picture) for example in examples]
 
 
 def adjust(base: Base, config: TrainConfig) -> None:
