@@ -286,15 +286,15 @@ class TrainConfig(Settings):
     resume: bool = True
     """Go on from the last state of an unfinished run of the same settings, if there is one."""
     data: DataConfig
-    captions: CaptionConfig = CaptionConfig()
-    adapter: AdapterConfig = AdapterConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
-    prior: PriorConfig = PriorConfig()
-    optimiser: OptimiserConfig = OptimiserConfig()
-    validation: ValidationConfig = ValidationConfig()
-    samples: SamplesConfig = SamplesConfig()
-    compute: ComputeConfig = ComputeConfig()
-    tracking: TrackingConfig = TrackingConfig()
+    captions: CaptionConfig = Field(default_factory=CaptionConfig)  # made when asked for, which help never does
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    prior: PriorConfig = Field(default_factory=PriorConfig)
+    optimiser: OptimiserConfig = Field(default_factory=OptimiserConfig)
+    validation: ValidationConfig = Field(default_factory=ValidationConfig)
+    samples: SamplesConfig = Field(default_factory=SamplesConfig)
+    compute: ComputeConfig = Field(default_factory=ComputeConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
     @field_validator("data", mode="before")
     @classmethod

@@ -49,8 +49,8 @@ def test_the_sample_configuration_is_valid(tmp_path: Path) -> None:
     path = tmp_path / "my-style.toml"
     path.write_text(blocks("toml")[0])
     config = read_toml(path, TrainConfig)
-    assert config.data == tmp_path / "pictures"
-    assert (config.rank, config.trigger_words) == (16, ("sks",))
+    assert config.data.folder == tmp_path / "pictures"
+    assert (config.adapter.rank, config.trigger_words) == (16, ("sks",))
 
 
 def test_the_map_of_files_is_the_tree() -> None:

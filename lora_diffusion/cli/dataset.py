@@ -9,7 +9,6 @@ import tyro
 
 from lora_diffusion.cli.flags import Changes, parse_changes, quiet
 from lora_diffusion.config import EMBEDDED_BASE, changed, validate
-from lora_diffusion.train_config import DataConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +29,8 @@ class Check:
     """Print the result as JSON."""
 
     def run(self) -> None:
+        from lora_diffusion.train_config import DataConfig
+
         config = validate(DataConfig, changed({"folder": self.folder}, parse_changes(self.set)), source="dataset check")
         with quiet():
             from lora_diffusion.dataset.check import described, facts_of

@@ -5,13 +5,22 @@ import signal
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from lora_diffusion.cli.flags import Changes, parse_changes, quiet, settings_table
 from lora_diffusion.config import EMBEDDED_BASE, read_toml
-from lora_diffusion.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    from lora_diffusion.train_config import TrainConfig
+
+
+def settings_kind() -> "type[TrainConfig]":
+    """Imported when it is asked for: a hundred settings take a while, which the help of all commands need not wait."""
+    from lora_diffusion.train_config import TrainConfig
+
+    return TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +32,7 @@ class RunFlags:
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the result as JSON."""
 
-    def train(self, config: TrainConfig) -> int:
+    def train(self, config: "TrainConfig") -> int:
         """Do it and say what came of it."""
         with quiet():
             from lora_diffusion.run_report.runs import train_and_report
@@ -61,10 +70,10 @@ class Train:
     @classmethod
     def about(cls) -> str:
         """What help says of this command alone."""
-        return f"{cls.__doc__}\n\nSettings of the TOML file:\n{settings_table(TrainConfig)}"
+        return f"{cls.__doc__}\n\nSettings of the TOML file:\n{settings_table(settings_kind())}"
 
     def run(self) -> int:
-        return self.how.train(read_toml(self.config, TrainConfig, parse_changes(self.how.set)))
+        return self.how.train(read_toml(self.config, settings_kind(), parse_changes(self.how.set)))
 
 
 @dataclass(frozen=True, kw_only=True)
