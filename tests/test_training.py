@@ -23,7 +23,7 @@ from lora_diffusion.training.examples import picture_order, sample_seed
 from lora_diffusion.training.loop import train
 from lora_diffusion.training.low_rank_layers import disabled, extract, inject
 from lora_diffusion.training.run_log import read_log
-from lora_diffusion.training.self_checks import check_finite
+from lora_diffusion.training.self_checks import check_finite, memory_refusals
 from lora_diffusion.training.state import states
 
 
@@ -164,6 +164,16 @@ def test_neighbouring_samples_have_unrelated_seeds() -> None:
 def test_a_loss_that_is_no_number_stops_the_run() -> None:
     with pytest.raises(TrainingError, match="the loss at step 7 is nan"):
         check_finite(torch.tensor(float("nan")), 7)
+
+
+def test_too_little_memory_is_said_with_what_helps() -> None:
+    with (
+        pytest.raises(TrainingError, match=r"not enough memory for a step; set compute\.gradient_checkpointing"),
+        memory_refusals(),
+    ):
+        torch.empty(2**55, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), memory_refusals():
+        torch.ones(2, 3) @ torch.ones(2, 3)
 
 
 def refusal(config: TrainConfig, kind: type[Exception]) -> str:

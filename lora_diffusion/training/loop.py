@@ -27,7 +27,7 @@ from lora_diffusion.training.run_log import RunLog
 from lora_diffusion.training.run_setup import Run, set_up
 from lora_diffusion.training.sample_pictures import make_samples
 from lora_diffusion.training.samples import RunOfSamples, collate
-from lora_diffusion.training.self_checks import check_finite, check_gradients, check_saved
+from lora_diffusion.training.self_checks import check_finite, check_gradients, check_saved, memory_refusals
 from lora_diffusion.training.state import RunState, forget_states, identity, load_state, save_state
 from lora_diffusion.training.stopping import StopRequest, stop_requests
 from lora_diffusion.training.validation import Best, on, validated
@@ -67,11 +67,12 @@ def train(config: TrainConfig, watch: Watch = lambda *_: None) -> TrainResult:
     on from its last state; on the CPU it gives the adapter of an uninterrupted run, bit for bit. Raises
     LoRADiffusionError's children.
     """
-    run = set_up(config)
-    progress = Progress(run, watch)
-    with stop_requests() as request:
-        stopped = progress.go_on(request)
-    return finished(run, progress, stopped=stopped)
+    with memory_refusals():
+        run = set_up(config)
+        progress = Progress(run, watch)
+        with stop_requests() as request:
+            stopped = progress.go_on(request)
+        return finished(run, progress, stopped=stopped)
 
 
 class Progress:

@@ -1,6 +1,7 @@
 """What would make a run worthless, found while it can still be helped: each stops it with one sentence."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -42,6 +43,20 @@ def check_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
             f"no gradient reaches {' and '.join(silent)}, so it would not learn; report this with the run's settings, "
             "or train without it"
         )
+
+
+@contextmanager
+def memory_refusals() -> Iterator[None]:
+    """Turn running out of memory into a TrainingError that names the settings which help most."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+            raise
+        raise TrainingError(
+            "there is not enough memory for a step; set compute.gradient_checkpointing to true, batch_size to 1 with "
+            f"more gradient_accumulation, or a lower data.resolution ({str(error).splitlines()[0][:120]})"
+        ) from None
 
 
 def check_saved(adapter: Adapter, path: Path) -> None:

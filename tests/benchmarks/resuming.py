@@ -1,0 +1,51 @@
+"""A run killed twenty times, at random moments, and gone on with each time: does it end with the same adapter?
+
+    PYTHONPATH=tests python tests/benchmarks/resuming.py
+
+On the tests' random base, with everything in the run that draws at random or has a state; a state after each step. Writes
+`resuming.json` beside this script.
+"""
+
+import json
+import random
+import tempfile
+from pathlib import Path
+
+import torch
+from measuring import machine
+from PIL import Image
+from random_bases import write_random_sd
+from test_resuming import EVERYTHING, killed_runs
+from test_training import settings
+
+from lora_diffusion.adapter import adapter_hash
+from lora_diffusion.config import changed
+from lora_diffusion.formats.reading import load_adapter
+from lora_diffusion.training.loop import train
+
+KILLS, STEPS, SEED = 20, 400, 0
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        base, pictures = write_random_sd(folder / "base"), folder / "pictures"
+        pictures.mkdir()
+        for i, colour in enumerate(("red", "blue", "green", "white")):
+            Image.new("RGB", (40, 48), colour).save(pictures / f"{i}.png")
+            (pictures / f"{i}.txt").write_text(f"a {colour} wall, in sks style\n")
+        changes = changed(EVERYTHING, {"data": {"folder": str(pictures)}})
+        whole = train(settings(pictures, base, changes, steps=STEPS, save_precision="float32"))
+        output = folder / "again" / "style.safetensors"
+        config = settings(pictures, base, changes, steps=STEPS, save_precision="float32", output=output, state_every=1)
+        reached = killed_runs(config, folder, kills=KILLS, rng=random.Random(SEED))
+        train(config)
+        same = adapter_hash(load_adapter(output)) == adapter_hash(whole.adapter)
+    facts = {"machine": machine(), "kills": len(reached), "steps_when_killed": reached, "same_adapter": same}
+    Path(__file__).with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+    print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()
