@@ -25,8 +25,8 @@ from lora_diffusion.training.purposes import settings_for, subject
 from train_scripts.evaluate_routing import prompts as places
 from train_scripts.tiny_world.reader import load_reader, machine, read
 
-STYLES = {"neon": "zwx", "ink": "sks"}
-SUBJECTS = {"gloop": "a gloop character", "zuki": "a zuki character"}
+STYLES = {"neon": "zwx"}
+SUBJECTS = {"gloop": "a gloop character"}
 STEPS = 20
 
 

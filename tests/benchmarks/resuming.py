@@ -2,8 +2,8 @@
 
     PYTHONPATH=tests python tests/benchmarks/resuming.py
 
-On the tests' random base, with everything in the run that draws at random or has a state; a state after each step. Writes
-`resuming.json` beside this script.
+On the tests' random base, with everything in the run that draws at random or has a state; a state after each step.
+Writes `resuming.json` beside this script.
 """
 
 import json

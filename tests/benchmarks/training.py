@@ -4,22 +4,24 @@
 
 SD 1.5's UNet with random weights in float32, 32x32 latents, batch 1, rank 8 on its 128 attention projections. The floor
 is the frozen UNet's forward and its backward to the input. Processor time of one thread, medians of rounds in turn;
-operations as torch counts them; memory is what autograd keeps between the passes, parameters left out. Writes
+operations are calls that reach the processor; memory is how far a process of its own grows in its first step. Writes
 `training.json` beside this script.
 """
 
 import json
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from full_size import attention_paths, base_around, new_unet
-from measuring import machine
+from measuring import machine, status_mb
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_diffusion.train_config import AdapterConfig
 from lora_diffusion.training.low_rank_layers import inject
@@ -59,30 +61,46 @@ def pefts() -> tuple[Any, bool]:
     return unet, False
 
 
+class Counting(TorchDispatchMode):
+    """Counts the operations that reach the processor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
 def operations(unet: Any, *, learns: bool) -> int:
-    with FlopCounterMode(display=False) as counter:
+    """Of a step; views are among them, as each costs a call."""
+    with Counting() as counting:
         step(unet, learns=learns)
-    return counter.get_total_flops()
+    return counting.count
 
 
-def kept_mb(unet: Any, *, learns: bool) -> float:
-    """What autograd keeps for the backward pass, each storage once, without parameters."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
-    kept: dict[int, Tensor] = {}
+def added_mb(way: str) -> float:
+    """How far a process of its own grows in a step above what it held before."""
+    command = [sys.executable, __file__, "--worker", way]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout.splitlines()[-1])
 
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in parameters:
-            kept[tensor.untyped_storage().data_ptr()] = tensor  # alive, so that no address is used twice
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step(unet, learns=learns)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 1e6
+def grown(way: str) -> float:
+    unet, learns = WAYS[way]()
+    before = status_mb("VmRSS")
+    step(unet, learns=learns)
+    return status_mb("VmHWM") - before
+
+
+WAYS = {"floor": floor, "ours": ours, "peft": pefts}
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    ways = {"floor": floor(), "ours": ours(), "peft": pefts()}
+    if "--worker" in sys.argv:
+        return print(grown(sys.argv[-1]))
+    added = {name: statistics.median(added_mb(name) for _ in range(3)) for name in WAYS}
+    ways = {name: make() for name, make in WAYS.items()}
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
         for name, (unet, learns) in ways.items():
@@ -91,15 +109,14 @@ def main() -> None:
             taken[name].append(time.process_time() - started)
     seconds = {name: statistics.median(values) for name, values in taken.items()}
     counted = {name: operations(unet, learns=learns) for name, (unet, learns) in ways.items()}
-    kept = {name: kept_mb(unet, learns=learns) for name, (unet, learns) in ways.items()}
     facts = {
         "machine": machine(),
         "rounds": ROUNDS,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "times_floor": {name: round(seconds[name] / seconds["floor"], 3) for name in ("ours", "peft")},
-        "gflops": {name: round(value / 1e9, 1) for name, value in counted.items()},
-        "kept_mb": {name: round(value, 1) for name, value in kept.items()},
-        "kept_of_peft": round(kept["ours"] / kept["peft"], 3),
+        "operations": counted,
+        "added_mb": {name: round(value) for name, value in added.items()},
+        "added_of_peft": round(added["ours"] / added["peft"], 3),
         "operations_of_floor": {name: round(counted[name] / counted["floor"], 3) for name in ("ours", "peft")},
     }
     Path(__file__).with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
