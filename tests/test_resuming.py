@@ -100,19 +100,22 @@ def command(config: Any, folder: Path) -> list[str]:
 
 
 def killed_runs(config: Any, folder: Path, *, kills: int, rng: random.Random) -> list[int]:
-    """Start a run again and again, each time killed at a random moment after its first step; the steps it had taken."""
-    log, reached = config.output.parent / "style-run" / "log.jsonl", list[int]()
+    """Start a run again and again, each time killed at a random moment after a new step; the steps it had taken."""
+    log, reached = config.output.parent / "style-run" / "log.jsonl", [0]
     for _ in range(kills):
-        before = log.stat().st_size if log.is_file() else 0
         process = subprocess.Popen(command(config, folder), stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (log.is_file() and log.stat().st_size != before):
+        while process.poll() is None and last_step(log) <= reached[-1]:
             time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.5))
+        time.sleep(rng.uniform(0, 1.0))
         process.kill()
         if process.wait() == 0:
             break
-        reached.append(max(line["step"] for line in read_log(log)))
-    return reached
+        reached.append(last_step(log))
+    return reached[1:]
+
+
+def last_step(log: Path) -> int:
+    return max((line["step"] for line in read_log(log) if "loss" in line), default=0) if log.is_file() else 0
 
 
 @pytest.mark.slow

@@ -56,7 +56,10 @@ def trained(kind: str, name: str, folder: Path) -> tuple[Adapter, float]:
         data = sample_data() / "subjects" / name
         told = subject(data, output, instance=SUBJECTS[name], class_prompt="a cat")
         config = settings_for("dreambooth", told, base=EMBEDDED_BASE)
-    return train(config).adapter, time.perf_counter() - started
+    result = train(config)
+    if result.stopped:
+        raise SystemExit("stopped; nothing is measured of a part of a run")
+    return result.adapter, time.perf_counter() - started
 
 
 def evaluate() -> None:

@@ -98,28 +98,30 @@ def dropped(module: Any, update: LowRankUpdate, x: Tensor) -> Tensor:
 
 
 class LowRankLinear(torch.autograd.Function):
-    """A linear layer and its update, with a frozen weight and bias."""
+    """A linear layer and its update, with a frozen weight and bias; rows are flattened once, as each view is a call."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *values: Any) -> Tensor:
         weight, bias, down, up, scale = values
-        inner = functional.linear(x, down)
-        ctx.save_for_backward(x, inner, weight, down, up)
-        ctx.scale = scale
-        flat = functional.linear(x, weight, bias).reshape(-1, up.shape[0])
-        return flat.addmm_(inner.reshape(-1, up.shape[1]), up.T, alpha=scale).reshape(*x.shape[:-1], up.shape[0])
+        rows = x.reshape(-1, x.shape[-1])
+        inner = rows @ down.t()
+        ctx.save_for_backward(rows, inner, weight, down, up)
+        ctx.scale, ctx.shape = scale, x.shape
+        y = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+        return y.addmm_(inner, up.t(), alpha=scale).view(*x.shape[:-1], up.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        x, inner, weight, down, up = ctx.saved_tensors
+        rows, inner, weight, down, up = ctx.saved_tensors
         grad = grads[0].reshape(-1, up.shape[0])
-        grad_inner = ctx.scale * (grad @ up)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight).addmm_(grad_inner, down).reshape(x.shape)
-        grad_down = grad_inner.T @ x.reshape(-1, x.shape[-1])
-        grad_up = ctx.scale * (grad.T @ inner.reshape(-1, up.shape[1]))
-        return grad_x, None, None, grad_down, grad_up, None
+        grad_inner = scaled(grad @ up, ctx.scale)
+        grad_x = (grad @ weight).addmm_(grad_inner, down).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, grad_inner.t() @ rows, scaled(grad.t() @ inner, ctx.scale), None
+
+
+def scaled(fresh: Tensor, scale: float) -> Tensor:
+    """A tensor of our own times the scale, which is mostly 1."""
+    return fresh if scale == 1 else fresh.mul_(scale)
 
 
 class LowRankConvolution(torch.autograd.Function):
