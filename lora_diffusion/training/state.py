@@ -71,8 +71,8 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> RunState | None:
 
 
 def forget_states(folder: Path) -> None:
-    """Remove all states, of a run that has ended or begins anew."""
-    for path in states(folder):
+    """Remove all states, of a run that has ended or begins anew, and what a kill left between writing and renaming."""
+    for path in (*states(folder), *folder.glob(".state-*")):
         shutil.rmtree(path, ignore_errors=True)
 
 
