@@ -2,11 +2,13 @@
 
 import contextlib
 import glob
+import hashlib
 import os
 import platform
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 from lora_diffusion.errors import OutputError
@@ -128,6 +130,18 @@ def check_output(output: Path, inputs: Iterable[Path], *, force: bool) -> None:
     if output.exists() and not force:
         raise OutputError(f"{output}: already there; give another output, or --force to replace it")
     check_writable(output)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, remembered for as long as size and time of change stay. Raises OSError."""
+    status = path.stat()
+    return hash_as_of(path, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def hash_as_of(path: Path, size: int, changed_ns: int) -> str:  # noqa: ARG001 (they make a changed file a new key)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sample_data() -> Path:

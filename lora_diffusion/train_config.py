@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lora_diffusion.config import EMBEDDED_BASE, Finite, Positive, Precision, Settings
+from lora_diffusion.config import EMBEDDED_BASE, Positive, Precision, Settings
 
 Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -230,8 +230,6 @@ class SamplesConfig(Settings):
     """Denoising steps."""
     guidance: NotNegative = 4.0
     """Classifier-free guidance scale."""
-    weight: Finite = 1.0
-    """Weight of the adapter."""
 
 
 class ComputeConfig(Settings):

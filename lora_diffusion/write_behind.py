@@ -13,23 +13,28 @@ class WriteBehind:
 
     def __init__(self, file: BinaryIO, threads: ThreadPoolExecutor) -> None:
         self.file, self.threads = file, threads
-        self.writing: Future[None] | None = None
+        self.writing: Future[int] | None = None
         self.syncing: Future[None] | None = None
 
     def write(self, data: bytes | memoryview) -> None:
         """Hand over bytes, which must not change before the next call."""
-        self.wait()
-        self.writing = self.threads.submit(self.put, data)
-        if self.syncing is None or self.syncing.done():
-            self.syncing = self.threads.submit(os.fsync, self.file.fileno())
-
-    def wait(self) -> None:
-        """Return when all is written. Raises what writing raised."""
         if self.writing is not None:
             self.writing.result()
+        self.writing = self.threads.submit(self.file.write, data)
+        if self.syncing is None or self.syncing.done():
+            self.wait_for_disk()
+            self.syncing = self.threads.submit(os.fsync, self.file.fileno())
 
-    def put(self, data: bytes | memoryview) -> None:
-        self.file.write(data)
+    def wait_for_disk(self) -> None:
+        """Raises what the disk refused: the system says so once, and not to whoever syncs the file later."""
+        if self.syncing is not None:
+            self.syncing.result()
+
+    def wait(self) -> None:
+        """Return when all is written. Raises what writing or syncing raised."""
+        if self.writing is not None:
+            self.writing.result()
+        self.wait_for_disk()
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from picture_folders import write_pictures
 from random_bases import write_random_sd, write_random_sdxl
 
 from lora_diffusion.adapter import Adapter, AdapterMetadata
@@ -102,3 +103,9 @@ def random_adapter(
         layers[path] = LoRALayer(down=down, up=up, alpha=alpha)
     metadata = AdapterMetadata(name=f"random-{seed}", family=base.family.name, trigger_words=("sks",))
     return Adapter(layers=layers, metadata=metadata)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder to train on."""
+    return write_pictures(tmp_path / "pictures")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from picture_folders import write_pictures
 from PIL import Image
 
 from lora_diffusion.dataset.buckets import Bucket, bucket_sizes, nearest_bucket
@@ -21,12 +22,7 @@ from lora_diffusion.train_config import CaptionConfig, DataConfig
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    place = tmp_path / "pictures"
-    place.mkdir()
-    for i, colour in enumerate(("red", "blue", "green", "white")):
-        Image.new("RGB", (40, 48), colour).save(place / f"{i}.png")
-        (place / f"{i}.txt").write_text(f"a {colour}\n wall\n")
-    return place
+    return write_pictures(tmp_path / "pictures", "a {}\n wall\n")
 
 
 def read(folder: Path, **changes: object) -> tuple[Example, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import TABLE, pictures, settings  # noqa: F401 (a fixture)
+from test_training import settings
 
 from lora_diffusion.adapter import adapter_hash
 from lora_diffusion.config import changed
@@ -49,7 +49,7 @@ def stop_after(config: Any, steps: int) -> None:
 
 
 @pytest.mark.parametrize("stops", [(1,), (4, 5)])
-def test_a_stopped_run_goes_on_bit_for_bit(stops: tuple[int, ...], pictures: Path, sd_folder: Path) -> None:  # noqa: F811
+def test_a_stopped_run_goes_on_bit_for_bit(stops: tuple[int, ...], pictures: Path, sd_folder: Path) -> None:
     changes = changed(EVERYTHING, {"data": {"folder": str(pictures)}})
     whole = train(settings(pictures, sd_folder, changes, steps=8, save_precision="float32"))
     output = pictures.parent / "again" / "style.safetensors"
@@ -67,7 +67,24 @@ def test_a_stopped_run_goes_on_bit_for_bit(stops: tuple[int, ...], pictures: Pat
     assert not states(output.parent / "style-run")
 
 
-def test_a_state_holds_nothing_of_the_frozen_base(pictures: Path, sd_folder: Path) -> None:  # noqa: F811
+def test_what_other_prompts_are_held_to_does_not_depend_on_where_a_run_was_stopped(
+    pictures: Path, sd_folder: Path
+) -> None:
+    """The text encoder learns, and the prompts of prior and drift are read by the frozen one, before and after."""
+    prior = {"mode": "prediction", "prompt": "a dog"}
+    changes = {"prior": prior, "validation": {"share": 0.25, "every": 3, "draws": 2, "base_prompts": ["a blue house"]}}
+    whole = train(settings(pictures, sd_folder, changes, steps=6, save_precision="float32"))
+    output = pictures.parent / "again" / "style.safetensors"
+    config = settings(pictures, sd_folder, changes, steps=6, save_precision="float32", output=output)
+    stop_after(config, 4)
+    resumed = train(config)
+    assert adapter_hash(resumed.adapter) == adapter_hash(whole.adapter)
+    logs = [read_log(result.path.parent / "style-run" / "log.jsonl") for result in (whole, resumed)]
+    drifts = [[line["validation"]["drift"] for line in log if "validation" in line] for log in logs]
+    assert drifts[0] == drifts[1]
+
+
+def test_a_state_holds_nothing_of_the_frozen_base(pictures: Path, sd_folder: Path) -> None:
     config = settings(pictures, sd_folder, steps=8)
     stop_after(config, 2)
     (state,) = states(config.output.parent / "style-run")
@@ -77,7 +94,7 @@ def test_a_state_holds_nothing_of_the_frozen_base(pictures: Path, sd_folder: Pat
     assert {name.rpartition(".")[2] for name in parameters} == {"down", "up"}
 
 
-def test_the_state_of_another_run_is_not_gone_on_from(pictures: Path, sd_folder: Path) -> None:  # noqa: F811
+def test_the_state_of_another_run_is_not_gone_on_from(pictures: Path, sd_folder: Path) -> None:
     stop_after(settings(pictures, sd_folder, steps=8), 2)
     other = settings(pictures, sd_folder, {"adapter": {"rank": 3}}, steps=8, seed=9)
     with pytest.raises(ConfigError, match=r"other settings \(adapter, seed differ\); set resume to false"):
@@ -119,7 +136,7 @@ def last_step(log: Path) -> int:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(pictures: Path, sd_folder: Path) -> None:  # noqa: F811
+def test_a_killed_run_goes_on_bit_for_bit(pictures: Path, sd_folder: Path) -> None:
     """kill -9 at random moments, wherever they fall: in a step, or while a state is being written."""
     changes = changed(EVERYTHING, {"data": {"folder": str(pictures)}})
     whole = train(settings(pictures, sd_folder, changes, steps=40, save_precision="float32"))
@@ -131,7 +148,6 @@ def test_a_killed_run_goes_on_bit_for_bit(pictures: Path, sd_folder: Path) -> No
     assert not list((output.parent / "style-run").glob(".*")), "nothing half-written is left"
 
 
-def test_settings_go_through_json(pictures: Path, sd_folder: Path) -> None:  # noqa: F811
+def test_settings_go_through_json(pictures: Path, sd_folder: Path) -> None:
     config = settings(pictures, sd_folder, EVERYTHING)
     assert type(config).model_validate(json.loads(config.model_dump_json())) == config
-    assert TABLE

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 from lora_diffusion.adapter import AdapterMetadata, adapter_hash
 from lora_diffusion.blend import Blend, WeightedAdapter
@@ -22,20 +21,10 @@ from lora_diffusion.training import loop
 from lora_diffusion.training.examples import picture_order, sample_seed
 from lora_diffusion.training.loop import train
 from lora_diffusion.training.low_rank_layers import disabled, extract, inject
+from lora_diffusion.training.moving_average import write
 from lora_diffusion.training.run_log import read_log
 from lora_diffusion.training.self_checks import check_finite, memory_refusals
 from lora_diffusion.training.state import states
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for i, colour in enumerate(("red", "blue", "green", "white")):
-        Image.new("RGB", (40, 48), colour).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"a {colour} wall, in sks style\n")
-    return folder
-
 
 TABLE: dict[str, Any] = {
     "steps": 6,
@@ -130,9 +119,8 @@ def test_the_trained_layers_predict_what_the_saved_adapter_does(pictures: Path, 
     parameters = inject(live, tuple(result.adapter.layers), AdapterConfig(rank=2, alpha=3.0), seed=0)
     inputs = (torch.randn(2, 4, 16, 16), 7, torch.randn(2, 77, 32))
     with torch.no_grad():
-        for path, layer in result.adapter.layers.items():
-            for factor in ("down", "up"):
-                parameters[f"{path}.{factor}"].copy_(layer.factors[factor])
+        factors = result.adapter.layers.items()
+        write(parameters, {f"{path}.{name}": value for path, layer in factors for name, value in layer.factors.items()})
         plain = fresh.pipe.unet(*inputs).sample
         with blended(fresh, Blend(entries=(WeightedAdapter(adapter=result.adapter),))):
             expected = fresh.pipe.unet(*inputs).sample
@@ -313,3 +301,7 @@ def test_paths_in_a_file_are_taken_from_its_folder_and_changes_reach_into_sectio
     assert (config.data.folder, config.data.flip) == (pictures, True)
     assert (config.optimiser.warmup_steps, config.optimiser.learning_rate) == (3, 1e-3)
     assert config.output == pictures.parent / "x.safetensors"
+
+
+def test_mirrored_views_that_would_never_be_seen_are_refused(pictures: Path, sd_folder: Path) -> None:
+    assert "only one is cached" in refusal(settings(pictures, sd_folder, {"data": {"flip": True}}), ConfigError)

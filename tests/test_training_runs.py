@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_training import pictures, settings  # noqa: F401 (a fixture)
+from test_training import settings
 
 from lora_diffusion.adapter import adapter_hash
 from lora_diffusion.cli import main
@@ -34,7 +34,7 @@ def test_every_familys_defaults_are_valid_settings(purpose: Any, family: str) ->
 
 
 def test_a_style_and_a_subject_need_no_file(
-    pictures: Path,  # noqa: F811
+    pictures: Path,
     sd_folder: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -69,7 +69,7 @@ class Page(HTMLParser):
 
 
 def test_a_run_leaves_samples_and_a_page_that_needs_nothing_else(
-    pictures: Path,  # noqa: F811
+    pictures: Path,
     sd_folder: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -100,13 +100,13 @@ def test_a_run_leaves_samples_and_a_page_that_needs_nothing_else(
     assert "give the NAME-run folder" in capsys.readouterr().err
 
 
-def test_samples_do_not_change_the_run(pictures: Path, sd_folder: Path) -> None:  # noqa: F811
+def test_samples_do_not_change_the_run(pictures: Path, sd_folder: Path) -> None:
     plain = train(settings(pictures, sd_folder))
     shown = train(settings(pictures, sd_folder, {"samples": {"prompts": ["a cat"], "every": 1, "steps": 1}}))
     assert adapter_hash(plain.adapter) == adapter_hash(shown.adapter)
 
 
-def test_two_processes_train_what_one_does(pictures: Path, sd_folder: Path) -> None:  # noqa: F811
+def test_two_processes_train_what_one_does(pictures: Path, sd_folder: Path) -> None:
     """The same global batch, shared out: equal up to the order in which gradients are summed."""
     top = {"save_precision": "float32", "steps": 3}
     changes = {"validation": {"share": 0.25, "every": 2, "draws": 2}}

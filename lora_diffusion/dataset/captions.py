@@ -22,6 +22,7 @@ def caption_text(caption: str, config: CaptionConfig, trigger_words: tuple[str, 
     return "" if dropped else filled.strip()
 
 
-def varies(config: CaptionConfig) -> bool:
-    """Whether a caption differs from sample to sample otherwise than by being dropped."""
-    return config.shuffle or config.part_dropout > 0
+def whole_caption(caption: str, config: CaptionConfig, trigger_words: tuple[str, ...]) -> str:
+    """The caption with nothing left to chance: all its parts, in their order."""
+    plain = config.model_copy(update={"dropout": 0.0, "part_dropout": 0.0, "shuffle": False})
+    return caption_text(caption, plain, trigger_words, Generator())

@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_diffusion.dataset.pictures import FORMATS, OTHER_SUFFIXES
 from lora_diffusion.errors import DatasetError
+from lora_diffusion.files import file_hash
 from lora_diffusion.train_config import DataConfig
 
 CAPTION_SUFFIXES = (".txt", ".caption")
@@ -69,16 +70,14 @@ def read_folder(folder: Path, config: DataConfig) -> list[Example]:
     refuse_passed_over(files, pictures)
     listed = read_metadata(folder, pictures) if (folder / METADATA).is_file() else {}
     named = REPEATED.fullmatch(folder.name)
-    fallback = config.instance_prompt or (named[2].replace("_", " ").strip() if named else "")
-    repeats = int(named[1]) if named else 1
+    repeats, words = (int(named[1]), named[2]) if named else (1, "")
     if repeats < 1:
-        raise DatasetError(
-            f"{folder}: its name asks for 0 repeats; name it 1_{named[2] if named else ''} or move it away"
-        )
+        raise DatasetError(f"{folder}: its name asks for 0 repeats; name it 1_{words} or move it away")
+    fallback = config.instance_prompt or words.replace("_", " ").strip()
     return [
         Example(
             picture=picture,
-            caption=listed.get(picture.name) or caption_of(picture, fallback, optional=bool(listed or fallback)),
+            caption=listed.get(picture.name) or caption_of(picture, fallback),
             repeats=repeats,
             mask=mask_of(picture, config),
         )
@@ -113,14 +112,14 @@ def is_mask(path: Path) -> bool:
     return Path(path.stem).suffix.lower() == ".mask"
 
 
-def caption_of(picture: Path, fallback: str, *, optional: bool) -> str:
+def caption_of(picture: Path, fallback: str) -> str:
     """From the file beside the picture, white space folded. Raises DatasetError for none, two, or an empty one."""
     found = [path for suffix in CAPTION_SUFFIXES if (path := picture.with_suffix(suffix)).is_file()]
     texts = {path: read_text(path) for path in found}
     if len(set(texts.values())) > 1:
         raise DatasetError(f"{picture}: {found[0].name} and {found[1].name} say different things; keep one of them")
     if not found:
-        if optional and fallback:
+        if fallback:
             return fallback
         raise DatasetError(
             f"{picture}: has no caption; write one into {picture.stem}.txt beside it, or give data.instance_prompt"
@@ -177,9 +176,9 @@ def data_hash(examples: Iterable[Example]) -> str:
     """SHA-256 over the bytes of all pictures and masks, captions and repeats, in order."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(hashlib.sha256(example.picture.read_bytes()).digest())
+        digest.update(bytes.fromhex(file_hash(example.picture)))
         digest.update(hashlib.sha256(example.caption.encode()).digest())
         if example.mask is not None or example.repeats != 1:
-            mask = hashlib.sha256(example.mask.read_bytes()).hexdigest() if example.mask else ""
+            mask = file_hash(example.mask) if example.mask else ""
             digest.update(f"{example.repeats} {mask}".encode())
     return digest.hexdigest()

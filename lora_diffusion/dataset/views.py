@@ -1,6 +1,5 @@
 """A picture as a model is shown it: cut to its bucket, perhaps mirrored and with other colours; a mask goes with it."""
 
-import hashlib
 import math
 from dataclasses import dataclass
 
@@ -10,8 +9,9 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Generator, Tensor
 
 from lora_diffusion.dataset.buckets import Bucket
-from lora_diffusion.dataset.pictures import read_alpha, read_mask, read_picture
+from lora_diffusion.dataset.pictures import read_alpha, read_mask, read_picture, read_size
 from lora_diffusion.dataset.reading import Example
+from lora_diffusion.files import file_hash
 from lora_diffusion.train_config import DataConfig
 
 ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
@@ -57,14 +57,10 @@ def view(example: Example, bucket: Bucket, config: DataConfig, *, seed: int, var
 
 
 def view_key(example: Example, bucket: Bucket, config: DataConfig, *, seed: int, variant: int) -> str:
-    """A hash of all that decides a view: bytes of picture and mask, and what is done to them."""
-    picture = read_picture(example.picture)
-    cut = cut_of(picture.size, bucket, config, seed=seed, variant=variant)
-    digest = hashlib.sha256(example.picture.read_bytes())
-    if example.mask is not None:
-        digest.update(f"{config.masks} {config.mask_floor}".encode() + example.mask.read_bytes())
-    digest.update(repr((bucket, cut)).encode())
-    return digest.hexdigest()
+    """All that decides a view: hashes of picture and mask, and what is done to them. Decodes nothing."""
+    cut = cut_of(read_size(example.picture), bucket, config, seed=seed, variant=variant)
+    mask = (config.masks, config.mask_floor, file_hash(example.mask)) if example.mask else None
+    return repr((file_hash(example.picture), mask, bucket, cut))
 
 
 def cut_of(size: tuple[int, int], bucket: Bucket, config: DataConfig, *, seed: int, variant: int) -> Cut:
@@ -92,8 +88,6 @@ def mask_of(example: Example, bucket: Bucket, cut: Cut, config: DataConfig) -> T
     if example.mask is None:
         return None
     mask = read_alpha(example.mask) if config.masks == "alpha" else read_mask(example.mask)
-    if mask.size != cut.scaled:
-        mask = mask.resize(read_picture(example.picture).size, Image.Resampling.BOX)
     shown = shaped(mask, bucket, cut, Image.Resampling.BOX)
     counted = torch.from_numpy(np.array(shown, dtype=np.float32)) / 255
     return config.mask_floor + (1 - config.mask_floor) * counted

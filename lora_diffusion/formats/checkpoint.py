@@ -13,10 +13,10 @@ from torch import Tensor
 from lora_diffusion.anatomy import Anatomy, changeable_paths
 from lora_diffusion.errors import BaseModelError
 from lora_diffusion.families import Family
+from lora_diffusion.files import file_hash
 from lora_diffusion.formats.diffusers_folder import (
     anatomy_of_folder,
     base_hash,
-    file_hash,
     find_parameters,
     header_of_base,
 )
@@ -77,8 +77,7 @@ class Checkpoint:
         """Of a folder over its weight files, of a single file over its bytes, SHA-256."""
         if self.is_folder:
             return base_hash(self.path)
-        status = self.path.stat()
-        return file_hash(self.path, status.st_size, status.st_mtime_ns)
+        return file_hash(self.path)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

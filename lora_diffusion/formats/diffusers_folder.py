@@ -4,13 +4,13 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from lora_diffusion.anatomy import Anatomy, anatomy_of, module_paths
 from lora_diffusion.errors import AdapterFormatError, BaseModelError
 from lora_diffusion.families import Family, recognise
+from lora_diffusion.files import file_hash
 from lora_diffusion.formats.safetensors_file import Header, read_header
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
@@ -159,13 +159,5 @@ def base_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     for component in ("unet", *text_encoder_names(folder), "vae"):
         for path in weight_files(folder, component):
-            status = path.stat()
-            digest.update(f"{component}:{file_hash(path, status.st_size, status.st_mtime_ns)}\n".encode())
+            digest.update(f"{component}:{file_hash(path)}\n".encode())
     return digest.hexdigest()
-
-
-@cache
-def file_hash(path: Path, size: int, changed_ns: int) -> str:  # noqa: ARG001 (they make a changed file a new key)
-    """SHA-256 of a file's bytes, remembered for as long as size and time of change stay."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

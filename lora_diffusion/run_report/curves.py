@@ -1,6 +1,5 @@
 """How a run went, as curves."""
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,8 +14,8 @@ MOST_POINTS = 2000
 BLUE, ORANGE, GREY = "#2b6cb0", "#c05621", "#a0aec0"
 
 
-def curves(log: Lines) -> str:
-    """A PNG as a data URI: loss, validation with the best step marked if there was any, gradient norm and rate."""
+def curves(log: Lines) -> bytes:
+    """A PNG: loss, validation with the best step marked if there was any, gradient norm and rate."""
     steps = [line for line in log if "loss" in line]
     checked = [line for line in steps if "validation" in line]
     panels = [draw_loss, *([draw_validation] if checked else []), draw_gradient, draw_rate]
@@ -32,7 +31,7 @@ def curves(log: Lines) -> str:
         axes.margins(x=0.02)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=110)
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+    return stream.getvalue()
 
 
 def draw_loss(axes: Axes, steps: Lines) -> None:

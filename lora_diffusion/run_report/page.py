@@ -27,7 +27,9 @@ def write_page(folder: Path, facts: Mapping[str, Any], log: Lines) -> str:
     """The page as HTML. `facts` are those of `run.json`; every text of the user's is escaped."""
     title = html.escape(str(facts["name"]))
     sheet = sheet_path(folder)
-    samples = f"<h2>Samples</h2><img alt='samples by step' src='{data_uri(sheet)}'>" if sheet.is_file() else ""
+    samples = (
+        f"<h2>Samples</h2><img alt='samples by step' src='{data_uri(sheet.read_bytes())}'>" if sheet.is_file() else ""
+    )
     points = "".join(f"<li>{html.escape(text)}</li>" for text in (*outcome(facts, log), *advice(log)))
     rows = "".join(
         f"<tr><td>{html.escape(key)}</td><td>{html.escape(str(value))}</td></tr>" for key, value in summary(facts)
@@ -38,15 +40,15 @@ def write_page(folder: Path, facts: Mapping[str, Any], log: Lines) -> str:
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>{title}: training report</title><style>{STYLE}</style></head><body>"
         f"<h1>{title}</h1><p class='pale'>{html.escape(facts['finished'])}</p><ul>{points}</ul>"
-        f"<h2>Curves</h2><img alt='curves' src='{curves(log)}'>{samples}"
+        f"<h2>Curves</h2><img alt='curves' src='{data_uri(curves(log))}'>{samples}"
         f"<h2>Run</h2><table>{rows}</table>"
         f"<h2>Settings</h2><details><summary>all of them</summary><pre>{settings}</pre></details>"
         "</body></html>\n"
     )
 
 
-def data_uri(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+def data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def validations(log: Lines) -> list[tuple[int, float]]:

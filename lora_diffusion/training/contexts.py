@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lora_diffusion.models import Base, TextContext, encode_prompts
 from lora_diffusion.training.content_cache import Cache, Tensors, content_key
+from lora_diffusion.training.low_rank_layers import disabled
 
 
 class CaptionEncoder:
@@ -18,10 +19,14 @@ class CaptionEncoder:
 
     @torch.no_grad()
     def encoded(self, caption: str) -> Tensors:
-        """Hidden states (tokens, width) and, for SDXL, the pooled ones (width,) of one caption, on the CPU."""
+        """Hidden states (tokens, width) and, for SDXL, the pooled ones (width,) of one caption, on the CPU.
+
+        By the frozen encoders, whatever has been trained meanwhile: an entry depends on base and caption alone.
+        """
 
         def make() -> Tensors:
-            context = encode_prompts(self.base, [caption], size_px=self.base.size_px)
+            with disabled(self.base):
+                context = encode_prompts(self.base, [caption], size_px=self.base.size_px)
             pooled = {"pooled": context.added["text_embeds"][0].cpu()} if context.added else {}
             return {"hidden": context.hidden[0].cpu(), **pooled}
 

@@ -33,11 +33,12 @@ class ViewEncoder:
 
     def __init__(self, base: Base, config: DataConfig, cache: Cache) -> None:
         self.base, self.config, self.cache = base, config, cache
+        self.identity = base.hash
 
     def encoded(self, example: Example, bucket: Bucket, *, seed: int, variant: int) -> LatentView:
         """Raises DatasetError for a picture that cannot be read."""
         looks = {"seed": seed, "variant": variant}
-        key = content_key("latents", self.base.hash, view_key(example, bucket, self.config, **looks))
+        key = content_key("latents", self.identity, view_key(example, bucket, self.config, **looks))
         found = self.cache.get(key, lambda: self.tensors(view(example, bucket, self.config, **looks)))
         return LatentView(**found)
 

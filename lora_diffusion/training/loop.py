@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lora_diffusion.adapter import Adapter, AdapterMetadata
+from lora_diffusion.adapter import Adapter
 from lora_diffusion.formats.native import save_adapter
 from lora_diffusion.precision import torch_dtype
-from lora_diffusion.recipe import library_versions
 from lora_diffusion.train_config import TrainConfig
 from lora_diffusion.training.examples import sample_seed
 from lora_diffusion.training.low_rank_layers import extract, layer_factors
@@ -23,6 +21,7 @@ from lora_diffusion.training.max_norm import limit_norms
 from lora_diffusion.training.moving_average import MovingAverage, applied, write
 from lora_diffusion.training.optimisers import evaluation_mode, new_optimiser
 from lora_diffusion.training.rate_schedule import rate_fraction
+from lora_diffusion.training.record import metadata_of, recent
 from lora_diffusion.training.run_log import RunLog
 from lora_diffusion.training.run_setup import Run, set_up
 from lora_diffusion.training.sample_pictures import make_samples
@@ -31,9 +30,6 @@ from lora_diffusion.training.self_checks import check_finite, check_gradients, c
 from lora_diffusion.training.state import RunState, forget_states, identity, load_state, save_state
 from lora_diffusion.training.stopping import StopRequest, stop_requests
 from lora_diffusion.training.validation import Best, on, validated
-
-RECENT = 20
-"""Steps whose mean loss is shown and recorded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,9 +261,9 @@ class Progress:
 
     def adapter(self) -> Adapter:
         """What has been learned so far, with the record of how."""
-        return extract(
-            self.run.base, self.run.paths, metadata_of(self.run, self), torch_dtype(self.run.config.save_precision)
-        )
+        run = self.run
+        metadata = metadata_of(run, self.losses, self.best)
+        return extract(run.base, run.paths, metadata, torch_dtype(run.config.save_precision))
 
 
 def finished(run: Run, progress: Progress, *, stopped: bool) -> TrainResult:
@@ -294,35 +290,6 @@ def finished(run: Run, progress: Progress, *, stopped: bool) -> TrainResult:
         best=best,
         is_main_process=run.accelerator.is_main_process,
     )
-
-
-def metadata_of(run: Run, progress: Progress) -> AdapterMetadata:
-    config, base = run.config, run.base
-    validation = {"best": asdict(progress.best)} if progress.best.step else {}
-    record = {
-        **config.model_dump(mode="json", exclude={"output", "resume", "state_every", "samples", "tracking"}),
-        "data": {**config.data.model_dump(mode="json"), "folder": config.data.folder.name, "cache_folder": None},
-        "data_hash": run.data_hash,
-        "steps_done": progress.step,
-        "loss": round(recent(progress.losses), 6),
-        **validation,
-        "versions": library_versions(),
-    }
-    return AdapterMetadata(
-        name=config.name or config.output.stem,
-        family=base.family.name,
-        variant="v-prediction" if run.denoiser.predicts == "v_prediction" else "",
-        base_name=base.name,
-        base_hash=base.hash,
-        trigger_words=config.trigger_words,
-        training=record,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-
-
-def recent(losses: list[float]) -> float:
-    """Mean loss of the last steps."""
-    return sum(losses[-RECENT:]) / len(losses[-RECENT:])
 
 
 def is_due(step: int, every: int, config: TrainConfig) -> bool:

@@ -6,7 +6,7 @@ Autograd would keep the input twice and make a tensor for each product; here one
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,7 +70,8 @@ def forward_of(module: Any, update: LowRankUpdate) -> Any:
             return frozen(module, x)
         if update.dropout and update.training:
             return frozen(module, x) + dropped(module, update, x)
-        pieces = [cast(value, x) for value in (x, module.weight, module.bias, update.down, update.up)]
+        values = x, module.weight, module.bias, update.down, update.up
+        pieces = [None if value is None else cast(value, x) for value in values]
         with torch.autocast(x.device.type, enabled=False):
             if isinstance(module, nn.Linear):
                 return LowRankLinear.apply(*pieces, update.scale)
@@ -79,18 +80,17 @@ def forward_of(module: Any, update: LowRankUpdate) -> Any:
     return forward
 
 
-def cast(value: Tensor | None, x: Tensor) -> Tensor | None:
+def cast(value: Tensor, x: Tensor) -> Tensor:
     """In the type that autocast would compute in; without autocast, in that of the input."""
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return None if value is None else value.to(dtype)
+    return value.to(dtype)
 
 
 def dropped(module: Any, update: LowRankUpdate, x: Tensor) -> Tensor:
     """The update's part where its input is dropped out, by autograd."""
     x = functional.dropout(x, update.dropout)
-    dtype = None if torch.is_autocast_enabled(x.device.type) else x.dtype
-    down, up = (factor.to(dtype or factor.dtype) for factor in (update.down, update.up))
+    down, up = (cast(factor, x) for factor in (update.down, update.up))
     if isinstance(module, nn.Linear):
         return update.scale * functional.linear(functional.linear(x, down), up)
     inner = functional.conv2d(x, down, None, module.stride, module.padding, module.dilation)
@@ -186,10 +186,3 @@ def extract(base: Base, paths: Sequence[str], metadata: AdapterMetadata, dtype: 
         return LoRALayer(down=down, up=up, alpha=update.alpha)
 
     return Adapter(layers={path: layer(update_at(base, path)) for path in paths}, metadata=metadata)
-
-
-def load_factors(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-    """Values by path and factor into the parameters of `inject`. Raises KeyError if they are others."""
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(values[name])

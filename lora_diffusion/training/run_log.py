@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_diffusion.files import whole_file
+
 LOG = "log.jsonl"
 
 
@@ -24,7 +26,8 @@ class RunLog:
         """Forget what comes after a step that a run goes on from, or everything at 0."""
         if self.active and self.path.is_file():
             kept = [line for line in read_log(self.path) if line["step"] <= step and step > 0]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            with whole_file(self.path) as part:
+                part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

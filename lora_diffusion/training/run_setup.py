@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from lora_diffusion.anatomy import trainable_paths
-from lora_diffusion.dataset.captions import caption_text
+from lora_diffusion.dataset.captions import whole_caption
 from lora_diffusion.dataset.check import buckets_of
 from lora_diffusion.dataset.pictures import read_size
 from lora_diffusion.dataset.reading import Example, data_hash, read_dataset
@@ -62,6 +62,7 @@ def run_folder(output: Path) -> Path:
 
 def set_up(config: TrainConfig) -> Run:
     """Read the data, load the base, put the adapter in. Raises LoRADiffusionError's children for what cannot work."""
+    check_views(config)
     examples, validation = split(config)
     accelerator = new_accelerator(config)
     if accelerator.is_main_process:
@@ -109,12 +110,17 @@ def set_up(config: TrainConfig) -> Run:
     )
 
 
+def check_views(config: TrainConfig) -> None:
+    """Raise ConfigError for mirrored views that would never be seen."""
+    if config.data.flip and config.data.variants == 1 and config.data.cache != "none":
+        raise ConfigError("data.flip mirrors every other view, and only one is cached; set data.variants to 2 or more")
+
+
 def check_lengths(base: Base, examples: Sequence[Example], config: TrainConfig) -> None:
     """Raise DatasetError for a caption that the text encoder would cut short."""
-    plain = config.captions.model_copy(update={"dropout": 0.0, "part_dropout": 0.0, "shuffle": False})
     most = base.pipe.tokenizer.model_max_length
     for example in examples:
-        text = caption_text(example.caption, plain, config.trigger_words, torch.Generator())
+        text = whole_caption(example.caption, config.captions, config.trigger_words)
         count = len(base.pipe.tokenizer(text, truncation=False).input_ids)
         if count > most:
             raise DatasetError(

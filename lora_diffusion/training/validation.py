@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from lora_diffusion.dataset.captions import caption_text
+from lora_diffusion.dataset.captions import whole_caption
 from lora_diffusion.models import Base
 from lora_diffusion.train_config import TrainConfig
 from lora_diffusion.training.contexts import CaptionEncoder, context_of
@@ -73,11 +73,9 @@ def fixed_batch(
     seen: LatentView, caption: str, number: int, timesteps: Sequence[int], config: TrainConfig, denoiser: Denoiser
 ) -> dict[str, Any]:
     """One held-out picture at every timestep, each with noise of its own that is the same at each validation."""
-    plain = config.captions.model_copy(update={"dropout": 0.0, "part_dropout": 0.0, "shuffle": False})
-    samples = []
+    text, samples = whole_caption(caption, config.captions, config.trigger_words), []
     for place, timestep in enumerate(timesteps):
         rng = Generator().manual_seed(sample_seed(number, place))
-        text = caption_text(caption, plain, config.trigger_words, rng)
         samples.append(
             {**drawn(seen, text, config.objective, denoiser.num_timesteps, rng), "timestep": torch.tensor(timestep)}
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from measuring import machine
-from PIL import Image
+from picture_folders import write_pictures
 from random_bases import write_random_sd
 from test_resuming import EVERYTHING, killed_runs
 from test_training import settings
@@ -30,11 +30,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        base, pictures = write_random_sd(folder / "base"), folder / "pictures"
-        pictures.mkdir()
-        for i, colour in enumerate(("red", "blue", "green", "white")):
-            Image.new("RGB", (40, 48), colour).save(pictures / f"{i}.png")
-            (pictures / f"{i}.txt").write_text(f"a {colour} wall, in sks style\n")
+        base, pictures = write_random_sd(folder / "base"), write_pictures(folder / "pictures")
         changes = changed(EVERYTHING, {"data": {"folder": str(pictures)}})
         whole = train(settings(pictures, base, changes, steps=STEPS, save_precision="float32"))
         output = folder / "again" / "style.safetensors"

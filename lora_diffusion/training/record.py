@@ -1,0 +1,43 @@
+"""What an adapter's header tells of the run that made it."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+
+from lora_diffusion.adapter import AdapterMetadata
+from lora_diffusion.recipe import library_versions
+from lora_diffusion.training.run_setup import Run
+from lora_diffusion.training.validation import Best
+
+RECENT = 20
+"""Steps whose mean loss is shown and recorded."""
+
+
+def metadata_of(run: Run, losses: Sequence[float], best: Best) -> AdapterMetadata:
+    """The header's record after as many steps as there are losses."""
+    config, base = run.config, run.base
+    validation = {"best": asdict(best)} if best.step else {}
+    record = {
+        **config.model_dump(mode="json", exclude={"output", "resume", "state_every", "samples", "tracking"}),
+        "data": {**config.data.model_dump(mode="json"), "folder": config.data.folder.name, "cache_folder": None},
+        "data_hash": run.data_hash,
+        "steps_done": len(losses),
+        "loss": round(recent(losses), 6),
+        **validation,
+        "versions": library_versions(),
+    }
+    return AdapterMetadata(
+        name=config.name or config.output.stem,
+        family=base.family.name,
+        variant="v-prediction" if run.denoiser.predicts == "v_prediction" else "",
+        base_name=base.name,
+        base_hash=base.hash,
+        trigger_words=config.trigger_words,
+        training=record,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def recent(losses: Sequence[float]) -> float:
+    """Mean loss of the last steps."""
+    return sum(losses[-RECENT:]) / len(losses[-RECENT:])
