@@ -10,6 +10,8 @@ from lora_diffusion.dataset.contact_sheet import contact_sheet
 from lora_diffusion.files import whole_file
 from lora_diffusion.formats.diffusers_folder import read_json
 from lora_diffusion.models import find_base, quiet_libraries
+from lora_diffusion.prompt_encoding import chunks_of
+from lora_diffusion.prompt_text import plain
 from lora_diffusion.train_config import DataConfig
 
 
@@ -23,7 +25,7 @@ def checked(config: DataConfig, base: str, trigger: str = "") -> DatasetReport:
     return check_dataset(
         config,
         size_px=config.resolution or sample_size * 2 ** (levels - 1),
-        count_tokens=lambda text: len(tokenizer(text, truncation=False).input_ids) - 2,
+        count_chunks=lambda text: len(chunks_of(tokenizer, plain(text))),
         trigger=trigger,
     )
 

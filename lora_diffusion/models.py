@@ -6,7 +6,7 @@ Knows nothing of adapters.
 import contextlib
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from lora_diffusion.anatomy import Anatomy, changeable_paths, module_paths
 from lora_diffusion.blend import Blend, check_fits
@@ -224,43 +224,6 @@ def new_scheduler(base: Base, name: Scheduler) -> Any:
     config = base.pipe.scheduler.config
     kind = type(base.pipe.scheduler) if name == "base" else SCHEDULERS[name]
     return kind.from_config(config)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextContext:
-    """What the UNet is told: hidden states (n, tokens, width), and for SDXL pooled states and size ids."""
-
-    hidden: Tensor
-    added: dict[str, Tensor] | None = None
-
-
-def encode_prompts(base: Base, prompts: Sequence[str], *, size_px: int) -> TextContext:
-    """Encode prompts with every text encoder; gradients flow if the encoders have trainable parts."""
-    pipe = base.pipe
-    if len(base.anatomy.text_layers) == 1:
-        output = pipe.text_encoder(token_ids(pipe.tokenizer, prompts).to(pipe.text_encoder.device))
-        return TextContext(hidden=output.last_hidden_state)
-    states: list[Tensor] = []
-    pooled = torch.empty(0)
-    for tokenizer, encoder in ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)):
-        output = encoder(token_ids(tokenizer, prompts).to(encoder.device), output_hidden_states=True)
-        states.append(output.hidden_states[-2])
-        pooled = output[0]
-    ids = torch.tensor([[size_px, size_px, 0, 0, size_px, size_px]] * len(prompts), dtype=pooled.dtype)
-    return TextContext(
-        hidden=torch.cat(states, dim=-1), added={"text_embeds": pooled, "time_ids": ids.to(pooled.device)}
-    )
-
-
-def token_ids(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-    """(n, max tokens) int64, padded and cut to the encoder's length."""
-    return tokenizer(
-        list(prompts),
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids
 
 
 def prediction_type(base: Base) -> str:

@@ -21,6 +21,8 @@ from lora_diffusion.models import Base, new_scheduler, quiet_libraries
 from lora_diffusion.patching import Backup
 from lora_diffusion.precision import dtype_name
 from lora_diffusion.preset import Composition
+from lora_diffusion.prompt_encoding import TextContext, chunk_count, encode_prompts, joined_contexts, negative_context
+from lora_diffusion.prompt_text import weighted
 from lora_diffusion.recipe import Recipe, blend_entries, library_versions, write_png
 from lora_diffusion.weights import Moment
 from lora_diffusion.words import learned_words
@@ -79,8 +81,12 @@ def sample(base: Base, settings: GenerateConfig, before_step: BeforeStep | None 
     """
     pipe = pipeline_with(base, settings.scheduler)
     before_step = before_step or (lambda _, __: None)
-    read = partial(prompt_states, pipe, settings)
+
+    def read() -> Tensor:
+        return joined_contexts(contexts_of(base, settings)).hidden
+
     before_step(Moment(step=0, steps=settings.steps), read)
+    arguments = prompt_arguments(contexts_of(base, settings))
 
     def after_step(_pipe: Any, step: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
         calls = len(pipe.scheduler.timesteps)  # some schedulers take more than one to a step
@@ -90,8 +96,7 @@ def sample(base: Base, settings: GenerateConfig, before_step: BeforeStep | None 
 
     with own_precision(pipe.vae):
         result = pipe(
-            prompt=settings.prompt,
-            negative_prompt=settings.negative_prompt or None,
+            **arguments,
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance,
             width=settings.width,
@@ -109,18 +114,26 @@ def sample(base: Base, settings: GenerateConfig, before_step: BeforeStep | None 
     return pipe.numpy_to_pil(result.images)[0]
 
 
-def prompt_states(pipe: Any, settings: GenerateConfig) -> Tensor:
-    """What cross-attention reads, (1 or 2, tokens, width): the negative prompt comes first if there is guidance."""
-    guided = settings.guidance > 1 and pipe.unet.config.time_cond_proj_dim is None
-    with torch.no_grad():
-        positive, negative, *_ = pipe.encode_prompt(
-            prompt=settings.prompt,
-            device=pipe.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=guided,
-            negative_prompt=settings.negative_prompt or None,
-        )
-    return torch.cat([negative, positive]) if guided else positive
+@torch.no_grad()
+def contexts_of(base: Base, settings: GenerateConfig) -> list[TextContext]:
+    """What the UNet is told, equally long: the negative prompt comes first if there is guidance, then the prompt."""
+    guided = settings.guidance > 1 and base.pipe.unet.config.time_cond_proj_dim is None
+    texts = [settings.negative_prompt] * guided + [settings.prompt]
+    chunks = chunk_count(base, [weighted(text) for text in texts])
+    prompt = encode_prompts(base, [settings.prompt], size_px=base.size_px, chunks=chunks)
+    if not guided:
+        return [prompt]
+    return [negative_context(base, settings.negative_prompt, size_px=base.size_px, chunks=chunks), prompt]
+
+
+def prompt_arguments(contexts: Sequence[TextContext]) -> dict[str, Tensor]:
+    """The contexts as a pipeline takes them."""
+    arguments: dict[str, Tensor] = {}
+    for prefix, context in zip(("", "negative_"), reversed(contexts), strict=False):
+        arguments[f"{prefix}prompt_embeds"] = context.hidden
+        if context.added is not None:
+            arguments[f"{prefix}pooled_prompt_embeds"] = context.added["text_embeds"]
+    return arguments
 
 
 @contextmanager

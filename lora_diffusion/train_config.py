@@ -4,6 +4,7 @@ Defaults suit Stable Diffusion 1.x at 512 pixels on a GPU and a style of ten to 
 what other families and purposes change. Each docstring says what the value does and why it is what it is.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -60,7 +61,10 @@ class CaptionConfig(Settings):
     """What becomes of a caption before a step sees it."""
 
     template: str = "{caption}"
-    """Wording around each caption; {trigger} stands for the trigger words."""
+    """Wording around each caption, which {caption} stands for; {trigger} stands for the trigger words."""
+    weights: bool = False
+    """Read `(word:1.3)` and BREAK in captions as prompts have them. Off, as tags such as `saber (fate)` mean their
+    brackets; long captions are read whole either way."""
     shuffle: bool = False
     """Put the parts of a caption in a new order each time."""
     separator: Annotated[str, Field(min_length=1)] = ","
@@ -71,6 +75,15 @@ class CaptionConfig(Settings):
     """Chance that any other part is left out."""
     dropout: Share = 0.05
     """Chance that the whole caption is replaced by the empty one, which keeps classifier-free guidance working."""
+
+    @field_validator("template")
+    @classmethod
+    def known_blanks(cls, template: str) -> str:
+        """Only blanks that are filled."""
+        unknown = sorted(set(re.findall(r"{[^{}]*}", template)) - {"{caption}", "{trigger}"})
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)} stands for nothing; known are {{caption}} and {{trigger}}")
+        return template
 
 
 class AdapterConfig(Settings):

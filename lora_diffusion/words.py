@@ -19,8 +19,7 @@ from lora_diffusion.adapter import Token
 from lora_diffusion.blend import Blend, WeightedAdapter
 from lora_diffusion.errors import ConfigError, FamilyMismatchError
 from lora_diffusion.models import Base
-
-TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+from lora_diffusion.prompt_encoding import TOKENIZERS
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,13 +37,16 @@ def words_of(blend: Blend) -> tuple[Word, ...]:
     """Every learned word of the adapters that are on."""
     adapters = {entry.hash: entry for entry in blend.active if entry.adapter.tokens}
     return tuple(
-        named(entry, word, token) for entry in adapters.values() for word, token in sorted(entry.adapter.tokens.items())
+        named(entry, number, word, token)
+        for entry in adapters.values()
+        for number, (word, token) in enumerate(sorted(entry.adapter.tokens.items()))
     )
 
 
-def named(entry: WeightedAdapter, word: str, token: Token) -> Word:
+def named(entry: WeightedAdapter, number: int, word: str, token: Token) -> Word:
+    """Names without brackets or colons, which mean something in a prompt."""
     count = max(vectors.shape[0] for vectors in token.values())
-    names = tuple(f"<{entry.hash[:8]}-{word.strip('<>')}-{i}>" for i in range(count))
+    names = tuple(f"<{entry.hash[:8]}-{number}-{i}>" for i in range(count))
     return Word(word=word, adapter=entry.name, names=names, token=token)
 
 

@@ -17,10 +17,11 @@ from lora_diffusion.commands import rounding_notes
 from lora_diffusion.config import GenerateConfig
 from lora_diffusion.errors import AdapterFormatError, ConfigError
 from lora_diffusion.layers import DoRALayer, FullLayer, LoHaLayer, LoRALayer
-from lora_diffusion.models import Base, encode_prompts, load_base, module_at
+from lora_diffusion.models import Base, load_base, module_at
 from lora_diffusion.patching import blended, patching, rounding_loss, weight_at
 from lora_diffusion.plans import Plan
 from lora_diffusion.preset import BlendWeight, Composition, Schedule
+from lora_diffusion.prompt_encoding import encode_prompts
 from lora_diffusion.sampling import generate
 from lora_diffusion.weights import Moment
 

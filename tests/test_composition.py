@@ -20,9 +20,10 @@ from lora_diffusion.composition import composed
 from lora_diffusion.config import GenerateConfig, validate
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.layers import LoRALayer
-from lora_diffusion.models import Base, encode_prompts
+from lora_diffusion.models import Base
 from lora_diffusion.patching import blended, weight_at
 from lora_diffusion.preset import BlendWeight, Composition, Region
+from lora_diffusion.prompt_encoding import encode_prompts
 from lora_diffusion.regional import PLACELESS
 from lora_diffusion.regions import region_mask, scaled_mask, token_grid
 from lora_diffusion.sampling import generate

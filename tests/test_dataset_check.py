@@ -60,14 +60,22 @@ def test_what_may_go_wrong_is_named(folder: Path, tmp_path: Path, capsys: pytest
     drawing(2).save(folder / "twin.png", compress_level=1)
     (folder / "twin.txt").write_text("the same again, in sks style")
     (folder / "0.txt").write_text("sks " * 90)
-    (folder / "1.txt").write_text("no trigger here")
+    (folder / "1.txt").write_text("no trigger \\(here\\)")
     drawing(9).resize((30, 60)).save(folder / "small.png")
     (folder / "small.txt").write_text("a small one, sks")
     command = ["dataset", "check", str(folder), "--trigger", "sks"]
     assert main([*command, "--json", "--sheet", str(tmp_path / "sheet.png")]) == 0
     found = json.loads(capsys.readouterr().out)
-    names = {key: [Path(path).name for path in found[key]] for key in ("enlarged", "long_captions", "without_trigger")}
-    assert names == {"enlarged": ["small.png"], "long_captions": ["0.png"], "without_trigger": ["1.png"]}
+    names = {
+        key: [Path(path).name for path in found[key]]
+        for key in ("enlarged", "long_captions", "without_trigger", "notation")
+    }
+    assert names == {
+        "enlarged": ["small.png"],
+        "long_captions": ["0.png"],
+        "without_trigger": ["1.png"],
+        "notation": ["1.png"],
+    }
     assert [[Path(path).name for path in pair] for pair in found["twins"]] == [["2.png", "twin.png"]]
     assert sum(found["buckets"].values()) == found["pictures"] == 6
     assert main(command) == 0
@@ -75,8 +83,9 @@ def test_what_may_go_wrong_is_named(folder: Path, tmp_path: Path, capsys: pytest
     for words in (
         "look the same: 2.png and twin.png",
         "looks soft: small.png",
-        "75 are read: 0.png",
+        "read in 3 chunks: 0.png",
         "trigger word: 1.png",
+        "captions.weights: 1.png",
     ):
         assert words in text
     with Image.open(tmp_path / "sheet.png") as sheet:

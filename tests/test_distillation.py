@@ -24,9 +24,10 @@ from lora_diffusion.errors import (
 from lora_diffusion.formats.native import save_adapter
 from lora_diffusion.formats.reading import load_adapter
 from lora_diffusion.layers import DoRALayer, LoRALayer
-from lora_diffusion.models import Base, encode_prompts, load_base
+from lora_diffusion.models import Base, load_base
 from lora_diffusion.patching import blended, weight_at
 from lora_diffusion.preset import BlendWeight, Composition, Region, Schedule
+from lora_diffusion.prompt_encoding import encode_prompts
 from lora_diffusion.sampling import generate, pipeline_with
 from lora_diffusion.training.distil_config import DistilConfig
 from lora_diffusion.training.distillation import distil, teachings

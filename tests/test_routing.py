@@ -23,9 +23,10 @@ from lora_diffusion.files import sample_data
 from lora_diffusion.formats.native import save_adapter
 from lora_diffusion.formats.reading import load_adapter
 from lora_diffusion.layers import FullLayer, LoRALayer
-from lora_diffusion.models import Base, encode_prompts, load_base, module_at
+from lora_diffusion.models import Base, load_base, module_at
 from lora_diffusion.patching import blended
 from lora_diffusion.preset import BlendEntry, BlendPreset, BlendWeight, Region, RouteConfig, Schedule
+from lora_diffusion.prompt_encoding import encode_prompts
 from lora_diffusion.sampling import generate
 from lora_diffusion.train_config import ObjectiveConfig
 from lora_diffusion.training.gates import Gates, routed, stretch_at

@@ -1,6 +1,5 @@
 """The training loop on the random base: what it trains, what it leaves alone, how it stops, and what it refuses."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -186,11 +185,38 @@ def test_an_unreadable_picture_is_named(pictures: Path, sd_folder: Path) -> None
     assert "1.png: cannot be read as a picture" in refusal(settings(pictures, sd_folder), DatasetError)
 
 
-def test_a_caption_that_would_be_cut_short_is_named(pictures: Path, sd_folder: Path) -> None:
-    (pictures / "2.txt").write_text("very " * 80 + "long")
-    assert re.search(
-        r"2\.png: its caption has \d+ tokens, and 75 are read", refusal(settings(pictures, sd_folder), DatasetError)
-    )
+def test_a_long_caption_is_read_to_its_end(pictures: Path, sd_folder: Path) -> None:
+    """Its last words matter to what is learned, beside short ones in a batch too."""
+    learned: list[str] = []
+    for last in ("cat", "dog"):
+        (pictures / "2.txt").write_text("very " * 80 + last)
+        config = settings(pictures, sd_folder, steps=2, batch_size=3, output=pictures / f"{last}.safetensors")
+        learned.append(train(config).adapter.hash)
+    assert learned[0] != learned[1]
+
+
+@pytest.mark.parametrize("encoders", [(), ("attention",)], ids=["cached", "trained"])
+def test_weights_count_in_captions_that_ask_for_it(pictures: Path, sd_folder: Path, encoders: tuple[str, ...]) -> None:
+    def hash_of(caption: str, *, weights: bool) -> str:
+        for picture in pictures.glob("*.png"):
+            picture.with_suffix(".txt").write_text(caption)
+        output = pictures / "w.safetensors"
+        adapter = {"rank": 2, "text_encoder_targets": encoders}
+        captions = {"weights": weights, "dropout": 0}
+        sections = {"adapter": adapter, "captions": captions, "optimiser": {"learning_rate": 1e-2}}
+        return train(settings(pictures, sd_folder, steps=1, output=output, **sections)).adapter.hash
+
+    assert hash_of("(a cat:1.0)", weights=True) == hash_of("a cat", weights=False)
+    assert hash_of("(a cat:1.4)", weights=True) != hash_of("a cat", weights=False)
+    assert hash_of("(a cat:1.4)", weights=False) != hash_of("(a cat:1.4)", weights=True)
+
+
+def test_captions_that_cannot_be_read_are_named(pictures: Path, sd_folder: Path) -> None:
+    (pictures / "1.txt").write_text("(one, two:1.2)")
+    assert "1.png" in refusal(settings(pictures, sd_folder, captions={"weights": True, "shuffle": True}), DatasetError)
+    train(settings(pictures, sd_folder, steps=1, captions={"weights": True}))
+    (pictures / "1.txt").write_text("(one")
+    assert "opens a '('" in refusal(settings(pictures, sd_folder, captions={"weights": True}), DatasetError)
 
 
 def test_output_that_cannot_be_written_is_found_before_training(pictures: Path, sd_folder: Path) -> None:

@@ -13,7 +13,8 @@ from lora_diffusion.adapter import Adapter, AdapterMetadata
 from lora_diffusion.blend import Blend, WeightedAdapter
 from lora_diffusion.config import GenerateConfig
 from lora_diffusion.errors import ConfigError, FamilyMismatchError
-from lora_diffusion.models import Base, encode_prompts
+from lora_diffusion.models import Base
+from lora_diffusion.prompt_encoding import encode_prompts
 from lora_diffusion.sampling import generate
 from lora_diffusion.words import embeddings, learned_words
 

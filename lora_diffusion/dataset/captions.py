@@ -3,6 +3,7 @@
 import torch
 from torch import Generator
 
+from lora_diffusion.prompt_text import ReadText, plain, weighted
 from lora_diffusion.train_config import CaptionConfig
 
 
@@ -26,3 +27,8 @@ def whole_caption(caption: str, config: CaptionConfig, trigger_words: tuple[str,
     """The caption with nothing left to chance: all its parts, in their order."""
     plain = config.model_copy(update={"dropout": 0.0, "part_dropout": 0.0, "shuffle": False})
     return caption_text(caption, plain, trigger_words, Generator())
+
+
+def reader_of(config: CaptionConfig) -> ReadText:
+    """What notation captions are in."""
+    return weighted if config.weights else plain

@@ -1,5 +1,6 @@
 """What a folder of training data holds, and what in it may go wrong, as plain values."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ from lora_diffusion.dataset.pictures import read_size
 from lora_diffusion.dataset.reading import Example, read_dataset
 from lora_diffusion.train_config import DataConfig
 
-TOKENS = 75
-"""What a text encoder reads of a caption."""
+NOTATION = re.compile(r"\\[()\[\]]|:\s*[+-]?[\d.]+\s*\)|\bBREAK\b")
+"""What a caption has that was written as a prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,9 @@ class DatasetReport:
     twins: tuple[tuple[Path, Path], ...]
     """Pictures that look the same."""
     long: tuple[tuple[Path, int], ...]
-    """Captions with more tokens than are read, and how many they have."""
+    """Captions longer than a text encoder reads at once, and in how many chunks they are read."""
+    notation: tuple[Path, ...]
+    """Captions with weights or escaped brackets, which are read to the letter unless asked for."""
     untriggered: tuple[Path, ...]
     """Captions without the trigger word."""
 
@@ -43,13 +46,13 @@ class DatasetReport:
 
 
 def check_dataset(
-    config: DataConfig, *, size_px: int, count_tokens: Callable[[str], int], trigger: str = ""
+    config: DataConfig, *, size_px: int, count_chunks: Callable[[str], int], trigger: str = ""
 ) -> DatasetReport:
     """Read a folder and look at it. Raises DatasetError for what training would refuse."""
     examples = read_dataset(config)
     sizes = [read_size(example.picture) for example in examples]
     buckets = buckets_of(sizes, config, size_px)
-    counts = [(example.picture, count_tokens(example.caption)) for example in examples]
+    counts = [(example.picture, count_chunks(example.caption)) for example in examples]
     return DatasetReport(
         examples=examples,
         buckets=buckets,
@@ -59,7 +62,8 @@ def check_dataset(
             if width < bucket.width or height < bucket.height
         ),
         twins=near_twins({example.picture: hash_of(example.picture) for example in examples}),
-        long=tuple((picture, count) for picture, count in counts if count > TOKENS),
+        long=tuple((picture, count) for picture, count in counts if count > 1),
+        notation=tuple(e.picture for e in examples if NOTATION.search(e.caption)),
         untriggered=tuple(e.picture for e in examples if trigger and trigger not in e.caption),
     )
 
@@ -82,7 +86,11 @@ def described(report: DatasetReport) -> str:
     ]
     lines += [f"look the same: {a.name} and {b.name}; keep one, or both learn as twice" for a, b in report.twins]
     lines += [f"is enlarged, and looks soft: {path.name}" for path in report.enlarged]
-    lines += [f"caption has {count} tokens, {TOKENS} are read: {path.name}" for path, count in report.long]
+    lines += [f"caption is long, and read in {count} chunks: {path.name}" for path, count in report.long]
+    lines += [
+        f"caption has weights, escapes or BREAK, which are read only with captions.weights: {path.name}"
+        for path in report.notation
+    ]
     lines += [f"caption lacks the trigger word: {path.name}" for path in report.untriggered]
     if report.one_caption and len(report.examples) > 1:
         lines.append("all captions are the same: right for a subject, but a style learns better from what differs")
@@ -98,6 +106,7 @@ def facts_of(report: DatasetReport) -> dict[str, object]:
         "twins": [[str(a), str(b)] for a, b in report.twins],
         "enlarged": [str(path) for path in report.enlarged],
         "long_captions": {str(path): count for path, count in report.long},
+        "notation": [str(path) for path in report.notation],
         "without_trigger": [str(path) for path in report.untriggered],
         "one_caption": report.one_caption,
     }

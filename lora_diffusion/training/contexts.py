@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_diffusion.models import Base, TextContext, encode_prompts
+from lora_diffusion.models import Base
+from lora_diffusion.prompt_encoding import TextContext, encode_prompts
+from lora_diffusion.prompt_text import ReadText, plain
 from lora_diffusion.training.content_cache import Cache, Tensors, content_key
 from lora_diffusion.training.low_rank_layers import disabled
 
@@ -13,8 +15,8 @@ from lora_diffusion.training.low_rank_layers import disabled
 class CaptionEncoder:
     """Encodes captions of any length; all of a batch come out equally long, padded with chunks of the empty caption."""
 
-    def __init__(self, base: Base, cache: Cache) -> None:
-        self.base, self.cache = base, cache
+    def __init__(self, base: Base, cache: Cache, read: ReadText = plain) -> None:
+        self.base, self.cache, self.read = base, cache, read
         self.identity = f"{base.hash} {base.pipe.unet.dtype}"
 
     @torch.no_grad()
@@ -26,11 +28,11 @@ class CaptionEncoder:
 
         def make() -> Tensors:
             with disabled(self.base):
-                context = encode_prompts(self.base, [caption], size_px=self.base.size_px)
+                context = encode_prompts(self.base, [caption], size_px=self.base.size_px, read=self.read)
             pooled = {"pooled": context.added["text_embeds"][0].cpu()} if context.added else {}
             return {"hidden": context.hidden[0].cpu(), **pooled}
 
-        return self.cache.get(content_key("caption", self.identity, caption), make)
+        return self.cache.get(content_key("caption", self.identity, str(self.read(caption))), make)
 
     def batch(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """The same for a batch, each with a dimension in front."""

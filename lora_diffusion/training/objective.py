@@ -4,7 +4,9 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
-from lora_diffusion.models import Base, TextContext, encode_prompts, prediction_type
+from lora_diffusion.models import Base, prediction_type
+from lora_diffusion.prompt_encoding import TextContext, encode_prompts
+from lora_diffusion.prompt_text import ReadText, plain
 from lora_diffusion.train_config import ObjectiveConfig
 from lora_diffusion.training.contexts import context_of
 from lora_diffusion.training.losses import sample_losses, target_of
@@ -27,12 +29,12 @@ class Denoiser(nn.Module):
     Gives one loss per sample, so that the loop never learns what is predicted.
     """
 
-    def __init__(self, base: Base, config: ObjectiveConfig):
+    def __init__(self, base: Base, config: ObjectiveConfig, read: ReadText = plain):
         super().__init__()
         self.unet: nn.Module = base.pipe.unet
         self.text_encoders = nn.ModuleList(getattr(base.pipe, name) for name in base.anatomy.text_layers)
         self.base = base
-        self.config = config
+        self.config, self.read = config, read
         self.pull: Pull | None = None
         self.predicts: Predicts = PREDICTIONS.get(config.prediction) or cast("Predicts", prediction_type(base))
         self.alphas_cumprod = alphas_cumprod_of(base.pipe.scheduler.alphas_cumprod, config).to(base.device)
@@ -77,7 +79,7 @@ class Denoiser(nn.Module):
     ) -> TextContext:
         if hidden is not None:
             return context_of(hidden, pooled, time_ids)
-        context = encode_prompts(self.base, captions, size_px=self.base.size_px)
+        context = encode_prompts(self.base, captions, size_px=self.base.size_px, read=self.read)
         return context_of(context.hidden, (context.added or {}).get("text_embeds"), time_ids)
 
     def predicted(self, latent: Tensor, noise: Tensor, timestep: Tensor, context: TextContext) -> Tensor:

@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from lora_diffusion.anatomy import trainable_paths
-from lora_diffusion.dataset.captions import whole_caption
+from lora_diffusion.dataset.captions import reader_of, whole_caption
 from lora_diffusion.dataset.check import buckets_of
 from lora_diffusion.dataset.pictures import read_size
 from lora_diffusion.dataset.reading import Example, data_hash, read_dataset
@@ -64,6 +64,7 @@ def set_up(config: TrainConfig) -> Run:
     """Read the data, load the base, put the adapter in. Raises LoRADiffusionError's children for what cannot work."""
     check_views(config)
     examples, validation = split(config)
+    check_captions((*examples, *validation), config)
     accelerator = new_accelerator(config)
     if accelerator.is_main_process:
         check_writable(config.output)
@@ -77,9 +78,8 @@ def set_up(config: TrainConfig) -> Run:
         unet=config.adapter.unet_targets,
         text_encoders=config.adapter.text_encoder_targets,
     )
-    check_lengths(base, (*examples, *validation), config)
-    captions = CaptionEncoder(base, cache)
-    denoiser = Denoiser(base, config.objective)
+    captions = CaptionEncoder(base, cache, reader_of(config.captions))
+    denoiser = Denoiser(base, config.objective, captions.read)
     check_timesteps(config.objective, denoiser.num_timesteps)
     per_step = config.batch_size * config.gradient_accumulation * accelerator.num_processes
     size_px = config.data.resolution or base.size_px
@@ -116,17 +116,16 @@ def check_views(config: TrainConfig) -> None:
         raise ConfigError("data.flip mirrors every other view, and only one is cached; set data.variants to 2 or more")
 
 
-def check_lengths(base: Base, examples: Sequence[Example], config: TrainConfig) -> None:
-    """Raise DatasetError for a caption that the text encoder would cut short."""
-    most = base.pipe.tokenizer.model_max_length
+def check_captions(examples: Sequence[Example], config: TrainConfig) -> None:
+    """Raise DatasetError for a caption, or a part of it that may come alone, that cannot be read."""
+    read, divided = reader_of(config.captions), config.captions.shuffle or config.captions.part_dropout
     for example in examples:
         text = whole_caption(example.caption, config.captions, config.trigger_words)
-        count = len(base.pipe.tokenizer(text, truncation=False).input_ids)
-        if count > most:
-            raise DatasetError(
-                f"{example.picture}: its caption has {count - 2} tokens, and {most - 2} are read; shorten it "
-                f"({text[:60]} ...)"
-            )
+        try:
+            for part in text.split(config.captions.separator) if divided else [text]:
+                read(part)
+        except ConfigError as error:
+            raise DatasetError(f"{example.picture}: its caption cannot be read as a prompt: {error}") from None
 
 
 def split(config: TrainConfig) -> tuple[tuple[Example, ...], tuple[Example, ...]]:

@@ -21,7 +21,7 @@ from lora_diffusion.patching import Backup, blended
 from lora_diffusion.training.distil_config import DistilConfig
 from lora_diffusion.training.examples import picture_order
 from lora_diffusion.training.self_checks import check_finite
-from lora_diffusion.training.trajectories import Contexts, Pairs, contexts_of, joined_contexts, predicted
+from lora_diffusion.training.trajectories import Contexts, Pairs, contexts_of, for_batch, predicted
 
 NOTHING_LEFT = 1e-6
 """Relative error below which a student is the teacher but for rounding, after which Adam would only walk about."""
@@ -112,7 +112,7 @@ def distance(base: Base, pairs: Pairs, config: DistilConfig) -> float:
 
 def square_error(base: Base, pairs: Pairs, contexts: Contexts) -> Tensor:
     """(n, c, h, w), differentiable."""
-    context = joined_contexts(contexts, pairs.texts)
+    context = for_batch(contexts, pairs.texts)
     return (predicted(base, pairs.latents, pairs.timesteps, context) - pairs.predictions).square()
 
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from lora_diffusion.composition import BeforeStep
-from lora_diffusion.models import Base, TextContext, encode_prompts, new_scheduler
+from lora_diffusion.models import Base, new_scheduler
+from lora_diffusion.prompt_encoding import TextContext, chunk_count, joined_contexts, negative_context
+from lora_diffusion.prompt_text import weighted
 from lora_diffusion.training.distil_config import DistilConfig
 from lora_diffusion.training.examples import sample_seed
 from lora_diffusion.weights import Moment
@@ -90,7 +92,7 @@ def steps_of(base: Base, before_step: BeforeStep, runs: Sequence[Run], config: D
     texts = ["" for _ in runs] * (config.guidance > 1) + [run.prompt for run in runs]
 
     def read() -> TextContext:
-        return joined_contexts(contexts_of(base, texts, size_px), texts)
+        return for_batch(contexts_of(base, texts, size_px), texts)
 
     scheduler = new_scheduler(base, "ddim")
     scheduler.set_timesteps(config.sampler_steps, device=base.device)
@@ -132,24 +134,11 @@ def predicted(base: Base, latents: Tensor, timestep: Tensor, context: TextContex
 
 @torch.no_grad()
 def contexts_of(base: Base, texts: Sequence[str], size_px: int) -> Contexts:
-    """Each text as the base's text encoders read it as they are, once."""
-    return {text: told(base, text, size_px) for text in dict.fromkeys(texts)}
+    """Each text as the base's text encoders read it as they are, once, the empty one as a negative prompt."""
+    count = chunk_count(base, [weighted(text) for text in texts])
+    return {text: negative_context(base, text, size_px=size_px, chunks=count) for text in dict.fromkeys(texts)}
 
 
-def told(base: Base, text: str, size_px: int) -> TextContext:
-    """One text read; where a base takes zeros for the empty prompt, as SDXL does, those."""
-    context = encode_prompts(base, [text], size_px=size_px)
-    if text or not base.pipe.config.get("force_zeros_for_empty_prompt", False) or context.added is None:
-        return context
-    pooled = torch.zeros_like(context.added["text_embeds"])
-    return TextContext(hidden=torch.zeros_like(context.hidden), added={**context.added, "text_embeds": pooled})
-
-
-def joined_contexts(contexts: Contexts, texts: Sequence[str]) -> TextContext:
-    """For a batch of texts."""
-    found = [contexts[text] for text in texts]
-    added = [context.added for context in found if context.added is not None]
-    return TextContext(
-        hidden=torch.cat([context.hidden for context in found]),
-        added={name: torch.cat([each[name] for each in added]) for name in added[0]} if added else None,
-    )
+def for_batch(contexts: Contexts, texts: Sequence[str]) -> TextContext:
+    """What a batch of texts is told."""
+    return joined_contexts([contexts[text] for text in texts])
