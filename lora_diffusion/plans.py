@@ -16,8 +16,9 @@ from lora_diffusion.recipe import Recipe, has_recipe, read_recipe
 from lora_diffusion.references import Shelf, anchored_entries, hashed_entries, tagged_entries
 from lora_diffusion.tags import in_our_order, take_tags
 
-SYNTAX = re.compile(r"[()\[\]]|\bBREAK\b|\bAND\b")
-"""What has a meaning of its own in A1111's prompts."""
+COMPOSABLE = re.compile(r"\bAND\b")
+"""What joins several prompts to A1111."""
+EMPHASIS = re.compile(r"(?<!\\)[(\[]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +119,11 @@ def unread(info: Infotext, settings: GenerateConfig) -> list[str]:
     if info.ti_hashes:
         words = ", ".join(info.ti_hashes)
         notes.append(f"its learned words ({words}) are not looked for; give their files with --adapter")
-    if SYNTAX.search(f"{settings.prompt}\n{settings.negative_prompt}"):
-        notes.append("emphasis, BREAK and prompt editing are read as plain text here")
+    prompts = f"{settings.prompt}\n{settings.negative_prompt}"
+    if EMPHASIS.search(prompts):
+        notes.append("words in brackets are moved away from the empty prompt here, where A1111 rescales all words")
+    if COMPOSABLE.search(prompts):
+        notes.append("AND is read as a plain word here")
     return notes
 
 

@@ -137,7 +137,7 @@ def test_balanced_weights_end_up_in_the_recipe(sd: Base, shelf: Path, tmp_path: 
     assert float(weights[0]) * float(weights[1]) == pytest.approx(1.0)  # type: ignore[arg-type]
 
 
-def a1111_picture(path: Path, prompt: str, hashes: str) -> Path:
+def a1111_picture(path: Path, prompt: str, hashes: str = "") -> Path:
     texts = PngImagePlugin.PngInfo()
     line = f"Steps: 1, Sampler: DDIM, CFG scale: 4, Seed: 5, Size: 32x32, Model: v1-5{hashes}"
     texts.add_text(INFOTEXT_KEY, f"{prompt}\nNegative prompt: blurry\n{line}")
@@ -165,12 +165,15 @@ def test_a_picture_of_a1111_is_made_again_with_the_adapters_it_names(
 
 
 def test_what_a1111_alone_makes_of_a_prompt_is_noted(sd: Base, shelf: Path, tmp_path: Path, capsys: Capture) -> None:
-    picture = a1111_picture(tmp_path / "a.png", "a (red:1.4) cat", ', TI hashes: "EasyNegative: 0123456789ab"')
+    picture = a1111_picture(tmp_path / "a.png", "a (red:1.4) cat AND dog", ', TI hashes: "EasyNegative: 0123456789ab"')
     common = ["--base", sd.folder, "--library", shelf, "--output", tmp_path / "out"]
     assert run("generate", "--from", picture, *common) == 0
     notes = capsys.readouterr().err
     assert "learned words (EasyNegative) are not looked for" in notes
-    assert "emphasis, BREAK and prompt editing are read as plain text" in notes
+    assert "words in brackets are moved away from the empty prompt" in notes
+    assert "AND is read as a plain word" in notes
+    edited = a1111_picture(tmp_path / "b.png", "a [cat:dog:0.5]")
+    assert "other words for other steps" in refused(capsys, "generate", "--from", edited, *common)
 
 
 def test_our_pictures_carry_the_hash_by_which_a1111_knows_a_file(sd: Base, shelf: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from test_training import settings
 
 from lora_diffusion.adapter import adapter_hash
 from lora_diffusion.cli import main
+from lora_diffusion.dry_run import tried
 from lora_diffusion.families import FAMILIES
 from lora_diffusion.formats.reading import load_adapter
 from lora_diffusion.run_report.runs import train_and_report
@@ -106,32 +107,100 @@ def test_samples_do_not_change_the_run(pictures: Path, sd_folder: Path) -> None:
     assert adapter_hash(plain.adapter) == adapter_hash(shown.adapter)
 
 
+TWO = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from lora_diffusion.train_config import TrainConfig
+from lora_diffusion.training.loop import train
+
+def stop_one(run, step):
+    if step == 2 and run.accelerator.process_index == 1 and "stop" in sys.argv:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+torch.set_num_threads(1)
+result = train(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text()), stop_one)
+print(f"{'main' if result.is_main_process else 'other'}:{result.steps}")
+"""
+
+
+def in_two_processes(config: TrainConfig, folder: Path, *arguments: str) -> list[str]:
+    """What two processes that train together print."""
+    (folder / "two.json").write_text(config.model_dump_json())
+    (folder / "two.py").write_text(TWO)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    done = subprocess.run(
+        [*launch, str(folder / "two.py"), str(folder / "two.json"), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return sorted(done.stdout.split())
+
+
 def test_two_processes_train_what_one_does(pictures: Path, sd_folder: Path) -> None:
-    """The same global batch, shared out: equal up to the order in which gradients are summed."""
+    """The same global batch, shared out: equal up to the order in which gradients are summed, with a stop between.
+
+    The stop is asked of one process alone.
+    """
     top = {"save_precision": "float32", "steps": 3}
-    changes = {"validation": {"share": 0.25, "every": 2, "draws": 2}}
+    changes = {"validation": {"share": 0.25, "every": 2, "draws": 2}, "samples": {"every": 2}}
     alone = train(settings(pictures, sd_folder, changes, batch_size=2, **top)).adapter
     output = pictures.parent / "two" / "style.safetensors"
     config = settings(pictures, sd_folder, changes, batch_size=1, output=output, **top)
-    path = pictures.parent / "two.json"
-    path.write_text(config.model_dump_json())
-    script = pictures.parent / "run_two.py"
-    script.write_text(
-        "import sys, torch; torch.set_num_threads(1); from pathlib import Path\n"
-        "from lora_diffusion.train_config import TrainConfig\n"
-        "from lora_diffusion.training.loop import train\n"
-        "result = train(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text()))\n"
-        "print('main' if result.is_main_process else 'other')\n"
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*launch, str(script), str(path)], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert sorted(done.stdout.split()) == ["main", "other"]
+    assert in_two_processes(config, pictures.parent, "stop") == ["main:2", "other:2"]
+    assert not output.exists()
+    assert in_two_processes(config, pictures.parent) == ["main:3", "other:3"]
     found = load_adapter(output)
     for path_, layer in alone.layers.items():
         for name, factor in layer.factors.items():
             other = found.layers[path_].factors[name]
             assert (other - factor).norm() <= 1e-3 * factor.norm(), (path_, name)
+
+
+def test_a_dry_run_tells_what_a_run_needs_and_keeps_nothing(
+    pictures: Path, sd_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = pictures.parent / "out" / "style.safetensors"
+    command = ["train", "style", str(pictures), "--output", str(output), "--base", str(sd_folder), "--dry-run"]
+    sets = [
+        "steps=50",
+        "batch_size=2",
+        "gradient_accumulation=1",
+        "prior.mode=pictures",
+        "prior.prompt=a dog",
+        "prior.steps=1",
+        "prior.count=9",
+    ]
+    before = sorted(pictures.parent.rglob("*"))
+    assert main([*command, "--json", *(part for each in sets for part in ("--set", each))]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert sorted(path for path in pictures.parent.rglob("*") if path != output.parent) == before
+    count = len(list(pictures.glob("*.png")))
+    assert found["dataset"]["pictures"] == count
+    assert found["pictures_per_step"] == 2
+    assert found["passes"] == pytest.approx(50 * found["pictures_per_step"] / count)
+    assert found["class_pictures"] == 9
+    assert found["seconds"] > 50 * found["seconds_per_step"] > 0
+    assert found["memory_mb"] > found["adapter_mb"] > 0
+    assert main([*command, *QUICK]) == 0
+    text = capsys.readouterr().out
+    assert "2 steps of 1 picture, which is 0.5 passes" in text
+    assert "leave out --dry-run" in text
+    (pictures / "0.png").write_bytes(b"no picture")
+    assert main(command) == 2
+    assert "0.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precision", ["float16", "float32"])
+def test_a_dry_run_foretells_what_a_run_trains(pictures: Path, sd_folder: Path, precision: str) -> None:
+    config = settings(pictures, sd_folder, save_precision=precision)
+    needs = tried(config)
+    result = train(config)
+    assert needs.adapter_mb * 1e6 == pytest.approx(result.path.stat().st_size, rel=0.02)
+    assert needs.modules == len(result.adapter.layers)
+    assert needs.parameters == sum(
+        factor.numel() for layer in result.adapter.layers.values() for factor in layer.factors.values()
+    )

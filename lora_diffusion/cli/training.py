@@ -31,9 +31,23 @@ class RunFlags:
     """Change one setting; those of a section as SECTION.KEY."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the result as JSON."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Check the data, take a few steps, and say how long the run would take and how much memory; keep nothing."""
 
     def train(self, config: "TrainConfig") -> int:
         """Do it and say what came of it."""
+        return self.tried(config) if self.dry_run else self.trained(config)
+
+    def tried(self, config: "TrainConfig") -> int:
+        with quiet():
+            from lora_diffusion.dry_run import needs_facts, needs_text, tried
+
+            needs = tried(config)
+        if needs.is_main_process:
+            print(json.dumps(needs_facts(needs)) if self.json else needs_text(needs, config))
+        return 0
+
+    def trained(self, config: "TrainConfig") -> int:
         with quiet():
             from lora_diffusion.run_report.runs import train_and_report
 

@@ -1,9 +1,6 @@
 """Training with everything around it: facts of the run, samples as they come, and the report."""
 
 import json
-import platform
-import resource
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -11,11 +8,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lora_diffusion.adapter import adapter_hash
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.files import whole_file
+from lora_diffusion.machine import machine, peak_memory_mb
 from lora_diffusion.recipe import library_versions
 from lora_diffusion.run_report.page import write_page
 from lora_diffusion.run_report.sheet import draw_sheet
@@ -86,16 +82,3 @@ def facts_of(run: Run, result: TrainResult, seconds: float) -> dict[str, Any]:
         "versions": library_versions(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def peak_memory_mb() -> float:
-    """Of the GPU if there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e6
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-
-
-def machine() -> str:
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{platform.machine()}, {gpu}, {torch.get_num_threads()} threads"

@@ -15,6 +15,7 @@ from lora_diffusion.adapter import Adapter
 from lora_diffusion.formats.native import save_adapter
 from lora_diffusion.precision import torch_dtype
 from lora_diffusion.train_config import TrainConfig
+from lora_diffusion.training.batches import Batches
 from lora_diffusion.training.examples import sample_seed
 from lora_diffusion.training.low_rank_layers import extract, layer_factors
 from lora_diffusion.training.max_norm import limit_norms
@@ -25,11 +26,10 @@ from lora_diffusion.training.record import metadata_of, recent
 from lora_diffusion.training.run_log import RunLog
 from lora_diffusion.training.run_setup import Run, set_up
 from lora_diffusion.training.sample_pictures import make_samples
-from lora_diffusion.training.samples import RunOfSamples, collate
 from lora_diffusion.training.self_checks import check_finite, check_gradients, check_saved, memory_refusals
 from lora_diffusion.training.state import RunState, forget_states, identity, load_state, save_state
 from lora_diffusion.training.stopping import StopRequest, stop_requests
-from lora_diffusion.training.validation import Best, on, validated
+from lora_diffusion.training.validation import Best, validated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +83,7 @@ class Progress:
         self.denoiser, self.optimiser = run.accelerator.prepare(run.denoiser, optimiser)
         decay = config.optimiser.ema_decay
         self.average = MovingAverage(decay=decay) if decay else None
+        self.batches = Batches(run)
         self.losses: list[float] = []
         self.best = Best()
         self.best_parameters: dict[str, Tensor] | None = None
@@ -138,9 +139,10 @@ class Progress:
             self.samples()
         with tqdm(total=config.steps, initial=self.step, desc="train", unit="step", disable=not main) as bar:
             while self.step < config.steps:
-                started = time.perf_counter()
+                started, loaded = time.perf_counter(), self.batches.seconds
                 facts = self.one_step()
-                self.tell({**facts, "seconds": round(time.perf_counter() - started, 4)})
+                taken = {"seconds": time.perf_counter() - started, "data_seconds": self.batches.seconds - loaded}
+                self.tell({**facts, **{name: round(value, 4) for name, value in taken.items()}})
                 bar.update()
                 bar.set_postfix(loss=f"{recent(self.losses):.4f}")
                 if self.step % config.samples.every == 0 or self.step == config.steps:
@@ -149,9 +151,10 @@ class Progress:
                     break
                 if main and is_due(self.step, config.save_every, config):
                     self.save_intermediate()
-                if request.signal is not None or is_due(self.step, config.state_every, config):
+                stop = request.agreed(run.accelerator)
+                if stop or is_due(self.step, config.state_every, config):
                     self.save_state()
-                if request.signal is not None and self.step < config.steps:
+                if stop and self.step < config.steps:
                     self.log.add(self.step, {"event": "stopped"})
                     return True
         return False
@@ -174,7 +177,7 @@ class Progress:
             group["lr"] = peak * fraction
         window: list[Tensor] = []
         norm: Any = 0.0
-        for batch, weight in self.batches(step):
+        for batch, weight in self.batches.of(step):
             with run.accelerator.accumulate(self.denoiser):
                 loss = weight * self.denoiser(**batch).mean()
                 check_finite(loss, step + 1)
@@ -194,23 +197,6 @@ class Progress:
         self.losses.append(float(losses.mean()))
         facts = {"loss": self.losses[-1], "gradient_norm": float(norm), "rate": self.peaks[0] * fraction}
         return facts | self.validation()
-
-    def batches(self, step: int) -> Iterator[tuple[dict[str, Any], float]]:
-        """The batches of this process, with what each weighs: pictures, then class pictures if there are any."""
-        run, config = self.run, self.run.config
-        size, count = config.batch_size, config.gradient_accumulation
-        for samples, weight in zip(run.samples, (1.0, config.prior.weight), strict=False):
-            for window in range(count):
-                first = (window * run.accelerator.num_processes + run.accelerator.process_index) * size
-                yield self.batch(samples, step, range(first, first + size)), weight * len(run.samples)
-
-    def batch(self, samples: RunOfSamples, step: int, places: range) -> dict[str, Any]:
-        batch: dict[str, Any] = collate([samples.sample(step, place) for place in places])
-        if samples.config.data.masks == "none":
-            del batch["mask"]
-        if not self.run.config.adapter.text_encoder_targets:
-            batch |= self.run.captions.batch(batch["captions"])
-        return on(self.run.denoiser, batch)
 
     def validation(self) -> dict[str, Any]:
         """What validation says after this step, if it is due."""

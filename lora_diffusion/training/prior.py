@@ -35,12 +35,16 @@ def make_class_pictures(base: Base, config: PriorConfig, folder: Path, size_px: 
     Raises ConfigError, SamplingError, OutputError.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [seed for seed in range(config.count) if not (folder / picture_name(seed)).is_file()]
-    for seed in tqdm(missing[share::of], desc="class pictures", unit="picture", leave=False):
+    for seed in tqdm(missing_pictures(config, folder)[share::of], desc="class pictures", unit="picture", leave=False):
         settings = GenerateConfig(
             prompt=config.prompt, seed=seed, guidance=config.guidance, steps=config.steps, width=size_px, height=size_px
         )
         generate(base, [settings])[0].save(folder / picture_name(seed))
+
+
+def missing_pictures(config: PriorConfig, folder: Path) -> list[int]:
+    """The seeds of class pictures that are not there."""
+    return [seed for seed in range(config.count) if not (folder / picture_name(seed)).is_file()]
 
 
 def picture_name(seed: int) -> str:

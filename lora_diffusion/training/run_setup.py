@@ -150,7 +150,7 @@ def new_accelerator(config: TrainConfig) -> Accelerator:
     return Accelerator(
         mixed_precision=precision,
         gradient_accumulation_steps=config.gradient_accumulation * passes,
-        log_with=[check_tracker(name) for name in config.tracking.trackers],
+        log_with=[check_tracker(name) for name in config.tracking.trackers] or None,
         project_dir=run_folder(config.output) / "logs",
     )
 

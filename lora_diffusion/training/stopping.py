@@ -5,6 +5,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
 
 
 class StopRequest:
@@ -17,6 +21,11 @@ class StopRequest:
         if self.signal is not None:
             signal.default_int_handler(number, frame)
         self.signal = number
+
+    def agreed(self, accelerator: Accelerator) -> bool:
+        """Whether any process has been asked; all get the same answer, so that they stop after the same step."""
+        asked: Any = accelerator.gather(torch.tensor([self.signal is not None], device=accelerator.device))
+        return bool(asked.any())
 
 
 @contextmanager
