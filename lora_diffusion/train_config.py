@@ -252,6 +252,9 @@ class ComputeConfig(Settings):
     """Accelerate's mixed precision; trainable parameters are float32 always."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: about a third slower, a third to a half less memory."""
+    offload: bool = False
+    """Keep the autoencoder and frozen text encoders in the processor's memory while nothing is encoded: two gigabytes
+    of an SDXL base, at the price of moving them for each picture or caption that is not in the cache."""
     compile: bool = False
     """`torch.compile` for the UNet."""
     channels_last: bool = False

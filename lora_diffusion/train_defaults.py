@@ -52,6 +52,29 @@ SUBJECT_WORD: dict[str, Any] = {
 }
 
 
+MEMORY: dict[int, dict[str, dict[str, Any]]] = {
+    8: {
+        "sd": {"compute": {"gradient_checkpointing": True}},
+        "sdxl": {
+            "adapter": {"rank": 16},
+            "optimiser": {"kind": "adamw-8bit"},
+            "compute": {"gradient_checkpointing": True, "offload": True},
+        },
+    },
+    12: {"sd": {}, "sdxl": {"compute": {"gradient_checkpointing": True, "offload": True}}},
+    24: {
+        "sd": {"batch_size": 4, "gradient_accumulation": 1},
+        "sdxl": {"batch_size": 2, "gradient_accumulation": 2, "compute": {"gradient_checkpointing": True}},
+    },
+}
+"""What fits a GPU of so many gigabytes, by kind of base. The global batch stays 4, so that nothing else need change."""
+
+
+def memory_settings(family: str, gigabytes: int) -> dict[str, Any]:
+    """What is changed for a GPU of so many gigabytes; the embedded bases need nothing."""
+    return {} if family.startswith("tiny") else MEMORY[gigabytes]["sdxl" if family == "sdxl" else "sd"]
+
+
 def default_settings(purpose: Purpose, family: str) -> dict[str, Any]:
     """The settings of a `TrainConfig` but for data and output; `family` is the base's."""
     table = {**FAMILIES[family], "steps": STEPS[purpose][family]}

@@ -15,6 +15,7 @@ from test_training import settings
 
 from lora_diffusion.adapter import adapter_hash
 from lora_diffusion.cli import main
+from lora_diffusion.config import read_toml
 from lora_diffusion.dry_run import tried
 from lora_diffusion.families import FAMILIES
 from lora_diffusion.formats.reading import load_adapter
@@ -22,6 +23,7 @@ from lora_diffusion.run_report.runs import train_and_report
 from lora_diffusion.train_config import TrainConfig
 from lora_diffusion.train_defaults import default_settings
 from lora_diffusion.training.loop import train
+from train_scripts.write_configs import CONFIGS, configs
 
 QUICK = ["--set", "steps=2", "--set", "batch_size=1"]
 
@@ -34,16 +36,47 @@ def test_every_familys_defaults_are_valid_settings(purpose: Any, family: str) ->
     assert table["steps"] > 0
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_configs_that_are_given_are_the_defaults_spelled_out(path: Path) -> None:
+    assert path.read_text() == dict(configs())[path.name]
+    config = read_toml(path, TrainConfig)
+    assert config.batch_size * config.gradient_accumulation == 4
+    assert config.data.folder == CONFIGS / "pictures"
+
+
+def test_every_config_is_there() -> None:
+    assert sorted(dict(configs())) == sorted(path.name for path in CONFIGS.glob("*"))
+
+
 def test_a_style_and_a_subject_need_no_file(
     pictures: Path,
     sd_folder: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    base = ["--base", str(sd_folder)]
+    base, gpu = ["--base", str(sd_folder)], ["--gpu-gb", "8"]
     style, subject = pictures.parent / "style.safetensors", pictures.parent / "subject.safetensors"
-    assert main(["train", "style", str(pictures), "--output", str(style), "--trigger", "sks", *base, *QUICK]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "style",
+                str(pictures),
+                "--output",
+                str(style),
+                "--trigger",
+                "sks",
+                *base,
+                *QUICK,
+                "--gpu-gb",
+                "8",
+            ]
+        )
+        == 0
+    )
     assert "style.safetensors: loss" in capsys.readouterr().out
-    assert load_adapter(style).metadata.trigger_words == ("sks",)
+    learned = load_adapter(style).metadata
+    assert learned.trigger_words == ("sks",)
+    assert learned.training["compute"]["gradient_checkpointing"] is (learned.family == "sd1")
     for path in pictures.glob("*.txt"):
         path.unlink()
     command = ["train", "dreambooth", str(pictures), "--output", str(subject), *base, *QUICK]
@@ -113,6 +146,7 @@ from pathlib import Path
 import torch
 from lora_diffusion.train_config import TrainConfig
 from lora_diffusion.training.loop import train
+from train_scripts.write_configs import CONFIGS, configs
 
 def stop_one(run, step):
     if step == 2 and run.accelerator.process_index == 1 and "stop" in sys.argv:

@@ -3,9 +3,10 @@
 import json
 import signal
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -14,6 +15,7 @@ from lora_diffusion.config import EMBEDDED_BASE, read_toml
 
 if TYPE_CHECKING:
     from lora_diffusion.train_config import TrainConfig
+    from lora_diffusion.train_defaults import Purpose
 
 
 def settings_kind() -> "type[TrainConfig]":
@@ -91,6 +93,22 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SuitedFlags:
+    """What the defaults of a run are chosen for."""
+
+    base: str = EMBEDDED_BASE
+    """Base to train on: `tiny-sd`, a folder in diffusers' layout, or a hub id."""
+    gpu_gb: Literal[8, 12, 24] | None = None
+    """Memory of the GPU; settings that save memory are chosen by it."""
+
+    def settings(self, purpose: "Purpose", told: Mapping[str, Any], changes: Changes) -> "TrainConfig":
+        with quiet():
+            from lora_diffusion.training.purposes import settings_for
+
+        return settings_for(purpose, told, parse_changes(changes), base=self.base, gigabytes=self.gpu_gb)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainStyle:
     """Train a style from a folder of captioned pictures, with defaults for the base's family."""
 
@@ -98,18 +116,14 @@ class TrainStyle:
     """Pictures, each with its caption in a .txt file of the same name."""
     output: Path
     """The adapter file to write (.safetensors)."""
-    base: str = EMBEDDED_BASE
-    """Base to train on: `tiny-sd`, a folder in diffusers' layout, or a hub id."""
+    suited: Annotated[SuitedFlags, tyro.conf.arg(name="")]
     trigger: str = ""
     """Word that calls the style, as it stands in the captions."""
     how: Annotated[RunFlags, tyro.conf.arg(name="")]
 
     def run(self) -> int:
-        with quiet():
-            from lora_diffusion.training.purposes import settings_for
-
         told = {"data": {"folder": self.data}, "output": self.output, "trigger_words": self.trigger.split()}
-        return self.how.train(settings_for("style", told, parse_changes(self.how.set), base=self.base))
+        return self.how.train(self.suited.settings("style", told, self.how.set))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,16 +138,15 @@ class TrainDreambooth:
     """What the pictures show, with a word of the subject's own: "photo of sks dog"."""
     class_prompt: str = ""
     """What is to stay as it is: "photo of a dog"; the empty prompt if left out."""
-    base: str = EMBEDDED_BASE
-    """Base to train on: `tiny-sd`, a folder in diffusers' layout, or a hub id."""
+    suited: Annotated[SuitedFlags, tyro.conf.arg(name="")]
     how: Annotated[RunFlags, tyro.conf.arg(name="")]
 
     def run(self) -> int:
         with quiet():
-            from lora_diffusion.training.purposes import settings_for, subject
+            from lora_diffusion.training.purposes import subject
 
         told = subject(self.data, self.output, instance=self.instance, class_prompt=self.class_prompt)
-        return self.how.train(settings_for("dreambooth", told, parse_changes(self.how.set), base=self.base))
+        return self.how.train(self.suited.settings("dreambooth", told, self.how.set))
 
 
 @dataclass(frozen=True, kw_only=True)

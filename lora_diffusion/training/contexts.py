@@ -10,6 +10,7 @@ from lora_diffusion.prompt_encoding import TextContext, encode_prompts
 from lora_diffusion.prompt_text import ReadText, plain
 from lora_diffusion.training.content_cache import Cache, Tensors, content_key
 from lora_diffusion.training.low_rank_layers import disabled
+from lora_diffusion.training.offloading import at_work
 
 
 class CaptionEncoder:
@@ -27,7 +28,7 @@ class CaptionEncoder:
         """
 
         def make() -> Tensors:
-            with disabled(self.base):
+            with disabled(self.base), at_work(self.base, list(self.base.anatomy.text_layers)):
                 context = encode_prompts(self.base, [caption], size_px=self.base.size_px, read=self.read)
             pooled = {"pooled": context.added["text_embeds"][0].cpu()} if context.added else {}
             return {"hidden": context.hidden[0].cpu(), **pooled}

@@ -13,6 +13,7 @@ from lora_diffusion.dataset.views import View, view, view_key
 from lora_diffusion.models import Base
 from lora_diffusion.train_config import DataConfig
 from lora_diffusion.training.content_cache import Cache, Tensors, content_key
+from lora_diffusion.training.offloading import at_work
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,7 +44,8 @@ class ViewEncoder:
         return LatentView(**found)
 
     def tensors(self, seen: View) -> Tensors:
-        mean, std = encode_picture(self.base, seen.pixels)
+        with at_work(self.base, ["vae"]):
+            mean, std = encode_picture(self.base, seen.pixels)
         height, width = seen.pixels.shape[1:]
         whole = torch.ones(height, width) if seen.mask is None else seen.mask
         mask = functional.interpolate(whole[None, None], size=mean.shape[1:], mode="area")[0]

@@ -9,18 +9,27 @@ from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.diffusers_folder import anatomy_of_folder
 from lora_diffusion.models import default_device, find_base
 from lora_diffusion.train_config import TrainConfig
-from lora_diffusion.train_defaults import Purpose, default_settings, with_precision
+from lora_diffusion.train_defaults import Purpose, default_settings, memory_settings, with_precision
 
 
 def settings_for(
-    purpose: Purpose, told: Mapping[str, Any], changes: Mapping[str, Any] | None = None, *, base: str
+    purpose: Purpose,
+    told: Mapping[str, Any],
+    changes: Mapping[str, Any] | None = None,
+    *,
+    base: str,
+    gigabytes: int | None = None,
 ) -> TrainConfig:
     """A run's settings: the family's defaults, what is told over them, and `changes` over both.
+
+    `gigabytes` are those of the GPU, 8, 12 or 24; without, nothing is done for the sake of memory but for SDXL.
 
     Raises BaseModelError, and ConfigError with all mistakes at once.
     """
     family, _ = anatomy_of_folder(find_base(base))
     table = with_precision(default_settings(purpose, family.name), on_gpu=default_device().type != "cpu")
+    if gigabytes is not None:
+        table = changed(table, memory_settings(family.name, gigabytes))
     return validate(
         TrainConfig, changed(changed({**table, "base": base}, told), changes or {}), source=f"train {purpose}"
     )

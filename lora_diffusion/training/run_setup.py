@@ -28,6 +28,7 @@ from lora_diffusion.training.contexts import CaptionEncoder
 from lora_diffusion.training.latents import ViewEncoder
 from lora_diffusion.training.low_rank_layers import inject
 from lora_diffusion.training.objective import Denoiser
+from lora_diffusion.training.offloading import idle_models, send_away
 from lora_diffusion.training.prior import PriorPull, class_folder, make_class_pictures
 from lora_diffusion.training.samples import RunOfSamples, order_of
 from lora_diffusion.training.self_checks import check_trainable
@@ -217,3 +218,5 @@ def adjust(base: Base, config: TrainConfig) -> None:
         unet.to(memory_format=torch.channels_last)
     if config.compute.compile:
         unet.compile()
+    if config.compute.offload:
+        send_away(base, idle_models(base, text_encoders_learn=bool(config.adapter.text_encoder_targets)))

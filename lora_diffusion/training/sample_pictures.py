@@ -7,6 +7,7 @@ import torch
 from lora_diffusion.config import GenerateConfig
 from lora_diffusion.files import whole_file
 from lora_diffusion.sampling import sample, single_settings
+from lora_diffusion.training.offloading import at_work, idle_models
 from lora_diffusion.training.run_setup import Run
 
 SAMPLES = "samples"
@@ -26,5 +27,6 @@ def make_samples(run: Run, step: int) -> None:
         settings = GenerateConfig(prompt=prompt, seed=config.seed, steps=config.steps, guidance=config.guidance)
         (single,) = single_settings(run.base, settings)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as part:
+        models = idle_models(run.base, text_encoders_learn=False)
+        with whole_file(path) as part, at_work(run.base, models):
             sample(run.base, single).save(part, format="PNG")

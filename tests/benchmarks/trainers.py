@@ -1,0 +1,162 @@
+"""What a training step takes of us and of diffusers' example script, all told: same base, pictures, rank and targets.
+
+    python tests/benchmarks/trainers.py train_text_to_image_lora.py
+
+The script is in diffusers' repository under `examples/text_to_image`. Both trainers run as their users start them, each
+in processes of its own: a short and a long run, whose difference divided by the steps between is a step with all that
+belongs to it; reading and encoding the pictures is in the short run for us, and in every step for the script, which has
+no cache. One thread, float32, batch 1, rank 4 on the UNet's attention projections. The bases are the embedded one and
+one of SD 1.5's size, UNet, autoencoder and text encoder, with random weights, at 256 pixels. Writes `trainers.json`
+beside this script.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
+from full_size import new_unet
+from measuring import machine
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from lora_diffusion.files import sample_data
+from lora_diffusion.models import quiet_libraries
+
+RANK, PICTURES, ROUNDS = 4, 2, 3
+STEPS = {"tiny": (8, 88), "sd1": (3, 8)}
+SIZES_PX = {"tiny": 64, "sd1": 256}
+
+
+def write_sd1(folder: Path) -> Path:
+    """A base of SD 1.5's size with random weights, and the embedded base's tokenizer and scheduler."""
+    tiny = sample_data() / "tiny-sd"
+    tokenizer: Any = CLIPTokenizer.from_pretrained(tiny / "tokenizer", model_max_length=77)
+    with quiet_libraries():
+        text = CLIPTextConfig(
+            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
+        )
+        down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
+        widths = (128, 256, 512, 512)
+        vae = AutoencoderKL(down_block_types=down, up_block_types=up, block_out_channels=widths, layers_per_block=2)
+        pipe: Any = StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=CLIPTextModel(text),
+            tokenizer=tokenizer,
+            unet=new_unet("sd1"),
+            scheduler=DDPMScheduler.from_pretrained(tiny, subfolder="scheduler"),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipe.save_pretrained(folder)
+    return folder
+
+
+def ours(base: Path, pictures: Path, steps: int, size_px: int, folder: Path) -> list[str]:
+    settings = {
+        "base": base,
+        "output": folder / "ours.safetensors",
+        "steps": steps,
+        "data.folder": pictures,
+        "data.resolution": size_px,
+        "captions.dropout": 0,
+        "adapter.rank": RANK,
+        "adapter.unet_targets": "attention",
+        "state_every": 0,
+        "resume": "false",
+        "tracking.report": "false",
+    }
+    config = folder / "ours.toml"
+    config.write_text(f'output = "x.safetensors"\ndata = {{ folder = "{pictures}" }}\n')
+    sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    return [sys.executable, "-m", "lora_diffusion.cli", "train", str(config), *sets]
+
+
+def theirs(script: Path, base: Path, pictures: Path, steps: int, size_px: int, folder: Path) -> list[str]:
+    flags = {
+        "pretrained_model_name_or_path": base,
+        "train_data_dir": pictures,
+        "resolution": size_px,
+        "train_batch_size": 1,
+        "max_train_steps": steps,
+        "rank": RANK,
+        "seed": 0,
+        "output_dir": folder / "theirs",
+    }
+    told = [f"--{key}={value}" for key, value in flags.items()]
+    return [sys.executable, str(Path(__file__).with_name("peer_script.py")), str(script), "--center_crop", *told]
+
+
+def taken(command: list[str]) -> tuple[float, float]:
+    """Seconds of a process and its largest size in megabytes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "ACCELERATE_USE_CPU": "true"}
+    started = time.perf_counter()
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        subprocess.Popen(command, stdout=said, stderr=said, env=environment) as process,
+    ):
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            said.seek(0)
+            raise RuntimeError(f"{command[:4]} failed:\n{said.read()[-3000:]}")
+    return time.perf_counter() - started, usage.ru_maxrss / 1024
+
+
+def compared(script: Path, base: Path, size: str, pictures: Path, folder: Path) -> dict[str, Any]:
+    """A step of either on a base, in turn."""
+    short, long = STEPS[size]
+    size_px = SIZES_PX[size]
+    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+    memory = {"ours": 0.0, "theirs": 0.0}
+    for _ in range(ROUNDS if size == "tiny" else 1):
+        for who in seconds:
+            runs = []
+            for steps in (short, long):
+                command = (
+                    ours(base, pictures, steps, size_px, folder)
+                    if who == "ours"
+                    else theirs(script, base, pictures, steps, size_px, folder)
+                )
+                runs.append(taken(command))
+                shutil.rmtree(folder / "ours-run", ignore_errors=True)
+            seconds[who].append((runs[1][0] - runs[0][0]) / (long - short))
+            memory[who] = max(memory[who], *(mb for _, mb in runs))
+    step = {who: statistics.median(values) for who, values in seconds.items()}
+    return {
+        "seconds_per_step": {who: round(value, 4) for who, value in step.items()},
+        "times_their_throughput": round(step["theirs"] / step["ours"], 3),
+        "memory_mb": {who: round(value) for who, value in memory.items()},
+        "of_their_memory": round(memory["ours"] / memory["theirs"], 3),
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    script = Path(sys.argv[1])
+    facts: dict[str, Any] = {"machine": machine(), "script": hashlib.sha256(script.read_bytes()).hexdigest()[:16]}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        pictures = folder / "pictures"
+        pictures.mkdir()
+        for path in sorted((sample_data() / "styles" / "neon").glob("*.png"))[:PICTURES]:
+            for each in (path, path.with_suffix(".txt")):
+                shutil.copy(each, pictures)
+        facts["tiny"] = compared(script, sample_data() / "tiny-sd", "tiny", pictures, folder)
+        print(json.dumps(facts["tiny"]), flush=True)
+        facts["sd1"] = compared(script, write_sd1(folder / "sd1"), "sd1", pictures, folder)
+    Path(__file__).with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+    print(json.dumps(facts, indent=1))
+
+
+if __name__ == "__main__":
+    main()
