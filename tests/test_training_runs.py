@@ -53,26 +53,10 @@ def test_a_style_and_a_subject_need_no_file(
     sd_folder: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    base, gpu = ["--base", str(sd_folder)], ["--gpu-gb", "8"]
+    base = ["--base", str(sd_folder)]
     style, subject = pictures.parent / "style.safetensors", pictures.parent / "subject.safetensors"
-    assert (
-        main(
-            [
-                "train",
-                "style",
-                str(pictures),
-                "--output",
-                str(style),
-                "--trigger",
-                "sks",
-                *base,
-                *QUICK,
-                "--gpu-gb",
-                "8",
-            ]
-        )
-        == 0
-    )
+    command = ["train", "style", str(pictures), "--output", str(style), "--trigger", "sks"]
+    assert main([*command, *base, *QUICK, "--gpu-gb", "8"]) == 0
     assert "style.safetensors: loss" in capsys.readouterr().out
     learned = load_adapter(style).metadata
     assert learned.trigger_words == ("sks",)

@@ -30,6 +30,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lora_diffusion.files import sample_data
 from lora_diffusion.models import quiet_libraries
+from train_scripts.write_configs import toml
 
 RANK, PICTURES, ROUNDS = 4, 2, 3
 STEPS = {"tiny": (8, 88), "sd1": (3, 8)}
@@ -63,22 +64,19 @@ def write_sd1(folder: Path) -> Path:
 
 def ours(base: Path, pictures: Path, steps: int, size_px: int, folder: Path) -> list[str]:
     settings = {
-        "base": base,
-        "output": folder / "ours.safetensors",
+        "base": str(base),
+        "output": "ours.safetensors",
         "steps": steps,
-        "data.folder": pictures,
-        "data.resolution": size_px,
-        "captions.dropout": 0,
-        "adapter.rank": RANK,
-        "adapter.unet_targets": "attention",
         "state_every": 0,
-        "resume": "false",
-        "tracking.report": "false",
+        "resume": False,
+        "data": {"folder": str(pictures), "resolution": size_px},
+        "captions": {"dropout": 0.0},
+        "adapter": {"rank": RANK, "unet_targets": ["attention"]},
+        "tracking": {"report": False},
     }
     config = folder / "ours.toml"
-    config.write_text(f'output = "x.safetensors"\ndata = {{ folder = "{pictures}" }}\n')
-    sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    return [sys.executable, "-m", "lora_diffusion.cli", "train", str(config), *sets]
+    config.write_text(toml(settings))
+    return [sys.executable, "-m", "lora_diffusion.cli", "train", str(config)]
 
 
 def theirs(script: Path, base: Path, pictures: Path, steps: int, size_px: int, folder: Path) -> list[str]:
