@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from picture_folders import write_pictures
-from PIL import Image
+from PIL import Image, ImageCms
 
 from lora_diffusion.dataset.buckets import Bucket, bucket_sizes, nearest_bucket
 from lora_diffusion.dataset.captions import caption_text
 from lora_diffusion.dataset.order import step_batches
-from lora_diffusion.dataset.pictures import read_size
+from lora_diffusion.dataset.pictures import read_picture, read_size
 from lora_diffusion.dataset.reading import Example, data_hash, read_dataset
 from lora_diffusion.dataset.splitting import held_out
 from lora_diffusion.dataset.views import view, view_key
@@ -126,6 +126,31 @@ def test_every_mode_becomes_plain_rgb(tmp_path: Path, mode: str, colour: object,
 def seen(path: Path, bucket: Bucket) -> torch.Tensor:
     config = DataConfig(folder=path.parent)
     return view(Example(picture=path, caption="x"), bucket, config, seed=0, variant=0).pixels
+
+
+def swapped_profile() -> bytes:
+    """The profile of a screen whose red is sRGB's blue, and the other way round."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    red, blue = profile.index(b"rXYZ"), profile.index(b"bXYZ")
+    profile[red : red + 4], profile[blue : blue + 4] = b"bXYZ", b"rXYZ"
+    return bytes(profile)
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [("RGB", (255, 0, 0), (0, 0, 255)), ("RGBA", (0, 0, 255, 255), (255, 0, 0)), ("P", 0, (0, 0, 255))],
+)
+def test_colours_are_those_of_the_pictures_profile(
+    mode: str, colour: object, expected: tuple[int, ...], tmp_path: Path
+) -> None:
+    picture = Image.new(mode, (8, 8), colour)  # type: ignore[arg-type]
+    if mode == "P":
+        picture.putpalette([255, 0, 0])
+    picture.save(tmp_path / "a.png", icc_profile=swapped_profile())
+    found = read_picture(tmp_path / "a.png").getpixel((4, 4))
+    assert found == pytest.approx(expected, abs=3)
+    picture.save(tmp_path / "b.png", icc_profile=b"broken")
+    assert read_picture(tmp_path / "b.png").getpixel((4, 4)) == picture.convert("RGB").getpixel((4, 4))
 
 
 def test_exif_rotation_is_applied(tmp_path: Path) -> None:

@@ -110,6 +110,17 @@ def test_checkpointing_gives_the_same_gradients() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's compiler has its own
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_the_compiler_takes_the_layers_whole(kind: str) -> None:
+    """One graph, without a break, and the same gradients; the backend only traces, as generating code takes minutes."""
+    ours, _ = both(kind)
+    x, factors = input_for(ours), (ours.low_rank.down, ours.low_rank.up)
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    for found, wanted in zip(passed(compiled, x, factors), passed(ours, x, factors), strict=True):
+        assert torch.allclose(found, wanted, atol=1e-6)
+
+
 def test_an_input_that_needs_no_gradient_gets_none() -> None:
     ours, _ = both("linear")
     ours(input_for(ours)).sum().backward()

@@ -94,7 +94,7 @@ def test_a_run_leaves_samples_and_a_page_that_needs_nothing_else(
     hostile = "<script>alert(1)</script> & a cat"
     changes = {
         "samples": {"prompts": [hostile, "a dog"], "every": 2, "steps": 1, "guidance": 1.0},
-        "validation": {"share": 0.25, "every": 2, "draws": 2},
+        "validation": {"share": 0.25, "every": 2, "draws": 2, "base_prompts": ["a dog"]},
     }
     result = train_and_report(settings(pictures, sd_folder, changes, steps=4, name=hostile))
     folder = result.path.parent / "style-run"
@@ -111,6 +111,9 @@ def test_a_run_leaves_samples_and_a_page_that_needs_nothing_else(
         assert kind == "data:image/png;base64"
         assert base64.b64decode(data)[1:4] == b"PNG"
     assert not re.search(r"https?://", text)
+    assert f"<td>data.folder</td><td>{pictures}</td>" in text
+    assert "<td>validation.every</td><td>2</td>" in text
+    assert "<td>validation.patience</td>" not in text
     (folder / "report.html").unlink()
     assert main(["report", str(folder)]) == 0
     assert (folder / "report.html").read_text() == text

@@ -73,24 +73,26 @@ def read_mask(path: Path) -> Image.Image:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
+    profile = picture.info.get("icc_profile")
     if picture.mode.startswith("I"):
         picture = picture.convert("I").point(lambda value: value / 257).convert("L")
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         layer = picture.convert("RGBA")
         ground = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        return Image.alpha_composite(ground, layer).convert("RGB")
-    return in_srgb(picture)
+        picture = Image.alpha_composite(ground, layer).convert("RGB")
+    if picture.mode not in ("CMYK", "L"):
+        picture = picture.convert("RGB")
+    return in_srgb(picture, profile)
 
 
-def in_srgb(picture: Image.Image) -> Image.Image:
-    """RGB by the picture's own colour profile if it has one that can be read, as CMYK from print has."""
-    profile = picture.info.get("icc_profile")
-    if profile and picture.mode in ("RGB", "CMYK", "L"):
+def in_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
+    """RGB by a colour profile, if there is one that can be read for the picture's mode, as CMYK from print has."""
+    if profile:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             turned = ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
             assert turned is not None
             return turned
-        except ImageCms.PyCMSError:
+        except (ImageCms.PyCMSError, OSError):
             pass  # a broken profile is common and harmless; the plain conversion follows
     return picture.convert("RGB")

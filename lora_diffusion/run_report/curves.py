@@ -1,7 +1,7 @@
 """How a run went, as curves."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,17 +15,25 @@ BLUE, ORANGE, GREY = "#2b6cb0", "#c05621", "#a0aec0"
 
 
 def curves(log: Lines) -> bytes:
-    """A PNG: loss, validation with the best step marked if there was any, gradient norm and rate."""
+    """A PNG: loss, validation with the best step marked and drift if there were any, gradient norm and rate."""
     steps = [line for line in log if "loss" in line]
     checked = [line for line in steps if "validation" in line]
-    panels = [draw_loss, *([draw_validation] if checked else []), draw_gradient, draw_rate]
+    drifted = [line for line in checked if line["validation"]["drift"] is not None]
+    drawings: list[tuple[Callable[[Axes, Lines], None], Lines]] = [
+        (draw_loss, steps),
+        (draw_validation, checked),
+        (draw_drift, drifted),
+        (draw_gradient, steps),
+        (draw_rate, steps),
+    ]
+    panels = [(draw, lines) for draw, lines in drawings if lines]
     rows = -(-len(panels) // 2)
     figure = Figure(figsize=(9.6, 3.1 * rows), layout="constrained")
     every = figure.subplots(rows, 2).flatten()
     for axes in every[len(panels) :]:
         axes.remove()
-    for axes, draw in zip(every, panels, strict=False):
-        draw(axes, checked if draw is draw_validation else steps)
+    for axes, (draw, lines) in zip(every, panels, strict=False):
+        draw(axes, lines)
         axes.set_xlabel("step")
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.02)
@@ -53,6 +61,13 @@ def draw_validation(axes: Axes, checked: Lines) -> None:
     axes.annotate(f"best: step {x[best]}", (x[best], y[best]), xytext=(0, 12), textcoords="offset points", ha="center")
     axes.margins(y=0.25)
     axes.set_title("loss on held-out pictures")
+
+
+def draw_drift(axes: Axes, drifted: Lines) -> None:
+    drifts = [100 * line["validation"]["drift"] for line in drifted]
+    axes.plot([line["step"] for line in drifted], drifts, color=BLUE, marker="o", markersize=3, linewidth=1.4)
+    axes.set_title("drift on other prompts, % of the prediction's energy")
+    axes.set_ylim(bottom=0)
 
 
 def draw_gradient(axes: Axes, steps: Lines) -> None:

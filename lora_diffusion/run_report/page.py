@@ -3,12 +3,13 @@
 import base64
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_diffusion.run_report.curves import Lines, curves
 from lora_diffusion.run_report.sheet import sheet_path
+from lora_diffusion.train_config import TrainConfig
 
 STYLE = """
 :root { color-scheme: light dark; --ground: #fdfdfb; --ink: #1e2028; --pale: #6b7280; --line: #e2e4e8; }
@@ -27,28 +28,55 @@ def write_page(folder: Path, facts: Mapping[str, Any], log: Lines) -> str:
     """The page as HTML. `facts` are those of `run.json`; every text of the user's is escaped."""
     title = html.escape(str(facts["name"]))
     sheet = sheet_path(folder)
-    samples = (
-        f"<h2>Samples</h2><img alt='samples by step' src='{data_uri(sheet.read_bytes())}'>" if sheet.is_file() else ""
-    )
+    samples = ""
+    if sheet.is_file():
+        prompts = "".join(f"<li>{html.escape(prompt)}</li>" for prompt in facts["settings"]["samples"]["prompts"])
+        picture = f"<img alt='samples by step' src='{data_uri(sheet.read_bytes())}'>"
+        samples = f"<h2>Samples</h2><ol>{prompts}</ol>{picture}"
     points = "".join(f"<li>{html.escape(text)}</li>" for text in (*outcome(facts, log), *advice(log)))
-    rows = "".join(
-        f"<tr><td>{html.escape(key)}</td><td>{html.escape(str(value))}</td></tr>" for key, value in summary(facts)
-    )
     settings = html.escape(json.dumps(facts["settings"], indent=2))
+    every = f"<details><summary>all of them</summary><pre>{settings}</pre></details>"
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>{title}: training report</title><style>{STYLE}</style></head><body>"
         f"<h1>{title}</h1><p class='pale'>{html.escape(facts['finished'])}</p><ul>{points}</ul>"
         f"<h2>Curves</h2><img alt='curves' src='{data_uri(curves(log))}'>{samples}"
-        f"<h2>Run</h2><table>{rows}</table>"
-        f"<h2>Settings</h2><details><summary>all of them</summary><pre>{settings}</pre></details>"
+        f"<h2>Settings that are not the defaults</h2>{table(chosen(facts['settings']))}{every}"
+        f"<h2>Run</h2>{table(summary(facts))}"
         "</body></html>\n"
     )
 
 
+def table(rows: Iterable[tuple[str, object]]) -> str:
+    cells = (f"<tr><td>{html.escape(key)}</td><td>{html.escape(str(value))}</td></tr>" for key, value in rows)
+    return f"<table>{''.join(cells)}</table>"
+
+
+def chosen(settings: Mapping[str, Any]) -> list[tuple[str, object]]:
+    """Settings that somebody, or the defaults of a purpose, chose."""
+    told = {"data": {"folder": settings["data"]["folder"]}, "output": settings["output"]}
+    plain = flat(TrainConfig.model_validate(told).model_dump(mode="json"))
+    always = ("data.folder", "output")
+    return [(key, value) for key, value in flat(settings).items() if key in always or plain.get(key) != value]
+
+
+def flat(table: Mapping[str, Any]) -> dict[str, object]:
+    """Settings in sections as `section.key`."""
+    found: dict[str, object] = {}
+    for key, value in table.items():
+        found |= {f"{key}.{inner}": each for inner, each in value.items()} if isinstance(value, dict) else {key: value}
+    return found
+
+
 def data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def waiting(log: Lines) -> float:
+    """Share of the steps' time in which their data were read and encoded."""
+    taken = [(line["seconds"], line.get("data_seconds", 0.0)) for line in log if "seconds" in line]
+    return sum(data for _, data in taken) / max(1e-9, sum(whole for whole, _ in taken))
 
 
 def validations(log: Lines) -> list[tuple[int, float]]:
@@ -59,7 +87,7 @@ def outcome(facts: Mapping[str, Any], log: Lines) -> list[str]:
     """What came of the run, in sentences."""
     told = [
         f"{facts['steps_done']} steps in {facts['seconds']:.0f} s, {facts['seconds_per_step']:.2f} s each; "
-        f"{facts['memory_mb']:.0f} MB at most.",
+        f"{facts['memory_mb']:.0f} MB at most; {waiting(log):.0%} of the time went into waiting for data.",
         f"Training loss {facts['first_loss']:.4f} at first, {facts['last_loss']:.4f} at the end.",
     ]
     found = validations(log)
