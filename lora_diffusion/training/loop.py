@@ -169,7 +169,8 @@ class Progress:
     def one_step(self) -> dict[str, Any]:
         """One optimiser step over all its batches."""
         run, config, step = self.run, self.run.config, self.step
-        self.denoiser.train()
+        if not self.denoiser.training:  # or else every module of the base is visited at every step
+            self.denoiser.train()
         # Dropout draws from the global generator; a seed for each step and process makes it a function of the step.
         torch.manual_seed(sample_seed(config.seed + run.accelerator.process_index, -(2**40) - step))
         fraction = rate_fraction(step, config.optimiser, config.steps)

@@ -15,7 +15,8 @@ from lora_diffusion.train_config import OptimiserConfig
 from lora_diffusion.training.peak_rates import TEXT_ENCODER_SHARE, peak_rates
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "adamw": ("torch.optim.AdamW", {}),  # arXiv 1711.05101
+    # arXiv 1711.05101; fused, as hundreds of small factors would else cost a dozen calls each
+    "adamw": ("torch.optim.AdamW", {"fused": True}),
     "adamw-8bit": ("bitsandbytes.optim.AdamW8bit", {}),  # arXiv 2110.02861
     "paged-adamw-8bit": ("bitsandbytes.optim.PagedAdamW8bit", {}),
     # arXiv 2306.06101; the options are those that its authors give for diffusion models and warm-up

@@ -47,12 +47,14 @@ def write_sd1(folder: Path) -> Path:
         )
         down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
         widths = (128, 256, 512, 512)
+        unet = new_unet("sd1")
+        unet.register_to_config(sample_size=64)
         vae = AutoencoderKL(down_block_types=down, up_block_types=up, block_out_channels=widths, layers_per_block=2)
         pipe: Any = StableDiffusionPipeline(
             vae=vae,
             text_encoder=CLIPTextModel(text),
             tokenizer=tokenizer,
-            unet=new_unet("sd1"),
+            unet=unet,
             scheduler=DDPMScheduler.from_pretrained(tiny, subfolder="scheduler"),
             safety_checker=None,
             feature_extractor=None,
