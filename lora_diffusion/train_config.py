@@ -255,6 +255,9 @@ class ComputeConfig(Settings):
     offload: bool = False
     """Keep the autoencoder and frozen text encoders in the processor's memory while nothing is encoded: two gigabytes
     of an SDXL base, at the price of moving them for each picture or caption that is not in the cache."""
+    shard: bool = False
+    """Share out the frozen UNet's weights among the processes of `accelerate launch`, for a base too large for one GPU;
+    each block is gathered as it works, which costs time."""
     compile: bool = False
     """`torch.compile` for the UNet."""
     channels_last: bool = False

@@ -85,7 +85,7 @@ def test_the_default_is_adamw_with_a_tenth_for_text_encoders() -> None:
     for number in range(3):
         step(optimiser, ours, number)
         step(oracle, theirs, number)
-    assert all(torch.equal(ours[name], theirs[name]) for name in NAMES)
+    assert all(torch.allclose(ours[name], theirs[name], rtol=1e-6, atol=1e-9) for name in NAMES)
 
 
 @given(

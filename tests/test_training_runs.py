@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image, ImageChops
 from test_training import settings
 
-from lora_diffusion.adapter import adapter_hash
+from lora_diffusion.adapter import Adapter, adapter_hash
 from lora_diffusion.cli import main
-from lora_diffusion.config import read_toml
+from lora_diffusion.config import changed, read_toml
 from lora_diffusion.dry_run import tried
+from lora_diffusion.errors import ConfigError
 from lora_diffusion.families import FAMILIES
 from lora_diffusion.formats.reading import load_adapter
+from lora_diffusion.models import load_base
 from lora_diffusion.run_report.runs import train_and_report
 from lora_diffusion.train_config import TrainConfig
 from lora_diffusion.train_defaults import default_settings
@@ -135,12 +138,15 @@ from lora_diffusion.train_config import TrainConfig
 from lora_diffusion.training.loop import train
 from train_scripts.write_configs import CONFIGS, configs
 
-def stop_one(run, step):
+def watch(run, step):
+    if step == 0 and "kept" in sys.argv:
+        unet = run.base.pipe.unet.parameters()
+        print(f"kept:{sum(getattr(p, 'to_local', lambda p=p: p)().numel() for p in unet if not p.requires_grad)}")
     if step == 2 and run.accelerator.process_index == 1 and "stop" in sys.argv:
         os.kill(os.getpid(), signal.SIGTERM)
 
 torch.set_num_threads(1)
-result = train(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text()), stop_one)
+result = train(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text()), watch)
 print(f"{'main' if result.is_main_process else 'other'}:{result.steps}")
 """
 
@@ -174,11 +180,45 @@ def test_two_processes_train_what_one_does(pictures: Path, sd_folder: Path) -> N
     assert in_two_processes(config, pictures.parent, "stop") == ["main:2", "other:2"]
     assert not output.exists()
     assert in_two_processes(config, pictures.parent) == ["main:3", "other:3"]
-    found = load_adapter(output)
-    for path_, layer in alone.layers.items():
+    check_alike(load_adapter(output), alone)
+
+
+def check_alike(found: Adapter, wanted: Adapter) -> None:
+    for path, layer in wanted.layers.items():
         for name, factor in layer.factors.items():
-            other = found.layers[path_].factors[name]
-            assert (other - factor).norm() <= 1e-3 * factor.norm(), (path_, name)
+            assert (found.layers[path].factors[name] - factor).norm() <= 1e-3 * factor.norm(), (path, name)
+
+
+def test_a_frozen_base_shared_out_trains_the_same(pictures: Path, sd_folder: Path) -> None:
+    """Each process keeps half of the UNet; samples, validation and what is trained are those of a whole base."""
+    top = {"save_precision": "float32", "steps": 2}
+    changes = {
+        "validation": {"share": 0.25, "every": 2, "draws": 2, "base_prompts": ["a dog"]},
+        "samples": {"prompts": ["a cat"], "steps": 1, "every": 2},
+        "compute": {"gradient_checkpointing": True},
+    }
+    alone = train(settings(pictures, sd_folder, changes, batch_size=2, **top))
+    output = pictures.parent / "shared" / "style.safetensors"
+    config = settings(
+        pictures, sd_folder, changed(changes, {"compute": {"shard": True}}), batch_size=1, output=output, **top
+    )
+    size = sum(p.numel() for p in load_base(str(sd_folder)).pipe.unet.parameters())
+    first, second, *ends = in_two_processes(config, pictures.parent, "kept")
+    assert ends == ["main:2", "other:2"]
+    kept = [int(each.removeprefix("kept:")) for each in (first, second)]
+    assert sum(kept) >= size
+    assert max(kept) < 0.6 * size  # rows that do not divide are padded
+    check_alike(load_adapter(output), alone.adapter)
+    shown = sorted((output.parent / "style-run" / "samples").iterdir())
+    for path in shown:
+        with Image.open(path) as ours, Image.open(alone.path.parent / "style-run" / "samples" / path.name) as theirs:
+            assert ImageChops.difference(ours, theirs).getextrema() <= ((0, 2),) * 3
+    assert len(shown) == 2
+
+
+def test_sharing_out_needs_processes(pictures: Path, sd_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="there is one; see accelerate launch"):
+        train(settings(pictures, sd_folder, {"compute": {"shard": True}}))
 
 
 def test_a_dry_run_tells_what_a_run_needs_and_keeps_nothing(

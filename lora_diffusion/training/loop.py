@@ -226,7 +226,7 @@ class Progress:
 
     def samples(self) -> None:
         """Pictures of what is learned so far."""
-        if self.run.accelerator.is_main_process:
+        if self.run.accelerator.is_main_process or self.run.config.compute.shard:
             with self.resting():
                 make_samples(self.run, self.step)
         self.watch(self.run, self.step)

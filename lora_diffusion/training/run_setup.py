@@ -32,6 +32,7 @@ from lora_diffusion.training.offloading import idle_models, send_away
 from lora_diffusion.training.prior import PriorPull, class_folder, make_class_pictures
 from lora_diffusion.training.samples import RunOfSamples, order_of
 from lora_diffusion.training.self_checks import check_trainable
+from lora_diffusion.training.sharding import check_plain, share_out
 from lora_diffusion.training.timesteps import check_timesteps
 from lora_diffusion.training.validation import HeldOut
 
@@ -67,6 +68,7 @@ def set_up(config: TrainConfig) -> Run:
     examples, validation = split(config)
     check_captions((*examples, *validation), config)
     accelerator = new_accelerator(config)
+    check_plain(accelerator)
     if accelerator.is_main_process:
         check_writable(config.output)
     set_seed(config.seed)
@@ -96,6 +98,8 @@ def set_up(config: TrainConfig) -> Run:
     parameters = inject(base, paths, config.adapter, config.seed)
     check_trainable(parameters)
     adjust(base, config)
+    if config.compute.shard:
+        share_out(base, denoiser, parameters, accelerator.num_processes)
     return Run(
         config=config,
         accelerator=accelerator,
@@ -213,7 +217,7 @@ def adjust(base: Base, config: TrainConfig) -> None:
         unet.enable_gradient_checkpointing()
         if config.adapter.text_encoder_targets:
             for name in base.anatomy.text_layers:
-                getattr(base.pipe, name).gradient_checkpointing_enable({"use_reentrant": False})
+                getattr(base.pipe, name).activation_checkpointing_enable({"use_reentrant": False})
     if config.compute.channels_last:
         unet.to(memory_format=torch.channels_last)
     if config.compute.compile:

@@ -20,13 +20,18 @@ def picture_path(folder: Path, step: int, number: int) -> Path:
 
 @torch.no_grad()
 def make_samples(run: Run, step: int) -> None:
-    """One picture for each prompt, from the base as it stands with what is trained in it. Raises OutputError."""
+    """One picture for each prompt, from the base as it stands with what is trained in it; the main process writes.
+
+    Raises OutputError.
+    """
     config = run.config.samples
     for number, prompt in enumerate(config.prompts):
         path = picture_path(run.folder, step, number)
         settings = GenerateConfig(prompt=prompt, seed=config.seed, steps=config.steps, guidance=config.guidance)
         (single,) = single_settings(run.base, settings)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        models = idle_models(run.base, text_encoders_learn=False)
-        with whole_file(path) as part, at_work(run.base, models):
-            sample(run.base, single).save(part, format="PNG")
+        with at_work(run.base, idle_models(run.base, text_encoders_learn=False)):
+            picture = sample(run.base, single)
+        if run.accelerator.is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as part:
+                picture.save(part, format="PNG")
