@@ -9,13 +9,18 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint format clean
+.PHONY: demo test browser lint format clean
 
 demo: $(STAMP)
 	$(BIN)/lora-diffusion demo
 
-test: lint
+test: lint browser
 	$(BIN)/python -m pytest
+
+# The browser tests want Chromium; as root it is fetched, else they say that they are skipped.
+browser:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get install -qq -y chromium >/dev/null; } || \
+		echo "no chromium, and none could be installed: the browser tests will be skipped"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

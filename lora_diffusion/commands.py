@@ -1,6 +1,6 @@
 """What the commands do between their flags and the library: find files, load, run, write."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from lora_diffusion.preset import BlendEntry, BlendPreset
 from lora_diffusion.preset_files import save_preset
 from lora_diffusion.recipe import Recipe, differences
 from lora_diffusion.references import Found, Shelf, load_blend
-from lora_diffusion.sampling import Picture, generate
+from lora_diffusion.sampling import OnStep, Picture, generate
 from lora_diffusion.weights import read_block_presets, spelled_out, without_schedules
 
 MOST_LOST = 0.1
@@ -94,21 +94,47 @@ def generate_files(plan: Plan, output: Path, means: Means | None = None) -> Writ
     plan = with_tags(plan, means.shelf)
     found = prepared_blend(plan.base, plan.entries, means)
     base = load_base(plan.base, precision=recipe_precision(plan.recipe))
+    with tqdm(total=plan.settings.count, desc="generate", unit="picture", leave=False) as bar:
+
+        def advance(_path: Path, _picture: Picture) -> None:
+            bar.update()
+
+        return write_pictures(base, found, plan, output, means, on_picture=advance)
+
+
+def write_pictures(
+    base: Base,
+    found: Found,
+    plan: Plan,
+    output: Path,
+    means: Means,
+    *,
+    on_picture: Callable[[Path, Picture], None],
+    on_step: OnStep | None = None,
+) -> Written:
+    """The same with a base and adapters that are loaded; `on_picture` gets each as soon as it is written."""
     notes = [*plan.notes, *found.notes]
     if plan.recipe:
         check_base_hash(base, plan.recipe)
         notes += [f"{note}; the pixels may differ" for note in differences(plan.recipe, device=base.pipe.device.type)]
     notes += rounding_notes(base, found.blend, plan)
     paths: list[Path] = []
-    with tqdm(total=plan.settings.count, desc="generate", unit="picture", leave=False) as bar:
 
-        def keep(picture: Picture) -> None:
-            paths.append(free_name(output))
-            picture.save(paths[-1])
-            bar.update()
+    def keep(picture: Picture) -> None:
+        paths.append(free_name(output))
+        picture.save(paths[-1])
+        on_picture(paths[-1], picture)
 
-        backup = "file" if means.low_memory else "memory"
-        generate(base, [plan.settings], found.blend, composition=plan.composition, backup=backup, on_picture=keep)
+    backup = "file" if means.low_memory else "memory"
+    generate(
+        base,
+        [plan.settings],
+        found.blend,
+        composition=plan.composition,
+        backup=backup,
+        on_picture=keep,
+        on_step=on_step,
+    )
     return Written(paths=tuple(paths), notes=tuple(notes))
 
 

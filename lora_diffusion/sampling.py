@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from lora_diffusion.blend import Blend
 from lora_diffusion.composition import BeforeStep, composed
@@ -73,11 +74,17 @@ def pipeline_with(base: Base, scheduler: Scheduler) -> Any:
     return pipe
 
 
-def sample(base: Base, settings: GenerateConfig, before_step: BeforeStep | None = None) -> Image.Image:
+OnStep = Callable[[Moment, Tensor], None]
+"""Told of each denoising step that was taken, with the latents (1, c, h, w) after it; what it raises ends sampling."""
+
+
+def sample(
+    base: Base, settings: GenerateConfig, before_step: BeforeStep | None = None, on_step: OnStep | None = None
+) -> Image.Image:
     """One picture from the base as it stands. Noise comes from the CPU, so that devices agree on it.
 
     `before_step` is called with each denoising step before it is taken; the first comes before the prompt is read.
-    Raises SamplingError if the result holds NaN.
+    `on_step` changes nothing. Raises SamplingError if the result holds NaN.
     """
     pipe = pipeline_with(base, settings.scheduler)
     before_step = before_step or (lambda _, __: None)
@@ -88,8 +95,10 @@ def sample(base: Base, settings: GenerateConfig, before_step: BeforeStep | None 
     before_step(Moment(step=0, steps=settings.steps), read)
     arguments = prompt_arguments(contexts_of(base, settings))
 
-    def after_step(_pipe: Any, step: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
+    def after_step(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
         calls = len(pipe.scheduler.timesteps)  # some schedulers take more than one to a step
+        if on_step:
+            on_step(Moment(step=step * settings.steps // calls, steps=settings.steps), tensors["latents"])
         if step + 1 < calls:
             before_step(Moment(step=(step + 1) * settings.steps // calls, steps=settings.steps), read)
         return {}
@@ -104,7 +113,7 @@ def sample(base: Base, settings: GenerateConfig, before_step: BeforeStep | None 
             generator=torch.Generator("cpu").manual_seed(settings.seed),
             output_type="np",
             callback_on_step_end=after_step,
-            callback_on_step_end_tensor_inputs=[],
+            callback_on_step_end_tensor_inputs=["latents"],
         )
     if not np.isfinite(result.images).all():
         raise SamplingError(
@@ -112,6 +121,17 @@ def sample(base: Base, settings: GenerateConfig, before_step: BeforeStep | None 
             "wider range"
         )
     return pipe.numpy_to_pil(result.images)[0]
+
+
+@torch.no_grad()
+def preview(base: Base, latents: Tensor, most: int = 32) -> Image.Image:
+    """What latents (1, c, h, w) look like, quickly: shrunk to at most `most` on a side before they are decoded."""
+    share = min(1.0, most / max(latents.shape[2:]))
+    small = functional.interpolate(latents.float(), scale_factor=share, mode="area") if share < 1 else latents
+    vae = base.pipe.vae
+    decoded = vae.decode(small.to(vae.dtype) / vae.config.scaling_factor).sample
+    pixels = ((decoded[0].float() / 2 + 0.5).clamp(0, 1) * 255).nan_to_num().round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
 @torch.no_grad()
@@ -155,13 +175,14 @@ def generate(
     composition: Composition | None = None,
     backup: Backup = "memory",
     on_picture: Callable[[Picture], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> list[Picture]:
     """Pictures of all settings under one blend, each with its recipe.
 
     They are made one after another, so that none depends on its neighbours; `composition` says how the adapters come
     together, by default as a sum; `backup` where the base's own values are kept meanwhile; `on_picture` gets each
-    picture as soon as it is there. Raises FamilyMismatchError if an adapter does not belong to the base,
-    AdapterFormatError for NaN, ConfigError, SamplingError.
+    picture as soon as it is there, and `on_step` each denoising step. Raises FamilyMismatchError if an adapter does not
+    belong to the base, AdapterFormatError for NaN, ConfigError, SamplingError.
     """
     blend, composition = blend or Blend(), composition or Composition()
     pictures: list[Picture] = []
@@ -173,7 +194,9 @@ def generate(
         ):
             for settings in group:
                 recipe = recipe_of(base, blend, composition, settings)
-                pictures.append(Picture(image=sample(base, rewritten(settings, rewrite), before_step), recipe=recipe))
+                pictures.append(
+                    Picture(image=sample(base, rewritten(settings, rewrite), before_step, on_step), recipe=recipe)
+                )
                 if on_picture:
                     on_picture(pictures[-1])
     return pictures

@@ -37,6 +37,7 @@ COMMANDS = {
     "sparsify": ("slimming", "Sparsify"),
     "distil": ("distilling", "Distil"),
     "demo": ("training", "Demo"),
+    "ui": ("studio", "Ui"),
 }
 
 

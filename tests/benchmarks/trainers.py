@@ -32,7 +32,7 @@ from lora_diffusion.files import sample_data
 from lora_diffusion.models import quiet_libraries
 from train_scripts.write_configs import toml
 
-RANK, PICTURES, ROUNDS = 4, 2, 3
+RANK, PICTURES, ROUNDS = 4, 2, 5
 STEPS = {"tiny": (8, 88), "sd1": (3, 8)}
 SIZES_PX = {"tiny": 64, "sd1": 256}
 

@@ -1,0 +1,169 @@
+"""The studio in a browser, as people use it: headless Chromium against a real server on the embedded base."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from lora_diffusion.files import sample_data
+from lora_diffusion.recipe import read_recipe
+from ui.studio import Places, Studio
+
+CHROMIUM = shutil.which("chromium")
+WIDTHS = {"desktop": (1400, 1200), "phone": (390, 844)}
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None and not os.environ.get("CI"), reason="no chromium; apt-get install chromium"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::ResourceWarning"),
+    pytest.mark.xdist_group("browser"),
+]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    from ui.app import serve
+
+    output = tmp_path_factory.mktemp("studio") / "out"
+    said: list[str] = []
+    places = Places(library=sample_data() / "adapters", output=output, bases=("tiny-sd",))
+    app = serve(Studio(places), block=False, say=said.append)
+    yield said[0].split()[5], output
+    app.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(browser: Any, served: tuple[str, Path], request: pytest.FixtureRequest) -> Iterator[Any]:
+    width, height = WIDTHS[getattr(request, "param", "desktop")]
+    context = browser.new_context(viewport={"width": width, "height": height})
+    opened = context.new_page()
+    opened.set_default_timeout(25_000)
+    opened.strangers = []
+    opened.faults = []
+    opened.on("request", lambda sent: opened.strangers.append(sent.url) if foreign(sent.url) else None)
+    opened.on("pageerror", lambda error: opened.faults.append(str(error)))
+    opened.goto(served[0])
+    opened.get_by_role("button", name="Generate").wait_for()
+    yield opened
+    assert opened.strangers == []
+    assert opened.faults == []
+    context.close()
+
+
+def foreign(url: str) -> bool:
+    return not re.match(r"(data|blob):|https?://(127\.0\.0\.1|localhost)[:/]", url)
+
+
+def lay(page: Any, *names: str) -> None:
+    """Put adapters on the table."""
+    page.get_by_label("Adapters").first.click()
+    for name in names:
+        page.get_by_role("option", name=re.compile(f"^{name} ")).click()
+    page.keyboard.press("Escape")
+    for name in names:
+        page.get_by_role("checkbox", name=name, exact=True).wait_for()
+
+
+def say(page: Any, prompt: str) -> None:
+    page.locator("#prompt textarea").fill(prompt)
+
+
+def generated(page: Any, output: Path, before: int) -> Path:
+    """The picture that is there when the status says so."""
+    page.locator("#status", has_text=re.compile(r"\.png in ")).wait_for()
+    pictures = sorted(output.glob("*.png"))
+    assert len(pictures) == before + 1
+    return pictures[-1]
+
+
+@pytest.mark.parametrize("page", WIDTHS, indirect=True)
+def test_two_adapters_are_blended_and_seen(page: Any, served: tuple[str, Path]) -> None:
+    before = len(list(served[1].glob("*.png")))
+    lay(page, "neon", "gloop")
+    page.get_by_label("Weight of neon").first.fill("0.6")
+    say(page, "a gloop character in the snow, in zwx style")
+    page.keyboard.press("Control+Enter")
+    made = generated(page, served[1], before)
+    recipe = read_recipe(made)
+    assert [(entry.name, entry.weight) for entry in recipe.adapters] == [("neon", 0.6), ("gloop", 1.0)]
+    shown = page.locator("button.image-frame img, .picture img").first
+    shown.wait_for()
+    with Image.open(made) as picture:
+        assert picture.size == (64, 64)
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_a_trigger_goes_into_the_prompt_and_what_is_wrong_is_said(page: Any) -> None:
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_text("the prompt is empty; say what the picture shows").wait_for()
+    lay(page, "ink")
+    page.get_by_role("button", name="+ sks").click()
+    page.wait_for_function("document.querySelector('#prompt textarea').value === 'sks'")
+
+
+def test_a_generation_is_stopped(page: Any, served: tuple[str, Path]) -> None:
+    before = len(list(served[1].glob("*.png")))
+    page.get_by_label("Steps").first.fill("200")
+    say(page, "a red house")
+    page.get_by_role("button", name="Generate").click()
+    page.locator("#status", has_text=re.compile(r"step \d+ of 200")).wait_for()
+    page.get_by_role("button", name="Stop").click()
+    page.locator("#status", has_text="stopped").wait_for()
+    page.get_by_label("Steps").first.fill("4")
+    page.get_by_role("button", name="Generate").click()
+    generated(page, served[1], before)
+
+
+def test_a_dropped_picture_restores_everything(page: Any, served: tuple[str, Path]) -> None:
+    before = len(list(served[1].glob("*.png")))
+    lay(page, "watercolour")
+    say(page, "a blue house, in ohwx style")
+    page.get_by_label("Seed", exact=True).fill("11")
+    page.get_by_role("button", name="Generate").click()
+    made = generated(page, served[1], before)
+    page.reload()
+    page.get_by_role("button", name="Generate").wait_for()
+    page.locator("input[type=file]").first.set_input_files(made)
+    page.get_by_role("checkbox", name="watercolour", exact=True).wait_for()
+    assert page.locator("#prompt textarea").input_value() == "a blue house, in ohwx style"
+    assert page.get_by_label("Seed", exact=True).input_value() == "11"
+    page.get_by_role("button", name="Generate").click()
+    again = generated(page, served[1], before + 1)
+    with Image.open(made) as first, Image.open(again) as second:
+        assert first.tobytes() == second.tobytes()
+
+
+def test_two_visitors_do_not_mix(page: Any, served: tuple[str, Path], browser: Any) -> None:
+    """Two pages at once: each picture is the one that its visitor asked for."""
+    context = browser.new_context()
+    other = context.new_page()
+    other.set_default_timeout(60_000)
+    other.goto(served[0])
+    other.get_by_role("button", name="Generate").wait_for()
+    lay(page, "neon")
+    lay(other, "ink")
+    say(page, "a red house, in zwx style")
+    say(other, "a blue cat, in sks style")
+    before = set(served[1].glob("*.png"))
+    for each in (page, other):
+        each.get_by_role("button", name="Generate").click()
+    for each in (page, other):
+        each.locator("#status", has_text=re.compile(r"\.png in ")).wait_for()
+    made = [read_recipe(path) for path in set(served[1].glob("*.png")) - before]
+    asked = {(recipe.settings.prompt, recipe.adapters[0].name) for recipe in made if recipe.settings}
+    assert asked == {("a red house, in zwx style", "neon"), ("a blue cat, in sks style", "ink")}
+    context.close()

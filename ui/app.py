@@ -1,0 +1,62 @@
+"""The app: tabs laid out and wired to the studio, and launched for its owner alone. No decision lives here."""
+
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr
+
+from ui.safety import MOST_WAITING, check_exposure, launch_settings
+from ui.studio import Studio
+from ui.tabs.blend import draw_blend
+from ui.tabs.blend_actions import wire_blend
+from ui.theme import CSS, SHORTCUT, studio_theme
+
+DAY_S = 86_400
+
+
+def build(studio: Studio) -> gr.Blocks:
+    """The app's pages."""
+    with gr.Blocks(title="LoRA studio", analytics_enabled=False, delete_cache=(DAY_S, DAY_S)) as app:
+        gr.Markdown("# LoRA studio\nPut adapters on the table, move their weights, look, compare, keep.")
+        with gr.Tab("Blend", id="blend"):
+            blend = draw_blend(studio)
+            wire_blend(studio, blend)
+    return app
+
+
+def serve(
+    studio: Studio,
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    share: bool = False,
+    password: str = "",
+    block: bool = True,
+    say: Callable[[str], Any] = print,
+) -> gr.Blocks:
+    """Open the studio at an address, and stay there. Raises ConfigError for one that lets others in unasked."""
+    check_exposure(host, share=share, password=password)
+    app = build(studio)
+    app.queue(max_size=MOST_WAITING, default_concurrency_limit=4)
+    _, url, shared = app.launch(
+        server_port=port,
+        quiet=True,
+        prevent_thread_lock=True,
+        theme=studio_theme(),
+        css=CSS,
+        head=SHORTCUT,
+        footer_links=["settings"],
+        run_history=False,
+        ssr_mode=False,
+        allowed_paths=[str(studio.places.output.resolve()), *previews(studio)],
+        **launch_settings(host, share=share, password=password),
+    )
+    say(f"the studio is open at {shared or url} (Ctrl-C closes it)")
+    if block:
+        app.block_thread()
+    return app
+
+
+def previews(studio: Studio) -> list[str]:
+    """Pictures beside adapters, which are shown too."""
+    return [str(path) for path in {card.preview for base in studio.places.bases for card in studio.cards(base)} if path]

@@ -1,0 +1,1 @@
+"""The tabs of the app: layout and wiring, one file each."""

@@ -1,0 +1,50 @@
+"""The library's sentences as what the app says; anything else is a fault of ours, which says where to report it."""
+
+import functools
+import html
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import gradio as gr
+
+from lora_diffusion.errors import LoRADiffusionError
+
+Work = TypeVar("Work", bound=Callable[..., Any])
+
+
+@contextmanager
+def sentences() -> Iterator[None]:
+    """Turn what the library refuses into a message for the visitor."""
+    try:
+        yield
+    except gr.Error:
+        raise
+    except (LoRADiffusionError, OSError) as error:
+        raise gr.Error(html.escape(str(error)), title="That did not work", print_exception=False) from None
+    except Exception:
+        logging.getLogger("ui").exception("unexpected")
+        raise gr.Error(
+            "something unexpected went wrong; the terminal that the studio runs in says what", print_exception=False
+        ) from None
+
+
+def spoken(work: Work) -> Work:
+    """A handler, or a stream of them, whose errors are sentences."""
+    if inspect.isgeneratorfunction(work):
+
+        @functools.wraps(work)
+        def streaming(*arguments: Any) -> Iterator[Any]:
+            with sentences():
+                yield from work(*arguments)
+
+        return streaming  # type: ignore[return-value]
+
+    @functools.wraps(work)
+    def once(*arguments: Any) -> Any:
+        with sentences():
+            return work(*arguments)
+
+    return once  # type: ignore[return-value]
