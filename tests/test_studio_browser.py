@@ -12,7 +12,7 @@ from PIL import Image
 
 from lora_diffusion.files import sample_data
 from lora_diffusion.recipe import read_recipe
-from ui.studio import Places, Studio
+from ui.studio import Places, Studio, own_library
 
 CHROMIUM = shutil.which("chromium")
 WIDTHS = {"desktop": (1400, 1200), "phone": (390, 844)}
@@ -29,7 +29,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
 
     output = tmp_path_factory.mktemp("studio") / "out"
     said: list[str] = []
-    places = Places(library=sample_data() / "adapters", output=output, bases=("tiny-sd",))
+    places = Places(library=own_library(output), output=output, bases=("tiny-sd",))
     app = serve(Studio(places), block=False, say=said.append)
     yield said[0].split()[5], output
     app.close()
@@ -167,3 +167,76 @@ def test_two_visitors_do_not_mix(page: Any, served: tuple[str, Path], browser: A
     asked = {(recipe.settings.prompt, recipe.adapters[0].name) for recipe in made if recipe.settings}
     assert asked == {("a red house, in zwx style", "neon"), ("a blue cat, in sks style", "ink")}
     context.close()
+
+
+def open_tab(page: Any, name: str) -> None:
+    page.get_by_role("tab", name=name, exact=True).click()
+
+
+def test_a_preset_is_saved_and_loaded_again(page: Any) -> None:
+    lay(page, "zuki")
+    say(page, "a zuki on the beach")
+    open_tab(page, "Presets")
+    page.get_by_label("Name of a preset to save or import").fill("Zuki again")
+    page.get_by_role("button", name="Save the table as a preset").click()
+    page.get_by_text("saved as Zuki again").wait_for()
+    page.reload()
+    open_tab(page, "Presets")
+    page.get_by_label("Preset", exact=True).first.click()
+    page.get_by_role("option", name="Zuki again").click()
+    page.get_by_role("button", name="Load onto the table").click()
+    page.get_by_text("on the table: see the Blend tab").wait_for()
+    open_tab(page, "Blend")
+    page.get_by_role("checkbox", name="zuki", exact=True).wait_for()
+    assert page.locator("#prompt textarea").input_value() == "a zuki on the beach"
+
+
+def test_the_table_is_merged(page: Any, served: tuple[str, Path]) -> None:
+    lay(page, "neon")
+    open_tab(page, "Merge")
+    page.get_by_label("Name of the result").fill("neon base")
+    page.get_by_role("button", name="What would it do?").click()
+    page.get_by_text("MB of weights").wait_for()
+    page.get_by_role("button", name="Merge", exact=True).click()
+    page.get_by_text("rounding took").wait_for()
+    assert (served[1] / "merged" / "neon base" / "model_index.json").is_file()
+
+
+def test_a_short_training_is_run_and_its_adapter_blended(page: Any) -> None:
+    open_tab(page, "Train")
+    page.get_by_label("Name of the run").fill("tiny ink")
+    source = sample_data() / "styles" / "ink"
+    page.locator("input[type=file][multiple]").first.set_input_files(sorted(source.glob("0[0-3].*")))
+    page.get_by_text("in sks style").first.wait_for()
+    page.get_by_label("Trigger word").fill("sks")
+    page.get_by_role("button", name="Check the data").click()
+    page.get_by_text("4 shown in a pass").wait_for()
+    page.get_by_label("Training steps").fill("20")
+    page.get_by_role("button", name="Start training").click()
+    page.get_by_text("finished: step 20").wait_for(timeout=150_000)
+    page.get_by_role("button", name="Put it on the shelf").click()
+    page.get_by_text("is on the shelf").wait_for()
+    open_tab(page, "Blend")
+    lay(page, "tiny ink")
+
+
+def test_a_grid_is_drawn(page: Any) -> None:
+    lay(page, "neon")
+    say(page, "a house")
+    page.get_by_label("Steps").first.fill("2")
+    open_tab(page, "Compare")
+    page.get_by_label("Values across").fill("0, 1")
+    page.get_by_label("Values down").fill("0")
+    page.get_by_role("button", name="Draw the grid").click()
+    page.get_by_text("is in the folder").wait_for()
+
+
+def test_every_control_has_a_label(page: Any) -> None:
+    for name in ("Blend", "Compare", "Presets", "Merge", "Train", "Adapters"):
+        open_tab(page, name)
+        unnamed = page.evaluate(
+            """() => [...document.querySelectorAll("input, textarea, select")].filter(e => e.offsetParent
+            && e.type !== "file" && !e.labels?.length && !e.ariaLabel && !e.closest("label, [aria-label]"))
+            .map(e => e.outerHTML.slice(0, 120))"""
+        )
+        assert unnamed == [], name

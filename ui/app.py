@@ -7,8 +7,13 @@ import gradio as gr
 
 from ui.safety import MOST_WAITING, check_exposure, launch_settings
 from ui.studio import Studio
+from ui.tabs.adapters import draw_adapters
 from ui.tabs.blend import draw_blend
 from ui.tabs.blend_actions import wire_blend
+from ui.tabs.compare import draw_compare
+from ui.tabs.merge import draw_merge
+from ui.tabs.presets import draw_presets
+from ui.tabs.train import draw_train
 from ui.theme import CSS, SHORTCUT, studio_theme
 
 DAY_S = 86_400
@@ -21,6 +26,16 @@ def build(studio: Studio) -> gr.Blocks:
         with gr.Tab("Blend", id="blend"):
             blend = draw_blend(studio)
             wire_blend(studio, blend)
+        with gr.Tab("Compare", id="compare"):
+            draw_compare(studio, blend)
+        with gr.Tab("Presets", id="presets"):
+            draw_presets(studio, blend)
+        with gr.Tab("Merge", id="merge"):
+            draw_merge(studio, blend)
+        with gr.Tab("Train", id="train"):
+            draw_train(studio, blend)
+        with gr.Tab("Adapters", id="adapters"):
+            draw_adapters(studio, blend)
     return app
 
 

@@ -5,6 +5,7 @@ in with each call, so that visitors never mix.
 """
 
 import re
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -256,6 +257,14 @@ def bases_on_offer(named: Sequence[str]) -> tuple[str, ...]:
     for name in named:
         find_checkpoint(name)
     return tuple(named) or ("tiny-sd",)
+
+
+def own_library(output: Path) -> Path:
+    """A library of the studio's own, which begins with the adapters that come with the package."""
+    folder = output / "library"
+    if not folder.is_dir():
+        shutil.copytree(sample_data() / "adapters", folder, ignore=lambda _, names: [n for n in names if n[0] == "."])
+    return folder
 
 
 def stock_presets_folder() -> Path:

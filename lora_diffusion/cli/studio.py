@@ -23,7 +23,7 @@ class Ui:
     """Base to offer: `tiny-sd`, a folder in diffusers' layout, or a hub id; the embedded one if none is given."""
     library: Annotated[
         Path | None,
-        tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: $LORA_DIFFUSION_LIBRARY, or the package's own)"),
+        tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: one in the output, with the ready adapters)"),
     ] = None
     """Folder of the adapters."""
     output: Path = Path("studio")
@@ -43,15 +43,13 @@ class Ui:
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         try:
             with quiet():
-                from lora_diffusion.library import default_folder
-
                 app = importlib.import_module("ui.app")
                 studio = importlib.import_module("ui.studio")
         except ModuleNotFoundError as error:
             raise ConfigError(f"the studio needs {error.name}; pip install 'lora-diffusion[ui]'") from None
         with quiet():
             places = studio.Places(
-                library=self.library or default_folder(),
+                library=self.library or studio.own_library(self.output),
                 output=self.output,
                 bases=studio.bases_on_offer(self.base),
             )

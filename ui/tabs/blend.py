@@ -196,9 +196,16 @@ def draw_stage() -> Stage:
     )
     with gr.Row():
         compare = gr.Button("Compare with the base", min_width=160)
-        dropped = gr.File(label="Drop a picture to restore all its settings", file_types=[".png"], height=110)
+        dropped = gr.File(label="Drop a picture to restore all its settings", file_types=[".png"], height=140)
     with gr.Accordion("Copy as command", open=False) as twin:
-        command = gr.Code(label="The same on the command line", language="shell", interactive=False, wrap_lines=True)
+        command = gr.Code(
+            label="The same on the command line",
+            language="shell",
+            interactive=False,
+            wrap_lines=True,
+            lines=2,
+            max_lines=8,
+        )
     return Stage(
         seeds=seeds,
         live=live,

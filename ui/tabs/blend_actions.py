@@ -13,12 +13,9 @@ from ui.forms import Form, command_of
 from ui.rows import Row
 from ui.studio import Finished, Made, Step, Studio
 from ui.tabs.blend import Blend, about_in, choices, form_from, form_updates, slot_outputs
-from ui.tabs.errors import spoken
+from ui.tabs.events import DEVICE, QUICK, spoken, visitor_of
 from ui.tabs.slots import FIELDS, Slot, rows_from, updates
 
-DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1, "api_visibility": "private"}
-"""Work on the device, one at a time, for all visitors."""
-QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 KEPT = 48
 """Pictures in a visitor's gallery."""
 
@@ -162,11 +159,6 @@ def wire_slot(studio: Studio, blend: Blend, slot: Slot) -> None:
 
     watched = [slot.fields[name].change for name in ("weight", "lbw", "start", "stop", "options")]
     gr.on(watched, act, [blend.base, *slot.fields.values()], slot.picture, trigger_mode="always_last", **QUICK)
-
-
-def visitor_of(request: gr.Request) -> str:
-    """Whose page this is."""
-    return str(request.session_hash)
 
 
 def finished_text(event: Finished) -> str:

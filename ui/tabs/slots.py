@@ -52,7 +52,9 @@ def draw_slot(number: int, blocks: Sequence[str]) -> Slot:
                 label="Other options", placeholder="IN04=0.5:*.attn2.*=0:linear=0@0.2,1@0.8:box=0,0,0.5,1"
             )
             full = gr.Textbox(label="Weight in full, from a preset (JSON)", visible=False, lines=2)
-            picture = gr.Image(label="How it acts", height=150, format="png", interactive=False, buttons=[])
+            picture = gr.Image(
+                label="How it acts", show_label=False, height=150, format="png", interactive=False, buttons=[]
+            )
     fields: dict[str, Any] = dict(
         zip(FIELDS, (name, on, weight, unet, te, lbw, start, stop, options, full), strict=True)
     )

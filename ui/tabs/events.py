@@ -1,4 +1,4 @@
-"""The library's sentences as what the app says; anything else is a fault of ours, which says where to report it."""
+"""How the app's events run, and how what the library refuses is said to a visitor."""
 
 import functools
 import html
@@ -12,6 +12,9 @@ import gradio as gr
 
 from lora_diffusion.errors import LoRADiffusionError
 
+DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1, "api_visibility": "private"}
+"""Work on the device, one at a time, for all visitors."""
+QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 Work = TypeVar("Work", bound=Callable[..., Any])
 
 
@@ -48,3 +51,8 @@ def spoken(work: Work) -> Work:
             return work(*arguments)
 
     return once  # type: ignore[return-value]
+
+
+def visitor_of(request: gr.Request) -> str:
+    """Whose page this is."""
+    return str(request.session_hash)

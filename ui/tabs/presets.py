@@ -1,0 +1,106 @@
+"""The Presets tab: blends that are kept, with thumbnails."""
+
+import html
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ui.keeping import Kept, bring_in, discard, keep, kept_preset, kept_presets, rename
+from ui.studio import Studio
+from ui.tabs.blend import Blend, form_from, form_updates
+from ui.tabs.events import QUICK, spoken
+
+
+def draw_presets(studio: Studio, blend: Blend) -> None:
+    """List on the left, what can be done on the right."""
+    with gr.Row():
+        with gr.Column(scale=3, min_width=300):
+            chosen = gr.Dropdown(names(studio), label="Preset", info="those marked (ready) come with the package")
+            about = gr.Markdown()
+            thumbnail = gr.Image(label="Thumbnail", format="png", interactive=False, height=220, elem_classes="picture")
+            said = gr.Markdown()
+        with gr.Column(scale=2, min_width=300):
+            load = gr.Button("Load onto the table", variant="primary")
+            export = gr.DownloadButton("Export")
+            shown = [chosen, about, thumbnail, export]
+            wire_keeping(studio, blend, [*shown, said])
+            wire_changes(studio, [*shown, said])
+
+    @spoken
+    def look(name: str | None) -> list[Any]:
+        return show(kept_preset(studio, name) if name else None)
+
+    chosen.change(look, chosen, shown[1:], **QUICK)
+
+    @spoken
+    def put(name: str | None) -> list[Any]:
+        form, notes = studio.preset_form(kept_preset(studio, name or "").path)
+        return [*form_updates(studio, form), html.escape("; ".join(notes) or "on the table: see the Blend tab")]
+
+    load.click(put, chosen, [*blend.form_outputs, said], **QUICK)
+
+
+def wire_keeping(studio: Studio, blend: Blend, shown: list[Any]) -> None:
+    """A preset from the table, or from a file."""
+    with gr.Group():
+        name = gr.Textbox(label="Name of a preset to save or import", placeholder="Late neon")
+        description = gr.Textbox(label="What it is good for")
+        replace = gr.Checkbox(False, label="Replace one of that name")
+        save = gr.Button("Save the table as a preset")
+    imported = gr.File(label="Import a preset (.json)", file_types=[".json"], height=110)
+
+    @spoken
+    def keep_form(name: str, description: str, replace: bool, kept: list[str], *values: Any) -> list[Any]:
+        picture = Path(kept[0]) if kept else None
+        done = keep(studio, form_from(values), name, description, picture, replace=replace)
+        return [*refreshed(studio, done.name), f"saved as {html.escape(done.name)}"]
+
+    save.click(keep_form, [name, description, replace, blend.stage.kept, *blend.form_inputs], shown, **QUICK)
+
+    @spoken
+    def take(file: str | None, name: str) -> list[Any]:
+        path = Path(file or "")
+        return [*refreshed(studio, bring_in(studio, path, name or path.stem).name), "imported"]
+
+    imported.upload(take, [imported, name], shown, **QUICK)
+
+
+def wire_changes(studio: Studio, shown: list[Any]) -> None:
+    """Another name, or out of the list."""
+    with gr.Row():
+        new = gr.Textbox(label="New name", min_width=140)
+        renaming = gr.Button("Rename", min_width=90)
+        remove = gr.Button("Remove", variant="stop", min_width=90)
+    chosen = shown[0]
+
+    @spoken
+    def rename_one(name: str | None, new: str) -> list[Any]:
+        return [*refreshed(studio, rename(studio, name or "", new).name), "renamed"]
+
+    renaming.click(rename_one, [chosen, new], shown, **QUICK)
+
+    @spoken
+    def remove_one(name: str | None) -> list[Any]:
+        discard(studio, name or "")
+        return [*refreshed(studio, ""), "removed; its file is in the folder `discarded`"]
+
+    remove.click(remove_one, chosen, shown, **QUICK)
+
+
+def refreshed(studio: Studio, name: str) -> list[Any]:
+    """The list with one chosen, and what is shown of it."""
+    found = [kept for kept in kept_presets(studio) if kept.name == name]
+    return [gr.update(choices=names(studio), value=name or None), *show(found[0] if found else None)]
+
+
+def names(studio: Studio) -> list[str]:
+    return [kept.name for kept in kept_presets(studio)]
+
+
+def show(kept: Kept | None) -> list[Any]:
+    """What is shown of a preset: text, thumbnail, and its file to export."""
+    if kept is None:
+        return ["", None, gr.update(value=None)]
+    text = f"**{html.escape(kept.title)}**\n\n{html.escape(kept.problem or kept.about)}"
+    return [text, str(kept.thumbnail) if kept.thumbnail else None, gr.update(value=str(kept.path))]

@@ -1,0 +1,214 @@
+"""Training from the studio: in a process of its own, so that a crash stays there and the studio stays usable."""
+
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lora_diffusion.dataset.check import described
+from lora_diffusion.dataset_check import checked
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.files import whole_file
+from lora_diffusion.run_report.runs import REPORT
+from lora_diffusion.run_report.sheet import sheet_path
+from lora_diffusion.train_config import DataConfig
+from lora_diffusion.training.run_log import LOG, read_log
+from ui.studio import Studio, checked_name
+
+MOST_PICTURES = 200
+PURPOSES = ("style", "dreambooth")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run as a visitor has set it."""
+
+    name: str
+    purpose: str = "style"
+    base: str
+    trigger: str = ""
+    """Word that calls the style."""
+    instance: str = ""
+    """What a subject's pictures show."""
+    steps: int = 0
+    """0 for the default."""
+    extra: str = ""
+    """Other settings, `section.key=value`, a line each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """How a run stands."""
+
+    text: str
+    running: bool
+    losses: tuple[tuple[int, float], ...]
+    sheet: Path | None
+    report: Path | None
+    adapter: Path | None
+
+
+class Trainer:
+    """The runs of a studio; one at a time, as there is one device."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio = studio
+        self.process: subprocess.Popen[bytes] | None = None
+        self.name = ""
+
+    def folder(self, name: str) -> Path:
+        """Where a run's pictures, log and adapter are. Raises ConfigError for a name that cannot be one."""
+        return self.studio.places.output / "training" / checked_name(name)
+
+    def add_pictures(self, name: str, files: Sequence[Path]) -> list[tuple[str, str]]:
+        """Copy pictures, and captions that come with them; returns names and captions. Raises ConfigError."""
+        folder = self.folder(name) / "pictures"
+        folder.mkdir(parents=True, exist_ok=True)
+        if len(files) > MOST_PICTURES:
+            raise ConfigError(f"{len(files)} files are more than the studio takes; {MOST_PICTURES} at most")
+        for file in files:
+            target = folder / Path(file.name).name
+            if file.suffix.lower() in (".txt", ".caption"):
+                shutil.copyfile(file, target)
+                continue
+            try:
+                with Image.open(file) as picture:
+                    picture.verify()
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+                raise ConfigError(f"{file.name}: is no picture that can be read; leave it out") from None
+            shutil.copyfile(file, target)
+        return self.captions(name)
+
+    def captions(self, name: str) -> list[tuple[str, str]]:
+        """Pictures of a run with their captions."""
+        folder = self.folder(name) / "pictures"
+        pictures = sorted(path for path in folder.glob("*") if path.suffix not in (".txt", ".caption"))
+        return [(path.name, caption_of(path)) for path in pictures]
+
+    def write_captions(self, name: str, rows: Sequence[Sequence[str]]) -> None:
+        """Keep captions beside their pictures. Raises ConfigError for a picture that is not there."""
+        known = {picture for picture, _ in self.captions(name)}
+        for picture, caption in rows:
+            if picture not in known:
+                raise ConfigError(f"{picture}: is no picture of this run")
+            with whole_file((self.folder(name) / "pictures" / picture).with_suffix(".txt")) as part:
+                part.write_text(f"{caption}\n", encoding="utf-8")
+
+    def check(self, job: Job) -> str:
+        """The dataset check for a run. Raises DatasetError, BaseModelError."""
+        self.studio.check_base(job.base)
+        data = DataConfig(folder=self.folder(job.name) / "pictures", instance_prompt=job.instance)
+        return described(checked(data, job.base, job.trigger if job.purpose == "style" else ""))
+
+    def words(self, job: Job) -> list[str]:
+        """The command line of a run. Raises ConfigError."""
+        self.studio.check_base(job.base)
+        if job.purpose not in PURPOSES:
+            raise ConfigError(f"{job.purpose!r}: choose {' or '.join(PURPOSES)}")
+        folder = self.folder(job.name)
+        words = ["train", job.purpose, str(folder / "pictures"), "--output", str(folder / f"{folder.name}.safetensors")]
+        words += ["--base", job.base]
+        words += ["--trigger", job.trigger] if job.purpose == "style" and job.trigger else []
+        words += ["--instance", job.instance] if job.purpose == "dreambooth" else []
+        words += ["--set", f"steps={job.steps}"] if job.steps else []
+        sets = [line.strip() for line in job.extra.splitlines() if line.strip()]
+        refuse_paths(sets)
+        return [*words, *(word for each in sets for word in ("--set", each))]
+
+    def command(self, job: Job) -> str:
+        """The same to be copied."""
+        return shlex.join(["lora-diffusion", *self.words(job)])
+
+    def start(self, job: Job) -> None:
+        """Begin, or go on where a run was stopped. Raises ConfigError if one is running."""
+        if self.process and self.process.poll() is None:
+            raise ConfigError(f"the run {self.name!r} is going on; stop it, or wait for its end")
+        words = self.words(job)
+        self.check(job)
+        with (self.folder(job.name) / "said.txt").open("wb") as said:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "lora_diffusion.cli", *words], stdout=said, stderr=said
+            )
+        self.name = job.name
+
+    def stop(self) -> None:
+        """Ask the run to save its state and end."""
+        if self.process and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+
+    def state(self, name: str) -> State:
+        """How a run stands, from what it writes."""
+        folder = self.folder(name)
+        run, adapter = folder / f"{folder.name}-run", folder / f"{folder.name}.safetensors"
+        log = [line for line in read_log(run / LOG) if "loss" in line] if (run / LOG).is_file() else []
+        running = self.name == name and self.process is not None and self.process.poll() is None
+        ended = None if self.process is None or self.name != name else self.process.poll()
+        return State(
+            text=state_text(log, running=running, ended=ended, said=folder / "said.txt"),
+            running=running,
+            losses=tuple((line["step"], line["loss"]) for line in log),
+            sheet=existing(sheet_path(run)),
+            report=existing(run / REPORT),
+            adapter=None if running else existing(adapter),
+        )
+
+    def publish(self, name: str) -> str:
+        """Put a finished adapter into the library; returns its name there. Raises ConfigError."""
+        adapter = self.state(name).adapter
+        if adapter is None:
+            raise ConfigError(f"{name}: has no finished adapter yet")
+        target = self.studio.library().folder / adapter.name
+        if target.exists():
+            raise ConfigError(f"{adapter.name}: is in the library already; rename that one first")
+        shutil.copyfile(adapter, target)
+        return target.name
+
+
+def refuse_paths(sets: Sequence[str]) -> None:
+    """Raise ConfigError for a setting that would read or write elsewhere, or run other code."""
+    for each in sets:
+        key = each.partition("=")[0].strip()
+        if (
+            key in ("output", "base", "optimiser.kind")
+            or "folder" in key
+            or key.startswith(("data.folder", "tracking"))
+        ):
+            raise ConfigError(f"{key}: is not set from the studio; use the command line")
+
+
+def caption_of(picture: Path) -> str:
+    found = [path for path in (picture.with_suffix(".txt"), picture.with_suffix(".caption")) if path.is_file()]
+    return " ".join(found[0].read_text(encoding="utf-8", errors="replace").split()) if found else ""
+
+
+def state_text(log: Sequence[Mapping[str, Any]], *, running: bool, ended: int | None, said: Path) -> str:
+    """A sentence on how a run stands."""
+    where = f"step {log[-1]['step']}, loss {log[-1]['loss']:.4f}" if log else "getting ready"
+    if running:
+        return where
+    if ended is None:
+        return f"not running; {where}" if log else "not started"
+    if ended == 0:
+        return f"finished: {where}"
+    if ended > 128 or ended < 0:
+        return f"stopped after {where}; Start goes on from there"
+    last = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    errors = [line.removeprefix("error: ") for line in last if line.startswith("error: ")]
+    return f"failed: {(errors or last or ['no message'])[-1]}"
+
+
+def existing(path: Path) -> Path | None:
+    return path if path.is_file() else None
+
+
+def seconds_left(log: Sequence[Mapping[str, Any]], steps: int) -> float:
+    """By the mean of the last steps."""
+    recent = [line["seconds"] for line in log[-20:]]
+    return (steps - len(log)) * sum(recent) / max(1, len(recent))
