@@ -9,6 +9,8 @@ empty prompt's, 1 is as read, 1.3 goes further (ComfyUI's way). A1111 multiplies
 their mean stays, which for SDXL divides by a mean near zero.
 """
 
+import itertools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,14 +105,27 @@ def chunks_of(tokenizer: Any, prompt: Prompt) -> list[Chunk]:
     """The tokens of a prompt, in chunks that the encoder can read; one at least."""
     room = tokenizer.model_max_length - 2
     sections = [
-        [
-            (int(token), span.weight)
-            for span in section
-            for token in tokenizer(span.text, add_special_tokens=False, truncation=False, verbose=False).input_ids
-        ]
-        for section in prompt
+        [(token, span.weight) for span in section for token in tokens_of(tokenizer, span.text)] for section in prompt
     ]
     return [chunk for section in sections for chunk in cut(tokenizer, section, room)]
+
+
+def tokens_of(tokenizer: Any, text: str) -> list[int]:
+    """A text's tokens, with all vectors of a word that the tokenizer has several for."""
+    for word, names in words_of_vectors(tokenizer).items():
+        text = re.sub(rf"{re.escape(word)}(?!_\d)", lambda _, names=names: " ".join(names), text)
+    return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+
+
+def words_of_vectors(tokenizer: Any) -> dict[str, list[str]]:
+    """Words that are in the tokenizer as `word`, `word_1`, `word_2` and so on, as diffusers names their vectors."""
+    added = tokenizer.get_added_vocab()
+    found: dict[str, list[str]] = {}
+    for word in added:
+        names = [word, *itertools.takewhile(added.__contains__, (f"{word}_{i}" for i in itertools.count(1)))]
+        if len(names) > 1:
+            found[word] = names
+    return found
 
 
 def cut(tokenizer: Any, tokens: Chunk, room: int) -> Iterator[Chunk]:

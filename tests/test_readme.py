@@ -60,7 +60,7 @@ def test_the_map_of_files_is_the_tree() -> None:
     scripts = {f"train_scripts/{p.name}" for p in (ROOT / "train_scripts").glob("*.py")}
     packages |= {f"train_scripts/{p.parent.name}/" for p in (ROOT / "train_scripts").glob("*/__init__.py")}
     expected = {p for p in modules | packages | scripts if not p.endswith("__init__.py")}
-    assert expected | {"sample_data/", "tests/"} == mapped
+    assert expected | {"sample_data/", "tests/", "ui/"} == mapped
 
 
 def test_the_accelerate_launch_line_names_a_module_that_runs() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from server_end import close_quietly, collect_quietly
 
 from lora_diffusion.files import sample_data
 from lora_diffusion.recipe import read_recipe
@@ -32,7 +33,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
     places = Places(library=own_library(output), output=output, bases=("tiny-sd",))
     app = serve(Studio(places), block=False, say=said.append)
     yield said[0].split()[5], output
-    app.close()
+    close_quietly(app)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,7 @@ def browser() -> Iterator[Any]:
         opened = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
         yield opened
         opened.close()
+    collect_quietly()
 
 
 @pytest.fixture
@@ -207,7 +209,7 @@ def test_a_short_training_is_run_and_its_adapter_blended(page: Any) -> None:
     page.get_by_label("Name of the run").fill("tiny ink")
     source = sample_data() / "styles" / "ink"
     page.locator("input[type=file][multiple]").first.set_input_files(sorted(source.glob("0[0-3].*")))
-    page.get_by_text("in sks style").first.wait_for()
+    page.get_by_text("03.png").locator("visible=true").first.wait_for()
     page.get_by_label("Trigger word").fill("sks")
     page.get_by_role("button", name="Check the data").click()
     page.get_by_text("4 shown in a pass").wait_for()

@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 import pytest
+from server_end import close_quietly
 
 from lora_diffusion.cli import main
 from lora_diffusion.errors import ConfigError
@@ -27,7 +28,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     said: list[str] = []
     app = serve(Studio(places), block=False, say=said.append)
     yield urlsplit(said[0].split()[5]).netloc
-    app.close()
+    close_quietly(app)
 
 
 def ask(address: str, path: str, method: str = "GET", body: str = "", **headers: str) -> tuple[int, bytes]:

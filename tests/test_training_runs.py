@@ -164,7 +164,7 @@ def in_two_processes(config: TrainConfig, folder: Path, *arguments: str) -> list
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return sorted(done.stdout.split())
+    return sorted(re.findall(r"(?:main|other|kept):\d+", done.stdout))  # both may print at once, on one line
 
 
 def test_two_processes_train_what_one_does(pictures: Path, sd_folder: Path) -> None:

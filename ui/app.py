@@ -8,11 +8,12 @@ import gradio as gr
 from ui.safety import MOST_WAITING, check_exposure, launch_settings
 from ui.studio import Studio
 from ui.tabs.adapters import draw_adapters
-from ui.tabs.blend import draw_blend
+from ui.tabs.blend import choices, draw_blend
 from ui.tabs.blend_actions import wire_blend
 from ui.tabs.compare import draw_compare
+from ui.tabs.events import QUICK
 from ui.tabs.merge import draw_merge
-from ui.tabs.presets import draw_presets
+from ui.tabs.presets import draw_presets, names
 from ui.tabs.train import draw_train
 from ui.theme import CSS, SHORTCUT, studio_theme
 
@@ -29,13 +30,20 @@ def build(studio: Studio) -> gr.Blocks:
         with gr.Tab("Compare", id="compare"):
             draw_compare(studio, blend)
         with gr.Tab("Presets", id="presets"):
-            draw_presets(studio, blend)
+            presets = draw_presets(studio, blend)
         with gr.Tab("Merge", id="merge"):
             draw_merge(studio, blend)
         with gr.Tab("Train", id="train"):
             draw_train(studio, blend)
         with gr.Tab("Adapters", id="adapters"):
             draw_adapters(studio, blend)
+
+        def fresh() -> list[Any]:
+            """What has come since the app was built."""
+            offered = choices(studio, studio.places.bases[0])
+            return [gr.update(choices=offered), gr.update(choices=names(studio))]
+
+        app.load(fresh, None, [blend.chosen, presets], **QUICK)
     return app
 
 

@@ -16,6 +16,7 @@ from lora_diffusion.models import find_checkpoint
 from lora_diffusion.recipe import PNG_KEY
 from lora_diffusion.weights import block_layouts
 from ui.forms import Form
+from ui.rendering import Halted
 from ui.rows import Row, told
 from ui.studio import Event, Finished, Made, Step, Studio
 
@@ -125,6 +126,10 @@ def compared(studio: Studio, form: Form, across: Axis, down: Axis, visitor: str 
                 elif isinstance(event, Made):
                     rows[-1].append(event.path)
                     yield event
+                else:
+                    yield event
+                if isinstance(event, Halted):
+                    return
     yield Sheet(path=save_sheet(studio, rows, across, down))
 
 
@@ -189,6 +194,8 @@ def without_blocks(studio: Studio, form: Form, name: str, visitor: str = "") -> 
                 if block:
                     change = float(np.abs(pixels - whole).mean())
                     found.append(BlockEffect(block=block, change=change, path=event.path))
-            elif isinstance(event, Finished):
-                continue
+            elif not isinstance(event, Finished):
+                yield event
+            if isinstance(event, Halted):
+                return
     yield sorted(found, key=lambda effect: -effect.change)

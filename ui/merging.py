@@ -21,7 +21,7 @@ from lora_diffusion.models import fitting_checkpoint
 from lora_diffusion.plans import Plan
 from lora_diffusion.precision import torch_dtype
 from ui.forms import Form, adapter_words
-from ui.rendering import Line
+from ui.rendering import Halted, Line, Waiting
 from ui.studio import Studio, checked_name
 
 PRECISIONS = get_args(WeightType)
@@ -45,6 +45,13 @@ class Target:
     def file(self) -> str:
         """The name in the studio's folder. Raises ConfigError for one that cannot be."""
         return checked_name(self.name) + ("" if self.kind == "folder" else ".safetensors")
+
+
+@dataclass(frozen=True)
+class Writing:
+    """It has begun."""
+
+    text: str = "writing ..."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +114,15 @@ def write_rate(folder: Path) -> float:
         return PROBE_BYTES / max(1e-6, time.perf_counter() - started)
 
 
-def merged(studio: Studio, form: Form, target: Target, visitor: str = "") -> Iterator[str | Written]:
+def merged(
+    studio: Studio, form: Form, target: Target, visitor: str = ""
+) -> Iterator[Waiting | Writing | Written | Halted]:
     """Merge, with a word at the start and the result at the end. Raises LoRADiffusionError's children."""
     plan, path = merge_plan(studio, form), output_of(studio, target)
     config = validate(MergeConfig, {"precision": target.precision}, source="merge")
 
     def work(line: Line) -> Written:
-        line.say("writing ...")
+        line.say(Writing())
         path.parent.mkdir(parents=True, exist_ok=True)
         if target.kind == "adapter":
             return as_adapter(plan, path, target)

@@ -1,4 +1,7 @@
-"""Work on the device as a stream of events that can be stopped: it runs in a thread, its visitor reads along."""
+"""Work on the device as a stream of events that can be stopped: it runs in a thread, its visitor reads along.
+
+Gradio's own queue cannot end work that is under way, nor say what it does. So its events start at once, and wait here.
+"""
 
 import queue
 import threading
@@ -7,12 +10,38 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+WAIT_S = 0.2
+END = object()
+
 
 class StoppedError(Exception):
     """Raised inside work whose visitor has gone or pressed Stop."""
 
 
-@dataclass
+@dataclass(frozen=True)
+class Waiting:
+    """So many are served before."""
+
+    before: int
+
+    @property
+    def text(self) -> str:
+        return f"waiting for the device; {self.before} before you"
+
+
+@dataclass(frozen=True)
+class Halted:
+    """The work was stopped; everything is as it was before."""
+
+    text: str = "stopped"
+
+
+@dataclass(frozen=True)
+class Failure:
+    error: BaseException
+
+
+@dataclass(eq=False)
 class Line:
     """What work says, and whether it should go on."""
 
@@ -26,46 +55,27 @@ class Line:
         self.events.put(event)
 
 
-@dataclass(frozen=True)
-class Failure:
-    error: BaseException
-
-
-END = object()
-WAIT_S = 0.2
-
-
 class Device:
-    """The one thing that computes: work waits its turn, and a visitor's own can be stopped."""
+    """The one thing that computes: work takes its turn in the order in which it came, and can be stopped."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.lines: dict[str, Line] = {}
+        self.turn_taken = threading.Condition()
+        self.lines: list[Line] = []
+        """The one at work, then those that wait."""
+        self.of_visitor: dict[str, Line] = {}
 
     def stop(self, visitor: str) -> None:
         """Stop what this visitor has running or waiting, at its next event."""
-        if line := self.lines.get(visitor):
+        if line := self.of_visitor.get(visitor):
             line.stopped.set()
 
     def streamed(self, work: Callable[[Line], object], visitor: str = "") -> Iterator[Any]:
-        """The events of some work as they come, its result last; what it raises is raised here.
+        """The events of some work as they come, its result or `Halted` last; what it raises is raised here.
 
         Closing the iterator stops the work at its next event, and waits until everything is put back.
         """
-        line = self.lines[visitor] = Line()
-
-        def run() -> None:
-            try:
-                with self.turn(line):
-                    line.events.put(work(line))
-            except StoppedError:
-                pass
-            except BaseException as error:  # noqa: BLE001 (it is raised where somebody listens)
-                line.events.put(Failure(error))
-            finally:
-                line.events.put(END)
-
-        thread = threading.Thread(target=run, daemon=True)
+        line = self.of_visitor[visitor] = Line()
+        thread = threading.Thread(target=self.run, args=(work, line), daemon=True)
         thread.start()
         try:
             while (event := line.events.get()) is not END:
@@ -75,14 +85,38 @@ class Device:
         finally:
             line.stopped.set()
             thread.join()
+            if self.of_visitor.get(visitor) is line:
+                del self.of_visitor[visitor]
+
+    def run(self, work: Callable[[Line], object], line: Line) -> None:
+        """In the thread: wait, work, and tell how it ended."""
+        try:
+            with self.turn(line):
+                line.events.put(work(line))
+        except StoppedError:
+            line.events.put(Halted())
+        except BaseException as error:  # noqa: BLE001 (it is raised where somebody listens)
+            line.events.put(Failure(error))
+        finally:
+            line.events.put(END)
 
     @contextmanager
     def turn(self, line: Line) -> Iterator[None]:
         """The device for oneself. Raises StoppedError if the visitor has gone before it was free."""
-        while not self.lock.acquire(timeout=WAIT_S):
-            if line.stopped.is_set():
-                raise StoppedError
+        with self.turn_taken:
+            self.lines.append(line)
         try:
+            with self.turn_taken:
+                before = 0
+                while self.lines[0] is not line:
+                    if self.lines.index(line) != before:
+                        before = self.lines.index(line)
+                        line.say(Waiting(before))
+                    self.turn_taken.wait(WAIT_S)
+                    if line.stopped.is_set():
+                        raise StoppedError
             yield
         finally:
-            self.lock.release()
+            with self.turn_taken:
+                self.lines.remove(line)
+                self.turn_taken.notify_all()

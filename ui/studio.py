@@ -30,7 +30,7 @@ from lora_diffusion.sampling import preview
 from lora_diffusion.weights import Moment, stock_presets
 from ui.acting import acting_picture
 from ui.forms import Form, form_of, plan_of
-from ui.rendering import Device, Line
+from ui.rendering import Device, Halted, Line, Waiting
 from ui.rows import Row, entry_of
 
 PREVIEW_SECONDS = 0.4
@@ -94,7 +94,7 @@ class Finished:
     seconds: float
 
 
-Event = Step | Made | Finished
+Event = Waiting | Step | Made | Finished | Halted
 
 
 class Studio:

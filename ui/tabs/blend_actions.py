@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 
 from ui.forms import Form, command_of
+from ui.rendering import Halted, Waiting
 from ui.rows import Row
 from ui.studio import Finished, Made, Step, Studio
 from ui.tabs.blend import Blend, about_in, choices, form_from, form_updates, slot_outputs
@@ -39,6 +40,8 @@ def wire_generation(studio: Studio, blend: Blend) -> None:
         for event in studio.render(form, visitor_of(request)):
             if isinstance(event, Step):
                 yield event.text, gr.skip() if event.picture is None else event.picture, gr.skip(), gr.skip(), kept
+            elif isinstance(event, Waiting | Halted):
+                yield event.text, gr.skip(), gr.skip(), gr.skip(), kept
             elif isinstance(event, Made):
                 kept = [str(event.path), *kept][:KEPT]
                 yield gr.skip(), str(event.path), kept, gr.skip(), kept
@@ -54,9 +57,9 @@ def wire_generation(studio: Studio, blend: Blend) -> None:
     stage = blend.stage
     outputs = [stage.status, stage.picture, stage.gallery, blend.settings["seed"], stage.kept]
     inputs = [stage.seeds, stage.kept, *blend.form_inputs]
-    running = stage.go.click(generate, inputs, outputs, show_progress_on=[stage.status], **DEVICE)
+    stage.go.click(generate, inputs, outputs, show_progress_on=[stage.status], **DEVICE)
     moved = [slot.fields["weight"].release for slot in blend.slots]
-    lively = gr.on(
+    gr.on(
         moved,
         generate_live,
         [stage.live, *inputs],
@@ -66,11 +69,10 @@ def wire_generation(studio: Studio, blend: Blend) -> None:
         **DEVICE,
     )
 
-    def stop(request: gr.Request) -> str:
+    def stop(request: gr.Request) -> None:
         studio.device.stop(visitor_of(request))
-        return "stopped"
 
-    stage.stop.click(stop, None, stage.status, cancels=[running, lively], **QUICK)
+    stage.stop.click(stop, None, None, **QUICK)
 
 
 def wire_comparison(studio: Studio, blend: Blend) -> None:
@@ -84,7 +86,7 @@ def wire_comparison(studio: Studio, blend: Blend) -> None:
             raise gr.Error("there is no picture yet; generate one first", print_exception=False)
         alone = Form(base=form.base, settings={**form.settings, "count": 1})
         for event in studio.render(alone, visitor_of(request)):
-            if isinstance(event, Step):
+            if isinstance(event, Step | Waiting | Halted):
                 yield event.text, gr.skip()
             elif isinstance(event, Made):
                 pair = str(event.path), kept[0]

@@ -6,6 +6,7 @@ from typing import Any
 import gradio as gr
 
 from ui.comparing import AXES, NOTHING, Sheet, axis, compared, without_blocks
+from ui.rendering import Halted, Waiting
 from ui.studio import Step, Studio
 from ui.tabs.blend import Blend, form_from
 from ui.tabs.events import DEVICE, QUICK, spoken, visitor_of
@@ -39,32 +40,29 @@ def draw_compare(studio: Studio, blend: Blend) -> None:
     ) -> Iterator[tuple[Any, ...]]:
         horizontal, vertical = axis(x, xs or "", xof or ""), axis(y, ys or "", yof or "")
         for event in compared(studio, form_from(values), horizontal, vertical, visitor_of(request)):
-            if isinstance(event, Step):
+            if isinstance(event, Step | Waiting | Halted):
                 yield event.text, gr.skip()
             elif isinstance(event, Sheet):
                 yield f"{event.path.name} is in the folder `grids`, with how it was made inside", str(event.path)
 
     sides = [across, across_values, across_of, down, down_values, down_of]
-    drawing = go.click(draw, [*sides, *blend.form_inputs], [status, sheet], show_progress_on=[status], **DEVICE)
+    go.click(draw, [*sides, *blend.form_inputs], [status, sheet], show_progress_on=[status], **DEVICE)
 
     @spoken
     def blocks(request: gr.Request, name: str | None, *values: Any) -> Iterator[tuple[Any, ...]]:
         for event in without_blocks(studio, form_from(values), name or "", visitor_of(request)):
-            if isinstance(event, Step):
+            if isinstance(event, Step | Waiting | Halted):
                 yield event.text, gr.skip(), gr.skip()
             elif isinstance(event, list):
                 pictures = [(str(effect.path), f"{effect.block}: {effect.change:.2f}") for effect in event]
                 yield "done; the strongest first", table_of(event), pictures
 
-    measuring = measure.click(
-        blocks, [of, *blend.form_inputs], [status, bars, gallery], show_progress_on=[status], **DEVICE
-    )
+    measure.click(blocks, [of, *blend.form_inputs], [status, bars, gallery], show_progress_on=[status], **DEVICE)
 
-    def halt(request: gr.Request) -> str:
+    def halt(request: gr.Request) -> None:
         studio.device.stop(visitor_of(request))
-        return "stopped"
 
-    stop.click(halt, None, status, cancels=[drawing, measuring], **QUICK)
+    stop.click(halt, None, None, **QUICK)
 
     def on_table(chosen: list[str]) -> list[Any]:
         return [gr.update(choices=["", *chosen], value="")] * 2 + [

@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 import gradio as gr
 
 from lora_diffusion.errors import LoRADiffusionError
+from ui.safety import MOST_WAITING
 
-DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1, "api_visibility": "private"}
-"""Work on the device, one at a time, for all visitors."""
+DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": MOST_WAITING, "api_visibility": "private"}
+"""Work on the device: it begins at once, and waits its turn where the device is (`ui/rendering.py`)."""
 QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 Work = TypeVar("Work", bound=Callable[..., Any])
 

@@ -58,7 +58,7 @@ def draw_merge(studio: Studio, blend: Blend) -> None:
                 text = f"{html.escape(event.path.name)}: {html.escape(event.text)}"
                 yield text, gr.update(value=file, visible=file is not None)
             else:
-                yield event, gr.skip()
+                yield event.text, gr.skip()
 
     go.click(write, inputs, [said, download], show_progress_on=[said], **DEVICE)
 

@@ -12,8 +12,8 @@ from ui.tabs.blend import Blend, form_from, form_updates
 from ui.tabs.events import QUICK, spoken
 
 
-def draw_presets(studio: Studio, blend: Blend) -> None:
-    """List on the left, what can be done on the right."""
+def draw_presets(studio: Studio, blend: Blend) -> gr.Dropdown:
+    """List on the left, what can be done on the right; returns the list."""
     with gr.Row():
         with gr.Column(scale=3, min_width=300):
             chosen = gr.Dropdown(names(studio), label="Preset", info="those marked (ready) come with the package")
@@ -39,6 +39,7 @@ def draw_presets(studio: Studio, blend: Blend) -> None:
         return [*form_updates(studio, form), html.escape("; ".join(notes) or "on the table: see the Blend tab")]
 
     load.click(put, chosen, [*blend.form_outputs, said], **QUICK)
+    return chosen
 
 
 def wire_keeping(studio: Studio, blend: Blend, shown: list[Any]) -> None:
