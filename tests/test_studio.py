@@ -18,6 +18,7 @@ from lora_diffusion.models import module_at
 from lora_diffusion.preset import BlendEntry, BlendWeight, Schedule
 from lora_diffusion.recipe import read_recipe
 from ui.forms import Form, command_of, form_of, plan_of
+from ui.regions import kept_mask, placed
 from ui.rows import Row, checked_options, entry_of, option, row_of, told
 from ui.studio import Finished, Made, Places, Step, Studio, checked_name, stock_presets_folder
 
@@ -183,3 +184,21 @@ def test_form_of_a_plan_of_a_form_is_the_form(studio: Studio) -> None:
     again, missing = form_of(plan_of(form, studio.library()), studio.library())
     assert missing == ()
     assert again == form
+
+
+def test_what_is_painted_is_where_an_adapter_acts(studio: Studio) -> None:
+    canvas = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    with pytest.raises(ConfigError, match="nothing is painted"):
+        kept_mask(studio, canvas)
+    canvas.paste((124, 58, 237, 255), (0, 0, 32, 64))
+    mask = kept_mask(studio, canvas)
+    assert kept_mask(studio, canvas) == mask
+    rows = placed(BOTH, "neon.safetensors", mask)
+    form = Form(rows=tuple(rows), settings=PROMPT)
+    region = studio.plan(form).entries[0].region
+    assert region
+    assert Path(region.mask) == mask.resolve()
+    assert isinstance(list(studio.render(form))[-1], Finished)
+    assert placed(rows, "neon.safetensors", None) == list(BOTH)
+    with pytest.raises(ConfigError, match="on the table"):
+        placed(BOTH, "ink.safetensors", mask)

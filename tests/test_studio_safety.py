@@ -7,13 +7,16 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 import pytest
+from PIL import Image
 from server_end import close_quietly
 
 from lora_diffusion.cli import main
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.files import sample_data
+from ui.api import row_from_text
+from ui.forms import Form
 from ui.safety import check_exposure
-from ui.studio import Places, Studio
+from ui.studio import Made, Places, Studio
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
@@ -87,3 +90,37 @@ def test_the_command_refuses_to_be_open_by_mistake(capsys: Any, tmp_path: Path) 
     assert "give --password" in capsys.readouterr().err
     assert main(["ui", "--base", "nowhere", "--output", str(tmp_path / "out")]) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_programs_find_nothing_unless_asked(address: str) -> None:
+    from gradio_client import Client
+
+    found: Any = Client(f"http://{address}", verbose=False).view_api(return_format="dict", print_info=False)
+    assert found["named_endpoints"] == {}
+
+
+def test_programs_get_the_pictures_of_the_library(tmp_path: Path) -> None:
+    """Two clients at once, each with its own picture, bit for bit as when it is alone."""
+    from gradio_client import Client
+
+    from ui.app import serve
+
+    places = Places(library=sample_data() / "adapters", output=tmp_path / "out", bases=("tiny-sd",))
+    studio, said = Studio(places), list[str]()
+    app = serve(studio, api=True, block=False, say=said.append)
+    clients = [Client(said[0].split()[5], verbose=False) for _ in range(2)]
+    assert {card["name"] for card in clients[0].predict(api_name="/adapters")} >= {"neon.safetensors"}
+    asked = [("a red house, in zwx style", "neon:0.7"), ("a blue cat, in sks style", "ink:0.9:start=0.2")]
+    jobs = [
+        client.submit(prompt=prompt, adapters=[adapter], steps=4, api_name="/generate")
+        for client, (prompt, adapter) in zip(clients, asked, strict=True)
+    ]
+    pictures = [Path(job.result()["pictures"][0]) for job in jobs]
+    with pytest.raises(Exception, match="the prompt is empty"):
+        clients[0].predict(prompt=" ", adapters=[], api_name="/generate")
+    close_quietly(app)
+    for (prompt, adapter), picture in zip(asked, pictures, strict=True):
+        form = Form(rows=(row_from_text(adapter),), settings={"prompt": prompt, "steps": 4, "seed": 0, "guidance": 4.0})
+        alone = next(event.path for event in studio.render(form) if isinstance(event, Made))
+        with Image.open(alone) as ours, Image.open(picture) as theirs:
+            assert ours.tobytes() == theirs.tobytes()

@@ -5,6 +5,7 @@ from typing import Any
 
 import gradio as gr
 
+from ui.api import add_api
 from ui.safety import MOST_WAITING, check_exposure, launch_settings
 from ui.studio import Studio
 from ui.tabs.adapters import draw_adapters
@@ -14,19 +15,23 @@ from ui.tabs.compare import draw_compare
 from ui.tabs.events import QUICK
 from ui.tabs.merge import draw_merge
 from ui.tabs.presets import draw_presets, names
+from ui.tabs.regions import draw_regions
 from ui.tabs.train import draw_train
 from ui.theme import CSS, SHORTCUT, studio_theme
 
 DAY_S = 86_400
 
 
-def build(studio: Studio) -> gr.Blocks:
-    """The app's pages."""
+def build(studio: Studio, *, api: bool = False) -> gr.Blocks:
+    """The app's pages, and endpoints for programs if asked for."""
     with gr.Blocks(title="LoRA studio", analytics_enabled=False, delete_cache=(DAY_S, DAY_S)) as app:
+        if api:
+            add_api(studio)  # first, as an event's name is taken from its function
         gr.Markdown("# LoRA studio\nPut adapters on the table, move their weights, look, compare, keep.")
         with gr.Tab("Blend", id="blend"):
             blend = draw_blend(studio)
             wire_blend(studio, blend)
+            draw_regions(studio, blend)
         with gr.Tab("Compare", id="compare"):
             draw_compare(studio, blend)
         with gr.Tab("Presets", id="presets"):
@@ -47,19 +52,20 @@ def build(studio: Studio) -> gr.Blocks:
     return app
 
 
-def serve(
+def serve(  # noqa: PLR0913 (the command's flags)
     studio: Studio,
     *,
     host: str = "127.0.0.1",
     port: int | None = None,
     share: bool = False,
     password: str = "",
+    api: bool = False,
     block: bool = True,
     say: Callable[[str], Any] = print,
 ) -> gr.Blocks:
     """Open the studio at an address, and stay there. Raises ConfigError for one that lets others in unasked."""
     check_exposure(host, share=share, password=password)
-    app = build(studio)
+    app = build(studio, api=api)
     app.queue(max_size=MOST_WAITING, default_concurrency_limit=4)
     _, url, shared = app.launch(
         server_port=port,
@@ -68,7 +74,7 @@ def serve(
         theme=studio_theme(),
         css=CSS,
         head=SHORTCUT,
-        footer_links=["settings"],
+        footer_links=["settings", "api"] if api else ["settings"],
         run_history=False,
         ssr_mode=False,
         allowed_paths=[str(studio.places.output.resolve()), *previews(studio)],

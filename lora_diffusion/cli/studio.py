@@ -38,6 +38,8 @@ class Ui:
     """Open a public address through Gradio's servers."""
     password: str = ""
     """Password of the user `studio`."""
+    api: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Offer named endpoints to programs: `/generate` and `/adapters` for `gradio_client`."""
 
     def run(self) -> None:
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -54,4 +56,4 @@ class Ui:
                 bases=studio.bases_on_offer(self.base),
             )
             opened = studio.Studio(places)
-        app.serve(opened, host=self.host, port=self.port, share=self.share, password=self.password)
+        app.serve(opened, host=self.host, port=self.port, share=self.share, password=self.password, api=self.api)

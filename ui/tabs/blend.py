@@ -215,7 +215,7 @@ def draw_stage() -> Stage:
         picture=picture,
         slider=slider,
         gallery=gallery,
-        kept=gr.State(list[str]),
+        kept=gr.State([]),
         compare=compare,
         dropped=dropped,
         twin=twin,
