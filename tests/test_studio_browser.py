@@ -242,3 +242,21 @@ def test_every_control_has_a_label(page: Any) -> None:
             .map(e => e.outerHTML.slice(0, 120))"""
         )
         assert unnamed == [], name
+
+
+def test_a_visitor_who_leaves_holds_nobody_up(page: Any, served: tuple[str, Path], browser: Any) -> None:
+    context = browser.new_context()
+    leaver = context.new_page()
+    leaver.set_default_timeout(25_000)
+    leaver.goto(served[0])
+    leaver.get_by_role("button", name="Generate").wait_for()
+    leaver.get_by_label("Steps").first.fill("200")
+    say(leaver, "a house that nobody waits for")
+    leaver.get_by_role("button", name="Generate").click()
+    leaver.locator("#status", has_text=re.compile(r"step \d+ of 200")).wait_for()
+    context.close()
+    before = len(list(served[1].glob("*.png")))
+    page.get_by_label("Steps").first.fill("4")
+    say(page, "a red house")
+    page.get_by_role("button", name="Generate").click()
+    assert read_recipe(generated(page, served[1], before)).settings

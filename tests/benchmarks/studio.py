@@ -1,0 +1,103 @@
+"""How quickly the studio is there, and what it holds.
+
+    PYTHONPATH=tests python tests/benchmarks/studio.py
+
+On the embedded base, in headless Chromium: seconds from the command to the line that says that the studio is open, from
+opening the page to a usable Generate button, from a click to the first preview and to the picture; and how much memory
+the server has after ten adapters were blended. Writes `studio.json` beside this script.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from gradio_client import Client
+from measuring import machine
+from playwright.sync_api import sync_playwright
+from test_studio_browser import CHROMIUM, lay, say
+
+from lora_diffusion.files import sample_data
+
+ADAPTERS = 10
+
+
+def library(folder: Path) -> Path:
+    """Ten adapters: the ready ones, twice."""
+    folder.mkdir()
+    ready = sorted((sample_data() / "adapters").glob("*.safetensors"))
+    for number in range(ADAPTERS):
+        shutil.copy(ready[number % len(ready)], folder / f"{number}.safetensors")
+    for path in ready:
+        shutil.copy(path, folder)
+    return folder
+
+
+def resident_mb(process: int) -> float:
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
+
+
+def watched(address: str) -> dict[str, float]:
+    """A visitor's waits."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page: Any = browser.new_page()
+        started = time.perf_counter()
+        page.goto(address)
+        page.get_by_role("button", name="Generate").wait_for()
+        usable = time.perf_counter() - started
+        lay(page, "neon", "gloop")
+        say(page, "a gloop character in the snow, in zwx style")
+        waits = []
+        for _ in range(2):  # the first loads the base
+            started = time.perf_counter()
+            page.get_by_role("button", name="Generate").click()
+            page.locator("#status", has_text=re.compile(r"step \d+ of")).wait_for()
+            first = time.perf_counter() - started
+            page.locator("#status", has_text=re.compile(r"\.png in ")).wait_for()
+            waits.append((first, time.perf_counter() - started))
+            page.wait_for_timeout(500)
+        browser.close()
+    return {
+        "page_usable": usable,
+        "first_step_seen": waits[1][0],
+        "picture": waits[1][1],
+        "first_step_seen_with_loading": waits[0][0],
+    }
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        command = [sys.executable, "-m", "ui", "--api", "--output", str(folder / "out")]
+        started = time.perf_counter()
+        with subprocess.Popen(
+            [*command, "--library", str(library(folder / "library"))], stdout=subprocess.PIPE, text=True
+        ) as server:
+            assert server.stdout
+            line = next(each for each in server.stdout if "is open at" in each)
+            opened = time.perf_counter() - started
+            address = line.split()[5]
+            waits = watched(address)
+            before = resident_mb(server.pid)
+            adapters = [f"{number}:0.1" for number in range(ADAPTERS)]
+            Client(address, verbose=False).predict(prompt="a house", adapters=adapters, steps=4, api_name="/generate")
+            memory = resident_mb(server.pid)
+            server.terminate()
+    facts = {
+        "machine": machine(),
+        "seconds": {name: round(value, 2) for name, value in {"open": opened, **waits}.items()},
+        "memory_mb": {"two adapters": round(before), "ten adapters": round(memory)},
+    }
+    Path(__file__).with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+    print(json.dumps(facts, indent=1))
+
+
+if __name__ == "__main__":
+    main()
