@@ -1,6 +1,7 @@
 """The app: tabs laid out and wired to the studio, and launched for its owner alone. No decision lives here."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -61,7 +62,7 @@ def serve(  # noqa: PLR0913 (the command's flags)
     password: str = "",
     api: bool = False,
     block: bool = True,
-    say: Callable[[str], Any] = print,
+    say: Callable[[str], Any] = partial(print, flush=True),  # noqa: B008 (a pipe shows it at once too)
 ) -> gr.Blocks:
     """Open the studio at an address, and stay there. Raises ConfigError for one that lets others in unasked."""
     check_exposure(host, share=share, password=password)

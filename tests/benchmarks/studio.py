@@ -9,7 +9,6 @@ the server has after ten adapters were blended. Writes `studio.json` beside this
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,18 +23,8 @@ from test_studio_browser import CHROMIUM, lay, say
 
 from lora_diffusion.files import sample_data
 
-ADAPTERS = 10
-
-
-def library(folder: Path) -> Path:
-    """Ten adapters: the ready ones, twice."""
-    folder.mkdir()
-    ready = sorted((sample_data() / "adapters").glob("*.safetensors"))
-    for number in range(ADAPTERS):
-        shutil.copy(ready[number % len(ready)], folder / f"{number}.safetensors")
-    for path in ready:
-        shutil.copy(path, folder)
-    return folder
+ADAPTERS = [path.stem for path in sorted((sample_data() / "adapters").glob("*.safetensors"))] * 2
+"""Ten, each of the ready ones twice."""
 
 
 def resident_mb(process: int) -> float:
@@ -77,19 +66,19 @@ def main() -> None:
         folder = Path(scratch)
         command = [sys.executable, "-m", "ui", "--api", "--output", str(folder / "out")]
         started = time.perf_counter()
-        with subprocess.Popen(
-            [*command, "--library", str(library(folder / "library"))], stdout=subprocess.PIPE, text=True
-        ) as server:
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
             assert server.stdout
             line = next(each for each in server.stdout if "is open at" in each)
             opened = time.perf_counter() - started
             address = line.split()[5]
             waits = watched(address)
             before = resident_mb(server.pid)
-            adapters = [f"{number}:0.1" for number in range(ADAPTERS)]
+            adapters = [f"{name}:0.1" for name in ADAPTERS]
             Client(address, verbose=False).predict(prompt="a house", adapters=adapters, steps=4, api_name="/generate")
             memory = resident_mb(server.pid)
-            server.terminate()
+        finally:
+            server.kill()
     facts = {
         "machine": machine(),
         "seconds": {name: round(value, 2) for name, value in {"open": opened, **waits}.items()},
