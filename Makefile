@@ -19,7 +19,9 @@ test: lint browser
 
 # The browser tests want Chromium; as root it is fetched, else they say that they are skipped.
 browser:
-	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get install -qq -y chromium >/dev/null; } || \
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+		{ apt-get install -qq -y chromium >/dev/null 2>&1 || \
+		{ apt-get update -qq && apt-get install -qq -y chromium >/dev/null; }; }; } || \
 		echo "no chromium, and none could be installed: the browser tests will be skipped"
 
 lint: $(STAMP)
