@@ -14,6 +14,7 @@ from PIL import Image
 from lora_diffusion.cli import main
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.files import sample_data
+from lora_diffusion.library import open_library
 from lora_diffusion.models import module_at
 from lora_diffusion.preset import BlendEntry, BlendWeight, Schedule
 from lora_diffusion.recipe import read_recipe
@@ -125,7 +126,7 @@ def test_a_weight_that_no_tag_can_say_is_kept_whole(studio: Studio) -> None:
     region=st.sampled_from(["", "box=0,0,0.5,1"]),
 )
 def test_rows_and_entries_say_the_same(weight: float, unet: str | None, blocks: str, start: str, region: str) -> None:
-    library = Studio(Places(library=sample_data() / "adapters", output=Path("/tmp/unused-studio"), bases=())).library()
+    library = open_library(sample_data() / "adapters")
     row = told(Row(name="ink.safetensors", weight=weight, options=region), unet=unet, lbw=blocks, start=start)
     entry = entry_of(row, library)
     assert entry_of(row_of(entry, library), library) == entry

@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from lora_diffusion.commands import Means, prepared_blend, write_pictures
+from lora_diffusion.config import EMBEDDED_BASE
 from lora_diffusion.errors import ConfigError, LoRADiffusionError
 from lora_diffusion.families import family_title
 from lora_diffusion.files import sample_data
@@ -256,7 +257,7 @@ def bases_on_offer(named: Sequence[str]) -> tuple[str, ...]:
     """The bases that were asked for, or the embedded one. Raises BaseModelError for one that is not there."""
     for name in named:
         find_checkpoint(name)
-    return tuple(named) or ("tiny-sd",)
+    return tuple(named) or (EMBEDDED_BASE,)
 
 
 def own_library(output: Path) -> Path:

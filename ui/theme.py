@@ -11,11 +11,9 @@ CSS = """
 .grid-container { grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)) !important; }
 .column, .contain, .wrap { min-width: 0; }
 .picture img { width: 100%; height: 100%; object-fit: contain; }
-.off { opacity: .45; }
 .wide .grid-container { grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)) !important; }
 .about { background: none !important; padding: .2rem .6rem !important; }
 .about p { color: var(--body-text-color-subdued); font-size: .85rem; margin: 0; }
-.command textarea, .command input { font-family: var(--font-mono); font-size: .8rem; }
 #status p { margin: 0; min-height: 1.4em; }
 @media (max-width: 640px) { .gradio-container { padding: .5rem !important; } }
 """

@@ -175,11 +175,7 @@ def refuse_paths(sets: Sequence[str]) -> None:
     """Raise ConfigError for a setting that would read or write elsewhere, or run other code."""
     for each in sets:
         key = each.partition("=")[0].strip()
-        if (
-            key in ("output", "base", "optimiser.kind")
-            or "folder" in key
-            or key.startswith(("data.folder", "tracking"))
-        ):
+        if key in ("output", "base", "optimiser.kind") or "folder" in key or key.startswith("tracking"):
             raise ConfigError(f"{key}: is not set from the studio; use the command line")
 
 
@@ -206,9 +202,3 @@ def state_text(log: Sequence[Mapping[str, Any]], *, running: bool, ended: int | 
 
 def existing(path: Path) -> Path | None:
     return path if path.is_file() else None
-
-
-def seconds_left(log: Sequence[Mapping[str, Any]], steps: int) -> float:
-    """By the mean of the last steps."""
-    recent = [line["seconds"] for line in log[-20:]]
-    return (steps - len(log)) * sum(recent) / max(1, len(recent))

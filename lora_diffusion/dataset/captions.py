@@ -25,8 +25,8 @@ def caption_text(caption: str, config: CaptionConfig, trigger_words: tuple[str, 
 
 def whole_caption(caption: str, config: CaptionConfig, trigger_words: tuple[str, ...]) -> str:
     """The caption with nothing left to chance: all its parts, in their order."""
-    plain = config.model_copy(update={"dropout": 0.0, "part_dropout": 0.0, "shuffle": False})
-    return caption_text(caption, plain, trigger_words, Generator())
+    unchanged = config.model_copy(update={"dropout": 0.0, "part_dropout": 0.0, "shuffle": False})
+    return caption_text(caption, unchanged, trigger_words, Generator())
 
 
 def reader_of(config: CaptionConfig) -> ReadText:

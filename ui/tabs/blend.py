@@ -11,6 +11,7 @@ from lora_diffusion.config import Scheduler
 from ui.forms import MODES, MOST, Form
 from ui.rows import Row
 from ui.studio import Studio
+from ui.tabs.events import command_box
 from ui.tabs.slots import FIELDS, SLOTS, Slot, draw_slot, rows_from, updates
 
 
@@ -50,8 +51,12 @@ class Blend:
     @property
     def form_inputs(self) -> list[Any]:
         """All that a form is made of, in the order of `form_from`."""
-        fields = [slot.fields[name] for slot in self.slots for name in FIELDS]
-        return [self.base, self.mode, self.switch_every, *self.settings.values(), *fields]
+        return [self.base, self.mode, self.switch_every, *self.settings.values(), *self.table_inputs]
+
+    @property
+    def table_inputs(self) -> list[Any]:
+        """The fields of all places, in the order of `rows_from`."""
+        return [slot.fields[name] for slot in self.slots for name in FIELDS]
 
     @property
     def form_outputs(self) -> list[Any]:
@@ -197,15 +202,7 @@ def draw_stage() -> Stage:
     with gr.Row():
         compare = gr.Button("Compare with the base", min_width=160)
         dropped = gr.File(label="Drop a picture to restore all its settings", file_types=[".png"], height=140)
-    with gr.Accordion("Copy as command", open=False) as twin:
-        command = gr.Code(
-            label="The same on the command line",
-            language="shell",
-            interactive=False,
-            wrap_lines=True,
-            lines=2,
-            max_lines=8,
-        )
+    twin, command = command_box("The same on the command line")
     return Stage(
         seeds=seeds,
         live=live,

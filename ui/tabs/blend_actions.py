@@ -15,7 +15,7 @@ from ui.rows import Row
 from ui.studio import Finished, Made, Step, Studio
 from ui.tabs.blend import Blend, about_in, choices, form_from, form_updates, slot_outputs
 from ui.tabs.events import DEVICE, QUICK, spoken, visitor_of
-from ui.tabs.slots import FIELDS, Slot, rows_from, updates
+from ui.tabs.slots import Slot, rows_from, updates
 
 KEPT = 48
 """Pictures in a visitor's gallery."""
@@ -130,8 +130,9 @@ def wire_table(studio: Studio, blend: Blend) -> None:
         fresh = {name: Row(name=name, weight=studio.card(name).preferred) for name in chosen if name not in present}
         return updates([present.get(name) or fresh[name] for name in chosen], about_in(studio))
 
-    fields = [slot.fields[name] for slot in blend.slots for name in FIELDS]
-    blend.chosen.input(lay, [blend.chosen, *fields], slot_outputs(blend.slots), trigger_mode="always_last", **QUICK)
+    blend.chosen.input(
+        lay, [blend.chosen, *blend.table_inputs], slot_outputs(blend.slots), trigger_mode="always_last", **QUICK
+    )
 
     @spoken
     def rebase(base: str) -> list[Any]:

@@ -54,6 +54,13 @@ def spoken(work: Work) -> Work:
     return once  # type: ignore[return-value]
 
 
+def command_box(label: str) -> tuple[gr.Accordion, gr.Code]:
+    """Where a tab's command-line twin is shown, when it is opened."""
+    with gr.Accordion("Copy as command", open=False) as twin:
+        box = gr.Code(label=label, language="shell", interactive=False, wrap_lines=True, lines=2, max_lines=8)
+    return twin, box
+
+
 def visitor_of(request: gr.Request) -> str:
     """Whose page this is."""
     return str(request.session_hash)

@@ -9,7 +9,7 @@ import gradio as gr
 from ui.merging import PRECISIONS, Target, Written, merge_command, merged, summary
 from ui.studio import Studio
 from ui.tabs.blend import Blend, form_from
-from ui.tabs.events import DEVICE, QUICK, spoken, visitor_of
+from ui.tabs.events import DEVICE, QUICK, command_box, spoken, visitor_of
 
 KINDS = [("Checkpoint: folder", "folder"), ("Checkpoint: single file", "file"), ("One adapter", "adapter")]
 
@@ -27,15 +27,7 @@ def draw_merge(studio: Studio, blend: Blend) -> None:
         go = gr.Button("Merge", variant="primary")
     said = gr.Markdown()
     download = gr.DownloadButton("Download", visible=False)
-    with gr.Accordion("Copy as command", open=False) as twin:
-        command = gr.Code(
-            label="The same merge on the command line",
-            language="shell",
-            interactive=False,
-            wrap_lines=True,
-            lines=2,
-            max_lines=8,
-        )
+    twin, command = command_box("The same merge on the command line")
     inputs = [name, kind, precision, rank, *blend.form_inputs]
 
     def target_of(name: str, kind: str, precision: str, rank: float) -> Target:

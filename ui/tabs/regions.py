@@ -8,7 +8,7 @@ from ui.regions import SIDE_PX, kept_mask, placed
 from ui.studio import Studio
 from ui.tabs.blend import Blend, about_in, slot_outputs
 from ui.tabs.events import QUICK, spoken
-from ui.tabs.slots import FIELDS, rows_from, updates
+from ui.tabs.slots import rows_from, updates
 
 
 def draw_regions(studio: Studio, blend: Blend) -> None:
@@ -31,7 +31,6 @@ def draw_regions(studio: Studio, blend: Blend) -> None:
         with gr.Row():
             use = gr.Button("Only where it is painted")
             everywhere = gr.Button("Everywhere again")
-    fields = [slot.fields[name] for slot in blend.slots for name in FIELDS]
 
     @spoken
     def mask(name: str | None, painted: dict[str, Any] | None, *values: Any) -> list[Any]:
@@ -40,13 +39,13 @@ def draw_regions(studio: Studio, blend: Blend) -> None:
             raise gr.Error("nothing is painted; paint where the adapter acts", print_exception=False)
         return updates(placed(rows_from(values), name or "", kept_mask(studio, image)), about_in(studio))
 
-    use.click(mask, [of, canvas, *fields], slot_outputs(blend.slots), **QUICK)
+    use.click(mask, [of, canvas, *blend.table_inputs], slot_outputs(blend.slots), **QUICK)
 
     @spoken
     def release(name: str | None, *values: Any) -> list[Any]:
         return updates(placed(rows_from(values), name or "", None), about_in(studio))
 
-    everywhere.click(release, [of, *fields], slot_outputs(blend.slots), **QUICK)
+    everywhere.click(release, [of, *blend.table_inputs], slot_outputs(blend.slots), **QUICK)
 
     def on_table(chosen: list[str]) -> Any:
         return gr.update(choices=chosen, value=chosen[0] if chosen else None)

@@ -9,7 +9,7 @@ import gradio as gr
 
 from ui.studio import Studio
 from ui.tabs.blend import Blend, choices
-from ui.tabs.events import QUICK, spoken
+from ui.tabs.events import QUICK, command_box, spoken
 from ui.training import PURPOSES, Job, State, Trainer
 
 EVERY_S = 2.0
@@ -80,15 +80,7 @@ def wire_run(
     curve = gr.LinePlot(x="step", y="loss", label="Training loss", height=220)
     sheet = gr.Image(label="Samples on the way", format="png", interactive=False, elem_classes="picture", height=260)
     report = gr.DownloadButton("Report", visible=False)
-    with gr.Accordion("Copy as command", open=False) as twin:
-        command = gr.Code(
-            label="The same run on the command line",
-            language="shell",
-            interactive=False,
-            wrap_lines=True,
-            lines=2,
-            max_lines=8,
-        )
+    twin, command = command_box("The same run on the command line")
     timer = gr.Timer(EVERY_S, active=False)
 
     @spoken
