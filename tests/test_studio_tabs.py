@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from lora_diffusion.axes import NOTHING, axis
 from lora_diffusion.cli import main
 from lora_diffusion.errors import ConfigError, DatasetError, OutputError
 from lora_diffusion.files import sample_data
 from lora_diffusion.formats.reading import load_adapter
 from lora_diffusion.preset_files import read_preset
-from ui.comparing import NOTHING, Sheet, axis, compared, without_blocks
+from ui.comparing import Sheet, block_effects, compare_commands, compared
 from ui.forms import Form, plan_of
 from ui.keeping import bring_in, discard, keep, kept_preset, kept_presets
 from ui.keeping import rename as rename_preset
@@ -109,12 +110,26 @@ def test_a_grid_that_cannot_be_is_one_sentence(studio: Studio, what: str, values
 
 def test_blocks_are_measured_strongest_first(studio: Studio) -> None:
     form = Form(rows=BOTH[:1], settings=PROMPT)
-    effects = list(without_blocks(studio, form, "neon.safetensors"))[-1]
-    assert isinstance(effects, list)
+    effects = list(block_effects(studio, form, "neon.safetensors"))[-1]
+    assert isinstance(effects, tuple)
     changes = [effect.change for effect in effects]
     assert changes == sorted(changes, reverse=True)
     assert changes[0] > 0
     assert len({effect.block for effect in effects}) == len(effects) > 4
+
+
+def test_a_grid_and_its_copied_command_are_the_same_picture(studio: Studio, capsys: pytest.CaptureFixture[str]) -> None:
+    across, down = axis("weight", "0, 1", "gloop.safetensors"), axis("prompt", "a red house | a blue house", "")
+    sheet = list(compared(studio, FORM, across, down))[-1]
+    assert isinstance(sheet, Sheet)
+    grid, blocks = compare_commands(studio, FORM, across, down, "neon.safetensors").splitlines()
+    assert main(shlex.split(grid)[1:]) == 0
+    again = Path(capsys.readouterr().out.strip())
+    assert again != sheet.path
+    with Image.open(sheet.path) as first, Image.open(again) as second:
+        assert first.tobytes() == second.tobytes()
+    assert main(shlex.split(blocks)[1:]) == 0
+    assert "OUT00" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["folder", "adapter"])

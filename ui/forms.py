@@ -69,17 +69,17 @@ def form_of(plan: Plan, library: Library) -> tuple[Form, tuple[str, ...]]:
     return form, tuple(missing)
 
 
-def command_of(form: Form, library: Library, output: Path) -> str:
+def command_of(form: Form, library: Library, output: Path, command: str = "generate", *more: str) -> str:
     """The command that makes the same pictures. Raises ConfigError for weights that only a preset can say."""
     in_full = [row.name for row in form.rows if row.full]
     if in_full:
         raise ConfigError(f"{in_full[0]}: its weight has no short form; save a preset and use generate --preset")
-    words = ["lora-diffusion", "generate", "--base", form.base]
+    words = ["lora-diffusion", command, "--base", form.base]
     words += adapter_words(form.rows, library)
     words += ["--mode", form.mode] * (form.mode != "sum")
     given = {**form.composition, **{key: value for key, value in form.settings.items() if value not in (None, "")}}
     words += [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-    return shlex.join([*words, "--output", str(output)])
+    return shlex.join([*words, *more, "--output", str(output)])
 
 
 def adapter_words(rows: Sequence[Row], library: Library) -> list[str]:

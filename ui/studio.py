@@ -168,7 +168,10 @@ class Studio:
 
         Closing the iterator stops at the next step, with the base as it was.
         """
-        plan = self.plan(form)  # before the device is waited for
+        return self.render_plan(self.plan(form), visitor)  # mistakes are found before the device is waited for
+
+    def render_plan(self, plan: Plan, visitor: str = "") -> Iterator[Event]:
+        """The same of a plan."""
         return self.device.streamed(lambda line: self.rendered(plan, line), visitor)
 
     def rendered(self, plan: Plan, line: Line) -> Finished:

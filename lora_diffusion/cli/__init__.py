@@ -21,6 +21,8 @@ COMMANDS = {
     "report": ("training", "Report"),
     "route": ("routing", "Route"),
     "generate": ("pictures", "Generate"),
+    "grid": ("grids", "Grid"),
+    "blocks": ("grids", "Blocks"),
     "preset": ("pictures", "Preset"),
     "merge": ("merging", "Merge"),
     "inspect": ("adapter_files", "Inspect"),

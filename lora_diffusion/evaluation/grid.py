@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from lora_diffusion.files import whole_file
 
@@ -19,7 +19,10 @@ def grid(
     labels: Sequence[str],
     cell_px: int = 192,
 ) -> Image.Image:
-    """Pictures enlarged without smoothing to `cell_px`, with a heading over each column and a label before each row."""
+    """Pictures side by side, each as large as a cell holds, with headings over columns and labels before rows.
+
+    Small ones are enlarged without smoothing, so that their pixels are seen.
+    """
     width = LABEL_PX + len(columns) * (cell_px + MARGIN_PX) + MARGIN_PX
     height = HEADER_PX + len(rows) * (cell_px + MARGIN_PX)
     sheet = Image.new("RGB", (width, height), GROUND)
@@ -33,8 +36,11 @@ def grid(
         wrapped = textwrap.fill(label, 21)
         draw.multiline_text((MARGIN_PX, top + cell_px // 2), wrapped, fill=PALE, font=text, anchor="lm", spacing=5)
         for x, picture in enumerate(pictures):
-            cell = picture.resize((cell_px, cell_px), Image.Resampling.NEAREST)
-            sheet.paste(cell, (LABEL_PX + x * (cell_px + MARGIN_PX), top))
+            small = max(picture.size) <= cell_px
+            method = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+            sheet.paste(
+                ImageOps.pad(picture, (cell_px, cell_px), method, GROUND), (LABEL_PX + x * (cell_px + MARGIN_PX), top)
+            )
     return sheet
 
 
