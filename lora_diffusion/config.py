@@ -9,9 +9,9 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lora_diffusion.errors import ConfigError
 
@@ -47,6 +47,10 @@ class GenerateConfig(Settings):
     """What it should not show."""
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
     """Seed of the first picture; each further one adds 1."""
+    variation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How far the starting noise moves from the seed's to the variation seed's: 0 not at all, 1 all the way."""
+    variation_seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
+    """Seed of a variation; each further picture adds 1 to this one, and the seed stays."""
     steps: Positive = 20
     """Denoising steps."""
     guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 4.0
@@ -59,6 +63,13 @@ class GenerateConfig(Settings):
     """Sampler; `base` is the one that the base brings."""
     count: Annotated[int, Field(gt=0, le=100_000)] = 1
     """Number of pictures."""
+
+    @model_validator(mode="after")
+    def nothing_idle(self) -> Self:
+        """Refuse a seed of a variation that is not made."""
+        if self.variation_seed and not self.variation:
+            raise ValueError("variation_seed does nothing at a variation of 0; set variation, e.g. to 0.2")
+        return self
 
 
 class MergeConfig(Settings):

@@ -32,6 +32,8 @@ LONGEST_TABLE = 20_000  # characters; each attempt to read one may look at so ma
 
 FIELDS = {"seed": "Seed", "steps": "Steps", "guidance": "CFG scale", "width": "Size", "height": "Size"}
 """Our settings, and the keys that say them."""
+VARIATION = {"variation_seed": "Variation seed", "variation": "Variation seed strength"}
+"""The same of those that most pictures do not say."""
 
 SAMPLERS: Mapping[str, Scheduler] = {
     **{name: name for name in get_args(Scheduler)},
@@ -65,7 +67,6 @@ MEANINGS = {
     "denoising": "the picture starts from noise alone",
     "refiner": "no second model takes over",
     "vae": "the base's own VAE is used",
-    "variation": "the noise of a second seed is not mixed in",
     "controlnet": "no ControlNet is used",
 }
 """What happens instead, by the first word of a key."""
@@ -235,7 +236,10 @@ def generate_settings(info: Infotext, *, source: str) -> tuple[dict[str, Any], t
     """
     written = {key.lower(): value for key, value in info.settings.items()}
     table: dict[str, Any] = {"prompt": info.prompt, "negative_prompt": info.negative_prompt}
-    table |= {name: written[key.lower()] for name, key in FIELDS.items() if key != "Size" and key.lower() in written}
+    plain = {**FIELDS, **VARIATION}
+    table |= {name: written[key.lower()] for name, key in plain.items() if key != "Size" and key.lower() in written}
+    if table.get("variation", "0").strip("0.") == "":  # a strength of 0 says that there is none
+        table = {name: value for name, value in table.items() if name not in VARIATION}
     table |= size_of(written, source)
     scheduler, notes = sampler_of(written)
     if scheduler:
@@ -261,7 +265,7 @@ def size_of(written: Mapping[str, str], source: str) -> dict[str, str]:
 def mistake(item: Mapping[str, Any], written: Mapping[str, str]) -> str:
     """One mistake of a validation, in the words of the text rather than of GenerateConfig."""
     name = str(item["loc"][0])
-    key = FIELDS.get(name, name)
+    key = {**FIELDS, **VARIATION}.get(name, name)
     about = f"{name} " if key == "Size" else ""
     reason = f"{item['msg'][0].lower()}{item['msg'][1:]}"
     return f"{key!r} is {short(written.get(key.lower(), str(item['input'])))!r}: {about}{reason}"
@@ -302,7 +306,7 @@ def missing(written: Mapping[str, str]) -> list[str]:
 
 def without_counterpart(settings: Mapping[str, str]) -> list[str]:
     """A sentence on each setting that nothing here follows; those with the same first word share one."""
-    known = {key.lower() for key in FIELDS.values()}.union(SILENT)
+    known = {key.lower() for key in (*FIELDS.values(), *VARIATION.values())}.union(SILENT)
     groups: dict[str, list[str]] = {}
     for key, value in settings.items():
         # Clip skip 1 is A1111's way to say that no layer is skipped

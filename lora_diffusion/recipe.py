@@ -79,6 +79,11 @@ def infotext(recipe: Recipe) -> str:
         "Model hash": recipe.base_hash[:10],
         "Model": recipe.base,
     }
+    if settings.variation:
+        pairs |= {
+            "Variation seed": str(settings.variation_seed),
+            "Variation seed strength": f"{settings.variation:g}",
+        }
     hashes = ", ".join(f"{e.name or Path(e.path).stem}: {(e.payload_hash or e.hash)[:12]}" for e in recipe.adapters)
     if hashes:
         pairs["Lora hashes"] = hashes

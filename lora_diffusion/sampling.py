@@ -25,6 +25,7 @@ from lora_diffusion.preset import Composition
 from lora_diffusion.prompt_encoding import TextContext, chunk_count, encode_prompts, joined_contexts, negative_context
 from lora_diffusion.prompt_text import weighted
 from lora_diffusion.recipe import Recipe, blend_entries, library_versions, write_png
+from lora_diffusion.starting_noise import variation_noise
 from lora_diffusion.weights import Moment
 from lora_diffusion.words import learned_words
 
@@ -52,11 +53,10 @@ def single_settings(base: Base, config: GenerateConfig) -> list[GenerateConfig]:
     if config.steps > most:
         raise ConfigError(f"'steps' is {config.steps}; {base.name} was trained with {most} timesteps, use fewer")
     size = {"width": config.width or base.size_px, "height": config.height or base.size_px}
+    counted = "variation_seed" if config.variation else "seed"
+    table = {**config.model_dump(), **size, "count": 1}
     return [
-        validate(
-            GenerateConfig, {**config.model_dump(), **size, "seed": config.seed + i, "count": 1}, source="generate"
-        )
-        for i in range(config.count)
+        validate(GenerateConfig, {**table, counted: table[counted] + i}, source="generate") for i in range(config.count)
     ]
 
 
@@ -110,7 +110,7 @@ def sample(
             guidance_scale=settings.guidance,
             width=settings.width,
             height=settings.height,
-            generator=torch.Generator("cpu").manual_seed(settings.seed),
+            **noise_arguments(base, settings, arguments["prompt_embeds"].dtype),
             output_type="np",
             callback_on_step_end=after_step,
             callback_on_step_end_tensor_inputs=["latents"],
@@ -121,6 +121,16 @@ def sample(
             "wider range"
         )
     return pipe.numpy_to_pil(result.images)[0]
+
+
+def noise_arguments(base: Base, settings: GenerateConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The source of all noise as a pipeline takes it; of a variation also the noise that it starts from."""
+    generator = torch.Generator("cpu").manual_seed(settings.seed)
+    if not settings.variation:
+        return {"generator": generator}
+    shape = (1, base.pipe.unet.config.in_channels, *latent_size(base, settings))
+    noise = variation_noise(shape, generator, settings.variation_seed, settings.variation, dtype)
+    return {"generator": generator, "latents": noise}
 
 
 @torch.no_grad()
