@@ -48,6 +48,8 @@ class LibraryEntry:
     """A picture beside it: `name.png`, `name.preview.png`, and so on."""
     preferred_weight: float | None = None
     """From the JSON file beside it, where it is other than 0."""
+    weight_range: tuple[float, float] | None = None
+    """The least and the greatest weight that it is made for, from `weight range` in that file."""
     bytes: int = 0
     problem: str = ""
     """Why it cannot be used, in one sentence; empty for a usable one."""
@@ -175,16 +177,17 @@ def unlisted(path: Path, folder: Path, reason: str) -> LibraryEntry:
 
 def read_entry(place: Place) -> LibraryEntry:
     """What header and sidecar say. A pickled file is not opened: reading it would need torch, and all of the file."""
-    words, weight, notes = read_sidecar(place.sidecar) if place.sidecar else ((), None, ())
+    beside = read_sidecar(place.sidecar) if place.sidecar else Sidecar()
     entry = LibraryEntry(
         path=place.path,
         relative=place.relative,
         name=stem_of(place.path),
-        trigger_words=words,
+        trigger_words=beside.words,
         preview=place.preview,
-        preferred_weight=weight,
+        preferred_weight=beside.weight,
+        weight_range=beside.range,
         bytes=int(place.stamp.partition(":")[0] or 0),
-        notes=notes,
+        notes=beside.notes,
         stamp=place.stamp,
         context=place.context,
     )
@@ -228,7 +231,17 @@ def once(texts: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(texts))
 
 
-def read_sidecar(file: Path) -> tuple[tuple[str, ...], float | None, tuple[str, ...]]:
+@dataclass(frozen=True, kw_only=True)
+class Sidecar:
+    """What the JSON file beside an adapter says of it."""
+
+    words: tuple[str, ...] = ()
+    weight: float | None = None
+    range: tuple[float, float] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def read_sidecar(file: Path) -> Sidecar:
     """Trigger words, preferred weight and notes from the JSON file that A1111 and Forge keep beside an adapter.
 
     Other tools have files of that name with other things in them, so what is not there is not missed.
@@ -237,10 +250,25 @@ def read_sidecar(file: Path) -> tuple[tuple[str, ...], float | None, tuple[str, 
         table = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         reason = plain(str(error))[:80]
-        return (), None, (f"{file.name} cannot be read as JSON ({reason}); its trigger words and weight are left out",)
+        note = f"{file.name} cannot be read as JSON ({reason}); its trigger words and weight are left out"
+        return Sidecar(notes=(note,))
     if not isinstance(table, dict):
-        return (), None, ()
-    text, weight = table.get("activation text"), table.get("preferred weight")
+        return Sidecar()
+    text, weight = table.get("activation text"), finite(table.get("preferred weight"))
     words = (word.strip() for word in plain(text).split(",")) if isinstance(text, str) else ()
-    usable = isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight) and weight != 0
-    return once(word for word in words if word), float(cast(float, weight)) if usable else None, ()
+    return Sidecar(
+        words=once(word for word in words if word), weight=weight or None, range=range_of(table.get("weight range"))
+    )
+
+
+def range_of(value: object) -> tuple[float, float] | None:
+    """Two rising numbers, or nothing."""
+    if not isinstance(value, list) or len(cast("list[object]", value)) != 2:
+        return None
+    least, most = map(finite, cast("list[object]", value))
+    return (least, most) if least is not None and most is not None and least < most else None
+
+
+def finite(value: object) -> float | None:
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(cast(float, value)) if usable else None

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from lora_diffusion.library_entry import LibraryEntry, Place, look_around, read_entry
 
-SCHEMA = 1
+SCHEMA = 2
 """To be raised when the table or the meaning of a field changes; an index of another number is made anew."""
 BUSY_SECONDS = 10
 """How long to wait for another process that writes the index."""

@@ -83,6 +83,10 @@ class Region(Settings):
         return self
 
 
+MODE_OF = {"switch_every": "switch", "k_lora_slope": "k-lora", "k_lora_start": "k-lora", "projection": "np-lora"}
+"""Settings of a composition that one mode alone has a use for."""
+
+
 class Composition(Settings):
     """How the adapters of a blend come together."""
 
@@ -102,8 +106,7 @@ class Composition(Settings):
     @model_validator(mode="after")
     def nothing_idle(self) -> Self:
         """Refuse a setting of a mode that is not chosen."""
-        owners = {"switch_every": "switch", "k_lora_slope": "k-lora", "k_lora_start": "k-lora", "projection": "np-lora"}
-        for field, mode in owners.items():
+        for field, mode in MODE_OF.items():
             if self.mode != mode and getattr(self, field) != type(self).model_fields[field].default:
                 raise ValueError(f"{field} belongs to the mode {mode}; {self.mode} has no use for it")
         return self

@@ -113,7 +113,7 @@ def test_a_trigger_goes_into_the_prompt_and_what_is_wrong_is_said(page: Any) -> 
     page.get_by_role("button", name="Generate").click()
     page.get_by_text("the prompt is empty; say what the picture shows").wait_for()
     lay(page, "ink")
-    page.get_by_role("button", name="+ sks").click()
+    page.locator(".words").get_by_text("sks").click()
     page.wait_for_function("document.querySelector('#prompt textarea').value === 'sks'")
 
 

@@ -17,6 +17,7 @@ from ui.tabs.events import QUICK
 from ui.tabs.merge import draw_merge
 from ui.tabs.presets import draw_presets, names
 from ui.tabs.regions import draw_regions
+from ui.tabs.shelf import shelf_updates
 from ui.tabs.train import draw_train
 from ui.theme import CSS, SHORTCUT, studio_theme
 
@@ -46,10 +47,11 @@ def build(studio: Studio, *, api: bool = False) -> gr.Blocks:
 
         def fresh() -> list[Any]:
             """What has come since the app was built."""
-            offered = choices(studio, studio.places.bases[0])
-            return [gr.update(choices=offered), gr.update(choices=names(studio))]
+            base = studio.places.bases[0]
+            offered = choices(studio, base)
+            return [gr.update(choices=offered), gr.update(choices=names(studio)), *shelf_updates(studio, base)]
 
-        app.load(fresh, None, [blend.chosen, presets], **QUICK)
+        app.load(fresh, None, [blend.chosen, presets, *blend.shelf.outputs], **QUICK)
     return app
 
 
@@ -78,15 +80,10 @@ def serve(  # noqa: PLR0913 (the command's flags)
         footer_links=["settings", "api"] if api else ["settings"],
         run_history=False,
         ssr_mode=False,
-        allowed_paths=[str(studio.places.output.resolve()), *previews(studio)],
+        allowed_paths=[str(studio.places.output.resolve())],
         **launch_settings(host, share=share, password=password),
     )
     say(f"the studio is open at {shared or url} (Ctrl-C closes it)")
     if block:
         app.block_thread()
     return app
-
-
-def previews(studio: Studio) -> list[str]:
-    """Pictures beside adapters, which are shown too."""
-    return [str(path) for path in {card.preview for base in studio.places.bases for card in studio.cards(base)} if path]

@@ -1,8 +1,9 @@
 """What a visitor has set on the Blend tab, as one value; and what it means to the library and to the command line."""
 
+import random
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,12 @@ MODES = {
     "k-lora": "K-LoRA: the stronger of two",
     "np-lora": "Projected: first without the others' directions",
 }
+
+
+SEEDS = ("fixed", "random", "next", "vary")
+"""What the next picture's seeds are: as they stand, drawn, one on, or a variation of the seed's picture."""
+VARIED = 0.2
+"""How far a variation goes where nobody says how far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +74,17 @@ def form_of(plan: Plan, library: Library) -> tuple[Form, tuple[str, ...]]:
     settings = plan.settings.model_dump(exclude_defaults=True)
     form = Form(base=plan.base, rows=tuple(rows), mode=mode, settings=settings, composition=composition)
     return form, tuple(missing)
+
+
+def seeded(form: Form, way: str) -> Form:
+    """The form with the seeds of its next picture: `random` draws a seed, `vary` the seed of a variation."""
+    draw = random.randrange(2**31)
+    if way == "random":
+        return replace(form, settings={**form.settings, "seed": draw})
+    if way == "vary":
+        share = form.settings.get("variation") or VARIED
+        return replace(form, settings={**form.settings, "variation": share, "variation_seed": draw})
+    return form
 
 
 def command_of(form: Form, library: Library, output: Path, command: str = "generate", *more: str) -> str:

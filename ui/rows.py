@@ -3,16 +3,25 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 from lora_diffusion.config import validate
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.library import Library, find, find_by_hash, with_content_hash
 from lora_diffusion.library_entry import LibraryEntry
-from lora_diffusion.preset import BlendEntry, BlendWeight, Region
+from lora_diffusion.preset import BlendEntry, BlendWeight, Curve, Region
 from lora_diffusion.tags import parse_weight, take_region, weight_text
 
 LEAST, MOST = -2.0, 3.0
-"""Range of the weight sliders; a preset may hold any number."""
+"""Range of the weight sliders, where an adapter has none of its own; a preset may hold any number."""
+CURVES = {
+    "constant": "",
+    "fading in": "linear=0@0,1@1",
+    "fading out": "linear=1@0,0@1",
+    "first a little, then in full": "cosine=0.3@0,1@0.6",
+    "in the middle": "linear=0@0,1@0.5,0@1",
+}
+"""Ways of an adapter's factor over the steps, as options have them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +115,21 @@ def option(row: Row, key: str) -> str:
     """The value of one option; empty if it is not there."""
     found = [part.partition("=")[2] for part in row.options.split(":") if part.partition("=")[0] == key]
     return found[-1] if found else ""
+
+
+def curve_of(row: Row) -> str:
+    """The option that says its way over the steps, `linear=0@0,1@1`; empty for none."""
+    return next((part for part in row.options.split(":") if part.partition("=")[0] in get_args(Curve)), "")
+
+
+def with_curve(row: Row, curve: str) -> Row:
+    """The row with that way over the steps in place of what it had. Raises ConfigError for no such thing."""
+    kind, _, points = curve.partition("=")
+    if curve and kind not in get_args(Curve):
+        raise ConfigError(f"{curve!r} is no way over the steps; write linear=0@0.2,1@0.8, factors at positions")
+    return told(
+        row, **{**dict.fromkeys(get_args(Curve), ""), kind: points} if curve else dict.fromkeys(get_args(Curve))
+    )
 
 
 def checked_options(options: str) -> str:

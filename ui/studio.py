@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,9 @@ from PIL import Image
 
 from lora_diffusion.commands import Means, prepared_blend, write_pictures
 from lora_diffusion.config import EMBEDDED_BASE
-from lora_diffusion.errors import ConfigError, LoRADiffusionError
-from lora_diffusion.families import family_title
+from lora_diffusion.errors import ConfigError
 from lora_diffusion.files import sample_data
-from lora_diffusion.inspection import inspect_adapter
 from lora_diffusion.library import Library, find, open_library, search
-from lora_diffusion.library_entry import LibraryEntry
 from lora_diffusion.models import Base, find_checkpoint, load_base
 from lora_diffusion.plans import Plan, preset_plan, replay_plan, with_tags
 from lora_diffusion.preset_files import read_preset
@@ -30,6 +26,7 @@ from lora_diffusion.references import Shelf
 from lora_diffusion.sampling import preview
 from lora_diffusion.weights import Moment, stock_presets
 from ui.acting import acting_picture
+from ui.cards import Card, card_of
 from ui.forms import Form, form_of, plan_of
 from ui.rendering import Device, Halted, Line, Waiting
 from ui.rows import Row, entry_of
@@ -55,19 +52,6 @@ class Places:
     @property
     def masks(self) -> Path:
         return self.output / "masks"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Card:
-    """An adapter as it is offered."""
-
-    name: str
-    title: str
-    triggers: tuple[str, ...]
-    about: str
-    """Kind, rank and family in one line."""
-    preview: Path | None
-    preferred: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,11 +108,12 @@ class Studio:
         if name not in self.places.bases:
             raise ConfigError(f"{name!r}: is not a base of this studio; choose one of {', '.join(self.places.bases)}")
 
-    def cards(self, base: str, text: str = "") -> list[Card]:
-        """The adapters that fit a base, those with every word of `text`."""
+    def cards(self, base: str, text: str = "", kind: str = "") -> list[Card]:
+        """The adapters that fit a base, those with every word of `text`, and of a kind such as `LoRA`, if given."""
         self.check_base(base)
         family = find_checkpoint(base).family.name
-        return [card_of(entry) for entry in search(self.library(), text, family) if not entry.problem]
+        found = [card_of(entry) for entry in search(self.library(), text, family) if not entry.problem]
+        return [card for card in found if kind in ("", *card.kinds)]
 
     def card(self, name: str) -> Card:
         """One adapter. Raises ConfigError if it is not there."""
@@ -217,32 +202,6 @@ def progress_text(done: int, plan: Plan, moment: Moment, started: float, share: 
     left = (time.monotonic() - started) * (1 - share) / max(share, 1e-6)
     which = f"picture {done + 1} of {plan.settings.count}, " if plan.settings.count > 1 else ""
     return f"{which}step {moment.step + 1} of {moment.steps}, {left:.0f} s left"
-
-
-def card_of(entry: LibraryEntry) -> Card:
-    ranks = ranks_of(str(entry.path), entry.stamp)
-    about = ", ".join(filter(None, (" and ".join(entry.kinds), ranks, family_title(entry.family), entry.variant)))
-    return Card(
-        name=entry.relative,
-        title=entry.name,
-        triggers=(*entry.trigger_words, *entry.learned_tokens),
-        about=about,
-        preview=entry.preview,
-        preferred=1.0 if entry.preferred_weight is None else entry.preferred_weight,
-    )
-
-
-@lru_cache(maxsize=4096)
-def ranks_of(path: str, stamp: str) -> str:  # noqa: ARG001 (a changed file is a new key)
-    """`rank 8`, or the range; empty where a file has none, or cannot be read."""
-    try:
-        spread = inspect_adapter(Path(path))["ranks"]
-    except LoRADiffusionError:
-        return ""
-    if not spread:
-        return ""
-    least, most = spread["min"], spread["max"]
-    return f"rank {least}" if least == most else f"ranks {least} to {most}"
 
 
 def checked_name(name: str) -> str:

@@ -1,18 +1,20 @@
 """The Blend tab's layout, and how its components stand for a form."""
 
-import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import gradio as gr
 
 from lora_diffusion.config import Scheduler
-from ui.forms import MODES, MOST, Form
-from ui.rows import Row
+from lora_diffusion.preset import MODE_OF, Composition
+from ui.forms import MODES, MOST, SEEDS, Form
 from ui.studio import Studio
 from ui.tabs.events import command_box
+from ui.tabs.shelf import CardShelf, draw_shelf
 from ui.tabs.slots import FIELDS, SLOTS, Slot, draw_slot, rows_from, updates
+
+COMPOSITION = (*MODE_OF, "exact")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,18 +42,19 @@ class Blend:
     """What other tabs need of this one."""
 
     base: gr.Dropdown
+    shelf: CardShelf
     chosen: gr.Dropdown
     slots: list[Slot]
     mode: gr.Dropdown
-    switch_every: gr.Slider
+    composition: dict[str, Any]
+    """Components by the name of their setting, such as `switch_every`."""
     settings: dict[str, Any]
-    """Components by the name of their setting."""
     stage: Stage
 
     @property
     def form_inputs(self) -> list[Any]:
         """All that a form is made of, in the order of `form_from`."""
-        return [self.base, self.mode, self.switch_every, *self.settings.values(), *self.table_inputs]
+        return [self.base, self.mode, *self.composition.values(), *self.settings.values(), *self.table_inputs]
 
     @property
     def table_inputs(self) -> list[Any]:
@@ -59,47 +62,78 @@ class Blend:
         return [slot.fields[name] for slot in self.slots for name in FIELDS]
 
     @property
+    def table_outputs(self) -> list[Any]:
+        """All that shows the table, in the order of `updates`."""
+        return [part for slot in self.slots for part in slot.outputs]
+
+    @property
     def form_outputs(self) -> list[Any]:
         """All that shows a form, in the order of `form_updates`."""
-        return [
-            self.base,
-            self.chosen,
-            self.mode,
-            self.switch_every,
-            *self.settings.values(),
-            *slot_outputs(self.slots),
-        ]
+        kept = [self.base, self.chosen, self.mode, *self.composition.values(), *self.settings.values()]
+        return [*kept, *self.table_outputs]
 
 
-SETTINGS = ("prompt", "negative_prompt", "seed", "steps", "guidance", "scheduler", "width", "height", "count")
-
-
-def slot_outputs(slots: Sequence[Slot]) -> list[Any]:
-    return [part for slot in slots for part in (slot.group, slot.about, slot.trigger, *slot.fields.values())]
+PLAIN: dict[str, Any] = {
+    "prompt": "",
+    "negative_prompt": "",
+    "seed": 0,
+    "steps": 20,
+    "guidance": 4.0,
+    "scheduler": "base",
+    "width": 0,
+    "height": 0,
+    "count": 1,
+    "variation": 0.0,
+    "variation_seed": 0,
+}
+"""Settings with what they are if nobody has set them; a size of 0 is the base's."""
+WHOLE = ("seed", "steps", "width", "height", "count", "variation_seed", "switch_every")
+"""Settings that are whole numbers; a browser's numbers are not."""
 
 
 def form_from(values: Sequence[Any]) -> Form:
     """The form in the values of `Blend.form_inputs`."""
-    base, mode, every, *rest = values
-    given = dict(zip(SETTINGS, rest, strict=False))
-    numbers = {name: int(given[name]) for name in ("seed", "steps", "width", "height", "count") if given[name]}
-    settings = {"prompt": given["prompt"] or "", "seed": 0, **numbers, "guidance": given["guidance"]}
-    settings |= {
-        name: given[name] for name in ("negative_prompt", "scheduler") if given[name] not in (None, "", "base")
-    }
-    composition = {"switch_every": int(every)} if mode == "switch" else {}
-    return Form(base=base, mode=mode, rows=rows_from(rest[len(SETTINGS) :]), settings=settings, composition=composition)
+    base, mode, *rest = values
+    kept, rest = rest[: len(COMPOSITION)], rest[len(COMPOSITION) :]
+    composition = {name: value for name, value in zip(COMPOSITION, kept, strict=True) if is_used(name, value, mode)}
+    given = dict(zip(PLAIN, rest, strict=False))
+    if not given["variation"]:
+        given["variation_seed"] = 0
+    used = {name: given[name] for name, plain in PLAIN.items() if given[name] not in (None, "", plain)}
+    settings = {"prompt": "", "seed": 0, "steps": PLAIN["steps"], "guidance": given["guidance"], **used}
+    return Form(
+        base=base,
+        mode=mode,
+        rows=rows_from(rest[len(PLAIN) :]),
+        settings=whole(settings),
+        composition=whole(composition),
+    )
+
+
+def is_used(name: str, value: object, mode: str) -> bool:
+    """Whether a setting of the composition says something in that mode."""
+    return bool(value) if name == "exact" else MODE_OF[name] == mode and value is not None
+
+
+def whole(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: int(value) if name in WHOLE else value for name, value in settings.items()}
 
 
 def form_updates(studio: Studio, form: Form) -> list[Any]:
     """What shows a form in `Blend.form_outputs`."""
-    plain = {"prompt": "", "negative_prompt": "", "seed": 0, "steps": 20, "guidance": 4.0, "scheduler": "base"}
-    plain |= {"width": 0, "height": 0, "count": 1}
-    settings = [form.settings.get(name, plain[name]) for name in SETTINGS]
     base = form.base if form.base in studio.places.bases else studio.places.bases[0]
     chosen = gr.update(choices=choices(studio, base), value=[row.name for row in form.rows])
-    every = gr.update(value=form.composition.get("switch_every", 5), visible=form.mode == "switch")
-    return [base, chosen, form.mode, every, *settings, *updates(form.rows, about_in(studio))]
+    composition = mode_updates(form.mode, form.composition)
+    settings = [form.settings.get(name, plain) for name, plain in PLAIN.items()]
+    return [base, chosen, form.mode, *composition, *settings, *updates(form.rows, studio.card)]
+
+
+def mode_updates(mode: str, given: Mapping[str, Any]) -> list[Any]:
+    """What shows the settings of a mode, and those of others not."""
+    plain = {name: Composition.model_fields[name].default for name in COMPOSITION}
+    return [
+        gr.update(value=given.get(name, plain[name]), visible=MODE_OF.get(name, mode) == mode) for name in COMPOSITION
+    ]
 
 
 def choices(studio: Studio, base: str) -> list[tuple[str, str]]:
@@ -108,16 +142,6 @@ def choices(studio: Studio, base: str) -> list[tuple[str, str]]:
         (f"{card.title} ({', '.join(card.triggers)})" if card.triggers else card.title, card.name)
         for card in studio.cards(base)
     ]
-
-
-def about_in(studio: Studio) -> Any:
-    """What is said of an adapter under its name, and its trigger words."""
-
-    def about(row: Row) -> tuple[str, tuple[str, ...]]:
-        card = studio.card(row.name)
-        return html.escape(f"{card.about}; usual weight {card.preferred:g}"), card.triggers
-
-    return about
 
 
 def draw_blend(studio: Studio) -> Blend:
@@ -134,50 +158,83 @@ def draw_blend(studio: Studio) -> Blend:
                     max_choices=SLOTS,
                     scale=3,
                     min_width=220,
-                    info="only those that fit the base; type to search names and trigger words",
+                    info="on the table; only those that fit the base are offered",
                 )
+            shelf = draw_shelf(studio)
             slots = [draw_slot(number + 1, studio.block_presets(base)) for number in range(SLOTS)]
-            with gr.Row():
-                mode = gr.Dropdown([(text, key) for key, text in MODES.items()], value="sum", label="Together")
-                every = gr.Slider(1, 20, 5, step=1, label="Steps before the next", visible=False)
-            settings = draw_settings()
+            mode, composition = draw_composition()
+            numbers, seeds = draw_numbers()
         with gr.Column(scale=6, min_width=320):
-            stage = draw_stage()
+            prompts = draw_prompts()
+            stage = draw_stage(seeds)
     return Blend(
-        base=base_box, chosen=chosen, slots=slots, mode=mode, switch_every=every, settings=settings, stage=stage
+        base=base_box,
+        shelf=shelf,
+        chosen=chosen,
+        slots=slots,
+        mode=mode,
+        composition=composition,
+        settings={**prompts, **numbers},
+        stage=stage,
     )
 
 
-def draw_settings() -> dict[str, Any]:
-    """The prompt and what belongs to it."""
+def draw_composition() -> tuple[gr.Dropdown, dict[str, Any]]:
+    """How the adapters come together, and what each way has of its own."""
+    with gr.Row():
+        mode = gr.Dropdown(
+            [(text, key) for key, text in MODES.items()],
+            value="sum",
+            label="Together",
+            info="routed mixtures come with their presets",
+            min_width=200,
+        )
+        parts = (
+            gr.Slider(1, 20, 5, step=1, label="Steps before the next", visible=False, min_width=140),
+            gr.Slider(0, 4, 1.5, step=0.1, label="The second grows by", visible=False, min_width=140),
+            gr.Slider(0, 4, 0.5, step=0.1, label="The second begins at", visible=False, min_width=140),
+            gr.Slider(0, 20, 1, step=0.5, label="How much is taken out", visible=False, min_width=140),
+            gr.Checkbox(False, label="Exact: beside the weights, for half precision", min_width=140),
+        )
+    return mode, dict(zip(COMPOSITION, parts, strict=True))
+
+
+def draw_prompts() -> dict[str, Any]:
+    """What the picture shows, and what not."""
     prompt = gr.Textbox(
         label="Prompt",
-        lines=3,
+        lines=2,
         elem_id="prompt",
         placeholder="a gloop character in the snow, in zwx style",
         info="(word:1.3) counts more, [word] less; Ctrl+Enter generates",
     )
-    negative = gr.Textbox(label="Negative prompt", lines=1)
+    return {"prompt": prompt, "negative_prompt": gr.Textbox(label="Negative prompt", lines=1)}
+
+
+def draw_numbers() -> tuple[dict[str, Any], gr.Radio]:
+    """All other settings, and what the next picture's seeds are."""
     with gr.Row():
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=90)
         steps = gr.Slider(1, MOST["steps"], 20, step=1, label="Steps", min_width=140)
         guidance = gr.Slider(0, 15, 4, step=0.5, label="Guidance", min_width=140)
-    with gr.Accordion("Size, count, scheduler", open=False), gr.Row():
+    seeds = gr.Radio(list(SEEDS), value="fixed", label="Seed of the next picture")
+    with gr.Accordion("Size, count, scheduler, variation", open=False), gr.Row():
         scheduler = gr.Dropdown(list(get_args(Scheduler)), value="base", label="Scheduler", min_width=120)
         width = gr.Number(0, label="Width", info="0: the base's", precision=0, minimum=0, step=8, min_width=90)
         height = gr.Number(0, label="Height", info="0: the base's", precision=0, minimum=0, step=8, min_width=90)
         count = gr.Slider(1, MOST["count"], 1, step=1, label="Count", min_width=120)
-    return dict(zip(SETTINGS, (prompt, negative, seed, steps, guidance, scheduler, width, height, count), strict=True))
+        variation = gr.Slider(0, 1, 0, step=0.05, label="Variation", info="from the seed's picture", min_width=140)
+        variation_seed = gr.Number(0, label="Seed of the variation", precision=0, minimum=0, min_width=90)
+    parts = (seed, steps, guidance, scheduler, width, height, count, variation, variation_seed)
+    return dict(zip(list(PLAIN)[2:], parts, strict=True)), seeds
 
 
-def draw_stage() -> Stage:
+def draw_stage(seeds: gr.Radio) -> Stage:
     """Buttons above, pictures below."""
     with gr.Row():
         go = gr.Button("Generate", variant="primary", elem_id="generate", scale=2, min_width=120)
         stop = gr.Button("Stop", variant="stop", scale=1, min_width=80)
-    with gr.Row():
-        seeds = gr.Radio(["fixed", "random", "next"], value="fixed", label="Seed of the next picture", min_width=220)
-        live = gr.Checkbox(False, label="Live: draw when a weight moves", min_width=160)
+        live = gr.Checkbox(False, label="Live: draw when a weight moves", scale=1, min_width=160)
     status = gr.Markdown(elem_id="status")
     picture = gr.Image(
         label="Picture",
@@ -193,11 +250,11 @@ def draw_stage() -> Stage:
         format="png",
         columns=5,
         fit_columns=False,
-        height=260,
+        height="auto",
         object_fit="contain",
         interactive=False,
         buttons=["download", "fullscreen"],
-        elem_classes="picture",
+        elem_classes="picture tidy",
     )
     with gr.Row():
         compare = gr.Button("Compare with the base", min_width=160)

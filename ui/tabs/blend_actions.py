@@ -1,21 +1,20 @@
 """What the controls of the Blend tab do."""
 
 import html
-import random
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from ui.forms import Form, command_of
+from ui.forms import Form, command_of, seeded
 from ui.rendering import Halted, Waiting
 from ui.rows import Row
 from ui.studio import Finished, Made, Step, Studio
-from ui.tabs.blend import Blend, about_in, choices, form_from, form_updates, slot_outputs
+from ui.tabs.blend import Blend, choices, form_from, form_updates, mode_updates
 from ui.tabs.events import DEVICE, QUICK, spoken, visitor_of
-from ui.tabs.slots import Slot, rows_from, updates
+from ui.tabs.shelf import shelf_updates, with_picked
+from ui.tabs.slots import SLOTS, Slot, rows_from, updates
 
 KEPT = 48
 """Pictures in a visitor's gallery."""
@@ -32,30 +31,33 @@ def wire_blend(studio: Studio, blend: Blend) -> None:
 def wire_generation(studio: Studio, blend: Blend) -> None:
     """Generate, Stop, and drawing as a weight moves."""
 
-    @spoken
-    def generate(request: gr.Request, seeds: str, kept: list[str], *values: Any) -> Iterator[tuple[Any, ...]]:
-        form = form_from(values)
-        if seeds == "random":
-            form = replace(form, settings={**form.settings, "seed": random.randrange(2**31)})
-        for event in studio.render(form, visitor_of(request)):
-            if isinstance(event, Step):
-                yield event.text, gr.skip() if event.picture is None else event.picture, gr.skip(), gr.skip(), kept
-            elif isinstance(event, Waiting | Halted):
-                yield event.text, gr.skip(), gr.skip(), gr.skip(), kept
-            elif isinstance(event, Made):
-                kept = [str(event.path), *kept][:KEPT]
-                yield gr.skip(), str(event.path), kept, gr.skip(), kept
-            else:
-                seed = form.settings["seed"] + (len(event.paths) if seeds == "next" else 0)
-                yield finished_text(event), gr.skip(), gr.skip(), seed, kept
+    stage, settings = blend.stage, blend.settings
 
     @spoken
-    def generate_live(request: gr.Request, live: bool, *values: Any) -> Iterator[tuple[Any, ...]]:
+    def generate(request: gr.Request, seeds: str, kept: list[str], *values: Any) -> Iterator[dict[Any, Any]]:
+        form = seeded(form_from(values), seeds)
+        for event in studio.render(form, visitor_of(request)):
+            if isinstance(event, Step):
+                shown = {} if event.picture is None else {stage.picture: event.picture}
+                yield {stage.status: event.text, **shown}
+            elif isinstance(event, Waiting | Halted):
+                yield {stage.status: event.text}
+            elif isinstance(event, Made):
+                kept = [str(event.path), *kept][:KEPT]
+                yield {stage.picture: str(event.path), stage.gallery: kept, stage.kept: kept}
+            else:
+                on = len(event.paths) if seeds == "next" else 0
+                used = {name: form.settings.get(name, 0) for name in ("seed", "variation", "variation_seed")}
+                used["seed"] += on
+                yield {stage.status: finished_text(event), **{settings[name]: value for name, value in used.items()}}
+
+    @spoken
+    def generate_live(request: gr.Request, live: bool, *values: Any) -> Iterator[dict[Any, Any]]:
         if live:
             yield from generate(request, *values)
 
-    stage = blend.stage
-    outputs = [stage.status, stage.picture, stage.gallery, blend.settings["seed"], stage.kept]
+    numbers = [settings[name] for name in ("seed", "variation", "variation_seed")]
+    outputs = [stage.status, stage.picture, stage.gallery, stage.kept, *numbers]
     inputs = [stage.seeds, stage.kept, *blend.form_inputs]
     stage.go.click(generate, inputs, outputs, show_progress_on=[stage.status], **DEVICE)
     moved = [slot.fields["weight"].release for slot in blend.slots]
@@ -124,43 +126,70 @@ def wire_recall(studio: Studio, blend: Blend) -> None:
 def wire_table(studio: Studio, blend: Blend) -> None:
     """Adapters are put on the table and taken off it."""
 
-    @spoken
-    def lay(chosen: list[str], *values: Any) -> list[Any]:
+    def laid(chosen: list[str], values: Sequence[Any]) -> list[Any]:
         present = {row.name: row for row in rows_from(values)}
         fresh = {name: Row(name=name, weight=studio.card(name).preferred) for name in chosen if name not in present}
-        return updates([present.get(name) or fresh[name] for name in chosen], about_in(studio))
+        return updates([present.get(name) or fresh[name] for name in chosen], studio.card)
+
+    @spoken
+    def lay(chosen: list[str], *values: Any) -> list[Any]:
+        return laid(chosen, values)
 
     blend.chosen.input(
-        lay, [blend.chosen, *blend.table_inputs], slot_outputs(blend.slots), trigger_mode="always_last", **QUICK
+        lay, [blend.chosen, *blend.table_inputs], blend.table_outputs, trigger_mode="always_last", **QUICK
     )
 
     @spoken
-    def rebase(base: str) -> list[Any]:
-        return [gr.update(choices=choices(studio, base), value=[]), *updates([], about_in(studio))]
+    def pick(data: gr.SelectData, names: list[str], chosen: list[str], *values: Any) -> list[Any]:
+        wanted = with_picked(chosen, names[int(data.index)], SLOTS)
+        return [wanted, gr.update(selected_index=None), *laid(wanted, values)]
 
-    blend.base.input(rebase, blend.base, [blend.chosen, *slot_outputs(blend.slots)], **QUICK)
-    blend.mode.change(lambda mode: gr.update(visible=mode == "switch"), blend.mode, blend.switch_every, **QUICK)
+    shelf = blend.shelf
+    picked = [blend.chosen, shelf.cards, *blend.table_outputs]
+    shelf.cards.select(pick, [shelf.names, blend.chosen, *blend.table_inputs], picked, **QUICK)
+
+    @spoken
+    def look(base: str, text: str, kind: str) -> list[Any]:
+        return shelf_updates(studio, base, text or "", kind or "")
+
+    sought = [blend.base, shelf.text, shelf.kind]
+    gr.on([shelf.text.change, shelf.kind.input], look, sought, shelf.outputs, trigger_mode="always_last", **QUICK)
+    wire_base(studio, blend)
     for slot in blend.slots:
         wire_slot(studio, blend, slot)
 
 
-def wire_slot(studio: Studio, blend: Blend, slot: Slot) -> None:
-    """The trigger button of a place puts its word into the prompt; the picture shows how the adapter acts."""
+def wire_base(studio: Studio, blend: Blend) -> None:
+    """Another base clears the table; a mode shows its settings."""
 
     @spoken
-    def say(prompt: str, name: str) -> str:
-        words = [word for word in studio.card(name).triggers[:1] if word not in prompt]
-        return ", ".join(filter(None, (prompt, *words)))
+    def rebase(base: str) -> list[Any]:
+        chosen = gr.update(choices=choices(studio, base), value=[])
+        return [chosen, *shelf_updates(studio, base), *updates([], studio.card)]
+
+    blend.base.input(rebase, blend.base, [blend.chosen, *blend.shelf.outputs, *blend.table_outputs], **QUICK)
+
+    def show(mode: str) -> list[Any]:
+        return mode_updates(mode, {})
+
+    blend.mode.input(show, blend.mode, list(blend.composition.values()), **QUICK)
+
+
+def wire_slot(studio: Studio, blend: Blend, slot: Slot) -> None:
+    """A trigger word that is clicked goes into the prompt; the picture shows how the adapter acts."""
+
+    def say(prompt: str, word: str) -> list[Any]:
+        return [", ".join(filter(None, (prompt, word if word not in prompt else ""))), None]
 
     prompt = blend.settings["prompt"]
-    slot.trigger.click(say, [prompt, slot.fields["name"]], prompt, **QUICK)
+    slot.words.input(say, [prompt, slot.words], [prompt, slot.words], **QUICK)
 
     @spoken
     def act(base: str, *values: Any) -> Any:
         rows = rows_from(values)
         return studio.acting(base, rows[0]) if rows else None
 
-    watched = [slot.fields[name].change for name in ("weight", "lbw", "start", "stop", "options")]
+    watched = [slot.fields[name].change for name in ("weight", "lbw", "start", "stop", "curve", "options")]
     gr.on(watched, act, [blend.base, *slot.fields.values()], slot.picture, trigger_mode="always_last", **QUICK)
 
 

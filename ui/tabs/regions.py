@@ -6,7 +6,7 @@ import gradio as gr
 
 from ui.regions import SIDE_PX, kept_mask, placed
 from ui.studio import Studio
-from ui.tabs.blend import Blend, about_in, slot_outputs
+from ui.tabs.blend import Blend
 from ui.tabs.events import QUICK, spoken
 from ui.tabs.slots import rows_from, updates
 
@@ -37,15 +37,15 @@ def draw_regions(studio: Studio, blend: Blend) -> None:
         image: Any = (painted or {}).get("composite")
         if image is None:
             raise gr.Error("nothing is painted; paint where the adapter acts", print_exception=False)
-        return updates(placed(rows_from(values), name or "", kept_mask(studio, image)), about_in(studio))
+        return updates(placed(rows_from(values), name or "", kept_mask(studio, image)), studio.card)
 
-    use.click(mask, [of, canvas, *blend.table_inputs], slot_outputs(blend.slots), **QUICK)
+    use.click(mask, [of, canvas, *blend.table_inputs], blend.table_outputs, **QUICK)
 
     @spoken
     def release(name: str | None, *values: Any) -> list[Any]:
-        return updates(placed(rows_from(values), name or "", None), about_in(studio))
+        return updates(placed(rows_from(values), name or "", None), studio.card)
 
-    everywhere.click(release, [of, *blend.table_inputs], slot_outputs(blend.slots), **QUICK)
+    everywhere.click(release, [of, *blend.table_inputs], blend.table_outputs, **QUICK)
 
     def on_table(chosen: list[str]) -> Any:
         return gr.update(choices=chosen, value=chosen[0] if chosen else None)

@@ -1,0 +1,57 @@
+"""Draws a picture beside each ready adapter and each ready preset, as cards show them.
+
+    python -m train_scripts.draw_previews
+
+To be run where the repository lies.
+Each PNG carries its recipe, so that it restores its own settings where it is dropped.
+"""
+
+import os
+from pathlib import Path
+
+import tyro
+
+from lora_diffusion.commands import Means, prepared_blend
+from lora_diffusion.config import GenerateConfig
+from lora_diffusion.files import sample_data
+from lora_diffusion.models import load_base
+from lora_diffusion.plans import Plan, preset_plan
+from lora_diffusion.preset import BlendEntry
+from lora_diffusion.sampling import generate
+
+PROMPTS = {
+    "gloop": "a gloop character in the mountains",
+    "zuki": "a zuki character on the beach",
+    "ink": "a white boat on the beach, in sks style",
+    "neon": "a red house in the city at night, in zwx style",
+    "watercolour": "a red house in a forest, in ohwx style",
+}
+
+
+def draw(plan: Plan, path: Path) -> None:
+    """The first picture of a plan."""
+    root = sample_data().parent  # recipes shall not tell where this repository lay
+    entries = [e.model_copy(update={"path": os.path.relpath(Path(e.path).resolve(), root)}) for e in plan.entries]
+    found = prepared_blend(plan.base, tuple(entries), Means())
+    pictures = generate(load_base(plan.base), [plan.settings], found.blend, composition=plan.composition)
+    pictures[0].save(path)
+    print(path)
+
+
+def main(seed: int = 4) -> None:
+    """All of them.
+
+    Args:
+        seed: Of the adapters' pictures; presets have their own.
+    """
+    for name, prompt in PROMPTS.items():
+        file = sample_data() / "adapters" / f"{name}.safetensors"
+        settings = GenerateConfig(prompt=prompt, seed=seed)
+        draw(Plan(base="tiny-sd", entries=(BlendEntry(path=str(file)),), settings=settings), file.with_suffix(".png"))
+    for file in sorted((sample_data() / "presets").glob("*.json")):
+        plan = preset_plan(file, base="", settings={}, composition={}, adapters=())
+        draw(plan, file.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
