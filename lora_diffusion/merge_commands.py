@@ -8,6 +8,7 @@ from lora_diffusion.config import MergeConfig
 from lora_diffusion.errors import ConfigError, LoRADiffusionError
 from lora_diffusion.merging import MergeReport, merge, merge_recipe
 from lora_diffusion.merging.undo import base_at_hand, copy_base, take_out
+from lora_diffusion.merging.writing import OnShare
 from lora_diffusion.models import find_checkpoint
 from lora_diffusion.preset import BaseTerm, BlendEntry
 from lora_diffusion.preset_files import read_preset
@@ -51,7 +52,9 @@ def merge_replay(path: Path, *, base: str, force: bool) -> MergePlan:
     )
 
 
-def merge_files(plan: MergePlan, output: Path, means: Means | None = None) -> tuple[MergeReport, tuple[str, ...]]:
+def merge_files(
+    plan: MergePlan, output: Path, means: Means | None = None, on_share: OnShare | None = None
+) -> tuple[MergeReport, tuple[str, ...]]:
     """Merge adapter files and other checkpoints into a base; also notes of where things were found.
 
     Raises LoRADiffusionError's children.
@@ -61,7 +64,16 @@ def merge_files(plan: MergePlan, output: Path, means: Means | None = None) -> tu
         raise ConfigError(
             f"{plan.base}: is not the base of the recipe (hash {plan.base_hash[:12]}); give that one with --base"
         )
-    report = merge(plan.base, found.blend, output, plan.config, bases=plan.bases, like=plan.like, force=plan.force)
+    report = merge(
+        plan.base,
+        found.blend,
+        output,
+        plan.config,
+        bases=plan.bases,
+        like=plan.like,
+        force=plan.force,
+        on_share=on_share,
+    )
     return report, found.notes
 
 

@@ -67,7 +67,7 @@ def train(page: Any) -> None:
     page.wait_for_timeout(2000)
     page.get_by_label("Training steps").fill("40")
     page.get_by_role("button", name="Start training").click()
-    page.get_by_text("finished: step 40").wait_for()
+    page.get_by_text("finished: step 40 of 40").wait_for()
     page.wait_for_timeout(1500)
 
 

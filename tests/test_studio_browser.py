@@ -215,7 +215,7 @@ def test_a_short_training_is_run_and_its_adapter_blended(page: Any) -> None:
     page.get_by_text("4 shown in a pass").wait_for()
     page.get_by_label("Training steps").fill("20")
     page.get_by_role("button", name="Start training").click()
-    page.get_by_text("finished: step 20").wait_for(timeout=150_000)
+    page.get_by_text("finished: step 20 of 20").wait_for(timeout=150_000)
     page.get_by_role("button", name="Put it on the shelf").click()
     page.get_by_text("is on the shelf").wait_for()
     open_tab(page, "Blend")

@@ -1,6 +1,7 @@
 """What the studio's other tabs do, without a browser: presets, grids, merges, the shelf, training."""
 
 import json
+import re
 import shlex
 import shutil
 import time
@@ -19,9 +20,9 @@ from ui.comparing import Sheet, block_effects, compare_commands, compared
 from ui.forms import Form, plan_of
 from ui.keeping import bring_in, discard, keep, kept_preset, kept_presets
 from ui.keeping import rename as rename_preset
-from ui.merging import Target, Written, merge_command, merged, summary
+from ui.merging import Target, Writing, Written, merge_command, merged, summary
 from ui.rows import Row
-from ui.shelf import converted, facts_of, notes_of, plots, set_preview, verified, write_notes
+from ui.shelf import Notes, converted, facts_of, notes_of, plots, set_preview, verified, write_notes
 from ui.shelf import rename as rename_adapter
 from ui.studio import Made, Places, Studio
 from ui.training import Job, Trainer
@@ -155,6 +156,30 @@ def test_a_merge_is_the_command_lines(studio: Studio, kind: str, tmp_path: Path)
         summary(studio, FORM, target)
 
 
+def test_a_merge_tells_how_far_it_is_and_can_be_stopped(studio: Studio) -> None:
+    target = Target(name="both", kind="file", precision="float16")
+    stream = merged(studio, FORM, target)
+    while not (isinstance(event := next(stream), Writing) and event.share > 0.2):
+        pass
+    stream.close()
+    assert not any((studio.places.output / "merged").iterdir())
+    events = list(merged(studio, FORM, target))
+    shares = [event.share for event in events if isinstance(event, Writing)]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    assert isinstance(events[-1], Written)
+
+
+@pytest.mark.parametrize("precision", ["keep", "float16", "bfloat16"])
+def test_what_precision_takes_is_known_before(studio: Studio, precision: str) -> None:
+    target = Target(name="both", precision=precision)
+    told = float(re.findall(r"about ([\d.]+)% of", summary(studio, FORM, target))[0])
+    done = list(merged(studio, FORM, target))[-1]
+    assert isinstance(done, Written)
+    measured = float(re.findall(r"rounding took ([\d.]+)%", done.text)[0])
+    assert abs(told - measured) <= 0.25 * measured
+
+
 def test_what_weights_cannot_hold_is_not_merged(studio: Studio) -> None:
     for form, words in (
         (Form(rows=BOTH, mode="composite", settings=PROMPT), "cannot be held by weights"),
@@ -170,8 +195,13 @@ def test_an_adapter_is_looked_at_noted_renamed_and_converted(studio: Studio) -> 
     assert ("trigger words", '["zwx"]') in facts_of(studio, "neon.safetensors")
     assert "ok" in verified(studio, "neon.safetensors", "tiny-sd")
     (studio.places.library / "neon.json").write_text('{"sd version": "SD1", "preferred weight": 0.4}')
-    write_notes(studio, "neon.safetensors", weight=0.7, triggers="zwx, glow", notes="mind the sky")
-    assert notes_of(studio, "neon.safetensors")["notes"] == "mind the sky"
+    write_notes(
+        studio, "neon.safetensors", Notes(weight=0.7, range=(-3, 3), triggers="zwx, glow", notes="mind the sky")
+    )
+    assert notes_of(studio, "neon.safetensors").notes == "mind the sky"
+    assert studio.card("neon.safetensors").range == (-3, 3)
+    with pytest.raises(ConfigError, match="rising"):
+        write_notes(studio, "neon.safetensors", Notes(range=(1, 1)))
     assert json.loads((studio.places.library / "neon.json").read_text())["sd version"] == "SD1"
     assert studio.card("neon.safetensors").preferred == 0.7
     picture = next(event.path for event in studio.render(FORM) if isinstance(event, Made))
@@ -222,7 +252,7 @@ def test_a_run_is_started_stopped_gone_on_with_and_put_on_the_shelf(studio: Stud
     trainer.stop()
     assert waited(trainer, "my ink").startswith(("stopped after step", "finished"))
     trainer.start(job)
-    assert waited(trainer, "my ink").startswith("finished: step 12")
+    assert waited(trainer, "my ink").startswith("finished: step 12 of 12")
     assert trainer.state("my ink").report
     assert trainer.publish("my ink") == "my ink.safetensors"
     assert "my ink" in [card.title for card in studio.cards("tiny-sd")]

@@ -15,7 +15,7 @@ from ui.tabs.blend_actions import wire_blend
 from ui.tabs.compare import draw_compare
 from ui.tabs.events import QUICK
 from ui.tabs.merge import draw_merge
-from ui.tabs.presets import draw_presets, names
+from ui.tabs.presets import draw_presets, listed
 from ui.tabs.regions import draw_regions
 from ui.tabs.shelf import shelf_updates
 from ui.tabs.train import draw_train
@@ -49,9 +49,9 @@ def build(studio: Studio, *, api: bool = False) -> gr.Blocks:
             """What has come since the app was built."""
             base = studio.places.bases[0]
             offered = choices(studio, base)
-            return [gr.update(choices=offered), gr.update(choices=names(studio)), *shelf_updates(studio, base)]
+            return [gr.update(choices=offered), *listed(studio), *shelf_updates(studio, base)]
 
-        app.load(fresh, None, [blend.chosen, presets, *blend.shelf.outputs], **QUICK)
+        app.load(fresh, None, [blend.chosen, *presets, *blend.shelf.outputs], **QUICK)
     return app
 
 

@@ -1,5 +1,6 @@
 """Presets as a studio keeps them: those that come with the package, and its own, each with a thumbnail beside it."""
 
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,19 @@ def with_prompt(form: Form) -> Form:
         mode=form.mode,
         settings={**form.settings, "prompt": words},
         composition=form.composition,
+    )
+
+
+def preset_commands(studio: Studio, name: str) -> str:
+    """What shows, checks and draws a preset on the command line. Raises ConfigError for one that is not there."""
+    path = str(kept_preset(studio, name).path)
+    return "\n".join(
+        shlex.join(["lora-diffusion", *words])
+        for words in (
+            ("preset", "show", path),
+            ("preset", "check", path),
+            ("generate", "--preset", path, "--output", str(studio.places.output)),
+        )
     )
 
 

@@ -17,6 +17,7 @@ from lora_diffusion.config import MergeConfig, WeightType, validate
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.checkpoint import Stored
 from lora_diffusion.merge_commands import MergePlan, merge_files
+from lora_diffusion.merging.checkpoints import estimated_rounding
 from lora_diffusion.models import fitting_checkpoint
 from lora_diffusion.plans import Plan
 from lora_diffusion.precision import torch_dtype
@@ -26,6 +27,8 @@ from ui.studio import Studio, checked_name
 
 PRECISIONS = get_args(WeightType)
 PROBE_BYTES = 2**25
+TOLD = 50
+"""So often at most a visitor is told how far a merge is."""
 COPIES = 2.0
 """A merge takes about so long as copying the files, by tests/benchmarks/merging.py."""
 
@@ -49,9 +52,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Writing:
-    """It has begun."""
+    """So much of it is done."""
 
-    text: str = "writing ..."
+    share: float = 0.0
+
+    @property
+    def text(self) -> str:
+        return f"writing, {self.share:.0%} done"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +96,12 @@ def summary(studio: Studio, form: Form, target: Target) -> str:
         ranks = "the exact sum, whose ranks add up" if not target.rank else f"the closest of rank {target.rank}"
         return f"{names}: one adapter of {modules} modules, {ranks}, in {path.name}"
     checkpoint = fitting_checkpoint(plan.base, blend)
+    config = validate(MergeConfig, {"precision": target.precision}, source="merge")
     size = sum(bytes_of(stored, target.precision) for stored in checkpoint.parameters.values())
     seconds = COPIES * size / write_rate(studio.places.output)
     return (
         f"{names} into {modules} modules of {plan.base}: {size / 1e6:,.0f} MB of weights, about {seconds:.0f} s, in "
-        f"{path.name}; what rounding takes is measured as it is written"
+        f"{path.name}; rounding would take about {estimated_rounding(plan.base, blend, config):.2%} of what is merged"
     )
 
 
@@ -126,14 +134,21 @@ def merged(
         path.parent.mkdir(parents=True, exist_ok=True)
         if target.kind == "adapter":
             return as_adapter(plan, path, target)
-        report, notes = merge_files(
-            MergePlan(base=plan.base, entries=plan.entries, config=config), path, Means(shelf=studio.shelf)
-        )
-        told = (
+        told = 0
+
+        def on_share(share: float) -> None:
+            nonlocal told
+            if int(share * TOLD) > told:
+                told = int(share * TOLD)
+                line.say(Writing(share))
+
+        task = MergePlan(base=plan.base, entries=plan.entries, config=config)
+        report, notes = merge_files(task, path, Means(shelf=studio.shelf), on_share)
+        done = (
             f"{report.merged_modules} modules, {report.num_bytes / 1e6:,.0f} MB; rounding took "
             f"{report.rounding_error:.2%} of what was merged"
         )
-        return Written(path=path, text="; ".join((told, *notes)))
+        return Written(path=path, text="; ".join((done, *notes)))
 
     return studio.device.streamed(work, visitor)
 

@@ -1,7 +1,10 @@
 """The adapters themselves: what is in one, whether it is sound, how it relates to others, and the notes beside it."""
 
 import json
+import math
+import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,21 @@ from lora_diffusion.files import whole_file
 from lora_diffusion.inspection import inspect_adapter
 from lora_diffusion.library import find
 from lora_diffusion.verification import describe_checks, verify
+from ui.rows import LEAST, MOST
 from ui.studio import Studio, checked_name
 
-SIDECAR = {"preferred weight": float, "activation text": str, "notes": str}
-"""What A1111, Forge and the Lora Manager keep in the JSON file beside an adapter, as far as it is edited here."""
+
+@dataclass(frozen=True, kw_only=True)
+class Notes:
+    """What is kept beside an adapter, in the JSON file that A1111, Forge and the Lora Manager have there too."""
+
+    weight: float = 1.0
+    """Preferred weight."""
+    range: tuple[float, float] = (LEAST, MOST)
+    """Ends of its weight slider."""
+    triggers: str = ""
+    """Activation text."""
+    notes: str = ""
 
 
 def file_of(studio: Studio, name: str) -> Path:
@@ -65,9 +79,11 @@ def plots(studio: Studio, names: Sequence[str], base: str) -> list[Path]:
     return save_analysis_plots(facts, folder)
 
 
-def notes_of(studio: Studio, name: str) -> dict[str, Any]:
-    """What is kept beside an adapter: preferred weight, activation text, notes."""
-    return {key: value for key, value in sidecar(file_of(studio, name)).items() if key in SIDECAR}
+def notes_of(studio: Studio, name: str) -> Notes:
+    """What is kept beside an adapter. Raises ConfigError."""
+    table, card = sidecar(file_of(studio, name)), studio.card(name)
+    triggers, notes = (str(table.get(key, "")) for key in ("activation text", "notes"))
+    return Notes(weight=card.preferred, range=card.range, triggers=triggers, notes=notes)
 
 
 def sidecar(path: Path) -> dict[str, Any]:
@@ -84,10 +100,20 @@ def sidecar(path: Path) -> dict[str, Any]:
     return table
 
 
-def write_notes(studio: Studio, name: str, *, weight: float, triggers: str, notes: str) -> None:
+def write_notes(studio: Studio, name: str, told: Notes) -> None:
     """Keep them beside the adapter; whatever else the file says stays. Raises ConfigError, OutputError."""
     path = file_of(studio, name)
-    table = {**sidecar(path), "preferred weight": weight, "activation text": triggers.strip(), "notes": notes.strip()}
+    if not all(map(math.isfinite, (told.weight, *told.range))) or told.range[0] >= told.range[1]:
+        raise ConfigError(f"a slider from {told.range[0]:g} to {told.range[1]:g} has no length; give rising numbers")
+    table = {
+        **sidecar(path),
+        "preferred weight": told.weight,
+        "activation text": told.triggers.strip(),
+        "notes": told.notes.strip(),
+    }
+    table.pop("weight range", None)
+    if told.range != (LEAST, MOST):
+        table["weight range"] = list(told.range)
     with whole_file(path.with_suffix(".json")) as part:
         part.write_text(json.dumps(table, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -110,3 +136,18 @@ def set_preview(studio: Studio, name: str, picture: Path) -> None:
     path = file_of(studio, name)
     with Image.open(picture) as opened, whole_file(path.with_suffix(".png")) as part:
         opened.convert("RGB").save(part, format="PNG")
+
+
+def shelf_commands(studio: Studio, name: str, several: Sequence[str], base: str) -> str:
+    """Looking, checking, converting and drawing on the command line. Raises ConfigError for what is not there."""
+    asked: list[tuple[str, ...]] = []
+    if name:
+        file = file_of(studio, name)
+        copy = studio.places.output / "adapters" / f"{file.stem}-kohya.safetensors"
+        asked += [("inspect", str(file)), ("verify", str(file), "--base", base)]
+        asked += [("convert", str(file), str(copy), "--to", "kohya")]
+    files = [str(file_of(studio, each)) for each in several]
+    asked += [("analyse", *files, "--base", base, "--plots", str(studio.places.output / "plots"))] * bool(files)
+    if not asked:
+        raise ConfigError("choose an adapter to look at, or several to draw")
+    return "\n".join(shlex.join(["lora-diffusion", *words]) for words in asked)

@@ -1,14 +1,16 @@
 """Training from the studio: in a process of its own, so that a crash stays there and the studio stays usable."""
 
+import base64
+import io
+import json
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -16,14 +18,21 @@ from lora_diffusion.dataset.check import described
 from lora_diffusion.dataset_check import checked
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.files import whole_file
+from lora_diffusion.models import find_checkpoint
 from lora_diffusion.run_report.runs import REPORT
 from lora_diffusion.run_report.sheet import sheet_path
 from lora_diffusion.train_config import DataConfig
+from lora_diffusion.train_defaults import default_settings
 from lora_diffusion.training.run_log import LOG, read_log
+from ui.run_state import State, existing, recorded_steps, state_text
 from ui.studio import Studio, checked_name
 
 MOST_PICTURES = 200
 PURPOSES = ("style", "dreambooth")
+SAMPLED = 4
+"""So often samples are drawn in a run."""
+THUMBNAIL_PX = 64
+FIELDS = ("steps", "trigger_words", "data.instance_prompt", "samples.prompts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,18 +50,8 @@ class Job:
     """0 for the default."""
     extra: str = ""
     """Other settings, `section.key=value`, a line each."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class State:
-    """How a run stands."""
-
-    text: str
-    running: bool
-    losses: tuple[tuple[int, float], ...]
-    sheet: Path | None
-    report: Path | None
-    adapter: Path | None
+    prompts: str = ""
+    """Of the samples on the way, a line each; by default the first caption."""
 
 
 class Trainer:
@@ -61,7 +60,7 @@ class Trainer:
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
         self.process: subprocess.Popen[bytes] | None = None
-        self.name = ""
+        self.name, self.of_steps = "", 0
 
     def folder(self, name: str) -> Path:
         """Where a run's pictures, log and adapter are. Raises ConfigError for a name that cannot be one."""
@@ -92,6 +91,16 @@ class Trainer:
         pictures = sorted(path for path in folder.glob("*") if path.suffix not in (".txt", ".caption"))
         return [(path.name, caption_of(path)) for path in pictures]
 
+    def thumbnail(self, name: str, picture: str) -> str:
+        """A small copy of a picture as a data address, so that no other file has to be served."""
+        stream = io.BytesIO()
+        with Image.open(self.folder(name) / "pictures" / picture) as opened:
+            opened.draft("RGB", (THUMBNAIL_PX, THUMBNAIL_PX))
+            small = opened.convert("RGB")
+            small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+            small.save(stream, format="JPEG")
+        return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
+
     def write_captions(self, name: str, rows: Sequence[Sequence[str]]) -> None:
         """Keep captions beside their pictures. Raises ConfigError for a picture that is not there."""
         known = {picture for picture, _ in self.captions(name)}
@@ -117,10 +126,19 @@ class Trainer:
         words += ["--base", job.base]
         words += ["--trigger", job.trigger] if job.purpose == "style" and job.trigger else []
         words += ["--instance", job.instance] if job.purpose == "dreambooth" else []
-        words += ["--set", f"steps={job.steps}"] if job.steps else []
         sets = [line.strip() for line in job.extra.splitlines() if line.strip()]
-        refuse_paths(sets)
+        refuse_owned(sets)
+        sets = [*self.sampled(job), *([f"steps={job.steps}"] if job.steps else []), *sets]
         return [*words, *(word for each in sets for word in ("--set", each))]
+
+    def sampled(self, job: Job) -> list[str]:
+        """Settings that draw samples on the way."""
+        prompts = [line.strip() for line in job.prompts.splitlines() if line.strip()]
+        first = next((caption for _, caption in self.captions(job.name) if caption), "")
+        prompts = prompts or [text for text in (job.instance, first, job.trigger) if text][:1]
+        every = max(1, self.steps(job) // SAMPLED)
+        told = [f"samples.prompts={json.dumps(prompts, ensure_ascii=False)}", f"samples.every={every}"]
+        return told if prompts else []
 
     def command(self, job: Job) -> str:
         """The same to be copied."""
@@ -136,12 +154,17 @@ class Trainer:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "lora_diffusion.cli", *words], stdout=said, stderr=said
             )
-        self.name = job.name
+        self.name, self.of_steps = job.name, self.steps(job)
 
     def stop(self) -> None:
         """Ask the run to save its state and end."""
         if self.process and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
+
+    def steps(self, job: Job) -> int:
+        """How many steps a run takes: those that are asked for, else the default of its purpose and base."""
+        family = find_checkpoint(job.base).family.name
+        return job.steps or int(default_settings("style" if job.purpose == "style" else "dreambooth", family)["steps"])
 
     def state(self, name: str) -> State:
         """How a run stands, from what it writes."""
@@ -150,8 +173,9 @@ class Trainer:
         log = [line for line in read_log(run / LOG) if "loss" in line] if (run / LOG).is_file() else []
         running = self.name == name and self.process is not None and self.process.poll() is None
         ended = None if self.process is None or self.name != name else self.process.poll()
+        steps = self.of_steps if self.name == name else recorded_steps(run)
         return State(
-            text=state_text(log, running=running, ended=ended, said=folder / "said.txt"),
+            text=state_text(log, steps, running=running, ended=ended, said=folder / "said.txt"),
             running=running,
             losses=tuple((line["step"], line["loss"]) for line in log),
             sheet=existing(sheet_path(run)),
@@ -171,10 +195,12 @@ class Trainer:
         return target.name
 
 
-def refuse_paths(sets: Sequence[str]) -> None:
-    """Raise ConfigError for a setting that would read or write elsewhere, or run other code."""
+def refuse_owned(sets: Sequence[str]) -> None:
+    """Raise ConfigError for a setting that has a field of its own, would read or write elsewhere, or run other code."""
     for each in sets:
         key = each.partition("=")[0].strip()
+        if key in FIELDS:
+            raise ConfigError(f"{key}: has a field of its own; set it there")
         if key in ("output", "base", "optimiser.kind") or "folder" in key or key.startswith("tracking"):
             raise ConfigError(f"{key}: is not set from the studio; use the command line")
 
@@ -182,23 +208,3 @@ def refuse_paths(sets: Sequence[str]) -> None:
 def caption_of(picture: Path) -> str:
     found = [path for path in (picture.with_suffix(".txt"), picture.with_suffix(".caption")) if path.is_file()]
     return " ".join(found[0].read_text(encoding="utf-8", errors="replace").split()) if found else ""
-
-
-def state_text(log: Sequence[Mapping[str, Any]], *, running: bool, ended: int | None, said: Path) -> str:
-    """A sentence on how a run stands."""
-    where = f"step {log[-1]['step']}, loss {log[-1]['loss']:.4f}" if log else "getting ready"
-    if running:
-        return where
-    if ended is None:
-        return f"not running; {where}" if log else "not started"
-    if ended == 0:
-        return f"finished: {where}"
-    if ended > 128 or ended < 0:
-        return f"stopped after {where}; Start goes on from there"
-    last = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    errors = [line.removeprefix("error: ") for line in last if line.startswith("error: ")]
-    return f"failed: {(errors or last or ['no message'])[-1]}"
-
-
-def existing(path: Path) -> Path | None:
-    return path if path.is_file() else None

@@ -14,10 +14,13 @@ from lora_diffusion.merging.outputs import output_plan
 from lora_diffusion.merging.recipe import RECIPE_FILE, MergeRecipe, card, find_merge_recipe, same_merge, touched_hash
 from lora_diffusion.merging.values import BaseChange, Merged
 from lora_diffusion.merging.words import add_to_folder, save_beside, word_rows
-from lora_diffusion.merging.writing import refuse_full_disk, sealed, with_rows, written
+from lora_diffusion.merging.writing import OnShare, refuse_full_disk, sealed, with_rows, written
 from lora_diffusion.models import check_fits_checkpoint, find_base, find_checkpoint
 from lora_diffusion.preset import BaseTerm
 from lora_diffusion.recipe import blend_entries
+
+PROBED = 24
+"""So many tensors tell what rounding will take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,7 @@ class MergeReport:
     """Files of learned words beside a single file."""
 
 
-def merge(
+def merge(  # noqa: PLR0913 (what a merge may be told)
     base: str,
     blend: Blend,
     output: Path,
@@ -43,13 +46,15 @@ def merge(
     bases: Sequence[BaseTerm] = (),
     like: Path | None = None,
     force: bool = False,
+    on_share: OnShare | None = None,
 ) -> MergeReport:
     """Write a base with a blend, and other checkpoints, in its weights: a single file if `output` ends in
     `.safetensors`, else a folder in diffusers' layout.
 
     `base` is `tiny-sd`, a folder, a single file or a hub id; `bases` are checkpoints to be blended in; `like` is a
     folder of the same family that lends tokenizer and configuration when a single file becomes a folder. A base that
-    carries this very merge already, and an output that is there, are refused unless `force`.
+    carries this very merge already, and an output that is there, are refused unless `force`. `on_share` is told how far
+    the writing is.
 
     Raises ConfigError if there is nothing to merge, BaseModelError, FamilyMismatchError if anything finds no tensor,
     OutputError if `output` cannot be written; in each case nothing is left behind.
@@ -79,7 +84,7 @@ def merge(
     refuse_full_disk(output, plan)
     with ThreadPoolExecutor(1) as reader:
         hashes = reader.submit(recipe_hashes, source, touched)  # the base is read for them while it is being merged
-        with written(output, plan, merged, recipe) as part:
+        with written(output, plan, merged, recipe, on_share) as part:
             recipe = sealed(part, plan, recipe, hashes.result())
             if not single:
                 (part / RECIPE_FILE).write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -92,6 +97,21 @@ def merge(
         num_bytes=plan.num_bytes,
         words=tuple(save_beside(output, words, source.family.name)) if single else (),
     )
+
+
+def estimated_rounding(base: str, blend: Blend, config: MergeConfig) -> float:
+    """The rounding error that a merge into a folder would report, from a few of its tensors; nothing is written.
+
+    Raises FamilyMismatchError if a layer finds no tensor.
+    """
+    source = find_checkpoint(base)
+    merged = merged_values(source, blend, (), config, base_name=base, rows=False)
+    plan = output_plan(source, single=False, like=None, config=config)
+    tensors = [tensor for file in plan.files for tensor in file.tensors.values()]
+    touched = [tensor for tensor in tensors if any(part.name in merged.total.names for part in tensor.parts)]
+    for tensor in touched[:: max(1, len(touched) // PROBED)]:
+        merged.value(tensor)
+    return merged.rounding_error
 
 
 def merged_values(

@@ -1,7 +1,7 @@
 """Writing what was planned: whole or not at all, one tensor at a time."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -43,20 +43,27 @@ def refuse_full_disk(output: Path, plan: OutputPlan) -> None:
         )
 
 
+OnShare = Callable[[float], None]
+"""Told of the share of all tensors that is done; what it raises ends the writing, and leaves nothing."""
+
+
 @contextmanager
-def written(output: Path, plan: OutputPlan, merged: Merged, recipe: MergeRecipe | None) -> Iterator[Path]:
+def written(
+    output: Path, plan: OutputPlan, merged: Merged, recipe: MergeRecipe | None, on_share: OnShare | None = None
+) -> Iterator[Path]:
     """A temporary file or folder with everything that is planned; it becomes the output if the block ends well.
 
     Raises OutputError, BaseModelError if the base is cut short, ConfigError for values beyond the type's range.
     """
     single = not plan.files[0].name
+    shares = rising(sum(len(file.tensors) for file in plan.files), on_share or (lambda _: None))
     try:
         with (whole_file if single else whole_folder)(output) as part:
             for name, source in plan.copies.items():
                 (part / name).parent.mkdir(parents=True, exist_ok=True)
                 (shutil.copytree if source.is_dir() else shutil.copyfile)(source, part / name)
             for file in plan.files:
-                write_weights(part / file.name if file.name else part, file, merged, recipe)
+                write_weights(part / file.name if file.name else part, file, merged, recipe, shares)
             for name, text in plan.texts.items():
                 (part / name).write_text(text, encoding="utf-8")
             yield part
@@ -64,13 +71,23 @@ def written(output: Path, plan: OutputPlan, merged: Merged, recipe: MergeRecipe 
         raise BaseModelError(f"the base cannot be read in full ({error}); it is damaged") from None
 
 
-def write_weights(path: Path, file: OutputFile, merged: Merged, recipe: MergeRecipe | None) -> None:
+def rising(count: int, on_share: OnShare) -> Iterator[None]:
+    """Tells of one more of `count` things each time it is asked for the next."""
+    for done in range(count):
+        on_share((done + 1) / count)
+        yield
+
+
+def write_weights(
+    path: Path, file: OutputFile, merged: Merged, recipe: MergeRecipe | None, shares: Iterator[None]
+) -> None:
     """One weight file; holds two tensors at a time, the one that is computed and the one that is written."""
     kinds = {key: tensor.kind for key, tensor in file.tensors.items()}
     with write_behind(path) as opened, tqdm(total=len(kinds), desc="merge", unit="tensor", leave=False) as bar:
 
         def value(key: str) -> Tensor:
             bar.update()
+            next(shares, None)
             return merged.value(file.tensors[key])
 
         stream_safetensors(opened, kinds, metadata_with(file, recipe), value)

@@ -30,7 +30,5 @@ def draw_sheet(folder: Path, prompts: Sequence[str]) -> Path | None:
 
 
 def shown(path: Path) -> Image.Image:
-    """A picture at most as large as its cell; the grid enlarges small ones without smoothing."""
     with Image.open(path) as opened:
-        picture = opened.convert("RGB")
-    return picture.resize((CELL_PX, CELL_PX), Image.Resampling.LANCZOS) if picture.width > CELL_PX else picture
+        return opened.convert("RGB")

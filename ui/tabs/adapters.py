@@ -6,10 +6,22 @@ from typing import Any
 
 import gradio as gr
 
-from ui.shelf import converted, facts_of, notes_of, plots, rename, set_preview, verified, write_notes
+from ui.rows import LEAST, MOST
+from ui.shelf import (
+    Notes,
+    converted,
+    facts_of,
+    notes_of,
+    plots,
+    rename,
+    set_preview,
+    shelf_commands,
+    verified,
+    write_notes,
+)
 from ui.studio import Studio
 from ui.tabs.blend import Blend, choices
-from ui.tabs.events import DEVICE, QUICK, spoken
+from ui.tabs.events import DEVICE, QUICK, command_box, spoken
 
 
 def draw_adapters(studio: Studio, blend: Blend) -> None:
@@ -21,7 +33,14 @@ def draw_adapters(studio: Studio, blend: Blend) -> None:
             said = wire_one(studio, blend, one)
         with gr.Column(scale=5, min_width=320):
             wire_notes(studio, blend, one, said)
-            wire_plots(studio, blend, offered)
+            several = wire_plots(studio, blend, offered)
+    twin, command = command_box("What is done here, on the command line")
+
+    @spoken
+    def as_command(name: str | None, names: list[str] | None, base: str) -> str:
+        return shelf_commands(studio, name or "", names or [], base)
+
+    twin.expand(as_command, [one, several, blend.base], command, **QUICK)
 
 
 def wire_one(studio: Studio, blend: Blend, one: gr.Dropdown) -> gr.Markdown:
@@ -58,7 +77,10 @@ def wire_one(studio: Studio, blend: Blend, one: gr.Dropdown) -> gr.Markdown:
 def wire_notes(studio: Studio, blend: Blend, one: gr.Dropdown, said: gr.Markdown) -> None:
     """What is kept beside an adapter, its name, and its preview."""
     with gr.Group():
-        weight = gr.Number(1.0, label="Preferred weight", step=0.05)
+        with gr.Row():
+            weight = gr.Number(1.0, label="Preferred weight", step=0.05, min_width=100)
+            least = gr.Number(LEAST, label="Slider from", step=0.5, min_width=80)
+            most = gr.Number(MOST, label="Slider to", step=0.5, min_width=80)
         triggers = gr.Textbox(label="Activation text")
         notes = gr.Textbox(label="Notes", lines=2)
         keep = gr.Button("Keep beside the adapter")
@@ -69,17 +91,20 @@ def wire_notes(studio: Studio, blend: Blend, one: gr.Dropdown, said: gr.Markdown
 
     @spoken
     def look(name: str | None) -> list[Any]:
-        kept = notes_of(studio, name) if name else {}
-        return [kept.get("preferred weight", 1.0), kept.get("activation text", ""), kept.get("notes", "")]
+        kept = notes_of(studio, name) if name else Notes()
+        return [kept.weight, *kept.range, kept.triggers, kept.notes]
 
-    one.change(look, one, [weight, triggers, notes], **QUICK)
+    fields = [weight, least, most, triggers, notes]
+    one.change(look, one, fields, **QUICK)
 
     @spoken
-    def write(name: str | None, weight: float, triggers: str, notes: str) -> str:
-        write_notes(studio, name or "", weight=float(weight or 0), triggers=triggers or "", notes=notes or "")
+    def write(name: str | None, weight: float, least: float, most: float, triggers: str, notes: str) -> str:
+        ends = float(least or 0), float(most or 0)
+        told = Notes(weight=float(weight or 0), range=ends, triggers=triggers or "", notes=notes or "")
+        write_notes(studio, name or "", told)
         return "kept in the JSON file beside it"
 
-    keep.click(write, [one, weight, triggers, notes], said, **QUICK)
+    keep.click(write, [one, *fields], said, **QUICK)
 
     @spoken
     def rename_one(name: str | None, new: str, base: str) -> list[Any]:
@@ -99,12 +124,18 @@ def wire_notes(studio: Studio, blend: Blend, one: gr.Dropdown, said: gr.Markdown
     picture.click(take, [one, blend.stage.kept], said, **QUICK)
 
 
-def wire_plots(studio: Studio, blend: Blend, offered: list[tuple[str, str]]) -> None:
-    """Spectra and norms of adapters, and how they overlap."""
+def wire_plots(studio: Studio, blend: Blend, offered: list[tuple[str, str]]) -> gr.Dropdown:
+    """Spectra and norms of adapters, and how they overlap; returns the choice of them."""
     several = gr.Dropdown(offered, label="Adapters to draw", multiselect=True, max_choices=8)
     draw = gr.Button("Draw spectra, norms and overlap")
     pictures = gr.Gallery(
-        label="Plots", format="png", columns=2, height=420, interactive=False, object_fit="contain", elem_classes="wide"
+        label="Plots",
+        format="png",
+        columns=2,
+        height="auto",
+        interactive=False,
+        object_fit="contain",
+        elem_classes="wide",
     )
 
     @spoken
@@ -112,3 +143,4 @@ def wire_plots(studio: Studio, blend: Blend, offered: list[tuple[str, str]]) -> 
         return [str(path) for path in plots(studio, names or [], base)]
 
     draw.click(plot, [several, blend.base], pictures, **DEVICE)
+    return several

@@ -25,6 +25,7 @@ def draw_merge(studio: Studio, blend: Blend) -> None:
     with gr.Row():
         look = gr.Button("What would it do?")
         go = gr.Button("Merge", variant="primary")
+        stop = gr.Button("Stop merging", variant="stop")
     said = gr.Markdown()
     download = gr.DownloadButton("Download", visible=False)
     twin, command = command_box("The same merge on the command line")
@@ -53,6 +54,11 @@ def draw_merge(studio: Studio, blend: Blend) -> None:
                 yield event.text, gr.skip()
 
     go.click(write, inputs, [said, download], show_progress_on=[said], **DEVICE)
+
+    def halt(request: gr.Request) -> None:
+        studio.device.stop(visitor_of(request))
+
+    stop.click(halt, None, None, **QUICK)
 
     @spoken
     def as_command(name: str, kind: str, precision: str, rank: float, *values: Any) -> str:

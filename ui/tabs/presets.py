@@ -6,24 +6,38 @@ from typing import Any
 
 import gradio as gr
 
-from ui.keeping import Kept, bring_in, discard, keep, kept_preset, kept_presets, rename
+from ui.cards import face
+from ui.keeping import Kept, bring_in, discard, keep, kept_preset, kept_presets, preset_commands, rename
 from ui.studio import Studio
 from ui.tabs.blend import Blend, form_from, form_updates
-from ui.tabs.events import QUICK, spoken
+from ui.tabs.events import QUICK, command_box, spoken
 
 
-def draw_presets(studio: Studio, blend: Blend) -> gr.Dropdown:
-    """List on the left, what can be done on the right; returns the list."""
+def draw_presets(studio: Studio, blend: Blend) -> list[Any]:
+    """List on the left, what can be done on the right; returns what `listed` shows."""
     with gr.Row():
         with gr.Column(scale=3, min_width=300):
+            gallery = gr.Gallery(
+                pictures(studio),
+                label="Presets: click one",
+                format="jpeg",
+                columns=5,
+                fit_columns=False,
+                height="auto",
+                object_fit="cover",
+                allow_preview=False,
+                interactive=False,
+                buttons=[],
+                elem_classes="shelf tidy",
+            )
             chosen = gr.Dropdown(names(studio), label="Preset", info="those marked (ready) come with the package")
             about = gr.Markdown()
-            thumbnail = gr.Image(label="Thumbnail", format="png", interactive=False, height=220, elem_classes="picture")
             said = gr.Markdown()
+            twin, command = command_box("The same preset on the command line")
         with gr.Column(scale=2, min_width=300):
             load = gr.Button("Load onto the table", variant="primary")
             export = gr.DownloadButton("Export")
-            shown = [chosen, about, thumbnail, export]
+            shown = [chosen, gallery, about, export]
             wire_keeping(studio, blend, [*shown, said])
             wire_changes(studio, [*shown, said])
 
@@ -31,7 +45,12 @@ def draw_presets(studio: Studio, blend: Blend) -> gr.Dropdown:
     def look(name: str | None) -> list[Any]:
         return show(kept_preset(studio, name) if name else None)
 
-    chosen.change(look, chosen, shown[1:], **QUICK)
+    chosen.change(look, chosen, [about, export], **QUICK)
+
+    def pick(data: gr.SelectData) -> str:
+        return names(studio)[int(data.index)]
+
+    gallery.select(pick, None, chosen, **QUICK)
 
     @spoken
     def put(name: str | None) -> list[Any]:
@@ -39,7 +58,13 @@ def draw_presets(studio: Studio, blend: Blend) -> gr.Dropdown:
         return [*form_updates(studio, form), html.escape("; ".join(notes) or "on the table: see the Blend tab")]
 
     load.click(put, chosen, [*blend.form_outputs, said], **QUICK)
-    return chosen
+
+    @spoken
+    def as_command(name: str | None) -> str:
+        return preset_commands(studio, name or "")
+
+    twin.expand(as_command, chosen, command, **QUICK)
+    return [chosen, gallery]
 
 
 def wire_keeping(studio: Studio, blend: Blend, shown: list[Any]) -> None:
@@ -92,16 +117,27 @@ def wire_changes(studio: Studio, shown: list[Any]) -> None:
 def refreshed(studio: Studio, name: str) -> list[Any]:
     """The list with one chosen, and what is shown of it."""
     found = [kept for kept in kept_presets(studio) if kept.name == name]
-    return [gr.update(choices=names(studio), value=name or None), *show(found[0] if found else None)]
+    chosen, gallery = listed(studio)
+    return [{**chosen, "value": name or None}, gallery, *show(found[0] if found else None)]
+
+
+def listed(studio: Studio) -> list[Any]:
+    """The list as it is now, by name and as pictures."""
+    return [gr.update(choices=names(studio)), gr.update(value=pictures(studio), selected_index=None)]
 
 
 def names(studio: Studio) -> list[str]:
     return [kept.name for kept in kept_presets(studio)]
 
 
+def pictures(studio: Studio) -> list[Any]:
+    """Thumbnails with names."""
+    return [(face(kept.title, kept.thumbnail), kept.name) for kept in kept_presets(studio)]
+
+
 def show(kept: Kept | None) -> list[Any]:
-    """What is shown of a preset: text, thumbnail, and its file to export."""
+    """What is shown of a preset: text, and its file to export."""
     if kept is None:
-        return ["", None, gr.update(value=None)]
+        return ["", gr.update(value=None)]
     text = f"**{html.escape(kept.title)}**\n\n{html.escape(kept.problem or kept.about)}"
-    return [text, str(kept.thumbnail) if kept.thumbnail else None, gr.update(value=str(kept.path))]
+    return [text, gr.update(value=str(kept.path))]

@@ -21,7 +21,9 @@ def draw_train(studio: Studio, blend: Blend) -> None:
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             with gr.Row():
-                name = gr.Textbox(label="Name of the run", placeholder="my ink", min_width=140)
+                name = gr.Textbox(
+                    label="Name of the run", placeholder="my ink", info="Enter shows one that is there", min_width=140
+                )
                 purpose = gr.Radio(list(PURPOSES), value="style", label="What is learned", min_width=180)
             check = wire_data(trainer, name)
         with gr.Column(scale=5, min_width=320):
@@ -33,23 +35,36 @@ def wire_data(trainer: Trainer, name: gr.Textbox) -> gr.Button:
     """Pictures and their captions; returns the button that checks them."""
     files = gr.File(label="Pictures, and captions as .txt", file_count="multiple", height=130)
     captions = gr.Dataframe(
-        headers=["picture", "caption"], datatype="str", column_count=2, interactive=True, label="Captions", wrap=True
+        headers=["", "picture", "caption"],
+        datatype=["html", "str", "str"],
+        column_count=3,
+        column_widths=["80px", "100px", "auto"],
+        static_columns=[0, 1],
+        interactive=True,
+        label="Captions",
+        wrap=True,
+        elem_classes="captions",
     )
-    thumbnails = gr.Gallery(label="Pictures to learn from", columns=6, height=180, interactive=False)
     with gr.Row():
         keep = gr.Button("Keep captions")
         check = gr.Button("Check the data")
     kept = gr.Markdown()
 
     @spoken
-    def add(files: list[str] | None, name: str) -> tuple[Any, ...]:
+    def add(files: list[str] | None, name: str) -> list[list[str]]:
         return table_of(trainer, name, trainer.add_pictures(name, [Path(file) for file in files or ()]))
 
-    files.upload(add, [files, name], [captions, thumbnails], **QUICK)
+    files.upload(add, [files, name], captions, **QUICK)
+
+    @spoken
+    def look(name: str) -> list[list[str]]:
+        return table_of(trainer, name, trainer.captions(name)) if name else []
+
+    name.submit(look, name, captions, **QUICK)
 
     @spoken
     def write(name: str, rows: Any) -> str:
-        trainer.write_captions(name, rows.values.tolist())
+        trainer.write_captions(name, [row[1:] for row in rows.values.tolist()])
         return "captions kept"
 
     keep.click(write, [name, captions], kept, **QUICK)
@@ -64,7 +79,8 @@ def draw_job() -> list[Any]:
         steps = gr.Number(0, label="Training steps", info="0: the default", precision=0, minimum=0, min_width=100)
     with gr.Accordion("Expert settings", open=False):
         extra = gr.Textbox(label="Settings", lines=3, placeholder="validation.share=0.1\nadapter.rank=16")
-    return [trigger, instance, steps, extra]
+        prompts = gr.Textbox(label="Prompts of the samples", lines=2, info="a line each; the first caption if empty")
+    return [trigger, instance, steps, extra, prompts]
 
 
 def wire_run(
@@ -72,7 +88,7 @@ def wire_run(
 ) -> None:
     """Start, stop, watch, and put the adapter onto the shelf."""
     with gr.Row():
-        start = gr.Button("Start training", variant="primary", min_width=120)
+        start = gr.Button("Start training, or go on", variant="primary", min_width=120)
         stop = gr.Button("Stop training", variant="stop", min_width=120)
         publish = gr.Button("Put it on the shelf", min_width=120)
     said = gr.Markdown()
@@ -107,7 +123,8 @@ def wire_run(
     def watch(name: str) -> tuple[Any, ...]:
         return state_updates(trainer.state(name)) if name else (gr.skip(),) * 5
 
-    timer.tick(watch, name, [state, curve, sheet, report, timer], **QUICK)
+    shown = [state, curve, sheet, report, timer]
+    gr.on([timer.tick, name.submit], watch, name, shown, **QUICK)
 
     @spoken
     def shelve(name: str, base: str) -> tuple[Any, ...]:
@@ -124,7 +141,7 @@ def wire_run(
 
 
 def job_of(values: Sequence[Any]) -> Job:
-    name, purpose, base, trigger, instance, steps, extra = values
+    name, purpose, base, trigger, instance, steps, extra, prompts = values
     return Job(
         name=name or "",
         purpose=purpose,
@@ -133,13 +150,16 @@ def job_of(values: Sequence[Any]) -> Job:
         instance=(instance or "").strip(),
         steps=int(steps or 0),
         extra=extra or "",
+        prompts=prompts or "",
     )
 
 
-def table_of(trainer: Trainer, name: str, rows: list[tuple[str, str]]) -> tuple[Any, ...]:
-    """Captions and thumbnails of a run."""
-    folder = trainer.folder(name) / "pictures"
-    return [list(row) for row in rows], [(str(folder / picture), picture) for picture, _ in rows]
+def table_of(trainer: Trainer, name: str, rows: list[tuple[str, str]]) -> list[list[str]]:
+    """Pictures with their captions, as the table shows them."""
+    return [
+        [f'<img src="{trainer.thumbnail(name, picture)}" alt="{html.escape(picture)}">', picture, caption]
+        for picture, caption in rows
+    ]
 
 
 def text_of(lines: str) -> str:
