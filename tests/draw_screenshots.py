@@ -77,7 +77,7 @@ def adapters(page: Any) -> None:
     page.get_by_role("option", name="neon (zwx)").click()
     page.get_by_role("button", name="Verify").click()
     page.get_by_text("no dead layers").wait_for()
-    page.get_by_label("Adapters to draw").click()
+    page.get_by_label("Adapters to draw together").click()
     for name in ("neon (zwx)", "gloop (gloop)"):
         page.get_by_role("option", name=name).last.click()
     page.keyboard.press("Escape")

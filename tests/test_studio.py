@@ -1,9 +1,12 @@
 """The studio's view-model: forms, rows, rendering that can be stopped, and what visitors may not ask for."""
 
 import json
+import resource
 import shlex
 import shutil
+import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,15 +15,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lora_diffusion.cli import main
-from lora_diffusion.errors import ConfigError
+from lora_diffusion.errors import ConfigError, LoRADiffusionError, OutputError
 from lora_diffusion.files import sample_data
 from lora_diffusion.library import open_library
 from lora_diffusion.models import module_at
 from lora_diffusion.preset import BlendEntry, BlendWeight, Schedule
 from lora_diffusion.recipe import read_recipe
-from ui.forms import Form, command_of, form_of, plan_of
+from ui.cards import face
+from ui.forms import Form, command_of, form_of, plan_of, seeded
 from ui.regions import kept_mask, placed
-from ui.rows import Row, checked_options, entry_of, option, row_of, told
+from ui.rows import CURVES, Row, checked_options, curve_of, entry_of, option, row_of, told, with_curve
 from ui.studio import Finished, Made, Places, Step, Studio, checked_name, stock_presets_folder
 
 PROMPT = {"prompt": "a gloop character in the snow, in zwx style", "steps": 4, "width": 32, "height": 32}
@@ -203,3 +207,68 @@ def test_what_is_painted_is_where_an_adapter_acts(studio: Studio) -> None:
     assert placed(rows, "neon.safetensors", None) == list(BOTH)
     with pytest.raises(ConfigError, match="on the table"):
         placed(BOTH, "ink.safetensors", mask)
+
+
+@pytest.fixture
+def no_space() -> Iterator[None]:
+    """A disk that takes no more than a kilobyte of a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.usefixtures("no_space")
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(studio: Studio) -> None:
+    with pytest.raises(OutputError) as caught:
+        list(studio.render(Form(rows=BOTH, settings=PROMPT)))
+    assert "00000.png" in str(caught.value)
+    assert [path.name for path in studio.places.output.iterdir() if path.is_file()] == []
+
+
+def test_a_damaged_adapter_is_not_offered_and_named_where_it_is_asked_for(studio: Studio, tmp_path: Path) -> None:
+    library = tmp_path / "mixed"
+    library.mkdir()
+    shutil.copy(studio.places.library / "neon.safetensors", library)
+    whole = (studio.places.library / "gloop.safetensors").read_bytes()
+    (library / "gloop.safetensors").write_bytes(whole[: len(whole) // 2])
+    mixed = Studio(Places(library=library, output=tmp_path / "out", bases=("tiny-sd",)))
+    assert [card.title for card in mixed.cards("tiny-sd")] == ["neon"]
+    with pytest.raises(LoRADiffusionError, match=r"gloop\.safetensors"):
+        list(mixed.render(Form(rows=BOTH, settings=PROMPT)))
+    assert isinstance(list(mixed.render(Form(rows=BOTH[:1], settings=PROMPT)))[-1], Finished)
+
+
+@pytest.mark.parametrize("curve", list(CURVES.values()))
+def test_each_way_over_the_steps_is_drawn_and_kept(studio: Studio, curve: str) -> None:
+    row = with_curve(told(BOTH[0], lbw="MIDD"), curve)
+    assert curve_of(row) == curve
+    assert with_curve(row, "") == told(BOTH[0], lbw="MIDD")
+    again = row_of(entry_of(row, studio.library()), studio.library())
+    assert entry_of(again, studio.library()) == entry_of(row, studio.library())
+    assert studio.acting("tiny-sd", row).size[0] > 100
+
+
+def test_no_way_over_the_steps_is_a_sentence() -> None:
+    with pytest.raises(ConfigError, match="no way over the steps"):
+        with_curve(BOTH[0], "up and down")
+
+
+def test_seeds_of_the_next_picture() -> None:
+    form = Form(settings={**PROMPT, "seed": 5})
+    assert seeded(form, "fixed") == seeded(form, "next") == form
+    drawn = [seeded(form, "random").settings["seed"] for _ in range(4)]
+    assert len(set(drawn)) > 1
+    varied = seeded(form, "vary").settings
+    assert (varied["seed"], varied["variation"]) == (5, 0.2)
+    assert varied["variation_seed"] > 0
+    assert seeded(Form(settings={**PROMPT, "variation": 0.6}), "vary").settings["variation"] == 0.6
+
+
+def test_a_card_has_a_picture_whatever_lies_beside_it(tmp_path: Path) -> None:
+    assert face("neon", None).size == face("neon", sample_data() / "adapters" / "neon.png").size
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    assert face("neon", tmp_path / "bad.png").tobytes() == face("neon", None).tobytes()
+    assert face("neon", tmp_path / "gone.png").tobytes() == face("neon", None).tobytes()

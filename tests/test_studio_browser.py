@@ -16,7 +16,7 @@ from lora_diffusion.recipe import read_recipe
 from ui.studio import Places, Studio, own_library
 
 CHROMIUM = shutil.which("chromium")
-WIDTHS = {"desktop": (1400, 1200), "phone": (390, 844)}
+WIDTHS = {"desktop": (1400, 1200), "phone": (390, 844), "dark": (1400, 1200)}
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None and not os.environ.get("CI"), reason="no chromium; apt-get install chromium"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::ResourceWarning"),
@@ -50,8 +50,10 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, served: tuple[str, Path], request: pytest.FixtureRequest) -> Iterator[Any]:
-    width, height = WIDTHS[getattr(request, "param", "desktop")]
-    context = browser.new_context(viewport={"width": width, "height": height})
+    kind = getattr(request, "param", "desktop")
+    width, height = WIDTHS[kind]
+    scheme = "dark" if kind == "dark" else "light"
+    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
     opened = context.new_page()
     opened.set_default_timeout(25_000)
     opened.strangers = []
@@ -96,17 +98,98 @@ def generated(page: Any, output: Path, before: int) -> Path:
 def test_two_adapters_are_blended_and_seen(page: Any, served: tuple[str, Path]) -> None:
     before = len(list(served[1].glob("*.png")))
     lay(page, "neon", "gloop")
+    page.get_by_label("Seed", exact=True).fill("3")
     page.get_by_label("Weight of neon").first.fill("0.6")
     say(page, "a gloop character in the snow, in zwx style")
     page.keyboard.press("Control+Enter")
     made = generated(page, served[1], before)
     recipe = read_recipe(made)
     assert [(entry.name, entry.weight) for entry in recipe.adapters] == [("neon", 0.6), ("gloop", 1.0)]
+    assert recipe.settings
+    assert recipe.settings.seed == 3
     shown = page.locator("button.image-frame img, .picture img").first
     shown.wait_for()
     with Image.open(made) as picture:
         assert picture.size == (64, 64)
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_dark_is_dark_and_light_is_light(browser: Any, served: tuple[str, Path]) -> None:
+    grounds: dict[str, int] = {}
+    for scheme in ("light", "dark"):
+        context = browser.new_context(color_scheme=scheme)
+        page = context.new_page()
+        page.goto(served[0])
+        page.get_by_role("button", name="Generate").wait_for()
+        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        grounds[scheme] = sum(int(part) for part in re.findall(r"\d+", colour)[:3])
+        context.close()
+    assert grounds["dark"] < 200 < 600 < grounds["light"]
+
+
+def test_a_card_is_searched_and_clicked_onto_the_table(page: Any) -> None:
+    cards = page.locator(".shelf").first.get_by_role("button")
+    assert cards.count() == 5
+    page.get_by_label("Search").fill("zwx")
+    page.wait_for_function("document.querySelector('.shelf').querySelectorAll('button').length === 1")
+    cards.first.click()
+    page.get_by_role("checkbox", name="neon", exact=True).wait_for()
+    page.locator(".face img").first.wait_for()
+    page.get_by_label("Search").fill("no such adapter")
+    page.wait_for_function("document.querySelector('.shelf').querySelectorAll('button').length === 0")
+
+
+def test_an_adapter_acts_where_it_is_painted(page: Any, served: tuple[str, Path]) -> None:
+    before = len(list(served[1].glob("*.png")))
+    lay(page, "neon")
+    say(page, "a house")
+    page.get_by_label("Steps").first.fill("2")
+    page.get_by_role("button", name="More").first.click()
+    page.get_by_role("button", name="Regions: where an adapter acts").click()
+    page.get_by_role("button", name="Only where it is painted").click()
+    page.get_by_text("nothing is painted").wait_for()
+    canvas = page.locator("canvas").locator("visible=true").first
+    canvas.scroll_into_view_if_needed()
+    page.wait_for_timeout(500)
+    box = canvas.bounding_box()
+    page.get_by_role("button", name="Brush").click()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 30, y)
+    page.mouse.down()
+    page.mouse.move(x + 30, y, steps=8)
+    page.mouse.up()
+    page.get_by_role("button", name="Only where it is painted").click()
+    page.wait_for_function(
+        "[...document.querySelectorAll('input, textarea')].some((field) => field.value.startsWith('mask='))"
+    )
+    page.get_by_role("button", name="Generate").click()
+    region = read_recipe(generated(page, served[1], before)).adapters[0].region
+    assert region
+    assert Path(region.mask).is_relative_to((served[1] / "masks").resolve())
+
+
+def test_a_variation_keeps_the_seed_and_says_its_own(page: Any, served: tuple[str, Path]) -> None:
+    before = len(list(served[1].glob("*.png")))
+    say(page, "a red house")
+    page.get_by_label("Steps").first.fill("2")
+    page.get_by_label("vary").check()
+    page.get_by_role("button", name="Generate").click()
+    settings = read_recipe(generated(page, served[1], before)).settings
+    assert settings
+    assert (settings.seed, settings.variation) == (0, 0.2)
+    page.get_by_role("button", name="Size, count, scheduler, variation").click()
+    assert page.get_by_label("Seed of the variation").input_value() == str(settings.variation_seed)
+
+
+def test_what_cannot_be_made_or_restored_is_one_sentence(page: Any, tmp_path: Path) -> None:
+    say(page, "a red house")
+    page.get_by_role("button", name="Size, count, scheduler, variation").click()
+    page.get_by_label("Width").fill("30000")
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_text("the studio makes at most 2048").wait_for()
+    Image.new("RGB", (8, 8)).save(tmp_path / "foreign.png")
+    page.locator("input[type=file]").first.set_input_files(tmp_path / "foreign.png")
+    page.get_by_text("foreign.png: carries no recipe").wait_for()
 
 
 def test_a_trigger_goes_into_the_prompt_and_what_is_wrong_is_said(page: Any) -> None:
@@ -184,8 +267,8 @@ def test_a_preset_is_saved_and_loaded_again(page: Any) -> None:
     page.get_by_text("saved as Zuki again").wait_for()
     page.reload()
     open_tab(page, "Presets")
-    page.get_by_label("Preset", exact=True).first.click()
-    page.get_by_role("option", name="Zuki again").click()
+    page.locator(".shelf button", has_text="Zuki again").click()
+    page.get_by_text("zuki:1").wait_for()
     page.get_by_role("button", name="Load onto the table").click()
     page.get_by_text("on the table: see the Blend tab").wait_for()
     open_tab(page, "Blend")

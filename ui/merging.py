@@ -99,8 +99,9 @@ def summary(studio: Studio, form: Form, target: Target) -> str:
     config = validate(MergeConfig, {"precision": target.precision}, source="merge")
     size = sum(bytes_of(stored, target.precision) for stored in checkpoint.parameters.values())
     seconds = COPIES * size / write_rate(studio.places.output)
+    duration = f"about {seconds:.0f} s" if seconds >= 1 else "less than a second"
     return (
-        f"{names} into {modules} modules of {plan.base}: {size / 1e6:,.0f} MB of weights, about {seconds:.0f} s, in "
+        f"{names} into {modules} modules of {plan.base}: {size / 1e6:,.0f} MB of weights, {duration}, in "
         f"{path.name}; rounding would take about {estimated_rounding(plan.base, blend, config):.2%} of what is merged"
     )
 

@@ -16,10 +16,10 @@ LEAST, MOST = -2.0, 3.0
 """Range of the weight sliders, where an adapter has none of its own; a preset may hold any number."""
 CURVES = {
     "constant": "",
-    "fading in": "linear=0@0,1@1",
-    "fading out": "linear=1@0,0@1",
-    "first a little, then in full": "cosine=0.3@0,1@0.6",
-    "in the middle": "linear=0@0,1@0.5,0@1",
+    "fading in": "linear=0@0.0,1@1.0",
+    "fading out": "linear=1@0.0,0@1.0",
+    "first a little, then in full": "cosine=0.3@0.0,1@0.6",
+    "in the middle": "linear=0@0.0,1@0.5,0@1.0",
 }
 """Ways of an adapter's factor over the steps, as options have them."""
 

@@ -12,7 +12,10 @@ CSS = """
 .grid-container { grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)) !important; }
 .column, .contain, .wrap { min-width: 0; }
 .picture img { width: 100%; height: 100%; object-fit: contain; }
-.wide .grid-container { grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)) !important; }
+.wide .grid-container { grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)) !important; }
+.wide .grid-wrap { max-height: none !important; padding-top: 2.4rem; }
+.wide .gallery-item, .wide .gallery-item > * { aspect-ratio: 8 / 5 !important; height: auto; }
+.facts td { overflow-wrap: anywhere; }
 .gradio-container, .gradio-container > main { width: 100% !important; }
 .about { color: var(--body-text-color-subdued); font-size: .85rem; padding: 0 !important; border: 0 !important; }
 .card .column { padding: .4rem; gap: .2rem; justify-content: center; }
@@ -26,7 +29,9 @@ CSS = """
 .tidy .grid-wrap { padding-top: 2.4rem; }
 .tidy .grid-wrap, .shelf .grid-wrap { min-height: 0 !important; max-height: 300px; }
 .shelf .grid-container { grid-template-columns: repeat(auto-fill, minmax(84px, 104px)) !important; }
-.shelf .caption-label { left: 4px; right: 4px; bottom: 4px; max-width: none; text-align: center; }
+.shelf .caption-label {
+  left: 3px; right: 3px; bottom: 3px; max-width: none; padding: .1rem .2rem; text-align: center; font-size: .75rem;
+}
 #status p { margin: 0; min-height: 1.4em; }
 @media (max-width: 640px) { .gradio-container { padding: .5rem !important; } }
 """

@@ -33,7 +33,7 @@ def draw_adapters(studio: Studio, blend: Blend) -> None:
             said = wire_one(studio, blend, one)
         with gr.Column(scale=5, min_width=320):
             wire_notes(studio, blend, one, said)
-            several = wire_plots(studio, blend, offered)
+    several = wire_plots(studio, blend, offered)
     twin, command = command_box("What is done here, on the command line")
 
     @spoken
@@ -45,11 +45,18 @@ def draw_adapters(studio: Studio, blend: Blend) -> None:
 
 def wire_one(studio: Studio, blend: Blend, one: gr.Dropdown) -> gr.Markdown:
     """What is in an adapter, whether it is sound, and a copy in another layout."""
-    facts = gr.Dataframe(headers=["what", "value"], datatype="str", column_count=2, label="What is in it", wrap=True)
-    with gr.Row():
-        check = gr.Button("Verify", min_width=90)
-        dialect = gr.Dropdown(["kohya", "native"], value="kohya", label="Convert to", min_width=120)
-        turn = gr.Button("Convert", min_width=90)
+    facts = gr.Dataframe(
+        headers=["what", "value"],
+        datatype="str",
+        column_count=2,
+        label="What is in it",
+        wrap=True,
+        elem_classes="facts",
+    )
+    check = gr.Button("Verify")
+    with gr.Group():
+        dialect = gr.Dropdown(["kohya", "native"], value="kohya", label="Convert to")
+        turn = gr.Button("Convert")
     result = gr.DownloadButton("Download the copy", visible=False)
     said = gr.Markdown()
 
@@ -84,10 +91,11 @@ def wire_notes(studio: Studio, blend: Blend, one: gr.Dropdown, said: gr.Markdown
         triggers = gr.Textbox(label="Activation text")
         notes = gr.Textbox(label="Notes", lines=2)
         keep = gr.Button("Keep beside the adapter")
-    with gr.Row():
-        new = gr.Textbox(label="New name of the adapter", min_width=140)
-        renaming = gr.Button("Rename it", min_width=90)
-        picture = gr.Button("Last picture as preview", min_width=140)
+    with gr.Group():
+        new = gr.Textbox(label="New name of the adapter")
+        with gr.Row():
+            renaming = gr.Button("Rename it", min_width=90)
+            picture = gr.Button("Last picture as preview", min_width=140)
 
     @spoken
     def look(name: str | None) -> list[Any]:
@@ -126,8 +134,11 @@ def wire_notes(studio: Studio, blend: Blend, one: gr.Dropdown, said: gr.Markdown
 
 def wire_plots(studio: Studio, blend: Blend, offered: list[tuple[str, str]]) -> gr.Dropdown:
     """Spectra and norms of adapters, and how they overlap; returns the choice of them."""
-    several = gr.Dropdown(offered, label="Adapters to draw", multiselect=True, max_choices=8)
-    draw = gr.Button("Draw spectra, norms and overlap")
+    with gr.Row(equal_height=True):
+        several = gr.Dropdown(
+            offered, label="Adapters to draw together", multiselect=True, max_choices=8, scale=3, min_width=220
+        )
+        draw = gr.Button("Draw spectra, norms and overlap", scale=1, min_width=160)
     pictures = gr.Gallery(
         label="Plots",
         format="png",

@@ -48,8 +48,8 @@ def draw_axis(side: str, what: str, values: str) -> tuple[gr.Dropdown, gr.Textbo
 def wire_grid(studio: Studio, blend: Blend, sides: list[Any]) -> None:
     """The grid, picture by picture, until it is stopped."""
     with gr.Row():
-        go = gr.Button("Draw the grid", variant="primary")
-        stop = gr.Button("Stop", variant="stop")
+        go = gr.Button("Draw the grid", variant="primary", scale=3)
+        stop = gr.Button("Stop", variant="stop", scale=1)
     status = gr.Markdown()
     sheet = gr.Image(
         label="Grid", format="png", interactive=False, buttons=["download", "fullscreen"], elem_classes="picture"
@@ -83,8 +83,18 @@ def wire_blocks(studio: Studio, blend: Blend) -> gr.Dropdown:
         of = gr.Dropdown([], label="Adapter on the table", min_width=200)
         measure = gr.Button("Measure its blocks")
     status = gr.Markdown()
-    bars = gr.BarPlot(x="block", y="change", label="Mean change of a pixel, of 255, without the block", height=240)
-    gallery = gr.Gallery(label="Pictures without the block", format="png", columns=6, height=260, interactive=False)
+    bars = gr.BarPlot(
+        x="block", y="change", label="Mean change of a pixel, of 255, without the block", height=280, visible=False
+    )
+    gallery = gr.Gallery(
+        label="Pictures without the block",
+        format="png",
+        columns=6,
+        height="auto",
+        interactive=False,
+        visible=False,
+        elem_classes="picture tidy",
+    )
 
     @spoken
     def blocks(request: gr.Request, name: str | None, *values: Any) -> Iterator[tuple[Any, ...]]:
@@ -93,7 +103,8 @@ def wire_blocks(studio: Studio, blend: Blend) -> gr.Dropdown:
                 yield event.text, gr.skip(), gr.skip()
             elif isinstance(event, tuple):
                 pictures = [(str(effect.path), f"{effect.block}: {effect.change:.2f}") for effect in event]
-                yield "done; the strongest first", table_of(event), pictures
+                table = gr.update(value=table_of(event), visible=True)
+                yield "done; the strongest first", table, gr.update(value=pictures, visible=True)
 
     measure.click(blocks, [of, *blend.form_inputs], [status, bars, gallery], show_progress_on=[status], **DEVICE)
     return of

@@ -4,6 +4,7 @@ import functools
 import html
 import inspect
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -15,7 +16,10 @@ from ui.safety import MOST_WAITING
 
 DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": MOST_WAITING, "api_visibility": "private"}
 """Work on the device: it begins at once, and waits its turn where the device is (`ui/rendering.py`)."""
-QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+QUICK: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+"""What is done at once. It goes through Gradio's queue, as errors of events outside it are not shown."""
+UPLOADED = re.compile(r"\S*/[0-9a-f]{64}/")
+"""Where an upload lies; its visitor knows it by its name."""
 Work = TypeVar("Work", bound=Callable[..., Any])
 
 
@@ -27,7 +31,8 @@ def sentences() -> Iterator[None]:
     except gr.Error:
         raise
     except (LoRADiffusionError, OSError) as error:
-        raise gr.Error(html.escape(str(error)), title="That did not work", print_exception=False) from None
+        said = UPLOADED.sub("", str(error))
+        raise gr.Error(html.escape(said), title="That did not work", print_exception=False) from None
     except Exception:
         logging.getLogger("ui").exception("unexpected")
         raise gr.Error(

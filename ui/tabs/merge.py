@@ -24,8 +24,8 @@ def draw_merge(studio: Studio, blend: Blend) -> None:
         rank = gr.Slider(0, 128, 0, step=1, label="Rank of one adapter", info="0 is exact", min_width=160)
     with gr.Row():
         look = gr.Button("What would it do?")
-        go = gr.Button("Merge", variant="primary")
-        stop = gr.Button("Stop merging", variant="stop")
+        go = gr.Button("Merge", variant="primary", scale=2)
+        stop = gr.Button("Stop merging", variant="stop", scale=1)
     said = gr.Markdown()
     download = gr.DownloadButton("Download", visible=False)
     twin, command = command_box("The same merge on the command line")

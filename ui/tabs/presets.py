@@ -74,7 +74,7 @@ def wire_keeping(studio: Studio, blend: Blend, shown: list[Any]) -> None:
         description = gr.Textbox(label="What it is good for")
         replace = gr.Checkbox(False, label="Replace one of that name")
         save = gr.Button("Save the table as a preset")
-    imported = gr.File(label="Import a preset (.json)", file_types=[".json"], height=110)
+    imported = gr.File(label="Import a preset (.json)", file_types=[".json"], height=140)
 
     @spoken
     def keep_form(name: str, description: str, replace: bool, kept: list[str], *values: Any) -> list[Any]:
@@ -94,10 +94,11 @@ def wire_keeping(studio: Studio, blend: Blend, shown: list[Any]) -> None:
 
 def wire_changes(studio: Studio, shown: list[Any]) -> None:
     """Another name, or out of the list."""
-    with gr.Row():
-        new = gr.Textbox(label="New name", min_width=140)
-        renaming = gr.Button("Rename", min_width=90)
-        remove = gr.Button("Remove", variant="stop", min_width=90)
+    with gr.Group():
+        new = gr.Textbox(label="New name")
+        with gr.Row():
+            renaming = gr.Button("Rename", min_width=90)
+            remove = gr.Button("Remove", variant="stop", min_width=90)
     chosen = shown[0]
 
     @spoken

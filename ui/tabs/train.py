@@ -38,12 +38,12 @@ def wire_data(trainer: Trainer, name: gr.Textbox) -> gr.Button:
         headers=["", "picture", "caption"],
         datatype=["html", "str", "str"],
         column_count=3,
-        column_widths=["80px", "100px", "auto"],
+        column_widths=["80px", "90px", "330px"],
         static_columns=[0, 1],
         interactive=True,
         label="Captions",
         wrap=True,
-        elem_classes="captions",
+        elem_classes="facts",
     )
     with gr.Row():
         keep = gr.Button("Keep captions")
@@ -88,13 +88,13 @@ def wire_run(
 ) -> None:
     """Start, stop, watch, and put the adapter onto the shelf."""
     with gr.Row():
-        start = gr.Button("Start training, or go on", variant="primary", min_width=120)
+        start = gr.Button("Start training", variant="primary", min_width=120)
         stop = gr.Button("Stop training", variant="stop", min_width=120)
         publish = gr.Button("Put it on the shelf", min_width=120)
     said = gr.Markdown()
     state = gr.Markdown(elem_id="train-state")
-    curve = gr.LinePlot(x="step", y="loss", label="Training loss", height=220)
-    sheet = gr.Image(label="Samples on the way", format="png", interactive=False, elem_classes="picture", height=260)
+    curve = gr.LinePlot(x="step", y="loss", label="Training loss", height=280)
+    sheet = gr.Image(label="Samples on the way", format="png", interactive=False, elem_classes="picture", height=440)
     report = gr.DownloadButton("Report", visible=False)
     twin, command = command_box("The same run on the command line")
     timer = gr.Timer(EVERY_S, active=False)
