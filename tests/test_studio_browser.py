@@ -168,6 +168,35 @@ def test_an_adapter_acts_where_it_is_painted(page: Any, served: tuple[str, Path]
     assert Path(region.mask).is_relative_to((served[1] / "masks").resolve())
 
 
+def test_a_moved_weight_is_drawn_live_and_compared_with_the_base(page: Any, served: tuple[str, Path]) -> None:
+    before = len(list(served[1].glob("*.png")))
+    lay(page, "neon")
+    say(page, "a house, in zwx style")
+    page.get_by_label("Steps").first.fill("2")
+    page.get_by_role("button", name="Compare with the base").click()
+    page.get_by_text("there is no picture yet").wait_for()
+    page.get_by_label("Live: draw when a weight moves").check()
+    page.get_by_label("Weight of neon").first.fill("0.4")
+    page.locator("#prompt textarea").click()
+    made = generated(page, served[1], before)
+    assert read_recipe(made).adapters[0].weight == 0.4
+    page.get_by_role("button", name="Compare with the base").click()
+    page.get_by_text("left of the line the base alone").wait_for()
+    assert read_recipe(made.with_name(f"{int(made.stem) + 1:05d}.png")).adapters == ()
+
+
+def test_a_preset_is_exported_and_imported(page: Any, tmp_path: Path) -> None:
+    open_tab(page, "Presets")
+    page.locator(".shelf button", has_text="watercolour-zuki").click()
+    page.get_by_text("zuki:").first.wait_for()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export").or_(page.get_by_role("link", name="Export")).first.click()
+    download.value.save_as(tmp_path / "taken.json")
+    page.locator("input[type=file][accept='.json']").set_input_files(tmp_path / "taken.json")
+    page.get_by_text("imported").wait_for()
+    page.locator(".shelf button", has_text="taken").wait_for()
+
+
 def test_a_variation_keeps_the_seed_and_says_its_own(page: Any, served: tuple[str, Path]) -> None:
     before = len(list(served[1].glob("*.png")))
     say(page, "a red house")

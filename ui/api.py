@@ -26,7 +26,7 @@ def add_api(studio: Studio) -> None:
         count: int = 1,
     ) -> dict[str, Any]:
         """Pictures of a blend; adapters as `name:0.8:start=0.3`. Returns the files' paths, and notes."""
-        with sentences():
+        with sentences(str):
             settings = {
                 "prompt": prompt,
                 "negative_prompt": negative_prompt,
@@ -46,7 +46,7 @@ def add_api(studio: Studio) -> None:
 
     def adapters(base: str = "", search: str = "") -> list[dict[str, Any]]:
         """The adapters that fit a base: name, triggers, preferred weight."""
-        with sentences():
+        with sentences(str):
             cards = studio.cards(base or studio.places.bases[0], search)
         return [{"name": card.name, "triggers": list(card.triggers), "weight": card.preferred} for card in cards]
 

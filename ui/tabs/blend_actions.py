@@ -53,7 +53,7 @@ def wire_generation(studio: Studio, blend: Blend) -> None:
 
     @spoken
     def generate_live(request: gr.Request, live: bool, *values: Any) -> Iterator[dict[Any, Any]]:
-        yield {}  # a stream of nothing at all would empty every output
+        yield {blend.stage.status: gr.skip()}  # a stream of nothing at all would empty every output
         if live:
             yield from generate(request, *values)
 

@@ -24,15 +24,15 @@ Work = TypeVar("Work", bound=Callable[..., Any])
 
 
 @contextmanager
-def sentences() -> Iterator[None]:
-    """Turn what the library refuses into a message for the visitor."""
+def sentences(written: Callable[[str], str] = html.escape) -> Iterator[None]:
+    """Turn what the library refuses into a message for the visitor, whose page reads it as HTML."""
     try:
         yield
     except gr.Error:
         raise
     except (LoRADiffusionError, OSError) as error:
         said = UPLOADED.sub("", str(error))
-        raise gr.Error(html.escape(said), title="That did not work", print_exception=False) from None
+        raise gr.Error(written(said), title="That did not work", print_exception=False) from None
     except Exception:
         logging.getLogger("ui").exception("unexpected")
         raise gr.Error(
