@@ -14,6 +14,9 @@ UNET_SETS: dict[str, tuple[str, ...]] = {
     "feed-forward": ("*.ff.net.0.proj", "*.ff.net.2"),
     "projections": ("*.proj_in", "*.proj_out"),
     "convolutions": ("*.conv1", "*.conv2", "*.conv_shortcut", "*.conv"),
+    # B-LoRA [arXiv 2403.14572]: in SDXL one of these two learns what is shown, the other how
+    "b-lora-content": ("up_blocks.0.attentions.0.*.to_[qkv]", "up_blocks.0.attentions.0.*.to_out.0"),
+    "b-lora-style": ("up_blocks.0.attentions.1.*.to_[qkv]", "up_blocks.0.attentions.1.*.to_out.0"),
     "all": ("*",),
 }
 TEXT_ENCODER_SETS: dict[str, tuple[str, ...]] = {
@@ -35,6 +38,27 @@ def resolve_targets(paths: Sequence[str], *, unet: Iterable[str], text_encoders:
         wanted |= matches(paths, target, TEXT_ENCODER_SETS, unet_part=False)
     if not wanted:
         raise ConfigError("unet_targets and text_encoder_targets are both empty; name at least one, e.g. 'attention'")
+    return tuple(path for path in paths if path in wanted)
+
+
+def resolve_full(paths: Sequence[str], patterns: Iterable[str], taken: Iterable[str]) -> tuple[str, ...]:
+    """The module paths that are trained in full; patterns run over whole paths, with their component.
+
+    Raises ConfigError for a pattern that names no module, or one that is trained by factors already.
+    """
+    wanted: set[str] = set()
+    for pattern in patterns:
+        found = {path for path in paths if fnmatchcase(path, pattern)}
+        if not found:
+            raise ConfigError(
+                f"adapter.full_targets: {pattern!r} names no module; expected a pattern over paths like {paths[0]!r}"
+            )
+        wanted |= found
+    both = sorted(wanted.intersection(taken))
+    if both:
+        raise ConfigError(
+            f"{both[0]} is named by adapter.full_targets and by the other targets; a module is trained one way"
+        )
     return tuple(path for path in paths if path in wanted)
 
 

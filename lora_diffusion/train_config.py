@@ -10,11 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from lora_diffusion.adapter_config import AboveZero, AdapterConfig, NotNegative, Share
 from lora_diffusion.config import EMBEDDED_BASE, Positive, Precision, Settings
 
-Share = Annotated[float, Field(ge=0, le=1)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -84,24 +82,6 @@ class CaptionConfig(Settings):
         if unknown:
             raise ValueError(f"{', '.join(unknown)} stands for nothing; known are {{caption}} and {{trigger}}")
         return template
-
-
-class AdapterConfig(Settings):
-    """What is trained."""
-
-    rank: Positive = 16
-    """Rank of the two factors."""
-    alpha: AboveZero | None = None
-    """The update is scaled by alpha / rank; alpha is the rank if left out, so that a learning rate suits every rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the factors' input that is dropped in training."""
-    unet_targets: tuple[str, ...] = ("attention", "feed-forward", "projections")
-    """Named sets (attention, cross-attention, feed-forward, projections, convolutions, all) or patterns. Attention
-    alone leaves a gap to full fine-tuning that feed-forward layers close."""
-    text_encoder_targets: tuple[str, ...] = ()
-    """Named sets (attention, feed-forward, all) or patterns; empty trains the UNet only and caches the captions."""
-    max_norm: AboveZero | None = None
-    """Largest Frobenius norm of any module's delta; larger ones are scaled back after each step."""
 
 
 class ObjectiveConfig(Settings):
@@ -176,6 +156,8 @@ class OptimiserConfig(Settings):
     text_encoder_learning_rate: AboveZero | tuple[AboveZero, ...] | None = None
     """Peak rate of the text encoders' factors, one for all or one for each; a tenth of the UNet's if left out (with
     prodigy the same, as it has one rate)."""
+    up_rate: Annotated[float, Field(ge=1, le=64)] = 1.0
+    """How many times the rate of the first factor that of the second is [LoRA+, arXiv 2402.12354]; 4 to 16 for it."""
     rates: dict[str, NotNegative] = Field(default_factory=dict[str, float])
     """Factors on the rate by pattern of modules or of their factors, such as `"unet.down_blocks.*" = 0.5` or
     `"*.up" = 4`; factors of all patterns that match are multiplied, and 0 freezes."""
@@ -200,6 +182,18 @@ class OptimiserConfig(Settings):
         """Defaults of a kind for what is left out, so that the record of a run has what it ran with."""
         kind = value.get("kind") if isinstance(value, dict) else None
         return {**SUITED.get(kind, {}), **value} if isinstance(kind, str) else value
+
+    @model_validator(mode="after")
+    def one_owner_of_rates(self) -> "OptimiserConfig":
+        """The rate of the second factor is said once."""
+        ends = [pattern for pattern in self.rates if pattern.endswith(".up")]
+        if self.up_rate != 1 and ends:
+            raise ValueError(f"up_rate and the rate {ends[0]!r} both own the second factor's rate; leave one out")
+        if self.up_rate != 1 and self.kind == "prodigy":
+            raise ValueError(
+                "up_rate and kind 'prodigy' both own the learning rate; set up_rate to 1, or kind to adamw"
+            )
+        return self
 
     @model_validator(mode="after")
     def averaged_once(self) -> "OptimiserConfig":

@@ -111,6 +111,8 @@ def stock_presets(anatomy: Anatomy) -> dict[str, dict[str, float]]:
         "OUTS": ["BASE", *shallow_out],
         "OUTALL": ["BASE", *outs],
     }
+    if outs[:2] == ["OUT00", "OUT01"]:  # what adapters of B-LoRA [arXiv:2403.14572] are made of
+        chosen |= {"BLORA-CONTENT": ["OUT00"], "BLORA-STYLE": ["OUT01"]}
     presets = {name: {block: float(block in on) for block in attentive} for name, on in chosen.items()}
     return presets | {"ALL0.5": dict.fromkeys(attentive, 0.5)}
 

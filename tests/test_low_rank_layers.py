@@ -9,13 +9,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_diffusion.train_config import AdapterConfig
-from lora_diffusion.training.low_rank_layers import (
-    NAME,
-    LowRankConvolution,
-    LowRankLinear,
-    LowRankUpdate,
-    forward_of,
-)
+from lora_diffusion.training.updates.low_rank import LowRankUpdate
+from lora_diffusion.training.updates.products import LowRankConvolution, LowRankLinear
+from lora_diffusion.training.updates.update import Size, attach
 
 MODULES = {
     "linear": lambda: nn.Linear(6, 5),
@@ -40,9 +36,8 @@ def both(kind: str, dropout: float = 0.0) -> tuple[Any, Any]:
     inject_adapter_in_model(settings, holder)
     theirs: Any = holder[0]
     config = AdapterConfig(rank=2, alpha=3.0, dropout=dropout)
-    update = LowRankUpdate(ours, config, torch.Generator().manual_seed(0))
-    ours.add_module(NAME, update)
-    ours.forward = forward_of(ours, update)
+    update = LowRankUpdate(ours, Size(rank=2, scale=1.5, config=config), torch.Generator().manual_seed(0))
+    attach(ours, update)
     with torch.no_grad():
         update.up.normal_()
         theirs.lora_A["default"].weight.copy_(update.down)
@@ -65,7 +60,7 @@ def test_output_and_gradients_are_pefts(kind: str, autocast: bool) -> None:
     ours, theirs = both(kind)
     x = input_for(ours)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found = passed(ours, x, (ours.low_rank.down, ours.low_rank.up))
+        found = passed(ours, x, (ours.update.down, ours.update.up))
         wanted = passed(theirs, x, (theirs.lora_A["default"].weight, theirs.lora_B["default"].weight))
     epsilon = torch.finfo(torch.bfloat16 if autocast else torch.float32).eps
     for mine, other in zip(found, wanted, strict=True):
@@ -104,7 +99,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
 def test_checkpointing_gives_the_same_gradients() -> None:
     ours, _ = both("linear")
     x = input_for(ours).requires_grad_()
-    factors = (ours.low_rank.down, ours.low_rank.up)
+    factors = (ours.update.down, ours.update.up)
     plain = torch.autograd.grad(ours(x).square().sum(), factors)
     again = torch.autograd.grad(checkpoint(ours, x, use_reentrant=False).square().sum(), factors)
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
@@ -115,7 +110,7 @@ def test_checkpointing_gives_the_same_gradients() -> None:
 def test_the_compiler_takes_the_layers_whole(kind: str) -> None:
     """One graph, without a break, and the same gradients; the backend only traces, as generating code takes minutes."""
     ours, _ = both(kind)
-    x, factors = input_for(ours), (ours.low_rank.down, ours.low_rank.up)
+    x, factors = input_for(ours), (ours.update.down, ours.update.up)
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
     for found, wanted in zip(passed(compiled, x, factors), passed(ours, x, factors), strict=True):
         assert torch.allclose(found, wanted, atol=1e-6)
@@ -124,17 +119,17 @@ def test_the_compiler_takes_the_layers_whole(kind: str) -> None:
 def test_an_input_that_needs_no_gradient_gets_none() -> None:
     ours, _ = both("linear")
     ours(input_for(ours)).sum().backward()
-    assert ours.low_rank.up.grad is not None
+    assert ours.update.up.grad is not None
 
 
 def test_where_a_module_starts_depends_on_seed_and_path_alone(sd_folder: object) -> None:
     from lora_diffusion.models import load_base
-    from lora_diffusion.training.low_rank_layers import inject
+    from lora_diffusion.training.updates.injection import inject
 
     def started(*leaves: str, seed: int = 0) -> dict[str, Tensor]:
         base = load_base(str(sd_folder), device=torch.device("cpu"))
         paths = [path for path in base.paths if path.endswith(leaves) and path.startswith("unet.")]
-        return {name: p.detach() for name, p in inject(base, paths, AdapterConfig(rank=2), seed).items()}
+        return {name: p.detach() for name, p in inject(base, paths, AdapterConfig(rank=2), seed).parameters.items()}
 
     few, many, other = started("to_q"), started("to_v", "to_q"), started("to_q", seed=1)
     assert all(torch.equal(value, many[name]) for name, value in few.items())

@@ -19,11 +19,11 @@ from lora_diffusion.train_config import AdapterConfig, TrainConfig
 from lora_diffusion.training import loop
 from lora_diffusion.training.examples import picture_order, sample_seed
 from lora_diffusion.training.loop import train
-from lora_diffusion.training.low_rank_layers import disabled, extract, inject
 from lora_diffusion.training.moving_average import write
 from lora_diffusion.training.run_log import read_log
 from lora_diffusion.training.self_checks import check_finite, memory_refusals
 from lora_diffusion.training.state import states
+from lora_diffusion.training.updates.injection import disabled, extract, inject
 
 TABLE: dict[str, Any] = {
     "steps": 6,
@@ -85,7 +85,7 @@ def test_accumulated_batches_equal_one_large_batch(
 def test_trainable_parameters_are_float32_and_exactly_the_injected_ones(dtype: torch.dtype, sd_folder: Path) -> None:
     base = load_base(str(sd_folder), device=torch.device("cpu"), precision=dtype)
     paths = resolve_targets(base.paths, unet=("attention",), text_encoders=("attention",))
-    parameters = inject(base, paths, AdapterConfig(rank=2), seed=0)
+    parameters = inject(base, paths, AdapterConfig(rank=2), seed=0).parameters
     trainable = [p for c in base.family.components for p in getattr(base.pipe, c).parameters() if p.requires_grad]
     assert {id(p) for p in trainable} == {id(p) for p in parameters.values()}
     assert len(trainable) == 2 * len(paths)
@@ -108,14 +108,14 @@ def test_a_fresh_injection_changes_no_bit_and_extracts_as_injected(sd_folder: Pa
     adapter = extract(base, paths, metadata=AdapterMetadata(), dtype=torch.float32)
     module: Any = module_at(base, paths[0])
     assert tuple(adapter.layers) == tuple(sorted(paths))
-    assert torch.equal(adapter.layers[paths[0]].factors["down"], module.low_rank.down)
+    assert torch.equal(adapter.layers[paths[0]].factors["down"], module.update.down)
 
 
 def test_the_trained_layers_predict_what_the_saved_adapter_does(pictures: Path, sd_folder: Path) -> None:
     """In the forward pass while training, and in the weights of a fresh base; switched off, they are not there."""
     result = train(settings(pictures, sd_folder, {"adapter": {"unet_targets": ["all"]}}, save_precision="float32"))
     live, fresh = (load_base(str(sd_folder), device=torch.device("cpu")) for _ in range(2))
-    parameters = inject(live, tuple(result.adapter.layers), AdapterConfig(rank=2, alpha=3.0), seed=0)
+    parameters = inject(live, tuple(result.adapter.layers), AdapterConfig(rank=2, alpha=3.0), seed=0).parameters
     inputs = (torch.randn(2, 4, 16, 16), 7, torch.randn(2, 77, 32))
     with torch.no_grad():
         factors = result.adapter.layers.items()
@@ -306,13 +306,13 @@ def test_all_that_is_wrong_with_the_settings_is_said_at_once(pictures: Path) -> 
     path = pictures.parent / "run.toml"
     path.write_text(
         'output = "x.safetensors"\nlearning_rat = 1\nsteps = 0\n[data]\nfolder = "p"\ncrop = "left"\n'
-        "[adapter]\nranks = 4\n"
+        "[adapter]\nrnk = 4\n"
     )
     with pytest.raises(ConfigError) as caught:
         read_toml(path, TrainConfig)
     message = str(caught.value)
     assert "'learning_rat'; did you mean 'optimiser.learning_rate'?" in message
-    assert "'adapter.ranks'; did you mean 'adapter.rank'?" in message
+    assert "'adapter.rnk'; did you mean 'adapter.rank'?" in message
     assert "'steps' is 0" in message
     assert "'data.crop' is 'left'" in message
 

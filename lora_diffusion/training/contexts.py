@@ -9,8 +9,8 @@ from lora_diffusion.models import Base
 from lora_diffusion.prompt_encoding import TextContext, encode_prompts
 from lora_diffusion.prompt_text import ReadText, plain
 from lora_diffusion.training.content_cache import Cache, Tensors, content_key
-from lora_diffusion.training.low_rank_layers import disabled
 from lora_diffusion.training.offloading import at_work
+from lora_diffusion.training.updates.injection import disabled
 
 
 class CaptionEncoder:

@@ -17,7 +17,6 @@ from lora_diffusion.precision import torch_dtype
 from lora_diffusion.train_config import TrainConfig
 from lora_diffusion.training.batches import Batches
 from lora_diffusion.training.examples import sample_seed
-from lora_diffusion.training.low_rank_layers import extract, layer_factors
 from lora_diffusion.training.max_norm import limit_norms
 from lora_diffusion.training.moving_average import MovingAverage, applied, write
 from lora_diffusion.training.optimisers import evaluation_mode, new_optimiser
@@ -29,6 +28,7 @@ from lora_diffusion.training.sample_pictures import make_samples
 from lora_diffusion.training.self_checks import check_finite, check_gradients, check_saved, memory_refusals
 from lora_diffusion.training.state import RunState, forget_states, identity, load_state, save_state
 from lora_diffusion.training.stopping import StopRequest, stop_requests
+from lora_diffusion.training.updates.injection import extract, layer_factors
 from lora_diffusion.training.validation import Best, validated
 
 
@@ -111,6 +111,7 @@ class Progress:
         self.optimiser.load_state_dict(state.optimiser)
         if run.accelerator.scaler is not None and state.scaler is not None:
             run.accelerator.scaler.load_state_dict(dict(state.scaler))
+        run.rules.load_state_dict(state.rules)
         if state.average:
             self.average = MovingAverage(**state.average)
         self.losses = list(state.losses)
@@ -127,6 +128,7 @@ class Progress:
             optimiser=self.optimiser.state_dict(),
             scaler=scaler.state_dict() if scaler else None,
             average=self.average.state_dict() if self.average else None,
+            rules=self.run.rules.state_dict(),
             best=asdict(self.best),
             best_parameters=self.best_parameters,
         )
@@ -176,20 +178,24 @@ class Progress:
         fraction = rate_fraction(step, config.optimiser, config.steps)
         for group, peak in zip(self.optimiser.param_groups, self.peaks, strict=True):
             group["lr"] = peak * fraction
+        run.rules.before_step(step)
         window: list[Tensor] = []
         norm: Any = 0.0
         for batch, weight in self.batches.of(step):
             with run.accelerator.accumulate(self.denoiser):
                 loss = weight * self.denoiser(**batch).mean()
                 check_finite(loss, step + 1)
-                run.accelerator.backward(loss)
+                penalty = run.rules.penalty()
+                run.accelerator.backward(loss if penalty is None else loss + penalty)
                 window.append(loss.detach())
                 if run.accelerator.sync_gradients:
                     if step == 0:
                         check_gradients(self.trained)
                     norm = run.accelerator.clip_grad_norm_(self.trained.values(), config.optimiser.max_gradient_norm)
+                    run.rules.after_gradients(step)
                 self.optimiser.step()
                 self.optimiser.zero_grad()
+        run.rules.after_step(step, self.peaks[0] * fraction)
         if config.adapter.max_norm:
             limit_norms(layer_factors(run.base, run.paths), config.adapter.max_norm)
         if self.average:
@@ -263,7 +269,7 @@ def finished(run: Run, progress: Progress, *, stopped: bool) -> TrainResult:
         adapter = progress.adapter()
     if run.accelerator.is_main_process and not stopped:
         save_adapter(adapter, config.output)
-        check_saved(adapter, config.output)
+        check_saved(adapter, config.output, run.base)
         forget_states(run.folder)
     run.accelerator.end_training()
     tenth = max(1, len(losses) // 10)

@@ -27,8 +27,7 @@ def peak_rates(
             "optimiser.text_encoder_learning_rate is set, but no text encoder is trained; name modules in "
             "adapter.text_encoder_targets, or leave the rate out"
         )
-    factors = rate_factors(names, config.rates)
-    # LoRA+ [arXiv 2402.12354], a higher rate for `up` than for `down`, is a factor here by the end of the name.
+    factors = rate_factors(names, {**config.rates, **({"*.up": config.up_rate} if config.up_rate != 1 else {})})
     return {name: by_component[name.partition(".")[0]] * factors[name] for name in names}
 
 

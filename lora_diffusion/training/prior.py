@@ -16,8 +16,8 @@ from lora_diffusion.models import Base
 from lora_diffusion.sampling import generate
 from lora_diffusion.train_config import PriorConfig
 from lora_diffusion.training.contexts import CaptionEncoder, context_of
-from lora_diffusion.training.low_rank_layers import disabled
 from lora_diffusion.training.objective import Denoiser
+from lora_diffusion.training.updates.injection import disabled
 
 
 def class_folder(config: PriorConfig, run_folder: Path) -> Path:

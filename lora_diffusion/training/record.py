@@ -24,6 +24,7 @@ def metadata_of(run: Run, losses: Sequence[float], best: Best) -> AdapterMetadat
         "steps_done": len(losses),
         "loss": round(recent(losses), 6),
         **validation,
+        **({"method": run.rules.facts()} if run.rules.facts() else {}),
         "versions": library_versions(),
     }
     return AdapterMetadata(

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import nn
 
-from lora_diffusion.anatomy import trainable_paths
+from lora_diffusion.anatomy import changeable_paths, trainable_paths
 from lora_diffusion.dataset.captions import reader_of, whole_caption
 from lora_diffusion.dataset.check import buckets_of
 from lora_diffusion.dataset.pictures import read_size
@@ -21,12 +21,11 @@ from lora_diffusion.errors import ConfigError, DatasetError
 from lora_diffusion.files import check_writable
 from lora_diffusion.models import Base, default_device, load_base
 from lora_diffusion.precision import torch_dtype
-from lora_diffusion.targets import resolve_targets
+from lora_diffusion.targets import resolve_full, resolve_targets
 from lora_diffusion.train_config import DataConfig, TrainConfig
 from lora_diffusion.training.content_cache import Cache, DiskCache, MemoryCache, NoCache
 from lora_diffusion.training.contexts import CaptionEncoder
 from lora_diffusion.training.latents import ViewEncoder
-from lora_diffusion.training.low_rank_layers import inject
 from lora_diffusion.training.objective import Denoiser
 from lora_diffusion.training.offloading import idle_models, send_away
 from lora_diffusion.training.prior import PriorPull, class_folder, make_class_pictures
@@ -34,6 +33,8 @@ from lora_diffusion.training.samples import RunOfSamples, order_of
 from lora_diffusion.training.self_checks import check_trainable
 from lora_diffusion.training.sharding import check_plain, share_out
 from lora_diffusion.training.timesteps import check_timesteps
+from lora_diffusion.training.updates.injection import inject
+from lora_diffusion.training.updates.rules import Rules
 from lora_diffusion.training.validation import HeldOut
 
 PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -49,6 +50,9 @@ class Run:
     denoiser: Denoiser
     paths: tuple[str, ...]
     parameters: Mapping[str, nn.Parameter]
+    """All that learns."""
+    rules: Rules
+    """What the method does from step to step."""
     samples: tuple[RunOfSamples, ...]
     """Those of the pictures, and of class pictures if there are any."""
     captions: CaptionEncoder
@@ -81,6 +85,7 @@ def set_up(config: TrainConfig) -> Run:
         unet=config.adapter.unet_targets,
         text_encoders=config.adapter.text_encoder_targets,
     )
+    full = resolve_full(changeable_paths(base.anatomy), config.adapter.full_targets, paths)
     captions = CaptionEncoder(base, cache, reader_of(config.captions))
     denoiser = Denoiser(base, config.objective, captions.read)
     check_timesteps(config.objective, denoiser.num_timesteps)
@@ -95,7 +100,8 @@ def set_up(config: TrainConfig) -> Run:
     encoded = [views.encoded(example, bucket, seed=0, variant=0) for example, bucket in sized]
     if config.prior.mode == "prediction":
         denoiser.pull = PriorPull(base, captions, config.prior)
-    parameters = inject(base, paths, config.adapter, config.seed)
+    injected = inject(base, paths, config.adapter, config.seed, full=full, steps=config.steps)
+    parameters = injected.parameters
     check_trainable(parameters)
     adjust(base, config)
     if config.compute.shard:
@@ -105,8 +111,9 @@ def set_up(config: TrainConfig) -> Run:
         accelerator=accelerator,
         base=base,
         denoiser=denoiser,
-        paths=paths,
+        paths=(*paths, *full),
         parameters=parameters,
+        rules=injected.rules,
         samples=samples,
         captions=captions,
         held_out=HeldOut(views=encoded, captions=[e.caption for e in validation]) if validation else None,

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from lora_diffusion.adapter import Adapter, adapter_hash
 from lora_diffusion.errors import TrainingError
 from lora_diffusion.formats.reading import load_adapter
+from lora_diffusion.models import Base, module_at
 
 
 def check_trainable(parameters: Mapping[str, nn.Parameter]) -> None:
@@ -59,14 +61,15 @@ def memory_refusals() -> Iterator[None]:
         ) from None
 
 
-def check_saved(adapter: Adapter, path: Path) -> None:
+def check_saved(adapter: Adapter, path: Path, base: Base) -> None:
     """Raise TrainingError unless the file holds what was trained, and that does something in each component."""
     if adapter_hash(load_adapter(path)) != adapter_hash(adapter):
         raise TrainingError(f"{path}: does not read back as what was trained; the disk may be faulty, save elsewhere")
     norms: dict[str, float] = {}
     for module, layer in adapter.layers.items():
         component = module.partition(".")[0]
-        norms[component] = norms.get(component, 0.0) + float(layer.delta().norm())
+        frozen: Any = module_at(base, module)
+        norms[component] = norms.get(component, 0.0) + float(layer.delta(frozen.weight.detach().cpu()).norm())
     dead = [component for component, norm in norms.items() if norm == 0]
     if dead:
         raise TrainingError(f"{path}: its part in {' and '.join(dead)} is zero; raise the learning rate or the steps")

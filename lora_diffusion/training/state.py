@@ -32,6 +32,8 @@ class RunState:
     scaler: Mapping[str, Any] | None
     average: Mapping[str, Any] | None
     """The moving average of the parameters, if there is one."""
+    rules: Mapping[str, Any]
+    """What the method needs to go on."""
     best: Mapping[str, Any]
     """What validation knows of the best step."""
     best_parameters: Mapping[str, Tensor] | None

@@ -13,9 +13,9 @@ from lora_diffusion.train_config import TrainConfig
 from lora_diffusion.training.contexts import CaptionEncoder, context_of
 from lora_diffusion.training.examples import sample_seed
 from lora_diffusion.training.latents import LatentView
-from lora_diffusion.training.low_rank_layers import disabled
 from lora_diffusion.training.objective import Denoiser
 from lora_diffusion.training.samples import collate, drawn
+from lora_diffusion.training.updates.injection import disabled
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_diffusion.train_config import AdapterConfig
-from lora_diffusion.training.low_rank_layers import inject
+from lora_diffusion.training.updates.injection import inject
 
 RANK, ROUNDS = 8, 5
 

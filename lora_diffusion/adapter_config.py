@@ -1,0 +1,117 @@
+"""What is trained: which modules, by which method, how large. What makes no sense together is refused here."""
+
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from lora_diffusion.config import Positive, Settings
+
+Share = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Chance = Annotated[float, Field(ge=0, lt=1)]
+Kind = Literal["lora", "loha", "lokr", "vera", "adalora", "dylora", "sparse"]
+
+
+class AdapterConfig(Settings):
+    """What is trained."""
+
+    kind: Kind = "lora"
+    """lora, loha, lokr, vera, adalora, dylora or sparse; `lora-diffusion methods` says what each is, and for what."""
+    rank: Positive = 16
+    """Rank of the two factors."""
+    alpha: AboveZero | None = None
+    """The update is scaled by alpha / rank; alpha is the rank if left out, so that a learning rate suits every rank."""
+    scaling: Literal["rank", "sqrt-rank"] = "rank"
+    """What alpha is divided by: the rank, or its root [rsLoRA, arXiv 2312.03732], so that high ranks learn as well."""
+    ranks: dict[str, Positive] = Field(default_factory=dict[str, int])
+    """Ranks by pattern of modules, such as `"unet.down_blocks.0.*" = 4`; the last that matches counts."""
+    alphas: dict[str, AboveZero] = Field(default_factory=dict[str, float])
+    """Alphas by pattern, in the same way."""
+    dora: bool = False
+    """Learn a magnitude for each output beside the direction [DoRA, arXiv 2402.09353]."""
+    freeze_down: bool = False
+    """Train the second factor alone [LoRA-FA, arXiv 2308.03303], which needs less memory for activations."""
+    start: Literal["zero", "pissa", "orthogonal"] = "zero"
+    """First factors: noise and zero; the base's main directions [PiSSA, arXiv 2404.02948]; or orthogonal ones."""
+    dropout: Chance = 0.0
+    """Share of the factors' input that is dropped in training."""
+    rank_dropout: Chance = 0.0
+    """Share of directions that are left out of a step, of each module anew."""
+    module_dropout: Chance = 0.0
+    """Chance that a module's update is left out of a step."""
+    unet_targets: tuple[str, ...] = ("attention", "feed-forward", "projections")
+    """Named sets (attention, cross-attention, feed-forward, projections, convolutions, b-lora-content, b-lora-style,
+    all) or patterns. Attention alone leaves a gap to full fine-tuning that feed-forward layers close."""
+    text_encoder_targets: tuple[str, ...] = ()
+    """Named sets (attention, feed-forward, all) or patterns; empty trains the UNet only and caches the captions."""
+    full_targets: tuple[str, ...] = ()
+    """Patterns over whole paths, such as `unet.conv_in` or `unet.*.norm?`, of modules that are trained in full beside
+    the factors and saved as differences."""
+    max_norm: AboveZero | None = None
+    """Largest Frobenius norm of any module's delta; larger ones are scaled back after each step."""
+    lokr_factor: Annotated[int, Field(ge=2)] = 8
+    """Largest side of LoKr's small matrix; a weight's sides are divided by the largest divisor up to this."""
+    adalora_start: Annotated[float, Field(ge=1, le=8)] = 1.5
+    """AdaLoRA begins with so many times the rank, and takes directions away until the mean is the rank."""
+    sparse_l1: NotNegative = 0.0
+    """How strongly `sparse` pulls each direction's gate to zero, per unit of learning rate [arXiv 2311.11696]."""
+    sparse_keep: Share = 0.5
+    """Largest share of directions that `sparse` keeps from the middle of the run on, the strongest of all modules."""
+
+    @model_validator(mode="after")
+    def sensible(self) -> "AdapterConfig":
+        """Refuse settings that make no sense together, by name."""
+        for nonsense, sentence in NONSENSE:
+            if nonsense(self):
+                raise ValueError(sentence.format(kind=self.kind, start=self.start))
+        return self
+
+
+FACTORED = ("lora", "dylora", "sparse")
+"""Kinds with factors `down` and `up` of their own."""
+NONSENSE: tuple[tuple[Callable[[AdapterConfig], bool], str], ...] = (
+    (
+        lambda c: c.dora and c.kind not in ("lora", "loha", "lokr"),
+        "dora and kind '{kind}' do not go together, as the magnitude needs a delta of its own; set dora to false, or "
+        "kind to lora, loha or lokr",
+    ),
+    (
+        lambda c: c.freeze_down and c.kind != "lora",
+        "freeze_down and kind '{kind}' do not go together; set freeze_down to false, or kind to lora",
+    ),
+    (
+        lambda c: c.start != "zero" and c.kind != "lora",
+        "start '{start}' and kind '{kind}' do not go together; set start to zero, or kind to lora",
+    ),
+    (
+        lambda c: c.start == "pissa" and c.freeze_down,
+        "start 'pissa' and freeze_down do not go together, as the main directions would never turn; leave one out",
+    ),
+    (
+        lambda c: c.start == "pissa" and c.dora,
+        "start 'pissa' and dora do not go together, as both move the base's norm; leave one out",
+    ),
+    (
+        lambda c: c.scaling == "sqrt-rank" and c.alpha is None,
+        "scaling 'sqrt-rank' needs alpha, as without it every scale is 1 whatever the rank; set alpha, e.g. to 4",
+    ),
+    (
+        lambda c: c.scaling == "sqrt-rank" and c.kind in ("vera", "lokr"),
+        "scaling 'sqrt-rank' and kind '{kind}' do not go together; set scaling to rank",
+    ),
+    (
+        lambda c: bool(c.dropout or c.rank_dropout or c.module_dropout) and (c.kind in ("loha", "lokr") or c.dora),
+        "dropout is of plain factors, and kind '{kind}' or dora has none that could be dropped; set dropout, "
+        "rank_dropout and module_dropout to 0",
+    ),
+    (
+        lambda c: c.max_norm is not None and (c.kind not in FACTORED or c.dora or c.start == "pissa"),
+        "max_norm scales plain factors, which kind '{kind}' with these settings has not; leave it out",
+    ),
+    (
+        lambda c: bool(c.ranks) and c.kind in ("vera", "adalora"),
+        "ranks and kind '{kind}' do not go together, as one rank is shared by all modules; leave ranks out",
+    ),
+)

@@ -1,0 +1,150 @@
+"""Updates that make a whole delta of their factors: LoHa, LoKr, full differences, and DoRA around any.
+
+The weight with its delta is computed at each step, in float32; autograd does the rest.
+"""
+
+from abc import abstractmethod
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lora_diffusion.layers import FLOAT32_EPSILON, DoRALayer, FullLayer, Layer, LoHaLayer, LoKrLayer, LowRank
+from lora_diffusion.training.updates.products import cast
+from lora_diffusion.training.updates.update import Frozen, Size, Update, kaiming, learned
+
+LOHA_SMALL = 0.1
+"""Spread of the first half's outer factor [github.com/KohakuBlueleaf/LyCORIS]."""
+
+
+class DenseUpdate(Update):
+    """An update by its delta."""
+
+    @abstractmethod
+    def weight(self, module: Any) -> Tensor:
+        """The module's weight with the update, float32, differentiable."""
+
+    def output(self, module: Any, x: Tensor, frozen: Frozen) -> Tensor:  # noqa: ARG002 (the weight is another)
+        bias, added = module.bias, self.bias()
+        if bias is not None and added is not None:
+            bias = bias.float() + added
+        return applied(module, x, self.weight(module), bias)
+
+
+def applied(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The module with other values."""
+    weight, shift = cast(weight, x), None if bias is None else cast(bias, x)
+    if isinstance(module, nn.GroupNorm):
+        return functional.group_norm(x.to(weight.dtype), module.num_groups, weight, shift, module.eps)
+    if isinstance(module, nn.LayerNorm):
+        return functional.layer_norm(x.to(weight.dtype), module.normalized_shape, weight, shift, module.eps)
+    with torch.autocast(x.device.type, enabled=False):
+        if isinstance(module, nn.Linear):
+            return functional.linear(cast(x, x), weight, shift)
+        return functional.conv2d(x.to(weight.dtype), weight, shift, module.stride, module.padding, module.dilation)
+
+
+class FullUpdate(DenseUpdate):
+    """A difference for every value of a module, weight and bias."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.diff = learned(torch.zeros_like(module.weight, dtype=torch.float32), module)
+        self.bias_diff = None if module.bias is None else learned(torch.zeros_like(module.bias), module)
+
+    def weight(self, module: Any) -> Tensor:
+        return module.weight.float() + self.diff
+
+    def bias(self) -> Tensor | None:
+        return self.bias_diff
+
+    def layer(self) -> FullLayer:
+        return FullLayer(diff=self.diff)
+
+
+class FactoredUpdate(DenseUpdate):
+    """A delta of factors, in the way of the layer that it is saved as."""
+
+    @abstractmethod
+    def layer(self) -> LowRank: ...
+
+    def weight(self, module: Any) -> Tensor:
+        return module.weight.float() + self.layer().delta().reshape(module.weight.shape)
+
+
+class HadamardUpdate(FactoredUpdate):
+    """LoHa: the product, number by number, of two low-rank matrices, of rank r * r [arXiv:2108.06098]."""
+
+    def __init__(self, module: nn.Linear | nn.Conv2d, size: Size, generator: torch.Generator) -> None:
+        super().__init__()
+        rank, out, inputs = size.rank, module.weight.shape[0], module.weight[0].numel()
+        self.w1_a = learned(torch.randn(out, rank, generator=generator) * LOHA_SMALL, module)
+        self.w1_b = learned(torch.randn(rank, inputs, generator=generator), module)
+        self.w2_a = learned(torch.zeros(out, rank), module)
+        self.w2_b = learned(torch.randn(rank, inputs, generator=generator), module)
+        self.alpha = size.scale * rank
+
+    def layer(self) -> LoHaLayer:
+        return LoHaLayer(w1_a=self.w1_a, w1_b=self.w1_b, w2_a=self.w2_a, w2_b=self.w2_b, alpha=self.alpha)
+
+
+class KroneckerUpdate(FactoredUpdate):
+    """LoKr: the Kronecker product of a small matrix and a larger low-rank one [arXiv:2309.14859].
+
+    The larger one is whole where its low-rank factors would hold as many numbers.
+    """
+
+    def __init__(self, module: nn.Linear | nn.Conv2d, size: Size, generator: torch.Generator) -> None:
+        super().__init__()
+        shape, most = module.weight.shape, size.config.lokr_factor
+        small_out, small_in = divisor(shape[0], most), divisor(shape[1], most)
+        out, inputs, kernel = shape[0] // small_out, shape[1] // small_in, tuple(shape[2:])
+        flat, rank = inputs * prod(kernel), size.rank
+        self.w1 = learned(kaiming((small_out, small_in), generator), module)
+        self.w2 = self.w2_a = self.w2_b = None
+        self.kernel_inputs, self.scale, self.rank = (inputs, *kernel), size.scale, rank
+        if rank * (out + flat) < out * flat:
+            self.w2_a = learned(kaiming((out, rank), generator), module)
+            self.w2_b = learned(torch.zeros(rank, flat), module)
+        else:
+            self.w2 = learned(torch.zeros(out, *self.kernel_inputs), module)
+
+    def layer(self) -> LoKrLayer:
+        alpha = self.scale * (self.rank if self.w2 is None else 1)
+        return LoKrLayer(alpha=alpha, w1=self.w1, w2=self.w2, w2_a=self.w2_a, w2_b=self.w2_b)
+
+
+def divisor(number: int, most: int) -> int:
+    """The largest divisor up to `most`."""
+    return max(each for each in range(1, most + 1) if number % each == 0)
+
+
+class DecomposedUpdate(DenseUpdate):
+    """DoRA: magnitude and direction of each output apart [arXiv:2402.09353].
+
+        W' = magnitude * V / norm(V),  V = W + delta
+
+    The norm is taken as a constant in the backward pass, as section 4.3 of the paper has it.
+    """
+
+    def __init__(self, module: nn.Linear | nn.Conv2d, inner: Update) -> None:
+        super().__init__()
+        self.inner = inner
+        weight = module.weight.detach().float()
+        self.magnitude = learned(norms(weight), module)
+
+    def weight(self, module: Any) -> Tensor:
+        moved = module.weight.float() + self.inner.layer().delta().reshape(module.weight.shape)
+        return moved * (self.magnitude / norms(moved.detach()))
+
+    def layer(self) -> Layer:
+        inner: Any = self.inner.layer()
+        return DoRALayer(inner=inner, magnitude=self.magnitude)
+
+
+def norms(weight: Tensor) -> Tensor:
+    """Of each output's weights, (out, 1[, 1, 1])."""
+    squares = weight.square().sum(dim=tuple(range(1, weight.ndim)), keepdim=True)
+    return squares.sqrt().clamp(min=FLOAT32_EPSILON)

@@ -1,0 +1,171 @@
+"""Updates put on a base's modules, switched off and on, and read as an adapter."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_diffusion.adapter import Adapter, AdapterMetadata
+from lora_diffusion.adapter_config import AdapterConfig
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.layers import Layer
+from lora_diffusion.models import Base, module_at
+from lora_diffusion.training.updates.adaptive import AdaptiveRules, AdaptiveUpdate
+from lora_diffusion.training.updates.dense import DecomposedUpdate, FullUpdate, HadamardUpdate, KroneckerUpdate
+from lora_diffusion.training.updates.low_rank import LowRankUpdate
+from lora_diffusion.training.updates.nested import NestedRules, NestedUpdate
+from lora_diffusion.training.updates.rules import Rules
+from lora_diffusion.training.updates.shared import SharedFactors, SharedUpdate, shared_factors
+from lora_diffusion.training.updates.sparse import GatedUpdate, SparseRules
+from lora_diffusion.training.updates.spectral import SpectralUpdate
+from lora_diffusion.training.updates.update import NAME, Size, Update, attach
+
+KINDS: Mapping[str, Any] = {
+    "lora": LowRankUpdate,
+    "loha": HadamardUpdate,
+    "lokr": KroneckerUpdate,
+    "adalora": AdaptiveUpdate,
+    "dylora": NestedUpdate,
+    "sparse": GatedUpdate,
+}
+"""Updates that need nothing but their module; VeRA's share their factors."""
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Injected:
+    """What was put on a base."""
+
+    parameters: dict[str, nn.Parameter]
+    """Those that learn, by path and factor."""
+    rules: Rules
+
+
+def inject(
+    base: Base, paths: Sequence[str], config: AdapterConfig, seed: int, *, full: Sequence[str] = (), steps: int = 1
+) -> Injected:
+    """Put trainable updates on the modules at `paths`, and differences on those at `full`; all else is frozen.
+
+    A fresh update changes nothing. Its random numbers depend on seed and path alone, so that a module starts alike
+    whatever else is trained. `steps` are those of the run, for kinds with a schedule. Mutates the base's models.
+    Raises KeyError for a path that the base does not have, ConfigError for a pattern that matches nothing and for a
+    module that the kind cannot be put on.
+    """
+    for component in base.family.components:
+        getattr(base.pipe, component).requires_grad_(False)
+    modules = {path: module_at(base, path) for path in paths}
+    sizes = sizes_of(paths, config)
+    shared = (
+        shared_factors([*modules.values()], config.rank, generator_of(seed, "vera")) if config.kind == "vera" else None
+    )
+    updates = {path: new_update(modules[path], sizes[path], generator_of(seed, path), shared) for path in paths}
+    updates |= {path: FullUpdate(module_at(base, path)) for path in full}
+    for path, update in updates.items():
+        attach(module_at(base, path), update)
+    named = {f"{path}.{name}": p for path, update in updates.items() for name, p in update.named_parameters()}
+    parameters = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+    return Injected(parameters=parameters, rules=rules_of([*updates.values()], config, seed, steps))
+
+
+def new_update(module: Any, size: Size, generator: torch.Generator, shared: SharedFactors | None) -> Update:
+    """Raises ConfigError for a module that the kind cannot be put on."""
+    config = size.config
+    if shared is not None:
+        return SharedUpdate(module, size, shared)
+    kind = SpectralUpdate if config.start == "pissa" else KINDS[config.kind]
+    update = kind(module, size, generator)
+    return DecomposedUpdate(module, update) if config.dora else update
+
+
+def rules_of(updates: Sequence[Update], config: AdapterConfig, seed: int, steps: int) -> Rules:
+    """What the kind does from step to step."""
+    adaptive = [update for update in updates if isinstance(update, AdaptiveUpdate)]
+    nested = [update for update in updates if isinstance(update, NestedUpdate)]
+    gated = [update for update in updates if isinstance(update, GatedUpdate)]
+    if adaptive:
+        return AdaptiveRules(adaptive, steps)
+    if nested:
+        return NestedRules(nested, seed)
+    return SparseRules(gated, config, steps) if gated else Rules()
+
+
+def sizes_of(paths: Sequence[str], config: AdapterConfig) -> dict[str, Size]:
+    """Rank and scale of each module. Raises ConfigError for a pattern that matches none."""
+    ranks = by_pattern(paths, config.ranks, "ranks", config.rank)
+    alphas = by_pattern(paths, config.alphas, "alphas", config.alpha)
+    return {
+        path: Size(rank=ranks[path], scale=scale_of(ranks[path], alphas[path], config), config=config) for path in paths
+    }
+
+
+def scale_of(rank: int, alpha: float | None, config: AdapterConfig) -> float:
+    """Alpha over the rank, or over its root; 1 if there is no alpha."""
+    if alpha is None:
+        return 1.0
+    return alpha / (rank**0.5 if config.scaling == "sqrt-rank" else rank)
+
+
+def by_pattern(paths: Sequence[str], patterns: Mapping[str, Value], what: str, default: Value) -> dict[str, Value]:
+    """A value for each path: that of the last pattern that matches it or something above it."""
+    found = dict.fromkeys(paths, default)
+    for pattern, value in patterns.items():
+        matched = [path for path in paths if fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}.*")]
+        if not matched:
+            raise ConfigError(f"adapter.{what}: {pattern!r} matches no trained module, such as {paths[0]!r}")
+        found |= dict.fromkeys(matched, value)
+    return found
+
+
+def generator_of(seed: int, path: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed} {path}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def update_at(base: Base, path: str) -> Any:
+    return getattr(module_at(base, path), NAME)
+
+
+@contextmanager
+def disabled(base: Base) -> Iterator[None]:
+    """The frozen base alone while the block runs, bit for bit."""
+    models = [getattr(base.pipe, component) for component in base.family.components]
+    found = [module for model in models for module in model.modules() if isinstance(module, Update)]
+    for update in found:
+        update.active = False
+    try:
+        yield
+    finally:
+        for update in found:
+            update.active = True
+
+
+def layer_factors(base: Base, paths: Sequence[str]) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """Down, up and scale of each update that has plain factors."""
+    for path in paths:
+        update = update_at(base, path)
+        if isinstance(update, LowRankUpdate):
+            yield update.down, update.up, update.scale
+
+
+@torch.no_grad()
+def extract(base: Base, paths: Sequence[str], metadata: AdapterMetadata, dtype: torch.dtype) -> Adapter:
+    """The updates at `paths` as a value, copied to the CPU in `dtype`."""
+    updates = {path: update_at(base, path) for path in paths}
+
+    def kept(values: Tensor) -> Tensor:
+        return values.detach().to("cpu", dtype, copy=True).contiguous()
+
+    def at_rest(layer: Layer) -> Layer:
+        return layer.with_factors({name: kept(factor) for name, factor in layer.factors.items()})
+
+    biases = {path: update.bias() for path, update in updates.items()}
+    return Adapter(
+        layers={path: at_rest(update.layer()) for path, update in updates.items()},
+        biases={path: kept(bias) for path, bias in biases.items() if bias is not None},
+        metadata=metadata,
+    )

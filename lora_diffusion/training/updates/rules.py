@@ -1,0 +1,34 @@
+"""What a kind does to all its updates together, from step to step; most do nothing."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+class Rules:
+    """Called by the loop, in this order at each step. State is a function of the step, or kept with the run's."""
+
+    def before_step(self, step: int) -> None:
+        """Before the first batch of a step, counted from 0."""
+
+    def penalty(self) -> Tensor | None:
+        """What is added to each batch's loss."""
+        return None
+
+    def after_gradients(self, step: int) -> None:
+        """When the gradients of a step are whole and not yet used."""
+
+    def after_step(self, step: int, rate: float) -> None:
+        """When the parameters have moved, at this learning rate."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a stopped run needs to go on, besides the parameters."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse."""
+
+    def facts(self) -> dict[str, Any]:
+        """What is told of the method at the end of a run."""
+        return {}

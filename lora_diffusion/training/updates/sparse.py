@@ -1,0 +1,70 @@
+"""Sparse LoRA: directions behind gates that are pulled to zero, and a share of them that is kept [arXiv:2311.11696].
+
+    W x + scale * B diag(gate) A x
+
+The pull is the proximal step of an L1 penalty on the gates, so that they come to be exactly zero. From the middle of
+the run on, only the strongest share of all modules' directions is kept. Directions that are gone are not saved, which
+makes the file smaller.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_diffusion.adapter_config import AdapterConfig
+from lora_diffusion.training.updates.low_rank import LowRankUpdate
+from lora_diffusion.training.updates.rules import Rules
+from lora_diffusion.training.updates.update import Size, learned
+
+PRUNED_FROM = 0.5
+"""Share of the run from which on directions are taken away, so that the others can learn to do without."""
+
+
+class GatedUpdate(LowRankUpdate):
+    """LoRA with a gate for each direction."""
+
+    def __init__(self, module: nn.Linear | nn.Conv2d, size: Size, generator: torch.Generator) -> None:
+        super().__init__(module, size, generator)
+        self.gate = learned(torch.ones(size.rank), module)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.gate.view(-1, *[1] * (self.down.ndim - 1)) * self.down, self.up
+
+    def saved_factors(self) -> tuple[Tensor, Tensor]:
+        down, up = self.factors()
+        left = self.gate.detach() != 0
+        left[0] |= not bool(left.any())  # a layer has one direction at least, though it may be zero
+        return down[left], up[:, left]
+
+    def strengths(self) -> Tensor:
+        """Norm of what each direction adds, (r,)."""
+        return self.gate.abs() * self.down.flatten(1).norm(dim=1) * self.up.flatten(1).norm(dim=0)
+
+
+class SparseRules(Rules):
+    """Pulls gates to zero and takes the weakest directions away."""
+
+    def __init__(self, updates: Sequence[GatedUpdate], config: AdapterConfig, steps: int) -> None:
+        self.updates, self.l1, self.keep, self.steps = updates, config.sparse_l1, config.sparse_keep, steps
+
+    @torch.no_grad()
+    def after_step(self, step: int, rate: float) -> None:
+        if self.l1:
+            for update in self.updates:
+                gate = update.gate
+                gate.copy_(gate.sign() * (gate.abs() - rate * self.l1).clamp(min=0))
+        if step + 1 >= PRUNED_FROM * self.steps and self.keep < 1:
+            self.prune()
+
+    def prune(self) -> None:
+        strengths = [update.strengths() for update in self.updates]
+        ordered = torch.cat(strengths).sort(descending=True).values
+        least = ordered[max(1, round(self.keep * len(ordered))) - 1]
+        for update, strength in zip(self.updates, strengths, strict=True):
+            update.gate[strength < least] = 0
+
+    def facts(self) -> dict[str, Any]:
+        left = sum(int((update.gate != 0).sum()) for update in self.updates)
+        return {"directions_left": left, "share_left": left / sum(update.gate.numel() for update in self.updates)}

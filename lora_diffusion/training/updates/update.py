@@ -1,0 +1,69 @@
+"""What every trainable update has: where it sits, what it adds, and the layer that it is saved as."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_diffusion.adapter_config import AdapterConfig
+from lora_diffusion.layers import Layer
+
+NAME = "update"
+"""Of the submodule that holds an update."""
+Frozen = Callable[[Any, Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How large a module's update is."""
+
+    rank: int
+    scale: float
+    """What the product of the factors is multiplied by."""
+    config: AdapterConfig
+
+
+class Update(nn.Module, ABC):
+    """Trainable parameters beside a frozen module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active = True
+
+    @abstractmethod
+    def output(self, module: Any, x: Tensor, frozen: Frozen) -> Tensor:
+        """The module's output with the update; `frozen` is the module's own forward."""
+
+    @abstractmethod
+    def layer(self) -> Layer:
+        """The update as it is saved, float32; its tensors may be the parameters themselves."""
+
+    def bias(self) -> Tensor | None:
+        """What it adds to the module's bias, if anything."""
+        return None
+
+
+def attach(module: Any, update: Update) -> None:
+    """Put an update on a module, whose forward goes through it from now on."""
+    frozen = type(module).forward
+
+    def forward(x: Tensor) -> Tensor:
+        return update.output(module, x, frozen) if update.active else frozen(module, x)
+
+    module.add_module(NAME, update)
+    module.forward = forward
+
+
+def kaiming(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Uniform noise whose bound is the root of one over the inputs: Kaiming's for a = sqrt(5), as PEFT and kohya."""
+    values = torch.empty(shape)
+    bound = values[0].numel() ** -0.5
+    return values.uniform_(-bound, bound, generator=generator)
+
+
+def learned(values: Tensor, module: Any) -> nn.Parameter:
+    """A parameter, float32, where the module's weight is."""
+    return nn.Parameter(values.float().to(module.weight.device))
