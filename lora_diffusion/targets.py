@@ -3,11 +3,13 @@
 A pattern is a shell-style glob over the path without its component, such as `mid_block.*` or `*.attn2.to_k`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from lora_diffusion.errors import ConfigError
 
+Value = TypeVar("Value")
 UNET_SETS: dict[str, tuple[str, ...]] = {
     "attention": ("*.attn?.to_q", "*.attn?.to_k", "*.attn?.to_v", "*.attn?.to_out.0"),
     "cross-attention": ("*.attn2.to_q", "*.attn2.to_k", "*.attn2.to_v", "*.attn2.to_out.0"),
@@ -60,6 +62,20 @@ def resolve_full(paths: Sequence[str], patterns: Iterable[str], taken: Iterable[
             f"{both[0]} is named by adapter.full_targets and by the other targets; a module is trained one way"
         )
     return tuple(path for path in paths if path in wanted)
+
+
+def by_pattern(paths: Sequence[str], patterns: Mapping[str, Value], what: str, default: Value) -> dict[str, Value]:
+    """A value for each path: that of the last pattern that matches it or something above it.
+
+    Raises ConfigError, naming the setting `what`, for a pattern that matches none.
+    """
+    found = dict.fromkeys(paths, default)
+    for pattern, value in patterns.items():
+        matched = [path for path in paths if fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}.*")]
+        if not matched:
+            raise ConfigError(f"{what}: {pattern!r} matches no trained module, such as {paths[0]!r}")
+        found |= dict.fromkeys(matched, value)
+    return found
 
 
 def matches(paths: Sequence[str], target: str, sets: dict[str, tuple[str, ...]], *, unet_part: bool) -> set[str]:

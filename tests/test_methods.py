@@ -1,5 +1,6 @@
 """Every method in the one loop: it begins as nothing, learns, and is saved as what it computed."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,24 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
 from test_training import settings
 from torch import Tensor, nn
 
+from lora_diffusion import methods
 from lora_diffusion.adapter import AdapterMetadata
 from lora_diffusion.adapter_config import NONSENSE, AdapterConfig
+from lora_diffusion.anatomy import changeable_paths, trainable_paths
 from lora_diffusion.blend import Blend, WeightedAdapter
+from lora_diffusion.cli import main
 from lora_diffusion.config import GenerateConfig, validate
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.files import sample_data
 from lora_diffusion.formats.reading import load_adapter
 from lora_diffusion.layers import DoRALayer, FullLayer, LoHaLayer, LoKrLayer, LoRALayer
+from lora_diffusion.method_sizes import method_size
 from lora_diffusion.models import Base, load_base, module_at
 from lora_diffusion.patching import blended
 from lora_diffusion.sampling import generate
+from lora_diffusion.targets import resolve_full, resolve_targets
 from lora_diffusion.train_config import TrainConfig
+from lora_diffusion.train_defaults import default_settings
 from lora_diffusion.training.loop import train
 from lora_diffusion.training.run_log import LOG, read_log
 from lora_diffusion.training.run_setup import set_up
@@ -76,9 +83,6 @@ def predicted(base: Base) -> Tensor:
 
 def injected(base: Base, config: AdapterConfig, seed: int = 0) -> tuple[list[str], Any]:
     """Paths of attention and convolutions with updates on them, and what came of it."""
-    from lora_diffusion.anatomy import changeable_paths, trainable_paths
-    from lora_diffusion.targets import resolve_full, resolve_targets
-
     paths = resolve_targets(trainable_paths(base.anatomy), unet=config.unet_targets, text_encoders=())
     full = resolve_full(changeable_paths(base.anatomy), config.full_targets, paths)
     return [*paths, *full], inject(base, paths, config, seed, full=full, steps=20)
@@ -168,6 +172,35 @@ def test_each_method_learns_on_the_embedded_base(method: str, ink: Path, tmp_pat
         for blend in (Blend(), Blend(entries=(WeightedAdapter(adapter=adapter),)))
     )
     assert np.abs(own - moved).mean() > 1
+
+
+@pytest.mark.parametrize("name", [each.name for each in methods.METHODS])
+def test_the_arithmetic_of_sizes_is_what_is_injected(name: str, tmp_path: Path) -> None:
+    size = method_size(methods.method(name), "tiny-sd")
+    table = methods.with_method(default_settings("style", "tiny-sd"), methods.method(name))
+    table |= {"data": tmp_path, "output": tmp_path / "it.safetensors"}
+    config = validate(TrainConfig, table, source="test").adapter
+    base = load_base("tiny-sd")
+    unet, text = config.unet_targets, config.text_encoder_targets
+    paths = resolve_targets(trainable_paths(base.anatomy), unet=unet, text_encoders=text)
+    full = resolve_full(changeable_paths(base.anatomy), config.full_targets, paths)
+    made = inject(base, paths, config, 0, full=full, steps=20)
+    assert size.trained == sum(parameter.numel() for parameter in made.parameters.values())
+    assert size.modules == len(paths) + len(full)
+    if name not in ("adalora", "sparse"):  # whose files depend on what is taken away
+        saved = extract(base, [*paths, *full], AdapterMetadata(), torch.float16)
+        assert size.saved == saved.num_parameters
+
+
+def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "--rank", "4", "dora", "vera"]) == 0
+    said = capsys.readouterr().out
+    assert "--set 'adapter.dora=true'" in said
+    assert "arXiv:2310.11454" in said
+    assert main(["methods", "--json"]) == 0
+    assert [row["method"] for row in json.loads(capsys.readouterr().out)] == [each.name for each in methods.METHODS]
+    assert main(["methods", "drola"]) == 2
+    assert "no method called 'drola'" in capsys.readouterr().err
 
 
 def test_exactly_the_chosen_modules_train(sd_folder: Path) -> None:

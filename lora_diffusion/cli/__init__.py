@@ -19,6 +19,7 @@ COMMANDS = {
     "train style": ("training", "TrainStyle"),
     "train dreambooth": ("training", "TrainDreambooth"),
     "report": ("training", "Report"),
+    "methods": ("methods", "Methods"),
     "route": ("routing", "Route"),
     "generate": ("pictures", "Generate"),
     "grid": ("grids", "Grid"),

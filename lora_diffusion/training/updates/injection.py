@@ -4,17 +4,16 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_diffusion.adapter import Adapter, AdapterMetadata
 from lora_diffusion.adapter_config import AdapterConfig
-from lora_diffusion.errors import ConfigError
 from lora_diffusion.layers import Layer
 from lora_diffusion.models import Base, module_at
+from lora_diffusion.targets import by_pattern
 from lora_diffusion.training.updates.adaptive import AdaptiveRules, AdaptiveUpdate
 from lora_diffusion.training.updates.dense import DecomposedUpdate, FullUpdate, HadamardUpdate, KroneckerUpdate
 from lora_diffusion.training.updates.low_rank import LowRankUpdate
@@ -34,7 +33,6 @@ KINDS: Mapping[str, Any] = {
     "sparse": GatedUpdate,
 }
 """Updates that need nothing but their module; VeRA's share their factors."""
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +94,8 @@ def rules_of(updates: Sequence[Update], config: AdapterConfig, seed: int, steps:
 
 def sizes_of(paths: Sequence[str], config: AdapterConfig) -> dict[str, Size]:
     """Rank and scale of each module. Raises ConfigError for a pattern that matches none."""
-    ranks = by_pattern(paths, config.ranks, "ranks", config.rank)
-    alphas = by_pattern(paths, config.alphas, "alphas", config.alpha)
+    ranks = by_pattern(paths, config.ranks, "adapter.ranks", config.rank)
+    alphas = by_pattern(paths, config.alphas, "adapter.alphas", config.alpha)
     return {
         path: Size(rank=ranks[path], scale=scale_of(ranks[path], alphas[path], config), config=config) for path in paths
     }
@@ -108,17 +106,6 @@ def scale_of(rank: int, alpha: float | None, config: AdapterConfig) -> float:
     if alpha is None:
         return 1.0
     return alpha / (rank**0.5 if config.scaling == "sqrt-rank" else rank)
-
-
-def by_pattern(paths: Sequence[str], patterns: Mapping[str, Value], what: str, default: Value) -> dict[str, Value]:
-    """A value for each path: that of the last pattern that matches it or something above it."""
-    found = dict.fromkeys(paths, default)
-    for pattern, value in patterns.items():
-        matched = [path for path in paths if fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}.*")]
-        if not matched:
-            raise ConfigError(f"adapter.{what}: {pattern!r} matches no trained module, such as {paths[0]!r}")
-        found |= dict.fromkeys(matched, value)
-    return found
 
 
 def generator_of(seed: int, path: str) -> torch.Generator:

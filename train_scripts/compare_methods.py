@@ -1,0 +1,159 @@
+"""Every method on one style and one subject of the embedded base: same steps, same pictures per step.
+
+    python -m train_scripts.compare_methods                # quality: hours; goes on where it was stopped
+    python -m train_scripts.compare_methods --part cost    # seconds and memory of a step; minutes on an idle machine
+
+Learning rates are each method's own (`lora_diffusion/methods.py`), as one for all would compare rates. The style is
+judged by the distance to its pictures, the subject by how often the picture world's reader reads it in new places; both
+over several seeds of the run. Writes `methods.json` beside this script, which `train_scripts/README.md` shows.
+"""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from statistics import mean, median
+from typing import Any, Literal
+
+import tyro
+
+from lora_diffusion.blend import Blend, WeightedAdapter
+from lora_diffusion.config import EMBEDDED_BASE, GenerateConfig, changed, validate
+from lora_diffusion.evaluation.style import style_distance, style_pictures
+from lora_diffusion.files import sample_data
+from lora_diffusion.formats.reading import load_adapter
+from lora_diffusion.methods import METHODS, Method, with_method
+from lora_diffusion.models import load_base
+from lora_diffusion.sampling import generate
+from lora_diffusion.train_config import TrainConfig
+from lora_diffusion.train_defaults import default_settings
+from lora_diffusion.training.loop import train
+from lora_diffusion.training.run_log import LOG, read_log
+from train_scripts.evaluate_routing import prompts as places
+from train_scripts.tiny_world.reader import load_reader, machine, read
+
+OUTPUT = Path(__file__).with_name("methods.json")
+STYLE, SUBJECT = "neon", "gloop"
+STEPS, BATCH, SEEDS = 150, 2, (0, 1, 2)
+TIMED_STEPS = 24
+SAMPLED_STEPS, PICTURES = 12, 13
+KINDS = ("style", "subject")
+Kind = Literal["style", "subject"]
+
+
+def config_of(method: Method, kind: Kind, seed: int, output: Path, steps: int) -> TrainConfig:
+    """A run: the family's defaults for the purpose, the method, and nothing else that differs."""
+    purpose = "style" if kind == "style" else "dreambooth"
+    told: dict[str, Any] = {
+        "output": output,
+        "base": EMBEDDED_BASE,
+        "steps": steps,
+        "batch_size": BATCH,
+        "seed": seed,
+        "state_every": 0,
+        "tracking": {"trackers": [], "report": False},
+        "adapter": {"text_encoder_targets": []},
+        "optimiser": {"text_encoder_learning_rate": None},
+        "data": {"folder": sample_data() / "styles" / STYLE}
+        if kind == "style"
+        else {"folder": sample_data() / "subjects" / SUBJECT, "instance_prompt": f"a {SUBJECT} character"},
+    }
+    table = changed(default_settings(purpose, "tiny-sd"), told)
+    table["prior"] = {"mode": "none"}
+    return validate(TrainConfig, with_method(table, method), source=method.name)
+
+
+def in_child(config: TrainConfig) -> tuple[float, float]:
+    """Train in a process of its own; returns the median seconds of a step and the peak of its memory in MB."""
+    child = os.fork()
+    if child == 0:
+        try:
+            train(config)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    _, status, usage = os.wait4(child, 0)
+    if status:
+        raise SystemExit(f"{config.output}: the run failed")
+    log = read_log(config.output.with_name(f"{config.output.stem}-run") / LOG)
+    return median(line["seconds"] for line in log[2:]), usage.ru_maxrss / 1024
+
+
+def judged(path: Path, kind: Kind) -> float:
+    """The style distance, lower is nearer, or the share of pictures in which the subject is read."""
+    base = load_base()
+    texts = (sample_data() / "prompts" / f"{STYLE}.txt").read_text().splitlines()
+    if kind == "subject":
+        texts = [text.removesuffix(", in zwx style") for text in places()]
+    texts = texts[:: max(1, len(texts) // PICTURES)][:PICTURES]
+    configs = [GenerateConfig(prompt=text, seed=seed, steps=SAMPLED_STEPS) for seed, text in enumerate(texts)]
+    blend = Blend(entries=(WeightedAdapter(adapter=load_adapter(path)),))
+    images = [picture.image for picture in generate(base, configs, blend)]
+    if kind == "style":
+        return style_distance(base, images, style_pictures(sample_data() / "styles" / STYLE))
+    readings = read(load_reader(sample_data() / "tiny-world-reader"), images)
+    return mean(reading.subject == SUBJECT for reading in readings)
+
+
+def known() -> dict[str, Any]:
+    return json.loads(OUTPUT.read_text()) if OUTPUT.is_file() else {"methods": {}}
+
+
+def write(found: dict[str, Any]) -> None:
+    part = OUTPUT.with_suffix(".part")
+    part.write_text(json.dumps(found, indent=1) + "\n")
+    part.replace(OUTPUT)
+
+
+def quality(methods: list[Method]) -> None:
+    """What each method comes to, seed by seed, so that a stopped comparison is a whole one of fewer seeds."""
+    for seed in SEEDS:
+        for method in methods:
+            for kind in KINDS:
+                found = known()
+                row = found["methods"].setdefault(method.name, {})
+                if str(seed) in row.get(kind, {}):
+                    continue
+                with tempfile.TemporaryDirectory() as scratch:
+                    path = Path(scratch) / "it.safetensors"
+                    in_child(config_of(method, kind, seed, path, STEPS))
+                    row.setdefault(kind, {})[str(seed)] = round(judged(path, kind), 4)
+                    row["bytes"], row["saved_numbers"] = path.stat().st_size, load_adapter(path).num_parameters
+                found["quality"] = {"machine": machine(), "steps": STEPS, "batch_size": BATCH, "pictures": PICTURES}
+                write(found)
+                print(seed, method.name, kind, row[kind][str(seed)], flush=True)
+
+
+def cost(methods: list[Method]) -> None:
+    """Seconds and memory of a step; LoRA's are taken beside each other method's, as a ratio holds when a figure does
+    not."""
+    plain = METHODS[0]
+    for method in methods:
+        with tempfile.TemporaryDirectory() as scratch:
+            taken = [
+                in_child(config_of(each, "style", 0, Path(scratch) / f"{place}.safetensors", TIMED_STEPS))
+                for place, each in enumerate((plain, method, plain, method))
+            ]
+        found = known()
+        row = found["methods"].setdefault(method.name, {})
+        row["seconds_per_step"] = round(min(taken[1][0], taken[3][0]), 4)
+        row["seconds_ratio"] = round(row["seconds_per_step"] / min(taken[0][0], taken[2][0]), 2)
+        row["peak_mb"], row["lora_peak_mb"] = (round(min(taken[i][1], taken[i + 2][1])) for i in (1, 0))
+        found["cost"] = {"machine": machine(), "steps": TIMED_STEPS, "batch_size": BATCH}
+        write(found)
+        print(method.name, row, flush=True)
+
+
+def main(part: Literal["quality", "cost"] = "quality", only: tuple[str, ...] = ()) -> None:
+    """Compare.
+
+    Args:
+        part: What is measured.
+        only: Names of methods; all if empty.
+    """
+    methods = [each for each in METHODS if not only or each.name in only]
+    (quality if part == "quality" else cost)(methods)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
