@@ -11,6 +11,7 @@ from lora_diffusion.adapter import Adapter, AdapterMetadata, cast
 from lora_diffusion.algebra.combine import combine, joint_sum, united_words
 from lora_diffusion.algebra.compress import CompressionReport, Loss, compress
 from lora_diffusion.algebra.consensus import ConsensusConfig, consensus
+from lora_diffusion.algebra.first_directions import first_directions
 from lora_diffusion.algebra.rank_rules import RankRule
 from lora_diffusion.algebra.rounding import rounding_error
 from lora_diffusion.anatomy import ANATOMIES
@@ -37,6 +38,8 @@ class Combination:
 
     rule: RankRule | None = None
     """Which rank each module gets; without a rule nothing is cut off, and ranks add up."""
+    first: int | None = None
+    """Cut each module to so many first directions instead, as DyLoRA trains them; no rule then."""
     consensus: ConsensusConfig | None = None
     """What decides where adapters disagree; without it they are summed."""
     base: str = ""
@@ -105,6 +108,8 @@ def one_adapter(blend: Blend, how: Combination) -> tuple[Adapter, CompressionRep
     anatomy = ANATOMIES.get(family)
     if how.consensus:
         blend = Blend(entries=(WeightedAdapter(adapter=consensus(blend, how.consensus, AdapterMetadata(), anatomy)),))
+    if how.first is not None:
+        return first_directions(combine(blend, AdapterMetadata(), anatomy), how.first)
     if how.rule is None:
         return combine(blend, AdapterMetadata(), anatomy), None
     adapter, report = compress(joint_sum(blend, anatomy), how.rule, AdapterMetadata())
@@ -176,13 +181,20 @@ def record(
     ]
     made = {
         "adapters": parts,
-        "rule": "exact" if how.rule is None else str(how.rule),
+        "rule": how_cut(how),
         "consensus": asdict(how.consensus) if how.consensus else None,
         "relative_error": 0.0 if report is None else report.total.relative,
         "rounding_error": rounding,
         "base": how.base,
     }
     return {key: value for key, value in training.items() if key not in STALE} | {"combination": made}
+
+
+def how_cut(how: Combination) -> str:
+    """What chose the ranks, for a record."""
+    if how.first is not None:
+        return f"first {how.first}"
+    return "exact" if how.rule is None else str(how.rule)
 
 
 def facts_of(done: Combined) -> dict[str, Any]:

@@ -337,6 +337,35 @@ def test_the_first_directions_of_dylora_are_trained_alone(sd_folder: Path) -> No
     assert moved.tolist() == [False, True, False, False]
 
 
+def test_a_dylora_file_is_cut_to_any_rank_that_was_trained(ink: Path, tmp_path: Path) -> None:
+    """The loss that a run reports for a rank is that of the file cut to it."""
+    table = {
+        "data": {"folder": ink},
+        "output": tmp_path / "it.safetensors",
+        "steps": 24,
+        "batch_size": 2,
+        "save_precision": "float32",
+        "adapter": {"kind": "dylora", "rank": 4},
+        "optimiser": {"learning_rate": 1e-2, "warmup_steps": 1, "schedule": "constant"},
+        "validation": {"folder": ink, "every": 24, "draws": 4},
+        "tracking": {"trackers": []},
+    }
+    config = validate(TrainConfig, table, source="test")
+    result = train(config)
+    by_rank = read_log(tmp_path / "it-run" / LOG)[-1]["loss_by_rank"]
+    assert list(by_rank) == ["1", "2", "4"]
+    cut = tmp_path / "two.safetensors"
+    assert main(["resize", str(result.path), str(cut), "--first", "2"]) == 0
+    adapter = load_adapter(cut)
+    assert {layer.rank for layer in adapter.layers.values() if isinstance(layer, LoRALayer)} == {2}
+    run = set_up(config)
+    assert run.held_out
+    with disabled(run.base), blended(run.base, Blend(entries=(WeightedAdapter(adapter=adapter),))):
+        loss = validated(run.base, run.denoiser, run.captions, run.held_out, config).loss
+    assert loss == pytest.approx(by_rank["2"], rel=1e-4)
+    assert main(["resize", str(result.path), str(tmp_path / "x.safetensors"), "--first", "2", "--rank", "2"]) == 2
+
+
 def test_adalora_ends_within_its_budget_with_the_directions_that_matter(sd_folder: Path) -> None:
     base = load_base(str(sd_folder))
     paths, made = injected(base, config_of("adalora", unet_targets=("attention",)))

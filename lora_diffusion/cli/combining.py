@@ -97,12 +97,20 @@ class OutputFlags:
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the result as JSON, module by module."""
 
-    def write(self, entries: tuple[BlendEntry, ...], output: Path, rule: Any, consensus: Any = None) -> int:
+    def write(
+        self,
+        entries: tuple[BlendEntry, ...],
+        output: Path,
+        rule: Any,
+        consensus: Any = None,
+        first: int | None = None,
+    ) -> int:
         """Do it and say what came of it."""
         from lora_diffusion.combining import Combination, combine_files, described, facts_of
 
         how = Combination(
             rule=rule,
+            first=first,
             consensus=consensus,
             base=self.base,
             dtype=self.dtype,
@@ -147,11 +155,13 @@ class Resize:
     """Adapter to read, in any dialect."""
     output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT", help_behavior_hint="")]
     """File to write (.safetensors)."""
+    first: Annotated[int | None, optional("N")] = None
+    """The first N directions as they stand, without SVD: for adapters that were trained by DyLoRA."""
     rank: Annotated[RankFlags, tyro.conf.arg(name="")]
     how: Annotated[OutputFlags, tyro.conf.arg(name="")]
 
     def run(self) -> int:
         rule = self.rank.rule()
-        if rule is None:
-            raise ConfigError("give the rank, such as --rank 8 or --keep 0.99; see --help for the other ways")
-        return self.how.write((BlendEntry(path=str(self.source)),), self.output, rule)
+        if (rule is None) == (self.first is None):
+            raise ConfigError("give the rank once, such as --rank 8, --keep 0.99 or --first 4; see --help for all ways")
+        return self.how.write((BlendEntry(path=str(self.source)),), self.output, rule, first=self.first)

@@ -4,7 +4,8 @@ Each step draws one b for all modules and trains direction b, with those before 
 variant, which is the cheaper and its default). Cutting the file to any rank is then no approximation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,12 +21,12 @@ class NestedUpdate(LowRankUpdate):
 
     def __init__(self, module: nn.Linear | nn.Conv2d, size: Size, generator: torch.Generator) -> None:
         super().__init__(module, size, generator)
-        self.used = size.rank
+        self.used = self.shown = size.rank
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """All directions where it is evaluated; in training the first few, of which the last one learns."""
+        """The first few directions; in training the last of them learns."""
         if not self.training:
-            return self.down, self.up
+            return self.down[: self.shown], self.up[:, : self.shown]
         last = self.used - 1
         down = torch.cat([self.down[:last].detach(), self.down[last : self.used]])
         up = torch.cat([self.up[:, :last].detach(), self.up[:, last : self.used]], dim=1)
@@ -45,6 +46,23 @@ class NestedRules(Rules):
         draw = torch.rand((), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + step))
         for update in self.updates:
             update.used = 1 + int(draw * update.down.shape[0])
+
+    @contextmanager
+    def cut_to(self, rank: int) -> Iterator[None]:
+        """Evaluate with the first directions alone."""
+        for update in self.updates:
+            update.shown = min(rank, update.down.shape[0])
+        try:
+            yield
+        finally:
+            for update in self.updates:
+                update.shown = update.down.shape[0]
+
+    @property
+    def ranks(self) -> list[int]:
+        """Ranks that are worth knowing about: the powers of two, and the whole."""
+        most = max(update.down.shape[0] for update in self.updates)
+        return [2**power for power in range(most.bit_length()) if 2**power < most] + [most]
 
     def facts(self) -> dict[str, Any]:
         return {"ranks_to_choose_from": max(update.down.shape[0] for update in self.updates)}

@@ -1,0 +1,41 @@
+"""An adapter cut to the first directions of each module, as they stand: what DyLoRA trains for [arXiv:2210.07558]."""
+
+from dataclasses import replace
+
+from lora_diffusion.adapter import Adapter
+from lora_diffusion.algebra.compress import CompressionReport, ModuleLoss
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.layers import Layer, LoRALayer
+
+
+def first_directions(adapter: Adapter, count: int) -> tuple[Adapter, CompressionReport]:
+    """The adapter with at most `count` directions in each module, and what that took; no SVD, scales stay.
+
+    Raises ConfigError for a count below 1 and for a layer that is no plain LoRA.
+    """
+    if count < 1:
+        raise ConfigError(f"first is {count}; expected a whole number of at least 1")
+    cut = {path: first_of(path, layer, count) for path, layer in adapter.layers.items()}
+    losses = {path: loss_of(adapter.layers[path], layer) for path, layer in cut.items() if isinstance(layer, LoRALayer)}
+    return replace(adapter, layers=cut), CompressionReport(modules=losses)
+
+
+def first_of(path: str, layer: Layer, count: int) -> Layer:
+    if layer.kind == "full":
+        return layer
+    if not isinstance(layer, LoRALayer) or layer.mid is not None:
+        raise ConfigError(f"{path}: is {layer.kind} with no first directions of its own; use --rank or --keep instead")
+    rank = min(count, layer.rank)
+    return LoRALayer(down=layer.down[:rank], up=layer.up[:, :rank].contiguous(), alpha=layer.scale * rank)
+
+
+def loss_of(whole: Layer, cut: LoRALayer) -> ModuleLoss:
+    assert isinstance(whole, LoRALayer)
+    before = whole.delta()
+    lost = before - cut.delta()
+    return ModuleLoss(
+        rank_before=whole.rank,
+        rank_after=cut.rank,
+        norm=float(before.square().sum().sqrt()),
+        lost=float(lost.square().sum().sqrt()),
+    )
