@@ -1,6 +1,7 @@
 """What is trained: which modules, by which method, how large. What makes no sense together is refused here."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -41,6 +42,9 @@ class AdapterConfig(Settings):
     """Share of directions that are left out of a step, of each module anew."""
     module_dropout: Chance = 0.0
     """Chance that a module's update is left out of a step."""
+    begin_with: Path | None = None
+    """Adapter to go on from, of any kind that can be read; its kind, ranks, scales and modules hold instead of those
+    here."""
     unet_targets: tuple[str, ...] = ("attention", "feed-forward", "projections")
     """Named sets (attention, cross-attention, feed-forward, projections, convolutions, b-lora-content, b-lora-style,
     all) or patterns. Attention alone leaves a gap to full fine-tuning that feed-forward layers close."""
@@ -67,6 +71,12 @@ class AdapterConfig(Settings):
             if nonsense(self):
                 raise ValueError(sentence.format(kind=self.kind, start=self.start))
         return self
+
+
+def as_the_file_is(c: AdapterConfig) -> bool:
+    """Whether nothing is said of what a file to go on from says itself."""
+    told = c.dora or c.freeze_down or c.ranks or c.alphas or c.full_targets
+    return c.kind == "lora" and c.start == "zero" and not told
 
 
 FACTORED = ("lora", "dylora", "sparse")
@@ -109,6 +119,11 @@ NONSENSE: tuple[tuple[Callable[[AdapterConfig], bool], str], ...] = (
     (
         lambda c: c.max_norm is not None and (c.kind not in FACTORED or c.dora or c.start == "pissa"),
         "max_norm scales plain factors, which kind '{kind}' with these settings has not; leave it out",
+    ),
+    (
+        lambda c: c.begin_with is not None and not as_the_file_is(c),
+        "begin_with goes on as the file is; leave out kind '{kind}', start '{start}', dora, freeze_down, ranks, alphas "
+        "and full_targets",
     ),
     (
         lambda c: bool(c.ranks) and c.kind in ("vera", "adalora"),

@@ -4,6 +4,7 @@ Knows nothing of adapters.
 """
 
 import contextlib
+import hashlib
 import re
 import warnings
 from collections.abc import Iterator
@@ -59,11 +60,14 @@ class Base:
     folder: Path
     family: Family
     anatomy: Anatomy
+    merged: tuple[str, ...] = ()
+    """Hashes and weights of adapters that were added to it for good."""
 
     @property
     def hash(self) -> str:
-        """Content hash of its weight files."""
-        return base_hash(self.folder)
+        """Content hash of its weight files, and of what was added to them."""
+        own = base_hash(self.folder)
+        return hashlib.sha256("\n".join((own, *self.merged)).encode()).hexdigest() if self.merged else own
 
     @property
     def device(self) -> torch.device:

@@ -280,6 +280,8 @@ class TrainConfig(Settings):
     """Name of the adapter; the output's file name if empty."""
     trigger_words: tuple[str, ...] = ()
     """Words that call the adapter in a prompt; recorded in the file."""
+    on_top_of: dict[str, float] = Field(default_factory=dict[str, float])
+    """Adapter files that are added to the base first, with their weights, such as `{ "gloop.safetensors" = 0.8 }`."""
     steps: Positive = 1500
     """Optimiser steps."""
     batch_size: Positive = 1

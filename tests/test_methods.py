@@ -13,13 +13,13 @@ from test_training import settings
 from torch import Tensor, nn
 
 from lora_diffusion import methods
-from lora_diffusion.adapter import AdapterMetadata
+from lora_diffusion.adapter import Adapter, AdapterMetadata
 from lora_diffusion.adapter_config import NONSENSE, AdapterConfig
 from lora_diffusion.anatomy import changeable_paths, trainable_paths
 from lora_diffusion.blend import Blend, WeightedAdapter
 from lora_diffusion.cli import main
 from lora_diffusion.config import GenerateConfig, validate
-from lora_diffusion.errors import ConfigError
+from lora_diffusion.errors import AdapterFormatError, ConfigError
 from lora_diffusion.files import sample_data
 from lora_diffusion.formats.reading import load_adapter
 from lora_diffusion.layers import DoRALayer, FullLayer, LoHaLayer, LoKrLayer, LoRALayer
@@ -35,8 +35,9 @@ from lora_diffusion.training.run_log import LOG, read_log
 from lora_diffusion.training.run_setup import set_up
 from lora_diffusion.training.state import states
 from lora_diffusion.training.updates.adaptive import AdaptiveRules, AdaptiveUpdate
+from lora_diffusion.training.updates.continued import check_continuable
 from lora_diffusion.training.updates.dense import DecomposedUpdate, HadamardUpdate, KroneckerUpdate
-from lora_diffusion.training.updates.injection import disabled, extract, inject, update_at
+from lora_diffusion.training.updates.injection import disabled, extract, inject, inject_adapter, update_at
 from lora_diffusion.training.updates.low_rank import LowRankUpdate
 from lora_diffusion.training.updates.nested import NestedRules, NestedUpdate
 from lora_diffusion.training.updates.sparse import GatedUpdate, SparseRules
@@ -337,6 +338,67 @@ def test_the_first_directions_of_dylora_are_trained_alone(sd_folder: Path) -> No
     assert moved.tolist() == [False, True, False, False]
 
 
+CONTINUED = ("lora", "rslora", "dora", "loha", "lokr", "dora on lokr", "pissa", "by block", "mixed", "sparse")
+
+
+@pytest.mark.parametrize("method", CONTINUED)
+def test_training_goes_on_as_an_adapter_of_any_kind(method: str, sd_folder: Path) -> None:
+    """Before a step it is the adapter itself, to the bit."""
+    base, fresh = load_base(str(sd_folder)), load_base(str(sd_folder))
+    paths, made = injected(base, config_of(method))
+    shake(made.parameters)
+    adapter = extract(base, paths, AdapterMetadata(family=base.family.name), torch.float32)
+    begun = inject_adapter(fresh, adapter, AdapterConfig())
+    again = extract(fresh, paths, AdapterMetadata(), torch.float32)
+    assert again.paths == adapter.paths
+    for path, layer in adapter.layers.items():
+        weight = module_at(base, path).weight.detach()
+        assert torch.allclose(again.layers[path].delta(weight), layer.delta(weight), atol=1e-6), path
+        assert type(again.layers[path]) is type(layer)
+    assert all(parameter.requires_grad for parameter in begun.parameters.values())
+    fresh.pipe.unet.eval()
+    base.pipe.unet.eval()
+    assert torch.allclose(predicted(fresh), predicted(base), atol=1e-4)
+
+
+def test_a_run_goes_on_from_a_file_and_on_top_of_others(ink: Path, tmp_path: Path) -> None:
+    ready = sample_data() / "adapters" / "gloop.safetensors"
+    table = {
+        "data": {"folder": ink},
+        "output": tmp_path / "it.safetensors",
+        "steps": 2,
+        "adapter": {"begin_with": str(sample_data() / "adapters" / "ink.safetensors"), "text_encoder_targets": []},
+        "optimiser": {"learning_rate": 1e-5, "warmup_steps": 0},
+        "tracking": {"trackers": []},
+    }
+    with pytest.raises(ConfigError, match="changes text encoders"):
+        train(validate(TrainConfig, table, source="test"))
+    table["adapter"] |= {"text_encoder_targets": ["attention"]}  # type: ignore[operator]
+    plain = train(validate(TrainConfig, table, source="test")).adapter
+    ink_adapter = load_adapter(sample_data() / "adapters" / "ink.safetensors")
+    assert plain.paths == ink_adapter.paths
+    for path, layer in plain.layers.items():
+        before = ink_adapter.layers[path].delta()
+        assert float((layer.delta() - before).norm()) < 0.05 * float(before.norm())
+    assert plain.hash != ink_adapter.hash
+    on_top = {**table, "output": tmp_path / "top.safetensors", "on_top_of": {str(ready): 0.8}}
+    over = train(validate(TrainConfig, on_top, source="test")).adapter
+    assert over.metadata.base_hash != plain.metadata.base_hash
+    assert over.metadata.training["on_top_of"] == {"gloop.safetensors": 0.8}
+    with pytest.raises(ConfigError, match=r"begin_with goes on as the file is"):
+        validate(TrainConfig, {**table, "adapter": {**table["adapter"], "dora": True}}, source="test")  # type: ignore[dict-item]
+    with pytest.raises(AdapterFormatError, match="nowhere"):
+        train(validate(TrainConfig, {**on_top, "on_top_of": {str(tmp_path / "nowhere.safetensors"): 1}}, source="test"))
+
+
+def test_words_would_be_lost_and_are_not_gone_on_with() -> None:
+    words = Adapter(layers={}, tokens={"sks": {"text_encoder": torch.ones(1, 4)}})
+    with pytest.raises(ConfigError, match="learned words"):
+        check_continuable(words, "a.safetensors")
+    with pytest.raises(ConfigError, match="no layers"):
+        check_continuable(Adapter(layers={}), "a.safetensors")
+
+
 def test_a_dylora_file_is_cut_to_any_rank_that_was_trained(ink: Path, tmp_path: Path) -> None:
     """The loss that a run reports for a rank is that of the file cut to it."""
     table = {
@@ -450,6 +512,7 @@ def test_a_stopped_adalora_run_goes_on_as_if_it_had_not(pictures: Path, sd_folde
         ({"scaling": "sqrt-rank", "alpha": 2, "kind": "vera"}, ("'sqrt-rank'", "'vera'")),
         ({"dropout": 0.1, "dora": True}, ("dropout", "dora")),
         ({"max_norm": 1.0, "kind": "lokr"}, ("max_norm", "'lokr'")),
+        ({"begin_with": "a.safetensors", "dora": True}, ("begin_with", "dora")),
         ({"ranks": {"*": 2}, "kind": "adalora"}, ("ranks", "'adalora'")),
     ],
 )
@@ -458,7 +521,7 @@ def test_what_makes_no_sense_together_is_refused_by_name(table: dict[str, Any], 
         validate(AdapterConfig, table, source="adapter")
     assert all(word in str(caught.value) for word in words)
     assert "\n" not in str(caught.value)
-    assert len(NONSENSE) == 10
+    assert len(NONSENSE) == 11
 
 
 def test_a_spectral_start_on_convolutions_is_refused(pictures: Path, sd_folder: Path) -> None:

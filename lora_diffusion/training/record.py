@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 
 from lora_diffusion.adapter import AdapterMetadata
 from lora_diffusion.recipe import library_versions
@@ -17,9 +18,12 @@ def metadata_of(run: Run, losses: Sequence[float], best: Best) -> AdapterMetadat
     """The header's record after as many steps as there are losses."""
     config, base = run.config, run.base
     validation = {"best": asdict(best)} if best.step else {}
+    begun = config.adapter.begin_with
     record = {
         **config.model_dump(mode="json", exclude={"output", "resume", "state_every", "samples", "tracking"}),
         "data": {**config.data.model_dump(mode="json"), "folder": config.data.folder.name, "cache_folder": None},
+        "on_top_of": {Path(file).name: weight for file, weight in config.on_top_of.items()},
+        "adapter": {**config.adapter.model_dump(mode="json"), "begin_with": begun.name if begun else None},
         "data_hash": run.data_hash,
         "steps_done": len(losses),
         "loss": round(recent(losses), 6),

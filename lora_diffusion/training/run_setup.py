@@ -11,7 +11,9 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import nn
 
+from lora_diffusion.adapter import Adapter
 from lora_diffusion.anatomy import changeable_paths, trainable_paths
+from lora_diffusion.blend import check_family
 from lora_diffusion.dataset.captions import reader_of, whole_caption
 from lora_diffusion.dataset.check import buckets_of
 from lora_diffusion.dataset.pictures import read_size
@@ -19,6 +21,7 @@ from lora_diffusion.dataset.reading import Example, data_hash, read_dataset
 from lora_diffusion.dataset.splitting import held_out
 from lora_diffusion.errors import ConfigError, DatasetError
 from lora_diffusion.files import check_writable
+from lora_diffusion.formats.reading import load_adapter
 from lora_diffusion.models import Base, default_device, load_base
 from lora_diffusion.precision import torch_dtype
 from lora_diffusion.targets import resolve_full, resolve_targets
@@ -26,6 +29,7 @@ from lora_diffusion.train_config import DataConfig, TrainConfig
 from lora_diffusion.training.content_cache import Cache, DiskCache, MemoryCache, NoCache
 from lora_diffusion.training.contexts import CaptionEncoder
 from lora_diffusion.training.latents import ViewEncoder
+from lora_diffusion.training.merged_base import on_top_of
 from lora_diffusion.training.objective import Denoiser
 from lora_diffusion.training.offloading import idle_models, send_away
 from lora_diffusion.training.prior import PriorPull, class_folder, make_class_pictures
@@ -33,7 +37,8 @@ from lora_diffusion.training.samples import RunOfSamples, order_of
 from lora_diffusion.training.self_checks import check_trainable
 from lora_diffusion.training.sharding import check_plain, share_out
 from lora_diffusion.training.timesteps import check_timesteps
-from lora_diffusion.training.updates.injection import inject
+from lora_diffusion.training.updates.continued import check_continuable
+from lora_diffusion.training.updates.injection import inject, inject_adapter
 from lora_diffusion.training.updates.rules import Rules
 from lora_diffusion.training.validation import HeldOut
 
@@ -79,13 +84,10 @@ def set_up(config: TrainConfig) -> Run:
     compute = config.compute
     base = load_base(config.base, device=accelerator.device, precision=torch_dtype(PRECISIONS[compute.mixed_precision]))
     base.pipe.vae.float()
+    base = on_top_of(base, config.on_top_of)
     folder, cache = run_folder(config.output), new_cache(config)
-    paths = resolve_targets(
-        trainable_paths(base.anatomy),
-        unet=config.adapter.unet_targets,
-        text_encoders=config.adapter.text_encoder_targets,
-    )
-    full = resolve_full(changeable_paths(base.anatomy), config.adapter.full_targets, paths)
+    begun = begun_with(config, base)
+    paths, full = (tuple(begun.layers), ()) if begun else targets_of(base, config)
     captions = CaptionEncoder(base, cache, reader_of(config.captions))
     denoiser = Denoiser(base, config.objective, captions.read)
     check_timesteps(config.objective, denoiser.num_timesteps)
@@ -100,7 +102,10 @@ def set_up(config: TrainConfig) -> Run:
     encoded = [views.encoded(example, bucket, seed=0, variant=0) for example, bucket in sized]
     if config.prior.mode == "prediction":
         denoiser.pull = PriorPull(base, captions, config.prior)
-    injected = inject(base, paths, config.adapter, config.seed, full=full, steps=config.steps)
+    if begun:
+        injected = inject_adapter(base, begun, config.adapter)
+    else:
+        injected = inject(base, paths, config.adapter, config.seed, full=full, steps=config.steps)
     parameters = injected.parameters
     check_trainable(parameters)
     adjust(base, config)
@@ -120,6 +125,30 @@ def set_up(config: TrainConfig) -> Run:
         data_hash=data_hash(examples),
         folder=folder,
     )
+
+
+def targets_of(base: Base, config: TrainConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The modules that get factors, and those that are trained in full. Raises ConfigError."""
+    adapter = config.adapter
+    unet, text_encoders = adapter.unet_targets, adapter.text_encoder_targets
+    paths = resolve_targets(trainable_paths(base.anatomy), unet=unet, text_encoders=text_encoders)
+    return paths, resolve_full(changeable_paths(base.anatomy), adapter.full_targets, paths)
+
+
+def begun_with(config: TrainConfig, base: Base) -> Adapter | None:
+    """The adapter that the run goes on from, if any. Raises LoRADiffusionError's children."""
+    path = config.adapter.begin_with
+    if path is None:
+        return None
+    adapter = load_adapter(path)
+    check_family(adapter.metadata.family, str(path), base_name=base.name, family=base.family.name)
+    check_continuable(adapter, str(path))
+    learns = any(not module.startswith("unet.") for module in adapter.layers)
+    if learns and not config.adapter.text_encoder_targets:
+        raise ConfigError(f"adapter.begin_with: {path} changes text encoders; name adapter.text_encoder_targets too")
+    if config.adapter.text_encoder_targets and not learns:
+        raise ConfigError(f"adapter.begin_with: {path} changes the UNet alone; set adapter.text_encoder_targets to []")
+    return adapter
 
 
 def check_views(config: TrainConfig) -> None:

@@ -15,6 +15,7 @@ from lora_diffusion.layers import Layer
 from lora_diffusion.models import Base, module_at
 from lora_diffusion.targets import by_pattern
 from lora_diffusion.training.updates.adaptive import AdaptiveRules, AdaptiveUpdate
+from lora_diffusion.training.updates.continued import update_of
 from lora_diffusion.training.updates.dense import DecomposedUpdate, FullUpdate, HadamardUpdate, KroneckerUpdate
 from lora_diffusion.training.updates.low_rank import LowRankUpdate
 from lora_diffusion.training.updates.nested import NestedRules, NestedUpdate
@@ -68,6 +69,23 @@ def inject(
     named = {f"{path}.{name}": p for path, update in updates.items() for name, p in update.named_parameters()}
     parameters = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     return Injected(parameters=parameters, rules=rules_of([*updates.values()], config, seed, steps))
+
+
+def inject_adapter(base: Base, adapter: Adapter, config: AdapterConfig) -> Injected:
+    """Put trainable updates on a base that begin as an adapter's layers; all else is frozen.
+
+    Raises ConfigError for a layer that cannot be trained on, KeyError for a path that the base does not have.
+    """
+    for component in base.family.components:
+        getattr(base.pipe, component).requires_grad_(False)
+    updates = {
+        path: update_of(path, module_at(base, path), layer, adapter.biases.get(path), config)
+        for path, layer in adapter.layers.items()
+    }
+    for path, update in updates.items():
+        attach(module_at(base, path), update)
+    named = {f"{path}.{name}": p for path, update in updates.items() for name, p in update.named_parameters()}
+    return Injected(parameters=named, rules=Rules())
 
 
 def new_update(module: Any, size: Size, generator: torch.Generator, shared: SharedFactors | None) -> Update:

@@ -1,0 +1,25 @@
+"""A base with adapters in its weights for good, to train on top of them."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from lora_diffusion.blend import Blend
+from lora_diffusion.models import Base
+from lora_diffusion.patching import Patch, check_blend, memory_backup
+from lora_diffusion.preset import BlendEntry
+from lora_diffusion.references import load_blend
+
+
+def on_top_of(base: Base, weights: Mapping[str, float]) -> Base:
+    """The base with adapter files added, each at its weight; it has another hash then, as it is another base.
+
+    Mutates the base's models. Raises ConfigError for a file that is not there, AdapterFormatError,
+    FamilyMismatchError.
+    """
+    if not weights:
+        return base
+    blend: Blend = load_blend([BlendEntry(path=path, weight=weight) for path, weight in weights.items()]).blend
+    check_blend(base, blend)
+    Patch(base, memory_backup()).apply(blend)
+    merged = tuple(f"{entry.adapter.hash} {entry.weight}" for entry in blend.entries)
+    return replace(base, merged=(*base.merged, *merged))
