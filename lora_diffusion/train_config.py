@@ -84,6 +84,32 @@ class CaptionConfig(Settings):
         return template
 
 
+class WordsConfig(Settings):
+    """Words whose vectors are learned: textual inversion, alone or before an adapter (pivotal tuning)."""
+
+    words: tuple[str, ...] = ()
+    """The words, as they stand in the captions; none by default."""
+    vectors: Annotated[int, Field(ge=1, le=32)] = 1
+    """Vectors of each word; more hold more, and more easily say too much."""
+    begin_as: str = ""
+    """Word whose vectors they begin as, such as `style` or `dog`; noise if left out."""
+    alone: Share = 0.0
+    """Share of the run in which only the words learn; 1 trains no adapter at all."""
+    until: Share = 1.0
+    """Share of the run after which the words stay as they are."""
+
+    @model_validator(mode="after")
+    def something_learns(self) -> "WordsConfig":
+        """Refuse what would train nothing, or say something of no words."""
+        if not self.words and self != WordsConfig.model_construct(words=()):
+            raise ValueError("vectors, begin_as, alone and until say something of words; name them in words.words")
+        if self.until < self.alone:
+            raise ValueError(f"until is {self.until} and alone {self.alone}; nothing would learn in between")
+        if any(not word.strip() or " " in word.strip() for word in self.words):
+            raise ValueError("a learned word has no spaces in it; write one such as 'sks'")
+        return self
+
+
 class ObjectiveConfig(Settings):
     """What a step minimises."""
 
@@ -158,6 +184,8 @@ class OptimiserConfig(Settings):
     prodigy the same, as it has one rate)."""
     up_rate: Annotated[float, Field(ge=1, le=64)] = 1.0
     """How many times the rate of the first factor that of the second is [LoRA+, arXiv 2402.12354]; 4 to 16 for it."""
+    word_learning_rate: AboveZero = 5e-3
+    """Peak rate of learned words' vectors."""
     rates: dict[str, NotNegative] = Field(default_factory=dict[str, float])
     """Factors on the rate by pattern of modules or of their factors, such as `"unet.down_blocks.*" = 0.5` or
     `"*.up" = 4`; factors of all patterns that match are multiplied, and 0 freezes."""
@@ -301,6 +329,7 @@ class TrainConfig(Settings):
     data: DataConfig
     captions: CaptionConfig = Field(default_factory=CaptionConfig)  # made when asked for, which help never does
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    words: WordsConfig = Field(default_factory=WordsConfig)
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
     prior: PriorConfig = Field(default_factory=PriorConfig)
     optimiser: OptimiserConfig = Field(default_factory=OptimiserConfig)
@@ -308,6 +337,16 @@ class TrainConfig(Settings):
     samples: SamplesConfig = Field(default_factory=SamplesConfig)
     compute: ComputeConfig = Field(default_factory=ComputeConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+    @property
+    def captions_learn(self) -> bool:
+        """Whether what captions become changes from step to step."""
+        return bool(self.adapter.text_encoder_targets or self.words.words)
+
+    @property
+    def words_only(self) -> bool:
+        """Whether there is no adapter beside the words."""
+        return bool(self.words.words) and self.words.alone == 1
 
     @field_validator("data", mode="before")
     @classmethod

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +269,9 @@ class Progress:
         """What has been learned so far, with the record of how."""
         run = self.run
         metadata = metadata_of(run, self.losses, self.best)
-        return extract(run.base, run.paths, metadata, torch_dtype(run.config.save_precision))
+        dtype = torch_dtype(run.config.save_precision)
+        adapter = extract(run.base, run.paths, metadata, dtype)
+        return replace(adapter, tokens=run.words.tokens(dtype)) if run.words else adapter
 
 
 def finished(run: Run, progress: Progress, *, stopped: bool) -> TrainResult:

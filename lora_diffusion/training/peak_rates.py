@@ -28,7 +28,10 @@ def peak_rates(
             "adapter.text_encoder_targets, or leave the rate out"
         )
     factors = rate_factors(names, {**config.rates, **({"*.up": config.up_rate} if config.up_rate != 1 else {})})
-    return {name: by_component[name.partition(".")[0]] * factors[name] for name in names}
+    own = {
+        name: config.word_learning_rate if ".words." in name else by_component[name.partition(".")[0]] for name in names
+    }
+    return {name: own[name] * factors[name] for name in names}
 
 
 def frozen_by_rate(names: Iterable[str], config: OptimiserConfig) -> tuple[str, ...]:

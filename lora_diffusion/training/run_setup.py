@@ -1,5 +1,6 @@
 """Everything that a run needs, made before its first step, where most of what can be wrong shows."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from lora_diffusion.adapter import Adapter
+from lora_diffusion.adapter_config import AdapterConfig
 from lora_diffusion.anatomy import changeable_paths, trainable_paths
 from lora_diffusion.blend import check_family
 from lora_diffusion.dataset.captions import reader_of, whole_caption
@@ -29,6 +31,7 @@ from lora_diffusion.train_config import DataConfig, TrainConfig
 from lora_diffusion.training.content_cache import Cache, DiskCache, MemoryCache, NoCache
 from lora_diffusion.training.contexts import CaptionEncoder
 from lora_diffusion.training.latents import ViewEncoder
+from lora_diffusion.training.learned_words import LearnedWords, WordRules, put_in
 from lora_diffusion.training.merged_base import on_top_of
 from lora_diffusion.training.objective import Denoiser
 from lora_diffusion.training.offloading import idle_models, send_away
@@ -39,7 +42,7 @@ from lora_diffusion.training.sharding import check_plain, share_out
 from lora_diffusion.training.timesteps import check_timesteps
 from lora_diffusion.training.updates.continued import check_continuable
 from lora_diffusion.training.updates.injection import inject, inject_adapter
-from lora_diffusion.training.updates.rules import Rules
+from lora_diffusion.training.updates.rules import Rules, Together
 from lora_diffusion.training.validation import HeldOut
 
 PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -56,6 +59,7 @@ class Run:
     paths: tuple[str, ...]
     parameters: Mapping[str, nn.Parameter]
     """All that learns."""
+    words: LearnedWords | None
     rules: Rules
     """What the method does from step to step."""
     samples: tuple[RunOfSamples, ...]
@@ -76,6 +80,7 @@ def set_up(config: TrainConfig) -> Run:
     check_views(config)
     examples, validation = split(config)
     check_captions((*examples, *validation), config)
+    check_words(examples, config)
     accelerator = new_accelerator(config)
     check_plain(accelerator)
     if accelerator.is_main_process:
@@ -87,8 +92,10 @@ def set_up(config: TrainConfig) -> Run:
     base = on_top_of(base, config.on_top_of)
     folder, cache = run_folder(config.output), new_cache(config)
     begun = begun_with(config, base)
-    paths, full = (tuple(begun.layers), ()) if begun else targets_of(base, config)
-    captions = CaptionEncoder(base, cache, reader_of(config.captions))
+    paths, full = targets_of(base, config, begun)
+    words = put_in(base, config.words, config.seed) if config.words.words else None
+    read = words.reading(reader_of(config.captions)) if words else reader_of(config.captions)
+    captions = CaptionEncoder(base, cache, read)
     denoiser = Denoiser(base, config.objective, captions.read)
     check_timesteps(config.objective, denoiser.num_timesteps)
     per_step = config.batch_size * config.gradient_accumulation * accelerator.num_processes
@@ -102,11 +109,7 @@ def set_up(config: TrainConfig) -> Run:
     encoded = [views.encoded(example, bucket, seed=0, variant=0) for example, bucket in sized]
     if config.prior.mode == "prediction":
         denoiser.pull = PriorPull(base, captions, config.prior)
-    if begun:
-        injected = inject_adapter(base, begun, config.adapter)
-    else:
-        injected = inject(base, paths, config.adapter, config.seed, full=full, steps=config.steps)
-    parameters = injected.parameters
+    parameters, rules = put_on(base, config, begun, paths, full, words)
     check_trainable(parameters)
     adjust(base, config)
     if config.compute.shard:
@@ -118,7 +121,8 @@ def set_up(config: TrainConfig) -> Run:
         denoiser=denoiser,
         paths=(*paths, *full),
         parameters=parameters,
-        rules=injected.rules,
+        words=words,
+        rules=rules,
         samples=samples,
         captions=captions,
         held_out=HeldOut(views=encoded, captions=[e.caption for e in validation]) if validation else None,
@@ -127,8 +131,32 @@ def set_up(config: TrainConfig) -> Run:
     )
 
 
-def targets_of(base: Base, config: TrainConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def put_on(
+    base: Base,
+    config: TrainConfig,
+    begun: Adapter | None,
+    paths: Sequence[str],
+    full: Sequence[str],
+    words: LearnedWords | None,
+) -> tuple[dict[str, nn.Parameter], Rules]:
+    """All that learns, put on the base, and what happens to it from step to step. Raises ConfigError."""
+    if begun:
+        injected = inject_adapter(base, begun, config.adapter)
+    else:
+        adapter = AdapterConfig() if config.words_only else config.adapter
+        injected = inject(base, paths, adapter, config.seed, full=full, steps=config.steps)
+    if words is None:
+        return injected.parameters, injected.rules
+    for vectors in words.parameters.values():
+        vectors.requires_grad_(True)  # which freezing the text encoders took
+    both = Together(injected.rules, WordRules(words.parameters, injected.parameters, config.words, config.steps))
+    return {**injected.parameters, **words.parameters}, both
+
+
+def targets_of(base: Base, config: TrainConfig, begun: Adapter | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The modules that get factors, and those that are trained in full. Raises ConfigError."""
+    if config.words_only or begun:
+        return tuple(begun.layers) if begun else (), ()
     adapter = config.adapter
     unet, text_encoders = adapter.unet_targets, adapter.text_encoder_targets
     paths = resolve_targets(trainable_paths(base.anatomy), unet=unet, text_encoders=text_encoders)
@@ -167,6 +195,17 @@ def check_captions(examples: Sequence[Example], config: TrainConfig) -> None:
                 read(part)
         except ConfigError as error:
             raise DatasetError(f"{example.picture}: its caption cannot be read as a prompt: {error}") from None
+
+
+def check_words(examples: Sequence[Example], config: TrainConfig) -> None:
+    """Raise ConfigError for a word that is to be learned and stands in no caption."""
+    texts = " ".join(whole_caption(example.caption, config.captions, config.trigger_words) for example in examples)
+    for word in config.words.words:
+        if not re.search(rf"(?<![\w/]){re.escape(word)}(?![\w/])", texts):
+            raise ConfigError(
+                f"words.words: {word!r} stands in no caption, so nothing would teach it; put it there, or into "
+                "captions.template or the instance prompt"
+            )
 
 
 def split(config: TrainConfig) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
@@ -251,7 +290,7 @@ def adjust(base: Base, config: TrainConfig) -> None:
     unet = base.pipe.unet
     if config.compute.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-        if config.adapter.text_encoder_targets:
+        if config.captions_learn:
             for name in base.anatomy.text_layers:
                 getattr(base.pipe, name).activation_checkpointing_enable({"use_reentrant": False})
     if config.compute.channels_last:
@@ -259,4 +298,4 @@ def adjust(base: Base, config: TrainConfig) -> None:
     if config.compute.compile:
         unet.compile()
     if config.compute.offload:
-        send_away(base, idle_models(base, text_encoders_learn=bool(config.adapter.text_encoder_targets)))
+        send_away(base, idle_models(base, text_encoders_learn=config.captions_learn))

@@ -6,7 +6,7 @@ import torch
 
 from lora_diffusion.config import GenerateConfig
 from lora_diffusion.files import whole_file
-from lora_diffusion.sampling import sample, single_settings
+from lora_diffusion.sampling import rewritten, sample, single_settings
 from lora_diffusion.training.offloading import at_work, idle_models
 from lora_diffusion.training.run_setup import Run
 
@@ -30,7 +30,7 @@ def make_samples(run: Run, step: int) -> None:
         settings = GenerateConfig(prompt=prompt, seed=config.seed, steps=config.steps, guidance=config.guidance)
         (single,) = single_settings(run.base, settings)
         with at_work(run.base, idle_models(run.base, text_encoders_learn=False)):
-            picture = sample(run.base, single)
+            picture = sample(run.base, rewritten(single, run.words.rewrite) if run.words else single)
         if run.accelerator.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(path) as part:

@@ -48,7 +48,7 @@ def validated(
     drifts: list[Tensor] = []
     for number, (seen, caption) in enumerate(zip(held_out.views, held_out.captions, strict=True)):
         batch = fixed_batch(seen, caption, number, timesteps, config, denoiser)
-        texts = {} if config.adapter.text_encoder_targets else on(denoiser, encoder.batch(batch["captions"]))
+        texts = {} if config.captions_learn else on(denoiser, encoder.batch(batch["captions"]))
         losses += denoiser(**batch, **texts).double().cpu()
         if config.validation.base_prompts:
             prompt = config.validation.base_prompts[number % len(config.validation.base_prompts)]

@@ -32,3 +32,36 @@ class Rules:
     def facts(self) -> dict[str, Any]:
         """What is told of the method at the end of a run."""
         return {}
+
+
+class Together(Rules):
+    """Several methods at once."""
+
+    def __init__(self, *parts: Rules) -> None:
+        self.parts = parts
+
+    def before_step(self, step: int) -> None:
+        for part in self.parts:
+            part.before_step(step)
+
+    def penalty(self) -> Tensor | None:
+        found = [value for part in self.parts if (value := part.penalty()) is not None]
+        return sum(found[1:], start=found[0]) if found else None
+
+    def after_gradients(self, step: int) -> None:
+        for part in self.parts:
+            part.after_gradients(step)
+
+    def after_step(self, step: int, rate: float) -> None:
+        for part in self.parts:
+            part.after_step(step, rate)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(place): part.state_dict() for place, part in enumerate(self.parts)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for place, part in enumerate(self.parts):
+            part.load_state_dict(state[str(place)])
+
+    def facts(self) -> dict[str, Any]:
+        return {key: value for part in self.parts for key, value in part.facts().items()}
