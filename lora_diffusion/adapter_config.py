@@ -79,6 +79,8 @@ def as_the_file_is(c: AdapterConfig) -> bool:
     return c.kind == "lora" and c.start == "zero" and not told
 
 
+PRODUCTS = ("lora", "vera", "adalora", "dylora", "sparse")
+"""Kinds whose delta is the product of two factors."""
 FACTORED = ("lora", "dylora", "sparse")
 """Kinds with factors `down` and `up` of their own."""
 NONSENSE: tuple[tuple[Callable[[AdapterConfig], bool], str], ...] = (

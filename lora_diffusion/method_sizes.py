@@ -13,6 +13,7 @@ from lora_diffusion.methods import METHODS, Method, with_method
 from lora_diffusion.models import find_checkpoint
 from lora_diffusion.targets import by_pattern, resolve_full, resolve_targets
 from lora_diffusion.train_defaults import default_settings
+from lora_diffusion.words_config import WordsConfig
 
 Shape = tuple[int, ...]
 FILE_BYTES = 2
@@ -69,16 +70,24 @@ def kronecker_numbers(shape: Shape, rank: int, most: int) -> int:
 def method_size(method: Method, base: str, rank: int | None = None) -> MethodSize:
     """A method with the defaults for a style on a base. Raises BaseModelError, ConfigError."""
     checkpoint = find_checkpoint(base)
-    table = with_method(default_settings("style", checkpoint.family.name), method)["adapter"]
-    config = validate(AdapterConfig, changed(table, {"rank": rank} if rank else {}), source=f"methods {method.name}")
+    table = with_method(default_settings("style", checkpoint.family.name), method)
+    changes = {"rank": rank} if rank else {}
+    config = validate(AdapterConfig, changed(table["adapter"], changes), source=f"methods {method.name}")
+    words = validate(WordsConfig, table.get("words", {}), source=f"methods {method.name}")
     unet, text = config.unet_targets, config.text_encoder_targets
     paths = resolve_targets(trainable_paths(checkpoint.anatomy), unet=unet, text_encoders=text)
     full = resolve_full(changeable_paths(checkpoint.anatomy), config.full_targets, paths)
     shapes: Mapping[str, Shape] = {name: tuple(stored.kind[1]) for name, stored in checkpoint.parameters.items()}
+    vectors = sum(
+        words.vectors * len(words.words) * shapes[f"{component}.text_model.embeddings.token_embedding.weight"][1]
+        for component in checkpoint.anatomy.text_layers
+    )
+    if words.words and words.alone == 1:
+        paths, full = (), ()
     ranks = by_pattern(paths, config.ranks, "adapter.ranks", config.rank)
     sizes = [trained_and_saved(config, shapes[f"{path}.weight"], ranks[path]) for path in paths]
     whole = sum(prod(shapes.get(f"{path}.{part}", (0,))) for path in full for part in ("weight", "bias"))
-    trained, saved = (sum(size[side] for size in sizes) + whole for side in (0, 1))
+    trained, saved = (sum(size[side] for size in sizes) + whole + vectors for side in (0, 1))
     total = sum(map(prod, shapes.values()))
     return MethodSize(
         method=method.name,

@@ -73,6 +73,7 @@ METHODS: tuple[Method, ...] = (
         about="LoRA whose first factor stays as it began. Half the trained numbers, and no module's input need be kept "
         "for the backward pass, which saves memory at the price of some quality.",
         settings={"adapter": {"freeze_down": True}},
+        rate=3.0,
     ),
     Method(
         name="dora",
@@ -87,13 +88,13 @@ METHODS: tuple[Method, ...] = (
         about="The product, number by number, of two low-rank matrices: rank r * r for the size of 2 r. For styles "
         "that touch everything a little; slower.",
         settings={"adapter": {"kind": "loha"}},
-        rate=4.0,
     ),
     Method(
         name="lokr",
         paper="2309.14859",
         about="The Kronecker product of a small matrix and a low-rank one. Very small files that hold a subject well.",
         settings={"adapter": {"kind": "lokr"}},
+        rate=3.0,
     ),
     Method(
         name="vera",
@@ -101,7 +102,7 @@ METHODS: tuple[Method, ...] = (
         about="One frozen random pair of factors for all modules, and two small vectors for each. Few trained numbers, "
         "so that little can be forgotten; it wants a high rank and a high rate, and its file is that of plain LoRA.",
         settings={"adapter": {"kind": "vera", "rank": 64}},
-        rate=20.0,
+        rate=60.0,
     ),
     Method(
         name="adalora",
@@ -140,12 +141,43 @@ METHODS: tuple[Method, ...] = (
         settings={"adapter": {"kind": "sparse", "sparse_keep": 0.5}},
     ),
     Method(
+        name="b-lora",
+        paper="2403.14572",
+        about="LoRA on two attentions of SDXL's deepest up block alone: one learns what is shown, the other how. Train "
+        "both, and take either by the block presets BLORA-CONTENT and BLORA-STYLE (`lbw=BLORA-STYLE`). On other bases "
+        "the same places, without the paper's promise.",
+        settings={"adapter": {"unet_targets": ["b-lora-content", "b-lora-style"], "text_encoder_targets": []}},
+    ),
+    Method(
+        name="textual-inversion",
+        paper="2208.01618",
+        about="Vectors of a new word alone; the base stays untouched and the file has a few kilobytes. Holds what the "
+        "base can already draw, and no more.",
+        settings={"words": {"words": ["sks"], "vectors": 4, "alone": 1.0}},
+    ),
+    Method(
+        name="pivotal",
+        paper="2106.05744",
+        about="The word first, then LoRA around what it came to mean. For subjects whose word the base reads as "
+        "something else.",
+        settings={"words": {"words": ["sks"], "alone": 0.3}},
+    ),
+    Method(
+        name="slider",
+        paper="2311.12092",
+        about="A signed attribute, learned between two prompts: weight 1 adds it, -1 takes it away. Pictures only "
+        "tell where it is learned, so that any will do.",
+        settings={
+            "slider": {"positive": "a house at night", "negative": "a house at noon", "target": "a house"},
+            "adapter": {"text_encoder_targets": []},
+        },
+    ),
+    Method(
         name="mixed",
         paper="2106.09685, section 7",
         about="LoRA, and a few modules in full, such as norms or the first convolution, saved as differences. For "
         "what a low rank cannot say, such as a change of all colours.",
         settings={"adapter": {"full_targets": ["unet.conv_in", "unet.*.norm1"]}},
-        rate=0.5,
     ),
 )
 """In the order in which they are listed."""

@@ -6,12 +6,14 @@ what other families and purposes change. Each docstring says what the value does
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lora_diffusion.adapter_config import AboveZero, AdapterConfig, NotNegative, Share
+from lora_diffusion.adapter_config import PRODUCTS, AboveZero, AdapterConfig, NotNegative, Share
 from lora_diffusion.config import EMBEDDED_BASE, Positive, Precision, Settings
+from lora_diffusion.optimiser_config import OptimiserConfig
+from lora_diffusion.words_config import SliderConfig, WordsConfig
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -84,32 +86,6 @@ class CaptionConfig(Settings):
         return template
 
 
-class WordsConfig(Settings):
-    """Words whose vectors are learned: textual inversion, alone or before an adapter (pivotal tuning)."""
-
-    words: tuple[str, ...] = ()
-    """The words, as they stand in the captions; none by default."""
-    vectors: Annotated[int, Field(ge=1, le=32)] = 1
-    """Vectors of each word; more hold more, and more easily say too much."""
-    begin_as: str = ""
-    """Word whose vectors they begin as, such as `style` or `dog`; noise if left out."""
-    alone: Share = 0.0
-    """Share of the run in which only the words learn; 1 trains no adapter at all."""
-    until: Share = 1.0
-    """Share of the run after which the words stay as they are."""
-
-    @model_validator(mode="after")
-    def something_learns(self) -> "WordsConfig":
-        """Refuse what would train nothing, or say something of no words."""
-        if not self.words and self != WordsConfig.model_construct(words=()):
-            raise ValueError("vectors, begin_as, alone and until say something of words; name them in words.words")
-        if self.until < self.alone:
-            raise ValueError(f"until is {self.until} and alone {self.alone}; nothing would learn in between")
-        if any(not word.strip() or " " in word.strip() for word in self.words):
-            raise ValueError("a learned word has no spaces in it; write one such as 'sks'")
-        return self
-
-
 class ObjectiveConfig(Settings):
     """What a step minimises."""
 
@@ -165,72 +141,6 @@ class PriorConfig(Settings):
     """Denoising steps for making them."""
     prompts: tuple[str, ...] = ()
     """Prompts for `prediction`; the class prompt, or else the empty one, if none is given."""
-
-
-SUITED: dict[str, dict[str, Any]] = {"prodigy": {"learning_rate": 1.0}, "schedule-free": {"schedule": "constant"}}
-"""What a kind of optimiser has instead of the defaults below."""
-
-
-class OptimiserConfig(Settings):
-    """How parameters move."""
-
-    kind: str = "adamw"
-    """adamw, adamw-8bit, paged-adamw-8bit, prodigy, adafactor, lion, schedule-free, or a class by its import path."""
-    learning_rate: AboveZero = 1e-4
-    """Peak rate of the UNet's factors. 1 for prodigy if left out, which finds the rate that this is a factor of; lion
-    wants three to ten times less than adamw."""
-    text_encoder_learning_rate: AboveZero | tuple[AboveZero, ...] | None = None
-    """Peak rate of the text encoders' factors, one for all or one for each; a tenth of the UNet's if left out (with
-    prodigy the same, as it has one rate)."""
-    up_rate: Annotated[float, Field(ge=1, le=64)] = 1.0
-    """How many times the rate of the first factor that of the second is [LoRA+, arXiv 2402.12354]; 4 to 16 for it."""
-    word_learning_rate: AboveZero = 5e-3
-    """Peak rate of learned words' vectors."""
-    rates: dict[str, NotNegative] = Field(default_factory=dict[str, float])
-    """Factors on the rate by pattern of modules or of their factors, such as `"unet.down_blocks.*" = 0.5` or
-    `"*.up" = 4`; factors of all patterns that match are multiplied, and 0 freezes."""
-    weight_decay: NotNegative = 0.01
-    """Decoupled weight decay."""
-    options: dict[str, Any] = Field(default_factory=dict[str, Any])
-    """More arguments of the optimiser's class, such as `betas`."""
-    schedule: Literal["constant", "linear", "cosine", "restarts"] = "cosine"
-    """How the rate falls after warm-up; schedule-free means over steps instead, and has `constant`."""
-    restarts: Positive = 1
-    """How often `restarts` begins its cosine anew."""
-    warmup_steps: Count = 20
-    """Steps of linear warm-up."""
-    max_gradient_norm: AboveZero = 1.0
-    """Gradients are clipped to this norm."""
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay of a running mean of the parameters that is saved in their place; 0 for none."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def suited_to_kind(cls, value: Any) -> Any:
-        """Defaults of a kind for what is left out, so that the record of a run has what it ran with."""
-        kind = value.get("kind") if isinstance(value, dict) else None
-        return {**SUITED.get(kind, {}), **value} if isinstance(kind, str) else value
-
-    @model_validator(mode="after")
-    def one_owner_of_rates(self) -> "OptimiserConfig":
-        """The rate of the second factor is said once."""
-        ends = [pattern for pattern in self.rates if pattern.endswith(".up")]
-        if self.up_rate != 1 and ends:
-            raise ValueError(f"up_rate and the rate {ends[0]!r} both own the second factor's rate; leave one out")
-        if self.up_rate != 1 and self.kind == "prodigy":
-            raise ValueError(
-                "up_rate and kind 'prodigy' both own the learning rate; set up_rate to 1, or kind to adamw"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def averaged_once(self) -> "OptimiserConfig":
-        """Schedule-free optimisers take no second schedule and no second mean."""
-        if self.kind == "schedule-free" and (self.schedule != "constant" or self.ema_decay):
-            raise ValueError(
-                "kind 'schedule-free' has a mean of its own; set schedule to 'constant' and ema_decay to 0"
-            )
-        return self
 
 
 class ValidationConfig(Settings):
@@ -330,6 +240,7 @@ class TrainConfig(Settings):
     captions: CaptionConfig = Field(default_factory=CaptionConfig)  # made when asked for, which help never does
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
     words: WordsConfig = Field(default_factory=WordsConfig)
+    slider: SliderConfig = Field(default_factory=SliderConfig)
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
     prior: PriorConfig = Field(default_factory=PriorConfig)
     optimiser: OptimiserConfig = Field(default_factory=OptimiserConfig)
@@ -337,6 +248,26 @@ class TrainConfig(Settings):
     samples: SamplesConfig = Field(default_factory=SamplesConfig)
     compute: ComputeConfig = Field(default_factory=ComputeConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+    @model_validator(mode="after")
+    def slider_by_factors(self) -> "TrainConfig":
+        """Refuse a slider where its sign or its frozen prompts have no meaning."""
+        if not self.slider.positive:
+            return self
+        if self.captions_learn:
+            raise ValueError(
+                "slider and text encoders or words that learn do not go together, as frozen ones read its prompts; "
+                "empty adapter.text_encoder_targets and words.words"
+            )
+        plain = self.adapter.kind in PRODUCTS and not self.adapter.dora and not self.adapter.full_targets
+        if not plain or self.adapter.begin_with:
+            raise ValueError(
+                "slider weighs a product of factors with a sign; set adapter.kind to lora, and leave out dora, "
+                "full_targets and begin_with"
+            )
+        if self.prior.mode != "none":
+            raise ValueError("slider and prior do not go together, as a slider learns from the frozen base anyway")
+        return self
 
     @property
     def captions_learn(self) -> bool:

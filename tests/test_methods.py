@@ -179,18 +179,16 @@ def test_each_method_learns_on_the_embedded_base(method: str, ink: Path, tmp_pat
 def test_the_arithmetic_of_sizes_is_what_is_injected(name: str, tmp_path: Path) -> None:
     size = method_size(methods.method(name), "tiny-sd")
     table = methods.with_method(default_settings("style", "tiny-sd"), methods.method(name))
-    table |= {"data": tmp_path, "output": tmp_path / "it.safetensors"}
-    config = validate(TrainConfig, table, source="test").adapter
-    base = load_base("tiny-sd")
-    unet, text = config.unet_targets, config.text_encoder_targets
-    paths = resolve_targets(trainable_paths(base.anatomy), unet=unet, text_encoders=text)
-    full = resolve_full(changeable_paths(base.anatomy), config.full_targets, paths)
-    made = inject(base, paths, config, 0, full=full, steps=20)
-    assert size.trained == sum(parameter.numel() for parameter in made.parameters.values())
-    assert size.modules == len(paths) + len(full)
+    table |= {"output": tmp_path / "it.safetensors"}
+    shutil.copytree(sample_data() / "styles" / "ink", tmp_path / "ink")
+    table["data"] = tmp_path / "ink"
+    run = set_up(validate(TrainConfig, table, source="test"))
+    assert size.trained == sum(parameter.numel() for parameter in run.parameters.values())
+    assert size.modules == len(run.paths)
     if name not in ("adalora", "sparse"):  # whose files depend on what is taken away
-        saved = extract(base, [*paths, *full], AdapterMetadata(), torch.float16)
-        assert size.saved == saved.num_parameters
+        saved = extract(run.base, run.paths, AdapterMetadata(), torch.float16)
+        words = sum(vectors.numel() for vectors in run.words.parameters.values()) if run.words else 0
+        assert size.saved == saved.num_parameters + words
 
 
 def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,9 @@ from train_scripts.evaluate_routing import prompts as places
 from train_scripts.tiny_world.reader import load_reader, machine, read
 
 OUTPUT = Path(__file__).with_name("methods.json")
-STYLE, SUBJECT = "neon", "gloop"
+STYLE, TRIGGER, SUBJECT = "neon", "zwx", "gloop"
+NOT_COMPARED = ("slider", "b-lora")
+"""A slider learns no set, and B-LoRA's places are SDXL's."""
 STEPS, BATCH, SEEDS = 150, 2, (0, 1, 2)
 TIMED_STEPS = 24
 SAMPLED_STEPS, PICTURES = 12, 13
@@ -60,7 +62,10 @@ def config_of(method: Method, kind: Kind, seed: int, output: Path, steps: int) -
     }
     table = changed(default_settings(purpose, "tiny-sd"), told)
     table["prior"] = {"mode": "none"}
-    return validate(TrainConfig, with_method(table, method), source=method.name)
+    table = with_method(table, method)
+    if "words" in table:
+        table["words"] = {**table["words"], "words": [TRIGGER if kind == "style" else SUBJECT]}
+    return validate(TrainConfig, table, source=method.name)
 
 
 def in_child(config: TrainConfig) -> tuple[float, float]:
@@ -144,6 +149,10 @@ def cost(methods: list[Method]) -> None:
         print(method.name, row, flush=True)
 
 
+def all_names() -> list[str]:
+    return [each.name for each in METHODS]
+
+
 def main(part: Literal["quality", "cost"] = "quality", only: tuple[str, ...] = ()) -> None:
     """Compare.
 
@@ -151,7 +160,7 @@ def main(part: Literal["quality", "cost"] = "quality", only: tuple[str, ...] = (
         part: What is measured.
         only: Names of methods; all if empty.
     """
-    methods = [each for each in METHODS if not only or each.name in only]
+    methods = [each for each in METHODS if each.name in (only or set(all_names()) - {*NOT_COMPARED})]
     (quality if part == "quality" else cost)(methods)
 
 

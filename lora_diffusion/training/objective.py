@@ -16,7 +16,7 @@ PREDICTIONS: dict[str, Predicts] = {"epsilon": "epsilon", "v": "v_prediction"}
 
 
 class Pull(Protocol):
-    """A loss beside the pictures' own."""
+    """A loss that is not the pictures' own."""
 
     def losses(
         self, denoiser: "Denoiser", latent: Tensor, noise: Tensor, timestep: Tensor, time_ids: Tensor
@@ -36,6 +36,9 @@ class Denoiser(nn.Module):
         self.base = base
         self.config, self.read = config, read
         self.pull: Pull | None = None
+        """A loss beside the pictures' own."""
+        self.lesson: Pull | None = None
+        """A loss in their place."""
         self.predicts: Predicts = PREDICTIONS.get(config.prediction) or cast("Predicts", prediction_type(base))
         self.alphas_cumprod = alphas_cumprod_of(base.pipe.scheduler.alphas_cumprod, config).to(base.device)
         check_terminal_snr(self.alphas_cumprod, self.predicts)
@@ -58,6 +61,8 @@ class Denoiser(nn.Module):
 
         `hidden` and `pooled` are the captions as frozen encoders read them; without them they are encoded here.
         """
+        if self.lesson is not None:
+            return self.lesson.losses(self, latent, noise, timestep, time_ids)
         context = self.context(captions, time_ids, hidden, pooled)
         predicted = self.predicted(latent, input_noise, timestep, context)
         target = target_of(latent, noise, timestep, self.alphas_cumprod, self.predicts)

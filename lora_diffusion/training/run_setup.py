@@ -39,6 +39,7 @@ from lora_diffusion.training.prior import PriorPull, class_folder, make_class_pi
 from lora_diffusion.training.samples import RunOfSamples, order_of
 from lora_diffusion.training.self_checks import check_trainable
 from lora_diffusion.training.sharding import check_plain, share_out
+from lora_diffusion.training.slider import Slider
 from lora_diffusion.training.timesteps import check_timesteps
 from lora_diffusion.training.updates.continued import check_continuable
 from lora_diffusion.training.updates.injection import inject, inject_adapter
@@ -109,6 +110,8 @@ def set_up(config: TrainConfig) -> Run:
     encoded = [views.encoded(example, bucket, seed=0, variant=0) for example, bucket in sized]
     if config.prior.mode == "prediction":
         denoiser.pull = PriorPull(base, captions, config.prior)
+    if config.slider.positive:
+        denoiser.lesson = Slider(base, captions, config.slider)
     parameters, rules = put_on(base, config, begun, paths, full, words)
     check_trainable(parameters)
     adjust(base, config)

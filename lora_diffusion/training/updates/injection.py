@@ -135,11 +135,16 @@ def update_at(base: Base, path: str) -> Any:
     return getattr(module_at(base, path), NAME)
 
 
+def updates_of(base: Base) -> list[Update]:
+    """Every update on a base's models."""
+    models = [getattr(base.pipe, component) for component in base.family.components]
+    return [module for model in models for module in model.modules() if isinstance(module, Update)]
+
+
 @contextmanager
 def disabled(base: Base) -> Iterator[None]:
     """The frozen base alone while the block runs, bit for bit."""
-    models = [getattr(base.pipe, component) for component in base.family.components]
-    found = [module for model in models for module in model.modules() if isinstance(module, Update)]
+    found = updates_of(base)
     for update in found:
         update.active = False
     try:

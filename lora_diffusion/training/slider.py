@@ -1,0 +1,67 @@
+"""Sliders: an adapter that is an attribute, learned from prompts, with a sign [arXiv:2311.12092].
+
+At weight s, +1 or -1, the adapted base shall say of the target prompt what the frozen one says of it, moved along the
+difference of two prompts:
+
+    e*(x, target) = e(x, target) + s * strength * (e(x, positive) - e(x, negative))
+
+Pictures only tell at which noisy latents this is learned; their captions are not read.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lora_diffusion.models import Base
+from lora_diffusion.prompt_encoding import TextContext
+from lora_diffusion.train_config import SliderConfig
+from lora_diffusion.training.contexts import CaptionEncoder, context_of
+from lora_diffusion.training.objective import Denoiser
+from lora_diffusion.training.updates.injection import disabled, updates_of
+from lora_diffusion.training.updates.low_rank import ProductUpdate
+
+SIGNS = (1.0, -1.0)
+
+
+class Slider:
+    """The losses of both signs, in place of the pictures' own."""
+
+    def __init__(self, base: Base, encoder: CaptionEncoder, config: SliderConfig) -> None:
+        self.base, self.encoder, self.config = base, encoder, config
+
+    def losses(self, denoiser: Denoiser, latent: Tensor, noise: Tensor, timestep: Tensor, time_ids: Tensor) -> Tensor:
+        """(n,) losses, the mean of both signs."""
+
+        def said(text: str) -> Tensor:
+            context = self.context(text, latent, time_ids)
+            return denoiser.predicted(latent, noise, timestep, context).float()
+
+        config = self.config
+        with torch.no_grad(), disabled(self.base):
+            plain, direction = said(config.target), said(config.positive) - said(config.negative)
+        total = torch.zeros(len(latent), device=latent.device)
+        for sign in SIGNS:
+            with weighing(self.base, sign):
+                error = said(config.target) - (plain + sign * config.strength * direction)
+            total = total + error.square().mean(dim=(1, 2, 3))
+        return total / len(SIGNS)
+
+    def context(self, text: str, latent: Tensor, time_ids: Tensor) -> TextContext:
+        """One prompt for all latents of a batch."""
+        texts = {key: value.to(latent.device) for key, value in self.encoder.batch([text] * len(latent)).items()}
+        return context_of(texts["hidden"], texts.get("pooled"), time_ids)
+
+
+@contextmanager
+def weighing(base: Base, weight: float) -> Iterator[None]:
+    """The trained updates at a weight, while the block runs."""
+    found = [update for update in updates_of(base) if isinstance(update, ProductUpdate)]
+    for update in found:
+        update.scale *= weight
+    try:
+        yield
+    finally:
+        for update in found:
+            update.scale /= weight
