@@ -110,7 +110,7 @@ METHODS: tuple[Method, ...] = (
         about="Directions with a strength of their own; a falling budget takes them from modules where they matter "
         "least. For few bytes well spent, and to see which blocks a style needs; saved as plain LoRA of mixed ranks.",
         settings={"adapter": {"kind": "adalora"}},
-        rate=3.0,
+        rate=1.5,
     ),
     Method(
         name="dylora",
