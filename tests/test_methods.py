@@ -1,5 +1,6 @@
 """Every method in the one loop: it begins as nothing, learns, and is saved as what it computed."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
+from PIL import Image
 from test_training import settings
 from torch import Tensor, nn
 
@@ -26,6 +28,8 @@ from lora_diffusion.layers import DoRALayer, FullLayer, LoHaLayer, LoKrLayer, Lo
 from lora_diffusion.method_sizes import method_size
 from lora_diffusion.models import Base, load_base, module_at
 from lora_diffusion.patching import blended
+from lora_diffusion.run_report.allocation import allocation, allocation_picture
+from lora_diffusion.run_report.runs import train_and_report
 from lora_diffusion.sampling import generate
 from lora_diffusion.targets import resolve_full, resolve_targets
 from lora_diffusion.train_config import TrainConfig
@@ -444,6 +448,27 @@ def test_adalora_ends_within_its_budget_with_the_directions_that_matter(sd_folde
     saved = extract(base, paths, AdapterMetadata(), torch.float32)
     ranks = {layer.rank for layer in saved.layers.values() if isinstance(layer, LoRALayer)}
     assert len(ranks) > 1
+
+
+def test_the_allocation_is_drawn_in_the_report(ink: Path, tmp_path: Path) -> None:
+    table = {
+        "data": {"folder": ink},
+        "output": tmp_path / "it.safetensors",
+        "steps": 20,
+        "batch_size": 1,
+        "adapter": {"kind": "adalora", "rank": 2},
+        "optimiser": {"learning_rate": 5e-3, "warmup_steps": 1},
+        "tracking": {"trackers": []},
+    }
+    result = train_and_report(validate(TrainConfig, table, source="test"))
+    ranks = allocation(result.adapter)
+    assert sum(sum(each) for each in ranks.values()) == sum(
+        layer.rank for layer in result.adapter.layers.values() if isinstance(layer, LoRALayer)
+    )
+    assert "Ranks by block" in (tmp_path / "it-run" / "report.html").read_text()
+    with Image.open(io.BytesIO(allocation_picture(ranks))) as picture:
+        assert picture.width > 800
+    assert result.adapter.metadata.training["method"]["directions_left"] <= 2 * len(result.adapter.layers)
 
 
 def test_sparse_takes_the_weakest_away_and_the_file_gets_smaller(sd_folder: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_diffusion.run_report.allocation import allocation_picture
 from lora_diffusion.run_report.curves import Lines, curves
 from lora_diffusion.run_report.sheet import sheet_path
 from lora_diffusion.train_config import TrainConfig
@@ -33,6 +34,9 @@ def write_page(folder: Path, facts: Mapping[str, Any], log: Lines) -> str:
         prompts = "".join(f"<li>{html.escape(prompt)}</li>" for prompt in facts["settings"]["samples"]["prompts"])
         picture = f"<img alt='samples by step' src='{data_uri(sheet.read_bytes())}'>"
         samples = f"<h2>Samples</h2><ol>{prompts}</ol>{picture}"
+    ranks = facts.get("allocation") or {}
+    if ranks:
+        samples += f"<h2>Ranks by block</h2><img alt='ranks by block' src='{data_uri(allocation_picture(ranks))}'>"
     points = "".join(f"<li>{html.escape(text)}</li>" for text in (*outcome(facts, log), *advice(log)))
     settings = html.escape(json.dumps(facts["settings"], indent=2))
     every = f"<details><summary>all of them</summary><pre>{settings}</pre></details>"
@@ -94,6 +98,9 @@ def outcome(facts: Mapping[str, Any], log: Lines) -> list[str]:
     if found:
         step, best = min(found, key=lambda item: item[1])
         told.append(f"Held-out loss {found[0][1]:.4f} at first, {best:.4f} at best, after step {step}.")
+    by_rank = [line["loss_by_rank"] for line in log if "loss_by_rank" in line]
+    if by_rank:
+        told.append("By rank: " + ", ".join(f"{rank}: {loss:.4f}" for rank, loss in by_rank[-1].items()) + ".")
     return told
 
 

@@ -13,6 +13,7 @@ from lora_diffusion.errors import ConfigError
 from lora_diffusion.files import whole_file
 from lora_diffusion.machine import machine, peak_memory_mb
 from lora_diffusion.recipe import library_versions
+from lora_diffusion.run_report.allocation import allocation
 from lora_diffusion.run_report.page import write_page
 from lora_diffusion.run_report.sheet import draw_sheet
 from lora_diffusion.train_config import TrainConfig
@@ -74,6 +75,7 @@ def facts_of(run: Run, result: TrainResult, seconds: float) -> dict[str, Any]:
         "pictures": len(pictures.examples),
         "held_out": len(run.held_out.views) if run.held_out else 0,
         "buckets": ", ".join(f"{n} of {b.width}x{b.height}" for b, n in sorted(Counter(pictures.buckets).items())),
+        "allocation": allocation(result.adapter),
         "parameters": sum(p.numel() for p in run.parameters.values()),
         "seconds": seconds,
         "seconds_per_step": sum(taken) / max(1, len(taken)),
