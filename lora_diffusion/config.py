@@ -178,6 +178,9 @@ def describe_one(item: Mapping[str, Any], kind: type[BaseModel]) -> str:
     if item["type"] == "missing":
         return f"{key!r} is missing; it has no default"
     reason = f"{item['msg'][0].lower()}{item['msg'][1:]}"
+    reason = reason.removeprefix("value error, ")
+    if isinstance(item["input"], Mapping):  # a whole section, in which settings do not go together
+        return f"{key}: {reason}" if key else reason
     return f"{key!r} is {item['input']!r}: {reason}" if key else reason
 
 

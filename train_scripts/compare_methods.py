@@ -2,6 +2,7 @@
 
     python -m train_scripts.compare_methods                # quality: hours; goes on where it was stopped
     python -m train_scripts.compare_methods --part cost    # seconds and memory of a step; minutes on an idle machine
+    python -m train_scripts.compare_methods --part table   # as Markdown
 
 Learning rates are each method's own (`lora_diffusion/methods.py`), as one for all would compare rates. The style is
 judged by the distance to its pictures, the subject by how often the picture world's reader reads it in new places; both
@@ -22,6 +23,7 @@ from lora_diffusion.config import EMBEDDED_BASE, GenerateConfig, changed, valida
 from lora_diffusion.evaluation.style import style_distance, style_pictures
 from lora_diffusion.files import sample_data
 from lora_diffusion.formats.reading import load_adapter
+from lora_diffusion.method_sizes import method_size
 from lora_diffusion.methods import METHODS, Method, with_method
 from lora_diffusion.models import load_base
 from lora_diffusion.sampling import generate
@@ -149,11 +151,42 @@ def cost(methods: list[Method]) -> None:
         print(method.name, row, flush=True)
 
 
+def table() -> str:
+    """The table of `train_scripts/README.md`, from what was measured."""
+    found = known()["methods"]
+    rows = [
+        "| method | numbers trained | file, MB | step, of LoRA's | memory, of LoRA's | style distance | subject read |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for method in METHODS:
+        row = found.get(method.name, {})
+        if len(row.get("style", {})) < 2:
+            continue
+        size = method_size(method, EMBEDDED_BASE)
+        memory = row["peak_mb"] / row["lora_peak_mb"] if "peak_mb" in row else None
+        costs = [f"{row['seconds_ratio']:.2f}" if "seconds_ratio" in row else "", f"{memory:.2f}" if memory else ""]
+        cells = [
+            method.name,
+            f"{size.trained:,}",
+            f"{row['bytes'] / 1e6:.2f}",
+            *costs,
+            *map(spread, (row["style"], row["subject"])),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def spread(values: dict[str, float]) -> str:
+    """Mean, and least to most."""
+    found = list(values.values())
+    return f"{mean(found):.3f} ({min(found):.3f} to {max(found):.3f})"
+
+
 def all_names() -> list[str]:
     return [each.name for each in METHODS]
 
 
-def main(part: Literal["quality", "cost"] = "quality", only: tuple[str, ...] = ()) -> None:
+def main(part: Literal["quality", "cost", "table"] = "quality", only: tuple[str, ...] = ()) -> None:
     """Compare.
 
     Args:
@@ -161,7 +194,10 @@ def main(part: Literal["quality", "cost"] = "quality", only: tuple[str, ...] = (
         only: Names of methods; all if empty.
     """
     methods = [each for each in METHODS if each.name in (only or set(all_names()) - {*NOT_COMPARED})]
-    (quality if part == "quality" else cost)(methods)
+    if part == "table":
+        print(table())
+    else:
+        (quality if part == "quality" else cost)(methods)
 
 
 if __name__ == "__main__":
