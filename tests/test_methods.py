@@ -23,6 +23,7 @@ from lora_diffusion.cli import main
 from lora_diffusion.config import GenerateConfig, validate
 from lora_diffusion.errors import AdapterFormatError, ConfigError
 from lora_diffusion.files import sample_data
+from lora_diffusion.formats.native import save_adapter
 from lora_diffusion.formats.reading import load_adapter
 from lora_diffusion.layers import DoRALayer, FullLayer, LoHaLayer, LoKrLayer, LoRALayer
 from lora_diffusion.method_sizes import method_size
@@ -204,6 +205,37 @@ def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["method"] for row in json.loads(capsys.readouterr().out)] == [each.name for each in methods.METHODS]
     assert main(["methods", "drola"]) == 2
     assert "no method called 'drola'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_methods_file_is_converted_merged_and_inspected_like_any_other(
+    method: str, sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = load_base(str(sd_folder))
+    paths, made = injected(base, config_of(method))
+    shake(made.parameters)
+    metadata = AdapterMetadata(name="it", family=base.family.name)
+    adapter = extract(base, paths, metadata, torch.float32)
+    own, theirs = tmp_path / "it.safetensors", tmp_path / "kohya.safetensors"
+    save_adapter(adapter, own)
+    assert main(["convert", str(own), str(theirs), "--to", "kohya"]) == 0
+    again = load_adapter(theirs)
+    assert again.paths == adapter.paths
+    for path, layer in adapter.layers.items():
+        weight = module_at(base, path).weight.detach()
+        before = layer.delta(weight)
+        assert torch.allclose(before, again.layers[path].delta(weight).reshape(before.shape), atol=1e-5), path
+    assert main(["verify", str(own), "--base", str(sd_folder)]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(own), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == ", ".join(adapter.kinds)
+    assert (
+        main(["merge", "--base", str(sd_folder), "--adapter", f"{own}:0.5", "--output", str(tmp_path / "merged")]) == 0
+    )
+    merged = load_base(str(tmp_path / "merged"))
+    with blended(load_base(str(sd_folder)), Blend(entries=(WeightedAdapter(adapter=adapter, weight=0.5),))) as patch:
+        for path in paths:
+            assert torch.allclose(module_at(merged, path).weight, module_at(patch.base, path).weight, atol=1e-6), path
 
 
 def test_exactly_the_chosen_modules_train(sd_folder: Path) -> None:
