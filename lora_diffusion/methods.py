@@ -141,6 +141,13 @@ METHODS: tuple[Method, ...] = (
         settings={"adapter": {"kind": "sparse", "sparse_keep": 0.5}},
     ),
     Method(
+        name="qlora",
+        paper="2305.14314",
+        about="LoRA on a base whose frozen layers are kept in four bits, for a GPU that cannot hold them otherwise. Each "
+        "step takes longer and reads a slightly coarser base; the file is plain LoRA and fits the base in full.",
+        settings={"compute": {"quantise": "nf4"}},
+    ),
+    Method(
         name="b-lora",
         paper="2403.14572",
         about="LoRA on two attentions of SDXL's deepest up block alone: one learns what is shown, the other how. Train "

@@ -190,6 +190,9 @@ class ComputeConfig(Settings):
     shard: bool = False
     """Share out the frozen UNet's weights among the processes of `accelerate launch`, for a base too large for one GPU;
     each block is gathered as it works, which costs time."""
+    quantise: Literal["none", "nf4", "fp4", "int8"] = "none"
+    """Keep the frozen UNet's linear layers in four or eight bits [QLoRA, arXiv 2305.14314]: a quarter or half of their
+    memory, at the price of time and of some of the base's precision. Needs bitsandbytes."""
     compile: bool = False
     """`torch.compile` for the UNet."""
     channels_last: bool = False
@@ -267,6 +270,27 @@ class TrainConfig(Settings):
             )
         if self.prior.mode != "none":
             raise ValueError("slider and prior do not go together, as a slider learns from the frozen base anyway")
+        return self
+
+    @model_validator(mode="after")
+    def whole_weights_where_needed(self) -> "TrainConfig":
+        """Refuse codes in place of weights that a method needs in full."""
+        adapter, codes = self.adapter, self.compute.quantise
+        if codes == "none":
+            return self
+        needs = {
+            "adapter.dora": adapter.dora,
+            f"adapter.kind '{adapter.kind}'": adapter.kind not in PRODUCTS,
+            f"adapter.start '{adapter.start}'": adapter.start == "pissa",
+            "adapter.full_targets": bool(adapter.full_targets),
+            "adapter.begin_with": adapter.begin_with is not None,
+            "compute.shard": self.compute.shard,
+        }
+        wanted = [name for name, given in needs.items() if given]
+        if wanted:
+            raise ValueError(
+                f"compute.quantise '{codes}' keeps weights in codes, and {wanted[0]} needs them in full; leave one out"
+            )
         return self
 
     @property

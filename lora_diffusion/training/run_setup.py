@@ -36,6 +36,7 @@ from lora_diffusion.training.merged_base import on_top_of
 from lora_diffusion.training.objective import Denoiser
 from lora_diffusion.training.offloading import idle_models, send_away
 from lora_diffusion.training.prior import PriorPull, class_folder, make_class_pictures
+from lora_diffusion.training.quantising import quantise
 from lora_diffusion.training.samples import RunOfSamples, order_of
 from lora_diffusion.training.self_checks import check_trainable
 from lora_diffusion.training.sharding import check_plain, share_out
@@ -87,10 +88,7 @@ def set_up(config: TrainConfig) -> Run:
     if accelerator.is_main_process:
         check_writable(config.output)
     set_seed(config.seed)
-    compute = config.compute
-    base = load_base(config.base, device=accelerator.device, precision=torch_dtype(PRECISIONS[compute.mixed_precision]))
-    base.pipe.vae.float()
-    base = on_top_of(base, config.on_top_of)
+    base = prepared_base(config, accelerator)
     folder, cache = run_folder(config.output), new_cache(config)
     begun = begun_with(config, base)
     paths, full = targets_of(base, config, begun)
@@ -132,6 +130,20 @@ def set_up(config: TrainConfig) -> Run:
         data_hash=data_hash(examples),
         folder=folder,
     )
+
+
+def prepared_base(config: TrainConfig, accelerator: Accelerator) -> Base:
+    """The base as it is trained on: on its device, with what it is to stand on top of, in codes if asked for.
+
+    Raises LoRADiffusionError's children.
+    """
+    compute = config.compute
+    base = load_base(config.base, device=accelerator.device, precision=torch_dtype(PRECISIONS[compute.mixed_precision]))
+    base.pipe.vae.float()
+    base = on_top_of(base, config.on_top_of)
+    if compute.quantise != "none":
+        quantise(base, compute.quantise)
+    return base
 
 
 def put_on(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_diffusion.patching import weight_shape
 from lora_diffusion.training.updates.low_rank import ProductUpdate
 from lora_diffusion.training.updates.rules import Rules
 from lora_diffusion.training.updates.update import Size, learned
@@ -34,7 +35,7 @@ class AdaptiveUpdate(ProductUpdate):
 
     def __init__(self, module: nn.Linear | nn.Conv2d, size: Size, generator: torch.Generator) -> None:
         super().__init__(size)
-        shape = module.weight.shape
+        shape = weight_shape(module)
         begun = round(size.rank * size.config.adalora_start)
         self.down = learned(SPREAD * torch.randn(begun, *shape[1:], generator=generator), module)
         up = SPREAD * torch.randn(shape[0], begun, generator=generator)

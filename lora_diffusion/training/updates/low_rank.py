@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_diffusion.layers import LoRALayer
+from lora_diffusion.patching import weight_shape
 from lora_diffusion.training.updates.products import cast, updated
 from lora_diffusion.training.updates.update import Frozen, Size, Update, kaiming, learned
 
@@ -34,6 +35,8 @@ class ProductUpdate(Update):
             if self.config.dropout:
                 thin = functional.dropout(x, self.config.dropout)
                 return frozen(module, x) + branch(module, thin, down, up, self.scale)
+        if not module.weight.dtype.is_floating_point:  # kept in codes
+            return frozen(module, x) + branch(module, x, down, up, self.scale)
         return updated(module, x, down, up, self.scale)
 
     def thinned(self, down: Tensor) -> Tensor:
@@ -56,7 +59,7 @@ class LowRankUpdate(ProductUpdate):
 
     def __init__(self, module: nn.Linear | nn.Conv2d, size: Size, generator: torch.Generator) -> None:
         super().__init__(size)
-        shape = module.weight.shape
+        shape = weight_shape(module)
         down = kaiming((size.rank, *shape[1:]), generator)
         up = torch.zeros(shape[0], size.rank, *[1] * (len(shape) - 2))
         self.down = learned(orthogonal(down, generator) if size.config.start == "orthogonal" else down, module)

@@ -7,11 +7,13 @@ Saved as plain LoRA, `d * A` and `b * B`, which every tool reads; only the vecto
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_diffusion.patching import weight_shape
 from lora_diffusion.training.updates.low_rank import ProductUpdate
 from lora_diffusion.training.updates.update import Size, kaiming, learned
 
@@ -31,8 +33,9 @@ class SharedFactors:
 
 def shared_factors(modules: Sequence[Any], rank: int, generator: torch.Generator) -> SharedFactors:
     """Drawn from a seed, so that they need not be kept with a state."""
-    inputs = max(module.weight[0].numel() for module in modules)
-    outputs = max(module.weight.shape[0] for module in modules)
+    shapes = [weight_shape(module) for module in modules]
+    inputs = max(prod(shape[1:]) for shape in shapes)
+    outputs = max(shape[0] for shape in shapes)
     device = modules[0].weight.device
     return SharedFactors(
         down=kaiming((rank, inputs), generator).to(device), up=kaiming((outputs, rank), generator).to(device)
@@ -44,8 +47,8 @@ class SharedUpdate(ProductUpdate):
 
     def __init__(self, module: nn.Linear | nn.Conv2d, size: Size, shared: SharedFactors) -> None:
         super().__init__(size)
-        shape = module.weight.shape
-        self.shared_down = shared.down[:, : module.weight[0].numel()].reshape(-1, *shape[1:])
+        shape = weight_shape(module)
+        self.shared_down = shared.down[:, : prod(shape[1:])].reshape(-1, *shape[1:])
         self.shared_up = shared.up[: shape[0]].reshape(shape[0], -1, *[1] * (len(shape) - 2))
         self.d = learned(torch.full((size.rank,), FIRST_D), module)
         self.b = learned(torch.zeros(shape[0]), module)

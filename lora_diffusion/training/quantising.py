@@ -1,0 +1,66 @@
+"""A base whose frozen linear layers are kept in four or eight bits while an adapter is trained.
+
+This is QLoRA [arXiv:2305.14314], with the codes of bitsandbytes, on GPUs and processors alike; the constants of 4-bit
+blocks are quantised once more. Layers that fit no blocks, convolutions and norms stay as they are.
+"""
+
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.models import Base
+
+INPUTS, OUTPUTS = 64, 32
+"""A layer's inputs and outputs are multiples of these: blocks that share a constant, and the processor's kernels."""
+Codes = Literal["nf4", "fp4", "int8"]
+
+
+def quantise(base: Base, codes: Codes) -> int:
+    """Put the UNet's linear layers into codes; returns how many. Mutates the base's model.
+
+    Raises ConfigError without bitsandbytes, and for a base of which no layer can be held.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(f"compute.quantise {codes!r} needs bitsandbytes; pip install 'lora-diffusion[quantised]'")
+    unet: nn.Module = base.pipe.unet
+    places = [
+        (parent, name, child)
+        for parent in unet.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear and fits(child)
+    ]
+    if not places:
+        raise ConfigError(
+            f"compute.quantise {codes!r}: no linear layer of {base.name} has a multiple of {INPUTS} inputs and of "
+            f"{OUTPUTS} outputs, which its blocks need; set compute.quantise to none"
+        )
+    for parent, name, child in places:
+        setattr(parent, name, in_codes(child, codes))
+    return len(places)
+
+
+def fits(linear: nn.Linear) -> bool:
+    return linear.in_features % INPUTS == 0 and linear.out_features % OUTPUTS == 0
+
+
+def in_codes(linear: nn.Linear, codes: Codes) -> nn.Module:
+    """The same layer with its weight in codes."""
+    import bitsandbytes
+
+    bnb: Any = bitsandbytes.nn
+    weight, shape = linear.weight.data, (linear.in_features, linear.out_features)
+    plain, bias = weight.cpu().contiguous(), linear.bias is not None
+    with torch.device("meta"):  # no memory for weights that are replaced at once
+        if codes == "int8":
+            made: Any = bnb.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False)
+        else:
+            made = bnb.Linear4bit(*shape, bias=bias, compute_dtype=weight.dtype, quant_type=codes)
+    if codes == "int8":
+        made.weight = bnb.Int8Params(plain, requires_grad=False, has_fp16_weights=False)
+    else:
+        made.weight = bnb.Params4bit(plain, requires_grad=False, quant_type=codes, compress_statistics=True)
+    made.bias = linear.bias
+    return made.to(weight.device)
