@@ -143,7 +143,7 @@ METHODS: tuple[Method, ...] = (
     Method(
         name="qlora",
         paper="2305.14314",
-        about="LoRA on a base whose frozen layers are kept in four bits, for a GPU that cannot hold them otherwise. Each "
+        about="LoRA on a base whose frozen layers are kept in four bits, for a GPU that cannot hold them whole. Each "
         "step takes longer and reads a slightly coarser base; the file is plain LoRA and fits the base in full.",
         settings={"compute": {"quantise": "nf4"}},
     ),
