@@ -96,7 +96,8 @@ def quiet() -> Iterator[None]:
     """Keep the libraries' notices off the terminal; what matters reaches the user as our own errors."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    for library in ("accelerate", "bitsandbytes"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

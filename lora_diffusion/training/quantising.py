@@ -4,7 +4,6 @@ This is QLoRA [arXiv:2305.14314], with the codes of bitsandbytes, on GPUs and pr
 blocks are quantised once more. Layers that fit no blocks, convolutions and norms stay as they are.
 """
 
-import logging
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -24,7 +23,6 @@ def quantise(base: Base, codes: Codes) -> int:
 
     Raises ConfigError without bitsandbytes, and for a base of which no layer can be held.
     """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that others have
     if find_spec("bitsandbytes") is None:
         raise ConfigError(f"compute.quantise {codes!r} needs bitsandbytes; pip install 'lora-diffusion[quantised]'")
     unet: nn.Module = base.pipe.unet
