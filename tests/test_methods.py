@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_diffusion import methods
 from lora_diffusion.adapter import Adapter, AdapterMetadata
 from lora_diffusion.adapter_config import NONSENSE, AdapterConfig
-from lora_diffusion.anatomy import changeable_paths, trainable_paths
+from lora_diffusion.anatomy import ANATOMIES, changeable_paths, trainable_paths
 from lora_diffusion.blend import Blend, WeightedAdapter
 from lora_diffusion.cli import main
 from lora_diffusion.config import GenerateConfig, validate
@@ -48,6 +48,7 @@ from lora_diffusion.training.updates.nested import NestedRules, NestedUpdate
 from lora_diffusion.training.updates.sparse import GatedUpdate, SparseRules
 from lora_diffusion.training.updates.update import Size, attach
 from lora_diffusion.training.validation import validated
+from lora_diffusion.weights import block_factors, block_name
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -431,6 +432,20 @@ def test_words_would_be_lost_and_are_not_gone_on_with() -> None:
         check_continuable(words, "a.safetensors")
     with pytest.raises(ConfigError, match="no layers"):
         check_continuable(Adapter(layers={}), "a.safetensors")
+
+
+@pytest.mark.parametrize(("part", "block"), [("content", "OUT00"), ("style", "OUT01")])
+def test_b_loras_places_have_the_blend_preset_of_their_name(part: str, block: str) -> None:
+    anatomy = ANATOMIES["sdxl"]
+    paths = resolve_targets(trainable_paths(anatomy), unet=[f"b-lora-{part}"], text_encoders=())
+    assert len(paths) == 10 * 8  # ten transformers, two attentions of four projections each
+    assert {block_name(path, anatomy) for path in paths} == {block}
+    factors = block_factors(f"BLORA-{part.upper()}", anatomy)
+    assert [name for name, factor in factors.items() if factor] == [block]
+    with pytest.raises(ConfigError, match="names no module"):
+        resolve_targets(trainable_paths(ANATOMIES["sd1"]), unet=[f"b-lora-{part}"], text_encoders=())
+    with pytest.raises(ConfigError, match="unknown block preset"):
+        block_factors(f"BLORA-{part.upper()}", ANATOMIES["sd1"])
 
 
 def test_a_dylora_file_is_cut_to_any_rank_that_was_trained(ink: Path, tmp_path: Path) -> None:
