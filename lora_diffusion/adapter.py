@@ -43,6 +43,8 @@ class AdapterMetadata(BaseModel):
     """The dialect of the file that it was read from."""
     variant: str = ""
     """What sets its base apart within the family: `v-prediction`, `inpainting`, or nothing."""
+    least_rank: int = 0
+    """Of a T-LoRA: the directions that act in pure noise; 0 for an adapter that is the same at every step."""
     notes: tuple[str, ...] = ()
     """What a reader had to assume."""
     merged_from: tuple[str, ...] = ()

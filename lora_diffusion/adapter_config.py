@@ -12,14 +12,14 @@ Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Chance = Annotated[float, Field(ge=0, lt=1)]
-Kind = Literal["lora", "loha", "lokr", "vera", "adalora", "dylora", "sparse"]
+Kind = Literal["lora", "loha", "lokr", "vera", "adalora", "dylora", "sparse", "t-lora"]
 
 
 class AdapterConfig(Settings):
     """What is trained."""
 
     kind: Kind = "lora"
-    """lora, loha, lokr, vera, adalora, dylora or sparse; `lora-diffusion methods` says what each is, and for what."""
+    """lora, loha, lokr, vera, adalora, dylora, sparse or t-lora; `lora-diffusion methods` says what each is."""
     rank: Positive = 16
     """Rank of the two factors."""
     alpha: AboveZero | None = None
@@ -59,6 +59,8 @@ class AdapterConfig(Settings):
     """Largest side of LoKr's small matrix; a weight's sides are divided by the largest divisor up to this."""
     adalora_start: Annotated[float, Field(ge=1, le=8)] = 1.5
     """AdaLoRA begins with so many times the rank, and takes directions away until the mean is the rank."""
+    least_rank: Positive = 1
+    """Directions of `t-lora` that act in pure noise; all act at the end."""
     sparse_l1: NotNegative = 0.0
     """How strongly `sparse` pulls each direction's gate to zero, per unit of learning rate [arXiv 2311.11696]."""
     sparse_keep: Share = 0.5
@@ -79,10 +81,12 @@ def as_the_file_is(c: AdapterConfig) -> bool:
     return c.kind == "lora" and c.start == "zero" and not told
 
 
-PRODUCTS = ("lora", "vera", "adalora", "dylora", "sparse")
+PRODUCTS = ("lora", "vera", "adalora", "dylora", "sparse", "t-lora")
 """Kinds whose delta is the product of two factors."""
-FACTORED = ("lora", "dylora", "sparse")
+FACTORED = ("lora", "dylora", "sparse", "t-lora")
 """Kinds with factors `down` and `up` of their own."""
+TIMED = ("t-lora",)
+"""Kinds that change with the timestep, which a text encoder does not know."""
 NONSENSE: tuple[tuple[Callable[[AdapterConfig], bool], str], ...] = (
     (
         lambda c: c.dora and c.kind not in ("lora", "loha", "lokr"),
@@ -94,7 +98,7 @@ NONSENSE: tuple[tuple[Callable[[AdapterConfig], bool], str], ...] = (
         "freeze_down and kind '{kind}' do not go together; set freeze_down to false, or kind to lora",
     ),
     (
-        lambda c: c.start != "zero" and c.kind != "lora",
+        lambda c: c.start != "zero" and c.kind != "lora" and (c.start, c.kind) != ("orthogonal", "t-lora"),
         "start '{start}' and kind '{kind}' do not go together; set start to zero, or kind to lora",
     ),
     (
@@ -126,6 +130,16 @@ NONSENSE: tuple[tuple[Callable[[AdapterConfig], bool], str], ...] = (
         lambda c: c.begin_with is not None and not as_the_file_is(c),
         "begin_with goes on as the file is; leave out kind '{kind}', start '{start}', dora, freeze_down, ranks, alphas "
         "and full_targets",
+    ),
+    (
+        lambda c: c.kind in TIMED and bool(c.text_encoder_targets),
+        "kind '{kind}' and text_encoder_targets do not go together, as text is read before there is a timestep; set "
+        "text_encoder_targets to []",
+    ),
+    (
+        lambda c: c.kind in TIMED and c.least_rank > c.rank,
+        "least_rank and rank of kind '{kind}' do not go together, as more directions would begin than there are; lower "
+        "least_rank",
     ),
     (
         lambda c: bool(c.ranks) and c.kind in ("vera", "adalora"),

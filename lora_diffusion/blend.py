@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ class Blend:
     @property
     def is_scheduled(self) -> bool:
         """Whether it changes from step to step."""
-        return any(has_schedule(e.weight) for e in self.active)
+        return any(has_schedule(e.weight) or e.adapter.metadata.least_rank for e in self.active)
 
 
 Term = tuple[float, Layer]
@@ -121,15 +122,61 @@ def blend_sum(blend: Blend, anatomy: Anatomy | None = None, moment: Moment | Non
         if entry.region:
             raise ConfigError(f"{entry.name}: acts in a region, which only pictures have; `generate` blends by regions")
         adapter = entry.adapter
+        own = layers_at(entry, moment)
         for path, coefficient in coefficients(entry.weight, adapter.paths, anatomy, moment).items():
             if coefficient != 0 and path in adapter.layers:
-                layers.setdefault(path, []).append((coefficient, adapter.layers[path]))
+                layers.setdefault(path, []).append((coefficient, own[path]))
             if coefficient != 0 and path in adapter.biases:
                 biases.setdefault(path, []).append((coefficient, adapter.biases[path]))
     return BlendSum(
         layers={path: tuple(terms) for path, terms in layers.items()},
         biases={path: tuple(terms) for path, terms in biases.items()},
     )
+
+
+def layers_at(entry: WeightedAdapter, moment: Moment | None) -> Mapping[str, Layer]:
+    """An adapter's layers at a denoising step: of a T-LoRA the directions that act there, of others all.
+
+    Raises ConfigError for a T-LoRA where there are no steps.
+    """
+    adapter, least = entry.adapter, entry.adapter.metadata.least_rank
+    if not least:
+        return adapter.layers
+    if moment is None:
+        raise ConfigError(
+            f"{entry.name}: is a T-LoRA, which changes with the timestep, so that no weights can hold it; blend it "
+            "when pictures are made, or cut it to one rank with resize --first"
+        )
+    share = moment.step / moment.steps
+    return {path: cut_layer(layer, least, share) for path, layer in adapter.layers.items()}
+
+
+def cut_layer(layer: Layer, least: int, share: float) -> Layer:
+    """The directions of a layer that act after a share of the steps; the same object for the same rank."""
+    if not isinstance(layer, LoRALayer):
+        return layer
+    return first_directions_of(layer, timed_rank(share, least, layer.rank))
+
+
+def timed_rank(share: float, least: int, rank: int) -> int:
+    """How many directions of a T-LoRA act after a share of the way from noise to picture [arXiv:2507.05964]."""
+    least = min(least, rank)
+    return least + math.floor(share * (rank - least) + 1e-6)
+
+
+CUTS: WeakKeyDictionary[LoRALayer, dict[int, LoRALayer]] = WeakKeyDictionary()
+"""Layers that were cut, by rank, so that the same cut is the same object; they go when the layer goes."""
+
+
+def first_directions_of(layer: LoRALayer, rank: int) -> LoRALayer:
+    """A layer cut to its first directions, whose strength stays as it is."""
+    if rank >= layer.rank:
+        return layer
+    known = CUTS.setdefault(layer, {})
+    if rank not in known:
+        up = layer.up[:, :rank].contiguous()
+        known[rank] = LoRALayer(down=layer.down[:rank], up=up, alpha=layer.scale * rank)
+    return known[rank]
 
 
 def same_terms(first: object, second: object) -> bool:

@@ -109,7 +109,7 @@ def one_adapter(blend: Blend, how: Combination) -> tuple[Adapter, CompressionRep
     if how.consensus:
         blend = Blend(entries=(WeightedAdapter(adapter=consensus(blend, how.consensus, AdapterMetadata(), anatomy)),))
     if how.first is not None:
-        return first_directions(combine(blend, AdapterMetadata(), anatomy), how.first)
+        return first_directions(combine(untimed(blend), AdapterMetadata(), anatomy), how.first)
     if how.rule is None:
         return combine(blend, AdapterMetadata(), anatomy), None
     adapter, report = compress(joint_sum(blend, anatomy), how.rule, AdapterMetadata())
@@ -168,6 +168,15 @@ def joint_metadata(entries: Sequence[WeightedAdapter], name: str) -> AdapterMeta
         notes=tuple(dict.fromkeys((*(note for metadata in known for note in metadata.notes), *odd))),
         merged_from=tuple(f"{entry.name} ({entry.hash[:16]})" for entry in entries),
     )
+
+
+def untimed(blend: Blend) -> Blend:
+    """The blend with every direction of a T-LoRA acting at all steps."""
+
+    def still(adapter: Adapter) -> Adapter:
+        return replace(adapter, metadata=adapter.metadata.model_copy(update={"least_rank": 0}))
+
+    return Blend(entries=tuple(replace(entry, adapter=still(entry.adapter)) for entry in blend.entries))
 
 
 def record(

@@ -60,6 +60,11 @@ def convert(source: Path, output: Path, how: Conversion) -> Converted:
         adapter = replace(adapter, tokens={})
     if how.to == "embedding":
         adapter = replace(adapter, layers={}, biases={})
+    if adapter.metadata.least_rank and how.to != "native":
+        raise ConfigError(
+            f"{source}: is a T-LoRA, which changes with the timestep, and {how.to} cannot say so; cut it to one rank "
+            "with resize --first, or stay native"
+        )
     rounded = adapter if how.dtype == "keep" else cast(adapter, torch_dtype(how.dtype))
     broken = rounded.non_finite
     if broken:

@@ -141,6 +141,14 @@ METHODS: tuple[Method, ...] = (
         settings={"adapter": {"kind": "sparse", "sparse_keep": 0.5}},
     ),
     Method(
+        name="t-lora",
+        paper="2507.05964",
+        about="LoRA with few directions in noise and all of them in the last steps. For a subject of few pictures, "
+        "whose layout would else be copied too. It changes with the timestep: pictures are made with it like with any "
+        "other, and merging, combining and other dialects refuse it by name.",
+        settings={"adapter": {"kind": "t-lora", "start": "orthogonal", "text_encoder_targets": []}},
+    ),
+    Method(
         name="qlora",
         paper="2305.14314",
         about="LoRA on a base whose frozen layers are kept in four bits, for a GPU that cannot hold them whole. Each "

@@ -28,7 +28,7 @@ from lora_diffusion.formats.reading import load_adapter
 from lora_diffusion.layers import DoRALayer, FullLayer, LoHaLayer, LoKrLayer, LoRALayer
 from lora_diffusion.method_sizes import method_size
 from lora_diffusion.models import Base, load_base, module_at
-from lora_diffusion.patching import blended
+from lora_diffusion.patching import blended, patching
 from lora_diffusion.run_report.allocation import allocation, allocation_picture
 from lora_diffusion.run_report.runs import train_and_report
 from lora_diffusion.sampling import generate
@@ -48,7 +48,7 @@ from lora_diffusion.training.updates.nested import NestedRules, NestedUpdate
 from lora_diffusion.training.updates.sparse import GatedUpdate, SparseRules
 from lora_diffusion.training.updates.update import Size, attach
 from lora_diffusion.training.validation import validated
-from lora_diffusion.weights import block_factors, block_name
+from lora_diffusion.weights import Moment, block_factors, block_name
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -66,8 +66,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "sparse": {"kind": "sparse", "sparse_l1": 0.1},
     "dropouts": {"dropout": 0.1, "rank_dropout": 0.3, "module_dropout": 0.2},
     "by block": {"ranks": {"unet.down_blocks": 1, "unet.mid_block.*": 6}},
+    "t-lora": {"kind": "t-lora", "start": "orthogonal"},
     "mixed": {"full_targets": ("unet.conv_in", "unet.*.norm1")},
 }
+MOMENT = Moment(step=6, steps=10)
+"""Of the timestep that `predicted` asks about, of a thousand."""
 CONVOLUTIONS = {"unet_targets": ("attention", "convolutions")}
 KINDS = {"lora": LoRALayer, "loha": LoHaLayer, "lokr": LoKrLayer, "dora": DoRALayer, "dora on lokr": DoRALayer}
 
@@ -85,7 +88,7 @@ def predicted(base: Base) -> Tensor:
     latents = torch.randn(2, unet.config.in_channels, size, size, generator=generator)
     hidden = torch.randn(2, 77, unet.config.cross_attention_dim, generator=generator)
     with torch.no_grad():
-        return unet(latents, torch.tensor([100, 700]), encoder_hidden_states=hidden).sample
+        return unet(latents, torch.tensor([400, 400]), encoder_hidden_states=hidden).sample
 
 
 def injected(base: Base, config: AdapterConfig, seed: int = 0) -> tuple[list[str], Any]:
@@ -122,8 +125,9 @@ def test_what_is_saved_is_what_was_computed(method: str, sd_folder: Path) -> Non
     trained = predicted(base)
     with disabled(base):
         alone = predicted(base)
-    adapter = extract(base, paths, AdapterMetadata(family=base.family.name), torch.float32)
-    with blended(fresh, Blend(entries=(WeightedAdapter(adapter=adapter),))):
+    timed = {"least_rank": 1} if method == "t-lora" else {}
+    adapter = extract(base, paths, AdapterMetadata(family=base.family.name, **timed), torch.float32)
+    with blended(fresh, Blend(entries=(WeightedAdapter(adapter=adapter),)), MOMENT):
         again = predicted(fresh)
     moved = float((trained - alone).norm())
     assert moved > 1e-3 * float(alone.norm())
@@ -218,7 +222,7 @@ def test_a_methods_file_is_converted_merged_and_inspected_like_any_other(
     metadata = AdapterMetadata(name="it", family=base.family.name)
     adapter = extract(base, paths, metadata, torch.float32)
     own, theirs = tmp_path / "it.safetensors", tmp_path / "kohya.safetensors"
-    save_adapter(adapter, own)
+    save_adapter(adapter, own)  # of T-LoRA the factors; what sets it apart has tests of its own
     assert main(["convert", str(own), str(theirs), "--to", "kohya"]) == 0
     again = load_adapter(theirs)
     assert again.paths == adapter.paths
@@ -477,6 +481,42 @@ def test_a_dylora_file_is_cut_to_any_rank_that_was_trained(ink: Path, tmp_path: 
     assert main(["resize", str(result.path), str(tmp_path / "x.safetensors"), "--first", "2", "--rank", "2"]) == 2
 
 
+def test_a_t_lora_acts_as_trained_at_every_step_and_no_weights_hold_it(sd_folder: Path, tmp_path: Path) -> None:
+    base, fresh = load_base(str(sd_folder)), load_base(str(sd_folder))
+    paths, made = injected(base, config_of("t-lora", least_rank=2, rank=5))
+    shake(made.parameters)
+    base.pipe.unet.eval()
+    metadata = AdapterMetadata(name="timed", family=base.family.name, least_rank=2)
+    adapter = extract(base, paths, metadata, torch.float32)
+    file = tmp_path / "timed.safetensors"
+    save_adapter(adapter, file)
+    adapter = load_adapter(file)
+    assert adapter.metadata.least_rank == 2
+    latents = torch.randn(1, base.pipe.unet.config.in_channels, 8, 8)
+    hidden = torch.randn(1, 77, base.pipe.unet.config.cross_attention_dim)
+    ranks: list[int] = []
+    with patching(fresh) as patch, torch.no_grad():
+        for step in range(10):
+            patch.apply(Blend(entries=(WeightedAdapter(adapter=adapter),)), Moment(step=step, steps=10))
+            ours = fresh.pipe.unet(latents, 1000 - 100 * step, encoder_hidden_states=hidden).sample
+            theirs = base.pipe.unet(latents, 1000 - 100 * step, encoder_hidden_states=hidden).sample
+            assert torch.allclose(ours, theirs, atol=1e-4)
+            ranks.append(int(update_at(base, paths[0]).used.sum()))
+    assert ranks[0] == 2
+    assert ranks == sorted(ranks)
+    assert len(set(ranks)) == 3
+    for command in (
+        ["merge", "--base", str(sd_folder), "--adapter", str(file), "--output", str(tmp_path / "m")],
+        ["convert", str(file), str(tmp_path / "k.safetensors"), "--to", "kohya"],
+        ["combine", f"{file}:0.5", str(tmp_path / "c.safetensors")],
+    ):
+        assert main(command) == 2
+    assert main(["resize", str(file), str(tmp_path / "cut.safetensors"), "--first", "3"]) == 0
+    cut = load_adapter(tmp_path / "cut.safetensors")
+    assert cut.metadata.least_rank == 0
+    assert {layer.rank for layer in cut.layers.values() if isinstance(layer, LoRALayer)} == {3}
+
+
 def test_adalora_ends_within_its_budget_with_the_directions_that_matter(sd_folder: Path) -> None:
     base = load_base(str(sd_folder))
     paths, made = injected(base, config_of("adalora", unet_targets=("attention",)))
@@ -582,6 +622,8 @@ def test_a_stopped_adalora_run_goes_on_as_if_it_had_not(pictures: Path, sd_folde
         ({"scaling": "sqrt-rank", "alpha": 2, "kind": "vera"}, ("'sqrt-rank'", "'vera'")),
         ({"dropout": 0.1, "dora": True}, ("dropout", "dora")),
         ({"max_norm": 1.0, "kind": "lokr"}, ("max_norm", "'lokr'")),
+        ({"kind": "t-lora", "text_encoder_targets": ["attention"]}, ("'t-lora'", "text_encoder_targets")),
+        ({"kind": "t-lora", "rank": 2, "least_rank": 4}, ("least_rank", "rank")),
         ({"begin_with": "a.safetensors", "dora": True}, ("begin_with", "dora")),
         ({"ranks": {"*": 2}, "kind": "adalora"}, ("ranks", "'adalora'")),
     ],
@@ -591,7 +633,7 @@ def test_what_makes_no_sense_together_is_refused_by_name(table: dict[str, Any], 
         validate(AdapterConfig, table, source="adapter")
     assert all(word in str(caught.value) for word in words)
     assert "\n" not in str(caught.value)
-    assert len(NONSENSE) == 11
+    assert len(NONSENSE) == 13
 
 
 def test_a_spectral_start_on_convolutions_is_refused(pictures: Path, sd_folder: Path) -> None:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from lora_diffusion.adapter import Adapter
 from lora_diffusion.algebra.compress import CompressionReport, ModuleLoss
+from lora_diffusion.blend import first_directions_of
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.layers import Layer, LoRALayer
 
@@ -16,8 +17,9 @@ def first_directions(adapter: Adapter, count: int) -> tuple[Adapter, Compression
     if count < 1:
         raise ConfigError(f"first is {count}; expected a whole number of at least 1")
     cut = {path: first_of(path, layer, count) for path, layer in adapter.layers.items()}
+    metadata = adapter.metadata.model_copy(update={"least_rank": 0})
     losses = {path: loss_of(adapter.layers[path], layer) for path, layer in cut.items() if isinstance(layer, LoRALayer)}
-    return replace(adapter, layers=cut), CompressionReport(modules=losses)
+    return replace(adapter, layers=cut, metadata=metadata), CompressionReport(modules=losses)
 
 
 def first_of(path: str, layer: Layer, count: int) -> Layer:
@@ -26,7 +28,7 @@ def first_of(path: str, layer: Layer, count: int) -> Layer:
     if not isinstance(layer, LoRALayer) or layer.mid is not None:
         raise ConfigError(f"{path}: is {layer.kind} with no first directions of its own; use --rank or --keep instead")
     rank = min(count, layer.rank)
-    return LoRALayer(down=layer.down[:rank], up=layer.up[:, :rank].contiguous(), alpha=layer.scale * rank)
+    return first_directions_of(layer, rank)
 
 
 def loss_of(whole: Layer, cut: LoRALayer) -> ModuleLoss:

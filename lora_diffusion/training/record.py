@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lora_diffusion.adapter import AdapterMetadata
+from lora_diffusion.adapter_config import TIMED
 from lora_diffusion.recipe import library_versions
 from lora_diffusion.training.run_setup import Run
 from lora_diffusion.training.validation import Best
@@ -38,6 +39,7 @@ def metadata_of(run: Run, losses: Sequence[float], best: Best) -> AdapterMetadat
         base_name=base.name,
         base_hash=base.hash,
         trigger_words=config.trigger_words,
+        least_rank=config.adapter.least_rank if config.adapter.kind in TIMED and not config.words_only else 0,
         training=record,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )

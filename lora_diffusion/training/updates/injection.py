@@ -23,6 +23,7 @@ from lora_diffusion.training.updates.rules import Rules
 from lora_diffusion.training.updates.shared import SharedFactors, SharedUpdate, shared_factors
 from lora_diffusion.training.updates.sparse import GatedUpdate, SparseRules
 from lora_diffusion.training.updates.spectral import SpectralUpdate
+from lora_diffusion.training.updates.timed import TimedUpdate, follow_timesteps
 from lora_diffusion.training.updates.update import NAME, Size, Update, attach
 
 KINDS: Mapping[str, Any] = {
@@ -32,6 +33,7 @@ KINDS: Mapping[str, Any] = {
     "adalora": AdaptiveUpdate,
     "dylora": NestedUpdate,
     "sparse": GatedUpdate,
+    "t-lora": TimedUpdate,
 }
 """Updates that need nothing but their module; VeRA's share their factors."""
 
@@ -66,6 +68,9 @@ def inject(
     updates |= {path: FullUpdate(module_at(base, path)) for path in full}
     for path, update in updates.items():
         attach(module_at(base, path), update)
+    timed = [update for update in updates.values() if isinstance(update, TimedUpdate)]
+    if timed:
+        follow_timesteps(base.pipe.unet, timed, base.pipe.scheduler.config.num_train_timesteps)
     named = {f"{path}.{name}": p for path, update in updates.items() for name, p in update.named_parameters()}
     parameters = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     return Injected(parameters=parameters, rules=rules_of([*updates.values()], config, seed, steps))
