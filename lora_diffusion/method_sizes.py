@@ -74,6 +74,12 @@ def method_size(method: Method, base: str, rank: int | None = None) -> MethodSiz
     changes = {"rank": rank} if rank else {}
     config = validate(AdapterConfig, changed(table["adapter"], changes), source=f"methods {method.name}")
     words = validate(WordsConfig, table.get("words", {}), source=f"methods {method.name}")
+    return sized(method.name, base, config, words)
+
+
+def sized(name: str, base: str, config: AdapterConfig, words: WordsConfig) -> MethodSize:
+    """What these settings come to on a base. Raises BaseModelError, ConfigError."""
+    checkpoint = find_checkpoint(base)
     unet, text = config.unet_targets, config.text_encoder_targets
     paths = resolve_targets(trainable_paths(checkpoint.anatomy), unet=unet, text_encoders=text)
     full = resolve_full(changeable_paths(checkpoint.anatomy), config.full_targets, paths)
@@ -90,7 +96,7 @@ def method_size(method: Method, base: str, rank: int | None = None) -> MethodSiz
     trained, saved = (sum(size[side] for size in sizes) + whole + vectors for side in (0, 1))
     total = sum(map(prod, shapes.values()))
     return MethodSize(
-        method=method.name,
+        method=name,
         rank=config.rank,
         modules=len(paths) + len(full),
         trained=trained,

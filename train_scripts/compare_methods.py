@@ -23,7 +23,7 @@ from lora_diffusion.config import EMBEDDED_BASE, GenerateConfig, changed, valida
 from lora_diffusion.evaluation.style import style_distance, style_pictures
 from lora_diffusion.files import sample_data
 from lora_diffusion.formats.reading import load_adapter
-from lora_diffusion.method_sizes import method_size
+from lora_diffusion.method_sizes import sized
 from lora_diffusion.methods import METHODS, Method, with_method
 from lora_diffusion.models import load_base
 from lora_diffusion.sampling import generate
@@ -162,7 +162,8 @@ def table() -> str:
         row = found.get(method.name, {})
         if len(row.get("style", {})) < 2:
             continue
-        size = method_size(method, EMBEDDED_BASE)
+        config = config_of(method, "style", 0, Path("it.safetensors"), STEPS)
+        size = sized(method.name, EMBEDDED_BASE, config.adapter, config.words)
         memory = row["peak_mb"] / row["lora_peak_mb"] if "peak_mb" in row else None
         costs = [f"{row['seconds_ratio']:.2f}" if "seconds_ratio" in row else "", f"{memory:.2f}" if memory else ""]
         cells = [
