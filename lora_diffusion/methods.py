@@ -33,16 +33,16 @@ class Method:
         return tuple(found)
 
 
-def toml(value: object) -> str:
+def toml(value: Any) -> str:
     """A value as TOML writes it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
         return f'"{value}"'
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(toml, value))}]"  # type: ignore[arg-type]
+        return f"[{', '.join(map(toml, value))}]"
     if isinstance(value, Mapping):
-        return f"{{ {', '.join(f'{toml(key)} = {toml(each)}' for key, each in value.items())} }}"  # type: ignore[misc]
+        return f"{{ {', '.join(f'{toml(key)} = {toml(each)}' for key, each in value.items())} }}"
     return str(value)
 
 

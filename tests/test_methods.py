@@ -402,7 +402,7 @@ def test_training_goes_on_as_an_adapter_of_any_kind(method: str, sd_folder: Path
 
 def test_a_run_goes_on_from_a_file_and_on_top_of_others(ink: Path, tmp_path: Path) -> None:
     ready = sample_data() / "adapters" / "gloop.safetensors"
-    table = {
+    table: dict[str, Any] = {
         "data": {"folder": ink},
         "output": tmp_path / "it.safetensors",
         "steps": 2,
@@ -412,7 +412,7 @@ def test_a_run_goes_on_from_a_file_and_on_top_of_others(ink: Path, tmp_path: Pat
     }
     with pytest.raises(ConfigError, match="changes text encoders"):
         train(validate(TrainConfig, table, source="test"))
-    table["adapter"] |= {"text_encoder_targets": ["attention"]}  # type: ignore[operator]
+    table["adapter"] |= {"text_encoder_targets": ["attention"]}
     plain = train(validate(TrainConfig, table, source="test")).adapter
     ink_adapter = load_adapter(sample_data() / "adapters" / "ink.safetensors")
     assert plain.paths == ink_adapter.paths
@@ -425,7 +425,7 @@ def test_a_run_goes_on_from_a_file_and_on_top_of_others(ink: Path, tmp_path: Pat
     assert over.metadata.base_hash != plain.metadata.base_hash
     assert over.metadata.training["on_top_of"] == {"gloop.safetensors": 0.8}
     with pytest.raises(ConfigError, match=r"begin_with goes on as the file is"):
-        validate(TrainConfig, {**table, "adapter": {**table["adapter"], "dora": True}}, source="test")  # type: ignore[dict-item]
+        validate(TrainConfig, {**table, "adapter": {**table["adapter"], "dora": True}}, source="test")
     with pytest.raises(AdapterFormatError, match="nowhere"):
         train(validate(TrainConfig, {**on_top, "on_top_of": {str(tmp_path / "nowhere.safetensors"): 1}}, source="test"))
 

@@ -27,8 +27,7 @@ def first_of(path: str, layer: Layer, count: int) -> Layer:
         return layer
     if not isinstance(layer, LoRALayer) or layer.mid is not None:
         raise ConfigError(f"{path}: is {layer.kind} with no first directions of its own; use --rank or --keep instead")
-    rank = min(count, layer.rank)
-    return first_directions_of(layer, rank)
+    return first_directions_of(layer, count)
 
 
 def loss_of(whole: Layer, cut: LoRALayer) -> ModuleLoss:

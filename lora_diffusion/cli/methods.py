@@ -21,9 +21,7 @@ class Methods:
     rank * (inputs + outputs) over all modules, with the defaults for a style.
     """
 
-    names: Annotated[
-        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME ...]", help_behavior_hint="")
-    ] = ()
+    names: Names = ()
     """Methods to show; all if none is named."""
     base: str = EMBEDDED_BASE
     """Base: `tiny-sd`, a folder in diffusers' layout, a single file, or a hub id."""

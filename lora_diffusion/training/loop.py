@@ -29,8 +29,7 @@ from lora_diffusion.training.self_checks import check_finite, check_gradients, c
 from lora_diffusion.training.state import RunState, forget_states, identity, load_state, save_state
 from lora_diffusion.training.stopping import StopRequest, stop_requests
 from lora_diffusion.training.updates.injection import extract, layer_factors
-from lora_diffusion.training.updates.nested import NestedRules
-from lora_diffusion.training.validation import Best, validated
+from lora_diffusion.training.validation import Best, HeldOut, validated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,22 +212,19 @@ class Progress:
             return {}
         with self.resting():
             found = validated(run.base, run.denoiser, run.captions, run.held_out, config)
-            by_rank = self.losses_by_rank() if self.step == config.steps else {}
+            by_rank = self.losses_by_rank(run.held_out) if self.step == config.steps else {}
             self.best = self.best.after(self.step, found.loss)
             if self.best.step == self.step and config.validation.keep_best:
                 self.best_parameters = {name: p.detach().clone() for name, p in run.parameters.items()}
         return {"validation": asdict(found), "best": self.best.step == self.step, **by_rank}
 
-    def losses_by_rank(self) -> dict[str, Any]:
+    def losses_by_rank(self, held_out: HeldOut) -> dict[str, Any]:
         """What each rank comes to that the file can be cut to, for a method that trains several."""
-        run, rules = self.run, self.run.rules
-        if run.held_out is None or not isinstance(rules, NestedRules):
-            return {}
-        losses: dict[str, float] = {}
-        for rank in rules.ranks:
-            with rules.cut_to(rank):
-                losses[str(rank)] = validated(run.base, run.denoiser, run.captions, run.held_out, run.config).loss
-        return {"loss_by_rank": losses}
+        run, losses = self.run, dict[str, float]()
+        for rank, cut in run.rules.cuts().items():
+            with cut:
+                losses[str(rank)] = validated(run.base, run.denoiser, run.captions, held_out, run.config).loss
+        return {"loss_by_rank": losses} if losses else {}
 
     @contextmanager
     def resting(self) -> Iterator[None]:

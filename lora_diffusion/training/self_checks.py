@@ -69,7 +69,8 @@ def check_saved(adapter: Adapter, path: Path, base: Base) -> None:
     for module, layer in adapter.layers.items():
         component = module.partition(".")[0]
         frozen: Any = module_at(base, module)
-        norms[component] = norms.get(component, 0.0) + float(layer.delta(frozen.weight.detach().cpu()).norm())
+        weight = frozen.weight.detach().cpu() if layer.kind == "DoRA" else None  # which others have no need of
+        norms[component] = norms.get(component, 0.0) + float(layer.delta(weight).norm())
     dead = [component for component, norm in norms.items() if norm == 0]
     if dead:
         raise TrainingError(f"{path}: its part in {' and '.join(dead)} is zero; raise the learning rate or the steps")

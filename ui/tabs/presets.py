@@ -11,25 +11,14 @@ from ui.keeping import Kept, bring_in, discard, keep, kept_preset, kept_presets,
 from ui.studio import Studio
 from ui.tabs.blend import Blend, form_from, form_updates
 from ui.tabs.events import QUICK, command_box, spoken
+from ui.tabs.shelf import card_gallery
 
 
 def draw_presets(studio: Studio, blend: Blend) -> list[Any]:
     """List on the left, what can be done on the right; returns what `listed` shows."""
     with gr.Row():
         with gr.Column(scale=3, min_width=300):
-            gallery = gr.Gallery(
-                pictures(studio),
-                label="Presets: click one",
-                format="jpeg",
-                columns=5,
-                fit_columns=False,
-                height="auto",
-                object_fit="cover",
-                allow_preview=False,
-                interactive=False,
-                buttons=[],
-                elem_classes="shelf tidy",
-            )
+            gallery = card_gallery(pictures(studio), label="Presets: click one", elem_classes="shelf tidy")
             chosen = gr.Dropdown(names(studio), label="Preset", info="those marked (ready) come with the package")
             about = gr.Markdown()
             said = gr.Markdown()

@@ -33,24 +33,27 @@ def draw_shelf(studio: Studio) -> CardShelf:
     base = studio.places.bases[0]
     pictures, names = shown_cards(studio, base)
     with gr.Accordion("Shelf: click a card to put it on the table", open=True):
-        cards = gr.Gallery(
-            pictures,
-            label="Cards",
-            show_label=False,
-            format="jpeg",
-            columns=5,
-            fit_columns=False,
-            height="auto",
-            object_fit="cover",
-            allow_preview=False,
-            interactive=False,
-            buttons=[],
-            elem_classes="shelf",
-        )
+        cards = card_gallery(pictures, label="Cards", show_label=False, elem_classes="shelf")
         with gr.Row():
             text = gr.Textbox(label="Search", placeholder="names and trigger words", scale=3, min_width=160)
             kind = gr.Dropdown([KINDS_ANY, *kinds(studio, base)], value="", label="Kind", scale=1, min_width=100)
     return CardShelf(text=text, kind=kind, cards=cards, names=gr.State(names))
+
+
+def card_gallery(pictures: list[Any], **shown: Any) -> gr.Gallery:
+    """Pictures with names under them, of which one is clicked."""
+    return gr.Gallery(
+        pictures,
+        format="jpeg",
+        columns=5,
+        fit_columns=False,
+        height="auto",
+        object_fit="cover",
+        allow_preview=False,
+        interactive=False,
+        buttons=[],
+        **shown,
+    )
 
 
 def kinds(studio: Studio, base: str) -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_diffusion.patching import weight_shape
-from lora_diffusion.training.updates.low_rank import ProductUpdate
+from lora_diffusion.training.updates.low_rank import ProductUpdate, left_of
 from lora_diffusion.training.updates.rules import Rules
 from lora_diffusion.training.updates.update import Size, learned
 
@@ -47,10 +47,7 @@ class AdaptiveUpdate(ProductUpdate):
         return self.strength.view(-1, *[1] * (self.down.ndim - 1)) * self.down, self.up
 
     def saved_factors(self) -> tuple[Tensor, Tensor]:
-        down, up = self.factors()
-        left = self.strength.detach() != 0
-        left[0] |= not bool(left.any())  # a layer has one direction at least, though it may be zero
-        return down[left], up[:, left]
+        return left_of(self.factors(), self.strength)
 
     def penalty(self) -> Tensor:
         """How far both factors are from orthonormal."""

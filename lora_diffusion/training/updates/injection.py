@@ -57,8 +57,6 @@ def inject(
     Raises KeyError for a path that the base does not have, ConfigError for a pattern that matches nothing and for a
     module that the kind cannot be put on.
     """
-    for component in base.family.components:
-        getattr(base.pipe, component).requires_grad_(False)
     modules = {path: module_at(base, path) for path in paths}
     sizes = sizes_of(paths, config)
     shared = (
@@ -66,13 +64,10 @@ def inject(
     )
     updates = {path: new_update(modules[path], sizes[path], generator_of(seed, path), shared) for path in paths}
     updates |= {path: FullUpdate(module_at(base, path)) for path in full}
-    for path, update in updates.items():
-        attach(module_at(base, path), update)
+    parameters = put(base, updates)
     timed = [update for update in updates.values() if isinstance(update, TimedUpdate)]
     if timed:
         follow_timesteps(base.pipe.unet, timed, base.pipe.scheduler.config.num_train_timesteps)
-    named = {f"{path}.{name}": p for path, update in updates.items() for name, p in update.named_parameters()}
-    parameters = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     return Injected(parameters=parameters, rules=rules_of([*updates.values()], config, seed, steps))
 
 
@@ -81,16 +76,21 @@ def inject_adapter(base: Base, adapter: Adapter, config: AdapterConfig) -> Injec
 
     Raises ConfigError for a layer that cannot be trained on, KeyError for a path that the base does not have.
     """
-    for component in base.family.components:
-        getattr(base.pipe, component).requires_grad_(False)
     updates = {
         path: update_of(path, module_at(base, path), layer, adapter.biases.get(path), config)
         for path, layer in adapter.layers.items()
     }
+    return Injected(parameters=put(base, updates), rules=Rules())
+
+
+def put(base: Base, updates: Mapping[str, Update]) -> dict[str, nn.Parameter]:
+    """Freeze the base, and put an update on each module; returns what learns, by path and factor."""
+    for component in base.family.components:
+        getattr(base.pipe, component).requires_grad_(False)
     for path, update in updates.items():
         attach(module_at(base, path), update)
     named = {f"{path}.{name}": p for path, update in updates.items() for name, p in update.named_parameters()}
-    return Injected(parameters=named, rules=Rules())
+    return {name: parameter for name, parameter in named.items() if parameter.requires_grad}
 
 
 def new_update(module: Any, size: Size, generator: torch.Generator, shared: SharedFactors | None) -> Update:

@@ -70,6 +70,13 @@ class LowRankUpdate(ProductUpdate):
         return self.down, self.up
 
 
+def left_of(factors: tuple[Tensor, Tensor], strengths: Tensor) -> tuple[Tensor, Tensor]:
+    """The directions whose strength is not 0; one at least, as a layer has one, though it may be zero."""
+    left = strengths.detach() != 0
+    left[0] |= not bool(left.any())
+    return factors[0][left], factors[1][:, left]
+
+
 def branch(module: Any, x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """The update's part alone, by autograd."""
     down, up = (cast(factor, x) for factor in (down, up))

@@ -5,7 +5,7 @@ variant, which is the cheaper and its default). Cutting the file to any rank is 
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -58,11 +58,11 @@ class NestedRules(Rules):
             for update in self.updates:
                 update.shown = update.down.shape[0]
 
-    @property
-    def ranks(self) -> list[int]:
-        """Ranks that are worth knowing about: the powers of two, and the whole."""
+    def cuts(self) -> dict[int, AbstractContextManager[None]]:
+        """The powers of two, and the whole."""
         most = max(update.down.shape[0] for update in self.updates)
-        return [2**power for power in range(most.bit_length()) if 2**power < most] + [most]
+        ranks = [2**power for power in range(most.bit_length()) if 2**power < most] + [most]
+        return {rank: self.cut_to(rank) for rank in ranks}
 
     def facts(self) -> dict[str, Any]:
         return {"ranks_to_choose_from": max(update.down.shape[0] for update in self.updates)}

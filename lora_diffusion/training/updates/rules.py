@@ -1,6 +1,7 @@
 """What a kind does to all its updates together, from step to step; most do nothing."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +29,10 @@ class Rules:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse."""
+
+    def cuts(self) -> dict[int, AbstractContextManager[None]]:
+        """Ranks that the file can be cut to, each with what evaluates it so."""
+        return {}
 
     def facts(self) -> dict[str, Any]:
         """What is told of the method at the end of a run."""
@@ -62,6 +67,9 @@ class Together(Rules):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for place, part in enumerate(self.parts):
             part.load_state_dict(state[str(place)])
+
+    def cuts(self) -> dict[int, AbstractContextManager[None]]:
+        return {rank: cut for part in self.parts for rank, cut in part.cuts().items()}
 
     def facts(self) -> dict[str, Any]:
         return {key: value for part in self.parts for key, value in part.facts().items()}

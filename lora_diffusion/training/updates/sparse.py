@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_diffusion.adapter_config import AdapterConfig
-from lora_diffusion.training.updates.low_rank import LowRankUpdate
+from lora_diffusion.training.updates.low_rank import LowRankUpdate, left_of
 from lora_diffusion.training.updates.rules import Rules
 from lora_diffusion.training.updates.update import Size, learned
 
@@ -33,10 +33,7 @@ class GatedUpdate(LowRankUpdate):
         return self.gate.view(-1, *[1] * (self.down.ndim - 1)) * self.down, self.up
 
     def saved_factors(self) -> tuple[Tensor, Tensor]:
-        down, up = self.factors()
-        left = self.gate.detach() != 0
-        left[0] |= not bool(left.any())  # a layer has one direction at least, though it may be zero
-        return down[left], up[:, left]
+        return left_of(self.factors(), self.gate)
 
     def strengths(self) -> Tensor:
         """Norm of what each direction adds, (r,)."""

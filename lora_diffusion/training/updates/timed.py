@@ -53,11 +53,12 @@ def follow_timesteps(unet: nn.Module, updates: Sequence[TimedUpdate], timesteps:
         sample = args[0] if args else kwargs["sample"]
         at = torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"], device=sample.device)
         shares = 1 - at.float().expand(len(sample)) / timesteps
+        masks: dict[tuple[int, int], Tensor] = {}
         for update in updates:
-            ranks = torch.tensor(
-                [timed_rank(share, update.least, update.down.shape[0]) for share in shares.tolist()],
-                device=sample.device,
-            )
-            update.used = torch.arange(update.down.shape[0], device=sample.device) < ranks[:, None]
+            sizes = update.least, update.down.shape[0]
+            if sizes not in masks:  # most updates are of one size
+                ranks = torch.tensor([timed_rank(share, *sizes) for share in shares.tolist()], device=sample.device)
+                masks[sizes] = torch.arange(sizes[1], device=sample.device) < ranks[:, None]
+            update.used = masks[sizes]
 
     unet.register_forward_pre_hook(told, with_kwargs=True)
