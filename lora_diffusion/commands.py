@@ -13,12 +13,13 @@ from lora_diffusion.config import GenerateConfig
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.files import check_writable
 from lora_diffusion.formats.reading import outline_adapter
-from lora_diffusion.models import Base, find_checkpoint, load_base
+from lora_diffusion.models import Base, find_checkpoint
 from lora_diffusion.patching import check_blend, quantised, rounding_loss
 from lora_diffusion.plans import Plan, with_tags
 from lora_diffusion.precision import dtype_name, torch_dtype
 from lora_diffusion.preset import BlendEntry, BlendPreset
 from lora_diffusion.preset_files import save_preset
+from lora_diffusion.quantising import load_in_codes
 from lora_diffusion.recipe import Recipe, differences
 from lora_diffusion.references import Found, Shelf, load_blend
 from lora_diffusion.sampling import OnStep, Picture, generate
@@ -93,7 +94,7 @@ def generate_files(plan: Plan, output: Path, means: Means | None = None) -> Writ
     check_writable(output / "00000.png")
     plan = with_tags(plan, means.shelf)
     found = prepared_blend(plan.base, plan.entries, means)
-    base = load_base(plan.base, precision=recipe_precision(plan.recipe))
+    base = planned_base(plan)
     with tqdm(total=plan.settings.count, desc="generate", unit="picture", leave=False) as bar:
 
         def advance(_path: Path, _picture: Picture) -> None:
@@ -155,9 +156,10 @@ def unscheduled(blend: Blend) -> Blend:
     return Blend(entries=tuple(replace(e, region=None, weight=without_schedules(e.weight)) for e in blend.entries))
 
 
-def recipe_precision(recipe: Recipe | None) -> torch.dtype | None:
-    """The type that a recipe was run in; None takes the device's own."""
-    return torch_dtype(recipe.precision) if recipe else None
+def planned_base(plan: Plan) -> Base:
+    """The base of a plan; that of a replay in the recipe's type of number. Raises BaseModelError, ConfigError."""
+    precision = torch_dtype(plan.recipe.precision) if plan.recipe else None
+    return load_in_codes(plan.base, plan.codes, precision=precision)
 
 
 def free_name(folder: Path) -> Path:

@@ -19,6 +19,8 @@ Scheduler = Literal["base", "ddim", "euler", "euler-ancestral", "dpm++"]
 Precision = Literal["no", "fp16", "bf16"]
 WeightType = Literal["keep", "float32", "float16", "bfloat16"]
 Dialect = Literal["native", "kohya", "embedding"]
+Codes = Literal["none", "nf4", "fp4", "int8"]
+"""How a frozen base's linear layers are kept: as they are, in four bits or in eight."""
 Positive = Annotated[int, Field(gt=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 

@@ -10,10 +10,10 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from lora_diffusion.axes import Axis, cells, without_blocks
-from lora_diffusion.commands import Means, free_name, prepared_blend, recipe_precision, write_pictures
+from lora_diffusion.commands import Means, free_name, planned_base, prepared_blend, write_pictures
 from lora_diffusion.evaluation.grid import grid
 from lora_diffusion.files import check_writable, whole_file
-from lora_diffusion.models import Base, find_checkpoint, load_base
+from lora_diffusion.models import Base, find_checkpoint
 from lora_diffusion.plans import Plan, with_tags
 from lora_diffusion.recipe import PNG_KEY
 from lora_diffusion.references import Found
@@ -51,7 +51,7 @@ def draw_grid(plan: Plan, across: Axis, down: Axis, output: Path, means: Means |
     check_writable(output / "00000.png")
     rows = cells(with_tags(plan, means.shelf), across, down)
     found = [[prepared_blend(cell.base, cell.entries, means) for cell in row] for row in rows]
-    base = load_base(plan.base, precision=recipe_precision(plan.recipe))
+    base = planned_base(plan)
     notes: list[str] = list(plan.notes)
     paths: list[list[Path]] = []
     with tqdm(total=len(across.values) * len(down.values), desc="grid", unit="picture", leave=False) as bar:
@@ -102,7 +102,7 @@ def measure_blocks(plan: Plan, of: str, output: Path, means: Means | None = None
     check_writable(output / "00000.png")
     presets = read_block_presets(means.block_presets) if means.block_presets else None
     plans = without_blocks(with_tags(plan, means.shelf), of, find_checkpoint(plan.base).anatomy, presets)
-    base = load_base(plan.base, precision=recipe_precision(plan.recipe))
+    base = planned_base(plan)
     paths: dict[str, Path] = {}
     for block, less in tqdm(plans.items(), desc="blocks", unit="picture", leave=False):
         paths[block] = one_picture(base, prepared_blend(less.base, less.entries, means), less, output, means, [])

@@ -22,7 +22,7 @@ class Method:
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """What a training config says to choose it, by section."""
     rate: float = 1.0
-    """Factor on the learning rate that suits plain LoRA."""
+    """Factor on the rates of plain LoRA and of words, the best of those tried (`compare_methods --part rates`)."""
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -205,6 +205,9 @@ def method(name: str) -> Method:
 
 def with_method(table: Mapping[str, Any], chosen: Method) -> dict[str, Any]:
     """A training config's table with a method's settings and the rate that suits it."""
-    optimiser: Mapping[str, Any] = table.get("optimiser", {})
-    suited = {"optimiser": {"learning_rate": optimiser.get("learning_rate", 1e-4) * chosen.rate}}
+    told: Mapping[str, Any] = table.get("optimiser", {})
+    rates = {"learning_rate": told.get("learning_rate", 1e-4)}
+    if "words" in chosen.settings:
+        rates["word_learning_rate"] = told.get("word_learning_rate", 5e-3)
+    suited = {"optimiser": {key: value * chosen.rate for key, value in rates.items()}}
     return changed(changed(dict(table), suited), chosen.settings)

@@ -29,7 +29,7 @@ from torch import nn
 
 from lora_diffusion.anatomy import Anatomy, changeable_paths, module_paths
 from lora_diffusion.blend import Blend, check_fits
-from lora_diffusion.config import EMBEDDED_BASE, Scheduler
+from lora_diffusion.config import EMBEDDED_BASE, Codes, Scheduler
 from lora_diffusion.errors import BaseModelError
 from lora_diffusion.families import Family
 from lora_diffusion.files import sample_data
@@ -62,6 +62,8 @@ class Base:
     anatomy: Anatomy
     merged: tuple[str, ...] = ()
     """Hashes and weights of adapters that were added to it for good."""
+    codes: Codes = "none"
+    """What the UNet's linear layers are kept in."""
 
     @property
     def hash(self) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.config import EMBEDDED_BASE, GenerateConfig, Model, validate
+from lora_diffusion.config import EMBEDDED_BASE, Codes, GenerateConfig, Model, validate
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.infotext import Infotext, generate_settings
 from lora_diffusion.picture_text import read_infotext
@@ -29,6 +29,8 @@ class Plan:
     entries: tuple[BlendEntry, ...]
     settings: GenerateConfig
     composition: Composition = field(default_factory=Composition)
+    codes: Codes = "none"
+    """What the base's linear layers are kept in."""
     recipe: Recipe | None = None
     notes: tuple[str, ...] = ()
     """What is known already to make a replay differ."""
@@ -73,6 +75,7 @@ def replay_plan(image: Path, *, base: str, shelf: Shelf) -> Plan:
         entries=recipe.adapters,
         settings=recipe.settings,
         composition=recipe.composition,
+        codes=recipe.codes,
         recipe=recipe,
     )
 

@@ -9,7 +9,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from pydantic import ValidationError
 
 from lora_diffusion.blend import Blend
-from lora_diffusion.config import GenerateConfig, Settings, describe
+from lora_diffusion.config import Codes, GenerateConfig, Settings, describe
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.files import whole_file
 from lora_diffusion.infotext import quoted
@@ -31,6 +31,7 @@ class Recipe(Settings):
     composition: Composition = Composition()
     settings: GenerateConfig | None = None
     precision: str = "float32"
+    codes: Codes = "none"
     device: str = "cpu"
     versions: Mapping[str, str] = {}
 

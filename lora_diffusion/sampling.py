@@ -234,6 +234,7 @@ def recipe_of(base: Base, blend: Blend, composition: Composition, settings: Gene
         composition=composition,
         settings=settings,
         precision=dtype_name(base.pipe.unet.dtype),
+        codes=base.codes,
         device=base.pipe.device.type,
         versions=library_versions(),
     )

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lora_diffusion.adapter_config import PRODUCTS, AboveZero, AdapterConfig, NotNegative, Share
-from lora_diffusion.config import EMBEDDED_BASE, Positive, Precision, Settings
+from lora_diffusion.config import EMBEDDED_BASE, Codes, Positive, Precision, Settings
 from lora_diffusion.optimiser_config import OptimiserConfig
 from lora_diffusion.words_config import SliderConfig, WordsConfig
 
@@ -190,7 +190,7 @@ class ComputeConfig(Settings):
     shard: bool = False
     """Share out the frozen UNet's weights among the processes of `accelerate launch`, for a base too large for one GPU;
     each block is gathered as it works, which costs time."""
-    quantise: Literal["none", "nf4", "fp4", "int8"] = "none"
+    quantise: Codes = "none"
     """Keep the frozen UNet's linear layers in four or eight bits [QLoRA, arXiv 2305.14314]: a quarter or half of their
     memory, at the price of time and of some of the base's precision. Needs bitsandbytes."""
     compile: bool = False

@@ -1,6 +1,7 @@
 """Random tiny bases, built from configuration, and adapters for them; the embedded base where meaning counts."""
 
 import os
+import shutil
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +18,7 @@ from picture_folders import write_pictures
 from random_bases import write_random_sd, write_random_sdxl
 
 from lora_diffusion.adapter import Adapter, AdapterMetadata
+from lora_diffusion.files import sample_data
 from lora_diffusion.layers import LoRALayer
 from lora_diffusion.models import Base, load_base
 from lora_diffusion.patching import weight_at
@@ -109,3 +111,13 @@ def random_adapter(
 def pictures(tmp_path: Path) -> Path:
     """A folder to train on."""
     return write_pictures(tmp_path / "pictures")
+
+
+@pytest.fixture(scope="session")
+def ink(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four pictures of a style of the embedded base, with their captions."""
+    folder = tmp_path_factory.mktemp("styles") / "ink"
+    folder.mkdir()
+    for file in sorted((sample_data() / "styles" / "ink").glob("0[0-3].*")):
+        shutil.copy(file, folder)
+    return folder

@@ -1,18 +1,16 @@
 """Words that are learned: alone, before an adapter, and what must not change meanwhile."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_training import settings
+from short_runs import UNET_ONLY, loss_before, settings, short_run
 
 from lora_diffusion.adapter import Adapter
 from lora_diffusion.blend import Blend, WeightedAdapter
-from lora_diffusion.config import GenerateConfig, validate
+from lora_diffusion.config import GenerateConfig
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.files import sample_data
 from lora_diffusion.formats.reading import load_adapter
 from lora_diffusion.models import Base, load_base
 from lora_diffusion.sampling import generate
@@ -21,45 +19,20 @@ from lora_diffusion.training.learned_words import WordRules, put_in
 from lora_diffusion.training.loop import train
 from lora_diffusion.training.run_log import LOG, read_log
 from lora_diffusion.training.run_setup import set_up
-from lora_diffusion.training.validation import validated
 from lora_diffusion.words import embeddings, learned_words
-
-UNET_ONLY: dict[str, Any] = {
-    "adapter": {"alpha": None, "text_encoder_targets": []},
-    "optimiser": {"text_encoder_learning_rate": None},
-}
-
-
-@pytest.fixture(scope="module")
-def ink(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ink")
-    for file in sorted((sample_data() / "styles" / "ink").glob("0[0-3].*")):
-        shutil.copy(file, folder)
-    return folder
 
 
 def config_of(ink: Path, tmp_path: Path, **words: object) -> TrainConfig:
-    table = {
-        "data": {"folder": ink},
-        "output": tmp_path / "it.safetensors",
-        "steps": 40,
-        "batch_size": 2,
-        "words": {"words": ["sks"], **words},
-        "optimiser": {"learning_rate": 5e-3, "word_learning_rate": 3e-2, "warmup_steps": 1, "schedule": "constant"},
-        "validation": {"folder": ink, "every": 40, "draws": 4},
-        "tracking": {"trackers": []},
-    }
-    return validate(TrainConfig, table, source="test")
+    changes = {"words": {"words": ["sks"], **words}, "optimiser": {"word_learning_rate": 3e-2}}
+    return short_run(ink, tmp_path / "it.safetensors", 40, changes)
 
 
 @pytest.mark.parametrize("words", [{"alone": 1.0, "vectors": 3}, {"alone": 0.5}], ids=["inversion", "pivotal"])
 def test_a_word_is_learned_on_the_embedded_base(words: dict[str, Any], ink: Path, tmp_path: Path, tiny: Base) -> None:
     config = config_of(ink, tmp_path, **words)
-    run = set_up(config)
-    assert run.held_out
-    before = validated(run.base, run.denoiser, run.captions, run.held_out, config).loss
+    before = loss_before(config)
     result = train(config)
-    assert read_log(run.folder / LOG)[-1]["validation"]["loss"] < 0.98 * before
+    assert read_log(tmp_path / "it-run" / LOG)[-1]["validation"]["loss"] < 0.98 * before
     adapter = load_adapter(result.path)
     assert set(adapter.tokens) == {"sks"}
     assert adapter.tokens["sks"]["text_encoder"].shape[0] == config.words.vectors

@@ -1,63 +1,49 @@
-"""QLoRA: an adapter trained on a base in codes."""
+"""A base in codes: an adapter trained on it (QLoRA), and pictures made with it."""
 
-import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from short_runs import loss_before, short_run
 from torch import nn
 
 from lora_diffusion.blend import Blend, WeightedAdapter
-from lora_diffusion.config import GenerateConfig, validate
+from lora_diffusion.cli import main
+from lora_diffusion.config import GenerateConfig
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.files import sample_data
 from lora_diffusion.formats.reading import load_adapter
 from lora_diffusion.models import load_base
 from lora_diffusion.patching import quantised
+from lora_diffusion.quantising import fits, quantise
+from lora_diffusion.recipe import read_recipe
 from lora_diffusion.sampling import generate
 from lora_diffusion.train_config import TrainConfig
 from lora_diffusion.training.loop import train
-from lora_diffusion.training.quantising import fits, quantise
 from lora_diffusion.training.run_log import LOG, read_log
 from lora_diffusion.training.run_setup import set_up
-from lora_diffusion.training.validation import validated
 
 needs_codes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes", "ignore::DeprecationWarning:bitsandbytes")
 
 
-def config_of(tmp_path: Path, **changes: Any) -> TrainConfig:
-    pictures = tmp_path / "ink"
-    pictures.mkdir(exist_ok=True)
-    for file in sorted((sample_data() / "styles" / "ink").glob("0[0-3].*")):
-        shutil.copy(file, pictures)
-    table: dict[str, Any] = {
-        "data": {"folder": pictures},
-        "output": tmp_path / "it.safetensors",
-        "steps": 20,
-        "batch_size": 2,
-        "adapter": {"rank": 4},
-        "compute": {"quantise": "nf4"},
-        "optimiser": {"learning_rate": 5e-3, "warmup_steps": 1, "schedule": "constant"},
-        "validation": {"folder": pictures, "every": 20, "draws": 4},
-        "tracking": {"trackers": []},
-    }
-    return validate(TrainConfig, {**table, **changes}, source="test")
+def config_of(ink: Path, tmp_path: Path, codes: str = "nf4", **changes: Any) -> TrainConfig:
+    return short_run(ink, tmp_path / "it.safetensors", 20, {"compute": {"quantise": codes}, **changes})
 
 
 @needs_codes
 @pytest.mark.parametrize("codes", ["nf4", "fp4", "int8"])
-def test_an_adapter_learns_on_a_base_in_codes_and_fits_the_plain_one(codes: str, tmp_path: Path) -> None:
-    config = config_of(tmp_path, compute={"quantise": codes})
-    run = set_up(config)
-    assert quantised(run.base)
-    assert run.held_out
-    before = validated(run.base, run.denoiser, run.captions, run.held_out, config).loss
+def test_an_adapter_learns_on_a_base_in_codes_and_fits_the_plain_one(codes: str, ink: Path, tmp_path: Path) -> None:
+    config = config_of(ink, tmp_path, codes)
+    assert quantised(set_up(config).base)
+    before = loss_before(config)
     result = train(config)
-    assert read_log(run.folder / LOG)[-1]["validation"]["loss"] < 0.97 * before
+    assert read_log(tmp_path / "it-run" / LOG)[-1]["validation"]["loss"] < 0.97 * before
     adapter = load_adapter(result.path)
     prompt = GenerateConfig(prompt="a house in the snow, in sks style", steps=3)
     base = load_base()
@@ -82,7 +68,7 @@ def test_codes_say_nearly_what_the_weights_said_in_a_part_of_the_bytes(codes: An
 
     before, linear = said(), [m for m in base.pipe.unet.modules() if type(m) is nn.Linear and fits(m)]
     whole = sum(module.weight.numel() * 2 for module in linear)
-    assert quantise(base, codes) == len(linear)
+    assert quantise(base, codes, base.device).codes == codes
     error = float((said() - before).norm() / before.norm())
     assert 0 < error < most
     coded = [m for m in base.pipe.unet.modules() if isinstance(m, nn.Linear) and not m.weight.dtype.is_floating_point]
@@ -99,10 +85,37 @@ def test_codes_say_nearly_what_the_weights_said_in_a_part_of_the_bytes(codes: An
         ({"full_targets": ["unet.conv_in"]}, "adapter.full_targets"),
     ],
 )
-def test_a_method_that_needs_whole_weights_is_refused(adapter: dict[str, Any], named: str, tmp_path: Path) -> None:
+def test_a_method_that_needs_whole_weights_is_refused(
+    adapter: dict[str, Any], named: str, ink: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError) as caught:
-        config_of(tmp_path, adapter=adapter)
+        config_of(ink, tmp_path, adapter=adapter)
     assert f"compute.quantise 'nf4' keeps weights in codes, and {named} needs them in full" in str(caught.value)
+
+
+@needs_codes
+def test_pictures_are_made_on_a_base_in_codes_and_made_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    neon = sample_data() / "adapters" / "neon.safetensors"
+    asked = ["generate", "--prompt", "a red house, in zwx style", "--steps", "4", "--output", str(tmp_path)]
+    assert main([*asked, "--adapter", str(neon)]) == 0
+    assert main([*asked, "--adapter", str(neon), "--quantise", "nf4"]) == 0
+    assert main([*asked, "--quantise", "nf4"]) == 0
+    whole, coded, bare = (tmp_path / f"0000{i}.png" for i in range(3))
+    assert [read_recipe(path).codes for path in (whole, coded, bare)] == ["none", "nf4", "nf4"]
+    assert 0 < difference(whole, coded) < 0.25 * difference(coded, bare)
+    assert main(["generate", "--from", str(coded), "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "00003.png").read_bytes() == coded.read_bytes()
+    capsys.readouterr()
+    assert main(["generate", "--from", str(whole), "--quantise", "nf4", "--output", str(tmp_path)]) == 2
+    assert "--from makes a picture again as it was" in capsys.readouterr().err
+
+
+def difference(first: Path, second: Path) -> float:
+    """Mean over the numbers of two pictures."""
+    one, other = (np.asarray(Image.open(path), dtype=float) for path in (first, second))
+    return float(np.abs(one - other).mean())
 
 
 @needs_codes
@@ -112,11 +125,11 @@ def test_a_base_that_cannot_be_held_in_codes_is_refused(sd_folder: Path) -> None
         if isinstance(module, nn.Linear):
             module.in_features = 33
     with pytest.raises(ConfigError, match="no linear layer"):
-        quantise(base, "nf4")
+        quantise(base, "nf4", base.device)
 
 
 def test_without_the_library_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setattr("lora_diffusion.training.quantising.find_spec", lambda _name: None)
+    monkeypatch.setattr("lora_diffusion.quantising.find_spec", lambda _name: None)
     with pytest.raises(ConfigError, match=r"pip install 'lora-diffusion\[quantised\]'"):
-        quantise(load_base(), "nf4")
+        quantise(load_base(), "nf4", torch.device("cpu"))

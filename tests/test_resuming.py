@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import settings
+from short_runs import settings
 
 from lora_diffusion.adapter import adapter_hash
 from lora_diffusion.config import changed

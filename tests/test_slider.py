@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_training import settings
+from short_runs import UNET_ONLY, settings
 
 from lora_diffusion.adapter import Adapter
 from lora_diffusion.blend import Blend, WeightedAdapter
@@ -23,10 +23,6 @@ from lora_diffusion.training.slider import weighing
 from lora_diffusion.training.updates.injection import disabled
 
 NIGHT = {"positive": "a house at night", "negative": "a house at noon", "target": "a house", "strength": 1.0}
-UNET_ONLY: dict[str, Any] = {
-    "adapter": {"alpha": None, "text_encoder_targets": []},
-    "optimiser": {"text_encoder_learning_rate": None},
-}
 
 
 def brightness(base: Base, adapter: Adapter, weight: float) -> float:

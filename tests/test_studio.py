@@ -92,6 +92,19 @@ def test_a_picture_restores_the_form(studio: Studio) -> None:
     assert again.mode == "composite"
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes", "ignore::DeprecationWarning:bitsandbytes")
+def test_a_studio_in_codes_makes_the_pictures_of_its_command(shelf: Path, studio: Studio, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    coded = Studio(Places(library=shelf, output=tmp_path / "coded", bases=("tiny-sd",), codes="nf4"))
+    form = Form(rows=BOTH, settings=PROMPT)
+    made = next(event.path for event in coded.render(form) if isinstance(event, Made))
+    assert read_recipe(made).codes == "nf4"
+    assert "--quantise nf4" in coded.command(form)
+    assert "--quantise" not in studio.command(form)
+    assert coded.restored(made)[1] == ()
+    assert studio.restored(made)[1] == ("made with quantise nf4; this studio has none",)
+
+
 def test_a_preset_that_names_a_missing_adapter_offers_the_rest(studio: Studio, tmp_path: Path) -> None:
     table = json.loads((stock_presets_folder() / "neon-gloop.json").read_text())
     table["adapters"][1] |= {"path": "gone.safetensors", "name": "gone", "hash": "0" * 64}

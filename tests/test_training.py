@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from short_runs import settings
 
 from lora_diffusion.adapter import AdapterMetadata, adapter_hash
 from lora_diffusion.blend import Blend, WeightedAdapter
@@ -24,20 +25,6 @@ from lora_diffusion.training.run_log import read_log
 from lora_diffusion.training.self_checks import check_finite, memory_refusals
 from lora_diffusion.training.state import states
 from lora_diffusion.training.updates.injection import disabled, extract, inject
-
-TABLE: dict[str, Any] = {
-    "steps": 6,
-    "batch_size": 2,
-    "trigger_words": ["sks"],
-    "adapter": {"rank": 2, "alpha": 3.0, "unet_targets": ["attention"], "text_encoder_targets": ["attention"]},
-    "optimiser": {"learning_rate": 1e-2, "text_encoder_learning_rate": 1e-2, "warmup_steps": 1},
-}
-
-
-def settings(pictures: Path, base: Path, changes: Mapping[str, Any] | None = None, **top: object) -> TrainConfig:
-    output = pictures.parent / "out" / "style.safetensors"
-    table = {"data": {"folder": pictures}, "output": output, "base": str(base), **TABLE}
-    return TrainConfig.model_validate(changed({**table, **top}, changes or {}))
 
 
 def test_training_writes_an_adapter_with_its_record(pictures: Path, sd_folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from PIL import Image, ImageChops
-from test_training import settings
+from short_runs import settings
 
 from lora_diffusion.adapter import Adapter, adapter_hash
 from lora_diffusion.cli import main

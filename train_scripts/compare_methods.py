@@ -1,17 +1,20 @@
 """Every method on one style and one subject of the embedded base: same steps, same pictures per step.
 
     python -m train_scripts.compare_methods                # quality: hours; goes on where it was stopped
+    python -m train_scripts.compare_methods --part rates   # which learning rate suits each; hours, goes on as well
     python -m train_scripts.compare_methods --part cost    # seconds and memory of a step; minutes on an idle machine
     python -m train_scripts.compare_methods --part table   # as Markdown
 
-Learning rates are each method's own (`lora_diffusion/methods.py`), as one for all would compare rates. The style is
-judged by the distance to its pictures, the subject by how often the picture world's reader reads it in new places; both
-over several seeds of the run. Writes `methods.json` beside this script, which `train_scripts/README.md` shows.
+Learning rates are each method's own (`lora_diffusion/methods.py`), as one for all would compare rates; they are chosen
+on a seed that the comparison does not use. The style is judged by the distance to its pictures, the subject by how
+often the picture world's reader reads it in new places; both over several seeds of the run. Writes `methods.json`
+beside this script, which `train_scripts/README.md` shows.
 """
 
 import json
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, Literal
@@ -39,6 +42,8 @@ STYLE, TRIGGER, SUBJECT = "neon", "zwx", "gloop"
 NOT_COMPARED = ("slider", "b-lora")
 """A slider learns no set, and B-LoRA's places are SDXL's."""
 STEPS, BATCH, SEEDS = 150, 2, (0, 1, 2)
+RATES, RATE_SEED = (0.5, 1.0, 2.0), 7
+"""Factors that are tried on the rate a method has, and the seed of these runs."""
 TIMED_STEPS = 24
 SAMPLED_STEPS, PICTURES = 12, 13
 KINDS = ("style", "subject")
@@ -119,16 +124,43 @@ def quality(methods: list[Method]) -> None:
             for kind in KINDS:
                 found = known()
                 row = found["methods"].setdefault(method.name, {})
-                if str(seed) in row.get(kind, {}):
+                if row.get("rate") != method.rate:  # of another rate than the method has now
+                    row |= {"rate": method.rate, "style": {}, "subject": {}}
+                if str(seed) in row[kind]:
                     continue
-                with tempfile.TemporaryDirectory() as scratch:
-                    path = Path(scratch) / "it.safetensors"
-                    in_child(config_of(method, kind, seed, path, STEPS))
-                    row.setdefault(kind, {})[str(seed)] = round(judged(path, kind), 4)
-                    row["bytes"], row["saved_numbers"] = path.stat().st_size, load_adapter(path).num_parameters
+                row[kind][str(seed)], row["bytes"], row["saved_numbers"] = tried(method, kind, seed)
                 found["quality"] = {"machine": machine(), "steps": STEPS, "batch_size": BATCH, "pictures": PICTURES}
                 write(found)
                 print(seed, method.name, kind, row[kind][str(seed)], flush=True)
+
+
+def rates(methods: list[Method]) -> None:
+    """What each method comes to at other rates, on a seed of its own."""
+    for factor in RATES:
+        for method in methods:
+            other = replace(method, rate=method.rate * factor)
+            for kind in KINDS:
+                found = known()
+                row = found["methods"].setdefault(method.name, {}).setdefault("rates", {}).setdefault(kind, {})
+                if str(other.rate) in row:
+                    continue
+                row[str(other.rate)], _, _ = tried(other, kind, RATE_SEED)
+                write(found)
+                print(method.name, other.rate, kind, row[str(other.rate)], flush=True)
+
+
+def best_rate(row: dict[str, Any]) -> float:
+    """Of those tried, the one with the most of the subject read and the least of the style's distance, in sum."""
+    style, subject = row["rates"]["style"], row["rates"]["subject"]
+    return float(max(style.keys() & subject.keys(), key=lambda rate: subject[rate] - style[rate]))
+
+
+def tried(method: Method, kind: Kind, seed: int) -> tuple[float, int, int]:
+    """One run: how it is judged, and the file's bytes and numbers."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "it.safetensors"
+        in_child(config_of(method, kind, seed, path, STEPS))
+        return round(judged(path, kind), 4), path.stat().st_size, load_adapter(path).num_parameters
 
 
 def cost(methods: list[Method]) -> None:
@@ -187,7 +219,7 @@ def all_names() -> list[str]:
     return [each.name for each in METHODS]
 
 
-def main(part: Literal["quality", "cost", "table"] = "quality", only: tuple[str, ...] = ()) -> None:
+def main(part: Literal["quality", "rates", "cost", "table"] = "quality", only: tuple[str, ...] = ()) -> None:
     """Compare.
 
     Args:
@@ -196,9 +228,8 @@ def main(part: Literal["quality", "cost", "table"] = "quality", only: tuple[str,
     """
     methods = [each for each in METHODS if each.name in (only or set(all_names()) - {*NOT_COMPARED})]
     if part == "table":
-        print(table())
-    else:
-        (quality if part == "quality" else cost)(methods)
+        return print(table())
+    {"quality": quality, "rates": rates, "cost": cost}[part](methods)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from lora_diffusion.grids import BlockEffect, save_sheet, strongest_first
 from lora_diffusion.models import find_checkpoint
 from lora_diffusion.plans import Plan
 from lora_diffusion.weights import spelled_out
-from ui.forms import Form, command_of
+from ui.forms import Form
 from ui.rendering import Halted
 from ui.studio import Event, Finished, Made, Step, Studio
 
@@ -93,4 +93,4 @@ def compare_commands(studio: Studio, form: Form, across: Axis, down: Axis, of: s
     single = replace(form, settings={**form.settings, "count": 1})
     asked = [("grid", "--across", axis_text(across), *(["--down", axis_text(down)] if down.what != NOTHING else []))]
     asked += [("blocks", "--of", of)] * bool(of)
-    return "\n".join(command_of(single, studio.library(), studio.places.output, *words) for words in asked)
+    return "\n".join(studio.command(single, *words) for words in asked)

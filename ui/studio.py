@@ -15,19 +15,20 @@ from typing import Any
 from PIL import Image
 
 from lora_diffusion.commands import Means, prepared_blend, write_pictures
-from lora_diffusion.config import EMBEDDED_BASE
+from lora_diffusion.config import EMBEDDED_BASE, Codes
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.files import sample_data
 from lora_diffusion.library import Library, find, open_library, search
-from lora_diffusion.models import Base, find_checkpoint, load_base
+from lora_diffusion.models import Base, find_checkpoint
 from lora_diffusion.plans import Plan, preset_plan, replay_plan, with_tags
 from lora_diffusion.preset_files import read_preset
+from lora_diffusion.quantising import check_codes, load_in_codes
 from lora_diffusion.references import Shelf
 from lora_diffusion.sampling import preview
 from lora_diffusion.weights import Moment, stock_presets
 from ui.acting import acting_picture
 from ui.cards import Card, card_of
-from ui.forms import Form, form_of, plan_of
+from ui.forms import Form, command_of, form_of, plan_of
 from ui.rendering import Device, Halted, Line, Waiting
 from ui.rows import Row, entry_of
 
@@ -44,6 +45,8 @@ class Places:
     output: Path
     bases: tuple[str, ...]
     """Bases on offer: names, folders or hub ids."""
+    codes: Codes = "none"
+    """What their linear layers are kept in."""
 
     @property
     def presets(self) -> Path:
@@ -86,6 +89,7 @@ class Studio:
     """Folders, and the base that was loaded last."""
 
     def __init__(self, places: Places) -> None:
+        check_codes(places.codes)
         self.places = places
         self.loaded: Base | None = None
         self.device = Device()
@@ -101,7 +105,7 @@ class Studio:
         self.check_base(name)
         if self.loaded is None or self.loaded.name != name:
             self.loaded = None  # before the next is loaded, so that both are never there together
-            self.loaded = load_base(name)
+            self.loaded = load_in_codes(name, self.places.codes)
         return self.loaded
 
     def check_base(self, name: str) -> None:
@@ -135,6 +139,11 @@ class Studio:
         plan = with_tags(plan_of(form, self.library()), self.shelf)
         self.check_masks(plan)
         return plan
+
+    def command(self, form: Form, command: str = "generate", *more: str) -> str:
+        """The command line that makes the same pictures. Raises ConfigError for weights that only a preset can say."""
+        codes = () if self.places.codes == "none" else ("--quantise", self.places.codes)
+        return command_of(form, self.library(), self.places.output, command, *more, *codes)
 
     @property
     def shelf(self) -> Shelf:
@@ -188,6 +197,8 @@ class Studio:
         form, missing = form_of(with_tags(plan, self.shelf), self.library())
         if form.base not in self.places.bases:
             missing = (*missing, f"made with the base {form.base}, which this studio does not have")
+        if plan.recipe and plan.codes != self.places.codes:
+            missing = (*missing, f"made with quantise {plan.codes}; this studio has {self.places.codes}")
         return form, (*plan.notes, *missing)
 
     def preset_form(self, path: Path) -> tuple[Form, tuple[str, ...]]:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +18,7 @@ from lora_diffusion.cli.blend_flags import (
     parse_adapters,
 )
 from lora_diffusion.cli.flags import quiet
-from lora_diffusion.config import EMBEDDED_BASE, GenerateConfig, validate
+from lora_diffusion.config import EMBEDDED_BASE, Codes, GenerateConfig, validate
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.preset import Composition
 
@@ -41,6 +41,8 @@ class Generate:
     """Blend preset (JSON) whose base, adapters and settings are used."""
     from_: Annotated[Path | None, tyro.conf.arg(name="from", metavar="IMAGE", help_behavior_hint="")] = None
     """Picture to be made again: one of ours, or one of A1111 or Forge, whose adapters are found by their hashes."""
+    quantise: Annotated[Codes, tyro.conf.arg(metavar="none|nf4|fp4|int8")] = "none"
+    """Keep the base's linear layers in four or eight bits, for a GPU that cannot hold them; needs bitsandbytes."""
     output: Path = Path("outputs")
     """Folder for the PNGs."""
     json: bool = False
@@ -63,18 +65,21 @@ class Generate:
         settings, composition = given(self.settings), given(self.composition)
         adapters = parse_adapters(self.adapter)
         if self.from_:
-            if settings or composition or adapters or self.preset or self.where.balance:
+            others = (settings, composition, adapters, self.preset, self.where.balance, self.quantise != "none")
+            if any(others):
                 raise ConfigError("--from makes a picture again as it was; give only --base, --library and --output")
             return replay_plan(self.from_, base=self.base, shelf=shelf)
         if self.preset:
-            return preset_plan(
+            plan = preset_plan(
                 self.preset, base=self.base, settings=settings, composition=composition, adapters=adapters
             )
+            return replace(plan, codes=self.quantise)
         return Plan(
             base=self.base or EMBEDDED_BASE,
             entries=adapters,
             settings=validate(GenerateConfig, settings, source="generate"),
             composition=validate(Composition, composition, source="generate"),
+            codes=self.quantise,
         )
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from lora_diffusion.cli.flags import REPEATABLE, quiet
+from lora_diffusion.config import Codes
 from lora_diffusion.errors import ConfigError
 
 
@@ -21,6 +22,8 @@ class Ui:
 
     base: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(help_behavior_hint=REPEATABLE)] = ()
     """Base to offer: `tiny-sd`, a folder in diffusers' layout, or a hub id; the embedded one if none is given."""
+    quantise: Annotated[Codes, tyro.conf.arg(metavar="none|nf4|fp4|int8")] = "none"
+    """Keep the bases' linear layers in four or eight bits, for a GPU that cannot hold them; needs bitsandbytes."""
     library: Annotated[
         Path | None,
         tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: one in the output, with the ready adapters)"),
@@ -54,6 +57,7 @@ class Ui:
                 library=self.library or studio.own_library(self.output),
                 output=self.output,
                 bases=studio.bases_on_offer(self.base),
+                codes=self.quantise,
             )
             opened = studio.Studio(places)
         app.serve(opened, host=self.host, port=self.port, share=self.share, password=self.password, api=self.api)

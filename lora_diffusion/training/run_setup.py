@@ -26,6 +26,7 @@ from lora_diffusion.files import check_writable
 from lora_diffusion.formats.reading import load_adapter
 from lora_diffusion.models import Base, default_device, load_base
 from lora_diffusion.precision import torch_dtype
+from lora_diffusion.quantising import check_codes, quantise
 from lora_diffusion.targets import resolve_full, resolve_targets
 from lora_diffusion.train_config import DataConfig, TrainConfig
 from lora_diffusion.training.content_cache import Cache, DiskCache, MemoryCache, NoCache
@@ -36,7 +37,6 @@ from lora_diffusion.training.merged_base import on_top_of
 from lora_diffusion.training.objective import Denoiser
 from lora_diffusion.training.offloading import idle_models, send_away
 from lora_diffusion.training.prior import PriorPull, class_folder, make_class_pictures
-from lora_diffusion.training.quantising import quantise
 from lora_diffusion.training.samples import RunOfSamples, order_of
 from lora_diffusion.training.self_checks import check_trainable
 from lora_diffusion.training.sharding import check_plain, share_out
@@ -138,12 +138,13 @@ def prepared_base(config: TrainConfig, accelerator: Accelerator) -> Base:
     Raises LoRADiffusionError's children.
     """
     compute = config.compute
-    base = load_base(config.base, device=accelerator.device, precision=torch_dtype(PRECISIONS[compute.mixed_precision]))
+    check_codes(compute.quantise)
+    whole = compute.quantise == "none"  # else the device is to hold nothing but codes
+    device = accelerator.device if whole else torch.device("cpu")
+    base = load_base(config.base, device=device, precision=torch_dtype(PRECISIONS[compute.mixed_precision]))
     base.pipe.vae.float()
     base = on_top_of(base, config.on_top_of)
-    if compute.quantise != "none":
-        quantise(base, compute.quantise)
-    return base
+    return base if whole else quantise(base, compute.quantise, accelerator.device)
 
 
 def put_on(

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from ui.forms import Form, command_of, seeded
+from ui.forms import Form, seeded
 from ui.rendering import Halted, Waiting
 from ui.rows import Row
 from ui.studio import Finished, Made, Step, Studio
@@ -119,7 +119,7 @@ def wire_recall(studio: Studio, blend: Blend) -> None:
 
     @spoken
     def as_command(*values: Any) -> str:
-        return command_of(form_from(values), studio.library(), studio.places.output)
+        return studio.command(form_from(values))
 
     stage.twin.expand(as_command, blend.form_inputs, stage.command, **QUICK)
 
