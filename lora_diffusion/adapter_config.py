@@ -74,6 +74,19 @@ class AdapterConfig(Settings):
                 raise ValueError(sentence.format(kind=self.kind, start=self.start))
         return self
 
+    @model_validator(mode="after")
+    def nothing_idle(self) -> "AdapterConfig":
+        """Refuse a setting of a kind that is not chosen."""
+        for field, kind in KIND_OF.items():
+            if self.kind != kind and getattr(self, field) != type(self).model_fields[field].default:
+                raise ValueError(f"{field} belongs to kind '{kind}'; '{self.kind}' has no use for it")
+        return self
+
+    @property
+    def text_learns(self) -> bool:
+        """Whether modules of text encoders may be trained."""
+        return bool(self.text_encoder_targets) or any(not each.startswith("unet.") for each in self.full_targets)
+
 
 def as_the_file_is(c: AdapterConfig) -> bool:
     """Whether nothing is said of what a file to go on from says itself."""
@@ -83,8 +96,18 @@ def as_the_file_is(c: AdapterConfig) -> bool:
 
 PRODUCTS = ("lora", "vera", "adalora", "dylora", "sparse", "t-lora")
 """Kinds whose delta is the product of two factors."""
-FACTORED = ("lora", "dylora", "sparse", "t-lora")
-"""Kinds with factors `down` and `up` of their own."""
+FACTORED = ("lora", "dylora", "t-lora")
+"""Kinds whose delta is that of two factors `down` and `up` and of nothing else."""
+KIND_OF = {
+    "sparse_l1": "sparse",
+    "sparse_keep": "sparse",
+    "least_rank": "t-lora",
+    "lokr_factor": "lokr",
+    "adalora_start": "adalora",
+}
+"""Settings that one kind alone has."""
+CUT = ("adalora", "sparse")
+"""Kinds that take directions away as a run goes on."""
 TIMED = ("t-lora",)
 """Kinds that change with the timestep, which a text encoder does not know."""
 NONSENSE: tuple[tuple[Callable[[AdapterConfig], bool], str], ...] = (
@@ -127,14 +150,18 @@ NONSENSE: tuple[tuple[Callable[[AdapterConfig], bool], str], ...] = (
         "max_norm scales plain factors, which kind '{kind}' with these settings has not; leave it out",
     ),
     (
+        lambda c: c.max_norm is not None and bool(c.freeze_down or c.full_targets),
+        "max_norm shrinks both factors, and freeze_down or full_targets leave none or one that may; leave one out",
+    ),
+    (
         lambda c: c.begin_with is not None and not as_the_file_is(c),
         "begin_with goes on as the file is; leave out kind '{kind}', start '{start}', dora, freeze_down, ranks, alphas "
         "and full_targets",
     ),
     (
-        lambda c: c.kind in TIMED and bool(c.text_encoder_targets),
+        lambda c: c.kind in TIMED and c.text_learns,
         "kind '{kind}' and text_encoder_targets do not go together, as text is read before there is a timestep; set "
-        "text_encoder_targets to []",
+        "text_encoder_targets to [], and begin each of full_targets with `unet.`",
     ),
     (
         lambda c: c.kind in TIMED and c.least_rank > c.rank,

@@ -132,11 +132,16 @@ def validate(kind: type[Model], table: Mapping[str, Any], *, source: str) -> Mod
 
 
 def anchored(table: Mapping[str, Any], kind: type[BaseModel], folder: Path) -> dict[str, Any]:
-    """The table with the values of path settings, or of lists of paths, joined to `folder`, sections included."""
+    """The table with the values of path settings, or of lists of paths, joined to `folder`, sections included.
+
+    Of a table by path, the paths.
+    """
 
     def joined(value: Any) -> Any:
         if isinstance(value, list):
             return [joined(item) for item in cast("list[Any]", value)]
+        if isinstance(value, Mapping):
+            return {joined(path): given for path, given in cast("Mapping[Any, Any]", value).items()}
         return os.path.normpath(folder / value) if isinstance(value, str) else value
 
     def placed(key: str, value: Any) -> Any:
@@ -147,7 +152,7 @@ def anchored(table: Mapping[str, Any], kind: type[BaseModel], folder: Path) -> d
             value = {getattr(inner, "shorthand", key): value}
         return anchored(cast("Mapping[str, Any]", value), inner, folder)
 
-    holders: tuple[Any, ...] = (Path, Path | None, tuple[Path, ...])
+    holders: tuple[Any, ...] = (Path, Path | None, tuple[Path, ...], dict[Path, float])
     paths = {name for name, info in kind.model_fields.items() if info.annotation in holders}
     return {key: placed(key, value) for key, value in table.items()}
 

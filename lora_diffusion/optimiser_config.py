@@ -9,7 +9,10 @@ from lora_diffusion.config import Positive, Settings
 
 Count = Annotated[int, Field(ge=0)]
 
-SUITED: dict[str, dict[str, Any]] = {"prodigy": {"learning_rate": 1.0}, "schedule-free": {"schedule": "constant"}}
+SUITED: dict[str, dict[str, Any]] = {
+    "prodigy": {"learning_rate": 1.0, "word_learning_rate": 1.0},
+    "schedule-free": {"schedule": "constant"},
+}
 """What a kind of optimiser has instead of the defaults below."""
 
 

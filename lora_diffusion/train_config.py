@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lora_diffusion.adapter_config import PRODUCTS, AboveZero, AdapterConfig, NotNegative, Share
+from lora_diffusion.adapter_config import CUT, PRODUCTS, AboveZero, AdapterConfig, NotNegative, Share
 from lora_diffusion.config import EMBEDDED_BASE, Codes, Positive, Precision, Settings
 from lora_diffusion.optimiser_config import OptimiserConfig
 from lora_diffusion.words_config import SliderConfig, WordsConfig
@@ -221,7 +221,7 @@ class TrainConfig(Settings):
     """Name of the adapter; the output's file name if empty."""
     trigger_words: tuple[str, ...] = ()
     """Words that call the adapter in a prompt; recorded in the file."""
-    on_top_of: dict[str, float] = Field(default_factory=dict[str, float])
+    on_top_of: dict[Path, float] = Field(default_factory=dict[Path, float])
     """Adapter files that are added to the base first, with their weights, such as `{ "gloop.safetensors" = 0.8 }`."""
     steps: Positive = 1500
     """Optimiser steps."""
@@ -268,8 +268,44 @@ class TrainConfig(Settings):
                 "slider weighs a product of factors with a sign; set adapter.kind to lora, and leave out dora, "
                 "full_targets and begin_with"
             )
+        idle = {
+            "objective.loss": self.objective.loss != "mse",
+            "objective.weighting": self.objective.weighting != "none",
+            "objective.input_perturbation": bool(self.objective.input_perturbation),
+            "data.masks": self.data.masks != "none",
+        }
+        told = [name for name, given in idle.items() if given]
+        if told:
+            raise ValueError(f"slider has a loss of its own, which knows no {told[0]}; leave {told[0]} out")
         if self.prior.mode != "none":
             raise ValueError("slider and prior do not go together, as a slider learns from the frozen base anyway")
+        return self
+
+    @model_validator(mode="after")
+    def edits_last(self) -> "TrainConfig":
+        """Refuse means over steps, and a late start, where a method edits its parameters as it goes."""
+        optimiser, cut = self.optimiser, self.adapter.kind in CUT
+        editing = {
+            f"adapter.kind '{self.adapter.kind}'": cut,
+            "adapter.max_norm": self.adapter.max_norm is not None,
+            "words.words": bool(self.words.words),
+        }
+        edits = next((name for name, given in editing.items() if given), "")
+        if optimiser.kind == "schedule-free" and edits:
+            raise ValueError(
+                f"optimiser.kind 'schedule-free' saves a mean over steps, in which what {edits} takes away comes back; "
+                "set optimiser.kind to adamw"
+            )
+        if optimiser.ema_decay and cut:
+            raise ValueError(
+                f"optimiser.ema_decay and adapter.kind '{self.adapter.kind}' do not go together, as directions that "
+                "are taken away live on in a mean; set ema_decay to 0"
+            )
+        if self.words.alone and cut and not self.words_only:
+            raise ValueError(
+                f"words.alone and adapter.kind '{self.adapter.kind}' do not go together, as both own the beginning of "
+                "the run; set words.alone to 0, or adapter.kind to lora"
+            )
         return self
 
     @model_validator(mode="after")
@@ -296,7 +332,7 @@ class TrainConfig(Settings):
     @property
     def captions_learn(self) -> bool:
         """Whether what captions become changes from step to step."""
-        return bool(self.adapter.text_encoder_targets or self.words.words)
+        return bool(self.adapter.text_learns or self.words.words)
 
     @property
     def words_only(self) -> bool:

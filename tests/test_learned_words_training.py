@@ -113,7 +113,7 @@ def test_lengths_hold_exactly_as_they_were() -> None:
     rules = WordRules({"text_encoder.words.a": vectors}, {}, WordsConfig(words=("a",)), steps=4)
     with torch.no_grad():
         vectors.mul_(5).add_(1)
-    rules.after_step(0, 1e-3)
+    rules.after_step(0, lambda _vectors: 1e-3)
     assert torch.allclose(vectors.norm(dim=1), before)
 
 
@@ -133,3 +133,11 @@ def test_what_cannot_be_learned_is_one_sentence(
     with pytest.raises((ConfigError, ValueError)) as caught:
         train(settings(pictures, sd_folder, {**UNET_ONLY, "words": words}))
     assert said in str(caught.value)
+
+
+def test_what_rests_has_no_part_in_means_and_best_steps() -> None:
+    words, others = ({name: torch.nn.Parameter(torch.ones(1, 2))} for name in ("text_encoder.words.a", "unet.x.up"))
+    rules = WordRules(words, others, WordsConfig(words=("a",), alone=0.5, until=0.75), steps=8)
+    assert [len([*rules.resting(step)]) for step in (0, 3, 4, 6)] == [1, 1, 0, 1]
+    assert [rules.settled(done) for done in (1, 4, 5)] == [False, False, True]
+    assert WordRules(words, {}, WordsConfig(words=("a",), alone=1.0), steps=8).settled(1)

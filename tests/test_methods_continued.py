@@ -6,16 +6,20 @@ from typing import Any
 import pytest
 import torch
 from method_cases import config_of, injected, predicted, shake
+from short_runs import UNET_ONLY, settings
 
 from lora_diffusion.adapter import Adapter, AdapterMetadata
 from lora_diffusion.adapter_config import AdapterConfig
 from lora_diffusion.config import validate
-from lora_diffusion.errors import AdapterFormatError, ConfigError
+from lora_diffusion.errors import AdapterFormatError, ConfigError, FamilyMismatchError
 from lora_diffusion.files import sample_data
+from lora_diffusion.formats.native import save_adapter
 from lora_diffusion.formats.reading import load_adapter
-from lora_diffusion.models import load_base, module_at
+from lora_diffusion.layers import FullLayer, LoRALayer
+from lora_diffusion.models import Base, load_base, module_at
 from lora_diffusion.train_config import TrainConfig
 from lora_diffusion.training.loop import train
+from lora_diffusion.training.merged_base import on_top_of
 from lora_diffusion.training.updates.continued import check_continuable
 from lora_diffusion.training.updates.injection import extract, inject_adapter
 
@@ -72,9 +76,34 @@ def test_a_run_goes_on_from_a_file_and_on_top_of_others(ink: Path, tmp_path: Pat
         train(validate(TrainConfig, {**on_top, "on_top_of": {str(tmp_path / "nowhere.safetensors"): 1}}, source="test"))
 
 
-def test_words_would_be_lost_and_are_not_gone_on_with() -> None:
+def test_words_would_be_lost_and_are_not_gone_on_with(sd: Base, tmp_path: Path) -> None:
     words = Adapter(layers={}, tokens={"sks": {"text_encoder": torch.ones(1, 4)}})
     with pytest.raises(ConfigError, match="learned words"):
         check_continuable(words, "a.safetensors")
     with pytest.raises(ConfigError, match="no layers"):
         check_continuable(Adapter(layers={}), "a.safetensors")
+    with pytest.raises(ConfigError, match=r"on_top_of: .*learned words"):
+        save_adapter(words, tmp_path / "words.safetensors")
+        on_top_of(sd, {tmp_path / "words.safetensors": 1.0})
+
+
+def test_a_file_is_gone_on_with_as_it_is_and_where_it_fits(pictures: Path, sd: Base, tmp_path: Path) -> None:
+    file, base = tmp_path / "begun.safetensors", Path(sd.name)
+    path = "unet.mid_block.attentions.0.proj_in"
+    size = sd.pipe.unet.mid_block.attentions[0].proj_in.weight.shape
+    changes = {**UNET_ONLY, "adapter": {**UNET_ONLY["adapter"], "begin_with": str(file)}}
+
+    def refused(layer: Any, said: str, least_rank: int = 0, **more: Any) -> None:
+        metadata = AdapterMetadata(family=sd.family.name, least_rank=least_rank)
+        save_adapter(Adapter(layers={path: layer}, metadata=metadata), file)
+        adapter = {**changes["adapter"], **more, "unet_targets": ["attention"], "rank": 16}
+        with pytest.raises((ConfigError, FamilyMismatchError), match=said):
+            train(settings(pictures, base, {**changes, "adapter": adapter}))
+
+    kernel = [1] * (len(size) - 2)
+    fits = LoRALayer(down=torch.ones(2, size[1], *kernel), up=torch.ones(size[0], 2, *kernel), alpha=2.0)
+    other = LoRALayer(down=torch.ones(2, 7, *kernel), up=torch.ones(9, 2, *kernel), alpha=2.0)
+    full = FullLayer(diff=torch.ones(*size))
+    refused(fits, "ranks go with the timestep", least_rank=1)
+    refused(other, "proj_in")
+    refused(full, r"adapter.dropout is of plain factors", dropout=0.1)

@@ -1,15 +1,20 @@
 """DoRA, LoHa and LoKr compute what PEFT's layers compute."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from method_cases import module_of
+from method_cases import config_of, injected, module_of
 from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from lora_diffusion.adapter import AdapterMetadata
 from lora_diffusion.adapter_config import AdapterConfig
-from lora_diffusion.training.updates.dense import DecomposedUpdate, HadamardUpdate, KroneckerUpdate
+from lora_diffusion.layers import DoRALayer
+from lora_diffusion.models import load_base
+from lora_diffusion.training.updates.dense import DecomposedUpdate, FullUpdate, HadamardUpdate, KroneckerUpdate
+from lora_diffusion.training.updates.injection import extract
 from lora_diffusion.training.updates.low_rank import LowRankUpdate
 from lora_diffusion.training.updates.update import Size, attach
 
@@ -49,13 +54,13 @@ def test_dora_is_pefts(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["loha", "lokr"])
 def test_loha_and_lokr_are_pefts(kind: str) -> None:
     ours = module_of("linear")
-    size = Size(rank=2, scale=1.5, config=AdapterConfig(lokr_factor=4))
+    size = Size(rank=2, scale=1.5, config=AdapterConfig(kind="lokr", lokr_factor=4))
     if kind == "loha":
         update: Any = HadamardUpdate(ours, size, torch.Generator().manual_seed(0))
         theirs = theirs_of(ours, LoHaConfig(r=2, alpha=3, target_modules=["0"], init_weights=False))
         names = {"w1_a": "hada_w1_a", "w1_b": "hada_w1_b", "w2_a": "hada_w2_a", "w2_b": "hada_w2_b"}
     else:
-        update = KroneckerUpdate(ours, Size(rank=1, scale=1.5, config=AdapterConfig(lokr_factor=4)), torch.Generator())
+        update = KroneckerUpdate(ours, Size(rank=1, scale=1.5, config=size.config), torch.Generator())
         theirs = theirs_of(
             ours, LoKrConfig(r=1, alpha=1.5, decompose_factor=4, target_modules=["0"], init_weights=False)
         )
@@ -69,3 +74,39 @@ def test_loha_and_lokr_are_pefts(kind: str) -> None:
                 other["default"].copy_(own)
     x = torch.randn(3, 12)
     assert torch.allclose(ours(x), theirs(x), atol=1e-5)
+
+
+def test_what_half_precision_would_round_away_acts_all_the_same() -> None:
+    """A delta of a thousandth of the weight is half a step of bfloat16 and less."""
+    module = nn.Linear(256, 64, dtype=torch.bfloat16).requires_grad_(False)
+    update = HadamardUpdate(module, Size(rank=2, scale=1e-3, config=AdapterConfig()), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        update.w2_a.normal_(generator=torch.Generator().manual_seed(1))
+    x = torch.randn(32, 256, generator=torch.Generator().manual_seed(2))
+    delta = update.layer().delta().detach()
+    exact = x @ delta.T
+    assert float(delta.norm()) < 0.01 * float(module.weight.float().norm())
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        added = update.added(module, x.bfloat16()).float()
+    assert float((added - exact).norm()) < 0.02 * float(exact.norm())
+
+
+def test_a_norms_small_difference_acts_in_half_precision() -> None:
+    module = nn.GroupNorm(2, 8, dtype=torch.bfloat16).requires_grad_(False)
+    update = FullUpdate(module)
+    attach(module, update)
+    x = torch.randn(2, 8, 4, 4).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        before = module(x).float()
+        update.diff.fill_(1e-3)
+        assert torch.allclose(module(x).float(), before * 1.001, rtol=1e-4, atol=1e-6)
+
+
+def test_magnitudes_are_saved_whole(sd_folder: Path) -> None:
+    """Rounded, they would move the base's own weight."""
+    base = load_base(str(sd_folder))
+    paths, _ = injected(base, config_of("dora"))
+    layer = extract(base, paths, AdapterMetadata(), torch.float16).layers[paths[0]]
+    assert isinstance(layer, DoRALayer)
+    assert layer.magnitude.dtype == torch.float32
+    assert {factor.dtype for factor in layer.inner.factors.values()} == {torch.float16}

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from method_cases import config_of, injected, shake
-from short_runs import settings
+from method_cases import config_of, injected, predicted, shake
+from short_runs import UNET_ONLY, settings
 from torch import Tensor, nn
 
 from lora_diffusion.adapter import AdapterMetadata
@@ -156,3 +156,53 @@ def test_vera_trains_two_vectors_and_shares_the_rest(sd_folder: Path) -> None:
     width = min(first.shared_down[0].numel(), second.shared_down[0].numel())
     ours, theirs = (each.shared_down.flatten(1)[:, :width] for each in (first, second))
     assert torch.equal(ours, theirs)
+
+
+def test_pissa_is_exact_however_little_was_learned(sd_folder: Path) -> None:
+    """What is saved in half precision is off by a part of the delta, not of the base's main directions."""
+    base = load_base(str(sd_folder))
+    paths, made = injected(base, config_of("pissa"))
+    with torch.no_grad():
+        for parameter in made.parameters.values():
+            parameter.mul_(1 + 1e-3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    exact, half = (extract(base, paths, AdapterMetadata(), dtype) for dtype in (torch.float32, torch.float16))
+    for path, layer in exact.layers.items():
+        assert isinstance(layer, LoRALayer)
+        delta = layer.delta()
+        assert float((half.layers[path].delta(torch.zeros_like(delta)) - delta).norm()) < 2e-3 * float(delta.norm())
+
+
+def test_a_dropped_direction_of_pissa_leaves_nothing_behind(sd_folder: Path) -> None:
+    base = load_base(str(sd_folder))
+    before = predicted(base)
+    injected(base, config_of("pissa", rank_dropout=0.5))
+    base.pipe.unet.train()
+    assert torch.equal(predicted(base), before)
+
+
+def test_orthogonal_rows_beyond_the_inputs_stay_noise(sd_folder: Path) -> None:
+    base = load_base(str(sd_folder))
+    _, made = injected(base, config_of("orthogonal", unet_targets=("conv_in",), rank=64))
+    down = made.parameters["unet.conv_in.down"].flatten(1)
+    assert down.shape[0] == 64 > down.shape[1]
+    first = down[: down.shape[1]]
+    assert torch.allclose(first @ first.T, torch.diag((first @ first.T).diagonal()), atol=1e-5)
+    assert float(down[down.shape[1] :].norm(dim=1).min()) > 0
+    predicted(base)
+
+
+def test_t_lora_drops_its_input(sd_folder: Path) -> None:
+    base = load_base(str(sd_folder))
+    _, made = injected(base, config_of("t-lora", dropout=0.9))
+    shake(made.parameters)
+    base.pipe.unet.eval()
+    assert torch.equal(predicted(base), predicted(base))
+    base.pipe.unet.train()
+    assert not torch.equal(predicted(base), predicted(base))
+
+
+def test_a_rate_of_second_factors_needs_them(pictures: Path, sd_folder: Path) -> None:
+    changes = {**UNET_ONLY, "optimiser": {"up_rate": 4, "text_encoder_learning_rate": None}}
+    changes["adapter"] = {**changes["adapter"], "kind": "loha"}
+    with pytest.raises(ConfigError, match=r"optimiser.up_rate is the rate of second factors"):
+        train(settings(pictures, sd_folder, changes))

@@ -83,7 +83,7 @@ def test_adalora_ends_within_its_budget_with_the_directions_that_matter(sd_folde
         for name, parameter in made.parameters.items():
             parameter.grad = torch.ones_like(parameter) * (10.0 if name.startswith(paths[0]) else 1.0)
         rules.after_gradients(step)
-        rules.after_step(step, 1e-3)
+        rules.after_step(step, lambda _strength: 1e-3)
     left = [int((update_at(base, path).strength != 0).sum()) for path in paths]
     assert sum(left) <= rules.last
     assert left[0] == loud.strength.numel() > 4
@@ -127,16 +127,47 @@ def test_sparse_takes_the_weakest_away_and_the_file_gets_smaller(sd_folder: Path
     whole = extract(base, paths, AdapterMetadata(), torch.float32).num_parameters
     shake(made.parameters)
     strengths = torch.cat([update_at(base, path).strengths().detach() for path in paths])
-    made.rules.after_step(0, 1e-3)
+    made.rules.after_step(0, lambda _gate: 1e-3)
     assert made.rules.facts()["share_left"] == 1
-    made.rules.after_step(19, 1e-3)
+    made.rules.after_step(19, lambda _gate: 1e-3)
     assert made.rules.facts()["share_left"] == pytest.approx(0.25, abs=0.01)
     gates = torch.cat([update_at(base, path).gate for path in paths])
     assert float(strengths[gates != 0].min()) >= float(strengths[gates == 0].max())
     assert extract(base, paths, AdapterMetadata(), torch.float32).num_parameters < 0.5 * whole
     update = GatedUpdate(module_of("linear"), Size(rank=3, scale=1.0, config=AdapterConfig()), torch.Generator())
     pull = SparseRules([update], AdapterConfig(kind="sparse", sparse_l1=2.0, sparse_keep=1.0), steps=10)
-    pull.after_step(0, 0.3)
+    pull.after_step(0, {update.gate: 0.3}.__getitem__)
     assert torch.allclose(update.gate, torch.full((3,), 0.4))
-    pull.after_step(1, 0.3)
+    pull.after_step(1, {update.gate: 0.3}.__getitem__)
     assert torch.equal(update.gate, torch.zeros(3))
+
+
+def test_the_best_step_is_one_after_the_directions_were_taken(ink: Path, tmp_path: Path) -> None:
+    """Before the middle of the run nothing is cut, and what was learned until then is better than the little left."""
+    changes = {
+        "adapter": {"kind": "sparse", "sparse_keep": 0.01},
+        "validation": {"every": 2},
+        "optimiser": {"learning_rate": 1e-2},
+    }
+    config = short_run(ink, tmp_path / "it.safetensors", 16, changes)
+    result = train(config)
+    log = read_log(tmp_path / "it-run" / LOG)
+    losses = {line["step"]: line["validation"]["loss"] for line in log if "validation" in line}
+    assert min(losses, key=losses.__getitem__) < 8
+    assert result.best
+    assert result.best.step >= 8
+    begun = 4 * len(result.adapter.layers)
+    left = sum(layer.rank for layer in result.adapter.layers.values() if isinstance(layer, LoRALayer))
+    assert left < 0.5 * begun  # one of each module stays, as a layer has one
+
+
+def test_the_strength_of_a_direction_knows_its_scale() -> None:
+    config = AdapterConfig(kind="sparse")
+    plain, doubled = (
+        GatedUpdate(module_of("linear"), Size(rank=3, scale=scale, config=config), torch.Generator().manual_seed(0))
+        for scale in (1.0, 2.0)
+    )
+    with torch.no_grad():
+        for update in (plain, doubled):
+            update.up.fill_(1.0)
+    assert torch.allclose(doubled.strengths(), 2 * plain.strengths())

@@ -269,7 +269,7 @@ def test_paged_states_need_a_gpu() -> None:
 
 
 def test_kinds_have_defaults_of_their_own() -> None:
-    assert config_of(kind="prodigy").learning_rate == 1
+    assert config_of(kind="prodigy").learning_rate == config_of(kind="prodigy").word_learning_rate == 1
     assert config_of(kind="prodigy", learning_rate=0.5).learning_rate == 0.5
     free = config_of(kind="schedule-free")
     assert free.schedule == "constant"

@@ -70,7 +70,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(stops: tuple[int, ...], pictures: Pat
 def test_what_other_prompts_are_held_to_does_not_depend_on_where_a_run_was_stopped(
     pictures: Path, sd_folder: Path
 ) -> None:
-    """The text encoder learns, and the prompts of prior and drift are read by the frozen one, before and after."""
+    """The text encoder learns, and the frozen side of prior and drift is read by the frozen one, before and after."""
     prior = {"mode": "prediction", "prompt": "a dog"}
     changes = {"prior": prior, "validation": {"share": 0.25, "every": 3, "draws": 2, "base_prompts": ["a blue house"]}}
     whole = train(settings(pictures, sd_folder, changes, steps=6, save_precision="float32"))

@@ -20,7 +20,7 @@ from lora_diffusion.train_config import TrainConfig
 from lora_diffusion.training.loop import train
 from lora_diffusion.training.run_setup import set_up
 from lora_diffusion.training.slider import weighing
-from lora_diffusion.training.updates.injection import disabled
+from lora_diffusion.training.updates.injection import disabled, update_at
 
 NIGHT = {"positive": "a house at night", "negative": "a house at noon", "target": "a house", "strength": 1.0}
 
@@ -75,12 +75,29 @@ def test_a_fresh_slider_misses_by_the_direction_alone(pictures: Path, sd_folder:
 
 def test_a_weight_holds_inside_and_not_after(pictures: Path, sd_folder: Path) -> None:
     run = set_up(settings(pictures, sd_folder, {**UNET_ONLY, "adapter": {"alpha": 3.0, "text_encoder_targets": []}}))
-    from lora_diffusion.training.updates.injection import update_at
-
     update = update_at(run.base, run.paths[0])
     with weighing(run.base, -1.0):
-        assert update.scale == -1.5
-    assert update.scale == 1.5
+        assert update.current_scale == -1.5
+    assert update.current_scale == 1.5
+
+
+def test_both_signs_learn_alike_when_activations_are_computed_again(pictures: Path, sd_folder: Path) -> None:
+    """The pass of one sign is repeated on the way back, when the other one's is over."""
+    found: list[list[torch.Tensor]] = []
+    for again in (False, True):
+        changes = {**UNET_ONLY, "slider": NIGHT, "compute": {"gradient_checkpointing": again}}
+        run = set_up(settings(pictures, sd_folder, changes))
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in run.parameters.values():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        latent, noise = torch.randn(2, 2, 4, 8, 8, generator=generator)
+        lesson: Any = run.denoiser.lesson
+        run.denoiser.train()
+        loss = lesson.losses(run.denoiser, latent, noise, torch.tensor([100, 600]), torch.zeros(2, 6)).mean()
+        found.append([*torch.autograd.grad(loss, [*run.parameters.values()])])
+    for whole, repeated in zip(*found, strict=True):
+        assert torch.allclose(whole, repeated, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +108,7 @@ def test_a_weight_holds_inside_and_not_after(pictures: Path, sd_folder: Path) ->
         ({"slider": NIGHT, "words": {"words": ["sks"]}}, "slider and text encoders or words"),
         ({"slider": NIGHT, "adapter": {"dora": True, "text_encoder_targets": []}}, "adapter.kind to lora"),
         ({"slider": NIGHT, "prior": {"mode": "prediction"}}, "slider and prior"),
+        ({"slider": NIGHT, "objective": {"loss": "huber"}}, "knows no objective.loss"),
     ],
 )
 def test_what_makes_no_slider_is_one_sentence(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from short_runs import settings
+from short_runs import UNET_ONLY, settings
 
 from lora_diffusion.adapter import AdapterMetadata, adapter_hash
 from lora_diffusion.blend import Blend, WeightedAdapter
@@ -22,9 +22,11 @@ from lora_diffusion.training.examples import picture_order, sample_seed
 from lora_diffusion.training.loop import train
 from lora_diffusion.training.moving_average import write
 from lora_diffusion.training.run_log import read_log
+from lora_diffusion.training.run_setup import set_up
 from lora_diffusion.training.self_checks import check_finite, memory_refusals
 from lora_diffusion.training.state import states
 from lora_diffusion.training.updates.injection import disabled, extract, inject
+from lora_diffusion.training.validation import drift
 
 
 def test_training_writes_an_adapter_with_its_record(pictures: Path, sd_folder: Path) -> None:
@@ -254,6 +256,32 @@ def test_a_pull_towards_the_frozen_base_keeps_other_prompts_in_place(pictures: P
         result = train(settings(pictures, sd_folder, changes, steps=12))
         drift[weight] = read_log(result.path.parent / "style-run" / "log.jsonl")[-1]["validation"]["drift"]
     assert drift[30.0] < 0.7 * drift[0.0]
+
+
+def test_a_text_encoder_that_moves_is_pulled_back_and_its_drift_is_measured(pictures: Path, sd_folder: Path) -> None:
+    """The UNet stays as it is; what moves another prompt's prediction is the text alone."""
+    prior = {"mode": "prediction", "prompt": "a dog"}
+    run = set_up(settings(pictures, sd_folder, {"prior": prior}))
+    latent, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    ids, timestep = torch.zeros(2, 6), torch.tensor([100, 600])
+    pull = run.denoiser.pull
+    assert pull
+    batch = {"latent": latent, "noise": noise, "timestep": timestep, "time_ids": ids, "captions": ["", ""]}
+    assert float(pull.losses(run.denoiser, latent, noise, timestep, ids).detach().abs().max()) < 1e-9
+    text = {name: p for name, p in run.parameters.items() if name.startswith("text_encoder.")}
+    with torch.no_grad():
+        for parameter in text.values():
+            parameter.add_(0.3)
+        assert float(drift(run.base, run.denoiser, run.captions, batch, "a dog")) > 1e-6
+    loss = pull.losses(run.denoiser, latent, noise, timestep, ids).mean()
+    assert float(loss.detach()) > 1e-6
+    assert any(float(grad.abs().max()) > 0 for grad in torch.autograd.grad(loss, [*text.values()]))
+
+
+def test_frozen_text_encoders_are_not_the_trained_models_part(pictures: Path, sd_folder: Path) -> None:
+    """They may wait off the device, where preparing the model must not fetch them back."""
+    assert len(set_up(settings(pictures, sd_folder)).denoiser.text_encoders) == 1
+    assert len(set_up(settings(pictures, sd_folder, UNET_ONLY)).denoiser.text_encoders) == 0
 
 
 def test_class_pictures_are_made_where_they_are_missing_and_trained_on(pictures: Path, sd_folder: Path) -> None:

@@ -21,11 +21,13 @@ from lora_diffusion.dry_run import tried
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.families import FAMILIES
 from lora_diffusion.formats.reading import load_adapter
+from lora_diffusion.methods import method
 from lora_diffusion.models import load_base
 from lora_diffusion.run_report.runs import train_and_report
 from lora_diffusion.train_config import TrainConfig
 from lora_diffusion.train_defaults import default_settings
 from lora_diffusion.training.loop import train
+from lora_diffusion.training.purposes import settings_for
 from train_scripts.write_configs import CONFIGS, configs
 
 QUICK = ["--set", "steps=2", "--set", "batch_size=1"]
@@ -74,6 +76,26 @@ def test_a_style_and_a_subject_need_no_file(
     assert record["data"]["instance_prompt"] == "photo of sks dog"
     assert main([*command, "--instance", " "]) == 2
     assert "a word of its own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["t-lora", "b-lora", "slider"])
+def test_the_lines_of_a_method_that_trains_no_text_encoder_are_enough(name: str) -> None:
+    """The family's rate for text encoders is not held against a user who never said it."""
+    if name == "b-lora":
+        told: dict[str, Any] = {"adapter": {"unet_targets": ["up_blocks.0.*"], "text_encoder_targets": []}}
+    else:
+        told = {section: dict(values) for section, values in method(name).settings.items()}
+    files = {"data": {"folder": "x"}, "output": "x.safetensors"}
+    assert settings_for("style", files, told, base="tiny-sd").optimiser.text_encoder_learning_rate is None
+    kept = {**told, "optimiser": {"text_encoder_learning_rate": 1e-4}}
+    assert settings_for("style", files, kept, base="tiny-sd").optimiser.text_encoder_learning_rate == 1e-4
+    assert settings_for("style", files, base="tiny-sd").optimiser.text_encoder_learning_rate
+
+
+def test_files_to_train_on_top_of_are_looked_for_beside_the_settings(tmp_path: Path) -> None:
+    text = 'output = "x.safetensors"\ndata = "x"\non_top_of = { "one.safetensors" = 0.5 }\n'
+    (tmp_path / "run.toml").write_text(text)
+    assert read_toml(tmp_path / "run.toml", TrainConfig).on_top_of == {tmp_path / "one.safetensors": 0.5}
 
 
 class Page(HTMLParser):

@@ -5,7 +5,7 @@ A word gets rows of its own behind each text encoder's table of embeddings; noth
 vector keeps the length that it began with, as longer ones drown the rest of the prompt.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from lora_diffusion.models import Base
 from lora_diffusion.prompt_encoding import TOKENIZERS
 from lora_diffusion.prompt_text import Prompt, ReadText
 from lora_diffusion.train_config import WordsConfig
-from lora_diffusion.training.updates.rules import Rules
+from lora_diffusion.training.updates.rules import RateOf, Rules
 from lora_diffusion.words import Word, embeddings, extended, named, rewriter
 
 PREFIX = "words"
@@ -117,13 +117,15 @@ class WordRules(Rules):
         self.alone, self.until = config.alone * steps, config.until * steps
         self.lengths = {name: vectors.detach().norm(dim=1, keepdim=True) for name, vectors in words.items()}
 
-    def after_gradients(self, step: int) -> None:
-        resting = self.others if step < self.alone else {}
-        for parameter in (*resting.values(), *(self.words.values() if step >= self.until else ())):
-            parameter.grad = None
+    def resting(self, step: int) -> Iterable[nn.Parameter]:
+        others = self.others.values() if step < self.alone else ()
+        return (*others, *(self.words.values() if step >= self.until else ()))
+
+    def settled(self, step: int) -> bool:
+        return not self.others or step > self.alone
 
     @torch.no_grad()
-    def after_step(self, step: int, rate: float) -> None:  # noqa: ARG002 (the same at every step)
+    def after_step(self, step: int, rate_of: RateOf) -> None:  # noqa: ARG002 (the same at every step)
         for name, vectors in self.words.items():
             vectors.mul_(self.lengths[name] / vectors.norm(dim=1, keepdim=True))
 

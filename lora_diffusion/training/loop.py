@@ -1,5 +1,6 @@
 """The one training loop."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from lora_diffusion.adapter import Adapter
@@ -191,19 +192,28 @@ class Progress:
                 if run.accelerator.sync_gradients:
                     if step == 0:
                         check_gradients(self.trained)
+                    for resting in run.rules.resting(step):
+                        resting.grad = None
                     norm = run.accelerator.clip_grad_norm_(self.trained.values(), config.optimiser.max_gradient_norm)
-                    run.rules.after_gradients(step)
+                    if math.isfinite(norm):  # else a scaled loss was too large, and the optimiser skips the step
+                        run.rules.after_gradients(step)
                 self.optimiser.step()
                 self.optimiser.zero_grad()
-        run.rules.after_step(step, self.peaks[0] * fraction)
+        run.rules.after_step(step, self.rate_of)
         if config.adapter.max_norm:
             limit_norms(layer_factors(run.base, run.paths), config.adapter.max_norm)
-        if self.average:
+        if self.average and run.rules.settled(step + 1):
             self.average = self.average.updated(run.parameters)
         losses: Any = run.accelerator.gather(torch.stack(window).mean()[None])
         self.losses.append(float(losses.mean()))
         facts = {"loss": self.losses[-1], "gradient_norm": float(norm), "rate": self.peaks[0] * fraction}
         return facts | self.validation()
+
+    def rate_of(self, parameter: nn.Parameter) -> float:
+        """The rate of a parameter in this step; some optimisers multiply it with one that they find."""
+        groups = self.optimiser.param_groups
+        group = next(group for group in groups if any(parameter is each for each in group["params"]))
+        return float(group["lr"]) * float(group.get("d", 1.0))
 
     def validation(self) -> dict[str, Any]:
         """What validation says after this step, if it is due."""
@@ -213,7 +223,8 @@ class Progress:
         with self.resting():
             found = validated(run.base, run.denoiser, run.captions, run.held_out, config)
             by_rank = self.losses_by_rank(run.held_out) if self.step == config.steps else {}
-            self.best = self.best.after(self.step, found.loss)
+            if run.rules.settled(self.step):
+                self.best = self.best.after(self.step, found.loss)
             if self.best.step == self.step and config.validation.keep_best:
                 self.best_parameters = {name: p.detach().clone() for name, p in run.parameters.items()}
         return {"validation": asdict(found), "best": self.best.step == self.step, **by_rank}

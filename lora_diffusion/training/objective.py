@@ -1,5 +1,6 @@
 """What a training step minimises: target, noise schedule and parametrisation together."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
@@ -29,10 +30,12 @@ class Denoiser(nn.Module):
     Gives one loss per sample, so that the loop never learns what is predicted.
     """
 
-    def __init__(self, base: Base, config: ObjectiveConfig, read: ReadText = plain):
+    def __init__(self, base: Base, config: ObjectiveConfig, read: ReadText = plain, *, text_learns: bool = False):
         super().__init__()
         self.unet: nn.Module = base.pipe.unet
-        self.text_encoders = nn.ModuleList(getattr(base.pipe, name) for name in base.anatomy.text_layers)
+        self.text_learns = text_learns
+        encoders = base.anatomy.text_layers if text_learns else ()  # frozen ones may wait elsewhere than on the device
+        self.text_encoders = nn.ModuleList(getattr(base.pipe, name) for name in encoders)
         self.base = base
         self.config, self.read = config, read
         self.pull: Pull | None = None
@@ -86,6 +89,10 @@ class Denoiser(nn.Module):
             return context_of(hidden, pooled, time_ids)
         context = encode_prompts(self.base, captions, size_px=self.base.size_px, read=self.read)
         return context_of(context.hidden, (context.added or {}).get("text_embeds"), time_ids)
+
+    def moved_context(self, captions: Sequence[str], time_ids: Tensor, frozen: TextContext) -> TextContext:
+        """Captions as what is trained reads them; `frozen` is what the base alone reads."""
+        return self.context([*captions], time_ids, None, None) if self.text_learns else frozen
 
     def predicted(self, latent: Tensor, noise: Tensor, timestep: Tensor, context: TextContext) -> Tensor:
         """What the UNet makes of noisy latents."""

@@ -27,6 +27,11 @@ def peak_rates(
             "optimiser.text_encoder_learning_rate is set, but no text encoder is trained; name modules in "
             "adapter.text_encoder_targets, or leave the rate out"
         )
+    if config.up_rate != 1 and not any(name.endswith(".up") for name in names):
+        raise ConfigError(
+            "optimiser.up_rate is the rate of second factors, which this kind of adapter has not; set it to 1, or "
+            "adapter.kind to lora"
+        )
     factors = rate_factors(names, {**config.rates, **({"*.up": config.up_rate} if config.up_rate != 1 else {})})
     own = {
         name: config.word_learning_rate if ".words." in name else by_component[name.partition(".")[0]] for name in names

@@ -64,8 +64,8 @@ class PriorPull:
         chosen = [self.prompts[int(t) % len(self.prompts)] for t in timestep]
         texts = {key: value.to(latent.device) for key, value in self.encoder.batch(chosen).items()}
         context = context_of(texts["hidden"], texts.get("pooled"), time_ids)
-        noisy = latent, noise, timestep, context
         with torch.no_grad(), disabled(self.base):
-            frozen = denoiser.predicted(*noisy).float()
-        moved = denoiser.predicted(*noisy).float()
+            frozen = denoiser.predicted(latent, noise, timestep, context).float()
+        context = denoiser.moved_context(chosen, time_ids, context)
+        moved = denoiser.predicted(latent, noise, timestep, context).float()
         return self.weight * (moved - frozen).square().mean(dim=(1, 2, 3))

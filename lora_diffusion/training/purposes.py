@@ -30,9 +30,13 @@ def settings_for(
     table = with_precision(default_settings(purpose, family.name), on_gpu=default_device().type != "cpu")
     if gigabytes is not None:
         table = changed(table, memory_settings(family.name, gigabytes))
-    return validate(
-        TrainConfig, changed(changed({**table, "base": base}, told), changes or {}), source=f"train {purpose}"
-    )
+    table = changed(changed({**table, "base": base}, told), changes or {})
+    config = validate(TrainConfig, table, source=f"train {purpose}")
+    said = any("text_encoder_learning_rate" in each.get("optimiser", {}) for each in (told, changes or {}))
+    if said or config.adapter.text_learns:
+        return config
+    optimiser = config.optimiser.model_copy(update={"text_encoder_learning_rate": None})  # of nothing that is trained
+    return config.model_copy(update={"optimiser": optimiser})
 
 
 def subject(data: Path, output: Path, *, instance: str, class_prompt: str) -> dict[str, Any]:

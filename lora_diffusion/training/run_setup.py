@@ -15,7 +15,7 @@ from torch import nn
 from lora_diffusion.adapter import Adapter
 from lora_diffusion.adapter_config import AdapterConfig
 from lora_diffusion.anatomy import changeable_paths, trainable_paths
-from lora_diffusion.blend import check_family
+from lora_diffusion.blend import Blend, WeightedAdapter, check_family
 from lora_diffusion.dataset.captions import reader_of, whole_caption
 from lora_diffusion.dataset.check import buckets_of
 from lora_diffusion.dataset.pictures import read_size
@@ -25,6 +25,7 @@ from lora_diffusion.errors import ConfigError, DatasetError
 from lora_diffusion.files import check_writable
 from lora_diffusion.formats.reading import load_adapter
 from lora_diffusion.models import Base, default_device, load_base
+from lora_diffusion.patching import check_base_fits
 from lora_diffusion.precision import torch_dtype
 from lora_diffusion.quantising import check_codes, quantise
 from lora_diffusion.targets import resolve_full, resolve_targets
@@ -43,7 +44,7 @@ from lora_diffusion.training.sharding import check_plain, share_out
 from lora_diffusion.training.slider import Slider
 from lora_diffusion.training.timesteps import check_timesteps
 from lora_diffusion.training.updates.continued import check_continuable
-from lora_diffusion.training.updates.injection import inject, inject_adapter
+from lora_diffusion.training.updates.injection import inject, inject_adapter, told_of
 from lora_diffusion.training.updates.rules import Rules, Together
 from lora_diffusion.training.validation import HeldOut
 
@@ -95,7 +96,7 @@ def set_up(config: TrainConfig) -> Run:
     words = put_in(base, config.words, config.seed) if config.words.words else None
     read = words.reading(reader_of(config.captions)) if words else reader_of(config.captions)
     captions = CaptionEncoder(base, cache, read)
-    denoiser = Denoiser(base, config.objective, captions.read)
+    denoiser = Denoiser(base, config.objective, captions.read, text_learns=config.captions_learn)
     check_timesteps(config.objective, denoiser.num_timesteps)
     per_step = config.batch_size * config.gradient_accumulation * accelerator.num_processes
     size_px = config.data.resolution or base.size_px
@@ -187,6 +188,7 @@ def begun_with(config: TrainConfig, base: Base) -> Adapter | None:
     adapter = load_adapter(path)
     check_family(adapter.metadata.family, str(path), base_name=base.name, family=base.family.name)
     check_continuable(adapter, str(path))
+    check_base_fits(base, Blend(entries=(WeightedAdapter(adapter=adapter, path=path),)))
     learns = any(not module.startswith("unet.") for module in adapter.layers)
     if learns and not config.adapter.text_encoder_targets:
         raise ConfigError(f"adapter.begin_with: {path} changes text encoders; name adapter.text_encoder_targets too")
@@ -305,7 +307,7 @@ def adjust(base: Base, config: TrainConfig) -> None:
     """What costs time or memory at each step."""
     unet = base.pipe.unet
     if config.compute.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        unet.enable_gradient_checkpointing(told_of(base).checkpointed)
         if config.captions_learn:
             for name in base.anatomy.text_layers:
                 getattr(base.pipe, name).activation_checkpointing_enable({"use_reentrant": False})

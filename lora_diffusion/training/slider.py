@@ -10,6 +10,7 @@ Pictures only tell at which noisy latents this is learned; their captions are no
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,8 +20,7 @@ from lora_diffusion.prompt_encoding import TextContext
 from lora_diffusion.train_config import SliderConfig
 from lora_diffusion.training.contexts import CaptionEncoder, context_of
 from lora_diffusion.training.objective import Denoiser
-from lora_diffusion.training.updates.injection import disabled, updates_of
-from lora_diffusion.training.updates.low_rank import ProductUpdate
+from lora_diffusion.training.updates.injection import disabled, told_of
 
 SIGNS = (1.0, -1.0)
 
@@ -30,6 +30,7 @@ class Slider:
 
     def __init__(self, base: Base, encoder: CaptionEncoder, config: SliderConfig) -> None:
         self.base, self.encoder, self.config = base, encoder, config
+        self.read: dict[str, dict[str, Tensor]] = {}
 
     def losses(self, denoiser: Denoiser, latent: Tensor, noise: Tensor, timestep: Tensor, time_ids: Tensor) -> Tensor:
         """(n,) losses, the mean of both signs."""
@@ -49,19 +50,16 @@ class Slider:
         return total / len(SIGNS)
 
     def context(self, text: str, latent: Tensor, time_ids: Tensor) -> TextContext:
-        """One prompt for all latents of a batch."""
-        texts = {key: value.to(latent.device) for key, value in self.encoder.batch([text] * len(latent)).items()}
+        """One prompt, which is read once, for all latents of a batch."""
+        if text not in self.read:
+            self.read[text] = {key: value.to(latent.device) for key, value in self.encoder.batch([text]).items()}
+        texts = {key: value.expand(len(latent), *value.shape[1:]) for key, value in self.read[text].items()}
         return context_of(texts["hidden"], texts.get("pooled"), time_ids)
 
 
 @contextmanager
 def weighing(base: Base, weight: float) -> Iterator[None]:
     """The trained updates at a weight, while the block runs."""
-    found = [update for update in updates_of(base) if isinstance(update, ProductUpdate)]
-    for update in found:
-        update.scale *= weight
-    try:
+    told = told_of(base)
+    with told.under(replace(told.now, weight=weight)):
         yield
-    finally:
-        for update in found:
-            update.scale /= weight

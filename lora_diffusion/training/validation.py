@@ -86,10 +86,11 @@ def drift(base: Base, denoiser: Denoiser, encoder: CaptionEncoder, batch: dict[s
     """How far the adapter moves the prediction for a prompt that it was not trained on."""
     texts = on(denoiser, encoder.batch([prompt] * len(batch["captions"])))
     context = context_of(texts["hidden"], texts.get("pooled"), batch["time_ids"])
-    noisy = batch["latent"], batch["noise"], batch["timestep"], context
-    moved = denoiser.predicted(*noisy).float()
+    noisy = batch["latent"], batch["noise"], batch["timestep"]
     with disabled(base):
-        frozen = denoiser.predicted(*noisy).float()
+        frozen = denoiser.predicted(*noisy, context).float()
+    context = denoiser.moved_context([prompt] * len(batch["captions"]), batch["time_ids"], context)
+    moved = denoiser.predicted(*noisy, context).float()
     return (moved - frozen).square().mean() / frozen.square().mean()
 
 

@@ -13,7 +13,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,10 +102,8 @@ def measured(family: str, kind: str) -> dict[str, float]:
     for _ in range(2):
         now_mb(device)
         forget_peak(device)
-        started = time.process_time()
         predicted(unet, device, dtype).square().mean().backward()
-    seconds = time.process_time() - started
-    return {"held_mb": held, "peak_mb": peak_mb(device) - before, "seconds": seconds, "error": error}
+    return {"held_mb": held, "peak_mb": peak_mb(device) - before, "error": error}
 
 
 def in_own_process(family: str, kind: str) -> dict[str, float]:
@@ -118,7 +115,7 @@ def in_own_process(family: str, kind: str) -> dict[str, float]:
 def of_family(family: str) -> dict[str, dict[str, float]]:
     found = {kind: in_own_process(family, kind) for kind in KINDS}
     for figures in found.values():
-        for key in ("held_mb", "peak_mb", "seconds"):
+        for key in ("held_mb", "peak_mb"):
             figures[f"{key.removesuffix('_mb')}_of_half"] = round(figures[key] / found["half"][key], 3)
     return found
 

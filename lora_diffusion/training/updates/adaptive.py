@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_diffusion.patching import weight_shape
 from lora_diffusion.training.updates.low_rank import ProductUpdate, left_of
-from lora_diffusion.training.updates.rules import Rules
+from lora_diffusion.training.updates.rules import RateOf, Rules
 from lora_diffusion.training.updates.update import Size, learned
 
 SPREAD = 0.02
@@ -89,9 +89,13 @@ class AdaptiveRules(Rules):
             uncertainty.lerp_((now - sensitivity).abs(), 1 - SMOOTHING)
 
     @torch.no_grad()
-    def after_step(self, step: int, rate: float) -> None:  # noqa: ARG002 (the budget knows no rate)
+    def after_step(self, step: int, rate_of: RateOf) -> None:  # noqa: ARG002 (the budget knows no rate)
         budget = self.budget(step + 1)
-        if budget >= self.first or not (step % EVERY == 0 or step + 1 == self.steps or budget == self.last):
+        if (
+            not self.sensitivity
+            or budget >= self.first
+            or not (step % EVERY == 0 or step + 1 == self.steps or budget == self.last)
+        ):
             return
         scores = self.importance()
         least = torch.cat(scores).sort(descending=True).values[budget - 1]
@@ -107,6 +111,9 @@ class AdaptiveRules(Rules):
             )
             found.append(strength + down.flatten(1).mean(dim=1) + up.flatten(1).mean(dim=0))
         return found
+
+    def settled(self, step: int) -> bool:
+        return self.budget(step) == self.last
 
     def state_dict(self) -> dict[str, Any]:
         return {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty}

@@ -27,12 +27,19 @@ def check_continuable(adapter: Adapter, path: str) -> None:
             f"adapter.begin_with: {path} has learned words ({', '.join(adapter.tokens)}), which training goes on "
             "without; convert it without them, or train anew"
         )
+    if adapter.metadata.least_rank:
+        raise ConfigError(
+            f"adapter.begin_with: {path} is T-LoRA, whose ranks go with the timestep, which training would not go on "
+            "with; cut it to plain LoRA first (`lora-diffusion resize --first`), or train anew"
+        )
     if not adapter.layers:
         raise ConfigError(f"adapter.begin_with: {path} has no layers to go on with")
 
 
 def update_of(path: str, module: Any, layer: Layer, bias: Tensor | None, config: AdapterConfig) -> Update:
     """A trainable update with a layer's values. Raises ConfigError for a kind that cannot be trained on."""
+    if not isinstance(layer, LoRALayer):
+        refuse_thinning(path, layer, config)
     if isinstance(layer, FullLayer):
         return whole(module, layer, bias)
     if bias is not None or not isinstance(module, nn.Linear | nn.Conv2d):
@@ -42,6 +49,15 @@ def update_of(path: str, module: Any, layer: Layer, bias: Tensor | None, config:
     if isinstance(layer, LoRALayer | LoHaLayer | LoKrLayer):
         return factored(path, module, layer, config)
     raise ConfigError(f"{path}: is {layer.kind}, which cannot be trained on; extract or combine it to LoRA first")
+
+
+def refuse_thinning(path: str, layer: Layer, config: AdapterConfig) -> None:
+    """Raise ConfigError for settings of plain factors, which the layer has not."""
+    for name in ("dropout", "rank_dropout", "module_dropout", "max_norm"):
+        if getattr(config, name):
+            raise ConfigError(
+                f"adapter.{name} is of plain factors, and {path} in adapter.begin_with is {layer.kind}; leave it out"
+            )
 
 
 def factored(path: str, module: nn.Linear | nn.Conv2d, layer: LowRank, config: AdapterConfig) -> Update:

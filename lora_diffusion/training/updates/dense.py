@@ -1,6 +1,7 @@
 """Updates that make a whole delta of their factors: LoHa, LoKr, full differences, and DoRA around any.
 
-The weight with its delta is computed at each step, in float32; autograd does the rest.
+The delta is computed in float32 and acts beside the frozen weight, as a sum of the two in half precision would round
+small deltas away. What it is made of is computed again on the way back, and not kept.
 """
 
 from abc import abstractmethod
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from lora_diffusion.layers import FLOAT32_EPSILON, DoRALayer, FullLayer, Layer, LoHaLayer, LoKrLayer, LowRank
 from lora_diffusion.training.updates.products import cast
@@ -19,34 +21,16 @@ LOHA_SMALL = 0.1
 """Spread of the first half's outer factor [github.com/KohakuBlueleaf/LyCORIS]."""
 
 
-class DenseUpdate(Update):
-    """An update by its delta."""
-
-    @abstractmethod
-    def weight(self, module: Any) -> Tensor:
-        """The module's weight with the update, float32, differentiable."""
-
-    def output(self, module: Any, x: Tensor, frozen: Frozen) -> Tensor:  # noqa: ARG002 (the weight is another)
-        bias, added = module.bias, self.bias()
-        if bias is not None and added is not None:
-            bias = bias.float() + added
-        return applied(module, x, self.weight(module), bias)
-
-
-def applied(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The module with other values."""
-    weight, shift = cast(weight, x), None if bias is None else cast(bias, x)
-    if isinstance(module, nn.GroupNorm):
-        return functional.group_norm(x.to(weight.dtype), module.num_groups, weight, shift, module.eps)
-    if isinstance(module, nn.LayerNorm):
-        return functional.layer_norm(x.to(weight.dtype), module.normalized_shape, weight, shift, module.eps)
+def applied(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer or convolution of the module's geometry with other values."""
+    x, weight, bias = cast(x, x), cast(weight, x), None if bias is None else cast(bias, x)
     with torch.autocast(x.device.type, enabled=False):
         if isinstance(module, nn.Linear):
-            return functional.linear(cast(x, x), weight, shift)
-        return functional.conv2d(x.to(weight.dtype), weight, shift, module.stride, module.padding, module.dilation)
+            return functional.linear(x, weight, bias)
+        return functional.conv2d(x, weight, bias, module.stride, module.padding, module.dilation)
 
 
-class FullUpdate(DenseUpdate):
+class FullUpdate(Update):
     """A difference for every value of a module, weight and bias."""
 
     def __init__(self, module: Any) -> None:
@@ -54,8 +38,23 @@ class FullUpdate(DenseUpdate):
         self.diff = learned(torch.zeros_like(module.weight, dtype=torch.float32), module)
         self.bias_diff = None if module.bias is None else learned(torch.zeros_like(module.bias), module)
 
-    def weight(self, module: Any) -> Tensor:
-        return module.weight.float() + self.diff
+    def output(self, module: Any, x: Tensor, frozen: Frozen) -> Tensor:
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            return self.normed(module, x)
+        return super().output(module, x, frozen)
+
+    def normed(self, module: Any, x: Tensor) -> Tensor:
+        """A norm with both of its values, in float32, as a sum in half precision rounds small differences away."""
+        weight = module.weight.float() + self.diff
+        bias = None if self.bias_diff is None else module.bias.float() + self.bias_diff
+        if isinstance(module, nn.GroupNorm):
+            y = functional.group_norm(x.float(), module.num_groups, weight, bias, module.eps)
+        else:
+            y = functional.layer_norm(x.float(), module.normalized_shape, weight, bias, module.eps)
+        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+
+    def added(self, module: Any, x: Tensor) -> Tensor:
+        return applied(module, x, self.diff, self.bias_diff)
 
     def bias(self) -> Tensor | None:
         return self.bias_diff
@@ -64,14 +63,15 @@ class FullUpdate(DenseUpdate):
         return FullLayer(diff=self.diff)
 
 
-class FactoredUpdate(DenseUpdate):
+class FactoredUpdate(Update):
     """A delta of factors, in the way of the layer that it is saved as."""
 
     @abstractmethod
     def layer(self) -> LowRank: ...
 
-    def weight(self, module: Any) -> Tensor:
-        return module.weight.float() + self.layer().delta().reshape(module.weight.shape)
+    def added(self, module: Any, x: Tensor) -> Tensor:
+        delta = checkpoint(lambda: self.layer().delta(), use_reentrant=False, preserve_rng_state=False)
+        return applied(module, x, delta.reshape(module.weight.shape))
 
 
 class HadamardUpdate(FactoredUpdate):
@@ -121,7 +121,7 @@ def divisor(number: int, most: int) -> int:
     return max(each for each in range(1, most + 1) if number % each == 0)
 
 
-class DecomposedUpdate(DenseUpdate):
+class DecomposedUpdate(Update):
     """DoRA: magnitude and direction of each output apart [arXiv:2402.09353].
 
         W' = magnitude * V / norm(V),  V = W + delta
@@ -132,16 +132,35 @@ class DecomposedUpdate(DenseUpdate):
     def __init__(self, module: nn.Linear | nn.Conv2d, inner: Update) -> None:
         super().__init__()
         self.inner = inner
-        weight = module.weight.detach().float()
-        self.magnitude = learned(norms(weight), module)
+        self.magnitude = learned(norms(module.weight.detach().float()), module)
 
-    def weight(self, module: Any) -> Tensor:
-        moved = module.weight.float() + self.inner.layer().delta().reshape(module.weight.shape)
-        return moved * (self.magnitude / norms(moved.detach()))
+    def output(self, module: Any, x: Tensor, frozen: Frozen) -> Tensor:
+        y = frozen(module, x)
+        bare = y if module.bias is None else y - as_outputs(cast(module.bias, x), module)
+        return y + self.moved(module, x, bare)
+
+    def added(self, module: Any, x: Tensor) -> Tensor:
+        return self.moved(module, x, applied(module, x, module.weight))
+
+    def moved(self, module: Any, x: Tensor, bare: Tensor) -> Tensor:
+        """What is added to `bare`, W x: (share - 1) W x + share * delta x, as a share of nearly 1 rounds to 1."""
+        share = (self.magnitude / self.length(module)).flatten()
+        less, more = (as_outputs(cast(each, x), module) for each in (share - 1, share))
+        return less * bare + more * self.inner.added(module, x)
+
+    @torch.no_grad()
+    def length(self, module: Any) -> Tensor:
+        inner: Any = self.inner.layer()
+        return norms(module.weight.float() + inner.delta().reshape(module.weight.shape))
 
     def layer(self) -> Layer:
         inner: Any = self.inner.layer()
         return DoRALayer(inner=inner, magnitude=self.magnitude)
+
+
+def as_outputs(values: Tensor, module: Any) -> Tensor:
+    """A value for each output (out,), to be multiplied with a linear layer's outputs or a convolution's."""
+    return values if isinstance(module, nn.Linear) else values[:, None, None]
 
 
 def norms(weight: Tensor) -> Tensor:

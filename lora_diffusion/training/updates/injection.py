@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from lora_diffusion.training.updates.shared import SharedFactors, SharedUpdate, 
 from lora_diffusion.training.updates.sparse import GatedUpdate, SparseRules
 from lora_diffusion.training.updates.spectral import SpectralUpdate
 from lora_diffusion.training.updates.timed import TimedUpdate, follow_timesteps
-from lora_diffusion.training.updates.update import NAME, Size, Update, attach
+from lora_diffusion.training.updates.update import NAME, Size, Told, Update, attach
 
 KINDS: Mapping[str, Any] = {
     "lora": LowRankUpdate,
@@ -87,7 +87,9 @@ def put(base: Base, updates: Mapping[str, Update]) -> dict[str, nn.Parameter]:
     """Freeze the base, and put an update on each module; returns what learns, by path and factor."""
     for component in base.family.components:
         getattr(base.pipe, component).requires_grad_(False)
+    told = Told()
     for path, update in updates.items():
+        update.told = told
         attach(module_at(base, path), update)
     named = {f"{path}.{name}": p for path, update in updates.items() for name, p in update.named_parameters()}
     return {name: parameter for name, parameter in named.items() if parameter.requires_grad}
@@ -149,14 +151,15 @@ def updates_of(base: Base) -> list[Update]:
 @contextmanager
 def disabled(base: Base) -> Iterator[None]:
     """The frozen base alone while the block runs, bit for bit."""
-    found = updates_of(base)
-    for update in found:
-        update.active = False
-    try:
+    told = told_of(base)
+    with told.under(replace(told.now, active=False)):
         yield
-    finally:
-        for update in found:
-            update.active = True
+
+
+def told_of(base: Base) -> Told:
+    """Where the updates of a base look up what holds for all of them."""
+    found = updates_of(base)
+    return found[0].told if found else Told()
 
 
 def layer_factors(base: Base, paths: Sequence[str]) -> Iterator[tuple[Tensor, Tensor, float]]:
@@ -172,11 +175,12 @@ def extract(base: Base, paths: Sequence[str], metadata: AdapterMetadata, dtype: 
     """The updates at `paths` as a value, copied to the CPU in `dtype`."""
     updates = {path: update_at(base, path) for path in paths}
 
-    def kept(values: Tensor) -> Tensor:
-        return values.detach().to("cpu", dtype, copy=True).contiguous()
+    def kept(values: Tensor, name: str = "") -> Tensor:
+        exact = name == "magnitude"  # rounded, it would move the base's own weight and not the delta alone
+        return values.detach().to("cpu", torch.float32 if exact else dtype, copy=True).contiguous()
 
     def at_rest(layer: Layer) -> Layer:
-        return layer.with_factors({name: kept(factor) for name, factor in layer.factors.items()})
+        return layer.with_factors({name: kept(factor, name) for name, factor in layer.factors.items()})
 
     biases = {path: update.bias() for path, update in updates.items()}
     return Adapter(

@@ -16,6 +16,9 @@ from lora_diffusion.training.updates.update import Frozen, Size, Update, kaiming
 class ProductUpdate(Update):
     """A delta that is the product of two factors, whatever these are made of."""
 
+    repeated = 1
+    """How often each direction stands in the factors, one after all others."""
+
     def __init__(self, size: Size) -> None:
         super().__init__()
         self.scale, self.config = size.scale, size.config
@@ -29,22 +32,30 @@ class ProductUpdate(Update):
         return self.factors()
 
     def output(self, module: Any, x: Tensor, frozen: Frozen) -> Tensor:
+        if (self.training and self.config.dropout) or not module.weight.dtype.is_floating_point:  # kept in codes
+            return super().output(module, x, frozen)
         down, up = self.factors()
-        if self.training:
-            down = self.thinned(down)
-            if self.config.dropout:
-                thin = functional.dropout(x, self.config.dropout)
-                return frozen(module, x) + branch(module, thin, down, up, self.scale)
-        if not module.weight.dtype.is_floating_point:  # kept in codes
-            return frozen(module, x) + branch(module, x, down, up, self.scale)
-        return updated(module, x, down, up, self.scale)
+        return updated(module, x, self.thinned(down), up, self.current_scale)
+
+    def added(self, module: Any, x: Tensor) -> Tensor:
+        down, up = self.factors()
+        thin = functional.dropout(x, self.config.dropout, self.training)
+        return branch(module, thin, self.thinned(down), up, self.current_scale)
+
+    @property
+    def current_scale(self) -> float:
+        """What the product of the factors is multiplied by now."""
+        return self.scale * self.told.now.weight
 
     def thinned(self, down: Tensor) -> Tensor:
         """`down` without the directions that are dropped in this step; the others stand in for them."""
         config = self.config
+        if not self.training:
+            return down
         if config.rank_dropout:
-            kept = torch.rand(down.shape[0], device=down.device) >= config.rank_dropout
-            down = down * (kept / (1 - config.rank_dropout)).view(-1, *[1] * (down.ndim - 1))
+            kept = torch.rand(down.shape[0] // self.repeated, device=down.device) >= config.rank_dropout
+            kept = kept.repeat(self.repeated) / (1 - config.rank_dropout)
+            down = down * kept.view(-1, *[1] * (down.ndim - 1))
         if config.module_dropout:
             down = down * (torch.rand((), device=down.device) >= config.module_dropout)
         return down
@@ -87,7 +98,11 @@ def branch(module: Any, x: Tensor, down: Tensor, up: Tensor, scale: float) -> Te
 
 
 def orthogonal(down: Tensor, generator: torch.Generator) -> Tensor:
-    """Rows at right angles, as long as they would be otherwise: no two directions begin by saying the same."""
+    """Rows at right angles, as long as they would be otherwise: no two directions begin by saying the same.
+
+    Of more rows than inputs those beyond stay as they are.
+    """
     noise = torch.randn(down[0].numel(), down.shape[0], generator=generator)
-    rows = torch.linalg.qr(noise).Q.T * down.flatten(1).norm(dim=1, keepdim=True)[: noise.shape[0]]
-    return rows.reshape(rows.shape[0], *down.shape[1:])
+    rows, flat = torch.linalg.qr(noise).Q.T, down.flatten(1)
+    turned = rows * flat.norm(dim=1, keepdim=True)[: len(rows)]
+    return torch.cat([turned, flat[len(rows) :]]).reshape(down.shape)

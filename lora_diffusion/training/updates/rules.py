@@ -1,10 +1,13 @@
 """What a kind does to all its updates together, from step to step; most do nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+RateOf = Callable[[nn.Parameter], float]
+"""The learning rate of a parameter in this step."""
 
 
 class Rules:
@@ -17,11 +20,19 @@ class Rules:
         """What is added to each batch's loss."""
         return None
 
-    def after_gradients(self, step: int) -> None:
-        """When the gradients of a step are whole and not yet used."""
+    def resting(self, step: int) -> Iterable[nn.Parameter]:  # noqa: ARG002 (most methods rest nothing)
+        """Parameters that do not learn in this step."""
+        return ()
 
-    def after_step(self, step: int, rate: float) -> None:
-        """When the parameters have moved, at this learning rate."""
+    def after_gradients(self, step: int) -> None:
+        """When the gradients of a step are whole, finite and not yet used."""
+
+    def after_step(self, step: int, rate_of: RateOf) -> None:
+        """When the parameters have moved, each at its learning rate."""
+
+    def settled(self, step: int) -> bool:  # noqa: ARG002 (most methods are from the start)
+        """Whether after so many steps all that is saved at the end learns, and no more than that."""
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """What a stopped run needs to go on, besides the parameters."""
@@ -53,13 +64,19 @@ class Together(Rules):
         found = [value for part in self.parts if (value := part.penalty()) is not None]
         return sum(found[1:], start=found[0]) if found else None
 
+    def resting(self, step: int) -> Iterable[nn.Parameter]:
+        return [parameter for part in self.parts for parameter in part.resting(step)]
+
     def after_gradients(self, step: int) -> None:
         for part in self.parts:
             part.after_gradients(step)
 
-    def after_step(self, step: int, rate: float) -> None:
+    def after_step(self, step: int, rate_of: RateOf) -> None:
         for part in self.parts:
-            part.after_step(step, rate)
+            part.after_step(step, rate_of)
+
+    def settled(self, step: int) -> bool:
+        return all(part.settled(step) for part in self.parts)
 
     def state_dict(self) -> dict[str, Any]:
         return {str(place): part.state_dict() for place, part in enumerate(self.parts)}

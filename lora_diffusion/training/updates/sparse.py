@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_diffusion.adapter_config import AdapterConfig
 from lora_diffusion.training.updates.low_rank import LowRankUpdate, left_of
-from lora_diffusion.training.updates.rules import Rules
+from lora_diffusion.training.updates.rules import RateOf, Rules
 from lora_diffusion.training.updates.update import Size, learned
 
 PRUNED_FROM = 0.5
@@ -37,7 +37,7 @@ class GatedUpdate(LowRankUpdate):
 
     def strengths(self) -> Tensor:
         """Norm of what each direction adds, (r,)."""
-        return self.gate.abs() * self.down.flatten(1).norm(dim=1) * self.up.flatten(1).norm(dim=0)
+        return self.scale * self.gate.abs() * self.down.flatten(1).norm(dim=1) * self.up.flatten(1).norm(dim=0)
 
 
 class SparseRules(Rules):
@@ -47,11 +47,11 @@ class SparseRules(Rules):
         self.updates, self.l1, self.keep, self.steps = updates, config.sparse_l1, config.sparse_keep, steps
 
     @torch.no_grad()
-    def after_step(self, step: int, rate: float) -> None:
+    def after_step(self, step: int, rate_of: RateOf) -> None:
         if self.l1:
             for update in self.updates:
                 gate = update.gate
-                gate.copy_(gate.sign() * (gate.abs() - rate * self.l1).clamp(min=0))
+                gate.copy_(gate.sign() * (gate.abs() - rate_of(gate) * self.l1).clamp(min=0))
         if step + 1 >= PRUNED_FROM * self.steps and self.keep < 1:
             self.prune()
 
@@ -61,6 +61,9 @@ class SparseRules(Rules):
         least = ordered[max(1, round(self.keep * len(ordered))) - 1]
         for update, strength in zip(self.updates, strengths, strict=True):
             update.gate[strength < least] = 0
+
+    def settled(self, step: int) -> bool:
+        return self.keep == 1 or step >= PRUNED_FROM * self.steps
 
     def facts(self) -> dict[str, Any]:
         left = sum(int((update.gate != 0).sum()) for update in self.updates)

@@ -2,9 +2,10 @@
 
 The paper takes them out of the base. Here the base stays as it is, and what the factors began with is subtracted:
 
-    W x + scale * (B A x - B0 A0 x)
+    B A - B0 A0 = (B - B0) A + B0 (A - A0)
 
-which has the same gradients, and is saved as plain LoRA of twice the rank, [B, -B0] after [A; A0].
+The right side has the same gradients, is nothing at the start to the bit, and rounds relative to what was learned and
+not to the base. It is saved as plain LoRA of twice the rank, [B - B0, B0] after [A; A - A0].
 """
 
 import torch
@@ -23,6 +24,7 @@ OVERSAMPLED = 16
 class SpectralUpdate(LowRankUpdate):
     """LoRA that begins as the strongest part of the weight."""
 
+    repeated = 2
     down_start: Tensor
     up_start: Tensor
 
@@ -40,7 +42,8 @@ class SpectralUpdate(LowRankUpdate):
         self.register_buffer("up_start", self.up.detach().clone(), persistent=False)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return torch.cat([self.down, self.down_start]), torch.cat([self.up, -self.up_start], dim=1)
+        down = torch.cat([self.down, self.down - self.down_start])
+        return down, torch.cat([self.up - self.up_start, self.up_start], dim=1)
 
 
 def main_directions(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
