@@ -63,8 +63,9 @@ class AdapterConfig(Settings):
     """Directions of `t-lora` that act in pure noise; all act at the end."""
     sparse_l1: NotNegative = 0.0
     """How strongly `sparse` pulls each direction's gate to zero, per unit of learning rate [arXiv 2311.11696]."""
-    sparse_keep: Share = 0.5
-    """Largest share of directions that `sparse` keeps from the middle of the run on, the strongest of all modules."""
+    sparse_keep: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Largest share of directions that `sparse` keeps from the middle of the run on, the strongest of the UNet's and of
+    each text encoder's."""
 
     @model_validator(mode="after")
     def sensible(self) -> "AdapterConfig":
@@ -75,10 +76,18 @@ class AdapterConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def as_the_file_is(self) -> "AdapterConfig":
+        """Refuse what a file to go on from says itself."""
+        told = [name for name in OF_THE_FILE if getattr(self, name) != default_of(name)]
+        if self.begin_with is not None and told:
+            raise ValueError(f"begin_with goes on as the file is; leave out {' and '.join(told)}")
+        return self
+
+    @model_validator(mode="after")
     def nothing_idle(self) -> "AdapterConfig":
         """Refuse a setting of a kind that is not chosen."""
         for field, kind in KIND_OF.items():
-            if self.kind != kind and getattr(self, field) != type(self).model_fields[field].default:
+            if self.kind != kind and getattr(self, field) != default_of(field):
                 raise ValueError(f"{field} belongs to kind '{kind}'; '{self.kind}' has no use for it")
         return self
 
@@ -88,12 +97,16 @@ class AdapterConfig(Settings):
         return bool(self.text_encoder_targets) or any(not each.startswith("unet.") for each in self.full_targets)
 
 
-def as_the_file_is(c: AdapterConfig) -> bool:
-    """Whether nothing is said of what a file to go on from says itself."""
-    told = c.dora or c.freeze_down or c.ranks or c.alphas or c.full_targets
-    return c.kind == "lora" and c.start == "zero" and not told
+def default_of(name: str) -> object:
+    """Of a setting."""
+    return AdapterConfig.model_fields[name].get_default(call_default_factory=True)
 
 
+OF_THE_FILE = (
+    *("kind", "rank", "alpha", "scaling", "ranks", "alphas", "dora", "freeze_down", "start"),
+    *("unet_targets", "full_targets"),
+)
+"""Settings that an adapter to go on from brings."""
 PRODUCTS = ("lora", "vera", "adalora", "dylora", "sparse", "t-lora")
 """Kinds whose delta is the product of two factors."""
 FACTORED = ("lora", "dylora", "t-lora")
@@ -152,11 +165,6 @@ NONSENSE: tuple[tuple[Callable[[AdapterConfig], bool], str], ...] = (
     (
         lambda c: c.max_norm is not None and bool(c.freeze_down or c.full_targets),
         "max_norm shrinks both factors, and freeze_down or full_targets leave none or one that may; leave one out",
-    ),
-    (
-        lambda c: c.begin_with is not None and not as_the_file_is(c),
-        "begin_with goes on as the file is; leave out kind '{kind}', start '{start}', dora, freeze_down, ranks, alphas "
-        "and full_targets",
     ),
     (
         lambda c: c.kind in TIMED and c.text_learns,

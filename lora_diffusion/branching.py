@@ -115,7 +115,7 @@ def dense_delta(terms: Sequence[Term], module: nn.Module, path: str) -> Tensor |
     assert isinstance(weight, Tensor)
     if not weight.dtype.is_floating_point:
         if any(layer.kind == "DoRA" for _, layer in others):
-            raise ConfigError(f"{path}: DoRA needs the base's own weight, which is in codes; load it without quantise")
+            raise ConfigError(f"{path}: DoRA needs the base's own weight, which is in codes; set quantise to none")
         weight = torch.zeros(weight_shape(module), device=weight.device)  # only its shape and device are looked at
     return torch.stack([delta.reshape(weight.shape) for delta in term_deltas(others, weight)]).sum(0)
 

@@ -6,6 +6,7 @@ imports no heavy library, so that help comes at once.
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,9 @@ Codes = Literal["none", "nf4", "fp4", "int8"]
 """How a frozen base's linear layers are kept: as they are, in four bits or in eight."""
 Positive = Annotated[int, Field(gt=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+TYPE_TAG = re.compile(r"constrained-\w+|(tuple|list|dict)\[.*")
+"""What pydantic adds to a setting's name where it may have several types."""
 
 EMBEDDED_BASE = "tiny-sd"
 """The name by which every command knows the base that comes with the package."""
@@ -174,8 +178,13 @@ def dotted_names(kind: type[BaseModel]) -> list[str]:
 
 
 def describe(error: ValidationError, kind: type[BaseModel]) -> str:
-    """All mistakes of a validation in one sentence each."""
-    return "; ".join(describe_one(dict(item), kind) for item in error.errors())
+    """All mistakes of a validation in one sentence each; of a setting of several types, what the first of them says."""
+    found: dict[tuple[Any, ...], str] = {}
+    for item in error.errors():
+        names = tuple(part for part in item["loc"] if not TYPE_TAG.fullmatch(str(part)))
+        place = names if names != item["loc"] else (*names, item["msg"])
+        found.setdefault(place, describe_one({**item, "loc": names}, kind))
+    return "; ".join(found.values())
 
 
 def describe_one(item: Mapping[str, Any], kind: type[BaseModel]) -> str:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 from lora_diffusion.axes import Axis, cells, without_blocks
 from lora_diffusion.commands import Means, free_name, planned_base, prepared_blend, write_pictures
+from lora_diffusion.composition import check_composition
 from lora_diffusion.evaluation.grid import grid
 from lora_diffusion.files import check_writable, whole_file
 from lora_diffusion.models import Base, find_checkpoint
@@ -51,6 +53,8 @@ def draw_grid(plan: Plan, across: Axis, down: Axis, output: Path, means: Means |
     check_writable(output / "00000.png")
     rows = cells(with_tags(plan, means.shelf), across, down)
     found = [[prepared_blend(cell.base, cell.entries, means) for cell in row] for row in rows]
+    for cell, blend in zip(chain.from_iterable(rows), chain.from_iterable(found), strict=True):
+        check_composition(blend.blend, cell.composition)
     base = planned_base(plan)
     notes: list[str] = list(plan.notes)
     paths: list[list[Path]] = []

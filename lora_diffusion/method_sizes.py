@@ -95,6 +95,7 @@ def sized(name: str, base: str, config: AdapterConfig, words: WordsConfig) -> Me
     whole = sum(prod(shapes.get(f"{path}.{part}", (0,))) for path in full for part in ("weight", "bias"))
     trained, saved = (sum(size[side] for size in sizes) + whole + vectors for side in (0, 1))
     total = sum(map(prod, shapes.values()))
+    magnitudes = sum(shapes[f"{path}.weight"][0] for path in paths) if config.dora else 0  # float32, of twice the bytes
     return MethodSize(
         method=name,
         rank=config.rank,
@@ -102,7 +103,7 @@ def sized(name: str, base: str, config: AdapterConfig, words: WordsConfig) -> Me
         trained=trained,
         saved=saved,
         share=trained / total,
-        megabytes=saved * FILE_BYTES / 1e6,
+        megabytes=(saved + magnitudes) * FILE_BYTES / 1e6,
     )
 
 

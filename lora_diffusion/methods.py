@@ -94,7 +94,7 @@ METHODS: tuple[Method, ...] = (
         paper="2309.14859",
         about="The Kronecker product of a small matrix and a low-rank one. Very small files that hold a subject well.",
         settings={"adapter": {"kind": "lokr"}},
-        rate=3.0,
+        rate=6.0,
     ),
     Method(
         name="vera",
@@ -110,7 +110,7 @@ METHODS: tuple[Method, ...] = (
         about="Directions with a strength of their own; a falling budget takes them from modules where they matter "
         "least. For few bytes well spent, and to see which blocks a style needs; saved as plain LoRA of mixed ranks.",
         settings={"adapter": {"kind": "adalora"}},
-        rate=1.5,
+        rate=3.0,
     ),
     Method(
         name="dylora",
@@ -118,6 +118,7 @@ METHODS: tuple[Method, ...] = (
         about="Nested ranks trained together, so that the file can be cut to any lower rank afterwards without loss "
         "of what was learned there. One run in place of a search for the rank; learns more slowly.",
         settings={"adapter": {"kind": "dylora"}},
+        rate=2.0,
     ),
     Method(
         name="pissa",
@@ -147,6 +148,7 @@ METHODS: tuple[Method, ...] = (
         "whose layout would else be copied too. It changes with the timestep: pictures are made with it like with any "
         "other, and merging, combining and other dialects refuse it by name.",
         settings={"adapter": {"kind": "t-lora", "start": "orthogonal", "text_encoder_targets": []}},
+        rate=4.0,
     ),
     Method(
         name="qlora",
@@ -169,6 +171,7 @@ METHODS: tuple[Method, ...] = (
         about="Vectors of a new word alone; the base stays untouched and the file has a few kilobytes. Holds what the "
         "base can already draw, and no more.",
         settings={"words": {"words": ["sks"], "vectors": 4, "alone": 1.0}},
+        rate=2.0,
     ),
     Method(
         name="pivotal",

@@ -278,7 +278,10 @@ class TrainConfig(Settings):
         if told:
             raise ValueError(f"slider has a loss of its own, which knows no {told[0]}; leave {told[0]} out")
         if self.prior.mode != "none":
-            raise ValueError("slider and prior do not go together, as a slider learns from the frozen base anyway")
+            raise ValueError(
+                "slider and prior do not go together, as a slider learns from the frozen base anyway; set prior.mode "
+                "to none"
+            )
         return self
 
     @model_validator(mode="after")

@@ -191,3 +191,21 @@ def processor_seconds(command: list[str]) -> float:
 def children_seconds() -> float:
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
+
+
+@pytest.mark.parametrize("arguments", [("methods",), ("methods", "lora")], ids=["long", "short"])
+def test_a_reader_that_has_enough_is_no_mistake(arguments: tuple[str, ...]) -> None:
+    """As `lora-diffusion methods | head -1`."""
+    command = [sys.executable, "-m", "lora_diffusion.cli", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_a_grid_with_a_cell_that_cannot_be_made_makes_none(sd: Base, adapter: Path, tmp_path: Path) -> None:
+    asked = ["grid", "--base", str(sd.folder), "--adapter", str(adapter), "--steps", "1", "--prompt", "a boat"]
+    assert main([*asked, "--across", "mode=sum,np-lora", "--output", str(tmp_path / "grid")]) == 2
+    assert not [*tmp_path.glob("grid/**/*.png")]

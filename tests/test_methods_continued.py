@@ -70,7 +70,7 @@ def test_a_run_goes_on_from_a_file_and_on_top_of_others(ink: Path, tmp_path: Pat
     over = train(validate(TrainConfig, on_top, source="test")).adapter
     assert over.metadata.base_hash != plain.metadata.base_hash
     assert over.metadata.training["on_top_of"] == {"gloop.safetensors": 0.8}
-    with pytest.raises(ConfigError, match=r"begin_with goes on as the file is"):
+    with pytest.raises(ConfigError, match=r"begin_with goes on as the file is; leave out dora"):
         validate(TrainConfig, {**table, "adapter": {**table["adapter"], "dora": True}}, source="test")
     with pytest.raises(AdapterFormatError, match="nowhere"):
         train(validate(TrainConfig, {**on_top, "on_top_of": {str(tmp_path / "nowhere.safetensors"): 1}}, source="test"))
@@ -96,7 +96,8 @@ def test_a_file_is_gone_on_with_as_it_is_and_where_it_fits(pictures: Path, sd: B
     def refused(layer: Any, said: str, least_rank: int = 0, **more: Any) -> None:
         metadata = AdapterMetadata(family=sd.family.name, least_rank=least_rank)
         save_adapter(Adapter(layers={path: layer}, metadata=metadata), file)
-        adapter = {**changes["adapter"], **more, "unet_targets": ["attention"], "rank": 16}
+        own = AdapterConfig()
+        adapter = {**changes["adapter"], **more, "unet_targets": own.unet_targets, "rank": own.rank}
         with pytest.raises((ConfigError, FamilyMismatchError), match=said):
             train(settings(pictures, base, {**changes, "adapter": adapter}))
 

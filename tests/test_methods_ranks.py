@@ -135,7 +135,7 @@ def test_sparse_takes_the_weakest_away_and_the_file_gets_smaller(sd_folder: Path
     assert float(strengths[gates != 0].min()) >= float(strengths[gates == 0].max())
     assert extract(base, paths, AdapterMetadata(), torch.float32).num_parameters < 0.5 * whole
     update = GatedUpdate(module_of("linear"), Size(rank=3, scale=1.0, config=AdapterConfig()), torch.Generator())
-    pull = SparseRules([update], AdapterConfig(kind="sparse", sparse_l1=2.0, sparse_keep=1.0), steps=10)
+    pull = SparseRules([[update]], AdapterConfig(kind="sparse", sparse_l1=2.0, sparse_keep=1.0), steps=10)
     pull.after_step(0, {update.gate: 0.3}.__getitem__)
     assert torch.allclose(update.gate, torch.full((3,), 0.4))
     pull.after_step(1, {update.gate: 0.3}.__getitem__)
@@ -171,3 +171,17 @@ def test_the_strength_of_a_direction_knows_its_scale() -> None:
         for update in (plain, doubled):
             update.up.fill_(1.0)
     assert torch.allclose(doubled.strengths(), 2 * plain.strengths())
+
+
+def test_each_component_keeps_its_share() -> None:
+    """Text encoders learn at lower rates, and would lose all to the UNet."""
+    config = AdapterConfig(kind="sparse", sparse_keep=0.5)
+    unet, text = (
+        GatedUpdate(module_of("linear"), Size(rank=4, scale=1.0, config=config), torch.Generator().manual_seed(seed))
+        for seed in (0, 1)
+    )
+    with torch.no_grad():
+        unet.up.fill_(1.0)
+        text.up.fill_(1e-3)
+    SparseRules([[unet], [text]], config, steps=2).after_step(1, lambda _gate: 1e-3)
+    assert [int((update.gate != 0).sum()) for update in (unet, text)] == [2, 2]

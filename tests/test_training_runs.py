@@ -15,6 +15,7 @@ from PIL import Image, ImageChops
 from short_runs import settings
 
 from lora_diffusion.adapter import Adapter, adapter_hash
+from lora_diffusion.adapter_config import AdapterConfig
 from lora_diffusion.cli import main
 from lora_diffusion.config import changed, read_toml
 from lora_diffusion.dry_run import tried
@@ -90,6 +91,20 @@ def test_the_lines_of_a_method_that_trains_no_text_encoder_are_enough(name: str)
     kept = {**told, "optimiser": {"text_encoder_learning_rate": 1e-4}}
     assert settings_for("style", files, kept, base="tiny-sd").optimiser.text_encoder_learning_rate == 1e-4
     assert settings_for("style", files, base="tiny-sd").optimiser.text_encoder_learning_rate
+
+
+def test_defaults_give_way_to_what_is_said() -> None:
+    """A rate that an optimiser finds, what a file to go on from brings, and the pull that a slider has anyway."""
+    files: dict[str, Any] = {"data": {"folder": "x", "instance_prompt": "a gloop"}, "output": "x.safetensors"}
+    found = settings_for("style", files, {"optimiser": {"kind": "prodigy"}}, base="tiny-sd").optimiser
+    assert (found.learning_rate, found.text_encoder_learning_rate) == (1.0, None)
+    begun = settings_for("style", files, {"adapter": {"begin_with": "a.safetensors"}}, base="tiny-sd").adapter
+    assert (begun.rank, begun.unet_targets) == (AdapterConfig().rank, AdapterConfig().unet_targets)
+    with pytest.raises(ConfigError, match="leave out rank"):
+        settings_for("style", files, {"adapter": {"begin_with": "a.safetensors", "rank": 2}}, base="tiny-sd")
+    slider = settings_for("dreambooth", files, {**method("slider").settings}, base="tiny-sd")
+    assert slider.prior.mode == "none"
+    assert settings_for("dreambooth", files, base="tiny-sd").prior.mode == "prediction"
 
 
 def test_files_to_train_on_top_of_are_looked_for_beside_the_settings(tmp_path: Path) -> None:

@@ -129,7 +129,8 @@ def quality(methods: list[Method]) -> None:
                 if str(seed) in row[kind]:
                     continue
                 row[kind][str(seed)], row["bytes"], row["saved_numbers"] = tried(method, kind, seed)
-                found["quality"] = {"machine": machine(), "steps": STEPS, "batch_size": BATCH, "pictures": PICTURES}
+                row["machine"] = machine()
+                found["quality"] = {"steps": STEPS, "batch_size": BATCH, "pictures": PICTURES}
                 write(found)
                 print(seed, method.name, kind, row[kind][str(seed)], flush=True)
 

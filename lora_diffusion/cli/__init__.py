@@ -4,6 +4,7 @@ Each command's own module is imported when that command is called, or when help 
 """
 
 import importlib
+import os
 import signal
 import sys
 from typing import Any
@@ -75,10 +76,15 @@ def main(arguments: list[str] | None = None) -> int:
     keep_freed_memory()
     signal.signal(signal.SIGTERM, terminated)
     try:
-        return command.run() or 0
+        code = command.run() or 0
+        sys.stdout.flush()
+        return code
     except LoRADiffusionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads the output, such as `head`, has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where what is left is flushed at exit
+        return 128 + signal.SIGPIPE
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -29,8 +29,7 @@ def peak_rates(
         )
     if config.up_rate != 1 and not any(name.endswith(".up") for name in names):
         raise ConfigError(
-            "optimiser.up_rate is the rate of second factors, which this kind of adapter has not; set it to 1, or "
-            "adapter.kind to lora"
+            "optimiser.up_rate is the rate of second factors, and nothing that is trained here has one; set it to 1"
         )
     factors = rate_factors(names, {**config.rates, **({"*.up": config.up_rate} if config.up_rate != 1 else {})})
     own = {

@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_diffusion.adapter_config import OF_THE_FILE
 from lora_diffusion.config import changed, validate
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.diffusers_folder import anatomy_of_folder
 from lora_diffusion.models import default_device, find_base
+from lora_diffusion.optimiser_config import SUITED
 from lora_diffusion.train_config import TrainConfig
 from lora_diffusion.train_defaults import Purpose, default_settings, memory_settings, with_precision
 
@@ -30,13 +32,30 @@ def settings_for(
     table = with_precision(default_settings(purpose, family.name), on_gpu=default_device().type != "cpu")
     if gigabytes is not None:
         table = changed(table, memory_settings(family.name, gigabytes))
-    table = changed(changed({**table, "base": base}, told), changes or {})
+    said = changed(told, changes or {})
+    table = changed({**without_what_gives_way(table, said), "base": base}, said)
     config = validate(TrainConfig, table, source=f"train {purpose}")
-    said = any("text_encoder_learning_rate" in each.get("optimiser", {}) for each in (told, changes or {}))
-    if said or config.adapter.text_learns:
+    if "text_encoder_learning_rate" in said.get("optimiser", {}) or config.adapter.text_learns:
         return config
     optimiser = config.optimiser.model_copy(update={"text_encoder_learning_rate": None})  # of nothing that is trained
     return config.model_copy(update={"optimiser": optimiser})
+
+
+def without_what_gives_way(table: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """The family's defaults less those that do not go with what is said: what an optimiser finds or has of its own,
+    what a file to go on from brings, and the pull that a slider has anyway."""
+    gives_way: dict[str, set[str]] = {}
+    if "learning_rate" in SUITED.get(said.get("optimiser", {}).get("kind", ""), {}):
+        gives_way["optimiser"] = {"learning_rate", "text_encoder_learning_rate"}
+    if "begin_with" in said.get("adapter", {}):
+        gives_way["adapter"] = {*OF_THE_FILE}
+    if said.get("slider"):
+        gives_way["prior"] = {"mode", "weight"}
+    kept = {
+        section: {name: value for name, value in table.get(section, {}).items() if name not in names}
+        for section, names in gives_way.items()
+    }
+    return {**table, **kept}
 
 
 def subject(data: Path, output: Path, *, instance: str, class_prompt: str) -> dict[str, Any]:

@@ -222,7 +222,7 @@ def check_words(examples: Sequence[Example], config: TrainConfig) -> None:
         if not re.search(rf"(?<![\w/]){re.escape(word)}(?![\w/])", texts):
             raise ConfigError(
                 f"words.words: {word!r} stands in no caption, so nothing would teach it; put it there, or into "
-                "captions.template or the instance prompt"
+                "captions.template (an instance prompt is for pictures without a caption)"
             )
 
 

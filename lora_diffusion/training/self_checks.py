@@ -73,4 +73,6 @@ def check_saved(adapter: Adapter, path: Path, base: Base) -> None:
         norms[component] = norms.get(component, 0.0) + float(layer.delta(weight).norm())
     dead = [component for component, norm in norms.items() if norm == 0]
     if dead:
-        raise TrainingError(f"{path}: its part in {' and '.join(dead)} is zero; raise the learning rate or the steps")
+        raise TrainingError(
+            f"{path}: is written, but its part in {' and '.join(dead)} is zero; raise the learning rate or the steps"
+        )

@@ -25,7 +25,7 @@ def check_continuable(adapter: Adapter, path: str) -> None:
     if adapter.tokens:
         raise ConfigError(
             f"adapter.begin_with: {path} has learned words ({', '.join(adapter.tokens)}), which training goes on "
-            "without; convert it without them, or train anew"
+            "without; leave them out (`lora-diffusion convert --without-tokens`), or train anew"
         )
     if adapter.metadata.least_rank:
         raise ConfigError(

@@ -68,7 +68,7 @@ def inject(
     timed = [update for update in updates.values() if isinstance(update, TimedUpdate)]
     if timed:
         follow_timesteps(base.pipe.unet, timed, base.pipe.scheduler.config.num_train_timesteps)
-    return Injected(parameters=parameters, rules=rules_of([*updates.values()], config, seed, steps))
+    return Injected(parameters=parameters, rules=rules_of(updates, config, seed, steps))
 
 
 def inject_adapter(base: Base, adapter: Adapter, config: AdapterConfig) -> Injected:
@@ -105,16 +105,19 @@ def new_update(module: Any, size: Size, generator: torch.Generator, shared: Shar
     return DecomposedUpdate(module, update) if config.dora else update
 
 
-def rules_of(updates: Sequence[Update], config: AdapterConfig, seed: int, steps: int) -> Rules:
+def rules_of(updates: Mapping[str, Update], config: AdapterConfig, seed: int, steps: int) -> Rules:
     """What the kind does from step to step."""
-    adaptive = [update for update in updates if isinstance(update, AdaptiveUpdate)]
-    nested = [update for update in updates if isinstance(update, NestedUpdate)]
-    gated = [update for update in updates if isinstance(update, GatedUpdate)]
+    adaptive = [update for update in updates.values() if isinstance(update, AdaptiveUpdate)]
+    nested = [update for update in updates.values() if isinstance(update, NestedUpdate)]
+    gated: dict[str, list[GatedUpdate]] = {}
+    for path, update in updates.items():
+        if isinstance(update, GatedUpdate):
+            gated.setdefault(path.partition(".")[0], []).append(update)
     if adaptive:
         return AdaptiveRules(adaptive, steps)
     if nested:
         return NestedRules(nested, seed)
-    return SparseRules(gated, config, steps) if gated else Rules()
+    return SparseRules([*gated.values()], config, steps) if gated else Rules()
 
 
 def sizes_of(paths: Sequence[str], config: AdapterConfig) -> dict[str, Size]:

@@ -3,8 +3,8 @@
     W x + scale * B diag(gate) A x
 
 The pull is the proximal step of an L1 penalty on the gates, so that they come to be exactly zero. From the middle of
-the run on, only the strongest share of all modules' directions is kept. Directions that are gone are not saved, which
-makes the file smaller.
+the run on, only the strongest share of all directions is kept, of the UNet and of each text encoder apart, which learn
+at rates of their own. Directions that are gone are not saved, which makes the file smaller.
 """
 
 from collections.abc import Sequence
@@ -43,8 +43,9 @@ class GatedUpdate(LowRankUpdate):
 class SparseRules(Rules):
     """Pulls gates to zero and takes the weakest directions away."""
 
-    def __init__(self, updates: Sequence[GatedUpdate], config: AdapterConfig, steps: int) -> None:
-        self.updates, self.l1, self.keep, self.steps = updates, config.sparse_l1, config.sparse_keep, steps
+    def __init__(self, components: Sequence[Sequence[GatedUpdate]], config: AdapterConfig, steps: int) -> None:
+        self.components, self.l1, self.keep, self.steps = components, config.sparse_l1, config.sparse_keep, steps
+        self.updates = [update for updates in components for update in updates]
 
     @torch.no_grad()
     def after_step(self, step: int, rate_of: RateOf) -> None:
@@ -53,14 +54,8 @@ class SparseRules(Rules):
                 gate = update.gate
                 gate.copy_(gate.sign() * (gate.abs() - rate_of(gate) * self.l1).clamp(min=0))
         if step + 1 >= PRUNED_FROM * self.steps and self.keep < 1:
-            self.prune()
-
-    def prune(self) -> None:
-        strengths = [update.strengths() for update in self.updates]
-        ordered = torch.cat(strengths).sort(descending=True).values
-        least = ordered[max(1, round(self.keep * len(ordered))) - 1]
-        for update, strength in zip(self.updates, strengths, strict=True):
-            update.gate[strength < least] = 0
+            for updates in self.components:
+                prune(updates, self.keep)
 
     def settled(self, step: int) -> bool:
         return self.keep == 1 or step >= PRUNED_FROM * self.steps
@@ -68,3 +63,12 @@ class SparseRules(Rules):
     def facts(self) -> dict[str, Any]:
         left = sum(int((update.gate != 0).sum()) for update in self.updates)
         return {"directions_left": left, "share_left": left / sum(update.gate.numel() for update in self.updates)}
+
+
+def prune(updates: Sequence[GatedUpdate], keep: float) -> None:
+    """Close all gates but those of the strongest share of directions."""
+    strengths = [update.strengths() for update in updates]
+    ordered = torch.cat(strengths).sort(descending=True).values
+    least = ordered[max(1, round(keep * len(ordered))) - 1]
+    for update, strength in zip(updates, strengths, strict=True):
+        update.gate[strength < least] = 0
