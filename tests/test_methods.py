@@ -32,6 +32,7 @@ from lora_diffusion.training.loop import train
 from lora_diffusion.training.run_log import LOG, read_log
 from lora_diffusion.training.run_setup import set_up
 from lora_diffusion.training.updates.injection import disabled, extract
+from train_scripts.compare_methods import best_rate, known
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -120,6 +121,11 @@ def test_the_arithmetic_of_sizes_is_what_is_injected(name: str, tmp_path: Path) 
         saved = extract(run.base, run.paths, AdapterMetadata(), torch.float16)
         words = sum(vectors.numel() for vectors in run.words.parameters.values()) if run.words else 0
         assert size.saved == saved.num_parameters + words
+
+
+def test_the_rates_of_methods_are_the_best_of_those_tried_and_those_compared() -> None:
+    for name, row in known()["methods"].items():
+        assert methods.method(name).rate == best_rate(row) == row["rate"], name
 
 
 def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

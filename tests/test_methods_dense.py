@@ -88,7 +88,9 @@ def test_what_half_precision_would_round_away_acts_all_the_same() -> None:
     assert float(delta.norm()) < 0.01 * float(module.weight.float().norm())
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         added = update.added(module, x.bfloat16()).float()
-    assert float((added - exact).norm()) < 0.02 * float(exact.norm())
+    rounded = x.bfloat16().float() @ delta.bfloat16().float().T  # what half precision can say at best
+    assert float((added - rounded).norm()) < 3e-3 * float(exact.norm())
+    assert float((rounded - exact).norm()) < 0.01 * float(exact.norm())
 
 
 def test_a_norms_small_difference_acts_in_half_precision() -> None:

@@ -183,7 +183,7 @@ def test_a_dropped_direction_of_pissa_leaves_nothing_behind(sd_folder: Path) -> 
 def test_orthogonal_rows_beyond_the_inputs_stay_noise(sd_folder: Path) -> None:
     base = load_base(str(sd_folder))
     _, made = injected(base, config_of("orthogonal", unet_targets=("conv_in",), rank=64))
-    down = made.parameters["unet.conv_in.down"].flatten(1)
+    down = made.parameters["unet.conv_in.down"].detach().flatten(1)
     assert down.shape[0] == 64 > down.shape[1]
     first = down[: down.shape[1]]
     assert torch.allclose(first @ first.T, torch.diag((first @ first.T).diagonal()), atol=1e-5)

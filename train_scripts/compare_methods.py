@@ -179,7 +179,8 @@ def cost(methods: list[Method]) -> None:
         row["seconds_per_step"] = round(min(taken[1][0], taken[3][0]), 4)
         row["seconds_ratio"] = round(row["seconds_per_step"] / min(taken[0][0], taken[2][0]), 2)
         row["peak_mb"], row["lora_peak_mb"] = (round(min(taken[i][1], taken[i + 2][1])) for i in (1, 0))
-        found["cost"] = {"machine": machine(), "steps": TIMED_STEPS, "batch_size": BATCH}
+        row["cost_machine"] = machine()
+        found["cost"] = {"steps": TIMED_STEPS, "batch_size": BATCH}
         write(found)
         print(method.name, row, flush=True)
 

@@ -70,7 +70,8 @@ class FactoredUpdate(Update):
     def layer(self) -> LowRank: ...
 
     def added(self, module: Any, x: Tensor) -> Tensor:
-        delta = checkpoint(lambda: self.layer().delta(), use_reentrant=False, preserve_rng_state=False)
+        with torch.autocast(x.device.type, enabled=False):
+            delta = checkpoint(lambda: self.layer().delta(), use_reentrant=False, preserve_rng_state=False)
         return applied(module, x, delta.reshape(module.weight.shape))
 
 
@@ -150,8 +151,10 @@ class DecomposedUpdate(Update):
 
     @torch.no_grad()
     def length(self, module: Any) -> Tensor:
+        """The norms of V."""
         inner: Any = self.inner.layer()
-        return norms(module.weight.float() + inner.delta().reshape(module.weight.shape))
+        with torch.autocast(module.weight.device.type, enabled=False):
+            return norms(module.weight.float() + inner.delta().reshape(module.weight.shape))
 
     def layer(self) -> Layer:
         inner: Any = self.inner.layer()
