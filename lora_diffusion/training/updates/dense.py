@@ -1,7 +1,7 @@
 """Updates that make a whole delta of their factors: LoHa, LoKr, full differences, and DoRA around any.
 
-The delta is computed in float32 and acts beside the frozen weight, as a sum of the two in half precision would round
-small deltas away. What it is made of is computed again on the way back, and not kept.
+The delta is computed in float32. In half precision it acts beside the frozen weight, as a sum of the two would round
+small deltas away, and what it is made of is computed again on the way back, and not kept.
 """
 
 from abc import abstractmethod
@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from lora_diffusion.layers import FLOAT32_EPSILON, DoRALayer, FullLayer, Layer, LoHaLayer, LoKrLayer, LowRank
-from lora_diffusion.training.updates.products import cast
+from lora_diffusion.training.updates.products import cast, computed_in
 from lora_diffusion.training.updates.update import Frozen, Size, Update, kaiming, learned
 
 LOHA_SMALL = 0.1
@@ -68,6 +68,11 @@ class FactoredUpdate(Update):
 
     @abstractmethod
     def layer(self) -> LowRank: ...
+
+    def output(self, module: Any, x: Tensor, frozen: Frozen) -> Tensor:
+        if computed_in(x) != torch.float32:
+            return super().output(module, x, frozen)
+        return applied(module, x, module.weight + self.layer().delta().reshape(module.weight.shape), module.bias)
 
     def added(self, module: Any, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):

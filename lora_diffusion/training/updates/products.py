@@ -27,10 +27,14 @@ def updated(module: Any, x: Tensor, down: Tensor, up: Tensor, scale: float) -> T
 
 
 def cast(value: Tensor, x: Tensor) -> Tensor:
-    """In the type that autocast would compute in; without autocast, in that of the input."""
+    """In the type that is computed in."""
+    return value.to(computed_in(x))
+
+
+def computed_in(x: Tensor) -> torch.dtype:
+    """The type that autocast would compute in; without autocast, that of the input."""
     kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return value.to(dtype)
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class LowRankLinear(torch.autograd.Function):
