@@ -92,7 +92,7 @@ METHODS: tuple[Method, ...] = (
     Method(
         name="lokr",
         paper="2309.14859",
-        about="The Kronecker product of a small matrix and a low-rank one. Very small files that hold a subject well.",
+        about="The Kronecker product of a small matrix and a low-rank one. Very small files; it wants a high rate.",
         settings={"adapter": {"kind": "lokr"}},
         rate=6.0,
     ),
