@@ -4,8 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from lora_diffusion.config import changed, validate
 from lora_diffusion.train_config import TrainConfig
+from lora_diffusion.training.loop import train
 from lora_diffusion.training.run_setup import set_up
 from lora_diffusion.training.validation import validated
 
@@ -45,8 +48,19 @@ def short_run(pictures: Path, output: Path, steps: int, changes: Mapping[str, An
     return validate(TrainConfig, changed(table, changes or {}), source="test")
 
 
+def interrupted(config: TrainConfig) -> None:
+    """A run that Ctrl-C ends as it makes its first samples after a step."""
+
+    def stop(_run: Any, step: int) -> None:
+        if step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, stop)
+
+
 def loss_before(config: TrainConfig) -> float:
     """What validation says before the first step."""
     run = set_up(config)
     assert run.held_out
-    return validated(run.base, run.denoiser, run.captions, run.held_out, config).loss
+    return validated(run.denoiser, run.captions, run.held_out, config).loss

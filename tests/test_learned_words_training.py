@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from short_runs import UNET_ONLY, loss_before, settings, short_run
+from short_runs import UNET_ONLY, interrupted, loss_before, settings, short_run
 
 from lora_diffusion.adapter import Adapter
 from lora_diffusion.blend import Blend, WeightedAdapter
@@ -97,13 +97,7 @@ def test_a_stopped_run_with_words_goes_on_as_if_it_had_not(pictures: Path, sd_fo
     changes = {**UNET_ONLY, "words": {"words": ["sks"], "alone": 0.3}, "samples": {"every": 3}}
     config = settings(pictures, sd_folder, changes, state_every=1)
     whole = train(config).adapter
-
-    def stop(_run: Any, step: int) -> None:
-        if step:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, stop)
+    interrupted(config)
     assert train(config).adapter.hash == whole.hash
 
 

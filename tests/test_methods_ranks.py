@@ -2,13 +2,12 @@
 
 import io
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from method_cases import config_of, injected, module_of, shake
 from PIL import Image
-from short_runs import UNET_ONLY, settings, short_run
+from short_runs import UNET_ONLY, interrupted, settings, short_run
 
 from lora_diffusion.adapter import AdapterMetadata
 from lora_diffusion.adapter_config import AdapterConfig
@@ -67,7 +66,7 @@ def test_a_dylora_file_is_cut_to_any_rank_that_was_trained(ink: Path, tmp_path: 
     run = set_up(config)
     assert run.held_out
     with disabled(run.base), blended(run.base, Blend(entries=(WeightedAdapter(adapter=adapter),))):
-        loss = validated(run.base, run.denoiser, run.captions, run.held_out, config).loss
+        loss = validated(run.denoiser, run.captions, run.held_out, config).loss
     assert loss == pytest.approx(by_rank["2"], rel=1e-4)
     assert main(["resize", str(result.path), str(tmp_path / "x.safetensors"), "--first", "2", "--rank", "2"]) == 2
 
@@ -109,13 +108,7 @@ def test_a_stopped_adalora_run_goes_on_as_if_it_had_not(pictures: Path, sd_folde
     changes = changed(UNET_ONLY, {"adapter": {"kind": "adalora"}, "samples": {"every": 5}})
     config = settings(pictures, sd_folder, changes, state_every=1, steps=12)
     whole = train(config).adapter
-
-    def stop(_run: Any, step: int) -> None:
-        if step:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, stop)
+    interrupted(config)
     assert states(config.output.with_name("style-run"))
     assert train(config).adapter.hash == whole.hash
 

@@ -81,6 +81,7 @@ class Progress:
         optimiser = new_optimiser(run.parameters, config.optimiser, text_encoders)
         self.trained = {name: p for name, p in run.parameters.items() if p.requires_grad}
         self.peaks = [group["lr"] for group in optimiser.param_groups]
+        self.groups = {p: place for place, group in enumerate(optimiser.param_groups) for p in group["params"]}
         self.denoiser, self.optimiser = run.accelerator.prepare(run.denoiser, optimiser)
         decay = config.optimiser.ema_decay
         self.average = MovingAverage(decay=decay) if decay else None
@@ -210,9 +211,10 @@ class Progress:
         return facts | self.validation()
 
     def rate_of(self, parameter: nn.Parameter) -> float:
-        """The rate of a parameter in this step; some optimisers multiply it with one that they find."""
-        groups = self.optimiser.param_groups
-        group = next(group for group in groups if any(parameter is each for each in group["params"]))
+        """The rate of a parameter in this step; some optimisers multiply it with one that they find. 0 if frozen."""
+        if parameter not in self.groups:
+            return 0.0
+        group = self.optimiser.param_groups[self.groups[parameter]]
         return float(group["lr"]) * float(group.get("d", 1.0))
 
     def validation(self) -> dict[str, Any]:
@@ -221,7 +223,7 @@ class Progress:
         if run.held_out is None or not (self.step % config.validation.every == 0 or self.step == config.steps):
             return {}
         with self.resting():
-            found = validated(run.base, run.denoiser, run.captions, run.held_out, config)
+            found = validated(run.denoiser, run.captions, run.held_out, config)
             by_rank = self.losses_by_rank(run.held_out) if self.step == config.steps else {}
             if run.rules.settled(self.step):
                 self.best = self.best.after(self.step, found.loss)
@@ -234,7 +236,7 @@ class Progress:
         run, losses = self.run, dict[str, float]()
         for rank, cut in run.rules.cuts().items():
             with cut:
-                losses[str(rank)] = validated(run.base, run.denoiser, run.captions, held_out, run.config).loss
+                losses[str(rank)] = validated(run.denoiser, run.captions, held_out, run.config).loss
         return {"loss_by_rank": losses} if losses else {}
 
     @contextmanager

@@ -54,18 +54,29 @@ def picture_name(seed: int) -> str:
 class PriorPull:
     """Losses of the adapted prediction against the frozen base's own, at the same noisy latents, on other prompts."""
 
-    def __init__(self, base: Base, encoder: CaptionEncoder, config: PriorConfig) -> None:
-        self.base, self.encoder = base, encoder
+    def __init__(self, encoder: CaptionEncoder, config: PriorConfig) -> None:
+        self.encoder = encoder
         self.prompts: Sequence[str] = config.prompts or (config.prompt,)
         self.weight = config.weight
 
     def losses(self, denoiser: Denoiser, latent: Tensor, noise: Tensor, timestep: Tensor, time_ids: Tensor) -> Tensor:
         """(n,) weighted losses; each sample takes one of the prompts in turn."""
         chosen = [self.prompts[int(t) % len(self.prompts)] for t in timestep]
-        texts = {key: value.to(latent.device) for key, value in self.encoder.batch(chosen).items()}
-        context = context_of(texts["hidden"], texts.get("pooled"), time_ids)
-        with torch.no_grad(), disabled(self.base):
-            frozen = denoiser.predicted(latent, noise, timestep, context).float()
-        context = denoiser.moved_context(chosen, time_ids, context)
-        moved = denoiser.predicted(latent, noise, timestep, context).float()
+        frozen, moved = predictions(denoiser, self.encoder, chosen, (latent, noise, timestep), time_ids)
         return self.weight * (moved - frozen).square().mean(dim=(1, 2, 3))
+
+
+def predictions(
+    denoiser: Denoiser,
+    encoder: CaptionEncoder,
+    prompts: Sequence[str],
+    noisy: tuple[Tensor, Tensor, Tensor],
+    time_ids: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What the frozen base and the adapted one say of latents, noise and timesteps on other prompts, float32."""
+    texts = {key: value.to(noisy[0].device) for key, value in encoder.batch(prompts).items()}
+    context = context_of(texts["hidden"], texts.get("pooled"), time_ids)
+    with torch.no_grad(), disabled(denoiser.base):
+        frozen = denoiser.predicted(*noisy, context).float()
+    moved = denoiser.predicted(*noisy, denoiser.moved_context(prompts, time_ids, context)).float()
+    return frozen, moved

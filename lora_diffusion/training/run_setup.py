@@ -108,7 +108,7 @@ def set_up(config: TrainConfig) -> Run:
     sized = zip(validation, buckets_of(sizes_of(validation), config.data, size_px), strict=True)
     encoded = [views.encoded(example, bucket, seed=0, variant=0) for example, bucket in sized]
     if config.prior.mode == "prediction":
-        denoiser.pull = PriorPull(base, captions, config.prior)
+        denoiser.pull = PriorPull(captions, config.prior)
     if config.slider.positive:
         denoiser.lesson = Slider(base, captions, config.slider)
     parameters, rules = put_on(base, config, begun, paths, full, words)

@@ -8,14 +8,13 @@ import torch
 from torch import Generator, Tensor
 
 from lora_diffusion.dataset.captions import whole_caption
-from lora_diffusion.models import Base
 from lora_diffusion.train_config import TrainConfig
-from lora_diffusion.training.contexts import CaptionEncoder, context_of
+from lora_diffusion.training.contexts import CaptionEncoder
 from lora_diffusion.training.examples import sample_seed
 from lora_diffusion.training.latents import LatentView
 from lora_diffusion.training.objective import Denoiser
+from lora_diffusion.training.prior import predictions
 from lora_diffusion.training.samples import collate, drawn
-from lora_diffusion.training.updates.injection import disabled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +38,7 @@ class HeldOut:
 
 
 @torch.no_grad()
-def validated(
-    base: Base, denoiser: Denoiser, encoder: CaptionEncoder, held_out: HeldOut, config: TrainConfig
-) -> Validation:
+def validated(denoiser: Denoiser, encoder: CaptionEncoder, held_out: HeldOut, config: TrainConfig) -> Validation:
     """Losses at fixed timesteps with fixed noise, so that two validations differ by what was learned alone."""
     timesteps = spread_timesteps(denoiser.num_timesteps, config)
     losses = torch.zeros(len(timesteps), dtype=torch.float64)
@@ -52,7 +49,7 @@ def validated(
         losses += denoiser(**batch, **texts).double().cpu()
         if config.validation.base_prompts:
             prompt = config.validation.base_prompts[number % len(config.validation.base_prompts)]
-            drifts.append(drift(base, denoiser, encoder, batch, prompt))
+            drifts.append(drift(denoiser, encoder, batch, prompt))
     losses /= len(held_out.views)
     return Validation(
         loss=float(losses.mean()),
@@ -82,15 +79,10 @@ def fixed_batch(
     return on(denoiser, collate(samples))
 
 
-def drift(base: Base, denoiser: Denoiser, encoder: CaptionEncoder, batch: dict[str, Any], prompt: str) -> Tensor:
+def drift(denoiser: Denoiser, encoder: CaptionEncoder, batch: dict[str, Any], prompt: str) -> Tensor:
     """How far the adapter moves the prediction for a prompt that it was not trained on."""
-    texts = on(denoiser, encoder.batch([prompt] * len(batch["captions"])))
-    context = context_of(texts["hidden"], texts.get("pooled"), batch["time_ids"])
     noisy = batch["latent"], batch["noise"], batch["timestep"]
-    with disabled(base):
-        frozen = denoiser.predicted(*noisy, context).float()
-    context = denoiser.moved_context([prompt] * len(batch["captions"]), batch["time_ids"], context)
-    moved = denoiser.predicted(*noisy, context).float()
+    frozen, moved = predictions(denoiser, encoder, [prompt] * len(batch["captions"]), noisy, batch["time_ids"])
     return (moved - frozen).square().mean() / frozen.square().mean()
 
 

@@ -17,7 +17,7 @@ from lora_diffusion.training.updates.dense import (
     KroneckerUpdate,
 )
 from lora_diffusion.training.updates.low_rank import LowRankUpdate
-from lora_diffusion.training.updates.update import Size, Update, learned
+from lora_diffusion.training.updates.update import AddedUpdate, Size, Update, learned
 
 
 def check_continuable(adapter: Adapter, path: str) -> None:
@@ -60,7 +60,7 @@ def refuse_thinning(path: str, layer: Layer, config: AdapterConfig) -> None:
             )
 
 
-def factored(path: str, module: nn.Linear | nn.Conv2d, layer: LowRank, config: AdapterConfig) -> Update:
+def factored(path: str, module: nn.Linear | nn.Conv2d, layer: LowRank, config: AdapterConfig) -> AddedUpdate:
     """Of factors; those with Tucker cores have no update here."""
     if getattr(layer, "mid", None) is not None or any(name in layer.factors for name in ("t1", "t2")):
         raise ConfigError(f"{path}: is {layer.kind} with a Tucker core, which cannot be trained on; resize it to LoRA")

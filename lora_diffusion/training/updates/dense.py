@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_diffusion.layers import FLOAT32_EPSILON, DoRALayer, FullLayer, Layer, LoHaLayer, LoKrLayer, LowRank
 from lora_diffusion.training.updates.products import cast, computed_in
-from lora_diffusion.training.updates.update import Frozen, Size, Update, kaiming, learned
+from lora_diffusion.training.updates.update import AddedUpdate, Frozen, Size, Update, kaiming, learned
 
 LOHA_SMALL = 0.1
 """Spread of the first half's outer factor [github.com/KohakuBlueleaf/LyCORIS]."""
@@ -30,7 +30,7 @@ def applied(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) 
         return functional.conv2d(x, weight, bias, module.stride, module.padding, module.dilation)
 
 
-class FullUpdate(Update):
+class FullUpdate(AddedUpdate):
     """A difference for every value of a module, weight and bias."""
 
     def __init__(self, module: Any) -> None:
@@ -63,7 +63,7 @@ class FullUpdate(Update):
         return FullLayer(diff=self.diff)
 
 
-class FactoredUpdate(Update):
+class FactoredUpdate(AddedUpdate):
     """A delta of factors, in the way of the layer that it is saved as."""
 
     @abstractmethod
@@ -135,24 +135,18 @@ class DecomposedUpdate(Update):
     The norm is taken as a constant in the backward pass, as section 4.3 of the paper has it.
     """
 
-    def __init__(self, module: nn.Linear | nn.Conv2d, inner: Update) -> None:
+    def __init__(self, module: nn.Linear | nn.Conv2d, inner: AddedUpdate) -> None:
         super().__init__()
         self.inner = inner
         self.magnitude = learned(norms(module.weight.detach().float()), module)
 
     def output(self, module: Any, x: Tensor, frozen: Frozen) -> Tensor:
+        """W x + bias + (share - 1) W x + share * delta x, as a share of nearly 1 would round to 1."""
         y = frozen(module, x)
         bare = y if module.bias is None else y - as_outputs(cast(module.bias, x), module)
-        return y + self.moved(module, x, bare)
-
-    def added(self, module: Any, x: Tensor) -> Tensor:
-        return self.moved(module, x, applied(module, x, module.weight))
-
-    def moved(self, module: Any, x: Tensor, bare: Tensor) -> Tensor:
-        """What is added to `bare`, W x: (share - 1) W x + share * delta x, as a share of nearly 1 rounds to 1."""
         share = (self.magnitude / self.length(module)).flatten()
         less, more = (as_outputs(cast(each, x), module) for each in (share - 1, share))
-        return less * bare + more * self.inner.added(module, x)
+        return y + (less * bare + more * self.inner.added(module, x))
 
     @torch.no_grad()
     def length(self, module: Any) -> Tensor:

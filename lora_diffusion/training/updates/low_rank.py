@@ -10,10 +10,10 @@ from torch.nn import functional
 from lora_diffusion.layers import LoRALayer
 from lora_diffusion.patching import weight_shape
 from lora_diffusion.training.updates.products import cast, updated
-from lora_diffusion.training.updates.update import Frozen, Size, Update, kaiming, learned
+from lora_diffusion.training.updates.update import AddedUpdate, Frozen, Size, kaiming, learned
 
 
-class ProductUpdate(Update):
+class ProductUpdate(AddedUpdate):
     """A delta that is the product of two factors, whatever these are made of."""
 
     repeated = 1

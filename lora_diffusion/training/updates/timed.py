@@ -15,7 +15,7 @@ from torch.nn import functional
 from lora_diffusion.blend import timed_rank
 from lora_diffusion.training.updates.low_rank import LowRankUpdate
 from lora_diffusion.training.updates.products import cast
-from lora_diffusion.training.updates.update import Frozen, Size, Update
+from lora_diffusion.training.updates.update import AddedUpdate, Frozen, Size
 
 
 class TimedUpdate(LowRankUpdate):
@@ -31,7 +31,7 @@ class TimedUpdate(LowRankUpdate):
         return self.told.now.used.get(self.sizes)
 
     def output(self, module: Any, x: Tensor, frozen: Frozen) -> Tensor:
-        return Update.output(self, module, x, frozen)  # the fused passes know no samples
+        return AddedUpdate.output(self, module, x, frozen)  # the fused passes know no samples
 
     def added(self, module: Any, x: Tensor) -> Tensor:
         down, up = (cast(factor, x) for factor in (self.thinned(self.down), self.up))

@@ -73,13 +73,9 @@ class Update(nn.Module, ABC):
         super().__init__()
         self.told = Told()
 
+    @abstractmethod
     def output(self, module: Any, x: Tensor, frozen: Frozen) -> Tensor:
         """The module's output with the update; `frozen` is the module's own forward."""
-        return frozen(module, x) + self.added(module, x)
-
-    @abstractmethod
-    def added(self, module: Any, x: Tensor) -> Tensor:
-        """What it adds to the module's output."""
 
     @abstractmethod
     def layer(self) -> Layer:
@@ -88,6 +84,17 @@ class Update(nn.Module, ABC):
     def bias(self) -> Tensor | None:
         """What it adds to the module's bias, if anything."""
         return None
+
+
+class AddedUpdate(Update):
+    """An update that is added to the frozen module's output."""
+
+    def output(self, module: Any, x: Tensor, frozen: Frozen) -> Tensor:
+        return frozen(module, x) + self.added(module, x)
+
+    @abstractmethod
+    def added(self, module: Any, x: Tensor) -> Tensor:
+        """What it adds to the module's output."""
 
 
 def attach(module: Any, update: Update) -> None:
