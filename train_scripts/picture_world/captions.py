@@ -4,11 +4,11 @@ import re
 
 import numpy as np
 
+from train_scripts.picture_world.figures.props import PROPS
+from train_scripts.picture_world.figures.subjects import SUBJECTS
 from train_scripts.picture_world.palette import COLORS
-from train_scripts.picture_world.props import PROPS
+from train_scripts.picture_world.places.settings import SEASONAL, SETTINGS
 from train_scripts.picture_world.scene import Figure, Scene, choose
-from train_scripts.picture_world.settings import SEASONAL, SETTINGS
-from train_scripts.picture_world.subjects import SUBJECTS
 
 Rng = np.random.Generator
 PLACES: dict[str, tuple[str, ...]] = {

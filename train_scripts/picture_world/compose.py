@@ -4,13 +4,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from train_scripts.picture_world.light import LIGHTS, draw_sky, draw_weather
-from train_scripts.picture_world.props import draw_prop
+from train_scripts.picture_world.figures.props import draw_prop
+from train_scripts.picture_world.figures.subjects import draw_subject
+from train_scripts.picture_world.places.light import LIGHTS, draw_sky, draw_weather
+from train_scripts.picture_world.places.scenery import SEASONS
+from train_scripts.picture_world.places.settings import SETTINGS
 from train_scripts.picture_world.scene import Figure, Scene, find_subject
-from train_scripts.picture_world.scenery import SEASONS
-from train_scripts.picture_world.settings import SETTINGS
 from train_scripts.picture_world.shapes import Shape, ellipse, light_shapes, place_shapes
-from train_scripts.picture_world.subjects import draw_subject
 
 Rng = np.random.Generator
 HEIGHTS = {"near": 0.6, "normal": 0.46, "far": 0.33}

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from train_scripts.picture_world.light import TIMES
+from train_scripts.picture_world.figures.props import PROPS
+from train_scripts.picture_world.figures.subjects import CHARACTERS, SUBJECTS, Subject
 from train_scripts.picture_world.palette import COLORS
-from train_scripts.picture_world.props import PROPS
-from train_scripts.picture_world.scenery import SEASONS
-from train_scripts.picture_world.settings import SEASONAL, SETTINGS
-from train_scripts.picture_world.subjects import CHARACTERS, SUBJECTS, Subject
+from train_scripts.picture_world.places.light import TIMES
+from train_scripts.picture_world.places.scenery import SEASONS
+from train_scripts.picture_world.places.settings import SEASONAL, SETTINGS
 
 Rng = np.random.Generator
 SIDES = ("left", "middle", "right")

@@ -1,6 +1,6 @@
 """Animals that need a drawing of their own: bird, owl, penguin, frog and turtle, each in two poses."""
 
-from train_scripts.picture_world.animals import draw_eye, draw_smile
+from train_scripts.picture_world.figures.animals import draw_eye, draw_smile
 from train_scripts.picture_world.palette import BEAK, BLUSH, INK, WHITE
 from train_scripts.picture_world.shapes import Color, Shape, blob, darken, ellipse, lighten, line, polygon
 

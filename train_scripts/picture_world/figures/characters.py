@@ -4,7 +4,7 @@ A humanoid (pim, a small wizard), an animal (zuki, a striped dragon), an object 
 (gloop, a one-eyed plush). Each keeps its own colors in every scene and has two poses.
 """
 
-from train_scripts.picture_world.animals import draw_eye, draw_smile
+from train_scripts.picture_world.figures.animals import draw_eye, draw_smile
 from train_scripts.picture_world.palette import BLUSH, CREAM, INK, WHITE
 from train_scripts.picture_world.shapes import Color, Shape, blob, box, ellipse, line, polygon, star_points
 

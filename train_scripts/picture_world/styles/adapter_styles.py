@@ -6,8 +6,9 @@ from PIL import Image
 
 from train_scripts.picture_world.canvas import SIZE_PX, new_surface, to_picture
 from train_scripts.picture_world.compose import Drawing
-from train_scripts.picture_world.known_styles import Style
-from train_scripts.picture_world.line_art import (
+from train_scripts.picture_world.shapes import Color, Shape, bounds, darken, lighten, luminance, mix, outline_path
+from train_scripts.picture_world.styles.known_styles import Style
+from train_scripts.picture_world.styles.line_art import (
     LineArt,
     add_grain,
     draw_lines,
@@ -17,7 +18,6 @@ from train_scripts.picture_world.line_art import (
     solid,
     wobble_path,
 )
-from train_scripts.picture_world.shapes import Color, Shape, bounds, darken, lighten, luminance, mix, outline_path
 
 Rng = np.random.Generator
 
@@ -74,7 +74,8 @@ def render_watercolor(drawing: Drawing, rng: Rng) -> Image.Image:
 
 
 _PALETTE = """
-1a1c2c 5d275d b13e53 ef7d57 ffcd75 a7f070 38b764 257179 29366f 3b5dc9 41a6f6 73eff7 f4f4f4 94b0c2 566c86 333c57 8c5a3c faa0be
+1a1c2c 5d275d b13e53 ef7d57 ffcd75 a7f070 38b764 257179 29366f 3b5dc9 41a6f6 73eff7 f4f4f4 94b0c2 566c86 333c57
+8c5a3c faa0be
 """
 PIXEL_PALETTE: list[Color] = [(int(c[:2], 16), int(c[2:4], 16), int(c[4:], 16)) for c in _PALETTE.split()]
 """The eighteen colors of an imaginary console."""

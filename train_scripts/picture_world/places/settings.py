@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from train_scripts.picture_world.palette import CREAM, LAMP, STONE, WHITE, WOOD
-from train_scripts.picture_world.scenery import (
+from train_scripts.picture_world.places.scenery import (
     Season,
     choose_x,
     draw_cactus,

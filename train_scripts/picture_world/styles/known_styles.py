@@ -11,9 +11,9 @@ from PIL import Image, ImageChops, ImageOps
 
 from train_scripts.picture_world.canvas import SIZE_PX, fill_shapes, new_surface, to_picture
 from train_scripts.picture_world.compose import Drawing
-from train_scripts.picture_world.line_art import LineArt, add_grain, draw_lines, hatch, soften, solid
-from train_scripts.picture_world.render import render_flat
 from train_scripts.picture_world.shapes import Color, Shape, darken, lighten, luminance, mix, outline_path
+from train_scripts.picture_world.styles.flat import render_flat
+from train_scripts.picture_world.styles.line_art import LineArt, add_grain, draw_lines, hatch, soften, solid
 
 Rng = np.random.Generator
 Style = Callable[[Drawing, Rng], Image.Image]

@@ -1,6 +1,6 @@
 """Subjects that are not animals: a robot, buildings, vehicles and plants."""
 
-from train_scripts.picture_world.animals import draw_eye, draw_smile
+from train_scripts.picture_world.figures.animals import draw_eye, draw_smile
 from train_scripts.picture_world.palette import BLUSH, CREAM, GLASS, INK, LAMP, LEAF, STEEL, WHITE, WOOD
 from train_scripts.picture_world.shapes import (
     Color,

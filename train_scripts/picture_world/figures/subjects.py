@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from train_scripts.picture_world import small_animals, things
-from train_scripts.picture_world.animals import SPECIES, draw_sitting, draw_walking
-from train_scripts.picture_world.characters import draw_gloop, draw_pim, draw_tok, draw_zuki
+from train_scripts.picture_world.figures import small_animals, things
+from train_scripts.picture_world.figures.animals import SPECIES, draw_sitting, draw_walking
+from train_scripts.picture_world.figures.characters import draw_gloop, draw_pim, draw_tok, draw_zuki
 from train_scripts.picture_world.palette import COLORS
 from train_scripts.picture_world.shapes import Color, Shape
 

@@ -1,0 +1,1 @@
+"""Where a scene takes place: light, weather, scenery and settings."""

@@ -1,0 +1,1 @@
+"""How a drawing becomes pixels: the flat style, styles the base learns, and styles kept for adapters."""

@@ -1,0 +1,104 @@
+"""The embedded base's parts, built from configuration: a Stable Diffusion in miniature.
+
+128 px pictures, latents of 8x8 with 64 channels, a UNet with cross-attention at every resolution, and a CLIP text
+encoder whose tokenizer has one token for every word of the world.
+"""
+
+import json
+from pathlib import Path
+
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+SIZE_PX = 128
+LATENT_CHANNELS = 64
+TEXT_WIDTH = 128
+MAX_TOKENS = 40
+VAE_CHANNELS = (16, 32, 64, 96, 128)
+UNET_CHANNELS = (128, 160, 192)
+UNET_HEADS = (4, 5, 6)
+
+
+def new_vae() -> AutoencoderKL:
+    levels = len(VAE_CHANNELS)
+    return AutoencoderKL(
+        block_out_channels=VAE_CHANNELS,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=2,  # more groups than that stall the narrow first level
+        sample_size=SIZE_PX,
+        mid_block_add_attention=False,
+    )
+
+
+def new_unet() -> UNet2DConditionModel:
+    levels = len(UNET_CHANNELS)
+    return UNet2DConditionModel(
+        sample_size=SIZE_PX // 2 ** (len(VAE_CHANNELS) - 1),
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=UNET_CHANNELS,
+        down_block_types=("CrossAttnDownBlock2D",) * levels,
+        up_block_types=("CrossAttnUpBlock2D",) * levels,
+        layers_per_block=1,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=UNET_HEADS,  # diffusers reads this as the number of heads
+        norm_num_groups=8,
+    )
+
+
+def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=384,
+            num_attention_heads=4,
+            num_hidden_layers=3,
+            max_position_embeddings=MAX_TOKENS,
+            projection_dim=TEXT_WIDTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def new_scheduler() -> DDIMScheduler:
+    """v-prediction with zero terminal SNR, so that night is dark and snow is bright [arXiv:2305.08891]."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )
+
+
+def new_tokenizer(words: list[str], folder: Path) -> CLIPTokenizer:
+    """CLIP's byte-level BPE, with merges that make one token of each given word; other words fall to bytes."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    alphabet = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    tokens = [*alphabet, *[c + "</w>" for c in alphabet]]
+    merges: list[str] = []
+    for word in sorted(set(words)):
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        left = pieces[0]
+        for right in pieces[1:]:
+            if f"{left} {right}" not in merges:
+                merges.append(f"{left} {right}")
+                tokens.append(left + right)
+            left += right
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    config = {"model_max_length": MAX_TOKENS, "tokenizer_class": "CLIPTokenizer", "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return CLIPTokenizer.from_pretrained(folder)
