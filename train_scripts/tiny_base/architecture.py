@@ -5,6 +5,7 @@ encoder whose tokenizer has one token for every word of the world.
 """
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -85,20 +86,40 @@ def new_tokenizer(words: list[str], folder: Path) -> CLIPTokenizer:
     """CLIP's byte-level BPE, with merges that make one token of each given word; other words fall to bytes."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     alphabet = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    tokens = [*alphabet, *[c + "</w>" for c in alphabet]]
-    merges: list[str] = []
-    for word in sorted(set(words)):
-        pieces = [*word[:-1], word[-1] + "</w>"]
-        left = pieces[0]
-        for right in pieces[1:]:
-            if f"{left} {right}" not in merges:
-                merges.append(f"{left} {right}")
-                tokens.append(left + right)
-            left += right
+    merges = find_merges(words)
+    tokens = [*alphabet, *[c + "</w>" for c in alphabet], *dict.fromkeys(left + right for left, right in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
     config = {"model_max_length": MAX_TOKENS, "tokenizer_class": "CLIPTokenizer", "pad_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return CLIPTokenizer.from_pretrained(folder)
+
+
+def find_merges(words: list[str]) -> list[tuple[str, str]]:
+    """BPE merges, by priority, after which every word is one token.
+
+    A merge for one word can take letters that another word wanted joined differently, so that words are split again
+    with all merges until none has more than one piece.
+    """
+    merges: dict[tuple[str, str], int] = {}
+    complete = False
+    while not complete:
+        complete = True
+        for word in sorted(set(words)):
+            while len(pieces := split_word(word, merges)) > 1:
+                merges[pieces[0], pieces[1]] = len(merges)
+                complete = False
+    return list(merges)
+
+
+def split_word(word: str, merges: dict[tuple[str, str], int]) -> list[str]:
+    """The pieces of a word after all merges, the earliest merge first [arXiv:1508.07909]."""
+    pieces = [*word[:-1], word[-1] + "</w>"]
+    while True:
+        ranked = [(merges[pair], i) for i, pair in enumerate(pairwise(pieces)) if pair in merges]
+        if not ranked:
+            return pieces
+        _, i = min(ranked)
+        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
