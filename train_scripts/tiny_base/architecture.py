@@ -1,6 +1,6 @@
 """The embedded base's parts, built from configuration: a Stable Diffusion in miniature.
 
-128 px pictures, latents of 8x8 with 64 channels, a UNet with cross-attention at every resolution, and a CLIP text
+128 px pictures, latents of 16x16 with 16 channels, a UNet with cross-attention at every resolution, and a CLIP text
 encoder whose tokenizer has one token for every word of the world.
 """
 
@@ -12,12 +12,12 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 SIZE_PX = 128
-LATENT_CHANNELS = 64
+LATENT_CHANNELS = 16
 TEXT_WIDTH = 128
 MAX_TOKENS = 40
-VAE_CHANNELS = (16, 32, 64, 96, 128)
-UNET_CHANNELS = (128, 160, 192)
-UNET_HEADS = (4, 5, 6)
+VAE_CHANNELS = (16, 32, 64, 128)
+UNET_CHANNELS = (64, 128, 224)
+UNET_HEADS = (2, 4, 7)
 
 
 def new_vae() -> AutoencoderKL:

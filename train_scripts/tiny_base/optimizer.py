@@ -3,6 +3,7 @@
 Convolution kernels count as (out, in * k * k) matrices.
 """
 
+import copy
 from collections.abc import Iterable
 
 import torch
@@ -79,6 +80,35 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
     packed /= dist.get_world_size()
     for grad, part in zip(grads, packed.split([g.numel() for g in grads]), strict=True):
         grad.copy_(part.view_as(grad))
+
+
+class Bfloat16Copy:
+    """A copy of modules in bfloat16 that computes for the float32 originals, which the optimizer moves.
+
+    On processors with bfloat16 units this is 1.2 (UNet) to 1.7 times (autoencoder) as fast as float32; autocast
+    is slower than float32 there, because it casts at every normalization.
+    """
+
+    def __init__(self, *modules: nn.Module):
+        self.modules = [copy.deepcopy(m).to(torch.bfloat16, memory_format=torch.channels_last) for m in modules]
+        self.pairs = [
+            (original, twin)
+            for module, half in zip(modules, self.modules, strict=True)
+            for original, twin in zip(module.parameters(), half.parameters(), strict=True)
+        ]
+
+    @torch.no_grad()
+    def take_weights(self) -> None:
+        """Round the originals' present weights into the copies."""
+        for original, twin in self.pairs:
+            twin.copy_(original)
+
+    @torch.no_grad()
+    def give_gradients(self) -> None:
+        """Move the copies' gradients to the originals."""
+        for original, twin in self.pairs:
+            original.grad = None if twin.grad is None else twin.grad.float()
+            twin.grad = None
 
 
 class Ema:

@@ -16,7 +16,7 @@ from train_scripts.picture_world.scene import random_scene
 from train_scripts.picture_world.styles.flat import render_flat
 from train_scripts.picture_world.styles.random_styles import render_scribble
 from train_scripts.tiny_base.architecture import new_vae
-from train_scripts.tiny_base.optimizer import Ema, MuonWithAdamW, learning_rate_fraction
+from train_scripts.tiny_base.optimizer import Bfloat16Copy, Ema, MuonWithAdamW, learning_rate_fraction
 from train_scripts.tiny_base.vae_pictures import random_batch, to_tensor
 
 KL_WEIGHT = 5e-4
@@ -66,7 +66,7 @@ def train_vae(out: Path, *, steps: int, batch: int, lr: float, resume: bool) -> 
     vae = AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32) if resume else new_vae()
     if not resume:
         torch.nn.init.constant_(vae.quant_conv.bias[vae.config.latent_channels :], -5.0)  # start with little noise
-    vae = vae.to(memory_format=torch.channels_last).train()
+    half = Bfloat16Copy(vae.train())
     optimizer = MuonWithAdamW(vae.named_parameters(), lr)
     ema = Ema(vae.parameters(), 0.995)
     torch.manual_seed(1 + rank)
@@ -75,9 +75,11 @@ def train_vae(out: Path, *, steps: int, batch: int, lr: float, resume: bool) -> 
     started = time.time()
     for step in range(steps):
         pictures = random_batch(rng, batch).to(memory_format=torch.channels_last)
-        output, kl = reconstruct(vae, pictures)
-        loss = reconstruction_loss(output, pictures) + KL_WEIGHT * kl
+        half.take_weights()
+        output, kl = reconstruct(half.modules[0], pictures.bfloat16())
+        loss = reconstruction_loss(output.float(), pictures) + KL_WEIGHT * kl.float()
         loss.backward()
+        half.give_gradients()
         optimizer.step(learning_rate_fraction(step, steps))
         ema.update(step)
         if rank == 0 and ((step + 1) % 100 == 0 or step + 1 == steps):
