@@ -72,13 +72,13 @@ def compose(scene: Scene) -> Drawing:
 
 def place_figures(scene: Scene, horizon: float, rng: Rng) -> list[Placement]:
     """Feet on the ground: the farther a figure is, the higher and the smaller."""
-    height = HEIGHTS[scene.distance] * float(rng.uniform(0.92, 1.08))
+    height = HEIGHTS[scene.distance] * float(rng.uniform(0.88, 1.12))
     depth = {"near": 0.93, "normal": 0.86, "far": 0.76}[scene.distance]
-    bottom = max(horizon + 0.1, depth + float(rng.uniform(-0.03, 0.03)))
-    lean = float(rng.uniform(-5, 5))
+    bottom = max(horizon + 0.1, depth + float(rng.uniform(-0.05, 0.05)))
+    lean = float(rng.uniform(-8, 8))
     if len(scene.figures) == 1:
         margin = 0.42 * height * find_subject(scene.figures[0].subject).height
-        x = min(max(SIDE_X[scene.side] + float(rng.uniform(-0.06, 0.06)), margin), 1 - margin)
+        x = min(max(SIDE_X[scene.side] + float(rng.uniform(-0.08, 0.08)), margin), 1 - margin)
         return [Placement(x=x, bottom=bottom, height=height, lean=lean)]
     height *= 0.82
     if scene.relation == "in front of":

@@ -19,6 +19,7 @@ from train_scripts.picture_world.places.settings import SEASONAL, SETTINGS
 Rng = np.random.Generator
 SIDES = ("left", "middle", "right")
 DISTANCES = ("near", "normal", "far")
+DISTANCE_SHARES = (0.3, 0.4, 0.3)
 RELATIONS = ("beside", "in front of")
 PAIR_SHARE = 0.35
 PROP_SHARE = 0.2
@@ -109,7 +110,7 @@ def random_single(rng: Rng, *, held_out: bool) -> Scene:
     return Scene(
         figures=(figure,),
         side=choose(rng, SIDES),
-        distance=choose(rng, DISTANCES, (0.25, 0.5, 0.25)),
+        distance=choose(rng, DISTANCES, DISTANCE_SHARES),
         **random_surroundings(rng, setting),
     )
 

@@ -5,7 +5,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from train_scripts.picture_world.captions import SIDE_WORDS, join_words, plain_caption, with_articles
-from train_scripts.picture_world.scene import DISTANCES, SIDES, Scene, choose, find_subject, random_pair, random_single
+from train_scripts.picture_world.scene import (
+    DISTANCE_SHARES,
+    DISTANCES,
+    SIDES,
+    Scene,
+    choose,
+    find_subject,
+    random_pair,
+    random_single,
+)
 
 Rng = np.random.Generator
 
@@ -29,7 +38,7 @@ def vary_scene(scene: Scene, rng: Rng, *, keep_side: bool = False) -> Scene:
         scene,
         figures=figures,
         side=scene.side if keep_side else choose(rng, SIDES),
-        distance=choose(rng, DISTANCES, (0.25, 0.5, 0.25)),
+        distance=choose(rng, DISTANCES, DISTANCE_SHARES),
         seed=int(rng.integers(2**31)),
     )
 
