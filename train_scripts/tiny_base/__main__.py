@@ -61,7 +61,7 @@ class Unet:
     out: Path = OUT
     samples: int = 1_600_000
     """Latents to see in all, over all runs."""
-    batch: int = 64
+    batch: int = 96
     lr: float = 2e-3
 
     def run(self) -> None:

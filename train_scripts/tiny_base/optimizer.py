@@ -60,17 +60,16 @@ class MuonWithAdamW:
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrix, by five Newton-Schulz steps.
+    """The nearest semi-orthogonal matrix, by five Newton-Schulz steps in bfloat16.
 
-    In float32: PyTorch's own Muon does this in bfloat16, which processors without bfloat16 units emulate at a
-    fiftieth of the speed.
+    Half the time of float32 on processors with bfloat16 units; others emulate them at a fiftieth of the speed.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = wide / (wide.norm() + 1e-7)
+    x = (wide / (wide.norm() + 1e-7)).bfloat16()
     for _ in range(5):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+    return (x if matrix.shape[0] <= matrix.shape[1] else x.T).to(matrix.dtype)
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from train_scripts.picture_world.captions import vocabulary, write_caption
 from train_scripts.tiny_base.architecture import new_scheduler, new_text_encoder, new_tokenizer, new_unet
 from train_scripts.tiny_base.latents import StyledScene, load_latents
-from train_scripts.tiny_base.optimizer import Ema, MuonWithAdamW, learning_rate_fraction
+from train_scripts.tiny_base.optimizer import Bfloat16Copy, Ema, MuonWithAdamW, learning_rate_fraction
 from train_scripts.tiny_base.sheet import PROBE_PROMPTS, sample_sheet
 from train_scripts.tiny_base.vae_training import log_row
 
@@ -31,6 +31,8 @@ class UnetRun:
     """The state of stage three."""
 
     pipe: StableDiffusionPipeline
+    half: Bfloat16Copy
+    """UNet and text encoder in bfloat16, which compute."""
     optimizer: MuonWithAdamW
     ema: Ema
     step: int = 0
@@ -93,10 +95,9 @@ def begin_run(out: Path, lr: float, scaling_factor: float) -> UnetRun:
         pipe = StableDiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32, safety_checker=None)
     else:
         pipe = new_pipeline(out, scaling_factor)
-    pipe.unet.to(memory_format=torch.channels_last).train()
-    pipe.text_encoder.train()
+    half = Bfloat16Copy(pipe.unet.train(), pipe.text_encoder.train())
     named = [(f"{n}.{k}", p) for n in ("unet", "text_encoder") for k, p in getattr(pipe, n).named_parameters()]
-    run = UnetRun(pipe=pipe, optimizer=MuonWithAdamW(named, lr), ema=Ema([p for _, p in named], 0.9995))
+    run = UnetRun(pipe=pipe, half=half, optimizer=MuonWithAdamW(named, lr), ema=Ema([p for _, p in named], 0.9995))
     if (out / "state.pt").is_file():
         run.load(out / "state.pt")
         print(f"continuing from step {run.step}", flush=True)
@@ -114,15 +115,16 @@ def spread_timesteps(count: int, num_steps: int) -> Tensor:
     return (share * num_steps).long().clamp(0, num_steps - 1)
 
 
-def denoising_loss(pipe: StableDiffusionPipeline, latents: Tensor, prompts: list[str], alphas: Tensor) -> Tensor:
+def denoising_loss(run: UnetRun, latents: Tensor, prompts: list[str], alphas: Tensor) -> Tensor:
     """Mean squared error of the v-prediction [arXiv:2202.00512]."""
-    ids = pipe.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    unet, text_encoder = run.half.modules
+    ids = run.pipe.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
     t = spread_timesteps(len(latents), len(alphas))
     signal, sigma = alphas[t].sqrt().view(-1, 1, 1, 1), (1 - alphas[t]).sqrt().view(-1, 1, 1, 1)
     noise = torch.randn_like(latents)
-    noisy = (signal * latents + sigma * noise).to(memory_format=torch.channels_last)
-    context = pipe.text_encoder(ids).last_hidden_state
-    return (pipe.unet(noisy, t, context).sample - (signal * noise - sigma * latents)).square().mean()
+    noisy = (signal * latents + sigma * noise).to(torch.bfloat16, memory_format=torch.channels_last)
+    prediction = unet(noisy, t, text_encoder(ids).last_hidden_state).sample
+    return (prediction.float() - (signal * noise - sigma * latents)).square().mean()
 
 
 def draw_batch(latents: Tensor, scenes: list[StyledScene], batch: int, step: int) -> tuple[Tensor, list[str]]:
@@ -146,8 +148,10 @@ def train_unet(out: Path, *, samples: int, batch: int, lr: float) -> None:
     while run.step < steps:
         torch.manual_seed(run.step)
         drawn, prompts = draw_batch(latents, scenes, batch, run.step)
-        loss = denoising_loss(run.pipe, drawn * scale, prompts, alphas)
+        run.half.take_weights()
+        loss = denoising_loss(run, drawn * scale, prompts, alphas)
         loss.backward()
+        run.half.give_gradients()
         run.optimizer.step(learning_rate_fraction(run.step, steps, warmup=200, hold=0.6))
         run.ema.update(run.step)
         run.step += 1
