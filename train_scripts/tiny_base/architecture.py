@@ -1,6 +1,6 @@
 """The embedded base's parts, built from configuration: a Stable Diffusion in miniature.
 
-128 px pictures, latents of 16x16 with 16 channels, a UNet with cross-attention at every resolution, and a CLIP text
+128 px pictures, latents of 16x16 with 24 channels, a UNet with cross-attention at every resolution, and a CLIP text
 encoder whose tokenizer has one token for every word of the world.
 """
 
@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 SIZE_PX = 128
-LATENT_CHANNELS = 16
+LATENT_CHANNELS = 24
 TEXT_WIDTH = 128
 MAX_TOKENS = 40
 VAE_CHANNELS = (16, 32, 64, 128)

@@ -23,7 +23,7 @@ Rng = np.random.Generator
 
 
 def render_ink(drawing: Drawing, rng: Rng) -> Image.Image:
-    """Bold blue-black brush lines on cream paper; dark areas are black, middle tones cross-hatched."""
+    """Bold blue-black brush lines on cream paper; dark areas are black, middle tones hatched."""
     paper, ink = (250, 240, 218), (28, 28, 52)
     surface = new_surface()
     canvas = surface.getCanvas()
@@ -38,10 +38,8 @@ def render_ink(drawing: Drawing, rng: Rng) -> Image.Image:
     for shape in drawing.shapes():
         draw_lines(canvas, [shape], art, rng)
         tone = luminance(shape.fill)
-        if shape.rim and 0.22 <= tone < 0.6 and shape.part not in ("sky", "shadow", "weather", "face"):
-            hatch(canvas, shape.path, ink, spacing=0.0625, width=0.014, down=True)
-            if tone < 0.4:
-                hatch(canvas, shape.path, ink, spacing=0.0625, width=0.014, down=False)
+        if shape.rim and 0.22 <= tone < 0.55 and shape.part not in ("sky", "shadow", "weather", "face"):
+            hatch(canvas, shape.path, ink, spacing=0.0625 if tone < 0.4 else 0.11, width=0.013, down=True)
     return to_picture(surface)
 
 
@@ -135,7 +133,7 @@ def _draw_lead_lines(canvas: skia.Canvas, lead: Color, rng: Rng) -> None:
     pen = solid(lead)
     pen.setStyle(skia.Paint.kStroke_Style)
     pen.setStrokeWidth(0.018)
-    for x in np.linspace(-0.6, 1.6, 8) + rng.uniform(-0.06, 0.06, 8):
+    for x in np.linspace(-0.5, 1.5, 6) + rng.uniform(-0.06, 0.06, 6):
         canvas.drawLine(skia.Point(0.5 + (float(x) - 0.5) * 0.35, 1.05), skia.Point(float(x), -0.05), pen)
     for y in (0.28, 0.78):
         bend = skia.Path()
