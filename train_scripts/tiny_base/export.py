@@ -14,7 +14,7 @@ def export(out: Path, target: Path) -> None:
     The text encoder's configuration says float32, because transformers would otherwise load it in the type of its
     file, and diffusers loads the rest in float32.
     """
-    pipe = StableDiffusionPipeline.from_pretrained(out, torch_dtype=torch.float16, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(out, dtype=torch.float16, safety_checker=None)
     pipe.save_pretrained(target)
     config = target / "text_encoder" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")

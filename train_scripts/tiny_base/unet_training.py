@@ -92,7 +92,7 @@ def begin_run(out: Path, lr: float, scaling_factor: float) -> UnetRun:
     """The saved state in `out`, or the pipeline in `out` with fresh optimizers, or a fresh model."""
     torch.manual_seed(0)
     if (out / "unet").is_dir():
-        pipe = StableDiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32, safety_checker=None)
+        pipe = StableDiffusionPipeline.from_pretrained(out, dtype=torch.float32, safety_checker=None)
     else:
         pipe = new_pipeline(out, scaling_factor)
     half = Bfloat16Copy(pipe.unet.train(), pipe.text_encoder.train())
@@ -138,12 +138,20 @@ def draw_batch(latents: Tensor, scenes: list[StyledScene], batch: int, step: int
     return latents[chosen].float(), prompts
 
 
-def train_unet(out: Path, *, samples: int, batch: int, lr: float) -> None:
-    """Train until `samples` latents have been seen, in steps of `batch`, continuing what `out` holds."""
+def train_unet(out: Path, *, samples: int, batch: int, lr: float, planned_samples: int | None = None) -> None:
+    """Train until `samples` latents have been seen, in steps of `batch`, continuing what `out` holds.
+
+    Args:
+        out: Folder with the autoencoder; receives the pipeline, the state and the log. Latents lie beside it.
+        samples: Latents to see in all, over all runs.
+        batch: Latents per step.
+        lr: Peak learning rate.
+        planned_samples: Length of the learning rate's schedule, if this run stops before its end.
+    """
     latents, scenes = load_latents(out.parent)
     run = begin_run(out, lr, scaling_factor=1 / float(latents[:20000].float().std()))
     scale, alphas = run.pipe.vae.config.scaling_factor, run.pipe.scheduler.alphas_cumprod
-    steps = samples // batch
+    steps, planned_steps = samples // batch, (planned_samples or samples) // batch
     saved = logged = time.time()
     while run.step < steps:
         torch.manual_seed(run.step)
@@ -152,7 +160,7 @@ def train_unet(out: Path, *, samples: int, batch: int, lr: float) -> None:
         loss = denoising_loss(run, drawn * scale, prompts, alphas)
         loss.backward()
         run.half.give_gradients()
-        run.optimizer.step(learning_rate_fraction(run.step, steps, warmup=200, hold=0.6))
+        run.optimizer.step(learning_rate_fraction(run.step, planned_steps, warmup=200, hold=0.6))
         run.ema.update(run.step)
         run.step += 1
         run.losses.append(loss.item())

@@ -63,7 +63,7 @@ def train_vae(out: Path, *, steps: int, batch: int, lr: float, resume: bool) -> 
     """Train on `batch` pictures per process and step; the mean of the weights goes to `out/vae`."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     torch.manual_seed(0)
-    vae = AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32) if resume else new_vae()
+    vae = AutoencoderKL.from_pretrained(out / "vae", dtype=torch.float32) if resume else new_vae()
     if not resume:
         torch.nn.init.constant_(vae.quant_conv.bias[vae.config.latent_channels :], -5.0)  # start with little noise
     half = Bfloat16Copy(vae.train())

@@ -169,7 +169,7 @@ def evaluate(pipe: StableDiffusionPipeline, reader: PictureReader, config: Confi
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
     torch.set_num_threads(config.threads)
-    pipe = StableDiffusionPipeline.from_pretrained(config.base, torch_dtype=torch.float32, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(config.base, dtype=torch.float32, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     settings = {k: v for k, v in asdict(config).items() if not isinstance(v, Path)}
     figures = {
