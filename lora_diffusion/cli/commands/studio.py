@@ -1,6 +1,5 @@
 """The command that opens the studio."""
 
-import importlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,16 +47,16 @@ class Ui:
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         try:
             with quiet():
-                app = importlib.import_module("lora_diffusion_studio.app")
-                studio = importlib.import_module("lora_diffusion_studio.studio")
+                from lora_diffusion_studio.app import serve
+                from lora_diffusion_studio.studio import Places, Studio, bases_on_offer, own_library
         except ModuleNotFoundError as error:
             raise ConfigError(f"the studio needs {error.name}; pip install 'lora-diffusion[ui]'") from None
         with quiet():
-            places = studio.Places(
-                library=self.library or studio.own_library(self.output),
+            places = Places(
+                library=self.library or own_library(self.output),
                 output=self.output,
-                bases=studio.bases_on_offer(self.base),
+                bases=bases_on_offer(self.base),
                 codes=self.quantise,
             )
-            opened = studio.Studio(places)
-        app.serve(opened, host=self.host, port=self.port, share=self.share, password=self.password, api=self.api)
+            studio = Studio(places)
+        serve(studio, host=self.host, port=self.port, share=self.share, password=self.password, api=self.api)
