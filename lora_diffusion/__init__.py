@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from lora_diffusion.adapters.layers import LoKrLayer as LoKrLayer
     from lora_diffusion.adapters.layers import LoRALayer as LoRALayer
     from lora_diffusion.algebra.combine.exact_sum import combine as combine
+    from lora_diffusion.config.generate import GenerateConfig as GenerateConfig
     from lora_diffusion.config.preset import BlendPreset as BlendPreset
     from lora_diffusion.config.preset import BlendWeight as BlendWeight
     from lora_diffusion.config.preset import Composition as Composition
     from lora_diffusion.config.preset import Region as Region
     from lora_diffusion.config.preset import Schedule as Schedule
-    from lora_diffusion.config.settings import GenerateConfig as GenerateConfig
     from lora_diffusion.config.train import TrainConfig as TrainConfig
     from lora_diffusion.errors import LoRADiffusionError as LoRADiffusionError
     from lora_diffusion.formats.adapters.load import load_adapter as load_adapter
@@ -96,7 +96,7 @@ HOMES = {
     "Conversion": "workflows.adapters.convert",
     "DoRALayer": "adapters.layers",
     "FullLayer": "adapters.layers",
-    "GenerateConfig": "config.settings",
+    "GenerateConfig": "config.generate",
     "LoHaLayer": "adapters.layers",
     "LoKrLayer": "adapters.layers",
     "LoRADiffusionError": "errors",

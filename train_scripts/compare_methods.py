@@ -23,8 +23,9 @@ import tyro
 
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.config.defaults import default_settings
+from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.methods import METHODS, Method, with_method
-from lora_diffusion.config.settings import EMBEDDED_BASE, GenerateConfig, changed, validate
+from lora_diffusion.config.settings import EMBEDDED_BASE, changed, validate
 from lora_diffusion.config.train import TrainConfig
 from lora_diffusion.core.atomic_files import sample_data
 from lora_diffusion.evaluation.style_distance import style_distance, style_pictures

@@ -9,8 +9,8 @@ from pathlib import Path
 import tyro
 
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
+from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendWeight, Composition, Region, Schedule, Weight
-from lora_diffusion.config.settings import GenerateConfig
 from lora_diffusion.core.atomic_files import sample_data
 from lora_diffusion.evaluation.image_grid import grid, save_grid
 from lora_diffusion.formats.adapters.load import load_adapter

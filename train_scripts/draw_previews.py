@@ -11,8 +11,8 @@ from pathlib import Path
 
 import tyro
 
+from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendEntry
-from lora_diffusion.config.settings import GenerateConfig
 from lora_diffusion.core.atomic_files import sample_data
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import load_base

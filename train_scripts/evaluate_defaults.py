@@ -14,7 +14,8 @@ from pathlib import Path
 
 from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
-from lora_diffusion.config.settings import EMBEDDED_BASE, GenerateConfig
+from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.settings import EMBEDDED_BASE
 from lora_diffusion.core.atomic_files import sample_data
 from lora_diffusion.evaluation.style_distance import style_distance, style_pictures
 from lora_diffusion.formats.adapters.load import load_adapter

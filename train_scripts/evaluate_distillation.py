@@ -22,8 +22,8 @@ from PIL import Image
 from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.adapters.blend import Blend, BlendSum, WeightedAdapter
 from lora_diffusion.config.distillation import DistilConfig
+from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import Composition, Mode
-from lora_diffusion.config.settings import GenerateConfig
 from lora_diffusion.core.atomic_files import sample_data, whole_file
 from lora_diffusion.evaluation.image_grid import grid, save_grid
 from lora_diffusion.evaluation.style_distance import style_distance, style_pictures

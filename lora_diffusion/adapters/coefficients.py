@@ -7,21 +7,19 @@ or those with attention (17, 12). One policy for whatever it does not name: it k
 
 import difflib
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cache
 from pathlib import Path
 
+from lora_diffusion.architectures.blocks import block_layouts, block_name
 from lora_diffusion.architectures.module_paths import Anatomy
-from lora_diffusion.config.preset import BlendWeight, Composition, Schedule, Weight
+from lora_diffusion.config.preset import BlendWeight, Schedule, Weight
 from lora_diffusion.errors import ConfigError
 
 BlockPresets = Mapping[str, tuple[tuple[float, ...], ...]]
 """Vectors by name; one name may have vectors for several families."""
 
-UNET_BLOCK = re.compile(r"unet\.(down|up)_blocks\.(\d+)\.(?:(resnets|attentions)\.(\d+)|(?:down|up)samplers)\b")
 FLUX_VECTOR = 61
 
 
@@ -50,42 +48,6 @@ def schedule_factor(schedule: Schedule, moment: Moment) -> float:
     if schedule.curve == "cosine":
         share = (1 - math.cos(math.pi * share)) / 2
     return first + (last - first) * share
-
-
-def block_name(path: str, anatomy: Anatomy) -> str:
-    """The block of a module path: BASE, IN04, M00, OUT07; empty for the embeddings and the last layers of the UNet."""
-    if not path.startswith("unet."):
-        return "BASE"
-    if path.startswith("unet.conv_in"):
-        return "IN00"
-    if path.startswith("unet.mid_block."):
-        return "M00"
-    match = UNET_BLOCK.match(path)
-    if match is None:
-        return ""
-    side, block, _, layer = match.groups()
-    each = anatomy.layers_per_block + 1
-    if side == "down":
-        return f"IN{each * int(block) + (int(layer) + 1 if layer else each):02}"
-    return f"OUT{each * int(block) + (int(layer) if layer else each - 1):02}"
-
-
-@cache
-def layouts(shape: tuple[int, tuple[bool, ...], tuple[bool, ...], bool]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    layers, down, up, middle = shape
-    each = layers + 1
-    ins = [f"IN{i:02}" for i in range(each * len(down))]
-    outs = [f"OUT{i:02}" for i in range(each * len(up))]
-    mid = ["M00"] if middle else []
-    attentive_ins = [f"IN{each * i + j + 1:02}" for i, has in enumerate(down) if has for j in range(layers)]
-    attentive_outs = [f"OUT{each * i + j:02}" for i, has in enumerate(up) if has for j in range(each)]
-    return ("BASE", *ins, *mid, *outs), ("BASE", *attentive_ins, *mid, *attentive_outs)
-
-
-def block_layouts(anatomy: Anatomy) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of all blocks, and of those with attention, in the order of a vector."""
-    down, up = tuple(map(bool, anatomy.down_attention)), tuple(map(bool, anatomy.up_attention))
-    return layouts((anatomy.layers_per_block, down, up, anatomy.mid_block))
 
 
 def stock_presets(anatomy: Anatomy) -> dict[str, dict[str, float]]:
@@ -206,17 +168,6 @@ def has_schedule(weight: Weight) -> bool:
         return False
     blocks = weight.blocks.values() if isinstance(weight.blocks, Mapping) else ()
     return weight.schedule is not None or any(isinstance(factor, Schedule) for factor in blocks)
-
-
-def check_mode(composition: Composition, count: int, *, regions: bool) -> None:
-    """Raise ConfigError for a mode in which that many adapters, some with regions, cannot come together."""
-    mode = composition.mode
-    if mode == "k-lora" and count != 2:
-        raise ConfigError(f"k-lora chooses between two adapters, the subject first; this blend has {count}")
-    if mode == "np-lora" and count < 2:
-        raise ConfigError(f"np-lora needs a subject and, after it, at least one style; this blend has {count}")
-    if mode != "sum" and regions:
-        raise ConfigError(f"regions are blended by their masks, so that {mode} has no meaning with them; use sum")
 
 
 def without_schedules(weight: Weight) -> Weight:

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 import tyro
 
 from lora_diffusion.cli.flags import REPEATABLE, Patterns, optional_flags
+from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendEntry, Composition
-from lora_diffusion.config.settings import EMBEDDED_BASE, GenerateConfig
+from lora_diffusion.config.settings import EMBEDDED_BASE
 from lora_diffusion.prompts.tags import parse_weight, take_region
 
 Adapters = Annotated[

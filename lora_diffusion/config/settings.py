@@ -1,7 +1,7 @@
-"""The settings of each command, declared once.
+"""What all settings share: their base class, reading from TOML, and messages that name each mistake.
 
-Flags, file format, help texts, validation and the record in every output derive from these types. This module
-imports no heavy library, so that help comes at once.
+Settings are declared once: flags, file format, help texts, validation and the record in every output derive from them.
+This package imports no heavy library, so that help comes at once.
 """
 
 import difflib
@@ -10,15 +10,13 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lora_diffusion.errors import ConfigError
 
-Scheduler = Literal["base", "ddim", "euler", "euler-ancestral", "dpm++"]
 Precision = Literal["no", "fp16", "bf16"]
-WeightType = Literal["keep", "float32", "float16", "bfloat16"]
 Dialect = Literal["native", "kohya", "embedding"]
 Codes = Literal["none", "nf4", "fp4", "int8"]
 """How a frozen base's linear layers are kept: as they are, in four bits or in eight."""
@@ -42,53 +40,6 @@ class Settings(BaseModel):
         coerce_numbers_to_str=True,
         defer_build=True,  # validators are built when they are first needed, which help never does
     )
-
-
-class GenerateConfig(Settings):
-    """What picture to make. The same settings, base and blend give the same pixels on the same machine."""
-
-    prompt: str
-    """What the picture shows."""
-    negative_prompt: str = ""
-    """What it should not show."""
-    seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
-    """Seed of the first picture; each further one adds 1."""
-    variation: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """How far the starting noise moves from the seed's to the variation seed's: 0 not at all, 1 all the way."""
-    variation_seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
-    """Seed of a variation; each further picture adds 1 to this one, and the seed stays."""
-    steps: Positive = 20
-    """Denoising steps."""
-    guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 4.0
-    """Classifier-free guidance scale; 1 and below turn guidance off."""
-    width: Annotated[int, Field(gt=0, multiple_of=8)] | None = None
-    """Width in pixels."""
-    height: Annotated[int, Field(gt=0, multiple_of=8)] | None = None
-    """Height in pixels."""
-    scheduler: Scheduler = "base"
-    """Sampler; `base` is the one that the base brings."""
-    count: Annotated[int, Field(gt=0, le=100_000)] = 1
-    """Number of pictures."""
-
-    @model_validator(mode="after")
-    def nothing_idle(self) -> Self:
-        """Refuse a seed of a variation that is not made."""
-        if self.variation_seed and not self.variation:
-            raise ValueError("variation_seed does nothing at a variation of 0; set variation, e.g. to 0.2")
-        return self
-
-
-class MergeConfig(Settings):
-    """How a merged checkpoint is written."""
-
-    precision: WeightType = "keep"
-    """Type of the written weights; `keep` writes what the base has."""
-    shard_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Largest weight file of a folder in units of 10^9 bytes; as the base's if left out."""
-    stochastic_seed: Annotated[int, Field(ge=0, lt=2**62)] | None = None
-    """Seed for rounding to 16 bits at random, right in the mean; to the nearest if left out."""
-    allow_overflow: bool = False
-    """Write values beyond the range of the type as its largest ones, instead of refusing them."""
 
 
 Model = TypeVar("Model", bound=Settings)

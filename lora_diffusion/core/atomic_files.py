@@ -148,3 +148,9 @@ def sample_data() -> Path:
     """Where the embedded base and its adapters lie: inside an installed package, or at the checkout's top."""
     inside = Path(__file__).parents[1] / "sample_data"
     return inside if inside.is_dir() else Path(__file__).parents[2] / "sample_data"
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a PEFT folder."""
+    files = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
+    return sum(file.stat().st_size for file in files)

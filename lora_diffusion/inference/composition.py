@@ -14,8 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_diffusion.adapters.blend import Blend, BlendSum, WeightedAdapter, blend_sum, delta_of, joined_sums, part_of
-from lora_diffusion.adapters.coefficients import Moment, check_mode
+from lora_diffusion.adapters.blend import Blend, BlendSum, WeightedAdapter, blend_sum, joined_sums, part_of
+from lora_diffusion.adapters.coefficients import Moment
+from lora_diffusion.adapters.compatibility import check_mode
+from lora_diffusion.adapters.deltas import delta_of
 from lora_diffusion.adapters.layers import Layer
 from lora_diffusion.adapters.masks import region_mask
 from lora_diffusion.algebra.combine.np_lora import projected

@@ -14,22 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_diffusion.adapters.adapter import Adapter
-from lora_diffusion.adapters.blend import (
-    Blend,
-    BlendSum,
-    Stack,
-    blend_sum,
-    blended_bias,
-    blended_weight,
-    check_fits,
-    check_range,
-    parted,
-    rounded,
-    same_terms,
-    stacked,
-    wanted_shapes,
-)
+from lora_diffusion.adapters.blend import Blend, BlendSum, blend_sum, same_terms
 from lora_diffusion.adapters.coefficients import Moment
+from lora_diffusion.adapters.compatibility import check_fits, wanted_shapes
+from lora_diffusion.adapters.deltas import blended_bias, blended_weight, check_range, rounded
+from lora_diffusion.adapters.factor_stack import Stack, parted, stacked
 from lora_diffusion.adapters.layers import Layer
 from lora_diffusion.architectures.module_paths import changeable_paths
 from lora_diffusion.errors import AdapterFormatError, ConfigError

@@ -18,19 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_diffusion.adapters.blend import (
-    BiasTerm,
-    Blend,
-    BlendSum,
-    Term,
-    blend_sum,
-    blended_bias,
-    parted,
-    same_terms,
-    stacked,
-    term_deltas,
-)
+from lora_diffusion.adapters.blend import Blend, BlendSum, blend_sum, same_terms
 from lora_diffusion.adapters.coefficients import Moment
+from lora_diffusion.adapters.deltas import blended_bias, term_deltas
+from lora_diffusion.adapters.factor_stack import BiasTerm, Term, parted, stacked
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.inference.in_place import check_blend, plain_arithmetic, weight_shape
 from lora_diffusion.models.load import Base, module_at

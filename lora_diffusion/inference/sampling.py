@@ -16,8 +16,9 @@ from torch.nn import functional
 
 from lora_diffusion.adapters.blend import Blend
 from lora_diffusion.adapters.coefficients import Moment
+from lora_diffusion.config.generate import GenerateConfig, Scheduler
 from lora_diffusion.config.preset import Composition
-from lora_diffusion.config.settings import GenerateConfig, Scheduler, validate
+from lora_diffusion.config.settings import validate
 from lora_diffusion.core.dtypes import dtype_name
 from lora_diffusion.errors import ConfigError, SamplingError
 from lora_diffusion.inference.composition import BeforeStep, composed

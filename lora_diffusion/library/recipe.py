@@ -10,8 +10,9 @@ from pydantic import ValidationError
 
 from lora_diffusion.adapters.blend import Blend
 from lora_diffusion.adapters.masks import known_region
+from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendEntry, Composition
-from lora_diffusion.config.settings import Codes, GenerateConfig, Settings, describe
+from lora_diffusion.config.settings import Codes, Settings, describe
 from lora_diffusion.core.atomic_files import whole_file
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.prompts.infotext import quoted

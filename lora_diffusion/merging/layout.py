@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_diffusion.config.settings import MergeConfig
+from lora_diffusion.config.merge import MergeConfig
 from lora_diffusion.core.dtypes import FLOAT_TYPES
 from lora_diffusion.errors import BaseModelError, ConfigError
 from lora_diffusion.formats.checkpoints.checkpoint import Checkpoint, Stored

@@ -5,10 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_diffusion.adapters.blend import Blend, blend_sum, same_weight
+from lora_diffusion.adapters.blend import Blend, blend_sum
+from lora_diffusion.adapters.compatibility import same_weight
 from lora_diffusion.algebra.combine.exact_sum import united_words
+from lora_diffusion.config.merge import MergeConfig
 from lora_diffusion.config.preset import BaseTerm
-from lora_diffusion.config.settings import MergeConfig
 from lora_diffusion.errors import ConfigError, FamilyMismatchError, OutputError
 from lora_diffusion.formats.checkpoints.checkpoint import Checkpoint
 from lora_diffusion.library.recipe import blend_entries
@@ -17,7 +18,7 @@ from lora_diffusion.merging.recipe import RECIPE_FILE, MergeRecipe, card, find_m
 from lora_diffusion.merging.tensors import BaseChange, Merged
 from lora_diffusion.merging.textual_inversion import add_to_folder, save_beside, word_rows
 from lora_diffusion.merging.writer import OnShare, refuse_full_disk, sealed, with_rows, written
-from lora_diffusion.models.load import check_fits_checkpoint, find_base, find_checkpoint
+from lora_diffusion.models.locate import check_fits_checkpoint, find_base, find_checkpoint
 
 PROBED = 24
 """So many tensors tell what rounding will take."""

@@ -8,8 +8,9 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from lora_diffusion.config.merge import MergeConfig
 from lora_diffusion.config.preset import BaseTerm, BlendEntry
-from lora_diffusion.config.settings import MergeConfig, Settings, describe
+from lora_diffusion.config.settings import Settings, describe
 from lora_diffusion.core.dtypes import tensor_bytes
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.checkpoints.checkpoint import Checkpoint

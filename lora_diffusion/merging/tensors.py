@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lora_diffusion.adapters.blend import BlendSum, blended_bias, blended_weight, check_range
+from lora_diffusion.adapters.blend import BlendSum
+from lora_diffusion.adapters.deltas import blended_bias, blended_weight, check_range
 from lora_diffusion.algebra.combine.methods import generator_for
-from lora_diffusion.config.settings import MergeConfig
+from lora_diffusion.config.merge import MergeConfig
 from lora_diffusion.core.dtypes import torch_dtype
 from lora_diffusion.formats.checkpoints.checkpoint import Checkpoint
 from lora_diffusion.merging.layout import OutputTensor, Part

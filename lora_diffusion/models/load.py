@@ -5,7 +5,6 @@ Knows nothing of adapters.
 
 import contextlib
 import hashlib
-import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ import torch
 import transformers
 from diffusers import (
     DDIMScheduler,
-    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -27,21 +25,18 @@ from diffusers import (
 from safetensors import SafetensorError
 from torch import nn
 
-from lora_diffusion.adapters.blend import Blend, check_fits
 from lora_diffusion.architectures.families import Family
-from lora_diffusion.architectures.module_paths import Anatomy, changeable_paths, module_paths
-from lora_diffusion.config.settings import EMBEDDED_BASE, Codes, Scheduler
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.architectures.module_paths import Anatomy, module_paths
+from lora_diffusion.config.generate import Scheduler
+from lora_diffusion.config.settings import EMBEDDED_BASE, Codes
 from lora_diffusion.errors import BaseModelError
-from lora_diffusion.formats.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from lora_diffusion.formats.checkpoints.diffusers import (
     anatomy_of_folder,
     base_hash,
-    check_is_stable_diffusion,
-    check_pipeline_kind,
     read_json,
     weight_variant,
 )
+from lora_diffusion.models.locate import find_base, first_line
 
 SCHEDULERS: dict[str, Any] = {
     "ddim": DDIMScheduler,
@@ -87,65 +82,6 @@ class Base:
         return int(self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor)
 
 
-def find_base(name: str) -> Path:
-    """The folder of a base by the embedded one's name, a path or a hub id.
-
-    Raises BaseModelError if there is none, or if it is not Stable Diffusion.
-    """
-    folder = sample_data() / "tiny-sd" if name == EMBEDDED_BASE else Path(name)
-    if folder.is_file():
-        raise BaseModelError(f"{name}: is a single file; this version reads folders in diffusers' layout and hub ids")
-    if not folder.is_dir():
-        folder = download(name)
-    check_is_stable_diffusion(folder)
-    return folder.resolve()
-
-
-def find_checkpoint(name: str) -> Checkpoint:
-    """The weights of a base on disk: the embedded one, a folder, a single file in the original layout, or a hub id.
-
-    Raises BaseModelError.
-    """
-    path = Path(name)
-    return open_checkpoint(path.resolve() if path.is_file() else find_base(name))
-
-
-def fitting_checkpoint(name: str, blend: Blend) -> Checkpoint:
-    """The same, if everything in every adapter finds its tensor there. Raises FamilyMismatchError as well."""
-    checkpoint = find_checkpoint(name)
-    check_fits_checkpoint(blend, checkpoint, name)
-    return checkpoint
-
-
-def check_fits_checkpoint(blend: Blend, checkpoint: Checkpoint, name: str) -> None:
-    """Raise FamilyMismatchError unless everything in every adapter finds a tensor of its shape."""
-    check_fits(
-        blend,
-        base_name=name,
-        family=checkpoint.family.name,
-        paths=frozenset(changeable_paths(checkpoint.anatomy)),
-        shapes=checkpoint.shapes,
-    )
-
-
-def download(name: str) -> Path:
-    """The local snapshot of a hub id."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise BaseModelError(f"{name}: no such folder; expected `{EMBEDDED_BASE}`, a folder or a hub id (owner/name)")
-    try:
-        index: Any = DiffusionPipeline.load_config(name)
-        check_pipeline_kind(name, index.get("_class_name"))
-        return Path(DiffusionPipeline.download(name))
-    except (OSError, ValueError) as error:
-        if isinstance(error, BaseModelError):
-            raise
-        reason = first_line(error)
-        raise BaseModelError(
-            f"{name}: neither a folder here nor a base that the hub gives out ({reason}); check the name, "
-            "the network, and HF_HUB_OFFLINE"
-        ) from None
-
-
 def default_device() -> torch.device:
     """The accelerator if there is one, else the CPU."""
     if torch.cuda.is_available():
@@ -186,11 +122,6 @@ def load_base(
     for component in (*family.components, "vae"):
         getattr(pipe, component).requires_grad_(False).eval()
     return Base(pipe=pipe, name=name, folder=folder, family=family, anatomy=shape)
-
-
-def first_line(error: Exception) -> str:
-    """The gist of a library's message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from lora_diffusion.config.settings import GenerateConfig, Scheduler
+from lora_diffusion.config.generate import GenerateConfig, Scheduler
 from lora_diffusion.errors import ConfigError
 
 KEY = re.compile(r"\s*(\w[\w \-/]+):\s*")

@@ -11,7 +11,8 @@ from lora_diffusion.config.settings import changed, validate
 from lora_diffusion.config.train import TrainConfig
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.checkpoints.diffusers import anatomy_of_folder
-from lora_diffusion.models.load import default_device, find_base
+from lora_diffusion.models.load import default_device
+from lora_diffusion.models.locate import find_base
 
 
 def settings_for(

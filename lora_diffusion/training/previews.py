@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from lora_diffusion.config.settings import GenerateConfig
+from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.core.atomic_files import whole_file
 from lora_diffusion.inference.sampling import rewritten, sample, single_settings
 from lora_diffusion.models.offload import at_work, idle_models

@@ -1,9 +1,7 @@
 """Everything that a run needs, made before its first step, where most of what can be wrong shows."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -13,19 +11,20 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from lora_diffusion.adapters.adapter import Adapter
-from lora_diffusion.adapters.blend import Blend, WeightedAdapter, check_family
+from lora_diffusion.adapters.blend import Blend, WeightedAdapter
+from lora_diffusion.adapters.compatibility import check_family
 from lora_diffusion.architectures.module_paths import changeable_paths, trainable_paths
 from lora_diffusion.architectures.targets import resolve_full, resolve_targets
 from lora_diffusion.config.adapter import AdapterConfig
 from lora_diffusion.config.train import DataConfig, TrainConfig
 from lora_diffusion.core.atomic_files import check_writable
 from lora_diffusion.core.dtypes import torch_dtype
-from lora_diffusion.data.captions import reader_of, whole_caption
+from lora_diffusion.data.captions import reader_of
 from lora_diffusion.data.checks import buckets_of
 from lora_diffusion.data.folder import Example, data_hash, read_dataset
 from lora_diffusion.data.images import read_size
 from lora_diffusion.data.splits import held_out
-from lora_diffusion.errors import ConfigError, DatasetError
+from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.inference.in_place import check_base_fits
 from lora_diffusion.models.load import Base, default_device, load_base
@@ -34,6 +33,7 @@ from lora_diffusion.models.quantize import check_codes, quantise
 from lora_diffusion.training.base_adapters import on_top_of
 from lora_diffusion.training.checks import check_trainable
 from lora_diffusion.training.diffusion.timesteps import check_timesteps
+from lora_diffusion.training.input_checks import check_captions, check_tracker, check_views, check_words
 from lora_diffusion.training.inputs.cache import Cache, DiskCache, MemoryCache, NoCache
 from lora_diffusion.training.inputs.captions import CaptionEncoder
 from lora_diffusion.training.inputs.latents import ViewEncoder
@@ -197,35 +197,6 @@ def begun_with(config: TrainConfig, base: Base) -> Adapter | None:
     return adapter
 
 
-def check_views(config: TrainConfig) -> None:
-    """Raise ConfigError for mirrored views that would never be seen."""
-    if config.data.flip and config.data.variants == 1 and config.data.cache != "none":
-        raise ConfigError("data.flip mirrors every other view, and only one is cached; set data.variants to 2 or more")
-
-
-def check_captions(examples: Sequence[Example], config: TrainConfig) -> None:
-    """Raise DatasetError for a caption, or a part of it that may come alone, that cannot be read."""
-    read, divided = reader_of(config.captions), config.captions.shuffle or config.captions.part_dropout
-    for example in examples:
-        text = whole_caption(example.caption, config.captions, config.trigger_words)
-        try:
-            for part in text.split(config.captions.separator) if divided else [text]:
-                read(part)
-        except ConfigError as error:
-            raise DatasetError(f"{example.picture}: its caption cannot be read as a prompt: {error}") from None
-
-
-def check_words(examples: Sequence[Example], config: TrainConfig) -> None:
-    """Raise ConfigError for a word that is to be learned and stands in no caption."""
-    texts = " ".join(whole_caption(example.caption, config.captions, config.trigger_words) for example in examples)
-    for word in config.words.words:
-        if not re.search(rf"(?<![\w/]){re.escape(word)}(?![\w/])", texts):
-            raise ConfigError(
-                f"words.words: {word!r} stands in no caption, so nothing would teach it; put it there, or into "
-                "captions.template (an instance prompt is for pictures without a caption)"
-            )
-
-
 def split(config: TrainConfig) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """Pictures to train on and pictures held out. Raises DatasetError, ConfigError."""
     if config.validation.folder and config.validation.share:
@@ -251,13 +222,6 @@ def new_accelerator(config: TrainConfig) -> Accelerator:
         log_with=[check_tracker(name) for name in config.tracking.trackers] or None,
         project_dir=run_folder(config.output) / "logs",
     )
-
-
-def check_tracker(name: str) -> str:
-    """Raise ConfigError for a tracker that is not installed."""
-    if name == "wandb" and find_spec("wandb") is None:
-        raise ConfigError("tracking.trackers names wandb, which is not installed; pip install wandb, or leave it out")
-    return name
 
 
 def new_cache(config: TrainConfig) -> Cache:

@@ -10,7 +10,9 @@ import numpy as np
 from PIL import Image
 
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
-from lora_diffusion.config.settings import GenerateConfig, MergeConfig, WeightType, read_toml
+from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.merge import MergeConfig, WeightType
+from lora_diffusion.config.settings import read_toml
 from lora_diffusion.config.train import TrainConfig
 from lora_diffusion.core.atomic_files import sample_data
 from lora_diffusion.errors import OutputError

@@ -3,17 +3,17 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lora_diffusion.config.merge import MergeConfig
 from lora_diffusion.config.preset import BaseTerm, BlendEntry
-from lora_diffusion.config.settings import MergeConfig
 from lora_diffusion.errors import ConfigError, LoRADiffusionError
+from lora_diffusion.library.presets import read_preset
 from lora_diffusion.library.references import anchored_entries, load_blend
 from lora_diffusion.merging.merge import MergeReport, merge
 from lora_diffusion.merging.recipe import merge_recipe
 from lora_diffusion.merging.undo import base_at_hand, copy_base, take_out
 from lora_diffusion.merging.writer import OnShare
-from lora_diffusion.models.load import find_checkpoint
+from lora_diffusion.models.locate import find_checkpoint
 from lora_diffusion.workflows.images.generate import Means, prepared_blend
-from lora_diffusion.workflows.images.presets import read_preset
 
 
 @dataclass(frozen=True, kw_only=True)

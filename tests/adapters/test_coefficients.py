@@ -10,14 +10,13 @@ from hypothesis import strategies as st
 from lora_diffusion.adapters.coefficients import (
     Moment,
     block_factors,
-    block_layouts,
-    block_name,
     coefficients,
     read_block_presets,
     schedule_factor,
     spelled_out,
     stock_presets,
 )
+from lora_diffusion.architectures.blocks import block_layouts, block_name
 from lora_diffusion.architectures.module_paths import ANATOMIES, module_paths
 from lora_diffusion.config.preset import BlendWeight, Schedule
 from lora_diffusion.errors import ConfigError

@@ -20,12 +20,12 @@ from lora_diffusion.algebra.combine.exact_sum import combine, joint_sum
 from lora_diffusion.algebra.metrics.quantization_error import rounding_error
 from lora_diffusion.algebra.reduce.resize import compress
 from lora_diffusion.algebra.svd.rank_selection import RankRule, count
+from lora_diffusion.architectures.blocks import block_of
 from lora_diffusion.config.preset import BlendEntry
 from lora_diffusion.errors import ConfigError, FamilyMismatchError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.workflows.adapters.combine import Combination, combine_files
-from lora_diffusion.workflows.adapters.inspect import block_of
 
 LINEAR = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 CONV = "unet.down_blocks.0.resnets.0.conv1"

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
-from lora_diffusion.adapters.blend import Blend, WeightedAdapter, blend_sum, delta_of
+from lora_diffusion.adapters.blend import Blend, WeightedAdapter, blend_sum
+from lora_diffusion.adapters.deltas import delta_of
 from lora_diffusion.adapters.layers import LoHaLayer, LoRALayer
 from lora_diffusion.algebra.combine.core_space import core_space, knots_space, layer_of
 from lora_diffusion.algebra.combine.methods import METHODS, ConsensusConfig, Method, consensus

@@ -23,7 +23,9 @@ from measuring import machine
 from torch import Tensor
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
-from lora_diffusion.adapters.blend import Blend, Term, WeightedAdapter, delta_of
+from lora_diffusion.adapters.blend import Blend, WeightedAdapter
+from lora_diffusion.adapters.deltas import delta_of
+from lora_diffusion.adapters.factor_stack import Term
 from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.algebra.combine.exact_sum import combine, joint_sum
 from lora_diffusion.algebra.reduce.resize import compress

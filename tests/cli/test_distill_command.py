@@ -10,8 +10,8 @@ import tyro
 from lora_diffusion.adapters.adapter import AdapterMetadata
 from lora_diffusion.cli.commands.distill import Distil
 from lora_diffusion.config.distillation import DistilConfig
+from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendEntry, BlendPreset
-from lora_diffusion.config.settings import GenerateConfig
 from lora_diffusion.errors import ConfigError, DatasetError, LoRADiffusionError, OutputError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter

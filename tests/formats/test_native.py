@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, adapter_hash
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.adapters.layers import LoRALayer
-from lora_diffusion.config.settings import GenerateConfig
+from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.errors import AdapterFormatError, OutputError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter

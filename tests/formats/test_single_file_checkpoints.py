@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from lora_diffusion.adapters.blend import Blend
+from lora_diffusion.config.merge import MergeConfig
 from lora_diffusion.config.preset import BaseTerm
-from lora_diffusion.config.settings import MergeConfig
 from lora_diffusion.errors import BaseModelError, ConfigError, FamilyMismatchError, OutputError
 from lora_diffusion.formats.checkpoints.checkpoint import open_checkpoint
 from lora_diffusion.merging.merge import merge

@@ -16,8 +16,9 @@ from lora_diffusion.adapters.coefficients import Moment
 from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.adapters.masks import region_mask, scaled_mask, token_grid
 from lora_diffusion.algebra.combine.np_lora import main_directions, project_out
+from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendWeight, Composition, Region
-from lora_diffusion.config.settings import GenerateConfig, validate
+from lora_diffusion.config.settings import validate
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.inference.composition import composed
 from lora_diffusion.inference.in_place import blended, weight_at

@@ -12,13 +12,14 @@ from diffusers import PNDMScheduler, StableDiffusionPipeline, StableDiffusionXLP
 from torch import Tensor
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
-from lora_diffusion.adapters.blend import Blend, WeightedAdapter, blend_sum, delta_of
+from lora_diffusion.adapters.blend import Blend, WeightedAdapter, blend_sum
 from lora_diffusion.adapters.coefficients import Moment
+from lora_diffusion.adapters.deltas import delta_of
 from lora_diffusion.adapters.layers import DoRALayer, FullLayer, LoHaLayer, LoKrLayer, LoRALayer
 from lora_diffusion.algebra.combine.exact_sum import combine
 from lora_diffusion.architectures.module_paths import changeable_paths
+from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendWeight, Region, Schedule, Weight
-from lora_diffusion.config.settings import GenerateConfig
 from lora_diffusion.errors import AdapterFormatError, ConfigError, LoRADiffusionError
 from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.inference.composition import ReadPrompt

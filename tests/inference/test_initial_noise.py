@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_diffusion.config.settings import GenerateConfig, validate
+from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.settings import validate
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.inference.initial_noise import spherical, variation_noise
 from lora_diffusion.inference.sampling import generate

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_diffusion.adapters.adapter import Adapter
-from lora_diffusion.adapters.blend import Blend, blend_sum, delta_of
+from lora_diffusion.adapters.blend import Blend, blend_sum
 from lora_diffusion.adapters.coefficients import Moment
+from lora_diffusion.adapters.deltas import delta_of
 from lora_diffusion.adapters.layers import DoRALayer, FullLayer, LoHaLayer, LoRALayer
+from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendWeight, Composition, Schedule
-from lora_diffusion.config.settings import GenerateConfig
 from lora_diffusion.errors import AdapterFormatError, ConfigError
 from lora_diffusion.inference.in_place import blended, patching, rounding_loss, weight_at
 from lora_diffusion.inference.parallel import branched, branching

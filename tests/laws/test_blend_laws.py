@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, adapter_hash
-from lora_diffusion.adapters.blend import Blend, WeightedAdapter, blend_sum, delta_of
+from lora_diffusion.adapters.blend import Blend, WeightedAdapter, blend_sum
+from lora_diffusion.adapters.deltas import delta_of
 from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.algebra.combine.exact_sum import combine
 from lora_diffusion.errors import AdapterFormatError, ConfigError, FamilyMismatchError

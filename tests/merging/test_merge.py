@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter, blend_sum
 from lora_diffusion.adapters.layers import LoRALayer
-from lora_diffusion.config.settings import GenerateConfig, MergeConfig, WeightType
+from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.merge import MergeConfig, WeightType
 from lora_diffusion.errors import ConfigError, FamilyMismatchError, LoRADiffusionError, OutputError
 from lora_diffusion.inference.in_place import blended, weight_at
 from lora_diffusion.inference.sampling import generate

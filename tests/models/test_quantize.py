@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.cli import main
-from lora_diffusion.config.settings import GenerateConfig
+from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.train import TrainConfig
 from lora_diffusion.core.atomic_files import sample_data
 from lora_diffusion.errors import ConfigError

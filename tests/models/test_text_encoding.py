@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_diffusion.config.settings import GenerateConfig
+from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.inference.sampling import contexts_of, prompt_arguments, sample
 from lora_diffusion.models.load import Base
 from lora_diffusion.models.text_encoding import chunk_count, chunks_of, encode_prompts

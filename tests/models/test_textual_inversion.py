@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
-from lora_diffusion.config.settings import GenerateConfig
+from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.errors import ConfigError, FamilyMismatchError
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import Base

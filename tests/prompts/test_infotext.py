@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, PngImagePlugin
 
+from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendEntry
-from lora_diffusion.config.settings import GenerateConfig
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.library.recipe import Recipe, infotext, write_png
 from lora_diffusion.prompts.image_metadata import comment_text, read_infotext

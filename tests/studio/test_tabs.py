@@ -14,8 +14,8 @@ from lora_diffusion.cli import main
 from lora_diffusion.core.atomic_files import sample_data
 from lora_diffusion.errors import ConfigError, DatasetError, OutputError
 from lora_diffusion.formats.adapters.load import load_adapter
+from lora_diffusion.library.presets import read_preset
 from lora_diffusion.workflows.images.grid_axes import NOTHING, axis
-from lora_diffusion.workflows.images.presets import read_preset
 from lora_diffusion_studio.comparing import Sheet, block_effects, compare_commands, compared
 from lora_diffusion_studio.forms import Form, plan_of
 from lora_diffusion_studio.keeping import bring_in, discard, keep, kept_preset, kept_presets

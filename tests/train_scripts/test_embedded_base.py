@@ -11,8 +11,8 @@ from PIL import Image
 
 from lora_diffusion.adapters.adapter import adapter_hash
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
+from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendPreset
-from lora_diffusion.config.settings import GenerateConfig
 from lora_diffusion.core.atomic_files import sample_data
 from lora_diffusion.evaluation.style_distance import style_distance, style_pictures
 from lora_diffusion.formats.adapters.load import load_adapter

@@ -10,7 +10,8 @@ import torch
 
 from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
-from lora_diffusion.config.settings import GenerateConfig, validate
+from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.settings import validate
 from lora_diffusion.config.train import TrainConfig
 from lora_diffusion.core.atomic_files import sample_data
 from lora_diffusion.errors import ConfigError

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
-from lora_diffusion.adapters.blend import Blend, WeightedAdapter, blend_sum, delta_of
+from lora_diffusion.adapters.blend import Blend, WeightedAdapter, blend_sum
 from lora_diffusion.adapters.coefficients import Moment
+from lora_diffusion.adapters.deltas import delta_of
 from lora_diffusion.adapters.layers import DoRALayer, LoRALayer
 from lora_diffusion.config.distillation import DistilConfig
+from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendWeight, Composition, Region, Schedule
-from lora_diffusion.config.settings import GenerateConfig, validate
+from lora_diffusion.config.settings import validate
 from lora_diffusion.errors import (
     ConfigError,
     FamilyMismatchError,

@@ -17,8 +17,10 @@ from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.adapters.coefficients import Moment
 from lora_diffusion.adapters.layers import FullLayer, LoRALayer
 from lora_diffusion.cli import main
-from lora_diffusion.config.preset import BlendEntry, BlendPreset, BlendWeight, Region, RouteConfig, Schedule
-from lora_diffusion.config.settings import GenerateConfig, validate
+from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.preset import BlendEntry, BlendPreset, BlendWeight, Region, Schedule
+from lora_diffusion.config.routing import RouteConfig
+from lora_diffusion.config.settings import validate
 from lora_diffusion.config.train import ObjectiveConfig
 from lora_diffusion.core.atomic_files import sample_data
 from lora_diffusion.errors import BaseModelError, ConfigError, DatasetError, FamilyMismatchError, TrainingError

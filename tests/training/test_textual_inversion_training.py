@@ -8,7 +8,7 @@ import torch
 
 from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
-from lora_diffusion.config.settings import GenerateConfig
+from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.train import TrainConfig, WordsConfig
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.load import load_adapter

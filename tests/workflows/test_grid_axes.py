@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_diffusion.adapters.coefficients import block_factors, block_layouts
+from lora_diffusion.adapters.coefficients import block_factors
+from lora_diffusion.architectures.blocks import block_layouts
+from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendEntry, BlendWeight, Composition, Schedule
-from lora_diffusion.config.settings import GenerateConfig
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.models.load import find_checkpoint
+from lora_diffusion.models.locate import find_checkpoint
 from lora_diffusion.workflows.images.grid_axes import (
     CHANGES,
     NOTHING,

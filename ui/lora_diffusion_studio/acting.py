@@ -6,7 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lora_diffusion.adapters.coefficients import Moment, block_factors, block_layouts, schedule_factor
+from lora_diffusion.adapters.coefficients import Moment, block_factors, schedule_factor
+from lora_diffusion.architectures.blocks import block_layouts
 from lora_diffusion.architectures.module_paths import Anatomy
 from lora_diffusion.config.preset import BlendWeight, Schedule, Weight
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lora_diffusion.adapters.coefficients import spelled_out
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.models.load import find_checkpoint
+from lora_diffusion.models.locate import find_checkpoint
 from lora_diffusion.workflows.images.grid import BlockEffect, save_sheet, strongest_first
 from lora_diffusion.workflows.images.grid_axes import NOTHING, Axis, axis_text, cells, without_blocks
 from lora_diffusion.workflows.images.plan import Plan

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import Composition
-from lora_diffusion.config.settings import EMBEDDED_BASE, GenerateConfig, validate
+from lora_diffusion.config.settings import EMBEDDED_BASE, validate
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.library.search import Library, find
 from lora_diffusion.workflows.images.plan import Plan

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_diffusion.errors import ConfigError
+from lora_diffusion.library.presets import list_presets, read_preset
 from lora_diffusion.prompts.tags import weight_text
 from lora_diffusion.workflows.images.generate import Means, save_plan
-from lora_diffusion.workflows.images.presets import list_presets, read_preset
 from lora_diffusion_studio.forms import Form
 from lora_diffusion_studio.studio import Studio, checked_name, stock_presets_folder
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import get_args
 
 from lora_diffusion.algebra.svd.rank_selection import RankRule
-from lora_diffusion.config.settings import MergeConfig, WeightType, validate
+from lora_diffusion.config.merge import MergeConfig, WeightType
+from lora_diffusion.config.settings import validate
 from lora_diffusion.core.dtypes import torch_dtype
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.checkpoints.checkpoint import Stored
 from lora_diffusion.merging.merge import estimated_rounding
-from lora_diffusion.models.load import fitting_checkpoint
+from lora_diffusion.models.locate import fitting_checkpoint
 from lora_diffusion.workflows.adapters.combine import Combination, combine_files
 from lora_diffusion.workflows.images.generate import Means, prepared_blend
 from lora_diffusion.workflows.images.plan import Plan

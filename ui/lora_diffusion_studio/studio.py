@@ -19,13 +19,14 @@ from lora_diffusion.config.settings import EMBEDDED_BASE, Codes
 from lora_diffusion.core.atomic_files import sample_data
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.inference.sampling import preview
+from lora_diffusion.library.presets import read_preset
 from lora_diffusion.library.references import Shelf
 from lora_diffusion.library.search import Library, find, open_library, search
-from lora_diffusion.models.load import Base, find_checkpoint
+from lora_diffusion.models.load import Base
+from lora_diffusion.models.locate import find_checkpoint
 from lora_diffusion.models.quantize import check_codes, load_in_codes
 from lora_diffusion.workflows.images.generate import Means, prepared_blend, write_pictures
 from lora_diffusion.workflows.images.plan import Plan, preset_plan, replay_plan, with_tags
-from lora_diffusion.workflows.images.presets import read_preset
 from lora_diffusion_studio.acting import acting_picture
 from lora_diffusion_studio.cards import Card, card_of
 from lora_diffusion_studio.forms import Form, command_of, form_of, plan_of

@@ -19,7 +19,7 @@ from lora_diffusion.config.train import DataConfig
 from lora_diffusion.core.atomic_files import whole_file
 from lora_diffusion.data.checks import described
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.models.load import find_checkpoint
+from lora_diffusion.models.locate import find_checkpoint
 from lora_diffusion.training.log import LOG, read_log
 from lora_diffusion.workflows.training.dataset_check import checked
 from lora_diffusion.workflows.training.run import REPORT

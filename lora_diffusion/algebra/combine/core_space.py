@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_diffusion.adapters.blend import joined_shape
+from lora_diffusion.adapters.factor_stack import joined_shape
 from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.algebra.svd.svd import Spectrum, decomposed, factored, truncated
 

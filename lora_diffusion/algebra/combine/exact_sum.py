@@ -7,18 +7,10 @@ import torch
 from torch import Tensor
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, Token
-from lora_diffusion.adapters.blend import (
-    Blend,
-    BlendSum,
-    Term,
-    blend_sum,
-    blended_bias,
-    is_joinable,
-    joined_layer,
-    joined_shape,
-    same_weight,
-    wanted_shapes,
-)
+from lora_diffusion.adapters.blend import Blend, BlendSum, blend_sum
+from lora_diffusion.adapters.compatibility import same_weight, wanted_shapes
+from lora_diffusion.adapters.deltas import blended_bias
+from lora_diffusion.adapters.factor_stack import Term, is_joinable, joined_layer, joined_shape
 from lora_diffusion.adapters.layers import FullLayer, Layer
 from lora_diffusion.architectures.module_paths import Anatomy
 from lora_diffusion.errors import ConfigError, FamilyMismatchError

@@ -15,7 +15,8 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
-from lora_diffusion.adapters.blend import BiasTerm, Blend, is_joinable, joined_layer
+from lora_diffusion.adapters.blend import Blend
+from lora_diffusion.adapters.factor_stack import BiasTerm, is_joinable, joined_layer
 from lora_diffusion.adapters.layers import Layer, LoRALayer
 from lora_diffusion.algebra.combine.core_space import CoreSpace, core_space, knots_space, layer_of
 from lora_diffusion.algebra.combine.exact_sum import combine, joint_sum, united_words

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lora_diffusion.adapters.adapter import Adapter
-from lora_diffusion.adapters.blend import WeightedAdapter, is_joinable
+from lora_diffusion.adapters.blend import WeightedAdapter
+from lora_diffusion.adapters.factor_stack import is_joinable
 from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.algebra.svd.svd import spectrum_of
 from lora_diffusion.errors import ConfigError

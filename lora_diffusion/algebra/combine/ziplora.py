@@ -23,7 +23,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_diffusion.adapters.blend import Term, joined_layer
+from lora_diffusion.adapters.factor_stack import Term, joined_layer
 from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.algebra.combine.core_space import scaled_factors
 

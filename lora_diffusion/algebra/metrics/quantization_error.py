@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_diffusion.adapters.adapter import Adapter
-from lora_diffusion.adapters.blend import is_joinable
+from lora_diffusion.adapters.factor_stack import is_joinable
 from lora_diffusion.adapters.layers import DoRALayer, Layer, LoRALayer
 from lora_diffusion.algebra.metrics.norms import delta_norm
 

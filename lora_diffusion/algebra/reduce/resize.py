@@ -9,7 +9,8 @@ import torch
 from tqdm import tqdm
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
-from lora_diffusion.adapters.blend import BlendSum, Term, joined_shape
+from lora_diffusion.adapters.blend import BlendSum
+from lora_diffusion.adapters.factor_stack import Term, joined_shape
 from lora_diffusion.adapters.layers import Layer
 from lora_diffusion.algebra.combine.exact_sum import full_sum, summed_biases
 from lora_diffusion.algebra.svd.rank_selection import RankRule, count

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, Token
-from lora_diffusion.adapters.blend import is_joinable, joined_layer
+from lora_diffusion.adapters.factor_stack import is_joinable, joined_layer
 from lora_diffusion.adapters.layers import FullLayer, LoRALayer
 from lora_diffusion.algebra.metrics.norms import delta_norm
 from lora_diffusion.algebra.svd.svd import dense_spectrum, factored, spectrum_of, truncated

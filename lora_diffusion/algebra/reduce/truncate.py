@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from lora_diffusion.adapters.adapter import Adapter
-from lora_diffusion.adapters.blend import first_directions_of
 from lora_diffusion.adapters.layers import Layer, LoRALayer
+from lora_diffusion.adapters.t_lora import first_directions_of
 from lora_diffusion.algebra.reduce.resize import CompressionReport, ModuleLoss
 from lora_diffusion.errors import ConfigError
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_diffusion.adapters.blend import Term, delta_of, joined_shape, parted, stacked
+from lora_diffusion.adapters.deltas import delta_of
+from lora_diffusion.adapters.factor_stack import Term, joined_shape, parted, stacked
 from lora_diffusion.adapters.layers import LoRALayer
 
 

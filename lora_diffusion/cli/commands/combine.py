@@ -9,8 +9,8 @@ import tyro
 
 from lora_diffusion.cli.blend_flags import parse_adapters
 from lora_diffusion.cli.flags import Patterns
+from lora_diffusion.config.merge import WeightType
 from lora_diffusion.config.preset import BlendEntry
-from lora_diffusion.config.settings import WeightType
 from lora_diffusion.errors import ConfigError
 
 

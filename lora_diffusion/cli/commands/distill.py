@@ -18,8 +18,9 @@ from lora_diffusion.cli.blend_flags import (
 )
 from lora_diffusion.cli.flags import optional_flags, quiet
 from lora_diffusion.config.distillation import DistilConfig
+from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import Composition
-from lora_diffusion.config.settings import EMBEDDED_BASE, GenerateConfig, validate
+from lora_diffusion.config.settings import EMBEDDED_BASE, validate
 
 DistilFlags = optional_flags(DistilConfig)
 

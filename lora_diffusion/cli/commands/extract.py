@@ -9,7 +9,7 @@ import tyro
 
 from lora_diffusion.cli.commands.combine import RankFlags
 from lora_diffusion.cli.flags import quiet
-from lora_diffusion.config.settings import WeightType
+from lora_diffusion.config.merge import WeightType
 from lora_diffusion.errors import ConfigError
 
 Targets = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[SET|PATTERN ...]", help_behavior_hint="(default: all)")]

@@ -18,8 +18,9 @@ from lora_diffusion.cli.blend_flags import (
     parse_adapters,
 )
 from lora_diffusion.cli.flags import quiet
+from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import Composition
-from lora_diffusion.config.settings import EMBEDDED_BASE, Codes, GenerateConfig, validate
+from lora_diffusion.config.settings import EMBEDDED_BASE, Codes, validate
 from lora_diffusion.errors import ConfigError
 
 
@@ -143,7 +144,7 @@ class Preset:
         return 0
 
     def list(self) -> int:
-        from lora_diffusion.workflows.images.presets import list_presets
+        from lora_diffusion.library.presets import list_presets
 
         rows = list_presets(self.path)
         if self.json:
@@ -155,7 +156,7 @@ class Preset:
         return 0
 
     def show(self) -> int:
-        from lora_diffusion.workflows.images.presets import describe_preset, read_preset
+        from lora_diffusion.library.presets import describe_preset, read_preset
 
         preset = read_preset(self.path)
         print(preset.model_dump_json(exclude_defaults=True) if self.json else describe_preset(preset))

@@ -8,7 +8,8 @@ from typing import Annotated
 import tyro
 
 from lora_diffusion.cli.flags import Patterns, quiet
-from lora_diffusion.config.settings import Dialect, WeightType
+from lora_diffusion.config.merge import WeightType
+from lora_diffusion.config.settings import Dialect
 from lora_diffusion.errors import ConfigError
 
 

@@ -10,8 +10,9 @@ import tyro
 
 from lora_diffusion.cli.blend_flags import Adapters, BaseFlag, MeansFlags, given, parse_adapters
 from lora_diffusion.cli.flags import REPEATABLE, optional_flags, quiet
+from lora_diffusion.config.merge import MergeConfig
 from lora_diffusion.config.preset import BaseTerm
-from lora_diffusion.config.settings import EMBEDDED_BASE, MergeConfig, validate
+from lora_diffusion.config.settings import EMBEDDED_BASE, validate
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.prompts.tags import is_number
 

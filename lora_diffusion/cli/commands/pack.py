@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from lora_diffusion.config.settings import WeightType
+from lora_diffusion.config.merge import WeightType
 from lora_diffusion.errors import ConfigError
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lora_diffusion.config.settings import WeightType
+from lora_diffusion.config.merge import WeightType
 
 
 @dataclass(frozen=True, kw_only=True)

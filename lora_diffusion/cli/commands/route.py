@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from lora_diffusion.cli.flags import Changes, parse_changes, quiet, settings_table
-from lora_diffusion.config.preset import RouteConfig
+from lora_diffusion.config.routing import RouteConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,9 +20,8 @@ from lora_diffusion.errors import AdapterFormatError
 from lora_diffusion.formats.adapters.kohya_keys import is_kohya, kohya_name, kohya_names, module_of
 from lora_diffusion.formats.adapters.lycoris_tensors import Module, assemble, take_apart
 from lora_diffusion.formats.adapters.metadata import kohya_entries, modelspec_entries, named_base, record_entry
-from lora_diffusion.formats.adapters.parsed import Found
+from lora_diffusion.formats.adapters.parsed import Found, refuse_unusable
 from lora_diffusion.formats.adapters.textual_inversion import BUNDLE, bundled, bundled_tokens
-from lora_diffusion.formats.adapters.usable import refuse_unusable
 from lora_diffusion.formats.safetensors import write_safetensors
 
 if TYPE_CHECKING:

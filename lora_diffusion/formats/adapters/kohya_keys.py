@@ -10,51 +10,10 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 
 from lora_diffusion.architectures.families import FAMILIES, TWO_ENCODERS
-from lora_diffusion.architectures.module_paths import ANATOMIES, Anatomy, changeable_paths
+from lora_diffusion.architectures.module_paths import ANATOMIES, changeable_paths
+from lora_diffusion.formats.checkpoints.ldm_keys import original_unet_path
 
 UNET_PREFIX = "lora_unet"
-
-RESNET_NAMES = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-TOP_NAMES = {
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}
-MIDDLE_NAMES = {"resnets.0": "0", "attentions.0": "1", "resnets.1": "2"}
-
-
-def original_unet_path(path: str, shape: Anatomy) -> str:
-    """A UNet module path (without its component) in the original checkpoint's spelling."""
-    if path in TOP_NAMES:
-        return TOP_NAMES[path]
-    if path.startswith("mid_block."):
-        kind, number, rest = path.removeprefix("mid_block.").split(".", 2)
-        return f"middle_block.{MIDDLE_NAMES[f'{kind}.{number}']}.{inner_name(kind, rest)}"
-    side, block, kind, number, rest = path.split(".", 4)
-    i, j = int(block), int(number)
-    per_block = shape.layers_per_block + 1
-    if side == "down_blocks":
-        if kind == "downsamplers":
-            return f"input_blocks.{per_block * (i + 1)}.0.op"
-        return f"input_blocks.{per_block * i + j + 1}.{int(kind == 'attentions')}.{inner_name(kind, rest)}"
-    if kind == "upsamplers":
-        return f"output_blocks.{per_block * (i + 1) - 1}.{1 + bool(shape.up_attention[i])}.conv"
-    return f"output_blocks.{per_block * i + j}.{int(kind == 'attentions')}.{inner_name(kind, rest)}"
-
-
-def inner_name(kind: str, rest: str) -> str:
-    return RESNET_NAMES[rest] if kind == "resnets" else rest
 
 
 def underscored(prefix: str, path: str) -> str:

@@ -15,9 +15,8 @@ from lora_diffusion.errors import AdapterFormatError
 from lora_diffusion.formats.adapters import cloneofsimo, kohya, native, peft, textual_inversion, unsupported
 from lora_diffusion.formats.adapters.metadata import Record, foreign_metadata, read_record
 from lora_diffusion.formats.adapters.pack import refuse_pack
-from lora_diffusion.formats.adapters.parsed import Found
+from lora_diffusion.formats.adapters.parsed import Found, refuse_unusable
 from lora_diffusion.formats.adapters.pickle import is_pickled, read_pickled
-from lora_diffusion.formats.adapters.usable import refuse_unusable
 from lora_diffusion.formats.safetensors import read_outline, read_safetensors
 
 if TYPE_CHECKING:

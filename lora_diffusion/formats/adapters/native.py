@@ -21,8 +21,8 @@ from lora_diffusion.core.dtypes import dtype_name, tensor_bytes, torch_dtype
 from lora_diffusion.errors import AdapterFormatError
 from lora_diffusion.formats.adapters.lycoris_tensors import ALPHA, MAGNITUDE, take_apart
 from lora_diffusion.formats.adapters.metadata import modelspec_entries, record_entry
+from lora_diffusion.formats.adapters.parsed import refuse_unusable
 from lora_diffusion.formats.adapters.peft import MAGNITUDE_VECTOR, PEFT_KEY
-from lora_diffusion.formats.adapters.usable import refuse_unusable
 from lora_diffusion.formats.meta_tensor import Outline
 from lora_diffusion.formats.safetensors import write_safetensors
 

@@ -11,11 +11,29 @@ from dataclasses import dataclass
 
 from lora_diffusion.architectures.families import SD2, Family
 from lora_diffusion.architectures.module_paths import Anatomy
-from lora_diffusion.formats.adapters.kohya_keys import original_unet_path
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 ONE_CLIP, ONE_OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 FIRST_CLIP, SECOND_OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+
+RESNET_NAMES = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+TOP_NAMES = {
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+MIDDLE_NAMES = {"resnets.0": "0", "attentions.0": "1", "resnets.1": "2"}
 
 VAE_RESNETS = {"conv_shortcut": "nin_shortcut"}
 VAE_ATTENTION = {
@@ -119,3 +137,26 @@ def open_clip_place(prefix: str, key: str) -> OriginalPlace | None:
     if module.rpartition(".")[2] in FUSED:
         return OriginalPlace(key=f"{block}.attn.in_proj_{leaf}", third=FUSED[module.rpartition(".")[2]])
     return OriginalPlace(key=f"{block}.{OPEN_CLIP_LAYER[module]}.{leaf}")
+
+
+def original_unet_path(path: str, shape: Anatomy) -> str:
+    """A UNet module path (without its component) in the original checkpoint's spelling."""
+    if path in TOP_NAMES:
+        return TOP_NAMES[path]
+    if path.startswith("mid_block."):
+        kind, number, rest = path.removeprefix("mid_block.").split(".", 2)
+        return f"middle_block.{MIDDLE_NAMES[f'{kind}.{number}']}.{inner_name(kind, rest)}"
+    side, block, kind, number, rest = path.split(".", 4)
+    i, j = int(block), int(number)
+    per_block = shape.layers_per_block + 1
+    if side == "down_blocks":
+        if kind == "downsamplers":
+            return f"input_blocks.{per_block * (i + 1)}.0.op"
+        return f"input_blocks.{per_block * i + j + 1}.{int(kind == 'attentions')}.{inner_name(kind, rest)}"
+    if kind == "upsamplers":
+        return f"output_blocks.{per_block * (i + 1) - 1}.{1 + bool(shape.up_attention[i])}.conv"
+    return f"output_blocks.{per_block * i + j}.{int(kind == 'attentions')}.{inner_name(kind, rest)}"
+
+
+def inner_name(kind: str, rest: str) -> str:
+    return RESNET_NAMES[rest] if kind == "resnets" else rest

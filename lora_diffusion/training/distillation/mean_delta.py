@@ -11,17 +11,10 @@ from typing import TypeVar
 import torch
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
-from lora_diffusion.adapters.blend import (
-    Blend,
-    BlendSum,
-    Term,
-    blend_sum,
-    blended_bias,
-    delta_of,
-    joined_sums,
-    part_of,
-)
+from lora_diffusion.adapters.blend import Blend, BlendSum, blend_sum, joined_sums, part_of
 from lora_diffusion.adapters.coefficients import Moment, without_schedules
+from lora_diffusion.adapters.deltas import blended_bias, delta_of
+from lora_diffusion.adapters.factor_stack import Term
 from lora_diffusion.adapters.layers import FullLayer, Layer
 from lora_diffusion.algebra.svd.svd import spectrum_of, truncated
 from lora_diffusion.config.preset import Composition

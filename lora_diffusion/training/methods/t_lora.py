@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_diffusion.adapters.blend import timed_rank
+from lora_diffusion.adapters.t_lora import timed_rank
 from lora_diffusion.training.methods.base import AddedUpdate, Frozen, Size
 from lora_diffusion.training.methods.fused_ops import cast
 from lora_diffusion.training.methods.lora import LowRankUpdate

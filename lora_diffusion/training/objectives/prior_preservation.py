@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lora_diffusion.config.settings import GenerateConfig
+from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.train import PriorConfig
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.inference.sampling import generate

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_diffusion.adapters.blend import Blend, WeightedAdapter, is_joinable, stacked
-from lora_diffusion.adapters.coefficients import block_layouts, block_name
+from lora_diffusion.adapters.blend import Blend, WeightedAdapter
+from lora_diffusion.adapters.factor_stack import is_joinable, stacked
+from lora_diffusion.architectures.blocks import block_layouts, block_name
 from lora_diffusion.config.preset import BlendWeight, Schedule
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.inference.in_place import check_blend, patching, weight_shape

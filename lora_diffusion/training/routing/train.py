@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
-from lora_diffusion.adapters.blend import Blend, check_family
-from lora_diffusion.config.preset import BlendPreset, RouteConfig
+from lora_diffusion.adapters.blend import Blend
+from lora_diffusion.adapters.compatibility import check_family
+from lora_diffusion.config.preset import BlendPreset
+from lora_diffusion.config.routing import RouteConfig
 from lora_diffusion.config.settings import read_toml
 from lora_diffusion.config.train import DataConfig, ObjectiveConfig
 from lora_diffusion.core.atomic_files import check_writable
@@ -24,8 +26,10 @@ from lora_diffusion.data.buckets import Bucket
 from lora_diffusion.data.folder import Example, data_hash, read_dataset
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.checkpoints.diffusers import anatomy_of_folder
+from lora_diffusion.library.presets import save_preset
 from lora_diffusion.library.references import anchored_entries, load_blend
-from lora_diffusion.models.load import Base, find_base, load_base
+from lora_diffusion.models.load import Base, load_base
+from lora_diffusion.models.locate import find_base
 from lora_diffusion.training.checks import check_finite
 from lora_diffusion.training.inputs.cache import NoCache
 from lora_diffusion.training.inputs.latents import LatentView, ViewEncoder
@@ -33,7 +37,6 @@ from lora_diffusion.training.inputs.samples import Sample, collate, drawn
 from lora_diffusion.training.objectives.denoiser import Denoiser
 from lora_diffusion.training.routing.gates import Gates, routed
 from lora_diffusion.training.seeding import picture_order, sample_seed
-from lora_diffusion.workflows.images.presets import save_preset
 
 HELD_OUT = 32
 """Samples that the loss is measured on before and after: the same pictures under noise that training does not see."""

@@ -22,10 +22,10 @@ from lora_diffusion.algebra.metrics.overlap import Overlap, overlap_of, summed
 from lora_diffusion.algebra.metrics.spectra import SpectrumFacts, block_facts, spectrum_facts
 from lora_diffusion.algebra.metrics.subspace_similarity import Likeness, directions_of, likeness, mean_grid
 from lora_diffusion.algebra.svd.svd import Spectrum, spectrum_of
+from lora_diffusion.architectures.blocks import block_of
 from lora_diffusion.architectures.families import family_title
 from lora_diffusion.errors import ConfigError, FamilyMismatchError
 from lora_diffusion.formats.adapters.load import load_adapter
-from lora_diffusion.workflows.adapters.inspect import block_of
 
 Facts = dict[str, Any]
 
@@ -106,7 +106,7 @@ def base_weights(base: str, adapters: Sequence[Adapter]) -> Callable[[str], Tens
 
     Raises BaseModelError, FamilyMismatchError if anything finds no weight of its shape.
     """
-    from lora_diffusion.models.load import fitting_checkpoint  # slow to import, and nothing else here needs it
+    from lora_diffusion.models.locate import fitting_checkpoint  # slow to import, and nothing else here needs it
 
     blend = Blend(entries=tuple(WeightedAdapter(adapter=adapter) for adapter in adapters))
     parameters = fitting_checkpoint(base, blend).parameters

@@ -17,16 +17,16 @@ from lora_diffusion.algebra.metrics.quantization_error import rounding_error
 from lora_diffusion.algebra.reduce.resize import CompressionReport, Loss, compress
 from lora_diffusion.algebra.reduce.truncate import first_directions
 from lora_diffusion.algebra.svd.rank_selection import RankRule
+from lora_diffusion.architectures.blocks import block_of
 from lora_diffusion.architectures.module_paths import ANATOMIES
+from lora_diffusion.config.merge import WeightType
 from lora_diffusion.config.preset import BlendEntry
-from lora_diffusion.config.settings import WeightType
-from lora_diffusion.core.atomic_files import check_output
+from lora_diffusion.core.atomic_files import check_output, size_of
 from lora_diffusion.core.dtypes import dtype_name, torch_dtype
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.library.recipe import blend_entries
 from lora_diffusion.library.references import load_blend
-from lora_diffusion.workflows.adapters.inspect import block_of, size_of
 
 STALE = ("ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_network_args")
 """What kohya's record says of factors that are no longer those of the file."""
@@ -121,7 +121,7 @@ def with_deltas(blend: Blend, base: str) -> Blend:
 
     That is how a blend applies it: beside the others, never on top of them. Raises BaseModelError, FamilyMismatchError.
     """
-    from lora_diffusion.models.load import fitting_checkpoint  # slow to import, and nothing else here needs it
+    from lora_diffusion.models.locate import fitting_checkpoint  # slow to import, and nothing else here needs it
 
     parameters = fitting_checkpoint(base, blend).parameters
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lora_diffusion.adapters.adapter import Adapter, cast, named_tensors
-from lora_diffusion.config.settings import Dialect, WeightType
+from lora_diffusion.config.merge import WeightType
+from lora_diffusion.config.settings import Dialect
 from lora_diffusion.core.atomic_files import whole_file
 from lora_diffusion.core.dtypes import torch_dtype
 from lora_diffusion.errors import ConfigError, OutputError

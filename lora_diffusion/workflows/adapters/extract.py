@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
-from lora_diffusion.adapters.blend import same_weight
+from lora_diffusion.adapters.compatibility import same_weight
 from lora_diffusion.adapters.layers import FullLayer
 from lora_diffusion.algebra.reduce.extract import (
     Approximation,
@@ -26,14 +26,14 @@ from lora_diffusion.algebra.svd.randomized_svd import Sketch
 from lora_diffusion.algebra.svd.rank_selection import RankRule
 from lora_diffusion.architectures.module_paths import changeable_paths
 from lora_diffusion.architectures.targets import resolve_targets
-from lora_diffusion.config.settings import WeightType
+from lora_diffusion.config.merge import WeightType
 from lora_diffusion.core.atomic_files import check_output
 from lora_diffusion.core.dtypes import torch_dtype
 from lora_diffusion.errors import ConfigError, FamilyMismatchError
 from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.formats.checkpoints.checkpoint import Checkpoint
 from lora_diffusion.formats.checkpoints.diffusers import read_json
-from lora_diffusion.models.load import find_checkpoint
+from lora_diffusion.models.locate import find_checkpoint
 
 Method: TypeAlias = Literal["exact", "randomised"]
 Vectors: TypeAlias = Literal["leave", "keep"]

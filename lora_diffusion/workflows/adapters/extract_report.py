@@ -4,9 +4,10 @@ from dataclasses import asdict
 from typing import Any
 
 from lora_diffusion.algebra.reduce.resize import Loss
+from lora_diffusion.architectures.blocks import block_of
+from lora_diffusion.core.atomic_files import size_of
 from lora_diffusion.workflows.adapters.combine import loss_facts, megabytes, span
 from lora_diffusion.workflows.adapters.extract import Extracted, listed
-from lora_diffusion.workflows.adapters.inspect import block_of, size_of
 
 
 def facts_of(done: Extracted) -> dict[str, Any]:

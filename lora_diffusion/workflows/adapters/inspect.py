@@ -9,7 +9,9 @@ from typing import Any
 
 from lora_diffusion.adapters.adapter import Adapter, adapter_hash, named_tensors
 from lora_diffusion.algebra.metrics.norms import delta_norm
+from lora_diffusion.architectures.blocks import block_of
 from lora_diffusion.architectures.families import family_title
+from lora_diffusion.core.atomic_files import size_of
 from lora_diffusion.core.dtypes import dtype_name
 from lora_diffusion.formats.adapters.load import load_unchecked, outline_adapter
 from lora_diffusion.formats.adapters.metadata import tag_frequencies
@@ -58,25 +60,10 @@ def inspect_adapter(path: Path, *, norms: bool = False, ignore: Sequence[str] = 
     return facts | (measured(adapter, path) if norms else {})
 
 
-def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a PEFT folder."""
-    files = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
-    return sum(file.stat().st_size for file in files)
-
-
 def spread(values: Iterable[float]) -> dict[str, float]:
     """Smallest, middle and largest value; empty for none."""
     listed = sorted(values)
     return {"min": listed[0], "median": median(listed), "max": listed[-1]} if listed else {}
-
-
-def block_of(path: str) -> str:
-    """The block of a module path: `unet.down_blocks.0`, `unet.mid_block`, and each text encoder as one."""
-    component, inner = path.split(".", 1)
-    if component != "unet":
-        return component
-    side, _, rest = inner.partition(".")
-    return f"unet.{side}.{rest.partition('.')[0]}" if side in ("down_blocks", "up_blocks") else f"unet.{side}"
 
 
 def measured(adapter: Adapter, path: Path) -> dict[str, Any]:

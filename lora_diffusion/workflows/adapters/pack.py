@@ -12,19 +12,18 @@ from tqdm import tqdm
 
 from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.algebra.reduce.shared_basis import member, shared
-from lora_diffusion.core.atomic_files import check_output
+from lora_diffusion.core.atomic_files import check_output, size_of
 from lora_diffusion.core.dtypes import torch_dtype
 from lora_diffusion.errors import ConfigError, OutputError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.formats.adapters.pack import load_pack, names_in, save_pack
 from lora_diffusion.library.entry import look_around, stem_of
-from lora_diffusion.workflows.adapters.inspect import size_of
 
 if TYPE_CHECKING:
     import torch
 
-    from lora_diffusion.config.settings import WeightType
+    from lora_diffusion.config.merge import WeightType
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lora_diffusion.adapters.adapter import Adapter, cast
 from lora_diffusion.algebra.reduce.prune import Scope, Sparsity, sparse_deltas, sparse_factors, sparsity
-from lora_diffusion.core.atomic_files import check_output
+from lora_diffusion.architectures.blocks import block_of
+from lora_diffusion.core.atomic_files import check_output, size_of
 from lora_diffusion.core.dtypes import torch_dtype
 from lora_diffusion.errors import AdapterFormatError, ConfigError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
-from lora_diffusion.workflows.adapters.inspect import block_of, size_of
 
 if TYPE_CHECKING:
-    from lora_diffusion.config.settings import WeightType
+    from lora_diffusion.config.merge import WeightType
 
 Part: TypeAlias = Literal["factors", "delta"]
 PRUNE = {"factors": sparse_factors, "delta": sparse_deltas}

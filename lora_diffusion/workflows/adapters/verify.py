@@ -5,14 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_diffusion.adapters.adapter import Adapter
-from lora_diffusion.adapters.blend import Blend, WeightedAdapter, check_fits, wanted_shapes
+from lora_diffusion.adapters.blend import Blend, WeightedAdapter
+from lora_diffusion.adapters.compatibility import check_fits, wanted_shapes
 from lora_diffusion.architectures.families import family_title
 from lora_diffusion.architectures.module_paths import changeable_paths
 from lora_diffusion.errors import AdapterFormatError, LoRADiffusionError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.checkpoints.diffusers import anatomy_of_folder, find_parameters
 from lora_diffusion.formats.safetensors import read_header
-from lora_diffusion.models.load import find_base
+from lora_diffusion.models.locate import find_base
 from lora_diffusion.workflows.adapters.inspect import delta_norm, file_hashes
 
 HASH_KEY = "modelspec.hash_sha256"

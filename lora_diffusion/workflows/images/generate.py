@@ -7,23 +7,25 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lora_diffusion.adapters.blend import Blend, blend_sum, check_family
+from lora_diffusion.adapters.blend import Blend, blend_sum
 from lora_diffusion.adapters.coefficients import read_block_presets, spelled_out, without_schedules
+from lora_diffusion.adapters.compatibility import check_family
 from lora_diffusion.algebra.combine.balance import balanced
+from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendEntry, BlendPreset
-from lora_diffusion.config.settings import GenerateConfig
 from lora_diffusion.core.atomic_files import check_writable
 from lora_diffusion.core.dtypes import dtype_name, torch_dtype
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.load import outline_adapter
 from lora_diffusion.inference.in_place import check_blend, quantised, rounding_loss
 from lora_diffusion.inference.sampling import OnStep, Picture, generate
+from lora_diffusion.library.presets import save_preset
 from lora_diffusion.library.recipe import Recipe, differences
 from lora_diffusion.library.references import Found, Shelf, load_blend
-from lora_diffusion.models.load import Base, find_checkpoint
+from lora_diffusion.models.load import Base
+from lora_diffusion.models.locate import find_checkpoint
 from lora_diffusion.models.quantize import load_in_codes
 from lora_diffusion.workflows.images.plan import Plan, with_tags
-from lora_diffusion.workflows.images.presets import save_preset
 
 MOST_LOST = 0.1
 """Share of a blend's delta that rounding may take before a user is told."""

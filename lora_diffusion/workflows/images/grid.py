@@ -16,7 +16,8 @@ from lora_diffusion.evaluation.image_grid import grid
 from lora_diffusion.inference.composition import check_composition
 from lora_diffusion.library.recipe import PNG_KEY
 from lora_diffusion.library.references import Found
-from lora_diffusion.models.load import Base, find_checkpoint
+from lora_diffusion.models.load import Base
+from lora_diffusion.models.locate import find_checkpoint
 from lora_diffusion.workflows.images.generate import Means, free_name, planned_base, prepared_blend, write_pictures
 from lora_diffusion.workflows.images.grid_axes import Axis, cells, without_blocks
 from lora_diffusion.workflows.images.plan import Plan, with_tags

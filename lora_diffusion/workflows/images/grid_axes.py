@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.adapters.coefficients import BlockPresets, block_layouts, spelled_out
+from lora_diffusion.adapters.coefficients import BlockPresets, spelled_out
+from lora_diffusion.architectures.blocks import block_layouts
 from lora_diffusion.architectures.module_paths import Anatomy
+from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendEntry, BlendWeight, Composition, Weight
-from lora_diffusion.config.settings import GenerateConfig, validate
+from lora_diffusion.config.settings import validate
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.library.entry import stem_of
 from lora_diffusion.workflows.images.plan import Plan

@@ -6,15 +6,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendEntry, Composition
-from lora_diffusion.config.settings import EMBEDDED_BASE, Codes, GenerateConfig, Model, validate
+from lora_diffusion.config.settings import EMBEDDED_BASE, Codes, Model, validate
 from lora_diffusion.errors import ConfigError
+from lora_diffusion.library.presets import read_preset
 from lora_diffusion.library.recipe import Recipe, has_recipe, read_recipe
 from lora_diffusion.library.references import Shelf, anchored_entries, hashed_entries, tagged_entries
 from lora_diffusion.prompts.image_metadata import read_infotext
 from lora_diffusion.prompts.infotext import Infotext, generate_settings
 from lora_diffusion.prompts.tags import in_our_order, take_tags
-from lora_diffusion.workflows.images.presets import read_preset
 
 COMPOSABLE = re.compile(r"\bAND\b")
 """What joins several prompts to A1111."""

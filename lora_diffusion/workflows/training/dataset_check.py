@@ -10,7 +10,8 @@ from lora_diffusion.core.atomic_files import whole_file
 from lora_diffusion.data.checks import DatasetReport, check_dataset
 from lora_diffusion.data.contact_sheet import contact_sheet
 from lora_diffusion.formats.checkpoints.diffusers import read_json
-from lora_diffusion.models.load import find_base, quiet_libraries
+from lora_diffusion.models.load import quiet_libraries
+from lora_diffusion.models.locate import find_base
 from lora_diffusion.models.text_encoding import chunks_of
 from lora_diffusion.prompts.emphasis import plain
 

@@ -13,7 +13,7 @@ from lora_diffusion.config.defaults import default_settings
 from lora_diffusion.config.methods import METHODS, Method, with_method
 from lora_diffusion.config.settings import changed, validate
 from lora_diffusion.config.textual_inversion import WordsConfig
-from lora_diffusion.models.load import find_checkpoint
+from lora_diffusion.models.locate import find_checkpoint
 
 Shape = tuple[int, ...]
 FILE_BYTES = 2

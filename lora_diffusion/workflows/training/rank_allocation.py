@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.adapters.layers import LoRALayer
-from lora_diffusion.workflows.adapters.inspect import block_of
+from lora_diffusion.architectures.blocks import block_of
 
 BLUE, GREY = "#2b6cb0", "#a0aec0"
 

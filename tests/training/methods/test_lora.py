@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from lora_diffusion.adapters.adapter import AdapterMetadata
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
-from lora_diffusion.adapters.coefficients import Moment, block_factors, block_name
+from lora_diffusion.adapters.coefficients import Moment, block_factors
 from lora_diffusion.adapters.layers import FullLayer, LoRALayer
+from lora_diffusion.architectures.blocks import block_name
 from lora_diffusion.architectures.module_paths import ANATOMIES, trainable_paths
 from lora_diffusion.architectures.targets import resolve_targets
 from lora_diffusion.cli import main

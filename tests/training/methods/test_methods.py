@@ -16,7 +16,8 @@ from lora_diffusion.cli import main
 from lora_diffusion.config import methods
 from lora_diffusion.config.adapter import NONSENSE, AdapterConfig
 from lora_diffusion.config.defaults import default_settings
-from lora_diffusion.config.settings import GenerateConfig, validate
+from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.settings import validate
 from lora_diffusion.config.train import TrainConfig
 from lora_diffusion.core.atomic_files import sample_data
 from lora_diffusion.errors import ConfigError

@@ -6,8 +6,8 @@ from typing import Any, get_args
 
 import gradio as gr
 
+from lora_diffusion.config.generate import Scheduler
 from lora_diffusion.config.preset import MODE_OF, Composition
-from lora_diffusion.config.settings import Scheduler
 from lora_diffusion_studio.forms import MODES, MOST, SEEDS, Form
 from lora_diffusion_studio.studio import Studio
 from lora_diffusion_studio.tabs.events import command_box
