@@ -9,42 +9,42 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_diffusion.adapter import Adapter as Adapter
-    from lora_diffusion.adapter import AdapterMetadata as AdapterMetadata
-    from lora_diffusion.adapter import adapter_hash as adapter_hash
-    from lora_diffusion.algebra.combine import combine as combine
-    from lora_diffusion.blend import Blend as Blend
-    from lora_diffusion.blend import WeightedAdapter as WeightedAdapter
-    from lora_diffusion.branching import branched as branched
-    from lora_diffusion.config import GenerateConfig as GenerateConfig
-    from lora_diffusion.conversion import Conversion as Conversion
-    from lora_diffusion.conversion import convert as convert
+    from lora_diffusion.adapters.adapter import Adapter as Adapter
+    from lora_diffusion.adapters.adapter import AdapterMetadata as AdapterMetadata
+    from lora_diffusion.adapters.adapter import adapter_hash as adapter_hash
+    from lora_diffusion.adapters.blend import Blend as Blend
+    from lora_diffusion.adapters.blend import WeightedAdapter as WeightedAdapter
+    from lora_diffusion.adapters.coefficients import Moment as Moment
+    from lora_diffusion.adapters.layers import DoRALayer as DoRALayer
+    from lora_diffusion.adapters.layers import FullLayer as FullLayer
+    from lora_diffusion.adapters.layers import LoHaLayer as LoHaLayer
+    from lora_diffusion.adapters.layers import LoKrLayer as LoKrLayer
+    from lora_diffusion.adapters.layers import LoRALayer as LoRALayer
+    from lora_diffusion.algebra.combine.exact_sum import combine as combine
+    from lora_diffusion.config.generate import GenerateConfig as GenerateConfig
+    from lora_diffusion.config.preset import BlendPreset as BlendPreset
+    from lora_diffusion.config.preset import BlendWeight as BlendWeight
+    from lora_diffusion.config.preset import Composition as Composition
+    from lora_diffusion.config.preset import Region as Region
+    from lora_diffusion.config.preset import Schedule as Schedule
+    from lora_diffusion.config.train import TrainConfig as TrainConfig
     from lora_diffusion.errors import LoRADiffusionError as LoRADiffusionError
-    from lora_diffusion.formats.native import save_adapter as save_adapter
-    from lora_diffusion.formats.reading import load_adapter as load_adapter
-    from lora_diffusion.formats.reading import outline_adapter as outline_adapter
-    from lora_diffusion.inspection import inspect_adapter as inspect_adapter
-    from lora_diffusion.layers import DoRALayer as DoRALayer
-    from lora_diffusion.layers import FullLayer as FullLayer
-    from lora_diffusion.layers import LoHaLayer as LoHaLayer
-    from lora_diffusion.layers import LoKrLayer as LoKrLayer
-    from lora_diffusion.layers import LoRALayer as LoRALayer
-    from lora_diffusion.library import find as find
-    from lora_diffusion.library import open_library as open_library
-    from lora_diffusion.merging import merge as merge
-    from lora_diffusion.models import Base as Base
-    from lora_diffusion.models import load_base as load_base
-    from lora_diffusion.patching import blended as blended
-    from lora_diffusion.preset import BlendPreset as BlendPreset
-    from lora_diffusion.preset import BlendWeight as BlendWeight
-    from lora_diffusion.preset import Composition as Composition
-    from lora_diffusion.preset import Region as Region
-    from lora_diffusion.preset import Schedule as Schedule
-    from lora_diffusion.sampling import generate as generate
-    from lora_diffusion.train_config import TrainConfig as TrainConfig
+    from lora_diffusion.formats.adapters.load import load_adapter as load_adapter
+    from lora_diffusion.formats.adapters.load import outline_adapter as outline_adapter
+    from lora_diffusion.formats.adapters.native import save_adapter as save_adapter
+    from lora_diffusion.inference.in_place import blended as blended
+    from lora_diffusion.inference.parallel import branched as branched
+    from lora_diffusion.inference.sampling import generate as generate
+    from lora_diffusion.library.search import find as find
+    from lora_diffusion.library.search import open_library as open_library
+    from lora_diffusion.merging.merge import merge as merge
+    from lora_diffusion.models.load import Base as Base
+    from lora_diffusion.models.load import load_base as load_base
     from lora_diffusion.training.loop import train as train
-    from lora_diffusion.verification import verify as verify
-    from lora_diffusion.weights import Moment as Moment
+    from lora_diffusion.workflows.adapters.convert import Conversion as Conversion
+    from lora_diffusion.workflows.adapters.convert import convert as convert
+    from lora_diffusion.workflows.adapters.inspect import inspect_adapter as inspect_adapter
+    from lora_diffusion.workflows.adapters.verify import verify as verify
 
 __all__ = [
     "Adapter",
@@ -86,42 +86,42 @@ __all__ = [
 ]
 
 HOMES = {
-    "Adapter": "adapter",
-    "AdapterMetadata": "adapter",
-    "Base": "models",
-    "Blend": "blend",
-    "BlendPreset": "preset",
-    "BlendWeight": "preset",
-    "Composition": "preset",
-    "Conversion": "conversion",
-    "DoRALayer": "layers",
-    "FullLayer": "layers",
-    "GenerateConfig": "config",
-    "LoHaLayer": "layers",
-    "LoKrLayer": "layers",
+    "Adapter": "adapters.adapter",
+    "AdapterMetadata": "adapters.adapter",
+    "Base": "models.load",
+    "Blend": "adapters.blend",
+    "BlendPreset": "config.preset",
+    "BlendWeight": "config.preset",
+    "Composition": "config.preset",
+    "Conversion": "workflows.adapters.convert",
+    "DoRALayer": "adapters.layers",
+    "FullLayer": "adapters.layers",
+    "GenerateConfig": "config.generate",
+    "LoHaLayer": "adapters.layers",
+    "LoKrLayer": "adapters.layers",
     "LoRADiffusionError": "errors",
-    "LoRALayer": "layers",
-    "Moment": "weights",
-    "Region": "preset",
-    "Schedule": "preset",
-    "TrainConfig": "train_config",
-    "WeightedAdapter": "blend",
-    "adapter_hash": "adapter",
-    "blended": "patching",
-    "branched": "branching",
-    "combine": "algebra.combine",
-    "convert": "conversion",
-    "find": "library",
-    "generate": "sampling",
-    "inspect_adapter": "inspection",
-    "load_adapter": "formats.reading",
-    "load_base": "models",
-    "merge": "merging",
-    "open_library": "library",
-    "outline_adapter": "formats.reading",
-    "save_adapter": "formats.native",
+    "LoRALayer": "adapters.layers",
+    "Moment": "adapters.coefficients",
+    "Region": "config.preset",
+    "Schedule": "config.preset",
+    "TrainConfig": "config.train",
+    "WeightedAdapter": "adapters.blend",
+    "adapter_hash": "adapters.adapter",
+    "blended": "inference.in_place",
+    "branched": "inference.parallel",
+    "combine": "algebra.combine.exact_sum",
+    "convert": "workflows.adapters.convert",
+    "find": "library.search",
+    "generate": "inference.sampling",
+    "inspect_adapter": "workflows.adapters.inspect",
+    "load_adapter": "formats.adapters.load",
+    "load_base": "models.load",
+    "merge": "merging.merge",
+    "open_library": "library.search",
+    "outline_adapter": "formats.adapters.load",
+    "save_adapter": "formats.adapters.native",
     "train": "training.loop",
-    "verify": "verification",
+    "verify": "workflows.adapters.verify",
 }
 
 

@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
-from picture_folders import write_pictures
-from random_bases import write_random_sd, write_random_sdxl
 
-from lora_diffusion.adapter import Adapter, AdapterMetadata
-from lora_diffusion.files import sample_data
-from lora_diffusion.layers import LoRALayer
-from lora_diffusion.models import Base, load_base
-from lora_diffusion.patching import weight_at
-from lora_diffusion.targets import resolve_targets
+from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
+from lora_diffusion.adapters.layers import LoRALayer
+from lora_diffusion.architectures.targets import resolve_targets
+from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.inference.in_place import weight_at
+from lora_diffusion.models.load import Base, load_base
+from tests.helpers.picture_folders import write_pictures
+from tests.helpers.random_bases import write_random_sd, write_random_sdxl
 
 NewAdapter = Callable[..., Adapter]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_diffusion.config import read_toml
-from lora_diffusion.train_config import TrainConfig
+from lora_diffusion.config.settings import read_toml
+from lora_diffusion.config.train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -5,9 +5,9 @@
     python -m train_scripts.compare_methods --part cost    # seconds and memory of a step; minutes on an idle machine
     python -m train_scripts.compare_methods --part table   # as Markdown
 
-Learning rates are each method's own (`lora_diffusion/methods.py`), as one for all would compare rates; they are chosen
-on a seed that the comparison does not use. The style is judged by the distance to its pictures, the subject by how
-often the picture world's reader reads it in new places; both over several seeds of the run. Writes `methods.json`
+Learning rates are each method's own (`lora_diffusion/config/methods.py`), as one for all would compare rates; they are
+chosen on a seed that the comparison does not use. The style is judged by the distance to its pictures, the subject by
+how often the picture world's reader reads it in new places; both over several seeds of the run. Writes `methods.json`
 beside this script, which `train_scripts/README.md` shows.
 """
 
@@ -21,19 +21,20 @@ from typing import Any, Literal
 
 import tyro
 
-from lora_diffusion.blend import Blend, WeightedAdapter
-from lora_diffusion.config import EMBEDDED_BASE, GenerateConfig, changed, validate
-from lora_diffusion.evaluation.style import style_distance, style_pictures
-from lora_diffusion.files import sample_data
-from lora_diffusion.formats.reading import load_adapter
-from lora_diffusion.method_sizes import sized
-from lora_diffusion.methods import METHODS, Method, with_method
-from lora_diffusion.models import load_base
-from lora_diffusion.sampling import generate
-from lora_diffusion.train_config import TrainConfig
-from lora_diffusion.train_defaults import default_settings
+from lora_diffusion.adapters.blend import Blend, WeightedAdapter
+from lora_diffusion.config.defaults import default_settings
+from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.methods import METHODS, Method, with_method
+from lora_diffusion.config.settings import EMBEDDED_BASE, changed, validate
+from lora_diffusion.config.train import TrainConfig
+from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.evaluation.style_distance import style_distance, style_pictures
+from lora_diffusion.formats.adapters.load import load_adapter
+from lora_diffusion.inference.sampling import generate
+from lora_diffusion.models.load import load_base
+from lora_diffusion.training.log import LOG, read_log
 from lora_diffusion.training.loop import train
-from lora_diffusion.training.run_log import LOG, read_log
+from lora_diffusion.workflows.training.method_sizes import sized
 from train_scripts.evaluate_routing import prompts as places
 from train_scripts.tiny_world.reader import load_reader, machine, read
 

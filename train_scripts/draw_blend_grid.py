@@ -8,14 +8,14 @@ from pathlib import Path
 
 import tyro
 
-from lora_diffusion.blend import Blend, WeightedAdapter
-from lora_diffusion.config import GenerateConfig
-from lora_diffusion.evaluation.grid import grid, save_grid
-from lora_diffusion.files import sample_data
-from lora_diffusion.formats.reading import load_adapter
-from lora_diffusion.models import load_base
-from lora_diffusion.preset import BlendWeight, Composition, Region, Schedule, Weight
-from lora_diffusion.sampling import generate
+from lora_diffusion.adapters.blend import Blend, WeightedAdapter
+from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.preset import BlendWeight, Composition, Region, Schedule, Weight
+from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.evaluation.image_grid import grid, save_grid
+from lora_diffusion.formats.adapters.load import load_adapter
+from lora_diffusion.inference.sampling import generate
+from lora_diffusion.models.load import load_base
 
 ADAPTERS = sample_data() / "adapters"
 PROMPTS = (

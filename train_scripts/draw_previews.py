@@ -11,13 +11,13 @@ from pathlib import Path
 
 import tyro
 
-from lora_diffusion.commands import Means, prepared_blend
-from lora_diffusion.config import GenerateConfig
-from lora_diffusion.files import sample_data
-from lora_diffusion.models import load_base
-from lora_diffusion.plans import Plan, preset_plan
-from lora_diffusion.preset import BlendEntry
-from lora_diffusion.sampling import generate
+from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.preset import BlendEntry
+from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.inference.sampling import generate
+from lora_diffusion.models.load import load_base
+from lora_diffusion.workflows.images.generate import Means, prepared_blend
+from lora_diffusion.workflows.images.plan import Plan, preset_plan
 
 PROMPTS = {
     "gloop": "a gloop character in the mountains",

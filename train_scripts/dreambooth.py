@@ -3,7 +3,7 @@
     accelerate launch -m train_scripts.dreambooth pictures --output dog.safetensors --instance "photo of sks dog" \
         --class-prompt "photo of a dog"
 
-The defaults are in `lora_diffusion/train_defaults.py`; `--set SECTION.KEY=VALUE` changes any of them.
+The defaults are in `lora_diffusion/config/defaults.py`; `--set SECTION.KEY=VALUE` changes any of them.
 """
 
 import sys

@@ -12,16 +12,17 @@ import tempfile
 import time
 from pathlib import Path
 
-from lora_diffusion.adapter import Adapter
-from lora_diffusion.blend import Blend, WeightedAdapter
-from lora_diffusion.config import EMBEDDED_BASE, GenerateConfig
-from lora_diffusion.evaluation.style import style_distance, style_pictures
-from lora_diffusion.files import sample_data
-from lora_diffusion.formats.reading import load_adapter
-from lora_diffusion.models import Base, load_base
-from lora_diffusion.sampling import generate
+from lora_diffusion.adapters.adapter import Adapter
+from lora_diffusion.adapters.blend import Blend, WeightedAdapter
+from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.settings import EMBEDDED_BASE
+from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.evaluation.style_distance import style_distance, style_pictures
+from lora_diffusion.formats.adapters.load import load_adapter
+from lora_diffusion.inference.sampling import generate
+from lora_diffusion.models.load import Base, load_base
 from lora_diffusion.training.loop import train
-from lora_diffusion.training.purposes import settings_for, subject
+from lora_diffusion.training.presets import settings_for, subject
 from train_scripts.evaluate_routing import prompts as places
 from train_scripts.tiny_world.reader import load_reader, machine, read
 

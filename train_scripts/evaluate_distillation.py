@@ -19,19 +19,19 @@ import torch
 import tyro
 from PIL import Image
 
-from lora_diffusion.adapter import Adapter
-from lora_diffusion.blend import Blend, BlendSum, WeightedAdapter
-from lora_diffusion.config import GenerateConfig
-from lora_diffusion.evaluation.grid import grid, save_grid
-from lora_diffusion.evaluation.style import style_distance, style_pictures
-from lora_diffusion.files import sample_data, whole_file
-from lora_diffusion.formats.reading import load_adapter
-from lora_diffusion.models import Base, load_base
-from lora_diffusion.preset import Composition, Mode
-from lora_diffusion.sampling import generate
-from lora_diffusion.training.distil_config import DistilConfig
-from lora_diffusion.training.distillation import distil, metadata_of
-from lora_diffusion.training.run_means import compressed, mean_sum, plain_sum
+from lora_diffusion.adapters.adapter import Adapter
+from lora_diffusion.adapters.blend import Blend, BlendSum, WeightedAdapter
+from lora_diffusion.config.distillation import DistilConfig
+from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.preset import Composition, Mode
+from lora_diffusion.core.atomic_files import sample_data, whole_file
+from lora_diffusion.evaluation.image_grid import grid, save_grid
+from lora_diffusion.evaluation.style_distance import style_distance, style_pictures
+from lora_diffusion.formats.adapters.load import load_adapter
+from lora_diffusion.inference.sampling import generate
+from lora_diffusion.models.load import Base, load_base
+from lora_diffusion.training.distillation.distill import distil, metadata_of
+from lora_diffusion.training.distillation.mean_delta import compressed, mean_sum, plain_sum
 from train_scripts.evaluate_routing import prompts
 from train_scripts.tiny_world.reader import load_reader, read
 

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import tyro
 
-from lora_diffusion.blend import Blend, WeightedAdapter
-from lora_diffusion.config import GenerateConfig
-from lora_diffusion.evaluation.style import style_distance, style_pictures
-from lora_diffusion.files import sample_data
-from lora_diffusion.formats.reading import load_adapter
-from lora_diffusion.models import load_base
-from lora_diffusion.preset_files import read_preset
-from lora_diffusion.references import anchored_entries, load_blend
-from lora_diffusion.sampling import generate
+from lora_diffusion.adapters.blend import Blend, WeightedAdapter
+from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.evaluation.style_distance import style_distance, style_pictures
+from lora_diffusion.formats.adapters.load import load_adapter
+from lora_diffusion.inference.sampling import generate
+from lora_diffusion.library.presets import read_preset
+from lora_diffusion.library.references import anchored_entries, load_blend
+from lora_diffusion.models.load import load_base
 from train_scripts.draw_sample_sets import SETTINGS, TIMES, character_scene, subject_caption, subject_scenes
 from train_scripts.tiny_world.reader import load_reader, read
 

@@ -2,7 +2,7 @@
 
     accelerate launch -m train_scripts.style pictures --output ink.safetensors --trigger sks
 
-The defaults are in `lora_diffusion/train_defaults.py`; `--set SECTION.KEY=VALUE` changes any of them.
+The defaults are in `lora_diffusion/config/defaults.py`; `--set SECTION.KEY=VALUE` changes any of them.
 """
 
 import sys

@@ -2,7 +2,7 @@
 
     python -m train_scripts.write_configs
 
-They are what `lora_diffusion/train_defaults.py` comes to, where the reasons are; a test holds them to it.
+They are what `lora_diffusion/config/defaults.py` comes to, where the reasons are; a test holds them to it.
 """
 
 import json
@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from lora_diffusion.config import changed
-from lora_diffusion.files import whole_file
-from lora_diffusion.train_defaults import MEMORY, Purpose, default_settings, memory_settings, with_precision
+from lora_diffusion.config.defaults import MEMORY, Purpose, default_settings, memory_settings, with_precision
+from lora_diffusion.config.settings import changed
+from lora_diffusion.core.atomic_files import whole_file
 
 CONFIGS = Path(__file__).with_name("configs")
 BASES = {

@@ -11,36 +11,36 @@ from typing import Any
 
 import tyro
 
-from lora_diffusion.allocator import keep_freed_memory
+from lora_diffusion.core.malloc import keep_freed_memory
 from lora_diffusion.errors import LoRADiffusionError
 
 COMMANDS = {
     "dataset check": ("dataset", "Check"),
-    "train": ("training", "Train"),
-    "train style": ("training", "TrainStyle"),
-    "train dreambooth": ("training", "TrainDreambooth"),
-    "report": ("training", "Report"),
+    "train": ("train", "Train"),
+    "train style": ("train", "TrainStyle"),
+    "train dreambooth": ("train", "TrainDreambooth"),
+    "report": ("train", "Report"),
     "methods": ("methods", "Methods"),
-    "route": ("routing", "Route"),
-    "generate": ("pictures", "Generate"),
-    "grid": ("grids", "Grid"),
-    "blocks": ("grids", "Blocks"),
-    "preset": ("pictures", "Preset"),
-    "merge": ("merging", "Merge"),
-    "inspect": ("adapter_files", "Inspect"),
-    "convert": ("adapter_files", "Convert"),
-    "verify": ("adapter_files", "Verify"),
-    "library": ("adapter_files", "Library"),
-    "library pack": ("packing", "Pack"),
-    "library unpack": ("packing", "Unpack"),
-    "combine": ("combining", "Combine"),
-    "resize": ("combining", "Resize"),
-    "extract": ("extraction", "Extract"),
-    "approximate": ("extraction", "Approximate"),
-    "analyse": ("analysis", "Analyse"),
-    "sparsify": ("slimming", "Sparsify"),
-    "distil": ("distilling", "Distil"),
-    "demo": ("training", "Demo"),
+    "route": ("route", "Route"),
+    "generate": ("generate", "Generate"),
+    "grid": ("grid", "Grid"),
+    "blocks": ("grid", "Blocks"),
+    "preset": ("generate", "Preset"),
+    "merge": ("merge", "Merge"),
+    "inspect": ("inspect", "Inspect"),
+    "convert": ("inspect", "Convert"),
+    "verify": ("inspect", "Verify"),
+    "library": ("inspect", "Library"),
+    "library pack": ("pack", "Pack"),
+    "library unpack": ("pack", "Unpack"),
+    "combine": ("combine", "Combine"),
+    "resize": ("combine", "Resize"),
+    "extract": ("extract", "Extract"),
+    "approximate": ("extract", "Approximate"),
+    "analyse": ("analyze", "Analyse"),
+    "sparsify": ("prune", "Sparsify"),
+    "distil": ("distill", "Distil"),
+    "demo": ("train", "Demo"),
     "ui": ("studio", "Ui"),
 }
 
@@ -48,7 +48,7 @@ COMMANDS = {
 def command_class(name: str) -> Any:
     """The class of a command: its flags are its fields."""
     module, kind = COMMANDS[name]
-    return getattr(importlib.import_module(f"lora_diffusion.cli.{module}"), kind)
+    return getattr(importlib.import_module(f"lora_diffusion.cli.commands.{module}"), kind)
 
 
 def parsed(arguments: list[str]) -> Any:

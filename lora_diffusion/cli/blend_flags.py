@@ -7,9 +7,10 @@ from typing import Annotated, Any
 import tyro
 
 from lora_diffusion.cli.flags import REPEATABLE, Patterns, optional_flags
-from lora_diffusion.config import EMBEDDED_BASE, GenerateConfig
-from lora_diffusion.preset import BlendEntry, Composition
-from lora_diffusion.tags import parse_weight, take_region
+from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.preset import BlendEntry, Composition
+from lora_diffusion.config.settings import EMBEDDED_BASE
+from lora_diffusion.prompts.tags import parse_weight, take_region
 
 Adapters = Annotated[
     tuple[str, ...],
@@ -47,8 +48,8 @@ class MeansFlags:
     """Keys of adapter files that may be there without being understood."""
 
     def means(self) -> Any:
-        from lora_diffusion.commands import Means
-        from lora_diffusion.references import Shelf
+        from lora_diffusion.library.references import Shelf
+        from lora_diffusion.workflows.images.generate import Means
 
         return Means(
             shelf=Shelf(library_folder=self.library),

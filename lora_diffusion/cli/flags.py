@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
 import tyro
 
-from lora_diffusion.config import Settings, changed, section
+from lora_diffusion.config.settings import Settings, changed, section
 from lora_diffusion.errors import ConfigError
 
 REPEATABLE = "(repeatable)"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from lora_diffusion.files import whole_file
+from lora_diffusion.core.atomic_files import whole_file
 
 
 def save_norm_plot(norms: Mapping[str, Mapping[str, float]], path: Path, *, title: str) -> None:

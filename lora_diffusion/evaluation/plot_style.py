@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_diffusion.files import whole_file
+from lora_diffusion.core.atomic_files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,13 +8,14 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from lora_diffusion.config import MergeConfig, Settings, describe
+from lora_diffusion.config.merge import MergeConfig
+from lora_diffusion.config.preset import BaseTerm, BlendEntry
+from lora_diffusion.config.settings import Settings, describe
+from lora_diffusion.core.dtypes import tensor_bytes
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.formats.checkpoint import Checkpoint
-from lora_diffusion.formats.diffusers_folder import header_of_base, weight_files
-from lora_diffusion.precision import tensor_bytes
-from lora_diffusion.preset import BaseTerm, BlendEntry
-from lora_diffusion.tags import weight_text
+from lora_diffusion.formats.checkpoints.checkpoint import Checkpoint
+from lora_diffusion.formats.checkpoints.diffusers import header_of_base, weight_files
+from lora_diffusion.prompts.tags import weight_text
 
 RECIPE_FILE = "lora_diffusion_recipe.json"
 RECIPE_KEY = "lora_diffusion_recipe"

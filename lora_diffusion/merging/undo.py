@@ -3,16 +3,16 @@
 import shutil
 from pathlib import Path
 
-from lora_diffusion.blend import Blend, BlendSum, blend_sum
-from lora_diffusion.config import MergeConfig
+from lora_diffusion.adapters.blend import Blend, BlendSum, blend_sum
+from lora_diffusion.config.merge import MergeConfig
+from lora_diffusion.core.atomic_files import whole_file, whole_folder
 from lora_diffusion.errors import BaseModelError, ConfigError, OutputError
-from lora_diffusion.files import whole_file, whole_folder
-from lora_diffusion.formats.checkpoint import Checkpoint, open_checkpoint
-from lora_diffusion.merging.outputs import output_plan
+from lora_diffusion.formats.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from lora_diffusion.merging.layout import output_plan
 from lora_diffusion.merging.recipe import MergeRecipe, touched_hash
-from lora_diffusion.merging.values import Merged
-from lora_diffusion.merging.writing import written
-from lora_diffusion.models import find_checkpoint
+from lora_diffusion.merging.tensors import Merged
+from lora_diffusion.merging.writer import written
+from lora_diffusion.models.locate import find_checkpoint
 
 
 def base_at_hand(recipe: MergeRecipe, name: str = "") -> Checkpoint | None:

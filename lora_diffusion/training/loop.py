@@ -12,24 +12,24 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lora_diffusion.adapter import Adapter
-from lora_diffusion.formats.native import save_adapter
-from lora_diffusion.precision import torch_dtype
-from lora_diffusion.train_config import TrainConfig
-from lora_diffusion.training.batches import Batches
-from lora_diffusion.training.examples import sample_seed
-from lora_diffusion.training.max_norm import limit_norms
-from lora_diffusion.training.moving_average import MovingAverage, applied, write
-from lora_diffusion.training.optimisers import evaluation_mode, new_optimiser
-from lora_diffusion.training.rate_schedule import rate_fraction
-from lora_diffusion.training.record import metadata_of, recent
-from lora_diffusion.training.run_log import RunLog
-from lora_diffusion.training.run_setup import Run, set_up
-from lora_diffusion.training.sample_pictures import make_samples
-from lora_diffusion.training.self_checks import check_finite, check_gradients, check_saved, memory_refusals
-from lora_diffusion.training.state import RunState, forget_states, identity, load_state, save_state
-from lora_diffusion.training.stopping import StopRequest, stop_requests
-from lora_diffusion.training.updates.injection import extract, layer_factors
+from lora_diffusion.adapters.adapter import Adapter
+from lora_diffusion.config.train import TrainConfig
+from lora_diffusion.core.dtypes import torch_dtype
+from lora_diffusion.formats.adapters.native import save_adapter
+from lora_diffusion.training.checkpoint import RunState, forget_states, identity, load_state, save_state
+from lora_diffusion.training.checks import check_finite, check_gradients, check_saved, memory_refusals
+from lora_diffusion.training.inputs.batches import Batches
+from lora_diffusion.training.log import RunLog
+from lora_diffusion.training.metadata import metadata_of, recent
+from lora_diffusion.training.methods.injection import extract, layer_factors
+from lora_diffusion.training.optim.ema import MovingAverage, applied, write
+from lora_diffusion.training.optim.lr_schedule import rate_fraction
+from lora_diffusion.training.optim.max_norm import limit_norms
+from lora_diffusion.training.optim.optimizers import evaluation_mode, new_optimiser
+from lora_diffusion.training.previews import make_samples
+from lora_diffusion.training.seeding import sample_seed
+from lora_diffusion.training.setup import Run, set_up
+from lora_diffusion.training.signals import StopRequest, stop_requests
 from lora_diffusion.training.validation import Best, HeldOut, validated
 
 

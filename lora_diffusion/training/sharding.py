@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.models import Base
+from lora_diffusion.models.load import Base
 
 BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
 """What is gathered at a time."""

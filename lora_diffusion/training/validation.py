@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from lora_diffusion.dataset.captions import whole_caption
-from lora_diffusion.train_config import TrainConfig
-from lora_diffusion.training.contexts import CaptionEncoder
-from lora_diffusion.training.examples import sample_seed
-from lora_diffusion.training.latents import LatentView
-from lora_diffusion.training.objective import Denoiser
-from lora_diffusion.training.prior import predictions
-from lora_diffusion.training.samples import collate, drawn
+from lora_diffusion.config.train import TrainConfig
+from lora_diffusion.data.captions import whole_caption
+from lora_diffusion.training.inputs.captions import CaptionEncoder
+from lora_diffusion.training.inputs.latents import LatentView
+from lora_diffusion.training.inputs.samples import collate, drawn
+from lora_diffusion.training.objectives.denoiser import Denoiser
+from lora_diffusion.training.objectives.prior_preservation import predictions
+from lora_diffusion.training.seeding import sample_seed
 
 
 @dataclass(frozen=True, kw_only=True)

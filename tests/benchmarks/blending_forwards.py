@@ -29,10 +29,10 @@ from full_size import (
 from measuring import COUNTS, ROUNDS, SAMPLES, Group, Rounds, Row, worker
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_diffusion.allocator import keep_freed_memory
-from lora_diffusion.branching import branching
-from lora_diffusion.models import Base, load_base, module_at
-from lora_diffusion.patching import patching
+from lora_diffusion.core.malloc import keep_freed_memory
+from lora_diffusion.inference.in_place import patching
+from lora_diffusion.inference.parallel import branching
+from lora_diffusion.models.load import Base, load_base, module_at
 
 
 class CountOperations(TorchDispatchMode):

@@ -23,10 +23,10 @@ from full_size import (
 )
 from measuring import Group, Rounds, Row, in_own_process, status_mb
 
-from lora_diffusion.formats.reading import load_adapter
-from lora_diffusion.library import find, open_library
-from lora_diffusion.models import Base, load_base, quiet_libraries
-from lora_diffusion.patching import Backup, patching
+from lora_diffusion.formats.adapters.load import load_adapter
+from lora_diffusion.inference.in_place import Backup, patching
+from lora_diffusion.library.search import find, open_library
+from lora_diffusion.models.load import Base, load_base, quiet_libraries
 
 
 @contextmanager

@@ -26,10 +26,10 @@ from full_size import (
 from measuring import COUNTS, OWN_ROUNDS, ROUNDS, Group, Rounds, Row, status_mb
 from torch import Tensor
 
-from lora_diffusion.adapter import Adapter
-from lora_diffusion.formats.reading import load_adapter, outline_adapter
-from lora_diffusion.models import Base
-from lora_diffusion.patching import patching
+from lora_diffusion.adapters.adapter import Adapter
+from lora_diffusion.formats.adapters.load import load_adapter, outline_adapter
+from lora_diffusion.inference.in_place import patching
+from lora_diffusion.models.load import Base
 
 
 def weights_group() -> Group:

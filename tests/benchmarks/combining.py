@@ -22,15 +22,17 @@ from full_size import CONFIGS
 from measuring import machine
 from torch import Tensor
 
-from lora_diffusion.adapter import Adapter, AdapterMetadata
-from lora_diffusion.algebra.combine import combine, joint_sum
-from lora_diffusion.algebra.compress import compress
-from lora_diffusion.algebra.low_rank import spectrum_of
-from lora_diffusion.algebra.rank_rules import RankRule
-from lora_diffusion.anatomy import ANATOMIES, ATTENTION_LEAVES, module_paths
-from lora_diffusion.blend import Blend, Term, WeightedAdapter, delta_of
-from lora_diffusion.layers import LoRALayer
-from lora_diffusion.models import quiet_libraries
+from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
+from lora_diffusion.adapters.blend import Blend, WeightedAdapter
+from lora_diffusion.adapters.deltas import delta_of
+from lora_diffusion.adapters.factor_stack import Term
+from lora_diffusion.adapters.layers import LoRALayer
+from lora_diffusion.algebra.combine.exact_sum import combine, joint_sum
+from lora_diffusion.algebra.reduce.resize import compress
+from lora_diffusion.algebra.svd.rank_selection import RankRule
+from lora_diffusion.algebra.svd.svd import spectrum_of
+from lora_diffusion.architectures.module_paths import ANATOMIES, ATTENTION_LEAVES, module_paths
+from lora_diffusion.models.load import quiet_libraries
 
 RANK = 64
 WEIGHTS = (0.8, 0.6, -0.4, 0.5)

@@ -11,13 +11,13 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from lora_diffusion.adapter import Adapter, AdapterMetadata
-from lora_diffusion.anatomy import ANATOMIES, ATTENTION_LEAVES, module_paths
-from lora_diffusion.blend import Blend, WeightedAdapter
-from lora_diffusion.families import FAMILIES
-from lora_diffusion.formats.native import save_adapter
-from lora_diffusion.layers import LoRALayer
-from lora_diffusion.models import Base, load_base, module_at, quiet_libraries
+from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
+from lora_diffusion.adapters.blend import Blend, WeightedAdapter
+from lora_diffusion.adapters.layers import LoRALayer
+from lora_diffusion.architectures.families import FAMILIES
+from lora_diffusion.architectures.module_paths import ANATOMIES, ATTENTION_LEAVES, module_paths
+from lora_diffusion.formats.adapters.native import save_adapter
+from lora_diffusion.models.load import Base, load_base, module_at, quiet_libraries
 
 RANK = 16
 POOL = 2**24

@@ -28,10 +28,10 @@ SECOND_RUNS = 5
 
 def write_adapters(folder: Path) -> int:
     """The files; returns how many."""
-    from lora_diffusion.files import sample_data
-    from lora_diffusion.formats.kohya import save_kohya
-    from lora_diffusion.formats.native import save_adapter
-    from lora_diffusion.formats.reading import load_adapter
+    from lora_diffusion.core.atomic_files import sample_data
+    from lora_diffusion.formats.adapters.kohya import save_kohya
+    from lora_diffusion.formats.adapters.load import load_adapter
+    from lora_diffusion.formats.adapters.native import save_adapter
 
     count = 0
     for source in sorted((sample_data() / "adapters").glob("*.safetensors")):
@@ -62,7 +62,7 @@ def median_seconds(work: Callable[[], Any]) -> float:
 
 def measure_here(folder: Path) -> None:
     """Print the figures; the index is empty at the start."""
-    from lora_diffusion.library import find, find_by_hash, open_library, with_content_hash, with_file_hashes
+    from lora_diffusion.library.search import find, find_by_hash, open_library, with_content_hash, with_file_hashes
 
     first = seconds(lambda: open_library(folder))
     figures: dict[str, Any] = {"refresh": {"first": first, "second": median_seconds(lambda: open_library(folder))}}

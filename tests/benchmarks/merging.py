@@ -1,6 +1,6 @@
 """What merging four adapters into a checkpoint costs: against copying the files, and diffusers with PEFT.
 
-    PYTHONPATH=tests python tests/benchmarks/merging.py
+    PYTHONPATH=. python tests/benchmarks/merging.py
 
 UNets of SD 1.5's and SDXL's size with random weights in float16, beside small text encoders and autoencoders; adapters
 of rank 16 on all attention projections. Each way runs in a process of its own, in turn, and writes to disk and syncs;
@@ -24,14 +24,14 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from full_size import base_around, new_unet, pipeline_around, write_adapters
 from measuring import machine, status_mb
-from random_bases import write_random_sdxl
 
-from lora_diffusion.allocator import keep_freed_memory
-from lora_diffusion.blend import Blend, WeightedAdapter
-from lora_diffusion.files import sync
-from lora_diffusion.formats.reading import load_adapter
-from lora_diffusion.merging import merge
-from lora_diffusion.models import quiet_libraries
+from lora_diffusion.adapters.blend import Blend, WeightedAdapter
+from lora_diffusion.core.atomic_files import sync
+from lora_diffusion.core.malloc import keep_freed_memory
+from lora_diffusion.formats.adapters.load import load_adapter
+from lora_diffusion.merging.merge import merge
+from lora_diffusion.models.load import quiet_libraries
+from tests.helpers.random_bases import write_random_sdxl
 
 WEIGHTS = (0.9, 0.8, 0.7, 0.6)
 ROUNDS = 5

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from measuring import machine, status_mb
 
-from lora_diffusion.adapter import Adapter, AdapterMetadata
-from lora_diffusion.algebra.low_rank import spectrum_of
-from lora_diffusion.algebra.shared_factors import member, shared
-from lora_diffusion.formats.packed import load_pack, save_pack
-from lora_diffusion.layers import LoRALayer
+from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
+from lora_diffusion.adapters.layers import LoRALayer
+from lora_diffusion.algebra.reduce.shared_basis import member, shared
+from lora_diffusion.algebra.svd.svd import spectrum_of
+from lora_diffusion.formats.adapters.pack import load_pack, save_pack
 
 ADAPTERS, RANK = 1000, 8
 COMMON_DIRECTIONS, PRIVATE_SHARE = 32, 0.1

@@ -20,15 +20,15 @@ from typing import Any
 
 import torch
 
-from lora_diffusion.adapter import Adapter, AdapterMetadata
-from lora_diffusion.anatomy import ANATOMIES, module_paths
-from lora_diffusion.conversion import Conversion, convert
-from lora_diffusion.files import sample_data
-from lora_diffusion.formats.kohya import save_kohya
-from lora_diffusion.formats.native import save_adapter
-from lora_diffusion.formats.reading import load_adapter, outline_adapter
-from lora_diffusion.layers import LoRALayer
-from lora_diffusion.recognition import block_channels
+from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
+from lora_diffusion.adapters.layers import LoRALayer
+from lora_diffusion.architectures.detection import block_channels
+from lora_diffusion.architectures.module_paths import ANATOMIES, module_paths
+from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.formats.adapters.kohya import save_kohya
+from lora_diffusion.formats.adapters.load import load_adapter, outline_adapter
+from lora_diffusion.formats.adapters.native import save_adapter
+from lora_diffusion.workflows.adapters.convert import Conversion, convert
 
 RANK, LARGE_RANK, RUNS, FOLDER = 64, 1400, 5, 100
 READERS = ("bytes", "load_adapter", "outline_adapter", "diffusers")
@@ -54,7 +54,7 @@ def diffusers_loader() -> Callable[[Path], Any]:
     """A pipeline with SD 1.5's UNet, of random weights, that takes the file as a user would give it."""
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-    from lora_diffusion.models import load_base, quiet_libraries
+    from lora_diffusion.models.load import load_base, quiet_libraries
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)

@@ -1,6 +1,6 @@
 """A run killed twenty times, at random moments, and gone on with each time: does it end with the same adapter?
 
-    PYTHONPATH=tests python tests/benchmarks/resuming.py
+    PYTHONPATH=. python tests/benchmarks/resuming.py
 
 On the tests' random base, with everything in the run that draws at random or has a state; a state after each step.
 Writes `resuming.json` beside this script.
@@ -13,15 +13,15 @@ from pathlib import Path
 
 import torch
 from measuring import machine
-from picture_folders import write_pictures
-from random_bases import write_random_sd
-from test_resuming import EVERYTHING, killed_runs
-from test_training import settings
 
-from lora_diffusion.adapter import adapter_hash
-from lora_diffusion.config import changed
-from lora_diffusion.formats.reading import load_adapter
+from lora_diffusion.adapters.adapter import adapter_hash
+from lora_diffusion.config.settings import changed
+from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.training.loop import train
+from tests.helpers.picture_folders import write_pictures
+from tests.helpers.random_bases import write_random_sd
+from tests.training.test_loop import settings
+from tests.training.test_resuming import EVERYTHING, killed_runs
 
 KILLS, STEPS, SEED = 20, 400, 0
 

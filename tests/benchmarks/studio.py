@@ -1,6 +1,6 @@
 """How quickly the studio is there, and what it holds.
 
-    PYTHONPATH=tests python tests/benchmarks/studio.py
+    PYTHONPATH=. python tests/benchmarks/studio.py
 
 On the embedded base, in headless Chromium: seconds from the command to the line that says that the studio is open, from
 opening the page to a usable Generate button, from a click to the first preview and to the picture; and how much memory
@@ -19,9 +19,9 @@ from typing import Any
 from gradio_client import Client
 from measuring import machine
 from playwright.sync_api import sync_playwright
-from test_studio_browser import CHROMIUM, lay, say
 
-from lora_diffusion.files import sample_data
+from lora_diffusion.core.atomic_files import sample_data
+from tests.browser.test_studio_browser import CHROMIUM, lay, say
 
 ADAPTERS = [path.stem for path in sorted((sample_data() / "adapters").glob("*.safetensors"))] * 2
 """Ten, each of the ready ones twice."""

@@ -28,8 +28,8 @@ from full_size import new_unet
 from measuring import machine
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from lora_diffusion.files import sample_data
-from lora_diffusion.models import quiet_libraries
+from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.models.load import quiet_libraries
 from train_scripts.write_configs import toml
 
 RANK, PICTURES, ROUNDS = 4, 2, 5

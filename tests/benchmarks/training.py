@@ -23,8 +23,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_diffusion.train_config import AdapterConfig
-from lora_diffusion.training.updates.injection import inject
+from lora_diffusion.config.train import AdapterConfig
+from lora_diffusion.training.methods.injection import inject
 
 RANK, ROUNDS = 8, 5
 

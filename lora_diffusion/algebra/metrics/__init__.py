@@ -1,0 +1,1 @@
+"""Measures of adapters: norms, spectra, similarity, overlap, rounding."""

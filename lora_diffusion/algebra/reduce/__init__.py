@@ -1,0 +1,1 @@
+"""Adapters made smaller, and adapters out of differences of weights."""

@@ -1,0 +1,1 @@
+"""Singular value decompositions of low-rank products, and how a rank is chosen."""

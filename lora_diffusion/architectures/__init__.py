@@ -1,0 +1,1 @@
+"""Model families: their components, module paths, blocks and targets."""

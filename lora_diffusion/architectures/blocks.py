@@ -1,0 +1,53 @@
+"""Blocks of a UNet by the names that users know: BASE, IN00 to IN11, M00 and OUT00 to OUT11."""
+
+import re
+from functools import cache
+
+from lora_diffusion.architectures.module_paths import Anatomy
+
+UNET_BLOCK = re.compile(r"unet\.(down|up)_blocks\.(\d+)\.(?:(resnets|attentions)\.(\d+)|(?:down|up)samplers)\b")
+
+
+def block_name(path: str, anatomy: Anatomy) -> str:
+    """The block of a module path: BASE, IN04, M00, OUT07; empty for the embeddings and the last layers of the UNet."""
+    if not path.startswith("unet."):
+        return "BASE"
+    if path.startswith("unet.conv_in"):
+        return "IN00"
+    if path.startswith("unet.mid_block."):
+        return "M00"
+    match = UNET_BLOCK.match(path)
+    if match is None:
+        return ""
+    side, block, _, layer = match.groups()
+    each = anatomy.layers_per_block + 1
+    if side == "down":
+        return f"IN{each * int(block) + (int(layer) + 1 if layer else each):02}"
+    return f"OUT{each * int(block) + (int(layer) if layer else each - 1):02}"
+
+
+@cache
+def layouts(shape: tuple[int, tuple[bool, ...], tuple[bool, ...], bool]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    layers, down, up, middle = shape
+    each = layers + 1
+    ins = [f"IN{i:02}" for i in range(each * len(down))]
+    outs = [f"OUT{i:02}" for i in range(each * len(up))]
+    mid = ["M00"] if middle else []
+    attentive_ins = [f"IN{each * i + j + 1:02}" for i, has in enumerate(down) if has for j in range(layers)]
+    attentive_outs = [f"OUT{each * i + j:02}" for i, has in enumerate(up) if has for j in range(each)]
+    return ("BASE", *ins, *mid, *outs), ("BASE", *attentive_ins, *mid, *attentive_outs)
+
+
+def block_layouts(anatomy: Anatomy) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of all blocks, and of those with attention, in the order of a vector."""
+    down, up = tuple(map(bool, anatomy.down_attention)), tuple(map(bool, anatomy.up_attention))
+    return layouts((anatomy.layers_per_block, down, up, anatomy.mid_block))
+
+
+def block_of(path: str) -> str:
+    """The block of a module path: `unet.down_blocks.0`, `unet.mid_block`, and each text encoder as one."""
+    component, inner = path.split(".", 1)
+    if component != "unet":
+        return component
+    side, _, rest = inner.partition(".")
+    return f"unet.{side}.{rest.partition('.')[0]}" if side in ("down_blocks", "up_blocks") else f"unet.{side}"

@@ -1,0 +1,93 @@
+"""The command that makes one adapter of a blend by training it to predict the same: distil."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from lora_diffusion.cli.blend_flags import (
+    Adapters,
+    BaseFlag,
+    CompositionFlags,
+    MeansFlags,
+    given,
+    parse_adapters,
+)
+from lora_diffusion.cli.flags import optional_flags, quiet
+from lora_diffusion.config.distillation import DistilConfig
+from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.preset import Composition
+from lora_diffusion.config.settings import EMBEDDED_BASE, validate
+
+DistilFlags = optional_flags(DistilConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distil:
+    """Make one adapter of a blend that is no sum, by a short training against what the blend predicts.
+
+    Prints how far the adapter is from the blend on prompts and noise held out: 0 is the blend, 1 the base alone.
+    """
+
+    settings: Annotated[DistilFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    composition: Annotated[CompositionFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    where: Annotated[MeansFlags, tyro.conf.arg(name="")]
+    output: Path
+    """The adapter file to write (.safetensors)."""
+    base: BaseFlag = ""
+    """`tiny-sd`, a folder in diffusers' layout, or a hub id."""
+    adapter: Adapters = ()
+    """Adapter and its weight, 1 if not given; options may follow, as in a prompt's tags."""
+    preset: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """Blend preset (JSON) whose base, adapters, mode, steps and guidance are used, such as a routed one."""
+    prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: scenes)")] = None
+    """Text file with one prompt a line; without it, scenes with the adapters' trigger words."""
+    data: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = None
+    """Folder of captioned pictures, whose captions are the prompts."""
+    force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Replace an output that is there."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the result as JSON."""
+
+    def run(self) -> int:
+        with quiet():
+            from lora_diffusion.workflows.training.distill import PromptSource, distil_file
+
+            plan = self.plan()
+            sampling = {"sampler_steps": plan.settings.steps, "guidance": plan.settings.guidance}
+            config = validate(DistilConfig, {**sampling, **given(self.settings)}, source="distil")
+            source = PromptSource(file=self.prompts, folder=self.data)
+            done = distil_file(plan, source, config, self.output, self.where.means(), force=self.force)
+        for note in done.notes:
+            print(f"note: {note}", file=sys.stderr)
+        report = done.result.report
+        lines = [
+            f"{done.path}: distilled in {done.result.seconds:.0f} s from {report.learned_from} predictions",
+            f"distance from the blend on {report.measured_on} held-out predictions, the base's own being 1:",
+            f"  {'SVD of the plain sum':<28}{report.plain_error:.4f}",
+            f"  {'SVD of the mean over a run':<28}{report.start_error:.4f}",
+            f"  {'distilled':<28}{report.error:.4f}",
+        ]
+        facts = {"output": str(done.path), "seconds": round(done.result.seconds, 1), **vars(report)}
+        print(json.dumps(facts) if self.json else "\n".join(lines))
+        return 0
+
+    def plan(self) -> Any:
+        """What to distil, from the flags."""
+        from lora_diffusion.workflows.images.plan import Plan, preset_plan
+
+        composition, adapters = given(self.composition), parse_adapters(self.adapter)
+        if self.preset:
+            no_prompt = {"prompt": ""}
+            return preset_plan(
+                self.preset, base=self.base, settings=no_prompt, composition=composition, adapters=adapters
+            )
+        return Plan(
+            base=self.base or EMBEDDED_BASE,
+            entries=adapters,
+            settings=GenerateConfig(prompt=""),
+            composition=validate(Composition, composition, source="distil"),
+        )

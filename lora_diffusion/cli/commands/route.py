@@ -1,0 +1,38 @@
+"""The command that trains gates over adapters: route."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from lora_diffusion.cli.flags import Changes, parse_changes, quiet, settings_table
+from lora_diffusion.config.routing import RouteConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """Train gates that weigh adapters by block and stretch of denoising steps; write them as a blend preset."""
+
+    config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG.toml")]
+    """TOML file with the run's settings."""
+    set: Changes = ()
+    """Change one setting of the file."""
+    json: bool = False
+    """Print the result as JSON."""
+
+    @classmethod
+    def about(cls) -> str:
+        """What help says of this command alone."""
+        return f"{cls.__doc__}\n\nSettings of the TOML file:\n{settings_table(RouteConfig)}"
+
+    def run(self) -> None:
+        changes = parse_changes(self.set)
+        with quiet():
+            from lora_diffusion.training.routing.train import read_route, route
+
+            result = route(read_route(self.config, changes))
+        facts = {"preset": str(result.path), "first_loss": result.first_loss, "last_loss": result.last_loss}
+        text = f"{result.path}: loss on held-out noise {result.first_loss:.4f} -> {result.last_loss:.4f}"
+        print(json.dumps(facts) if self.json else text)

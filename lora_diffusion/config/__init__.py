@@ -1,0 +1,1 @@
+"""Settings, declared once: flags, file format, help texts and validation derive from them."""

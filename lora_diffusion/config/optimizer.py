@@ -1,0 +1,78 @@
+"""How parameters move: optimiser, rates and their schedule."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from lora_diffusion.config.adapter import AboveZero, NotNegative
+from lora_diffusion.config.settings import Positive, Settings
+
+Count = Annotated[int, Field(ge=0)]
+
+SUITED: dict[str, dict[str, Any]] = {
+    "prodigy": {"learning_rate": 1.0, "word_learning_rate": 1.0},
+    "schedule-free": {"schedule": "constant"},
+}
+"""What a kind of optimiser has instead of the defaults below."""
+
+
+class OptimiserConfig(Settings):
+    """How parameters move."""
+
+    kind: str = "adamw"
+    """adamw, adamw-8bit, paged-adamw-8bit, prodigy, adafactor, lion, schedule-free, or a class by its import path."""
+    learning_rate: AboveZero = 1e-4
+    """Peak rate of the UNet's factors. 1 for prodigy if left out, which finds the rate that this is a factor of; lion
+    wants three to ten times less than adamw."""
+    text_encoder_learning_rate: AboveZero | tuple[AboveZero, ...] | None = None
+    """Peak rate of the text encoders' factors, one for all or one for each; a tenth of the UNet's if left out (with
+    prodigy the same, as it has one rate)."""
+    up_rate: Annotated[float, Field(ge=1, le=64)] = 1.0
+    """How many times the rate of the first factor that of the second is [LoRA+, arXiv 2402.12354]; 4 to 16 for it."""
+    word_learning_rate: AboveZero = 5e-3
+    """Peak rate of learned words' vectors."""
+    rates: dict[str, NotNegative] = Field(default_factory=dict[str, float])
+    """Factors on the rate by pattern of modules or of their factors, such as `"unet.down_blocks.*" = 0.5` or
+    `"*.up" = 4`; factors of all patterns that match are multiplied, and 0 freezes."""
+    weight_decay: NotNegative = 0.01
+    """Decoupled weight decay."""
+    options: dict[str, Any] = Field(default_factory=dict[str, Any])
+    """More arguments of the optimiser's class, such as `betas`."""
+    schedule: Literal["constant", "linear", "cosine", "restarts"] = "cosine"
+    """How the rate falls after warm-up; schedule-free means over steps instead, and has `constant`."""
+    restarts: Positive = 1
+    """How often `restarts` begins its cosine anew."""
+    warmup_steps: Count = 20
+    """Steps of linear warm-up."""
+    max_gradient_norm: AboveZero = 1.0
+    """Gradients are clipped to this norm."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of a running mean of the parameters that is saved in their place; 0 for none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def suited_to_kind(cls, value: Any) -> Any:
+        """Defaults of a kind for what is left out, so that the record of a run has what it ran with."""
+        kind = value.get("kind") if isinstance(value, dict) else None
+        return {**SUITED.get(kind, {}), **value} if isinstance(kind, str) else value
+
+    @model_validator(mode="after")
+    def one_owner_of_rates(self) -> "OptimiserConfig":
+        """The rate of the second factor is said once."""
+        ends = [pattern for pattern in self.rates if pattern.endswith(".up")]
+        if self.up_rate != 1 and ends:
+            raise ValueError(f"up_rate and the rate {ends[0]!r} both own the second factor's rate; leave one out")
+        if self.up_rate != 1 and self.kind == "prodigy":
+            raise ValueError(
+                "up_rate and kind 'prodigy' both own the learning rate; set up_rate to 1, or kind to adamw"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def averaged_once(self) -> "OptimiserConfig":
+        """Schedule-free optimisers take no second schedule and no second mean."""
+        if self.kind == "schedule-free" and (self.schedule != "constant" or self.ema_decay):
+            raise ValueError(
+                "kind 'schedule-free' has a mean of its own; set schedule to 'constant' and ema_decay to 0"
+            )
+        return self

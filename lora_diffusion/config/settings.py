@@ -1,0 +1,164 @@
+"""What all settings share: their base class, reading from TOML, and messages that name each mistake.
+
+Settings are declared once: flags, file format, help texts, validation and the record in every output derive from them.
+This package imports no heavy library, so that help comes at once.
+"""
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lora_diffusion.errors import ConfigError
+
+Precision = Literal["no", "fp16", "bf16"]
+Dialect = Literal["native", "kohya", "embedding"]
+Codes = Literal["none", "nf4", "fp4", "int8"]
+"""How a frozen base's linear layers are kept: as they are, in four bits or in eight."""
+Positive = Annotated[int, Field(gt=0)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+TYPE_TAG = re.compile(r"constrained-\w+|(tuple|list|dict)\[.*")
+"""What pydantic adds to a setting's name where it may have several types."""
+
+EMBEDDED_BASE = "tiny-sd"
+"""The name by which every command knows the base that comes with the package."""
+
+
+class Settings(BaseModel):
+    """Frozen settings that refuse unknown keys."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        coerce_numbers_to_str=True,
+        defer_build=True,  # validators are built when they are first needed, which help never does
+    )
+
+
+Model = TypeVar("Model", bound=Settings)
+
+
+def read_toml(path: Path, kind: type[Model], changes: Mapping[str, Any] | None = None) -> Model:
+    """The settings in a TOML file, with `changes` over them; those of a section are changed one by one.
+
+    Relative paths in the file are taken from its own folder, those in `changes` from the present one. Raises
+    ConfigError with all mistakes at once.
+    """
+    changes = changes or {}
+    table = anchored(read_table(path), kind, path.parent)
+    return validate(kind, changed(table, changes), source=f"{path} with changes" if changes else str(path))
+
+
+def changed(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`table` with `changes` over it, sections within sections."""
+    result = dict(table)
+    for key, value in changes.items():
+        inner = result.get(key)
+        both = isinstance(inner, Mapping) and isinstance(value, Mapping)
+        result[key] = changed(cast("Mapping[str, Any]", inner), cast("Mapping[str, Any]", value)) if both else value
+    return result
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """A TOML file as it is. Raises ConfigError."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; give the path of a TOML file with the run's settings") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); expected a TOML text file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def validate(kind: type[Model], table: Mapping[str, Any], *, source: str) -> Model:
+    """`table` as settings of `kind`; raises ConfigError that names every wrong key and the nearest right one."""
+    try:
+        return kind.model_validate(dict(table))
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {describe(error, kind)}") from None
+
+
+def anchored(table: Mapping[str, Any], kind: type[BaseModel], folder: Path) -> dict[str, Any]:
+    """The table with the values of path settings, or of lists of paths, joined to `folder`, sections included.
+
+    Of a table by path, the paths.
+    """
+
+    def joined(value: Any) -> Any:
+        if isinstance(value, list):
+            return [joined(item) for item in cast("list[Any]", value)]
+        if isinstance(value, Mapping):
+            return {joined(path): given for path, given in cast("Mapping[Any, Any]", value).items()}
+        return os.path.normpath(folder / value) if isinstance(value, str) else value
+
+    def placed(key: str, value: Any) -> Any:
+        inner = section(kind, key)
+        if inner is None:
+            return joined(value) if key in paths else value
+        if not isinstance(value, Mapping):
+            value = {getattr(inner, "shorthand", key): value}
+        return anchored(cast("Mapping[str, Any]", value), inner, folder)
+
+    holders: tuple[Any, ...] = (Path, Path | None, tuple[Path, ...], dict[Path, float])
+    paths = {name for name, info in kind.model_fields.items() if info.annotation in holders}
+    return {key: placed(key, value) for key, value in table.items()}
+
+
+def section(kind: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The type of a setting that has settings of its own; None for any other."""
+    info = kind.model_fields.get(name)
+    annotation = info.annotation if info else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def dotted_names(kind: type[BaseModel]) -> list[str]:
+    """All settings, those of sections as `section.setting`."""
+    names: list[str] = []
+    for name in kind.model_fields:
+        inner = section(kind, name)
+        names += [name] if inner is None else [f"{name}.{leaf}" for leaf in dotted_names(inner)]
+    return names
+
+
+def describe(error: ValidationError, kind: type[BaseModel]) -> str:
+    """All mistakes of a validation in one sentence each; of a setting of several types, what the first of them says."""
+    found: dict[tuple[Any, ...], str] = {}
+    for item in error.errors():
+        names = tuple(part for part in item["loc"] if not TYPE_TAG.fullmatch(str(part)))
+        place = names if names != item["loc"] else (*names, item["msg"])
+        found.setdefault(place, describe_one({**item, "loc": names}, kind))
+    return "; ".join(found.values())
+
+
+def describe_one(item: Mapping[str, Any], kind: type[BaseModel]) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {key!r}; {hint(key, kind)}"
+    if item["type"] == "missing":
+        return f"{key!r} is missing; it has no default"
+    reason = f"{item['msg'][0].lower()}{item['msg'][1:]}"
+    reason = reason.removeprefix("value error, ")
+    if isinstance(item["input"], Mapping):  # a whole section, in which settings do not go together
+        return f"{key}: {reason}" if key else reason
+    return f"{key!r} is {item['input']!r}: {reason}" if key else reason
+
+
+def hint(key: str, kind: type[BaseModel]) -> str:
+    """The nearest setting, whatever section it is in; or all of them, of the key's own section."""
+    known = dotted_names(kind)
+    leaves = {name.rpartition(".")[2]: name for name in known}
+    near = difflib.get_close_matches(key, known, n=1) or [
+        leaves[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1)
+    ]
+    if near:
+        return f"did you mean {near[0]!r}?"
+    prefix = key.rpartition(".")[0]
+    return f"known keys: {', '.join(name for name in known if name.rpartition('.')[0] == prefix)}"

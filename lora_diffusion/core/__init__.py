@@ -1,0 +1,1 @@
+"""Files, number types, memory and hardware. Knows nothing of adapters."""

@@ -1,0 +1,1 @@
+"""Blends in a live base, and pictures made with it."""

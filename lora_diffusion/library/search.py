@@ -1,0 +1,249 @@
+"""A folder of adapters, in which one is found by its name or by a hash.
+
+    library = open_library(Path("adapters"))
+    entry = find(library, "neon")
+
+Whatever refers to an adapter by name, hash or tag comes through here. Only content hashes of other tools' files need
+torch, when none of the cheaper hashes is the one looked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from lora_diffusion.adapters.adapter import adapter_hash
+from lora_diffusion.architectures.families import FAMILIES, family_title
+from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.errors import AdapterFormatError, ConfigError, LoRADiffusionError
+from lora_diffusion.formats.adapters.load import FOLDER_FILE, load_adapter
+from lora_diffusion.formats.adapters.pickle import is_pickled
+from lora_diffusion.formats.safetensors import read_header
+from lora_diffusion.library.entry import LibraryEntry, plain, stamp_of
+from lora_diffusion.library.index import ENTRY, index_file, load_entries, refresh, save_entries
+
+FOLDER_VARIABLE = "LORA_DIFFUSION_LIBRARY"
+DIGEST = re.compile(r"[0-9a-f]{8,64}")
+CHUNK_BYTES = 2**20
+WIDEST_CELL = 40
+INTERNAL = {"claims", "stamp", "context"}
+"""Fields of an entry that are the index's own business."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Library:
+    """The adapters below a folder as they were when it was opened, sorted by path."""
+
+    folder: Path
+    entries: tuple[LibraryEntry, ...]
+    index: Path
+    """Where what is known of them is kept."""
+
+
+def default_folder() -> Path:
+    """The folder that LORA_DIFFUSION_LIBRARY names, or that of the package's own adapters."""
+    named = os.environ.get(FOLDER_VARIABLE, "")
+    return Path(named) if named else sample_data() / "adapters"
+
+
+def open_library(folder: Path) -> Library:
+    """The adapters below a folder: safetensors, pickled files, and folders that PEFT saved.
+
+    Only headers of new and changed files are read. A file that cannot be used is there too, with its problem. Raises
+    ConfigError if there is no such folder.
+    """
+    absolute = Path(os.path.abspath(folder.expanduser()))  # noqa: PTH100 (keeps links in the path as the user gave them)
+    if not absolute.is_dir():
+        reason = "is a file" if absolute.exists() else "no such folder"
+        raise ConfigError(f"{folder}: {reason}; give a folder of adapters, or name one in {FOLDER_VARIABLE}")
+    index = index_file(absolute)
+    return Library(folder=absolute, entries=tuple(refresh(absolute, index)), index=index)
+
+
+def find(library: Library, name: str) -> LibraryEntry:
+    """The one adapter of that name.
+
+    A name is, in this order: the path inside the library; the same without its suffix, or the file's name without it;
+    the name in the file's header; and any of them in other letters of case. Raises ConfigError for a name that is
+    unknown or means several, AdapterFormatError for a file that cannot be used.
+    """
+    wanted = name.strip().removeprefix("./")
+    named = [(entry, names_of(entry)) for entry in library.entries]
+    for same in (str, str.casefold):
+        for tier in range(3):
+            found = [entry for entry, names in named if same(wanted) in map(same, names[tier])]
+            if found:
+                return the_only(found, name, library)
+    raise ConfigError(f"no adapter called {name!r} in {library.folder}; {suggestion(library, wanted)}")
+
+
+def names_of(entry: LibraryEntry) -> tuple[tuple[str, ...], ...]:
+    """What an adapter may be called, in the order in which names count.
+
+    The file's name comes before the header's, which the states of one training run have in common.
+    """
+    inside = entry.relative.rpartition("/")[0]
+    return (entry.relative,), (f"{inside}/{entry.stem}" if inside else entry.stem, entry.stem), (entry.name,)
+
+
+def the_only(found: Sequence[LibraryEntry], name: str, library: Library) -> LibraryEntry:
+    """The one that was found. Raises ConfigError if there are several, AdapterFormatError if it cannot be used."""
+    if len(found) > 1:
+        paths = ", ".join(entry.relative for entry in found)
+        raise ConfigError(f"{name!r} means {len(found)} adapters in {library.folder}: {paths}; give one of these paths")
+    if found[0].problem:
+        raise AdapterFormatError(found[0].problem)
+    return found[0]
+
+
+def suggestion(library: Library, wanted: str) -> str:
+    """The nearest name, or where to look for one."""
+    known = {name.casefold(): name for entry in library.entries for tier in names_of(entry)[1:] for name in tier}
+    near = difflib.get_close_matches(wanted.casefold(), known, n=1)
+    if near:
+        return f"did you mean {known[near[0]]!r}?"
+    return f"`lora-diffusion library {library.folder}` lists the {len(library.entries)} that are there"
+
+
+def search(library: Library, text: str, family: str = "") -> tuple[LibraryEntry, ...]:
+    """The adapters with every word of `text` in their name, trigger words, learned tokens or path.
+
+    Raises ConfigError for a family that does not exist.
+    """
+    if family and family not in FAMILIES:
+        raise ConfigError(f"family {family!r}: there is none of that name; choose one of {', '.join(FAMILIES)}")
+    words = text.casefold().split()
+    return tuple(
+        entry
+        for entry in library.entries
+        if (not family or entry.family == family) and all(word in searched(entry) for word in words)
+    )
+
+
+def searched(entry: LibraryEntry) -> str:
+    return "\n".join((entry.name, *entry.trigger_words, *entry.learned_tokens, entry.relative)).casefold()
+
+
+def find_by_hash(library: Library, digest: str) -> LibraryEntry | None:
+    """The adapter with a hash that begins with `digest`: of its content, of its bytes after the header, of its file.
+
+    What is not known yet is computed, cheap hashes before content hashes, up to the first that fits, and kept in the
+    index; None means that every usable file has been looked at. The entry has a problem if loading it has shown one.
+    Raises ConfigError for a digest of fewer than 8 digits.
+    """
+    wanted = digest.strip().lower().removeprefix("0x")
+    if not DIGEST.fullmatch(wanted):
+        raise ConfigError(f"hash {digest!r}: expected 8 to 64 hexadecimal digits")
+    known = next((entry for entry in library.entries if fits(entry, wanted)), None)
+    if known:
+        return known
+    indexed = load_entries(library.index)
+    later = [indexed.get(entry.relative, entry) for entry in library.entries]
+    newest = [new if new.stamp == old.stamp else old for old, new in zip(library.entries, later, strict=True)]
+    known = next((entry for entry in newest if fits(entry, wanted)), None)
+    return known or hash_until(newest, wanted, library.index)
+
+
+def fits(entry: LibraryEntry, wanted: str) -> bool:
+    """Whether a known hash begins so, and the file is still the one that has it."""
+    known = (entry.content_hash, entry.payload_hash, entry.file_hash)
+    return any(digest.startswith(wanted) for digest in known) and is_unchanged(entry)
+
+
+def is_unchanged(entry: LibraryEntry) -> bool:
+    return stamp_of(entry.path) == entry.stamp != ""
+
+
+def hash_until(entries: Sequence[LibraryEntry], wanted: str, index: Path) -> LibraryEntry | None:
+    """Compute what is missing until a hash fits; what has been computed by then goes into the index."""
+    hashed: dict[str, LibraryEntry] = {}
+    usable = [entry for entry in likely_first(entries, wanted) if not entry.problem]
+    steps: tuple[Callable[[LibraryEntry], LibraryEntry], ...] = (with_file_hashes, with_content_hash)
+    try:
+        for step in steps:
+            for entry in tqdm(usable, desc="hashing", unit="file", delay=1, leave=False, disable=None):
+                known = hashed.get(entry.relative, entry)
+                more = step(known)
+                if more is known or not is_unchanged(more):  # nothing new, or the file has changed meanwhile
+                    continue
+                hashed[more.relative] = more
+                if fits(more, wanted):
+                    return more
+    finally:
+        save_entries(index, hashed, ())
+    return None
+
+
+def likely_first(entries: Iterable[LibraryEntry], wanted: str) -> list[LibraryEntry]:
+    """Files that claim the hash come first, though it is computed for them too; then small ones before large ones."""
+    return sorted(entries, key=lambda e: (not any(claim.startswith(wanted) for claim in e.claims), e.bytes))
+
+
+def with_file_hashes(entry: LibraryEntry) -> LibraryEntry:
+    """The entry with the hashes of its bytes, computed in one pass; unchanged if the file has gone."""
+    if entry.file_hash:
+        return entry
+    file = entry.path / FOLDER_FILE if entry.path.is_dir() else entry.path
+    whole, payload = hashlib.sha256(), hashlib.sha256()
+    try:
+        start = 0 if is_pickled(file) else read_header(file).data_start
+        with file.open("rb") as data:
+            whole.update(data.read(start))
+            while chunk := data.read(CHUNK_BYTES):
+                whole.update(chunk)
+                payload.update(chunk)
+    except (AdapterFormatError, OSError):
+        return entry
+    return replace(entry, file_hash=whole.hexdigest(), payload_hash=payload.hexdigest() if start else "")
+
+
+def with_content_hash(entry: LibraryEntry) -> LibraryEntry:
+    """The entry with the hash of its tensors, or with the problem that only loading it has brought to light."""
+    if entry.content_hash or entry.problem:
+        return entry
+    try:
+        return replace(entry, content_hash=adapter_hash(load_adapter(entry.path)))
+    except LoRADiffusionError as error:
+        return replace(entry, problem=plain(str(error)))
+
+
+def entry_facts(entry: LibraryEntry) -> dict[str, Any]:
+    """An entry as plain values, ready for JSON."""
+    return ENTRY.dump_python(entry, mode="json", exclude=INTERNAL)
+
+
+def describe_library(library: Library, entries: Sequence[LibraryEntry]) -> str:
+    """An aligned table of the usable entries, and a line for each problem and note."""
+    titles = ("name", "family", "kind", "weight", "triggers", "file")
+    rows = [titles, *(row_of(entry) for entry in entries if not entry.problem)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(titles))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if len(rows) == 1:
+        lines = [f"no usable adapters found in {plain(str(library.folder))}"]
+    lines += [f"problem: {entry.problem}" for entry in entries if entry.problem]
+    return "\n".join([*lines, *(f"note: {entry.relative}: {note}" for entry in entries for note in entry.notes)])
+
+
+def row_of(entry: LibraryEntry) -> tuple[str, ...]:
+    weight = "" if entry.preferred_weight is None else f"{entry.preferred_weight:g}"
+    words = ", ".join((*entry.trigger_words, *entry.learned_tokens))
+    family = " ".join(filter(None, (family_title(entry.family), entry.variant)))
+    cells = (entry.name, family, ", ".join(entry.kinds), weight, words)
+    return (*(cut(printable(cell)) for cell in cells), printable(entry.relative))
+
+
+def printable(text: str) -> str:
+    """A text of another tool's without anything that a terminal would obey."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def cut(cell: str) -> str:
+    return cell if len(cell) <= WIDEST_CELL else f"{cell[: WIDEST_CELL - 1]}…"

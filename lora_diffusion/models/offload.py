@@ -1,0 +1,36 @@
+"""Models that a step does not need wait in the processor's memory, and are on the device only while they work."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from lora_diffusion.models.load import Base
+
+
+def idle_models(base: Base, *, text_encoders_learn: bool) -> list[str]:
+    """What a step does not need while encoded pictures and captions come from the cache."""
+    return ["vae", *(() if text_encoders_learn else base.anatomy.text_layers)]
+
+
+def send_away(base: Base, names: Sequence[str]) -> None:
+    """Move models off the device."""
+    for name in names:
+        getattr(base.pipe, name).to("cpu")
+    if base.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def at_work(base: Base, names: Sequence[str]) -> Iterator[None]:
+    """Models on the base's device while the block runs, and where they were afterwards."""
+    models: list[nn.Module] = [getattr(base.pipe, name) for name in names]
+    away = [name for name, model in zip(names, models, strict=True) if next(model.parameters()).device != base.device]
+    for name in away:
+        getattr(base.pipe, name).to(base.device)
+    try:
+        yield
+    finally:
+        if away:
+            send_away(base, away)

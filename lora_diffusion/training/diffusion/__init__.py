@@ -1,0 +1,1 @@
+"""Noise, timesteps, noise schedules and losses."""

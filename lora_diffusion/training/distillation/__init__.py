@@ -1,0 +1,1 @@
+"""Distillation of a blend into one adapter."""

@@ -1,0 +1,1 @@
+"""Training of gates over frozen adapters."""

@@ -1,0 +1,1 @@
+"""One function for each task of a user; what the command line and the studio share."""

@@ -1,0 +1,255 @@
+"""What adapters are made of and how they get along, as plain values ready for JSON.
+
+Goes module by module, so that no more than one module's spectra are in memory at once.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lora_diffusion.adapters.adapter import Adapter
+from lora_diffusion.adapters.blend import Blend, WeightedAdapter
+from lora_diffusion.adapters.layers import Layer
+from lora_diffusion.algebra.metrics.amplification import Amplification, amplification
+from lora_diffusion.algebra.metrics.overlap import Overlap, overlap_of, summed
+from lora_diffusion.algebra.metrics.spectra import SpectrumFacts, block_facts, spectrum_facts
+from lora_diffusion.algebra.metrics.subspace_similarity import Likeness, directions_of, likeness, mean_grid
+from lora_diffusion.algebra.svd.svd import Spectrum, spectrum_of
+from lora_diffusion.architectures.blocks import block_of
+from lora_diffusion.architectures.families import family_title
+from lora_diffusion.errors import ConfigError, FamilyMismatchError
+from lora_diffusion.formats.adapters.load import load_adapter
+
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alone:
+    """What is found of one adapter, by module path."""
+
+    spectra: dict[str, SpectrumFacts] = field(default_factory=dict[str, SpectrumFacts])
+    amplifications: dict[str, Amplification] = field(default_factory=dict[str, Amplification])
+    left_out: dict[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Together:
+    """What is found of two adapters, by module path."""
+
+    overlaps: dict[str, Overlap] = field(default_factory=dict[str, Overlap])
+    inputs: dict[str, Likeness] = field(default_factory=dict[str, Likeness])
+    outputs: dict[str, Likeness] = field(default_factory=dict[str, Likeness])
+
+
+def analyse_files(paths: Sequence[Path], base: str = "", ignore: Sequence[str] = ()) -> Facts:
+    """Spectra of each adapter, overlap and similarity of each two, and, with a base, amplification.
+
+    `base` is `tiny-sd`, a folder, a single file or a hub id; only the weights that the adapters change are looked at.
+    Raises ConfigError for no adapter or one without a delta to decompose, FamilyMismatchError for adapters of different
+    families or a base that is not theirs, AdapterFormatError and BaseModelError for files that cannot be read.
+    """
+    if not paths:
+        raise ConfigError("no adapter to analyse; give at least one file")
+    adapters = [load_adapter(path, ignore=ignore) for path in paths]
+    check_same_base(adapters, paths)
+    weight_of = base_weights(base, adapters) if base else nothing_known
+    alone = [Alone() for _ in adapters]
+    together = {pair: Together() for pair in combinations(range(len(adapters)), 2)}
+    modules = sorted({module for adapter in adapters for module in adapter.layers})
+    for module in tqdm(modules, desc="analyse", unit="module", leave=False):
+        weight = weight_of(module)
+        spectra = [spectrum_at(*pair, module, weight) for pair in zip(adapters, alone, strict=True)]
+        add_alone(alone, spectra, module, weight)
+        add_together(together, spectra, module)
+    for path, found in zip(paths, alone, strict=True):
+        if not found.spectra:
+            raise ConfigError(f"{path}: {nothing_left(found)}")
+    names = distinct_names(adapters, paths)
+    pairs = [pair_facts(names[i], names[j], found) for (i, j), found in together.items()]
+    return {
+        "base": base,
+        "names": names,
+        "adapters": [adapter_facts(*each) for each in zip(names, paths, adapters, alone, strict=True)],
+        "pairs": pairs,
+        "cosine": matrix(pairs, names, "cosine"),
+        "shared": matrix(pairs, names, "shared"),
+    }
+
+
+def check_same_base(adapters: Sequence[Adapter], paths: Sequence[Path]) -> None:
+    """Raise FamilyMismatchError unless families, and sizes of modules in common, agree."""
+    for (one, first), (two, second) in combinations(zip(adapters, paths, strict=True), 2):
+        families = one.metadata.family, two.metadata.family
+        if all(families) and families[0] != families[1]:
+            titles = [family_title(family) for family in families]
+            raise FamilyMismatchError(
+                f"{first} is an adapter for {titles[0]} and {second} for {titles[1]}; analyse one family at a time"
+            )
+        for module in one.layers.keys() & two.layers.keys():
+            sizes = [torch.Size(adapter.layers[module].weight_shape) for adapter in (one, two)]
+            if sizes[0][0] != sizes[1][0] or sizes[0].numel() != sizes[1].numel():
+                raise FamilyMismatchError(
+                    f"{module} is of shape {tuple(sizes[0])} in {first} and {tuple(sizes[1])} in {second}; "
+                    "analyse adapters of one base"
+                )
+
+
+def base_weights(base: str, adapters: Sequence[Adapter]) -> Callable[[str], Tensor | None]:
+    """What reads the base's weight of a module, if an adapter changes it.
+
+    Raises BaseModelError, FamilyMismatchError if anything finds no weight of its shape.
+    """
+    from lora_diffusion.models.locate import fitting_checkpoint  # slow to import, and nothing else here needs it
+
+    blend = Blend(entries=tuple(WeightedAdapter(adapter=adapter) for adapter in adapters))
+    parameters = fitting_checkpoint(base, blend).parameters
+    return lambda module: parameters[f"{module}.weight"].read()
+
+
+def nothing_known(_module: str) -> None:
+    """The weight of a module where no base is given."""
+
+
+def spectrum_at(adapter: Adapter, found: Alone, module: str, weight: Tensor | None) -> Spectrum | None:
+    """The spectrum of an adapter's delta at a module; None, noted in `found`, if it has none to decompose."""
+    layer = adapter.layers.get(module)
+    if layer is None:
+        return None
+    reason = no_spectrum(layer, weight)
+    if reason:
+        found.left_out[module] = reason
+        return None
+    return spectrum_of([(1.0, layer)], weight)
+
+
+def no_spectrum(layer: Layer, weight: Tensor | None) -> str:
+    """Why a layer's delta cannot be decomposed; empty if it can."""
+    if len(layer.weight_shape) < 2:
+        return "the weight of a norm is no matrix"
+    return "DoRA needs the base's weight" if layer.kind == "DoRA" and weight is None else ""
+
+
+def nothing_left(found: Alone) -> str:
+    if "DoRA needs the base's weight" in found.left_out.values():
+        return "its layers are DoRA, whose delta depends on the base; give the base with --base"
+    return "no layer whose delta is a matrix; expected LoRA, LoHa, LoKr, DoRA or full differences of weights"
+
+
+def add_alone(alone: Sequence[Alone], spectra: Sequence[Spectrum | None], module: str, weight: Tensor | None) -> None:
+    for found, spectrum in zip(alone, spectra, strict=True):
+        if spectrum is not None:
+            found.spectra[module] = spectrum_facts(spectrum)
+        if spectrum is not None and weight is not None:
+            found.amplifications[module] = amplification(spectrum, weight)
+
+
+def add_together(together: Mapping[tuple[int, int], Together], spectra: Sequence[Spectrum | None], module: str) -> None:
+    directions = [None if spectrum is None else directions_of(spectrum) for spectrum in spectra]
+    for (i, j), found in together.items():
+        if spectra[i] is None and spectra[j] is None:
+            continue
+        found.overlaps[module] = overlap_of(spectra[i], spectra[j])
+        alive = [each for each in (directions[i], directions[j]) if each is not None and each.output.shape[1]]
+        if len(alive) == 2:
+            found.inputs[module] = likeness(alive[0].input, alive[1].input)
+            found.outputs[module] = likeness(alive[0].output, alive[1].output)
+
+
+def distinct_names(adapters: Sequence[Adapter], paths: Sequence[Path]) -> list[str]:
+    """What to call each: its own name, else its file's, else that with a number."""
+    own, stems = [adapter.metadata.name for adapter in adapters], [path.stem for path in paths]
+    numbered = [f"{stem} ({number})" for number, stem in enumerate(stems, start=1)]
+    return next(names for names in (own, stems, numbered) if len(set(names)) == len(names) and all(names))
+
+
+def by_block(modules: Iterable[str]) -> dict[str, list[str]]:
+    blocks: dict[str, list[str]] = {}
+    for module in modules:
+        blocks.setdefault(block_of(module), []).append(module)
+    return blocks
+
+
+def adapter_facts(name: str, path: Path, adapter: Adapter, found: Alone) -> Facts:
+    """All of one adapter: in all, by block, by module."""
+    blocks = by_block(found.spectra)
+    facts: Facts = {
+        "name": name,
+        "file": str(path),
+        "hash": adapter.hash,
+        "family": family_title(adapter.metadata.family) or "unknown",
+        "kind": ", ".join(adapter.kinds),
+        "whole": asdict(block_facts(list(found.spectra.values()))),
+        "blocks": {block: asdict(block_facts([found.spectra[m] for m in inside])) for block, inside in blocks.items()},
+        "modules": {module: asdict(spectrum) for module, spectrum in found.spectra.items()},
+        "left_out": found.left_out,
+    }
+    if found.amplifications:
+        amplified = found.amplifications
+        facts["amplification"] = {
+            "whole": median_amplification(list(amplified.values())),
+            "blocks": {block: median_amplification([amplified[m] for m in inside]) for block, inside in blocks.items()},
+            "modules": {module: asdict(each) for module, each in amplified.items()},
+        }
+    return facts
+
+
+def median_amplification(found: Sequence[Amplification]) -> Facts:
+    """The median of each number; None where no module has it."""
+    columns = {name: [getattr(each, name) for each in found] for name in Amplification.__dataclass_fields__}
+    known = {name: [value for value in values if value is not None] for name, values in columns.items()}
+    return {name: median(values) if values else None for name, values in known.items()}
+
+
+def pair_facts(first: str, second: str, found: Together) -> Facts:
+    """All of two adapters: in all, by block, by module."""
+    return {
+        "first": first,
+        "second": second,
+        "modules_in_both": len(found.inputs),
+        **overlap_facts(summed(found.overlaps.values())),
+        "input": likeness_facts(list(found.inputs.values())),
+        "output": likeness_facts(list(found.outputs.values())),
+        "blocks": {
+            block: overlap_facts(summed(found.overlaps[module] for module in inside))
+            for block, inside in by_block(found.overlaps).items()
+        },
+        "modules": {module: overlap_facts(overlap) for module, overlap in found.overlaps.items()},
+    }
+
+
+def overlap_facts(overlap: Overlap) -> Facts:
+    """Cosine and shares; `shared` is how much the two will fight, `chance` what it is for random directions."""
+    return {name: getattr(overlap, name) for name in ("cosine", "shared", "chance", "first_share", "second_share")}
+
+
+def likeness_facts(found: Sequence[Likeness]) -> Facts:
+    """Means over modules of phi, for all pairs of numbers of directions and for all directions; empty for none."""
+    if not found:
+        return {}
+    return {
+        "phi": fmean(float(each.similarity[-1, -1]) for each in found),
+        "random_phi": fmean(float(each.random[-1, -1]) for each in found),
+        "distance": median(each.distance for each in found),
+        "largest_distance": median(each.largest_distance for each in found),
+        "similarity": rounded_grid([each.similarity for each in found]),
+        "random": rounded_grid([each.random for each in found]),
+    }
+
+
+def rounded_grid(grids: Sequence[Tensor]) -> list[list[float]]:
+    """The mean, to four decimals: there are as many numbers as the product of two ranks."""
+    return [[round(value, 4) for value in row] for row in mean_grid(grids).tolist()]
+
+
+def matrix(pairs: Sequence[Facts], names: Sequence[str], key: str) -> list[list[float]]:
+    """One number of each pair as a symmetrical matrix, in the adapters' order; 1 on the diagonal."""
+    values = {(pair["first"], pair["second"]): pair[key] for pair in pairs}
+    values |= {(second, first): value for (first, second), value in values.items()}
+    return [[values.get((row, column), 1.0) for column in names] for row in names]

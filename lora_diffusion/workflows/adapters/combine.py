@@ -1,0 +1,256 @@
+"""Adapter files made into one, exactly or at a small rank; one file alone is resized."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, cast
+from lora_diffusion.adapters.blend import Blend, WeightedAdapter
+from lora_diffusion.adapters.coefficients import is_off
+from lora_diffusion.adapters.layers import DoRALayer, FullLayer
+from lora_diffusion.algebra.combine.exact_sum import combine, joint_sum, united_words
+from lora_diffusion.algebra.combine.methods import ConsensusConfig, consensus
+from lora_diffusion.algebra.metrics.quantization_error import rounding_error
+from lora_diffusion.algebra.reduce.resize import CompressionReport, Loss, compress
+from lora_diffusion.algebra.reduce.truncate import first_directions
+from lora_diffusion.algebra.svd.rank_selection import RankRule
+from lora_diffusion.architectures.blocks import block_of
+from lora_diffusion.architectures.module_paths import ANATOMIES
+from lora_diffusion.config.merge import WeightType
+from lora_diffusion.config.preset import BlendEntry
+from lora_diffusion.core.atomic_files import check_output, size_of
+from lora_diffusion.core.dtypes import dtype_name, torch_dtype
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.formats.adapters.native import save_adapter
+from lora_diffusion.library.recipe import blend_entries
+from lora_diffusion.library.references import load_blend
+
+STALE = ("ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_network_args")
+"""What kohya's record says of factors that are no longer those of the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combination:
+    """How adapters become one."""
+
+    rule: RankRule | None = None
+    """Which rank each module gets; without a rule nothing is cut off, and ranks add up."""
+    first: int | None = None
+    """Cut each module to so many first directions instead, as DyLoRA trains them; no rule then."""
+    consensus: ConsensusConfig | None = None
+    """What decides where adapters disagree; without it they are summed."""
+    base: str = ""
+    """The base that DoRA layers are for, which have no delta without it."""
+    dtype: WeightType = "keep"
+    """Type of the layers' tensors; `keep` is that of the inputs, or float32 if they differ. Words keep theirs."""
+    force: bool = False
+    ignore: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combined:
+    """A file that was written, beside those that it was made of."""
+
+    sources: tuple[Path, ...]
+    output: Path
+    how: Combination
+    adapter: Adapter
+    report: CompressionReport | None
+    """What compression took; None for an exact sum."""
+    rounding_error: float
+    """Norm of what rounding to the written type changed in the deltas over the norm of all deltas."""
+    bytes_before: int
+    bytes_after: int
+
+
+def combine_files(entries: Sequence[BlendEntry], output: Path, how: Combination) -> Combined:
+    """Read adapters in any dialect and write their weighted sum in the native layout; a lone one may be resized so.
+
+    Raises OutputError if the output is an input, or there already, ConfigError if there is nothing to combine, or what
+    cannot be combined, or a type that cannot hold it, FamilyMismatchError, AdapterFormatError.
+    """
+    sources = tuple(dict.fromkeys(Path(entry.path) for entry in entries))
+    check_output(output, sources, force=how.force)
+    blend = load_blend(entries, ignore=how.ignore).blend
+    active = [entry for entry in blend.entries if not is_off(entry.weight)]
+    if not active:
+        raise ConfigError("nothing to combine; give at least one adapter with a weight other than 0")
+    exact, report = one_adapter(with_deltas(blend, how.base) if how.base else blend, how)
+    dtype = common_type(active) if how.dtype == "keep" else torch_dtype(how.dtype)
+    rounded = replace(cast(exact, dtype), tokens=exact.tokens)
+    if rounded.non_finite:
+        raise ConfigError(
+            f"{rounded.non_finite[0]} is beyond the range of {dtype_name(dtype)}; lower the weights, or choose "
+            "bfloat16 or float32"
+        )
+    error = rounding_error(exact, rounded)
+    metadata = joint_metadata(active, output.stem).model_copy(update={"training": record(active, how, report, error)})
+    written = replace(rounded, metadata=metadata)
+    save_adapter(written, output)
+    return Combined(
+        sources=sources,
+        output=output,
+        how=how,
+        adapter=written,
+        report=report,
+        rounding_error=error,
+        bytes_before=sum(map(size_of, sources)),
+        bytes_after=size_of(output),
+    )
+
+
+def one_adapter(blend: Blend, how: Combination) -> tuple[Adapter, CompressionReport | None]:
+    """The blend as one adapter: the only place that knows the ways to make it. Raises LoRADiffusionError's children."""
+    family = next((e.adapter.metadata.family for e in blend.active if e.adapter.metadata.family), "")
+    anatomy = ANATOMIES.get(family)
+    if how.consensus:
+        blend = Blend(entries=(WeightedAdapter(adapter=consensus(blend, how.consensus, AdapterMetadata(), anatomy)),))
+    if how.first is not None:
+        return first_directions(combine(untimed(blend), AdapterMetadata(), anatomy), how.first)
+    if how.rule is None:
+        return combine(blend, AdapterMetadata(), anatomy), None
+    adapter, report = compress(joint_sum(blend, anatomy), how.rule, AdapterMetadata())
+    return replace(adapter, tokens=united_words(blend)), report
+
+
+def with_deltas(blend: Blend, base: str) -> Blend:
+    """The blend with what each DoRA layer changes in the base's own weight in that layer's place, as a full difference.
+
+    That is how a blend applies it: beside the others, never on top of them. Raises BaseModelError, FamilyMismatchError.
+    """
+    from lora_diffusion.models.locate import fitting_checkpoint  # slow to import, and nothing else here needs it
+
+    parameters = fitting_checkpoint(base, blend).parameters
+
+    def plain(adapter: Adapter) -> Adapter:
+        changed = {
+            path: FullLayer(diff=layer.delta(parameters[f"{path}.weight"].read()))
+            for path, layer in adapter.layers.items()
+            if isinstance(layer, DoRALayer)
+        }
+        return replace(adapter, layers={**adapter.layers, **changed})
+
+    return Blend(entries=tuple(replace(entry, adapter=plain(entry.adapter)) for entry in blend.entries))
+
+
+def common_type(entries: Sequence[WeightedAdapter]) -> torch.dtype:
+    """The type that all layers and biases share, if it is a half one; float32, which holds all, if they differ."""
+    adapters = [entry.adapter for entry in entries]
+    kinds = {
+        factor.dtype for adapter in adapters for layer in adapter.layers.values() for factor in layer.factors.values()
+    }
+    kinds |= {bias.dtype for adapter in adapters for bias in adapter.biases.values()}
+    return kinds.pop() if kinds in ({torch.float16}, {torch.bfloat16}) else torch.float32
+
+
+def joint_metadata(entries: Sequence[WeightedAdapter], name: str) -> AdapterMetadata:
+    """What is known of all the adapters together; what they do not agree on is left empty, and trigger words unite."""
+    known = [entry.adapter.metadata for entry in entries]
+
+    def agreed(field: str) -> str:
+        values = {getattr(metadata, field) for metadata in known} - {""}
+        return values.pop() if len(values) == 1 else ""
+
+    variants = sorted({metadata.variant or "none" for metadata in known})
+    odd = (f"made of adapters for bases of different variants ({', '.join(variants)})",) if len(variants) > 1 else ()
+    return AdapterMetadata(
+        name=name,
+        family=agreed("family"),
+        base_name=agreed("base_name"),
+        base_hash=agreed("base_hash"),
+        description=agreed("description"),
+        variant=known[0].variant if len(variants) == 1 else "",
+        trigger_words=tuple(dict.fromkeys(word for metadata in known for word in metadata.trigger_words)),
+        created=known[0].created if len(known) == 1 else "",
+        notes=tuple(dict.fromkeys((*(note for metadata in known for note in metadata.notes), *odd))),
+        merged_from=tuple(f"{entry.name} ({entry.hash[:16]})" for entry in entries),
+    )
+
+
+def untimed(blend: Blend) -> Blend:
+    """The blend with every direction of a T-LoRA acting at all steps."""
+
+    def still(adapter: Adapter) -> Adapter:
+        return replace(adapter, metadata=adapter.metadata.model_copy(update={"least_rank": 0}))
+
+    return Blend(entries=tuple(replace(entry, adapter=still(entry.adapter)) for entry in blend.entries))
+
+
+def record(
+    entries: Sequence[WeightedAdapter], how: Combination, report: CompressionReport | None, rounding: float
+) -> dict[str, Any]:
+    """What made the file, for its header; an adapter that was alone keeps the record of its training."""
+    training = dict(entries[0].adapter.metadata.training) if len(entries) == 1 else {}
+    parts = [
+        {"file": Path(part.path).name, **part.model_dump(mode="json", include={"name", "hash", "weight"})}
+        for part in blend_entries(Blend(entries=tuple(entries)))
+    ]
+    made = {
+        "adapters": parts,
+        "rule": how_cut(how),
+        "consensus": asdict(how.consensus) if how.consensus else None,
+        "relative_error": 0.0 if report is None else report.total.relative,
+        "rounding_error": rounding,
+        "base": how.base,
+    }
+    return {key: value for key, value in training.items() if key not in STALE} | {"combination": made}
+
+
+def how_cut(how: Combination) -> str:
+    """What chose the ranks, for a record."""
+    if how.first is not None:
+        return f"first {how.first}"
+    return "exact" if how.rule is None else str(how.rule)
+
+
+def facts_of(done: Combined) -> dict[str, Any]:
+    """What was done, as plain values, ready for JSON."""
+    facts = {
+        "from": [str(source) for source in done.sources],
+        "to": str(done.output),
+        "layers": len(done.adapter.layers),
+        "rounding_error": done.rounding_error,
+        "bytes_before": done.bytes_before,
+        "bytes_after": done.bytes_after,
+        "exact": done.report is None and done.how.consensus is None,
+    }
+    if done.report is None:
+        return facts
+    blocks = {block: loss_facts(loss) for block, loss in done.report.by(block_of).items()}
+    modules = {path: asdict(loss) for path, loss in done.report.modules.items()}
+    return {**facts, **loss_facts(done.report.total), "blocks": blocks, "by_module": modules}
+
+
+def loss_facts(loss: Loss) -> dict[str, Any]:
+    return {**asdict(loss), "error": loss.relative}
+
+
+def described(done: Combined) -> str:
+    """What was done, as lines of text; with a table of what compression took from each block."""
+    sizes = (
+        f"{len(done.adapter.layers)} layers, {megabytes(done.bytes_before)} before, {megabytes(done.bytes_after)} after"
+    )
+    rounding = f"rounding changed the delta by {done.rounding_error:.2%}"
+    if done.report is None:
+        made = f"made by {done.how.consensus.method}" if done.how.consensus else "the sum is exact"
+        return f"{done.output}: {sizes}; {made}, {rounding}"
+    rows = [*done.report.by(block_of).items(), ("all", done.report.total)]
+    table = [
+        f"{name:<22}{loss.modules:>8}{span(loss.ranks_before):>10}{span(loss.ranks_after):>10}"
+        f"{loss.norm:>12.4g}{loss.relative:>12.3g}"
+        for name, loss in rows
+    ]
+    head = f"{'block':<22}{'modules':>8}{'rank was':>10}{'rank is':>10}{'norm':>12}{'error':>12}"
+    return "\n".join([f"{done.output}: {sizes}; {rounding}", head, *table])
+
+
+def span(ranks: tuple[int, int]) -> str:
+    low, high = ranks
+    return f"{low}" if low == high else f"{low}-{high}"
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f} MB"

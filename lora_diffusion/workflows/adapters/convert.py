@@ -1,0 +1,110 @@
+"""Adapters from one dialect into another, with what a change of precision cost."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from lora_diffusion.adapters.adapter import Adapter, cast, named_tensors
+from lora_diffusion.config.merge import WeightType
+from lora_diffusion.config.settings import Dialect
+from lora_diffusion.core.atomic_files import whole_file
+from lora_diffusion.core.dtypes import torch_dtype
+from lora_diffusion.errors import ConfigError, OutputError
+from lora_diffusion.formats.adapters.kohya import save_kohya
+from lora_diffusion.formats.adapters.load import load_adapter
+from lora_diffusion.formats.adapters.native import save_adapter
+from lora_diffusion.formats.adapters.textual_inversion import save_embedding
+from lora_diffusion.workflows.adapters.hub_card import hub_card
+
+WRITERS: Mapping[Dialect, Callable[[Adapter, Path], None]] = {
+    "native": save_adapter,
+    "kohya": save_kohya,
+    "embedding": save_embedding,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What to make of each file."""
+
+    to: Dialect
+    dtype: WeightType = "keep"
+    force: bool = False
+    without_tokens: bool = False
+    card: bool = False
+    ignore: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """A file that was written, and what rounding took from it."""
+
+    source: Path
+    output: Path
+    rounding_error: float
+    """Norm of what rounding changed over the norm of all tensors; 0 where no type changed."""
+
+
+def convert(source: Path, output: Path, how: Conversion) -> Converted:
+    """Read `source` in any dialect and write it to `output` in another.
+
+    Raises OutputError if something is there already, AdapterFormatError, ConfigError for a type that cannot hold it.
+    """
+    card = output.with_suffix(".md")
+    for path in (output, card) if how.card else (output,):
+        if path.exists() and not how.force:
+            raise OutputError(f"{path}: already there; give another output, or --force to replace it")
+    adapter = load_adapter(source, ignore=how.ignore)
+    if how.without_tokens:
+        adapter = replace(adapter, tokens={})
+    if how.to == "embedding":
+        adapter = replace(adapter, layers={}, biases={})
+    if adapter.metadata.least_rank and how.to != "native":
+        raise ConfigError(
+            f"{source}: is a T-LoRA, which changes with the timestep, and {how.to} cannot say so; cut it to one rank "
+            "with resize --first, or stay native"
+        )
+    rounded = adapter if how.dtype == "keep" else cast(adapter, torch_dtype(how.dtype))
+    broken = rounded.non_finite
+    if broken:
+        raise ConfigError(f"{source}: {broken[0]} is beyond the range of {how.dtype}; choose bfloat16 or float32")
+    WRITERS[how.to](rounded, output)
+    if how.card:
+        with whole_file(card) as part:
+            part.write_text(hub_card(rounded, output.name), encoding="utf-8")
+    return Converted(source=source, output=output, rounding_error=rounding_error(adapter, rounded))
+
+
+def rounding_error(before: Adapter, after: Adapter) -> float:
+    """Norm of the difference of all tensors over their norm."""
+    if before is after:
+        return 0.0
+    error = total = 0.0
+    for (_, old), (_, new) in zip(named_tensors(before), named_tensors(after), strict=True):
+        error += float((old.double() - new.double()).square().sum())
+        total += float(old.double().square().sum())
+    return (error / total) ** 0.5 if total else 0.0
+
+
+def outputs_for(sources: Sequence[Path], target: Path) -> list[Path]:
+    """Where each of the files goes: to `target` itself, or into it if there are several or it is a folder.
+
+    Raises ConfigError if two would take the same name.
+    """
+    if len(sources) == 1 and not target.is_dir() and target.suffix == ".safetensors":
+        return [target]
+    outputs = [target / f"{source.stem}.safetensors" for source in sources]
+    if len(set(outputs)) < len(outputs):
+        twice = next(path for path in outputs if outputs.count(path) > 1)
+        raise ConfigError(f"two of the files would become {twice}; convert them into different folders")
+    if target.is_file() or (len(sources) == 1 and target.suffix not in ("", ".safetensors")):
+        raise ConfigError(f"{target}: expected a folder, or one input and an output that ends in .safetensors")
+    return outputs
+
+
+def convert_files(sources: Sequence[Path], target: Path, how: Conversion) -> list[Converted]:
+    """Convert files to `target`, or into it; stops at the first bad one. Raises LoRADiffusionError's children."""
+    pairs = list(zip(sources, outputs_for(sources, target), strict=True))
+    return [convert(source, output, how) for source, output in tqdm(pairs, unit="file", disable=len(pairs) < 2)]

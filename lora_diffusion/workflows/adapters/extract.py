@@ -1,0 +1,299 @@
+"""Adapters out of checkpoints: what one has over another, or the low-rank part of one itself."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import hypot
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
+from lora_diffusion.adapters.compatibility import same_weight
+from lora_diffusion.adapters.layers import FullLayer
+from lora_diffusion.algebra.reduce.extract import (
+    Approximation,
+    Extraction,
+    approximate,
+    difference,
+    extract,
+    finite,
+    norm,
+)
+from lora_diffusion.algebra.svd.randomized_svd import Sketch
+from lora_diffusion.algebra.svd.rank_selection import RankRule
+from lora_diffusion.architectures.module_paths import changeable_paths
+from lora_diffusion.architectures.targets import resolve_targets
+from lora_diffusion.config.merge import WeightType
+from lora_diffusion.core.atomic_files import check_output
+from lora_diffusion.core.dtypes import torch_dtype
+from lora_diffusion.errors import ConfigError, FamilyMismatchError
+from lora_diffusion.formats.adapters.native import save_adapter
+from lora_diffusion.formats.checkpoints.checkpoint import Checkpoint
+from lora_diffusion.formats.checkpoints.diffusers import read_json
+from lora_diffusion.models.locate import find_checkpoint
+
+Method: TypeAlias = Literal["exact", "randomised"]
+Vectors: TypeAlias = Literal["leave", "keep"]
+SKETCHES: Mapping[Method, Sketch | None] = {"exact": None, "randomised": Sketch()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extracting:
+    """What is taken out of a checkpoint, and how."""
+
+    rule: RankRule
+    method: Method = "exact"
+    unet: tuple[str, ...] = ("all",)
+    text_encoders: tuple[str, ...] = ("all",)
+    norms_and_biases: Vectors = "leave"
+    """Those that differ are left out, or kept whole in float32. Of the low-rank part of a base they are left out."""
+    dtype: WeightType = "keep"
+    """Type of the factors; `keep` is that of the checkpoints, or float32 if they differ."""
+    force: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Parameters of one kind, and the norm of what they hold together."""
+
+    count: int
+    norm: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Extracted:
+    """A file that was written, and what of the checkpoint is not in it."""
+
+    tuned: str
+    """The checkpoint that it is taken out of; empty where that is the base itself."""
+    base: str
+    output: Path
+    how: Extracting
+    found: Extraction
+    kept: Mapping[str, Tensor]
+    """Differences of norms and biases in the file, by parameter."""
+    left_out: Mapping[str, Group]
+    """What differs but is not in the file, by kind."""
+
+    @property
+    def left_out_norm(self) -> float:
+        return hypot(*(group.norm for group in self.left_out.values()))
+
+    @property
+    def whole_norm(self) -> float:
+        """Of all that differs in UNet and text encoders."""
+        return hypot(self.found.report.total.norm, self.left_out_norm, *map(norm, self.kept.values()))
+
+    @property
+    def whole_error(self) -> float:
+        """Norm of all that the file misses over the norm of all that differs."""
+        return hypot(self.found.report.total.lost, self.left_out_norm) / self.whole_norm
+
+
+def extract_file(tuned: str, base: str, output: Path, how: Extracting) -> Extracted:
+    """Write what a checkpoint has over a base as an adapter in the native layout.
+
+    Both are `tiny-sd`, a folder, a single file or a hub id. One module is in memory at a time, beside the result. The
+    VAE, which no adapter changes, is not looked at. Raises FamilyMismatchError if the two are not of one make,
+    ConfigError if there is nothing to extract, OutputError if the output is in an input, or there already,
+    BaseModelError.
+    """
+    first, second = find_checkpoint(base), find_checkpoint(tuned)
+    check_output(output, (*files_of(first), *files_of(second)), force=how.force)
+    check_same_make(first, second)
+    names = wanted_names(first, how)
+    pairs = ((path_of(n), first.parameters[n].read(), second.parameters[n].read()) for n in shown(names))
+    found = extract(pairs, approximation_for(how, stored_types((first, second), names)))
+    kept, left_out = sorted_out(differences(first, second, others(first, names)), target_paths(first, how), how)
+    if not found.layers and not kept:
+        raise ConfigError(nothing_message(tuned, base, left_out))
+    done = Extracted(tuned=tuned, base=base, output=output, how=how, found=found, kept=kept, left_out=left_out)
+    metadata = AdapterMetadata(
+        name=output.stem,
+        family=first.family.name,
+        variant=variant_of(first),
+        base_name=base,
+        base_hash=first.hash,
+        description=f"Extracted from {second.path.name}: what it has over its base, {how.rule}.",
+        training={"extraction": {"tuned": tuned, "tuned_hash": second.hash, **record(done)}},
+    )
+    save_adapter(adapter_of(done, metadata), output)
+    return done
+
+
+def approximate_file(base: str, output: Path, how: Extracting) -> Extracted:
+    """Write the low-rank part of a base's own weights, which is no change to any base and not to be blended.
+
+    The file is an adapter's in layout only: its family is `low-rank part of ...`, so that every command that would add
+    it to a base refuses. Norms, biases and embeddings are left out. Raises as `extract_file` does.
+    """
+    source = find_checkpoint(base)
+    check_output(output, files_of(source), force=how.force)
+    names = wanted_names(source, how)
+    weights = ((path_of(name), weight) for name, weight in values_of(source, shown(names)))
+    found = approximate(weights, approximation_for(how, stored_types((source,), names)))
+    if not found.layers:
+        raise ConfigError(f"{base}: all weights at the targets are zero; there is nothing to approximate")
+    _, left_out = sorted_out(values_of(source, others(source, names)), (), how)
+    done = Extracted(tuned="", base=base, output=output, how=how, found=found, kept={}, left_out=left_out)
+    metadata = AdapterMetadata(
+        name=f"low-rank part of {source.path.name}",
+        family=f"low-rank part of {source.family.title}",
+        base_name=base,
+        base_hash=source.hash,
+        description="The base's own weights at low rank, not a change to them: do not add it to a base.",
+        training={"approximation": record(done)},
+    )
+    save_adapter(adapter_of(done, metadata), output)
+    return done
+
+
+def record(done: Extracted) -> dict[str, Any]:
+    """What made the file, for its header."""
+    how, total = done.how, done.found.report.total
+    return {
+        "rule": str(how.rule),
+        "method": how.method,
+        "unet_targets": list(how.unet),
+        "text_encoder_targets": list(how.text_encoders),
+        "relative_error": total.relative,
+        "left_out": {kind: asdict(group) for kind, group in done.left_out.items()},
+        "whole_error": done.whole_error,
+    }
+
+
+def files_of(checkpoint: Checkpoint) -> list[Path]:
+    """Every file of a checkpoint."""
+    return [p for p in checkpoint.path.rglob("*") if p.is_file()] if checkpoint.is_folder else [checkpoint.path]
+
+
+def check_same_make(base: Checkpoint, tuned: Checkpoint) -> None:
+    """Raise FamilyMismatchError unless both have the same parameters; a vocabulary may have grown by learned words."""
+    if tuned.family is not base.family:
+        raise FamilyMismatchError(
+            f"{tuned.path} is {tuned.family.title}, but {base.path} is {base.family.title}; "
+            "give the base that it was made of"
+        )
+    shapes, theirs = base.shapes, tuned.shapes
+    for name in (*shapes, *(name for name in theirs if name not in shapes)):
+        mine, other = shapes.get(name), theirs.get(name)
+        if mine is None or other is None or not (same_weight(other, mine) or may_grow(name, mine, other)):
+            raise FamilyMismatchError(
+                f"{name} is {other or 'missing'} in {tuned.path}, but {mine or 'missing'} in {base.path}; "
+                "give the base that it was made of"
+            )
+
+
+def may_grow(name: str, one: tuple[int, ...], two: tuple[int, ...]) -> bool:
+    return name.endswith(".token_embedding.weight") and one[1:] == two[1:]
+
+
+def target_paths(checkpoint: Checkpoint, how: Extracting) -> tuple[str, ...]:
+    """The modules, norms among them, that sets and patterns name. Raises ConfigError if one names none."""
+    paths = changeable_paths(checkpoint.anatomy)
+    return resolve_targets(paths, unet=how.unet, text_encoders=how.text_encoders)
+
+
+def wanted_names(checkpoint: Checkpoint, how: Extracting) -> list[str]:
+    """The weights that get a layer: those of two or four dimensions among the targets."""
+    names = [f"{path}.weight" for path in target_paths(checkpoint, how)]
+    return [name for name in names if name in checkpoint.parameters and len(checkpoint.shapes[name]) > 1]
+
+
+def path_of(name: str) -> str:
+    """The module of a parameter."""
+    return name.rpartition(".")[0]
+
+
+def shown(names: Sequence[str]) -> Iterable[str]:
+    """The names, with a bar on a terminal."""
+    return tqdm(names, desc="extract", unit="module", leave=False, disable=None)
+
+
+def stored_types(checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> set[str]:
+    """The types that the weights are stored in."""
+    return {checkpoint.parameters[name].kind[0] for checkpoint in checkpoints for name in names}
+
+
+def approximation_for(how: Extracting, types: set[str]) -> Approximation:
+    """The settings of the algebra. Raises ConfigError for a randomised method without a fixed rank."""
+    kept = types.pop() if types in ({"float16"}, {"bfloat16"}) else "float32"
+    dtype = torch_dtype(kept if how.dtype == "keep" else how.dtype)
+    return Approximation(rule=how.rule, sketch=SKETCHES[how.method], dtype=dtype)
+
+
+def others(checkpoint: Checkpoint, names: Sequence[str]) -> list[str]:
+    """The other parameters."""
+    taken = set(names)
+    return [name for name in checkpoint.parameters if name not in taken]
+
+
+def values_of(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Parameters in float32, one at a time."""
+    return ((name, checkpoint.parameters[name].read().float()) for name in names)
+
+
+def differences(base: Checkpoint, tuned: Checkpoint, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """What the checkpoints do not share, by parameter; the rows that only one has count whole."""
+    for name in names:
+        mine, other = base.parameters[name].read(), tuned.parameters[name].read()
+        rows = min(len(mine), len(other))
+        longer = max(mine, other, key=len)
+        yield name, torch.cat([difference(mine[:rows], other[:rows]), longer[rows:].float()])
+
+
+def sorted_out(
+    parameters: Iterable[tuple[str, Tensor]], targets: Sequence[str], how: Extracting
+) -> tuple[dict[str, Tensor], dict[str, Group]]:
+    """The norms and biases of target modules, if they are to be kept; and all else that is not zero, by kind.
+
+    Raises BaseModelError for NaN or infinity.
+    """
+    kept: dict[str, Tensor] = {}
+    norms: dict[str, list[float]] = {}
+    for name, values in finite(parameters):
+        if not values.any():
+            continue
+        if how.norms_and_biases == "keep" and values.ndim == 1 and path_of(name) in targets:
+            kept[name] = values
+        else:
+            norms.setdefault(kind_of(name, values), []).append(norm(values))
+    return kept, {kind: Group(count=len(found), norm=hypot(*found)) for kind, found in norms.items()}
+
+
+def kind_of(name: str, values: Tensor) -> str:
+    if "_embedding.weight" in name:
+        return "embeddings"
+    if name.endswith(".bias"):
+        return "biases"
+    return "norm weights" if values.ndim == 1 else "modules beyond the targets"
+
+
+def nothing_message(tuned: str, base: str, left_out: Mapping[str, Group]) -> str:
+    if not left_out:
+        return f"{tuned}: nothing to extract; its UNet and text encoders are those of {base}"
+    return (
+        f"{tuned}: nothing to extract at the targets; only {listed(left_out)} differ from {base}; "
+        "widen the targets, or keep norms and biases"
+    )
+
+
+def listed(left_out: Mapping[str, Group]) -> str:
+    """`biases (2), norm weights (1)`."""
+    return ", ".join(f"{kind} ({found.count})" for kind, found in left_out.items())
+
+
+def variant_of(base: Checkpoint) -> str:
+    """`v-prediction` if a folder's scheduler says so; a single file does not tell."""
+    scheduler = base.path / "scheduler" / "scheduler_config.json"
+    says = read_json(scheduler).get("prediction_type") if scheduler.is_file() else None
+    return "v-prediction" if says == "v_prediction" else ""
+
+
+def adapter_of(done: Extracted, metadata: AdapterMetadata) -> Adapter:
+    norms = {path_of(name): FullLayer(diff=diff) for name, diff in done.kept.items() if name.endswith(".weight")}
+    biases = {path_of(name): bias for name, bias in done.kept.items() if name.endswith(".bias")}
+    return Adapter(layers={**done.found.layers, **norms}, biases=biases, metadata=metadata)

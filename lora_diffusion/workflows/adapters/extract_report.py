@@ -1,0 +1,51 @@
+"""What was taken out of a checkpoint, as plain values and as text."""
+
+from dataclasses import asdict
+from typing import Any
+
+from lora_diffusion.algebra.reduce.resize import Loss
+from lora_diffusion.architectures.blocks import block_of
+from lora_diffusion.core.atomic_files import size_of
+from lora_diffusion.workflows.adapters.combine import loss_facts, megabytes, span
+from lora_diffusion.workflows.adapters.extract import Extracted, listed
+
+
+def facts_of(done: Extracted) -> dict[str, Any]:
+    """Ready for JSON."""
+    report = done.found.report
+    return {
+        "from": done.tuned or done.base,
+        "base": done.base,
+        "to": str(done.output),
+        "layers": len(done.found.layers),
+        "norms_and_biases": len(done.kept),
+        "equal": list(done.found.equal),
+        "left_out": {kind: asdict(group) for kind, group in done.left_out.items()},
+        "left_out_share": done.left_out_norm / done.whole_norm,
+        "whole_error": done.whole_error,
+        "bytes": size_of(done.output),
+        **loss_facts(report.total),
+        "blocks": {block: loss_facts(loss) for block, loss in report.by(block_of).items()},
+        "by_module": {path: asdict(loss) for path, loss in report.modules.items()},
+    }
+
+
+def described(done: Extracted) -> str:
+    """A table of what each block misses, and a line for what is not in the file."""
+    what = "of the difference" if done.tuned else "of the base's own weights, not to be added to a base"
+    head = f"{done.output}: {len(done.found.layers)} layers {what}, {megabytes(size_of(done.output))}"
+    rows = [*done.found.report.by(block_of).items(), ("all", done.found.report.total)]
+    columns = f"{'block':<22}{'modules':>8}{'rank':>10}{'norm':>12}{'error':>12}"
+    lines = [head, columns, *(row(name, loss) for name, loss in rows)]
+    if done.kept:
+        lines.append(f"kept whole: {len(done.kept)} norms and biases")
+    if done.found.equal:
+        lines.append(f"no layer for {len(done.found.equal)} modules that are equal")
+    if done.left_out:
+        share = done.left_out_norm / done.whole_norm
+        lines.append(f"left out: {listed(done.left_out)}; {share:.2%} of the norm of the whole")
+    return "\n".join([*lines, f"error of the whole: {done.whole_error:.3g}"])
+
+
+def row(name: str, loss: Loss) -> str:
+    return f"{name:<22}{loss.modules:>8}{span(loss.ranks_after):>10}{loss.norm:>12.4g}{loss.relative:>12.3g}"

@@ -1,0 +1,131 @@
+"""What is in an adapter file, as plain values: from its header alone, or with its tensors read."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from lora_diffusion.adapters.adapter import Adapter, adapter_hash, named_tensors
+from lora_diffusion.algebra.metrics.norms import delta_norm
+from lora_diffusion.architectures.blocks import block_of
+from lora_diffusion.architectures.families import family_title
+from lora_diffusion.core.atomic_files import size_of
+from lora_diffusion.core.dtypes import dtype_name
+from lora_diffusion.formats.adapters.load import load_unchecked, outline_adapter
+from lora_diffusion.formats.adapters.metadata import tag_frequencies
+from lora_diffusion.formats.adapters.pickle import is_pickled
+from lora_diffusion.formats.safetensors import file_payload_hash
+
+MOST_TAGS = 20
+LEGACY_START, LEGACY_BYTES = 0x100000, 0x10000
+
+
+def inspect_adapter(path: Path, *, norms: bool = False, ignore: Sequence[str] = ()) -> dict[str, Any]:
+    """Dialect, kind, family, sizes, triggers and record of an adapter, ready for JSON.
+
+    Reads the header alone, unless `norms` asks for what only the tensors tell: norms of the deltas, dead layers, NaN,
+    and hashes. Raises AdapterFormatError.
+    """
+    adapter = (load_unchecked if norms else outline_adapter)(path, ignore=ignore)
+    metadata = adapter.metadata
+    training = dict(metadata.training)
+    tags = tag_frequencies(training)
+    training.pop("ss_tag_frequency", None)
+    facts = {
+        "file": str(path),
+        "bytes": size_of(path),
+        "name": metadata.name,
+        "dialect": metadata.source_format,
+        "kind": ", ".join(adapter.kinds),
+        "family": family_title(metadata.family) or "unknown",
+        "variant": metadata.variant,
+        "base": metadata.base_name,
+        "base_hash": metadata.base_hash,
+        "trigger_words": list(metadata.trigger_words),
+        "learned_tokens": {word: {c: list(v.shape) for c, v in t.items()} for word, t in adapter.tokens.items()},
+        "parameters": adapter.num_parameters,
+        "precision": sorted({dtype_name(tensor.dtype) for _, tensor in named_tensors(adapter)}),
+        "ranks": spread(value for layer in adapter.layers.values() if (value := getattr(layer, "rank", None))),
+        "alphas": spread(v for layer in adapter.layers.values() if (v := getattr(layer, "alpha", None)) is not None),
+        "components": dict(Counter(path.split(".", 1)[0] for path in adapter.paths)),
+        "blocks": dict(Counter(block_of(path) for path in adapter.paths)),
+        "tags": dict(list(tags.items())[:MOST_TAGS]),
+        "training": training,
+        "description": metadata.description,
+        "created": metadata.created,
+        "notes": list(metadata.notes),
+    }
+    return facts | (measured(adapter, path) if norms else {})
+
+
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """Smallest, middle and largest value; empty for none."""
+    listed = sorted(values)
+    return {"min": listed[0], "median": median(listed), "max": listed[-1]} if listed else {}
+
+
+def measured(adapter: Adapter, path: Path) -> dict[str, Any]:
+    """What only the tensors tell."""
+    norms = {layer_path: delta_norm(layer) for layer_path, layer in adapter.layers.items()}
+    facts: dict[str, Any] = {
+        "hash": adapter_hash(adapter),
+        "norms": block_norms(norms),
+        "no_norm": sorted(layer_path for layer_path, norm in norms.items() if norm is None),
+        "dead": sorted(layer_path for layer_path, norm in norms.items() if norm == 0),
+        "non_finite": list(adapter.non_finite),
+    }
+    return facts | (file_hashes(path) if path.is_file() and not is_pickled(path) else {})
+
+
+def block_norms(norms: Mapping[str, float | None]) -> dict[str, dict[str, float]]:
+    """Middle and largest norm of the deltas in each block."""
+    blocks: dict[str, list[float]] = {}
+    for path, norm in norms.items():
+        if norm is not None:
+            blocks.setdefault(block_of(path), []).append(norm)
+    return {block: {"median": median(found), "max": max(found)} for block, found in blocks.items()}
+
+
+def file_hashes(path: Path) -> dict[str, str]:
+    """The hashes by which sites and user interfaces know a file.
+
+    `autov2` begins the SHA-256 of the whole file; `sshs_model_hash` is that of the bytes after the header, and
+    `sshs_legacy_hash` that of 64 KiB behind the first mebibyte [github.com/kohya-ss/sd-scripts, library/train_util.py].
+    """
+    with path.open("rb") as file:
+        whole = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(LEGACY_START)
+        legacy = hashlib.sha256(file.read(LEGACY_BYTES)).hexdigest()
+    return {"autov2": whole[:10], "sshs_model_hash": file_payload_hash(path), "sshs_legacy_hash": legacy[:8]}
+
+
+def describe_inspection(facts: Mapping[str, Any]) -> str:
+    """The facts as aligned lines of text, with a bar for each block's norm."""
+    lines: list[str] = []
+    for key, value in facts.items():
+        title = key.replace("_", " ")
+        if key == "norms":
+            lines += ["delta norms, middle and largest:", *bars(value)]
+        elif value not in ("", [], {}, None):
+            lines.append(f"{title:<18}{shown(value)}")
+    return "\n".join(lines)
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {shown(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def bars(norms: Mapping[str, Mapping[str, float]], width: int = 40) -> list[str]:
+    """One line for each block: name, bar, numbers."""
+    longest = max((entry["median"] for entry in norms.values()), default=0) or 1
+    lines: list[str] = []
+    for block, entry in norms.items():
+        bar = "█" * round(width * entry["median"] / longest)
+        lines.append(f"  {block:<22}{bar:<{width}} {entry['median']:.4g} ({entry['max']:.4g})")
+    return lines

@@ -1,0 +1,192 @@
+"""Adapter files into one pack with shared factors, and out of it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from lora_diffusion.adapters.adapter import Adapter
+from lora_diffusion.algebra.reduce.shared_basis import member, shared
+from lora_diffusion.core.atomic_files import check_output, size_of
+from lora_diffusion.core.dtypes import torch_dtype
+from lora_diffusion.errors import ConfigError, OutputError
+from lora_diffusion.formats.adapters.load import load_adapter
+from lora_diffusion.formats.adapters.native import save_adapter
+from lora_diffusion.formats.adapters.pack import load_pack, names_in, save_pack
+from lora_diffusion.library.entry import look_around, stem_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_diffusion.config.merge import WeightType
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """How adapters are packed."""
+
+    rank: int
+    dtype: WeightType = "keep"
+    force: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """A pack beside the files in it."""
+
+    output: Path
+    rank: int
+    bytes_before: int
+    bytes_after: int
+    errors: Mapping[str, float]
+    """Norm of what is lost of the deltas over their norm, by adapter; rounding included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unpacked:
+    """Files that came out of a pack."""
+
+    pack: Path
+    files: Mapping[str, Path]
+    bytes_before: int
+    """Of the whole pack."""
+    bytes_after: int
+    """Of all files together."""
+    errors: Mapping[str, float]
+    """How far each is from the adapter that was packed."""
+
+
+def pack_files(sources: Sequence[Path], output: Path, how: Packing) -> Packed:
+    """Pack adapter files, and all adapters below folders, into one file.
+
+    An adapter's name in the pack is its file's name without the suffix. `keep` as a type is the files' own if they
+    agree, else float32. Memory is about the size of all files. Raises OutputError for an output that is there already,
+    is an input, or cannot be written; ConfigError for no adapters, two of one name, or kinds that cannot share factors;
+    FamilyMismatchError; AdapterFormatError for a file that cannot be read.
+    """
+    files = named_files(sources)
+    check_output(output, files.values(), force=how.force)
+    adapters = {name: load_adapter(path) for name, path in tqdm(files.items(), unit="file", disable=len(files) < 20)}
+    family = shared(adapters, how.rank, type_of(adapters) if how.dtype == "keep" else torch_dtype(how.dtype))
+    save_pack(family, output)
+    return Packed(
+        output=output,
+        rank=how.rank,
+        bytes_before=sum(size_of(path) for path in files.values()),
+        bytes_after=size_of(output),
+        errors={name: part.error for name, part in family.members.items()},
+    )
+
+
+def named_files(sources: Sequence[Path]) -> dict[str, Path]:
+    """The adapters by name, sorted. Raises ConfigError for none, or two of one name."""
+    files: dict[str, Path] = {}
+    for path in (file for source in sources for file in files_at(source)):
+        name = stem_of(path)
+        if name in files:
+            raise ConfigError(f"{files[name]} and {path} are both called {name!r}; give one of them another file name")
+        files[name] = path
+    if not files:
+        raise ConfigError(f"no adapters in {', '.join(map(str, sources))}; give adapter files, or a folder of them")
+    return dict(sorted(files.items()))
+
+
+def files_at(source: Path) -> Iterator[Path]:
+    """The file itself, or all adapters below a folder. Raises ConfigError for what cannot be looked at in a folder."""
+    places, refused = look_around(source) if source.is_dir() else ([], [])
+    if refused:
+        raise ConfigError(f"{source}: {refused[0].problem}")
+    yield from (place.path for place in places) if source.is_dir() else (source,)
+
+
+def type_of(adapters: Mapping[str, Adapter]) -> torch.dtype:
+    """The type of all factors, or float32 if they are of several, or have none."""
+    layers = (layer for adapter in adapters.values() for layer in adapter.layers.values())
+    types = {factor.dtype for layer in layers for factor in layer.factors.values()}
+    return types.pop() if len(types) == 1 else torch_dtype("float32")
+
+
+def unpack_file(pack: Path, folder: Path, *, name: str = "", force: bool = False) -> Unpacked:
+    """Write the adapters of a pack, or the one of that name, as native files into a folder.
+
+    Each is a plain LoRA of its own rank or, where that is less, of the pack's. One adapter is read without the others.
+    Raises AdapterFormatError for a file that is no pack, ConfigError for a name that is not in it or is no file name,
+    OutputError for a file that is there already; nothing is written then.
+    """
+    names = (name,) if name else names_in(pack)
+    family = load_pack(pack, names)
+    files = {wanted: folder / f"{file_name(wanted, pack)}.safetensors" for wanted in names}
+    for path in files.values():
+        if path.exists() and path.samefile(pack):
+            raise OutputError(f"{path}: is the pack itself; give another folder")
+        if path.exists() and not force:
+            raise OutputError(f"{path}: already there; give another folder, or --force to replace it")
+    for wanted, path in tqdm(files.items(), unit="file", disable=len(files) < 20):
+        save_adapter(member(family, wanted), path)
+    return Unpacked(
+        pack=pack,
+        files=files,
+        bytes_before=size_of(pack),
+        bytes_after=sum(size_of(path) for path in files.values()),
+        errors={wanted: family.members[wanted].error for wanted in names},
+    )
+
+
+def file_name(name: str, pack: Path) -> str:
+    """The name, if it can be a file's. Raises ConfigError for one that would lead to another folder."""
+    if name in ("", ".", "..") or any(letter in "/\\\0" for letter in name):
+        raise ConfigError(f"{pack}: holds an adapter called {name!r}, which is no file name; the pack is not of ours")
+    return name
+
+
+def pack_facts(done: Packed) -> dict[str, Any]:
+    """What was packed, as plain values, ready for JSON."""
+    return {
+        "to": str(done.output),
+        "adapters": len(done.errors),
+        "rank": done.rank,
+        "bytes_before": done.bytes_before,
+        "bytes_after": done.bytes_after,
+        **error_facts(done.errors),
+    }
+
+
+def unpack_facts(done: Unpacked) -> dict[str, Any]:
+    """What was unpacked, as plain values, ready for JSON."""
+    return {
+        "from": str(done.pack),
+        "files": {name: str(path) for name, path in done.files.items()},
+        "bytes_before": done.bytes_before,
+        "bytes_after": done.bytes_after,
+        **error_facts(done.errors),
+    }
+
+
+def error_facts(errors: Mapping[str, float]) -> dict[str, Any]:
+    worst = max(errors, key=lambda name: errors[name])
+    found = {"worst": {worst: errors[worst]}, "median": median(errors.values())}
+    return {"error": found, "errors": dict(errors)}
+
+
+def describe_pack(done: Packed) -> str:
+    """What was packed, as lines of text."""
+    share = done.bytes_after / done.bytes_before
+    sizes = f"{done.bytes_before:,} bytes before, {done.bytes_after:,} after ({share:.1%})"
+    return f"{done.output}: {len(done.errors)} adapters at rank {done.rank}; {sizes}\n{described_errors(done.errors)}"
+
+
+def describe_unpacked(done: Unpacked) -> str:
+    """What was unpacked, as lines of text."""
+    sizes = f"{done.bytes_before:,} bytes in the pack, {done.bytes_after:,} unpacked"
+    listed = list(map(str, done.files.values())) if len(done.files) == 1 else [f"{len(done.files)} files"]
+    return f"{done.pack}: {listed[0]}; {sizes}\n{described_errors(done.errors)}"
+
+
+def described_errors(errors: Mapping[str, float]) -> str:
+    worst = max(errors, key=lambda name: errors[name])
+    return f"error of the deltas: median {median(errors.values()):.3g}, worst {errors[worst]:.3g} ({worst})"

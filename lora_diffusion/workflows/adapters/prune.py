@@ -1,0 +1,118 @@
+"""Adapter files with their smallest numbers set to zero, and what that cost."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from lora_diffusion.adapters.adapter import Adapter, cast
+from lora_diffusion.algebra.reduce.prune import Scope, Sparsity, sparse_deltas, sparse_factors, sparsity
+from lora_diffusion.architectures.blocks import block_of
+from lora_diffusion.core.atomic_files import check_output, size_of
+from lora_diffusion.core.dtypes import torch_dtype
+from lora_diffusion.errors import AdapterFormatError, ConfigError
+from lora_diffusion.formats.adapters.load import load_adapter
+from lora_diffusion.formats.adapters.native import save_adapter
+
+if TYPE_CHECKING:
+    from lora_diffusion.config.merge import WeightType
+
+Part: TypeAlias = Literal["factors", "delta"]
+PRUNE = {"factors": sparse_factors, "delta": sparse_deltas}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slimming:
+    """What is pruned, and how much of it stays."""
+
+    keep: float
+    what: Part = "factors"
+    scope: Scope = "module"
+    dtype: WeightType = "keep"
+    force: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slimmed:
+    """A pruned file beside the one that it was made of."""
+
+    source: Path
+    output: Path
+    sparsity: Sparsity
+    """Of what was written, rounding included."""
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def block_errors(self) -> dict[str, float]:
+        """Norm of what is lost over the norm of the deltas, in each block."""
+        blocks: dict[str, list[str]] = defaultdict(list)
+        for path in self.sparsity.norms:
+            blocks[block_of(path)].append(path)
+        return {block: self.sparsity.error_over(paths) for block, paths in blocks.items()}
+
+
+def sparsify_file(source: Path, output: Path, how: Slimming) -> Slimmed:
+    """Read an adapter in any dialect, prune it, and write it in the native layout.
+
+    `keep` as a type gives factors their own type, and a delta that of its layer's first factor. Raises OutputError if
+    something is there already or if the output is the input, ConfigError for a share or layers that cannot be pruned,
+    or a type that cannot hold them, AdapterFormatError.
+    """
+    check_output(output, [source], force=how.force)
+    before = load_adapter(source)
+    if not before.layers:
+        raise AdapterFormatError(f"{source}: has no layers to prune; expected a LoRA")
+    pruned = PRUNE[how.what](before, how.keep, how.scope)
+    after = like(pruned, before) if how.dtype == "keep" else cast(pruned, torch_dtype(how.dtype))
+    if after.non_finite:
+        raise ConfigError(f"{source}: {after.non_finite[0]} is beyond the range of its type; choose --dtype float32")
+    metadata = before.metadata.model_copy(update={"merged_from": (before.hash,)})
+    save_adapter(replace(after, metadata=metadata), output)
+    return Slimmed(
+        source=source,
+        output=output,
+        sparsity=sparsity(before, after),
+        bytes_before=size_of(source),
+        bytes_after=size_of(output),
+    )
+
+
+def like(pruned: Adapter, before: Adapter) -> Adapter:
+    """Every factor in the type that its layer had; pruned factors have it already."""
+    first = {path: next(iter(layer.factors.values())).dtype for path, layer in before.layers.items()}
+    layers = {
+        path: layer.with_factors({name: factor.to(first[path]) for name, factor in layer.factors.items()})
+        if layer.kind == "full"
+        else layer
+        for path, layer in pruned.layers.items()
+    }
+    return replace(pruned, layers=layers)
+
+
+def facts_of(done: Slimmed) -> dict[str, Any]:
+    """What was done, as plain values, ready for JSON."""
+    return {
+        "from": str(done.source),
+        "to": str(done.output),
+        "nonzeros": done.sparsity.nonzeros,
+        "entries": done.sparsity.entries,
+        "share": done.sparsity.share,
+        "error": done.sparsity.error,
+        "block_errors": done.block_errors,
+        "bytes_before": done.bytes_before,
+        "bytes_after": done.bytes_after,
+    }
+
+
+def described(done: Slimmed) -> str:
+    """What was done, as lines of text."""
+    found = done.sparsity
+    lines = [
+        f"{done.output}: {found.nonzeros:,} of {found.entries:,} numbers are not zero ({found.share:.2%})",
+        f"{done.bytes_before:,} bytes before, {done.bytes_after:,} after; zeros are stored like other numbers",
+        f"error of the deltas: {found.error:.3g} of their norm",
+    ]
+    return "\n".join([*lines, *(f"  {block:<22}{error:.3g}" for block, error in done.block_errors.items())])

@@ -1,0 +1,106 @@
+"""Checks of an adapter file, each with its answer, for a command with an exit code."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_diffusion.adapters.adapter import Adapter
+from lora_diffusion.adapters.blend import Blend, WeightedAdapter
+from lora_diffusion.adapters.compatibility import check_fits, wanted_shapes
+from lora_diffusion.architectures.families import family_title
+from lora_diffusion.architectures.module_paths import changeable_paths
+from lora_diffusion.errors import AdapterFormatError, LoRADiffusionError
+from lora_diffusion.formats.adapters.load import load_adapter
+from lora_diffusion.formats.checkpoints.diffusers import anatomy_of_folder, find_parameters
+from lora_diffusion.formats.safetensors import read_header
+from lora_diffusion.models.locate import find_base
+from lora_diffusion.workflows.adapters.inspect import delta_norm, file_hashes
+
+HASH_KEY = "modelspec.hash_sha256"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One question and its answer; `passed` is None where it does not apply."""
+
+    name: str
+    passed: bool | None
+    detail: str
+
+
+def verify(path: Path, *, base: str = "", ignore: Sequence[str] = ()) -> list[Check]:
+    """All checks of a file, and of how it fits `base` if one is given; never raises for a bad file."""
+    try:
+        adapter = load_adapter(path, ignore=ignore)
+    except AdapterFormatError as error:
+        return [Check(name="readable and understood in full", passed=False, detail=str(error))]
+    count = len(adapter.paths)
+    said = (
+        f"{adapter.metadata.source_format}: {', '.join(adapter.kinds)}, {count} modules, {len(adapter.tokens)} tokens"
+    )
+    checks = [
+        Check(name="readable and understood in full", passed=True, detail=said),
+        check_family_known(adapter),
+        check_assumptions(adapter),
+        check_alive(adapter),
+        check_payload(path),
+    ]
+    return [*checks, check_base(adapter, base)] if base else checks
+
+
+def check_family_known(adapter: Adapter) -> Check:
+    family = family_title(adapter.metadata.family)
+    return Check(name="family recognised", passed=bool(family), detail=family or "fits several families, or none known")
+
+
+def check_assumptions(adapter: Adapter) -> Check:
+    """Nothing had to be assumed; a file that leaves its alpha out is legal, so this never fails."""
+    notes = adapter.metadata.notes
+    return Check(
+        name="nothing assumed", passed=None if notes else True, detail="; ".join(notes) or "scales are all given"
+    )
+
+
+def check_alive(adapter: Adapter) -> Check:
+    """Every layer adds something; a trained one always does."""
+    dead = [path for path, layer in adapter.layers.items() if delta_norm(layer) == 0]
+    detail = (
+        f"{len(dead)} of {len(adapter.layers)} add nothing (first: {dead[0]})" if dead else "every layer adds something"
+    )
+    return Check(name="no dead layers", passed=not dead, detail=detail)
+
+
+def check_payload(path: Path) -> Check:
+    """The tensors are those that the header's ModelSpec hash names."""
+    name = "tensors as hashed in the header"
+    if not path.is_file() or path.suffix != ".safetensors":
+        return Check(name=name, passed=None, detail="no safetensors header")
+    stated = read_header(path).metadata.get(HASH_KEY, "")
+    if not stated:
+        return Check(name=name, passed=None, detail=f"the header has no {HASH_KEY}")
+    actual = file_hashes(path)["sshs_model_hash"]
+    return Check(name=name, passed=stated.removeprefix("0x") == actual, detail=stated)
+
+
+def check_base(adapter: Adapter, base: str) -> Check:
+    """Every layer finds a weight of its shape in the base; reads the base's headers alone."""
+    name = f"fits {base}"
+    try:
+        folder = find_base(base)
+        family, shape = anatomy_of_folder(folder)
+        check_fits(
+            Blend(entries=(WeightedAdapter(adapter=adapter),)),
+            base_name=base,
+            family=family.name,
+            paths=frozenset(changeable_paths(shape)),
+            shapes={name: found.shape for name, found in find_parameters(folder, wanted_shapes(adapter)).items()},
+        )
+    except LoRADiffusionError as error:
+        return Check(name=name, passed=False, detail=str(error))
+    return Check(name=name, passed=True, detail=f"{len(adapter.paths)} modules matched")
+
+
+def describe_checks(checks: Sequence[Check]) -> str:
+    """One line for each check."""
+    words = {True: "ok", False: "FAILED", None: "note"}
+    return "\n".join(f"{words[check.passed]:<8}{check.name}: {check.detail}" for check in checks)

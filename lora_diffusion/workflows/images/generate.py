@@ -1,0 +1,200 @@
+"""What the commands do between their flags and the library: find files, load, run, write."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from lora_diffusion.adapters.blend import Blend, blend_sum
+from lora_diffusion.adapters.coefficients import read_block_presets, spelled_out, without_schedules
+from lora_diffusion.adapters.compatibility import check_family
+from lora_diffusion.algebra.combine.balance import balanced
+from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.preset import BlendEntry, BlendPreset
+from lora_diffusion.core.atomic_files import check_writable
+from lora_diffusion.core.dtypes import dtype_name, torch_dtype
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.formats.adapters.load import outline_adapter
+from lora_diffusion.inference.in_place import check_blend, quantised, rounding_loss
+from lora_diffusion.inference.sampling import OnStep, Picture, generate
+from lora_diffusion.library.presets import save_preset
+from lora_diffusion.library.recipe import Recipe, differences
+from lora_diffusion.library.references import Found, Shelf, load_blend
+from lora_diffusion.models.load import Base
+from lora_diffusion.models.locate import find_checkpoint
+from lora_diffusion.models.quantize import load_in_codes
+from lora_diffusion.workflows.images.plan import Plan, with_tags
+
+MOST_LOST = 0.1
+"""Share of a blend's delta that rounding may take before a user is told."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Means:
+    """Where things are looked for, and what is done to a blend before it is used."""
+
+    shelf: Shelf = field(default_factory=Shelf)
+    ignore: tuple[str, ...] = ()
+    """Patterns of keys that adapter files may hold without being understood."""
+    block_presets: Path | None = None
+    """An `lbwpresets.txt` with block vectors by name."""
+    balance: bool = False
+    """Scale the weights so that equal ones mean equal strength."""
+    low_memory: bool = False
+    """Take the base's own values back from its files, and keep no copies in memory."""
+
+
+def refuse_other_families(entries: Iterable[BlendEntry], base: str, ignore: Sequence[str] = ()) -> None:
+    """Raise FamilyMismatchError for an adapter of another family than the base's, from the files' headers alone."""
+    family = find_checkpoint(base).family
+    for entry in entries:
+        if entry.hash and not Path(entry.path).exists():
+            continue  # looked for by its hash later
+        outline = outline_adapter(Path(entry.path), ignore=ignore)
+        check_family(outline.metadata.family, outline.metadata.name, base_name=base, family=family.name)
+
+
+def prepared_blend(base: str, entries: tuple[BlendEntry, ...], means: Means) -> Found:
+    """The adapters loaded, their weights spelled out for this base and balanced if asked.
+
+    Raises LoRADiffusionError's children.
+    """
+    refuse_other_families(entries, base, means.ignore)
+    presets = read_block_presets(means.block_presets) if means.block_presets else None
+    anatomy = find_checkpoint(base).anatomy
+    found = load_blend(entries, means.shelf, ignore=means.ignore)
+    spelled = [replace(entry, weight=spelled_out(entry.weight, anatomy, presets)) for entry in found.blend.entries]
+    blend = Blend(entries=tuple(spelled))
+    return replace(found, blend=balanced(blend) if means.balance else blend)
+
+
+def check_base_hash(base: Base, recipe: Recipe) -> None:
+    """Raise ConfigError if the base is not the one that the recipe was made with."""
+    if base.hash != recipe.base_hash:
+        raise ConfigError(
+            f"{base.name}: its weights (hash {base.hash[:12]}) are not those of the recipe ({recipe.base_hash[:12]}); "
+            "give the original base with --base"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """Files of finished pictures, and what a user should know of them."""
+
+    paths: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
+
+
+def generate_files(plan: Plan, output: Path, means: Means | None = None) -> Written:
+    """Make the pictures of a plan and write each into `output`, under names that are free, as soon as it is there.
+
+    Raises LoRADiffusionError's children.
+    """
+    means = means or Means()
+    check_writable(output / "00000.png")
+    plan = with_tags(plan, means.shelf)
+    found = prepared_blend(plan.base, plan.entries, means)
+    base = planned_base(plan)
+    with tqdm(total=plan.settings.count, desc="generate", unit="picture", leave=False) as bar:
+
+        def advance(_path: Path, _picture: Picture) -> None:
+            bar.update()
+
+        return write_pictures(base, found, plan, output, means, on_picture=advance)
+
+
+def write_pictures(
+    base: Base,
+    found: Found,
+    plan: Plan,
+    output: Path,
+    means: Means,
+    *,
+    on_picture: Callable[[Path, Picture], None],
+    on_step: OnStep | None = None,
+) -> Written:
+    """The same with a base and adapters that are loaded; `on_picture` gets each as soon as it is written."""
+    notes = [*plan.notes, *found.notes]
+    if plan.recipe:
+        check_base_hash(base, plan.recipe)
+        notes += [f"{note}; the pixels may differ" for note in differences(plan.recipe, device=base.pipe.device.type)]
+    notes += rounding_notes(base, found.blend, plan)
+    paths: list[Path] = []
+
+    def keep(picture: Picture) -> None:
+        paths.append(free_name(output))
+        picture.save(paths[-1])
+        on_picture(paths[-1], picture)
+
+    backup = "file" if means.low_memory else "memory"
+    generate(
+        base,
+        [plan.settings],
+        found.blend,
+        composition=plan.composition,
+        backup=backup,
+        on_picture=keep,
+        on_step=on_step,
+    )
+    return Written(paths=tuple(paths), notes=tuple(notes))
+
+
+def rounding_notes(base: Base, blend: Blend, plan: Plan) -> list[str]:
+    """A warning if adding to the weights would round away more of the blend than most people would accept."""
+    if plan.composition.exact or quantised(base) or base.pipe.unet.dtype == torch.float32:
+        return []
+    check_blend(base, blend)
+    lost = rounding_loss(base, blend_sum(unscheduled(blend), base.anatomy))
+    if lost <= MOST_LOST:
+        return []
+    kind = dtype_name(base.pipe.unet.dtype)
+    return [f"rounding to {kind} loses {lost:.0%} of what the adapters change; --exact keeps it in a branch"]
+
+
+def unscheduled(blend: Blend) -> Blend:
+    """The blend at full weight everywhere, whatever its schedules and regions."""
+    return Blend(entries=tuple(replace(e, region=None, weight=without_schedules(e.weight)) for e in blend.entries))
+
+
+def planned_base(plan: Plan) -> Base:
+    """The base of a plan; that of a replay in the recipe's type of number. Raises BaseModelError, ConfigError."""
+    precision = torch_dtype(plan.recipe.precision) if plan.recipe else None
+    return load_in_codes(plan.base, plan.codes, precision=precision)
+
+
+def free_name(folder: Path) -> Path:
+    """The first five-digit PNG name after those already there."""
+    taken = [int(p.stem) for p in folder.glob("*.png") if p.stem.isdecimal()] if folder.is_dir() else []
+    return folder / f"{max(taken, default=-1) + 1:05d}.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A preset as it was written, and what a user should know of it."""
+
+    preset: BlendPreset
+    notes: tuple[str, ...]
+
+
+def save_plan(plan: Plan, path: Path, means: Means, *, name: str, description: str, force: bool) -> Saved:
+    """Write a plan as a preset, with every adapter's name and hash and its weight in full.
+
+    Raises LoRADiffusionError's children.
+    """
+    if path.suffix != ".json":
+        raise ConfigError(f"{path}: a preset is a .json file; give one, e.g. my-blend.json")
+    plan = with_tags(plan, means.shelf)
+    if not plan.entries:
+        raise ConfigError("nothing to save; give at least one --adapter, a prompt with a tag, or --from IMAGE")
+    found = prepared_blend(plan.base, plan.entries, means)
+    preset = BlendPreset(
+        name=name or path.stem,
+        description=description,
+        base=plan.base,
+        adapters=plan.entries,
+        composition=plan.composition,
+        settings=None if plan.settings == GenerateConfig(prompt="") else plan.settings,
+    )
+    return Saved(preset=save_preset(preset, path, found.blend, force=force), notes=(*plan.notes, *found.notes))

@@ -1,0 +1,125 @@
+"""Grids of pictures over two settings, and what each block of an adapter does to a picture."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+from tqdm import tqdm
+
+from lora_diffusion.adapters.coefficients import read_block_presets
+from lora_diffusion.core.atomic_files import check_writable, whole_file
+from lora_diffusion.evaluation.image_grid import grid
+from lora_diffusion.inference.composition import check_composition
+from lora_diffusion.library.recipe import PNG_KEY
+from lora_diffusion.library.references import Found
+from lora_diffusion.models.load import Base
+from lora_diffusion.models.locate import find_checkpoint
+from lora_diffusion.workflows.images.generate import Means, free_name, planned_base, prepared_blend, write_pictures
+from lora_diffusion.workflows.images.grid_axes import Axis, cells, without_blocks
+from lora_diffusion.workflows.images.plan import Plan, with_tags
+
+LEAST_CELL_PX, MOST_CELL_PX = 192, 512
+GRID_KEY = "lora_diffusion_grid"
+"""Text entry of a grid's PNG: its axes, and the recipe of each picture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockEffect:
+    """What is lost without one block of an adapter."""
+
+    block: str
+    change: float
+    """Mean absolute difference of pixels to the picture with all blocks, 0..255."""
+    path: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A finished grid, and what a user should know of it."""
+
+    path: Path
+    notes: tuple[str, ...] = ()
+
+
+def draw_grid(plan: Plan, across: Axis, down: Axis, output: Path, means: Means | None = None) -> Drawn:
+    """Every picture of the grid into `output`, and the grid into its folder `grids`.
+
+    All mistakes are found before the first picture. Raises LoRADiffusionError's children.
+    """
+    means = means or Means()
+    check_writable(output / "00000.png")
+    rows = cells(with_tags(plan, means.shelf), across, down)
+    found = [[prepared_blend(cell.base, cell.entries, means) for cell in row] for row in rows]
+    for cell, blend in zip(chain.from_iterable(rows), chain.from_iterable(found), strict=True):
+        check_composition(blend.blend, cell.composition)
+    base = planned_base(plan)
+    notes: list[str] = list(plan.notes)
+    paths: list[list[Path]] = []
+    with tqdm(total=len(across.values) * len(down.values), desc="grid", unit="picture", leave=False) as bar:
+        for line, blends in zip(rows, found, strict=True):
+            paths.append([])
+            for cell, blend in zip(line, blends, strict=True):
+                paths[-1].append(one_picture(base, blend, cell, output, means, notes))
+                bar.update()
+    return Drawn(path=save_sheet(paths, across, down, output), notes=tuple(dict.fromkeys(notes)))
+
+
+def one_picture(base: Base, blend: Found, cell: Plan, output: Path, means: Means, notes: list[str]) -> Path:
+    """The picture of a plan that makes one; what a user should know is added to the notes."""
+    written = write_pictures(base, blend, cell, output, means, on_picture=lambda _path, _picture: None)
+    notes += written.notes
+    return written.paths[0]
+
+
+def save_sheet(rows: Sequence[Sequence[Path]], across: Axis, down: Axis, output: Path) -> Path:
+    """Pictures of ours as one labelled picture, which has the axes and their recipes in it. Raises OutputError."""
+    read = [[seen(path) for path in row] for row in rows]
+    pictures = [[picture for picture, _ in row] for row in read]
+    side_px = min(MOST_CELL_PX, max(LEAST_CELL_PX, *pictures[0][0].size))
+    sheet = grid(pictures, columns=across.labels, labels=down.labels, cell_px=side_px)
+    facts = {
+        "across": asdict(across),
+        "down": asdict(down),
+        "pictures": [[picture.name for picture in row] for row in rows],
+        "recipes": [[recipe for _, recipe in row] for row in read],
+    }
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text(GRID_KEY, json.dumps(facts))
+    path = free_name(output / "grids")
+    with whole_file(path) as part:
+        sheet.save(part, format="PNG", pnginfo=texts)
+    return path
+
+
+def seen(path: Path) -> tuple[Image.Image, str]:
+    """A picture of ours and its recipe."""
+    with Image.open(path) as opened:
+        return opened.convert("RGB"), opened.info[PNG_KEY]
+
+
+def measure_blocks(plan: Plan, of: str, output: Path, means: Means | None = None) -> tuple[BlockEffect, ...]:
+    """Leave out one block of an adapter at a time; the strongest first. Raises LoRADiffusionError's children."""
+    means = means or Means()
+    check_writable(output / "00000.png")
+    presets = read_block_presets(means.block_presets) if means.block_presets else None
+    plans = without_blocks(with_tags(plan, means.shelf), of, find_checkpoint(plan.base).anatomy, presets)
+    base = planned_base(plan)
+    paths: dict[str, Path] = {}
+    for block, less in tqdm(plans.items(), desc="blocks", unit="picture", leave=False):
+        paths[block] = one_picture(base, prepared_blend(less.base, less.entries, means), less, output, means, [])
+    return strongest_first(paths)
+
+
+def strongest_first(paths: Mapping[str, Path]) -> tuple[BlockEffect, ...]:
+    """How much each picture differs from the one with all blocks, which is under ""."""
+    effects = (block_effect(block, path, paths[""]) for block, path in paths.items() if block)
+    return tuple(sorted(effects, key=lambda effect: -effect.change))
+
+
+def block_effect(block: str, without: Path, whole: Path) -> BlockEffect:
+    less, more = (np.asarray(seen(path)[0], dtype=np.float32) for path in (without, whole))
+    return BlockEffect(block=block, change=float(np.abs(less - more).mean()), path=without)

@@ -1,0 +1,144 @@
+"""What pictures to make: from flags, a preset, a picture's own recipe, or a picture of another program."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.preset import BlendEntry, Composition
+from lora_diffusion.config.settings import EMBEDDED_BASE, Codes, Model, validate
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.library.presets import read_preset
+from lora_diffusion.library.recipe import Recipe, has_recipe, read_recipe
+from lora_diffusion.library.references import Shelf, anchored_entries, hashed_entries, tagged_entries
+from lora_diffusion.prompts.image_metadata import read_infotext
+from lora_diffusion.prompts.infotext import Infotext, generate_settings
+from lora_diffusion.prompts.tags import in_our_order, take_tags
+
+COMPOSABLE = re.compile(r"\bAND\b")
+"""What joins several prompts to A1111."""
+EMPHASIS = re.compile(r"(?<!\\)[(\[]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Pictures to make: base, adapters by reference, settings; for a replay also the recipe to hold to."""
+
+    base: str
+    entries: tuple[BlendEntry, ...]
+    settings: GenerateConfig
+    composition: Composition = field(default_factory=Composition)
+    codes: Codes = "none"
+    """What the base's linear layers are kept in."""
+    recipe: Recipe | None = None
+    notes: tuple[str, ...] = ()
+    """What is known already to make a replay differ."""
+
+
+def preset_plan(
+    path: Path,
+    *,
+    base: str,
+    settings: Mapping[str, Any],
+    composition: Mapping[str, Any],
+    adapters: tuple[BlendEntry, ...],
+) -> Plan:
+    """Pictures from a preset; what is given besides wins over it. Raises ConfigError."""
+    preset = read_preset(path)
+    return Plan(
+        base=base or preset.base,
+        entries=anchored_entries(preset.adapters, path.parent) + adapters,
+        settings=laid_over(GenerateConfig, preset.settings, settings, source=str(path)),
+        composition=laid_over(Composition, preset.composition, composition, source=str(path)),
+    )
+
+
+def laid_over(kind: type[Model], kept: Model | None, given: Mapping[str, Any], *, source: str) -> Model:
+    """Settings with those given in their place. Raises ConfigError."""
+    return validate(kind, {**(kept.model_dump() if kept else {}), **given}, source=source)
+
+
+def replay_plan(image: Path, *, base: str, shelf: Shelf) -> Plan:
+    """The picture in a file once more: of ours from its recipe, of A1111 and Forge from their text.
+
+    Raises ConfigError if it carries neither.
+    """
+    info = None if has_recipe(image) else read_infotext(image)
+    if info is not None:
+        return foreign_plan(image, info, base=base, shelf=shelf)
+    recipe = read_recipe(image)
+    if recipe.kind != "image" or recipe.settings is None:
+        raise ConfigError(f"{image}: carries the recipe of a {recipe.kind}, not of a picture")
+    return Plan(
+        base=base or recipe.base,
+        entries=recipe.adapters,
+        settings=recipe.settings,
+        composition=recipe.composition,
+        codes=recipe.codes,
+        recipe=recipe,
+    )
+
+
+def settings_plan(
+    image: Path | None,
+    *,
+    base: str,
+    settings: Mapping[str, Any],
+    composition: Mapping[str, Any],
+    adapters: tuple[BlendEntry, ...],
+    shelf: Shelf,
+) -> Plan:
+    """What flags say, over what a picture's own recipe says, if one is given. Raises ConfigError."""
+    nothing = Plan(base=EMBEDDED_BASE, entries=(), settings=GenerateConfig(prompt=""))
+    start = replay_plan(image, base=base, shelf=shelf) if image else nothing
+    return Plan(
+        base=base or start.base,
+        entries=start.entries + adapters,
+        settings=laid_over(GenerateConfig, start.settings, settings, source="preset save"),
+        composition=laid_over(Composition, start.composition, composition, source="preset save"),
+        notes=start.notes,
+    )
+
+
+def foreign_plan(image: Path, info: Infotext, *, base: str, shelf: Shelf) -> Plan:
+    """A picture of A1111 or Forge: its settings as far as they have a counterpart, its adapters by their hashes.
+
+    Raises ConfigError if no base is given, as a picture names one that only its maker has.
+    """
+    if not base:
+        named = f" ({info.model})" if info.model else ""
+        raise ConfigError(f"{image}: was made by another program on a base of its own{named}; give that with --base")
+    table, notes = generate_settings(info, source=str(image))
+    prompt, tags = take_tags(in_our_order(str(table.get("prompt", ""))))
+    entries, more = hashed_entries(tags, info, shelf)
+    settings = validate(GenerateConfig, {**table, "prompt": prompt}, source=str(image))
+    return Plan(base=base, entries=entries, settings=settings, notes=(*notes, *more, *unread(info, settings)))
+
+
+def unread(info: Infotext, settings: GenerateConfig) -> list[str]:
+    """What the other program makes of a prompt and this one does not."""
+    notes: list[str] = []
+    if info.ti_hashes:
+        words = ", ".join(info.ti_hashes)
+        notes.append(f"its learned words ({words}) are not looked for; give their files with --adapter")
+    prompts = f"{settings.prompt}\n{settings.negative_prompt}"
+    if EMPHASIS.search(prompts):
+        notes.append("words in brackets are moved away from the empty prompt here, where A1111 rescales all words")
+    if COMPOSABLE.search(prompts):
+        notes.append("AND is read as a plain word here")
+    return notes
+
+
+def with_tags(plan: Plan, shelf: Shelf) -> Plan:
+    """The plan with its prompt's tags turned into adapters. Raises ConfigError for a name that is unknown."""
+    if take_tags(plan.settings.negative_prompt)[1]:
+        raise ConfigError(
+            f"the negative prompt has a tag in it: {plan.settings.negative_prompt!r}; tags go into the prompt"
+        )
+    prompt, tags = take_tags(plan.settings.prompt)
+    if not tags:
+        return plan
+    settings = plan.settings.model_copy(update={"prompt": prompt})
+    return replace(plan, settings=settings, entries=(*plan.entries, *tagged_entries(tags, shelf)))

@@ -1,0 +1,100 @@
+"""What `lora-diffusion merge` does between its flags and the library: merge, merge again by recipe, and undo."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_diffusion.config.merge import MergeConfig
+from lora_diffusion.config.preset import BaseTerm, BlendEntry
+from lora_diffusion.errors import ConfigError, LoRADiffusionError
+from lora_diffusion.library.presets import read_preset
+from lora_diffusion.library.references import anchored_entries, load_blend
+from lora_diffusion.merging.merge import MergeReport, merge
+from lora_diffusion.merging.recipe import merge_recipe
+from lora_diffusion.merging.undo import base_at_hand, copy_base, take_out
+from lora_diffusion.merging.writer import OnShare
+from lora_diffusion.models.locate import find_checkpoint
+from lora_diffusion.workflows.images.generate import Means, prepared_blend
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergePlan:
+    """What to merge, by reference."""
+
+    base: str
+    entries: tuple[BlendEntry, ...] = ()
+    bases: tuple[BaseTerm, ...] = ()
+    config: MergeConfig = field(default_factory=MergeConfig)
+    like: Path | None = None
+    base_hash: str = ""
+    """That of the base of the recipe that is run again."""
+    force: bool = False
+
+
+def preset_entries(path: Path) -> tuple[str, tuple[BlendEntry, ...]]:
+    """Base and adapters of a preset. Raises ConfigError for one that is no sum, which weights cannot hold."""
+    preset = read_preset(path)
+    mode = preset.composition.mode if preset.composition else "sum"
+    if mode != "sum":
+        raise ConfigError(f"{path}: blends by {mode}, which no weights can hold; `lora-diffusion distil` comes near it")
+    return preset.base, anchored_entries(preset.adapters, path.parent)
+
+
+def merge_replay(path: Path, *, base: str, force: bool) -> MergePlan:
+    """The plan that made a merged checkpoint. Raises ConfigError if it carries no recipe."""
+    recipe = merge_recipe(path)
+    return MergePlan(
+        base=base or recipe.base,
+        entries=recipe.adapters,
+        bases=recipe.bases,
+        config=recipe.config,
+        like=Path(recipe.like) if recipe.like else None,
+        base_hash=recipe.base_hash,
+        force=force,
+    )
+
+
+def merge_files(
+    plan: MergePlan, output: Path, means: Means | None = None, on_share: OnShare | None = None
+) -> tuple[MergeReport, tuple[str, ...]]:
+    """Merge adapter files and other checkpoints into a base; also notes of where things were found.
+
+    Raises LoRADiffusionError's children.
+    """
+    found = prepared_blend(plan.base, plan.entries, means or Means())
+    if plan.base_hash and find_checkpoint(plan.base).hash != plan.base_hash:
+        raise ConfigError(
+            f"{plan.base}: is not the base of the recipe (hash {plan.base_hash[:12]}); give that one with --base"
+        )
+    report = merge(
+        plan.base,
+        found.blend,
+        output,
+        plan.config,
+        bases=plan.bases,
+        like=plan.like,
+        force=plan.force,
+        on_share=on_share,
+    )
+    return report, found.notes
+
+
+def undo_files(merged: Path, output: Path, *, base: str, means: Means | None = None) -> str:
+    """Write the base of a merged checkpoint to `output`, bit for bit; returns how it was had.
+
+    Raises ConfigError if neither the base nor the adapters give it back.
+    """
+    recipe = merge_recipe(merged)
+    own = base_at_hand(recipe, base)
+    if own is not None:
+        copy_base(own, output)
+        return f"copied from {own.path}"
+    means = means or Means()
+    try:
+        found = load_blend(recipe.adapters, means.shelf, ignore=means.ignore)
+    except LoRADiffusionError as error:
+        raise ConfigError(
+            f"{merged}: its base {recipe.base!r} (hash {recipe.base_hash[:12]}) is not at hand, and neither are all "
+            f"adapters ({error}); give the base with --base"
+        ) from None
+    take_out(merged, recipe, found.blend, output)
+    return "the adapters were subtracted; every changed weight is the base's own"

@@ -1,0 +1,96 @@
+"""What `distil` does between its flags and the training: prompts, adapters and base are read, a file is written."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lora_diffusion.adapters.blend import Blend
+from lora_diffusion.config.distillation import DistilConfig
+from lora_diffusion.config.train import DataConfig
+from lora_diffusion.core.atomic_files import check_output
+from lora_diffusion.data.folder import read_dataset
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.formats.adapters.native import save_adapter
+from lora_diffusion.models.load import load_base
+from lora_diffusion.training.distillation.distill import DistilResult, distil
+from lora_diffusion.workflows.images.generate import Means, prepared_blend
+from lora_diffusion.workflows.images.plan import Plan
+
+SCENES = (
+    "a picture",
+    "a portrait",
+    "a cat in a forest",
+    "a house in the snow",
+    "a boat on the beach at sunset",
+    "a car in a city at night",
+    "a tree in the mountains",
+    "a flower in a desert",
+    "a dog on a street in the rain",
+    "a bird in the sky at sunset",
+    "a castle in the mountains at night",
+    "a person in a room",
+)
+"""What prompts are made of where none are given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSource:
+    """Where prompts come from: a file with one on each line, the captions of a folder, or, if neither is given, scenes
+    with the adapters' trigger words."""
+
+    file: Path | None = None
+    folder: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distilled:
+    """The file that was written, how close it comes, and what a user should know of the adapters."""
+
+    path: Path
+    result: DistilResult
+    notes: tuple[str, ...] = ()
+
+
+def distil_file(
+    plan: Plan, source: PromptSource, config: DistilConfig, output: Path, means: Means, *, force: bool = False
+) -> Distilled:
+    """Distil the blend of a plan into an adapter file, written whole or not at all. The plan's prompt is not used.
+
+    Raises LoRADiffusionError's children, for what can be seen from the input before the first step.
+    """
+    check_output(output, [Path(entry.path) for entry in plan.entries], force=force)
+    found = prepared_blend(plan.base, plan.entries, means)
+    prompts = prompts_from(source, found.blend)
+    base = load_base(plan.base, precision=torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32)
+    backup = "file" if means.low_memory else "memory"
+    result = distil(base, found.blend, plan.composition, prompts, config, backup=backup)
+    save_adapter(result.adapter, output)
+    return Distilled(path=output, result=result, notes=(*plan.notes, *found.notes))
+
+
+def prompts_from(source: PromptSource, blend: Blend) -> tuple[str, ...]:
+    """The prompts that the blend is distilled on. Raises ConfigError, and DatasetError for a folder."""
+    if source.file and source.folder:
+        raise ConfigError("prompts come from --prompts FILE or from the captions of --data FOLDER; give one of them")
+    if source.folder:
+        return tuple(example.caption for example in read_dataset(DataConfig(folder=source.folder)))
+    return read_prompts(source.file) if source.file else scenes_with_words(blend)
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """One prompt a line. Raises ConfigError."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); expected a text file with one prompt a line") from None
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise ConfigError(f"{path}: there are no prompts in it; expected one a line")
+    return prompts
+
+
+def scenes_with_words(blend: Blend) -> tuple[str, ...]:
+    """Each scene with the trigger words of all adapters, in the order in which they are given."""
+    words = [word for entry in blend.entries for word in entry.adapter.metadata.trigger_words]
+    return tuple(", ".join([scene, *dict.fromkeys(words)]) for scene in SCENES)

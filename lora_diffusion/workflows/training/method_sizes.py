@@ -1,0 +1,136 @@
+"""How large a method is on a base, by arithmetic from the shapes of its weights, and the listing of all methods."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+from lora_diffusion.architectures.module_paths import changeable_paths, trainable_paths
+from lora_diffusion.architectures.targets import by_pattern, resolve_full, resolve_targets
+from lora_diffusion.config.adapter import AdapterConfig
+from lora_diffusion.config.defaults import default_settings
+from lora_diffusion.config.methods import METHODS, Method, with_method
+from lora_diffusion.config.settings import changed, validate
+from lora_diffusion.config.textual_inversion import WordsConfig
+from lora_diffusion.models.locate import find_checkpoint
+
+Shape = tuple[int, ...]
+FILE_BYTES = 2
+"""Of a number in a file, which is float16 unless told otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSize:
+    """What a method comes to."""
+
+    method: str
+    rank: int
+    modules: int
+    trained: int
+    """Numbers that learn."""
+    saved: int
+    """Numbers in the file; for methods that take directions away what is left at the end."""
+    share: float
+    """Of the base's own numbers that are trained."""
+    megabytes: float
+    """Of the file."""
+
+
+def trained_and_saved(config: AdapterConfig, shape: Shape, rank: int) -> tuple[int, int]:
+    """Numbers that learn, and numbers in the file, of one module whose weight is (out, in[, kh, kw])."""
+    out, inputs = shape[0], prod(shape[1:])
+    pair = rank * (inputs + out)
+    magnitude = out if config.dora else 0
+    match config.kind:
+        case "loha":
+            return 2 * pair + magnitude, 2 * pair + magnitude
+        case "lokr":
+            numbers = kronecker_numbers(shape, rank, config.lokr_factor)
+            return numbers + magnitude, numbers + magnitude
+        case "vera":
+            return rank + out, pair
+        case "adalora":
+            begun = round(rank * config.adalora_start)
+            return begun * (inputs + out + 1), pair
+        case "sparse":
+            return pair + rank, round(pair * config.sparse_keep)
+        case _:
+            trained = rank * out if config.freeze_down else pair
+            return trained + magnitude, pair * (2 if config.start == "pissa" else 1) + magnitude
+
+
+def kronecker_numbers(shape: Shape, rank: int, most: int) -> int:
+    """Of LoKr's small matrix and its larger one, whole or low-rank, whichever is smaller."""
+    small_out, small_in = (max(d for d in range(1, most + 1) if side % d == 0) for side in shape[:2])
+    out, inputs = shape[0] // small_out, prod(shape[1:]) // small_in
+    return small_out * small_in + min(rank * (out + inputs), out * inputs)
+
+
+def method_size(method: Method, base: str, rank: int | None = None) -> MethodSize:
+    """A method with the defaults for a style on a base. Raises BaseModelError, ConfigError."""
+    checkpoint = find_checkpoint(base)
+    table = with_method(default_settings("style", checkpoint.family.name), method)
+    changes = {"rank": rank} if rank else {}
+    config = validate(AdapterConfig, changed(table["adapter"], changes), source=f"methods {method.name}")
+    words = validate(WordsConfig, table.get("words", {}), source=f"methods {method.name}")
+    return sized(method.name, base, config, words)
+
+
+def sized(name: str, base: str, config: AdapterConfig, words: WordsConfig) -> MethodSize:
+    """What these settings come to on a base. Raises BaseModelError, ConfigError."""
+    checkpoint = find_checkpoint(base)
+    unet, text = config.unet_targets, config.text_encoder_targets
+    paths = resolve_targets(trainable_paths(checkpoint.anatomy), unet=unet, text_encoders=text)
+    full = resolve_full(changeable_paths(checkpoint.anatomy), config.full_targets, paths)
+    shapes: Mapping[str, Shape] = {name: tuple(stored.kind[1]) for name, stored in checkpoint.parameters.items()}
+    vectors = sum(
+        words.vectors * len(words.words) * shapes[f"{component}.text_model.embeddings.token_embedding.weight"][1]
+        for component in checkpoint.anatomy.text_layers
+    )
+    if words.words and words.alone == 1:
+        paths, full = (), ()
+    ranks = by_pattern(paths, config.ranks, "adapter.ranks", config.rank)
+    sizes = [trained_and_saved(config, shapes[f"{path}.weight"], ranks[path]) for path in paths]
+    whole = sum(prod(shapes.get(f"{path}.{part}", (0,))) for path in full for part in ("weight", "bias"))
+    trained, saved = (sum(size[side] for size in sizes) + whole + vectors for side in (0, 1))
+    total = sum(map(prod, shapes.values()))
+    magnitudes = sum(shapes[f"{path}.weight"][0] for path in paths) if config.dora else 0  # float32, of twice the bytes
+    return MethodSize(
+        method=name,
+        rank=config.rank,
+        modules=len(paths) + len(full),
+        trained=trained,
+        saved=saved,
+        share=trained / total,
+        megabytes=(saved + magnitudes) * FILE_BYTES / 1e6,
+    )
+
+
+def listed(base: str, rank: int | None, names: Sequence[str]) -> list[tuple[Method, MethodSize]]:
+    """The methods of these names, all if there are none, with their sizes."""
+    return [(each, method_size(each, base, rank)) for each in METHODS if not names or each.name in names]
+
+
+def described(found: Sequence[tuple[Method, MethodSize]], base: str) -> str:
+    """The listing for the terminal."""
+    rows = [f"{'method':<12}{'rank':>5}{'trained':>13}{'of the base':>13}{'file, MB':>10}  chosen by"]
+    for method, size in found:
+        lines = " ".join(f"--set '{line}'" for line in method.lines) or "(as it stands)"
+        numbers = f"{size.rank:>5}{size.trained:>13,}{size.share:>13.2%}{size.megabytes:>10.2f}"
+        rows.append(f"{method.name:<12}{numbers}  {lines}")
+    wrap = textwrap.TextWrapper(width=100, initial_indent="  ", subsequent_indent="  ")
+    about = [f"{method.name} [{source(method)}]\n{wrap.fill(method.about)}" for method, _ in found]
+    return "\n".join([f"On {base}, with the defaults for a style:", *rows, "", *about])
+
+
+def source(method: Method) -> str:
+    return f"arXiv:{method.paper}"
+
+
+def facts(found: Sequence[tuple[Method, MethodSize]]) -> list[dict[str, Any]]:
+    """The listing as JSON has it."""
+    return [
+        {**asdict(size), "paper": method.paper, "about": method.about, "settings": list(method.lines)}
+        for method, size in found
+    ]

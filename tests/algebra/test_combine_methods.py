@@ -1,0 +1,539 @@
+"""Consensus merges, beside the papers' formulas on whole matrices in float64."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Generator, Tensor
+
+from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
+from lora_diffusion.adapters.blend import Blend, WeightedAdapter, blend_sum
+from lora_diffusion.adapters.deltas import delta_of
+from lora_diffusion.adapters.layers import LoHaLayer, LoRALayer
+from lora_diffusion.algebra.combine.core_space import core_space, knots_space, layer_of
+from lora_diffusion.algebra.combine.methods import METHODS, ConsensusConfig, Method, consensus
+from lora_diffusion.algebra.combine.ties_dare_della import dare, della, magnitude, median, slerp, ties
+from lora_diffusion.algebra.combine.ziplora import solved, zip_coefficients, zipped
+from lora_diffusion.errors import ConfigError, FamilyMismatchError
+
+PATH = "unet.mid_block.attentions.0.proj_in"
+OTHER = "unet.mid_block.attentions.0.proj_out"
+ALL = get_args(Method)
+SEEDED = ("dare", "della")
+
+Rule = Callable[[Tensor, Tensor], Tensor]
+
+
+def lora(seed: int, *, rank: int = 3, out: int = 12, inner: tuple[int, ...] = (10,), alpha: float = 2.0) -> LoRALayer:
+    rng = torch.Generator().manual_seed(seed)
+    up = torch.randn(out, rank, *[1] * (len(inner) - 1), generator=rng)
+    return LoRALayer(down=torch.randn(rank, *inner, generator=rng), up=up, alpha=alpha)
+
+
+def delta64(layer: LoRALayer) -> Tensor:
+    """The definition: alpha / rank * up @ down, whole and flat, float64."""
+    return layer.alpha / layer.rank * (layer.up.double().flatten(1) @ layer.down.double().flatten(1))
+
+
+def stack_of(seed: int, count: int = 3, shape: tuple[int, int] = (4, 5)) -> Tensor:
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def generator(seed: int) -> Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def blend_of(layers: Sequence[LoRALayer], weights: Sequence[float]) -> Blend:
+    adapters = (Adapter(layers={PATH: layer}) for layer in layers)
+    return Blend(entries=tuple(WeightedAdapter(adapter=a, weight=w) for a, w in zip(adapters, weights, strict=True)))
+
+
+def merged(blend: Blend, how: ConsensusConfig) -> Tensor:
+    """The delta that a method makes of a blend at one module, flat, float64."""
+    layer = consensus(blend, how, AdapterMetadata()).layers[PATH]
+    assert isinstance(layer, LoRALayer)
+    return delta64(layer)
+
+
+def close(first: Tensor, second: Tensor, share: float = 1e-5) -> bool:
+    """Whether two matrices differ by less than that share of the second's norm."""
+    return bool((first.double() - second.double()).norm() <= share * second.double().norm() + 1e-12)
+
+
+# The papers' formulas, entry by entry or on whole matrices.
+
+
+def paper_trim(matrix: Tensor, density: float) -> Tensor:
+    kept = max(1, round(density * matrix.numel()))
+    order = sorted(range(matrix.numel()), key=lambda i: -abs(float(matrix.flatten()[i])))
+    flat = torch.zeros(matrix.numel(), dtype=torch.float64)
+    for index in order[:kept]:
+        flat[index] = matrix.flatten()[index]
+    return flat.reshape(matrix.shape)
+
+
+def paper_elect(matrices: Sequence[Tensor], disjoint: str) -> Tensor:
+    result = torch.zeros_like(matrices[0])
+    for place in itertools.product(*map(range, result.shape)):
+        values = [float(matrix[place]) for matrix in matrices]
+        positive, negative = sum(v for v in values if v > 0), sum(-v for v in values if v < 0)
+        agreeing = [v for v in values if v != 0 and (v > 0) == (positive > negative)]
+        total = sum(agreeing)
+        result[place] = total / max(1, len(agreeing)) if disjoint == "mean" else total
+    return result
+
+
+def paper_ties(matrices: Sequence[Tensor], weights: Sequence[float], density: float, disjoint: str) -> Tensor:
+    return paper_elect([w * paper_trim(m, density) for m, w in zip(matrices, weights, strict=True)], disjoint)
+
+
+# Core Space
+
+
+@settings(max_examples=20)
+@given(
+    ranks=st.lists(st.integers(1, 7), min_size=1, max_size=4),
+    inner=st.sampled_from([(10,), (3, 3, 3), (5, 1, 1)]),
+    seed=st.integers(0, 1000),
+)
+def test_core_space_loses_nothing(ranks: list[int], inner: tuple[int, ...], seed: int) -> None:
+    layers = [lora(seed + i, rank=rank, inner=inner, alpha=1.5 + i) for i, rank in enumerate(ranks)]
+    space = core_space(layers)
+    for layer, core in zip(layers, space.cores, strict=True):
+        back = layer_of(space, core)
+        assert back.weight_shape == layer.weight_shape
+        assert back.rank <= layer.rank
+        assert close(delta64(back), delta64(layer))
+    together = torch.stack([delta64(layer) for layer in layers]).sum(0)
+    assert close(delta64(layer_of(space, space.cores.sum(0))), together)
+    p, q = space.cores.shape[1:]
+    assert p == torch.linalg.matrix_rank(torch.cat([delta64(x) for x in layers], dim=1))
+    assert q == torch.linalg.matrix_rank(torch.cat([delta64(x) for x in layers], dim=0))
+
+
+def test_the_bases_of_core_space_are_orthonormal() -> None:
+    space = core_space([lora(1, rank=2), lora(2, rank=4)])
+    assert space.right is not None
+    assert close(space.left.T @ space.left, torch.eye(6, dtype=torch.float64), 1e-12)
+    assert close(space.right @ space.right.T, torch.eye(6, dtype=torch.float64), 1e-12)
+
+
+def test_a_layer_beside_itself_needs_no_more_room() -> None:
+    space = core_space([lora(1), replace(lora(1), alpha=5.0)])
+    assert space.cores.shape == (2, 3, 3)
+
+
+@pytest.mark.parametrize("method", [method for method in ALL if method not in SEEDED])
+def test_only_the_deltas_count_and_not_how_they_are_factored(method: Method) -> None:
+    mixing = torch.randn(3, 3, generator=generator(9)).double() + 2 * torch.eye(3)
+    first, second = lora(1), lora(2)
+    other = LoRALayer(
+        up=(first.up.double() @ mixing), down=torch.linalg.solve(mixing, first.down.double()), alpha=first.alpha
+    )
+    how = ConsensusConfig(method=method)
+    blends = [blend_of([layer, second], [0.8, 0.6]) for layer in (first, other)]
+    expected, result = (merged(blend, how) for blend in blends)
+    assert close(result, expected, 1e-4)
+
+
+# TIES, DARE, DELLA, magnitude, KnOTS
+
+
+@settings(max_examples=20)
+@given(
+    seed=st.integers(0, 1000),
+    density=st.sampled_from([0.05, 0.3, 0.5, 0.8, 1.0]),
+    weights=st.tuples(*[st.floats(-2, 2).map(lambda x: round(x, 2))] * 3),
+    disjoint=st.sampled_from(["mean", "sum"]),
+)
+def test_ties_is_trim_elect_merge(seed: int, density: float, weights: tuple[float, ...], disjoint: str) -> None:
+    stack = stack_of(seed)
+    result = ties(stack, torch.tensor(weights).double(), density=density, disjoint=disjoint)
+    assert close(result, paper_ties(list(stack), torch.tensor(weights).tolist(), density, disjoint), 1e-10)
+
+
+def test_ties_at_density_1_of_agreeing_signs_is_the_mean_or_the_sum() -> None:
+    stack, weights = stack_of(1).abs(), torch.tensor([0.5, 1.0, 2.0]).double()
+    total = torch.einsum("n,npq->pq", weights, stack)
+    assert close(ties(stack, weights, density=1, disjoint="sum"), total, 1e-12)
+    assert close(ties(stack, weights, density=1, disjoint="mean"), total / 3, 1e-12)
+
+
+def test_ties_is_that_of_peft_at_weights_1() -> None:
+    from peft.utils.merge_utils import ties as peft_ties
+
+    stack, ones = stack_of(3), torch.ones(3).double()
+    assert close(ties(stack, ones, density=0.5, disjoint="mean"), peft_ties(list(stack), ones, 0.5), 1e-12)
+
+
+def test_magnitude_pruning_keeps_the_largest() -> None:
+    stack, weights = stack_of(4), torch.tensor([0.5, -1.0, 2.0]).double()
+    pruned = sum((w * paper_trim(m, 0.3) for m, w in zip(stack, weights, strict=True)), torch.zeros(4, 5))
+    assert close(magnitude(stack, weights, density=0.3), pruned, 1e-12)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "dare"])
+def test_density_1_is_the_blend_with_every_alpha_and_rank(method: Method) -> None:
+    blend = blend_of([lora(1, rank=2, alpha=8.0), lora(2, rank=5, alpha=1.0), lora(3)], [0.7, -0.4, 1.0])
+    result = merged(blend, ConsensusConfig(method=method, density=1.0))
+    assert close(result, delta_of(blend_sum(blend).layers[PATH]))
+
+
+def test_what_dare_keeps_is_rescaled_and_its_mean_over_seeds_is_the_sum() -> None:
+    stack, weights, density, draws = stack_of(5), torch.tensor([0.5, 1.0, -1.0]).double(), 0.4, 2000
+    single = dare(stack[:1], torch.ones(1).double(), density=density, generator=generator(0))
+    assert bool(((single == 0) | (single == stack[0] / density)).all())
+    mean = sum(dare(stack, weights, density=density, generator=generator(seed)) for seed in range(draws)) / draws
+    variance = ((weights[:, None, None] * stack).square() * (1 - density) / density).sum(0)
+    total = torch.einsum("n,npq->pq", weights, stack)
+    assert float(((mean - total) / (variance / draws).sqrt()).abs().max()) < 4.5
+
+
+def test_della_drops_small_numbers_more_often_by_the_papers_probabilities() -> None:
+    stack, density, spread, draws = stack_of(6, count=1), 0.6, 0.5, 2000
+    one, count = torch.ones(1).double(), stack.numel()
+    epsilon = 2 * spread * min(density, 1 - density)
+    order = sorted(range(count), key=lambda i: -abs(float(stack.flatten()[i])))
+    keep = torch.empty(count).double()
+    for rank, index in enumerate(order):  # rank 0 is the largest, which is dropped least
+        keep[index] = 1 - ((1 - density) - epsilon / 2 + epsilon * rank / (count - 1))
+    results = torch.stack(
+        [
+            della(stack, one, density=density, spread=spread, disjoint="sum", generator=generator(seed)).flatten()
+            for seed in range(draws)
+        ]
+    )
+    kept = results != 0
+    assert torch.allclose(results[kept], (stack.flatten() / keep).expand_as(results)[kept])
+    error = (kept.double().mean(0) - keep) / (keep * (1 - keep) / draws).sqrt()
+    assert float(error.abs().max()) < 4.5
+    assert math.isclose(float(keep.mean()), density)
+
+
+def test_della_elects_as_ties_does() -> None:
+    stack, weights = stack_of(7), torch.tensor([0.5, 1.0, -2.0]).double()
+    result = della(stack, weights, density=1, spread=0.3, disjoint="mean", generator=generator(1))
+    assert torch.equal(result, ties(stack, weights, density=1, disjoint="mean"))
+
+
+@settings(max_examples=10)
+@given(seed=st.integers(0, 1000), density=st.sampled_from([0.2, 0.5, 1.0]))
+def test_knots_is_ties_on_the_parts_of_the_svd_of_whole_matrices_side_by_side(seed: int, density: float) -> None:
+    layers, weights = [lora(seed, rank=2), lora(seed + 1, rank=4), lora(seed + 2, alpha=9.0)], [0.5, 1.0, -0.7]
+    left, values, right = torch.linalg.svd(torch.cat([delta64(x) for x in layers], dim=1), full_matrices=False)
+    rank = int((values > 1e-9 * values[0]).sum())
+    parts = [values[:rank, None] * part for part in right[:rank].split(10, dim=1)]
+    blend = blend_of(layers, weights)
+    result = merged(blend, ConsensusConfig(method="knots", density=density))
+    assert close(result, left[:, :rank] @ paper_ties(parts, weights, density, "mean"))
+
+
+def test_the_space_of_knots_loses_nothing() -> None:
+    layers = [lora(1, inner=(3, 3, 3)), lora(2, rank=5, inner=(3, 3, 3))]
+    space = knots_space(layers)
+    back = layer_of(space, space.cores.sum(0))
+    assert back.weight_shape == (12, 3, 3, 3)
+    assert close(delta64(back), delta64(layers[0]) + delta64(layers[1]))
+
+
+# The geometric median and SLERP
+
+
+def distance_sum(point: Tensor, points: Tensor) -> float:
+    return float((points - point).flatten(1).norm(dim=1).sum())
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 1000), count=st.integers(3, 6))
+def test_no_step_from_the_median_makes_the_distances_less(seed: int, count: int) -> None:
+    points, ones = stack_of(seed, count), torch.ones(count).double()
+    found = median(points, ones)
+    gaps = (points - found).flatten(1).norm(dim=1)
+    unit = (points - found)[gaps > 0] / gaps[gaps > 0, None, None]
+    assert float(unit.sum(0).norm()) <= int((gaps == 0).sum()) + 1e-6  # gradient zero, or a point that holds it
+    least = distance_sum(found, points)
+    for step in stack_of(seed + 1, 20):
+        assert distance_sum(found + 0.01 * step, points) >= least
+
+
+def test_the_median_of_points_on_a_line_is_the_middle_one() -> None:
+    direction = stack_of(1, 1)
+    points = torch.tensor([0.0, 1.0, 100.0]).double()[:, None, None] * direction
+    assert close(median(points, torch.ones(3).double()), points[1], 1e-12)
+
+
+def test_the_median_where_two_agree_is_theirs_and_of_two_their_mean() -> None:
+    first, second = stack_of(2, 2)
+    assert torch.equal(median(torch.stack([first, second, first]), torch.ones(3).double()), first)
+    assert close(median(torch.stack([first, second]), torch.ones(2).double()), (first + second) / 2, 1e-12)
+
+
+def test_the_median_is_that_of_the_whole_deltas() -> None:
+    layers = [lora(1), lora(2), lora(3)]
+    result = merged(blend_of(layers, [0.8, 1.0, 0.6]), ConsensusConfig(method="median"))
+    points = torch.stack([w * delta64(layer) for w, layer in zip([0.8, 1.0, 0.6], layers, strict=True)])
+    assert close(result, median(points, torch.ones(3).double()))
+
+
+@settings(max_examples=10)
+@given(seed=st.integers(0, 1000), share=st.floats(0.05, 0.95))
+def test_slerp_of_a_matrix_with_itself_is_itself(seed: int, share: float) -> None:
+    layer = lora(seed)
+    result = merged(blend_of([layer, layer], [1 - share, share]), ConsensusConfig(method="slerp"))
+    assert close(result, delta64(layer))
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 1000), first=st.floats(0.1, 2), second=st.floats(0.1, 2))
+def test_slerp_goes_along_the_arc_and_keeps_the_norm(seed: int, first: float, second: float) -> None:
+    layers = [lora(seed), lora(seed + 1, rank=5)]
+    x, y = map(delta64, layers)
+    result = merged(blend_of(layers, [first, second]), ConsensusConfig(method="slerp"))
+    assert math.isclose(float(result.norm()), float(first * x.norm() + second * y.norm()), rel_tol=1e-5)
+    between = angle_of(x, y)
+    assert math.isclose(angle_of(x, result), between * second / (first + second), rel_tol=1e-3)
+    assert math.isclose(angle_of(result, y), between * first / (first + second), rel_tol=1e-3)
+
+
+def angle_of(first: Tensor, second: Tensor) -> float:
+    return math.acos(float((first * second).sum() / first.norm() / second.norm()))
+
+
+@pytest.mark.parametrize("factor", [1 + 1e-9, -1.0, 0.0])
+def test_slerp_without_an_arc_is_the_weighted_sum(factor: float) -> None:
+    first = stack_of(1, 1)[0]
+    weights = torch.tensor([0.3, 0.7]).double()
+    result = slerp(torch.stack([first, factor * first]), weights)
+    assert close(result, (0.3 + 0.7 * factor) * first, 1e-6)
+
+
+# What holds for all of them
+
+
+RULES: dict[str, Rule] = {
+    "ties": lambda x, w: ties(x, w, density=0.4, disjoint="mean"),
+    "ties sum": lambda x, w: ties(x, w, density=0.4, disjoint="sum"),
+    "magnitude": lambda x, w: magnitude(x, w, density=0.4),
+    "median": median,
+    "slerp": lambda x, w: slerp(x[:2], w[:2]),
+    "dare": lambda x, w: dare(x, w, density=0.4, generator=generator(3)),
+    "della": lambda x, w: della(x, w, density=0.4, spread=0.3, disjoint="mean", generator=generator(3)),
+}
+
+
+@pytest.mark.parametrize("name", ["ties", "ties sum", "magnitude", "median"])
+def test_the_order_of_matrices_never_matters(name: str) -> None:
+    stack, weights = stack_of(8, 4), torch.tensor([0.5, 1.0, -2.0, 0.3]).double()
+    expected = RULES[name](stack, weights)
+    for order in itertools.permutations(range(4)):
+        assert close(RULES[name](stack[list(order)], weights[list(order)]), expected, 1e-8)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_weights_times_a_number_give_the_result_times_it(name: str) -> None:
+    stack, weights = stack_of(9), torch.tensor([0.5, 1.0, -2.0]).double()
+    assert close(RULES[name](stack, 3 * weights), 3 * RULES[name](stack, weights), 1e-8)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_negative_weight_is_the_matrix_turned_around(name: str) -> None:
+    stack, signs = stack_of(10), torch.tensor([1.0, -1.0, 1.0]).double()
+    weights = torch.tensor([0.5, 1.0, 2.0]).double()
+    turned = RULES[name](signs[:, None, None] * stack, weights)
+    assert close(RULES[name](stack, signs * weights), turned, 1e-8)
+
+
+@pytest.mark.parametrize("name", ["magnitude", "dare"])
+def test_sums_are_linear_in_each_weight(name: str) -> None:
+    stack, rule = stack_of(11), RULES[name]
+    first, second = torch.tensor([0.5, 1.0, -2.0]).double(), torch.tensor([0.1, -3.0, 0.7]).double()
+    assert close(rule(stack, first + second), rule(stack, first) + rule(stack, second), 1e-10)
+
+
+def two_modules(seed: int, *paths: str) -> Adapter:
+    return Adapter(layers={path: lora(seed + i) for i, path in enumerate(paths)})
+
+
+def entries(*adapters: Adapter) -> Blend:
+    return Blend(entries=tuple(WeightedAdapter(adapter=a, weight=w) for a, w in zip(adapters, (0.8, 0.6), strict=True)))
+
+
+@pytest.mark.parametrize("method", [method for method in ALL if method != "project"])
+def test_the_order_of_adapters_changes_no_bit(method: Method) -> None:
+    blend = entries(two_modules(1, PATH, OTHER), two_modules(5, PATH, OTHER))
+    how = ConsensusConfig(method=method)
+    one, turned = (consensus(b, how, AdapterMetadata()) for b in (blend, Blend(entries=blend.entries[::-1])))
+    assert one.hash == turned.hash
+
+
+@pytest.mark.parametrize("method", SEEDED)
+def test_a_seed_gives_the_same_again_and_another_seed_does_not(method: Method) -> None:
+    blend = entries(two_modules(1, PATH, OTHER), two_modules(5, PATH, OTHER))
+    made = [consensus(blend, ConsensusConfig(method=method, seed=seed), AdapterMetadata()).hash for seed in (7, 7, 8)]
+    assert made[0] == made[1] != made[2]
+
+
+@pytest.mark.parametrize("method", SEEDED)
+def test_modules_draw_different_numbers(method: Method) -> None:
+    one, two = (Adapter(layers=dict.fromkeys((PATH, OTHER), lora(seed))) for seed in (1, 2))
+    layers = consensus(entries(one, two), ConsensusConfig(method=method), AdapterMetadata()).layers
+    assert not torch.allclose(layers[PATH].delta(), layers[OTHER].delta())
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_a_module_of_one_adapter_keeps_its_layer_times_the_weight(method: Method) -> None:
+    one, two = two_modules(1, PATH, OTHER), two_modules(5, PATH)
+    result = consensus(entries(one, two), ConsensusConfig(method=method), AdapterMetadata(name="x"))
+    assert result.metadata.name == "x"
+    assert set(result.layers) == {PATH, OTHER}
+    assert torch.allclose(result.layers[OTHER].delta(), 0.8 * one.layers[OTHER].delta(), atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_convolutions_keep_their_kernels(method: Method) -> None:
+    layers = [lora(1, inner=(4, 3, 3)), lora(2, rank=2, inner=(4, 3, 3))]
+    result = consensus(blend_of(layers, [1.0, 0.5]), ConsensusConfig(method=method), AdapterMetadata()).layers[PATH]
+    assert result.weight_shape == (12, 4, 3, 3)
+    assert bool(result.delta().isfinite().all())
+    assert float(result.delta().norm()) > 0
+
+
+def test_biases_go_through_the_method_as_a_column() -> None:
+    bias = torch.randn(12, generator=generator(1))
+    one, two = (Adapter(layers={PATH: lora(1)}, biases={PATH: b}) for b in (bias, -2 * bias))
+    blend = entries(one, two)
+    result = consensus(blend, ConsensusConfig(method="ties", density=1.0), AdapterMetadata()).biases[PATH]
+    assert torch.allclose(result, 0.6 * -2 * bias, atol=1e-5)  # the sum of masses is on the second's side
+    single = consensus(entries(one, two_modules(5, OTHER)), ConsensusConfig(method="median"), AdapterMetadata())
+    assert torch.allclose(single.biases[PATH], 0.8 * bias)
+
+
+# NP-LoRA and ZipLoRA
+
+
+def test_project_takes_the_styles_main_directions_out_of_the_first() -> None:
+    subject, style = lora(1), lora(2)
+    values, right = torch.linalg.svd(delta64(style), full_matrices=False)[1:]
+    held = values.square().cumsum(0) / values.square().sum()
+    main = right[: int((held < 0.95).sum()) + 1]
+    expected = 0.8 * (delta64(subject) - 0.75 * delta64(subject) @ main.T @ main) + 0.6 * delta64(style)
+    result = merged(blend_of([subject, style], [0.8, 0.6]), ConsensusConfig(method="project", strength=3.0))
+    assert close(result, expected)
+
+
+def zip_loss(m1: Tensor, m2: Tensor, d1: Tensor, d2: Tensor, penalty: float) -> Tensor:
+    """What ZipLoRA's coefficients make least in each column, from the columns themselves."""
+    overlap = ((m1 * d1) * (m2 * d2)).sum(0).abs()
+    return ((m1 - 1) * d1).square().sum(0) + ((m2 - 1) * d2).square().sum(0) + 2 * penalty * overlap
+
+
+@settings(max_examples=20)
+@given(
+    seed=st.integers(0, 1000),
+    penalty=st.sampled_from([0.0, 0.3, 0.9, 0.99]),
+    weights=st.tuples(*[st.sampled_from([-1.0, 0.2, 1.0, 3.0])] * 2),
+)
+def test_zip_coefficients_are_the_least_of_their_function(
+    seed: int, penalty: float, weights: tuple[float, float]
+) -> None:
+    layers = (lora(seed, rank=2, out=3), lora(seed + 1, rank=1, out=3))
+    d1, d2 = (w * delta64(layer) for w, layer in zip(weights, layers, strict=True))
+    m1, m2 = zip_coefficients((weights[0], layers[0]), (weights[1], layers[1]), penalty)
+    assert bool(((m1 >= 0) & (m1 <= 1) & (m2 >= 0) & (m2 <= 1)).all())
+    own1, own2, shared = d1.square().sum(0), d2.square().sum(0), penalty * (d1 * d2).sum(0).abs()
+    inside = (m1 > 0) & (m2 > 0)
+    assert torch.allclose((own1 * m1 + shared * m2)[inside], own1[inside])
+    assert torch.allclose((shared * m1 + own2 * m2)[inside], own2[inside])
+    least = zip_loss(m1, m2, d1, d2, penalty)
+    grid = torch.linspace(0, 2, 21).double()
+    for x, y in itertools.product(grid, grid):
+        assert bool((zip_loss(x, y, d1, d2, penalty) >= least - 1e-9).all())
+
+
+def test_zip_leaves_orthogonal_columns_as_they_are() -> None:
+    first, second = lora(1, rank=2), lora(2, rank=2)
+    first, second = (
+        replace(x, up=torch.cat([x.up[:6] * (i == 0), x.up[6:] * (i == 1)])) for i, x in enumerate((first, second))
+    )
+    result = zipped([(0.7, first), (-0.4, second)], 0.9)
+    assert close(delta64(result), 0.7 * delta64(first) - 0.4 * delta64(second), 1e-6)
+    assert result.rank == 4
+
+
+def test_zip_of_an_adapter_with_itself_is_little_more_than_one() -> None:
+    result = merged(blend_of([lora(1), lora(1)], [1.0, 1.0]), ConsensusConfig(method="zip", penalty=0.9))
+    assert close(result, 2 / 1.9 * delta64(lora(1)))
+
+
+def test_zip_without_penalty_is_the_sum() -> None:
+    first, second = lora(1), lora(2, rank=1, alpha=4.0)
+    result = merged(blend_of([first, second], [0.7, -0.4]), ConsensusConfig(method="zip", penalty=0.0))
+    assert close(result, 0.7 * delta64(first) - 0.4 * delta64(second))
+
+
+def test_zip_gives_an_input_to_the_far_longer_of_two_columns_that_point_the_same_way() -> None:
+    one = torch.ones(1).double()
+    first, second = solved(one, 100 * one, 9 * one)  # lengths 1 and 10, cosine 1, penalty 0.9
+    assert (float(first), float(second)) == (0.0, 1.0)
+    assert [float(x) for x in solved(0 * one, one, 0 * one)] == [1.0, 1.0]  # a column of zeros
+
+
+# Refusals
+
+
+def test_every_method_is_in_the_table() -> None:
+    assert {*METHODS, "project"} == set(ALL)
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_layers_other_than_plain_lora_are_refused_by_name(method: Method) -> None:
+    loha = LoHaLayer(
+        w1_a=torch.ones(12, 1), w1_b=torch.ones(1, 10), w2_a=torch.ones(12, 1), w2_b=torch.ones(1, 10), alpha=1.0
+    )
+    odd = Adapter(layers={PATH: loha}, metadata=AdapterMetadata(name="odd"))
+    blend = entries(Adapter(layers={PATH: lora(1)}), odd)
+    message = rf"odd: 1 of 1 layers are LoHa and no plain LoRA \(first: {PATH}\); `lora-diffusion resize` writes"
+    with pytest.raises(ConfigError, match=message):
+        consensus(blend, ConsensusConfig(method=method), AdapterMetadata())
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"method": "tie"}, "method is 'tie'; expected one of ties, dare"),
+        ({"density": 0.0}, "density is 0.0; expected a number above 0"),
+        ({"density": 1.5}, "density is 1.5"),
+        ({"density": math.nan}, "density is nan"),
+        ({"method": "dare", "seed": -1}, "seed is -1; expected an integer"),
+        ({"method": "dare", "seed": 0.5}, "seed is 0.5; expected an integer"),
+        ({"method": "della", "spread": 1.0}, "spread is 1.0; expected a number from 0 to below 1"),
+        ({"disjoint": "max"}, "disjoint is 'max'; expected mean or sum"),
+        ({"method": "zip", "penalty": 1.0}, "penalty is 1.0"),
+        ({"method": "project", "strength": math.inf}, "strength is inf"),
+        ({"method": "slerp", "density": 0.3}, "density belongs to ties, dare, della, knots, magnitude; slerp has no"),
+        ({"seed": 3}, "seed belongs to dare, della; ties has no use for it"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(setting: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ConsensusConfig(**{"method": "ties", **setting})
+
+
+def test_a_method_for_two_refuses_three_and_project_one() -> None:
+    blend = blend_of([lora(1), lora(2), lora(3)], [1.0, 1.0, 1.0])
+    for method in ("slerp", "zip"):
+        with pytest.raises(ConfigError, match=f"{method} merges two adapters; this blend has 3"):
+            consensus(blend, ConsensusConfig(method=method), AdapterMetadata())
+    with pytest.raises(ConfigError, match="project needs a subject and, after it, at least one style"):
+        consensus(blend_of([lora(1)], [1.0]), ConsensusConfig(method="project"), AdapterMetadata())
+
+
+def test_adapters_of_different_shapes_are_refused() -> None:
+    with pytest.raises(FamilyMismatchError, match="combine adapters of one base"):
+        consensus(blend_of([lora(1), lora(2, out=13)], [1.0, 1.0]), ConsensusConfig(method="ties"), AdapterMetadata())

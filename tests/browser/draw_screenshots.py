@@ -1,0 +1,111 @@
+"""Draws the README's pictures of the studio, one for each tab, into `sample_data/studio`.
+
+PYTHONPATH=. python tests/browser/draw_screenshots.py
+"""
+
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion_studio.app import serve
+from lora_diffusion_studio.studio import Places, Studio, own_library
+from tests.browser.test_studio_browser import CHROMIUM, open_tab
+
+FOLDER = sample_data() / "studio"
+
+
+def blend(page: Any) -> None:
+    open_tab(page, "Presets")
+    page.get_by_label("Preset", exact=True).first.click()
+    page.get_by_role("option", name="neon-gloop (ready)").click()
+    page.get_by_role("button", name="Load onto the table").click()
+    page.get_by_text("on the table: see the Blend tab").wait_for()
+    open_tab(page, "Blend")
+    for seed in (2, 5, 7):
+        page.get_by_label("Seed", exact=True).fill(str(seed))
+        page.get_by_role("button", name="Generate").click()
+        page.locator("#status", has_text=re.compile(f"0000{(2, 5, 7).index(seed)}.png in ")).wait_for()
+    page.wait_for_timeout(1500)
+
+
+def compare(page: Any) -> None:
+    open_tab(page, "Compare")
+    page.get_by_label("Values across").fill("0, 0.3, 0.6, 0.9")
+    page.get_by_label("Values down").fill("2, 5")
+    page.get_by_role("button", name="Draw the grid").click()
+    page.get_by_text("is in the folder").wait_for()
+    page.wait_for_timeout(1500)
+
+
+def presets(page: Any) -> None:
+    open_tab(page, "Presets")
+    page.get_by_label("Name of a preset to save or import").fill("Gloop at night")
+    page.get_by_label("What it is good for").fill("Mountains and stars")
+    page.get_by_role("button", name="Save the table as a preset").click()
+    page.get_by_text("saved as Gloop at night").wait_for()
+    page.wait_for_timeout(1500)
+
+
+def merge(page: Any) -> None:
+    open_tab(page, "Merge")
+    page.get_by_label("Name of the result").fill("gloop in neon")
+    page.get_by_role("button", name="What would it do?").click()
+    page.get_by_text("MB of weights").wait_for()
+
+
+def train(page: Any) -> None:
+    open_tab(page, "Train")
+    page.get_by_label("Name of the run").fill("my ink")
+    source = sample_data() / "styles" / "ink"
+    page.locator("input[type=file][multiple]").first.set_input_files(sorted(source.glob("0[0-5].*")))
+    page.get_by_label("Trigger word").fill("sks")
+    page.wait_for_timeout(2000)
+    page.get_by_label("Training steps").fill("40")
+    page.get_by_role("button", name="Start training").click()
+    page.get_by_text("finished: step 40 of 40").wait_for()
+    page.wait_for_timeout(1500)
+
+
+def adapters(page: Any) -> None:
+    open_tab(page, "Adapters")
+    page.get_by_label("Adapter to look at").click()
+    page.get_by_role("option", name="neon (zwx)").click()
+    page.get_by_role("button", name="Verify").click()
+    page.get_by_text("no dead layers").wait_for()
+    page.get_by_label("Adapters to draw together").click()
+    for name in ("neon (zwx)", "gloop (gloop)"):
+        page.get_by_role("option", name=name).last.click()
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Draw spectra").click()
+    page.locator(".wide img").nth(3).wait_for()
+    page.wait_for_timeout(1500)
+
+
+def main() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch, sync_playwright() as playwright:
+        output, said = Path(scratch), list[str]()
+        places = Places(library=own_library(output), output=output, bases=("tiny-sd",))
+        app = serve(Studio(places), block=False, say=said.append)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(120_000)
+        page.goto(said[0].split()[5])
+        page.get_by_role("button", name="Generate").wait_for()
+        for number, tab in enumerate((blend, compare, presets, merge, train, adapters)):
+            tab(page)
+            path = FOLDER / f"{number + 1}-{tab.__name__}.png"
+            page.screenshot(path=path, full_page=True)
+            Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+            print(path)
+        browser.close()
+        app.close()
+
+
+if __name__ == "__main__":
+    main()

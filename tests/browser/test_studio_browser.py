@@ -1,0 +1,374 @@
+"""The studio in a browser, as people use it: headless Chromium against a real server on the embedded base."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.library.recipe import read_recipe
+from lora_diffusion_studio.studio import Places, Studio, own_library
+from tests.helpers.server_end import close_quietly, collect_quietly
+
+CHROMIUM = shutil.which("chromium")
+WIDTHS = {"desktop": (1400, 1200), "phone": (390, 844), "dark": (1400, 1200)}
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None and not os.environ.get("CI"), reason="no chromium; apt-get install chromium"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::ResourceWarning"),
+    pytest.mark.xdist_group("browser"),
+]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    from lora_diffusion_studio.app import serve
+
+    output = tmp_path_factory.mktemp("studio") / "out"
+    said: list[str] = []
+    places = Places(library=own_library(output), output=output, bases=("tiny-sd",))
+    app = serve(Studio(places), block=False, say=said.append)
+    yield said[0].split()[5], output
+    close_quietly(app)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield opened
+        opened.close()
+    collect_quietly()
+
+
+@pytest.fixture
+def page(browser: Any, served: tuple[str, Path], request: pytest.FixtureRequest) -> Iterator[Any]:
+    kind = getattr(request, "param", "desktop")
+    width, height = WIDTHS[kind]
+    scheme = "dark" if kind == "dark" else "light"
+    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+    opened = context.new_page()
+    opened.set_default_timeout(25_000)
+    opened.strangers = []
+    opened.faults = []
+    opened.on("request", lambda sent: opened.strangers.append(sent.url) if foreign(sent.url) else None)
+    opened.on("pageerror", lambda error: opened.faults.append(str(error)))
+    opened.goto(served[0])
+    opened.get_by_role("button", name="Generate").wait_for()
+    yield opened
+    assert opened.strangers == []
+    assert opened.faults == []
+    context.close()
+
+
+def foreign(url: str) -> bool:
+    return not re.match(r"(data|blob):|https?://(127\.0\.0\.1|localhost)[:/]", url)
+
+
+def lay(page: Any, *names: str) -> None:
+    """Put adapters on the table."""
+    page.get_by_label("Adapters").first.click()
+    for name in names:
+        page.get_by_role("option", name=re.compile(f"^{name} ")).click()
+    page.keyboard.press("Escape")
+    for name in names:
+        page.get_by_role("checkbox", name=name, exact=True).wait_for()
+
+
+def say(page: Any, prompt: str) -> None:
+    page.locator("#prompt textarea").fill(prompt)
+
+
+def generated(page: Any, output: Path, before: int) -> Path:
+    """The picture that is there when the status says so."""
+    page.locator("#status", has_text=re.compile(r"\.png in ")).wait_for()
+    pictures = sorted(output.glob("*.png"))
+    assert len(pictures) == before + 1
+    return pictures[-1]
+
+
+@pytest.mark.parametrize("page", WIDTHS, indirect=True)
+def test_two_adapters_are_blended_and_seen(page: Any, served: tuple[str, Path]) -> None:
+    before = len(list(served[1].glob("*.png")))
+    lay(page, "neon", "gloop")
+    page.get_by_label("Seed", exact=True).fill("3")
+    page.get_by_label("Weight of neon").first.fill("0.6")
+    say(page, "a gloop character in the snow, in zwx style")
+    page.keyboard.press("Control+Enter")
+    made = generated(page, served[1], before)
+    recipe = read_recipe(made)
+    assert [(entry.name, entry.weight) for entry in recipe.adapters] == [("neon", 0.6), ("gloop", 1.0)]
+    assert recipe.settings
+    assert recipe.settings.seed == 3
+    shown = page.locator("button.image-frame img, .picture img").first
+    shown.wait_for()
+    with Image.open(made) as picture:
+        assert picture.size == (64, 64)
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_dark_is_dark_and_light_is_light(browser: Any, served: tuple[str, Path]) -> None:
+    grounds: dict[str, int] = {}
+    for scheme in ("light", "dark"):
+        context = browser.new_context(color_scheme=scheme)
+        page = context.new_page()
+        page.goto(served[0])
+        page.get_by_role("button", name="Generate").wait_for()
+        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        grounds[scheme] = sum(int(part) for part in re.findall(r"\d+", colour)[:3])
+        context.close()
+    assert grounds["dark"] < 200 < 600 < grounds["light"]
+
+
+def test_a_card_is_searched_and_clicked_onto_the_table(page: Any) -> None:
+    cards = page.locator(".shelf").first.get_by_role("button")
+    assert cards.count() == 5
+    page.get_by_label("Search").fill("zwx")
+    page.wait_for_function("document.querySelector('.shelf').querySelectorAll('button').length === 1")
+    cards.first.click()
+    page.get_by_role("checkbox", name="neon", exact=True).wait_for()
+    page.locator(".face img").first.wait_for()
+    page.get_by_label("Search").fill("no such adapter")
+    page.wait_for_function("document.querySelector('.shelf').querySelectorAll('button').length === 0")
+
+
+def test_an_adapter_acts_where_it_is_painted(page: Any, served: tuple[str, Path]) -> None:
+    before = len(list(served[1].glob("*.png")))
+    lay(page, "neon")
+    say(page, "a house")
+    page.get_by_label("Steps").first.fill("2")
+    page.get_by_role("button", name="More").first.click()
+    page.get_by_role("button", name="Regions: where an adapter acts").click()
+    page.get_by_role("button", name="Only where it is painted").click()
+    page.get_by_text("nothing is painted").wait_for()
+    canvas = page.locator("canvas").locator("visible=true").first
+    canvas.scroll_into_view_if_needed()
+    page.wait_for_timeout(500)
+    box = canvas.bounding_box()
+    page.get_by_role("button", name="Brush").click()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 30, y)
+    page.mouse.down()
+    page.mouse.move(x + 30, y, steps=8)
+    page.mouse.up()
+    page.get_by_role("button", name="Only where it is painted").click()
+    page.wait_for_function(
+        "[...document.querySelectorAll('input, textarea')].some((field) => field.value.startsWith('mask='))"
+    )
+    page.get_by_role("button", name="Generate").click()
+    region = read_recipe(generated(page, served[1], before)).adapters[0].region
+    assert region
+    assert Path(region.mask).is_relative_to((served[1] / "masks").resolve())
+
+
+def test_a_moved_weight_is_drawn_live_and_compared_with_the_base(page: Any, served: tuple[str, Path]) -> None:
+    before = len(list(served[1].glob("*.png")))
+    lay(page, "neon")
+    say(page, "a house, in zwx style")
+    page.get_by_label("Steps").first.fill("2")
+    page.get_by_role("button", name="Compare with the base").click()
+    page.get_by_text("there is no picture yet").wait_for()
+    page.get_by_label("Live: draw when a weight moves").check()
+    page.get_by_label("Weight of neon").first.fill("0.4")
+    page.locator("#prompt textarea").click()
+    made = generated(page, served[1], before)
+    assert read_recipe(made).adapters[0].weight == 0.4
+    page.get_by_role("button", name="Compare with the base").click()
+    page.get_by_text("left of the line the base alone").wait_for()
+    assert read_recipe(made.with_name(f"{int(made.stem) + 1:05d}.png")).adapters == ()
+
+
+def test_a_preset_is_exported_and_imported(page: Any, tmp_path: Path) -> None:
+    open_tab(page, "Presets")
+    page.locator(".shelf button", has_text="watercolour-zuki").click()
+    page.get_by_text("zuki:").first.wait_for()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export").or_(page.get_by_role("link", name="Export")).first.click()
+    download.value.save_as(tmp_path / "taken.json")
+    page.locator("input[type=file][accept='.json']").set_input_files(tmp_path / "taken.json")
+    page.get_by_text("imported").wait_for()
+    page.locator(".shelf button", has_text="taken").wait_for()
+
+
+def test_a_variation_keeps_the_seed_and_says_its_own(page: Any, served: tuple[str, Path]) -> None:
+    before = len(list(served[1].glob("*.png")))
+    say(page, "a red house")
+    page.get_by_label("Steps").first.fill("2")
+    page.get_by_label("vary").check()
+    page.get_by_role("button", name="Generate").click()
+    settings = read_recipe(generated(page, served[1], before)).settings
+    assert settings
+    assert (settings.seed, settings.variation) == (0, 0.2)
+    page.get_by_role("button", name="Size, count, scheduler, variation").click()
+    assert page.get_by_label("Seed of the variation").input_value() == str(settings.variation_seed)
+
+
+def test_what_cannot_be_made_or_restored_is_one_sentence(page: Any, tmp_path: Path) -> None:
+    say(page, "a red house")
+    page.get_by_role("button", name="Size, count, scheduler, variation").click()
+    page.get_by_label("Width").fill("30000")
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_text("the studio makes at most 2048").wait_for()
+    Image.new("RGB", (8, 8)).save(tmp_path / "foreign.png")
+    page.locator("input[type=file]").first.set_input_files(tmp_path / "foreign.png")
+    page.get_by_text("foreign.png: carries no recipe").wait_for()
+
+
+def test_a_trigger_goes_into_the_prompt_and_what_is_wrong_is_said(page: Any) -> None:
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_text("the prompt is empty; say what the picture shows").wait_for()
+    lay(page, "ink")
+    page.locator(".words").get_by_text("sks").click()
+    page.wait_for_function("document.querySelector('#prompt textarea').value === 'sks'")
+
+
+def test_a_generation_is_stopped(page: Any, served: tuple[str, Path]) -> None:
+    before = len(list(served[1].glob("*.png")))
+    page.get_by_label("Steps").first.fill("200")
+    say(page, "a red house")
+    page.get_by_role("button", name="Generate").click()
+    page.locator("#status", has_text=re.compile(r"step \d+ of 200")).wait_for()
+    page.get_by_role("button", name="Stop").click()
+    page.locator("#status", has_text="stopped").wait_for()
+    page.get_by_label("Steps").first.fill("4")
+    page.get_by_role("button", name="Generate").click()
+    generated(page, served[1], before)
+
+
+def test_a_dropped_picture_restores_everything(page: Any, served: tuple[str, Path]) -> None:
+    before = len(list(served[1].glob("*.png")))
+    lay(page, "watercolour")
+    say(page, "a blue house, in ohwx style")
+    page.get_by_label("Seed", exact=True).fill("11")
+    page.get_by_role("button", name="Generate").click()
+    made = generated(page, served[1], before)
+    page.reload()
+    page.get_by_role("button", name="Generate").wait_for()
+    page.locator("input[type=file]").first.set_input_files(made)
+    page.get_by_role("checkbox", name="watercolour", exact=True).wait_for()
+    assert page.locator("#prompt textarea").input_value() == "a blue house, in ohwx style"
+    assert page.get_by_label("Seed", exact=True).input_value() == "11"
+    page.get_by_role("button", name="Generate").click()
+    again = generated(page, served[1], before + 1)
+    with Image.open(made) as first, Image.open(again) as second:
+        assert first.tobytes() == second.tobytes()
+
+
+def test_two_visitors_do_not_mix(page: Any, served: tuple[str, Path], browser: Any) -> None:
+    """Two pages at once: each picture is the one that its visitor asked for."""
+    context = browser.new_context()
+    other = context.new_page()
+    other.set_default_timeout(60_000)
+    other.goto(served[0])
+    other.get_by_role("button", name="Generate").wait_for()
+    lay(page, "neon")
+    lay(other, "ink")
+    say(page, "a red house, in zwx style")
+    say(other, "a blue cat, in sks style")
+    before = set(served[1].glob("*.png"))
+    for each in (page, other):
+        each.get_by_role("button", name="Generate").click()
+    for each in (page, other):
+        each.locator("#status", has_text=re.compile(r"\.png in ")).wait_for()
+    made = [read_recipe(path) for path in set(served[1].glob("*.png")) - before]
+    asked = {(recipe.settings.prompt, recipe.adapters[0].name) for recipe in made if recipe.settings}
+    assert asked == {("a red house, in zwx style", "neon"), ("a blue cat, in sks style", "ink")}
+    context.close()
+
+
+def open_tab(page: Any, name: str) -> None:
+    page.get_by_role("tab", name=name, exact=True).click()
+
+
+def test_a_preset_is_saved_and_loaded_again(page: Any) -> None:
+    lay(page, "zuki")
+    say(page, "a zuki on the beach")
+    open_tab(page, "Presets")
+    page.get_by_label("Name of a preset to save or import").fill("Zuki again")
+    page.get_by_role("button", name="Save the table as a preset").click()
+    page.get_by_text("saved as Zuki again").wait_for()
+    page.reload()
+    open_tab(page, "Presets")
+    page.locator(".shelf button", has_text="Zuki again").click()
+    page.get_by_text("zuki:1").wait_for()
+    page.get_by_role("button", name="Load onto the table").click()
+    page.get_by_text("on the table: see the Blend tab").wait_for()
+    open_tab(page, "Blend")
+    page.get_by_role("checkbox", name="zuki", exact=True).wait_for()
+    assert page.locator("#prompt textarea").input_value() == "a zuki on the beach"
+
+
+def test_the_table_is_merged(page: Any, served: tuple[str, Path]) -> None:
+    lay(page, "neon")
+    open_tab(page, "Merge")
+    page.get_by_label("Name of the result").fill("neon base")
+    page.get_by_role("button", name="What would it do?").click()
+    page.get_by_text("MB of weights").wait_for()
+    page.get_by_role("button", name="Merge", exact=True).click()
+    page.get_by_text("rounding took").wait_for()
+    assert (served[1] / "merged" / "neon base" / "model_index.json").is_file()
+
+
+def test_a_short_training_is_run_and_its_adapter_blended(page: Any) -> None:
+    open_tab(page, "Train")
+    page.get_by_label("Name of the run").fill("tiny ink")
+    source = sample_data() / "styles" / "ink"
+    page.locator("input[type=file][multiple]").first.set_input_files(sorted(source.glob("0[0-3].*")))
+    page.get_by_text("03.png").locator("visible=true").first.wait_for()
+    page.get_by_label("Trigger word").fill("sks")
+    page.get_by_role("button", name="Check the data").click()
+    page.get_by_text("4 shown in a pass").wait_for()
+    page.get_by_label("Training steps").fill("20")
+    page.get_by_role("button", name="Start training").click()
+    page.get_by_text("finished: step 20 of 20").wait_for(timeout=150_000)
+    page.get_by_role("button", name="Put it on the shelf").click()
+    page.get_by_text("is on the shelf").wait_for()
+    open_tab(page, "Blend")
+    lay(page, "tiny ink")
+
+
+def test_a_grid_is_drawn(page: Any) -> None:
+    lay(page, "neon")
+    say(page, "a house")
+    page.get_by_label("Steps").first.fill("2")
+    open_tab(page, "Compare")
+    page.get_by_label("Values across").fill("0, 1")
+    page.get_by_label("Values down").fill("0")
+    page.get_by_role("button", name="Draw the grid").click()
+    page.get_by_text("is in the folder").wait_for()
+
+
+def test_every_control_has_a_label(page: Any) -> None:
+    for name in ("Blend", "Compare", "Presets", "Merge", "Train", "Adapters"):
+        open_tab(page, name)
+        unnamed = page.evaluate(
+            """() => [...document.querySelectorAll("input, textarea, select")].filter(e => e.offsetParent
+            && e.type !== "file" && !e.labels?.length && !e.ariaLabel && !e.closest("label, [aria-label]"))
+            .map(e => e.outerHTML.slice(0, 120))"""
+        )
+        assert unnamed == [], name
+
+
+def test_a_visitor_who_leaves_holds_nobody_up(page: Any, served: tuple[str, Path], browser: Any) -> None:
+    context = browser.new_context()
+    leaver = context.new_page()
+    leaver.set_default_timeout(25_000)
+    leaver.goto(served[0])
+    leaver.get_by_role("button", name="Generate").wait_for()
+    leaver.get_by_label("Steps").first.fill("200")
+    say(leaver, "a house that nobody waits for")
+    leaver.get_by_role("button", name="Generate").click()
+    leaver.locator("#status", has_text=re.compile(r"step \d+ of 200")).wait_for()
+    context.close()
+    before = len(list(served[1].glob("*.png")))
+    page.get_by_label("Steps").first.fill("4")
+    say(page, "a red house")
+    page.get_by_role("button", name="Generate").click()
+    assert read_recipe(generated(page, served[1], before)).settings

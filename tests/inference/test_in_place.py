@@ -1,0 +1,393 @@
+"""Blends in a live base: what is written depends on base and blend alone, and undo gives the base back bit for bit."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import PNDMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from torch import Tensor
+
+from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
+from lora_diffusion.adapters.blend import Blend, WeightedAdapter, blend_sum
+from lora_diffusion.adapters.coefficients import Moment
+from lora_diffusion.adapters.deltas import delta_of
+from lora_diffusion.adapters.layers import DoRALayer, FullLayer, LoHaLayer, LoKrLayer, LoRALayer
+from lora_diffusion.algebra.combine.exact_sum import combine
+from lora_diffusion.architectures.module_paths import changeable_paths
+from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.preset import BlendWeight, Region, Schedule, Weight
+from lora_diffusion.errors import AdapterFormatError, ConfigError, LoRADiffusionError
+from lora_diffusion.formats.adapters.native import save_adapter
+from lora_diffusion.inference.composition import ReadPrompt
+from lora_diffusion.inference.in_place import Patch, blended, live_shapes, parameter_at, patching, weight_at
+from lora_diffusion.inference.sampling import generate, sample
+from lora_diffusion.models.load import Base, load_base
+from tests.conftest import random_adapter
+
+PATH = "unet.mid_block.attentions.0.proj_in"
+ONE, TWO = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj", PATH
+
+
+def parameters(base: Base) -> dict[str, Tensor]:
+    """Copies of every parameter that an adapter may change."""
+    names = [f"{path}.{leaf}" for path in changeable_paths(base.anatomy) for leaf in ("weight", "bias")]
+    return {name: parameter_at(base, name).clone() for name in live_shapes(base, names)}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.fixture
+def before(sd: Base) -> Iterator[dict[str, Tensor]]:
+    """The base's parameters; the test fails if one has changed afterwards."""
+    kept = parameters(sd)
+    yield kept
+    assert same(kept, parameters(sd))
+
+
+def mixed_adapter(base: Base, seed: int) -> Adapter:
+    """One layer of every kind, with a bias."""
+    rng = torch.Generator().manual_seed(seed)
+    plain = random_adapter(base, seed=seed)
+    paths = sorted(path for path in plain.layers if path.startswith("unet."))[:5]
+    layers = dict(plain.layers)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng) * 0.1
+
+    for path, kind in zip(paths, ("loha", "lokr", "full", "dora", "lora"), strict=True):
+        out, inner = weight_at(base, path).shape
+        if kind == "loha":
+            parts = {"w1_a": normal(out, 2), "w1_b": normal(2, inner), "w2_a": normal(out, 2), "w2_b": normal(2, inner)}
+            layers[path] = LoHaLayer(**parts, alpha=1.0)
+        elif kind == "lokr":
+            layers[path] = LoKrLayer(w1=normal(2, 2), w2=normal(out // 2, inner // 2), alpha=1.0)
+        elif kind == "full":
+            layers[path] = FullLayer(diff=normal(out, inner))
+        elif kind == "dora":
+            inside = LoRALayer(down=normal(3, inner), up=normal(out, 3), alpha=1.5)
+            layers[path] = DoRALayer(inner=inside, magnitude=normal(out, 1).abs() + 0.5)
+    biases = {PATH: normal(*parameter_at(base, f"{PATH}.bias").shape)}
+    return Adapter(layers=layers, biases=biases, metadata=plain.metadata)
+
+
+def blend_of(*pairs: tuple[Adapter, Weight]) -> Blend:
+    return Blend(entries=tuple(WeightedAdapter(adapter=adapter, weight=weight) for adapter, weight in pairs))
+
+
+def fresh(base: Base, blend: Blend, moment: Moment | None = None) -> dict[str, Tensor]:
+    with blended(base, blend, moment):
+        return parameters(base)
+
+
+def test_every_kind_of_layer_is_base_plus_delta(sd: Base, before: dict[str, Tensor]) -> None:
+    blend = blend_of((mixed_adapter(sd, 1), 0.7), (mixed_adapter(sd, 2), -0.4))
+    live = fresh(sd, blend)
+    for path, terms in blend_sum(blend).layers.items():
+        own = before[f"{path}.weight"]
+        assert torch.allclose(live[f"{path}.weight"], own + delta_of(terms, own), atol=1e-6)
+    own = before[f"{PATH}.bias"]
+    biases = [entry.adapter.biases[PATH] for entry in blend.entries]
+    assert torch.allclose(live[f"{PATH}.bias"], own + 0.7 * biases[0] - 0.4 * biases[1], atol=1e-6)
+
+
+@pytest.mark.usefixtures("before")
+def test_after_200_random_blends_failures_included_the_base_is_bit_identical(sd: Base) -> None:
+    rng = random.Random(0)
+    good = [mixed_adapter(sd, seed) for seed in range(4)] + [random_adapter(sd, seed=9, unet=("all",))]
+    broken = Adapter(layers={PATH: LoRALayer(down=torch.full((1, 64), torch.nan), up=torch.ones(64, 1), alpha=1.0)})
+    stranger = Adapter(layers={"unet.nowhere": LoRALayer(down=torch.ones(1, 4), up=torch.ones(4, 1), alpha=1.0)})
+    failures = 0
+    with patching(sd) as patch:
+        for _ in range(200):
+            chosen = rng.sample([*good, broken, stranger], rng.randint(0, 3))
+            blend = blend_of(*((adapter, rng.choice([-1.5, 0.0, 0.3, 1.0])) for adapter in chosen))
+            held = {name: patch.live[name].clone() for name in patch.applied}
+            try:
+                patch.apply(blend)
+            except LoRADiffusionError:
+                failures += 1
+                assert all(torch.equal(patch.live[name], value) for name, value in held.items())
+        last = blend_of((good[0], 0.5), (good[4], 1.0))
+        patch.apply(last)
+        after_all = parameters(sd)
+    assert 20 < failures < 180
+    assert same(after_all, fresh(sd, last))
+
+
+@pytest.mark.usefixtures("before")
+def test_new_weights_give_bit_for_bit_what_a_fresh_application_gives(sd: Base) -> None:
+    adapters = [mixed_adapter(sd, seed) for seed in range(4)]
+    with patching(sd) as patch:
+        patch.apply(blend_of(*((adapter, 1.0) for adapter in adapters)))
+        stacks = dict(patch.stacks)
+        moved = blend_of(*zip(adapters, (0.3, 1.0, -2.0, 0.7), strict=True))
+        patch.apply(moved)
+        assert all(patch.stacks[path] is kept for path, kept in stacks.items()), "the factors were prepared anew"
+        live = parameters(sd)
+    assert same(live, fresh(sd, moved))
+
+
+@pytest.mark.usefixtures("before")
+def test_switching_touches_only_what_differs(sd: Base) -> None:
+    first, second = random_adapter(sd, seed=1), random_adapter(sd, seed=2, text_encoders=())
+    with patching(sd) as patch:
+        patch.apply(blend_of((first, 1.0)))
+        versions = {name: tensor._version for name, tensor in patch.live.items()}
+        patch.apply(blend_of((second, 0.5), (first, 1.0)))
+        written = {name for name, tensor in patch.live.items() if tensor._version != versions.get(name)}
+    assert written == {f"{path}.weight" for path in second.layers}
+
+
+@pytest.mark.usefixtures("before")
+def test_ctrl_c_leaves_the_base_as_it_was(sd: Base) -> None:
+    with pytest.raises(KeyboardInterrupt), blended(sd, blend_of((mixed_adapter(sd, 1), 1.0))):
+        raise KeyboardInterrupt
+
+
+def test_an_interruption_in_the_middle_of_writing_is_undone(
+    sd: Base, before: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = Patch.write_weight
+
+    def interrupted(self: Patch, path: str, terms: tuple[tuple[float, LoRALayer], ...]) -> None:
+        written(self, path, terms)
+        if path == PATH:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Patch, "write_weight", interrupted)
+    with patching(sd) as patch:
+        with pytest.raises(KeyboardInterrupt):
+            patch.apply(blend_of((random_adapter(sd, seed=1, unet=("all",)), 1.0)))
+        assert same(before, parameters(sd))
+
+
+@pytest.mark.usefixtures("before")
+def test_a_nan_adapter_is_refused_and_poisons_nothing(sd: Base) -> None:
+    good = random_adapter(sd, seed=1)
+    layer = good.layers[ONE]
+    assert isinstance(layer, LoRALayer)
+    bad = Adapter(layers={**good.layers, ONE: replace(layer, up=torch.full_like(layer.up, torch.nan))})
+    with patching(sd) as patch:
+        patch.apply(blend_of((good, 1.0)))
+        held = parameters(sd)
+        with pytest.raises(AdapterFormatError, match="holds NaN or infinity"):
+            patch.apply(blend_of((good, 1.0), (bad, 0.1)))
+        assert same(held, parameters(sd))
+
+
+def test_a_half_precision_base_that_overflows_is_given_back(sd_folder: Path) -> None:
+    base = load_base(str(sd_folder), device=torch.device("cpu"), precision=torch.float16)
+    kept = parameters(base)
+    with patching(base) as patch:
+        with pytest.raises(ConfigError, match=r"beyond the range of torch\.float16; lower the weights"):
+            patch.apply(blend_of((random_adapter(base, seed=1), 1e6)))
+        assert same(kept, parameters(base))
+        patch.apply(blend_of((random_adapter(base, seed=1), 1.0)))
+    assert same(kept, parameters(base))
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+def test_in_half_precision_the_blend_is_rounded_once(sd: Base, sd_folder: Path, precision: torch.dtype) -> None:
+    base = load_base(str(sd_folder), device=torch.device("cpu"), precision=precision)
+    blend = blend_of(*((random_adapter(base, seed=seed), 0.2) for seed in range(5)))
+    with blended(base, blend):
+        for path, terms in blend_sum(blend).layers.items():
+            own = weight_at(sd, path).to(precision)
+            exact = own.double() + delta_of(terms).double().reshape(own.shape)
+            spacing = torch.finfo(precision).eps * exact.abs().clamp(min=torch.finfo(precision).tiny)
+            assert bool(((weight_at(base, path).double() - exact).abs() <= 0.51 * spacing).all())
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float16])
+def test_the_base_file_can_be_the_backup(sd_folder: Path, precision: torch.dtype) -> None:
+    base = load_base(str(sd_folder), device=torch.device("cpu"), precision=precision)
+    kept = parameters(base)
+    blend = blend_of((mixed_adapter(base, 1), 0.5))
+    with blended(base, blend, backup="file"):
+        from_file = parameters(base)
+    assert same(kept, parameters(base))
+    assert same(from_file, fresh(base, blend))
+
+
+def test_a_base_that_was_changed_after_loading_has_no_backup_on_disk(sd_folder: Path) -> None:
+    base = load_base(str(sd_folder), device=torch.device("cpu"))
+    weight_at(base, ONE).add_(1)
+    with (
+        pytest.raises(ConfigError, match="keep the backup in memory instead"),
+        blended(base, blend_of((random_adapter(base, seed=1), 1.0)), backup="file"),
+    ):
+        pass
+
+
+def test_blocks_that_are_off_are_not_touched(sd: Base, before: dict[str, Tensor]) -> None:
+    adapter = random_adapter(sd, seed=1, unet=("all",))
+    live = fresh(sd, blend_of((adapter, BlendWeight(value=0.8, blocks={"M00": 0.0, "BASE": 0.5}))))
+    assert torch.equal(live[f"{PATH}.weight"], before[f"{PATH}.weight"])
+    assert torch.equal(live[f"{ONE}.weight"], fresh(sd, blend_of((adapter, 0.4)))[f"{ONE}.weight"])
+    other = "unet.down_blocks.0.resnets.0.conv1.weight"
+    assert torch.equal(live[other], fresh(sd, blend_of((adapter, 0.8)))[other])
+
+
+def fading() -> BlendWeight:
+    return BlendWeight(value=0.9, schedule=Schedule(points=((0.0, 0.0), (0.5, 1.0), (1.0, -0.5)), curve="linear"))
+
+
+@pytest.mark.usefixtures("before")
+def test_a_schedule_gives_at_each_step_exactly_the_blend_of_that_step(sd: Base) -> None:
+    scheduled, steady = random_adapter(sd, seed=1), random_adapter(sd, seed=2, unet=(), text_encoders=("attention",))
+    blend, seen = blend_of((scheduled, fading()), (steady, 0.5)), []
+    with patching(sd) as patch:
+
+        def look(moment: Moment, _read: ReadPrompt) -> None:
+            patch.apply(blend, moment)
+            seen.append((moment, parameters(sd)))
+
+        sample(sd, GenerateConfig(prompt="a cat", steps=4, width=32, height=32), look)
+    assert [moment.step for moment, _ in seen] == [0, 1, 2, 3]
+    for moment, live in seen:
+        middle = (moment.step + 0.5) / 4
+        factor = 2 * middle if middle <= 0.5 else 1 - 3 * (middle - 0.5)
+        plain = BlendWeight(value=0.9 * factor, components={"text_encoder": 0.9})
+        expected = fresh(sd, blend_of((scheduled, plain), (steady, 0.5)))
+        assert all(torch.allclose(live[name], value, atol=1e-6) for name, value in expected.items())
+        assert same(live, fresh(sd, blend, moment))
+
+
+@pytest.mark.usefixtures("before")
+def test_a_schedule_writes_only_where_and_when_it_changes(sd: Base) -> None:
+    late = random_adapter(sd, seed=1, text_encoders=())
+    steady = random_adapter(sd, seed=2, unet=(), text_encoders=("attention",))
+    on_later = BlendWeight(schedule=Schedule(points=((0.0, 0.0), (0.5, 1.0))))
+    blend = blend_of((late, on_later), (steady, 1.0))
+    with patching(sd) as patch:
+        written = []
+        for step in range(4):
+            versions = {name: tensor._version for name, tensor in patch.live.items()}
+            patch.apply(blend, Moment(step=step, steps=4))
+            written.append({name for name, tensor in patch.live.items() if tensor._version != versions.get(name)})
+    assert [len(names) for names in written] == [len(steady.layers), 0, len(late.layers), 0]
+
+
+def test_pictures_follow_the_schedule(sd: Base) -> None:
+    adapter = random_adapter(sd, seed=1, text_encoders=())
+    config = GenerateConfig(prompt="a cat", steps=4, seed=3, width=32, height=32)
+
+    def picture(weight: Weight) -> bytes:
+        return generate(sd, [config], blend_of((adapter, weight)))[0].image.tobytes()
+
+    def window(first: float, later: float) -> BlendWeight:
+        return BlendWeight(schedule=Schedule(points=((0.0, first), (0.5, later))))
+
+    assert picture(window(1, 1)) == picture(1.0)
+    assert picture(window(0, 0)) == picture(0.0)
+    assert len({picture(window(0, 1)), picture(window(1, 0)), picture(1.0), picture(0.0)}) == 4
+
+
+@contextmanager
+def peft_pipeline(base: Base, files: list[Path], weights: list[float]) -> Iterator[object]:
+    """The same base and adapters as diffusers and PEFT put them together."""
+    kind = StableDiffusionXLPipeline if len(base.anatomy.text_layers) == 2 else StableDiffusionPipeline
+    pipe = kind.from_pretrained(base.folder, safety_checker=None) if kind is StableDiffusionPipeline else None
+    pipe = pipe or kind.from_pretrained(base.folder, add_watermarker=False)
+    for file in files:
+        pipe.load_lora_weights(file, adapter_name=file.stem)
+    pipe.set_adapters([file.stem for file in files], weights)
+    yield pipe
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.filterwarnings("ignore")
+def test_pixels_are_those_of_peft_with_set_adapters(
+    family: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    base: Base = request.getfixturevalue(family)
+    adapters = [random_adapter(base, seed=seed, rank=seed + 1, alpha=3.0) for seed in (1, 2)]
+    files = [tmp_path / f"adapter{i}.safetensors" for i in range(2)]
+    for adapter, file in zip(adapters, files, strict=True):
+        save_adapter(adapter, file)
+    options = {"prompt": "a cat", "num_inference_steps": 2, "output_type": "np", "width": 32, "height": 32}
+    with peft_pipeline(base, files, [0.7, -0.4]) as pipe:
+        theirs = pipe(**options, generator=torch.Generator().manual_seed(0)).images  # type: ignore[operator]
+    with blended(base, blend_of((adapters[0], 0.7), (adapters[1], -0.4))):
+        ours = base.pipe(**options, generator=torch.Generator().manual_seed(0)).images
+    assert abs(theirs - ours).max() < 1e-4
+
+
+def test_ctrl_c_during_undo_comes_through_after_it(
+    sd: Base, before: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restore, calls = Patch.restore, []
+
+    def interrupted(self: Patch, name: str) -> None:
+        calls.append(name)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        restore(self, name)
+
+    monkeypatch.setattr(Patch, "restore", interrupted)
+    with pytest.raises(KeyboardInterrupt), blended(sd, blend_of((random_adapter(sd, seed=1), 1.0))):
+        pass
+    assert same(before, parameters(sd))
+    with blended(sd, Blend()):
+        pass
+
+
+def test_autocast_changes_no_bit_of_what_is_written(sd: Base) -> None:
+    blend = blend_of((random_adapter(sd, seed=1), 0.7))
+    plain = fresh(sd, blend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert same(plain, fresh(sd, blend))
+
+
+def test_adapters_stored_in_different_types_sum(sd: Base) -> None:
+    adapter = random_adapter(sd, seed=1)
+    types = (torch.float8_e4m3fn, torch.float16, torch.float32)
+    layer = adapter.layers[ONE]
+    cast = [
+        Adapter(layers={ONE: layer.with_factors({name: f.to(dtype) for name, f in layer.factors.items()})})
+        for dtype in types
+    ]
+    live = fresh(sd, blend_of(*((one, 0.5) for one in cast)))[f"{ONE}.weight"]
+    expected = weight_at(sd, ONE) + sum(0.5 * one.layers[ONE].delta() for one in cast)
+    assert torch.allclose(live, expected, atol=1e-6)
+
+
+def test_weights_hold_no_region(sd: Base) -> None:
+    entry = WeightedAdapter(adapter=random_adapter(sd, seed=1), region=Region(box=(0, 0, 0.5, 1)))
+    with pytest.raises(ConfigError, match="acts in a region"), blended(sd, Blend(entries=(entry,))):
+        pass
+
+
+def test_a_pattern_that_matches_no_module_is_refused(sd: Base) -> None:
+    with pytest.raises(ConfigError, match="matches none of its modules"):
+        blend_of((random_adapter(sd, seed=1), BlendWeight(modules=(("*.attnn2.*", 0.0),))))
+
+
+def test_combining_keeps_biases_and_words(sd: Base) -> None:
+    plain = random_adapter(sd, seed=1)
+    biased = Adapter(layers=plain.layers, biases={PATH: torch.ones(64)})
+    one = combine(blend_of((biased, 0.5), (biased, 1.0)), AdapterMetadata())
+    assert torch.equal(one.biases[PATH], torch.full((64,), 1.5))
+    worded = Adapter(layers=plain.layers, tokens={"sks": {"text_encoder": torch.ones(1, 32)}})
+    both = combine(blend_of((worded, 0.5)), AdapterMetadata())
+    assert torch.equal(both.tokens["sks"]["text_encoder"], torch.ones(1, 32))
+
+
+def test_a_scheduler_with_more_calls_than_steps_is_told_the_step_it_is_in(sd: Base) -> None:
+    own = sd.pipe.scheduler
+    sd.pipe.scheduler = PNDMScheduler(skip_prk_steps=True, num_train_timesteps=1000)
+    seen: list[int] = []
+    try:
+        settings = GenerateConfig(prompt="a cat", steps=10, width=32, height=32)
+        sample(sd, settings, lambda moment, _: seen.append(moment.step))
+    finally:
+        sd.pipe.scheduler = own
+    assert len(seen) == 11
+    assert seen == sorted(seen)
+    assert (seen[0], seen[-1]) == (0, 9)

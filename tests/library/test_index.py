@@ -1,0 +1,181 @@
+"""The index of a folder of adapters: read once, made anew where it is spoilt, and shared by processes."""
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_diffusion.cli import main
+from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.library.search import default_folder, find, find_by_hash, open_library
+from tests.helpers.library_files import file_hash_of, kohya, native, payload_of, peft_folder
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def test_the_second_look_at_200_adapters_takes_no_time(folder: Path) -> None:
+    for i in range(200):
+        native(folder / f"{i:03}.safetensors", name=f"adapter {i}")
+    first = open_library(folder)
+    started = time.process_time()
+    again = open_library(folder)
+    assert time.process_time() - started < 0.2
+    assert again == first
+    started = time.process_time()
+    assert find(again, "adapter 150").stem == "150"
+    assert time.process_time() - started < 0.05
+
+
+def damage_nothing_but_bytes(index: Path) -> None:
+    index.write_bytes(b"no database " * 1000)
+
+
+def damage_a_page(index: Path) -> None:
+    data = bytearray(index.read_bytes())
+    data[4096:] = b"\xff" * (len(data) - 4096)
+    index.write_bytes(data)
+
+
+def make_older(index: Path) -> None:
+    with closing(sqlite3.connect(index)) as db:
+        db.execute("DROP TABLE entries")
+        db.execute("CREATE TABLE entries (something INTEGER)")
+        db.execute("PRAGMA user_version = 999")
+        db.commit()
+
+
+def make_wrong(index: Path) -> None:
+    with closing(sqlite3.connect(index)) as db:
+        db.execute("UPDATE entries SET entry = '{}'")
+        db.commit()
+
+
+def make_another_table(index: Path) -> None:
+    with closing(sqlite3.connect(index)) as db:
+        db.execute("ALTER TABLE entries RENAME TO others")
+        db.commit()
+
+
+@pytest.mark.parametrize(
+    "spoil", [damage_nothing_but_bytes, damage_a_page, make_older, make_wrong, make_another_table, Path.unlink]
+)
+def test_a_spoilt_index_is_made_anew(spoil: Any, folder: Path) -> None:
+    path = kohya(folder / "a.safetensors")
+    library = open_library(folder)
+    spoil(library.index)
+    assert open_library(folder) == library
+    with closing(sqlite3.connect(library.index)) as db:
+        assert db.execute("SELECT path FROM entries").fetchall() == [("a.safetensors",)]
+    spoil(library.index)
+    assert find_by_hash(library, file_hash_of(path)) is not None
+    assert find_by_hash(open_library(folder), file_hash_of(path)) is not None
+
+
+def test_without_a_place_for_the_index_it_works_all_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = kohya(folder / "a.safetensors")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(path / "below a file"))
+    library = open_library(folder)
+    assert find(library, "a").path == path
+    assert find_by_hash(library, file_hash_of(path)) is not None
+    assert [p.name for p in folder.iterdir()] == ["a.safetensors"]
+
+
+def test_a_folder_and_a_header_that_no_encoding_can_hold(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = kohya(folder / "a.safetensors", ss_output_name="x-name")
+    data = path.read_bytes().replace(b'"x-name"', b'"\\ud800"')
+    path.write_bytes(data)
+    assert open_library(folder) == open_library(folder)
+    odd = folder.rename(folder.with_name(os.fsdecode(b"odd\xff")))
+    for _ in range(2):
+        assert main(["library", str(odd)]) == 0
+        assert capsys.readouterr().out.splitlines()[1].startswith("?")
+
+
+def test_the_index_lies_in_the_cache_and_nothing_in_the_folder(folder: Path, tmp_path: Path) -> None:
+    native(folder / "a.safetensors")
+    library = open_library(folder)
+    assert library.index.parent == tmp_path / "cache" / "lora_diffusion"
+    assert [p.name for p in folder.iterdir()] == ["a.safetensors"]
+    assert [p.name for p in library.index.parent.iterdir()] == [library.index.name]
+
+
+def run_python(code: str, folder: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen([sys.executable, "-c", code, str(folder)], stderr=subprocess.PIPE, text=True)
+
+
+def test_reading_and_hashing_bytes_import_no_torch(folder: Path) -> None:
+    native(folder / "a.safetensors", tokens={"<cat>": {"text_encoder": torch.ones(1, 768)}})
+    path = kohya(folder / "b.safetensors", seed=1)
+    peft_folder(folder / "c")
+    (folder / "d.pt").write_bytes(b"pickled")
+    (folder / "e.safetensors").write_bytes(b"damaged")
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from lora_diffusion.library.search import find, find_by_hash, open_library\n"
+        "library = open_library(Path(sys.argv[1])); assert len(library.entries) == 5; find(library, 'a')\n"
+        f"for digest in ({payload_of(path)[:12]!r}, {file_hash_of(path)[:10]!r}):\n"
+        "    assert find_by_hash(library, digest).name == 'b'\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = run_python(code, folder)
+    assert (done.communicate()[1], done.returncode) == ("", 0)
+
+
+def test_processes_that_refresh_at_once_do_not_disturb_each_other(folder: Path) -> None:
+    for i in range(20):
+        native(folder / f"{i}.safetensors")
+    code = (
+        "import os, sys; from pathlib import Path; from lora_diffusion.library.search import open_library\n"
+        "for _ in range(20):\n"
+        "    library = open_library(Path(sys.argv[1])); assert len(library.entries) == 20\n"
+        "    assert not any(entry.problem for entry in library.entries)\n"
+        "    [os.utime(entry.path) for entry in library.entries[:3]]"
+    )
+    running = [run_python(code, folder) for _ in range(3)]
+    assert [(process.communicate()[1], process.returncode) for process in running] == [("", 0)] * 3
+    with closing(sqlite3.connect(open_library(folder).index)) as db:
+        assert db.execute("SELECT count(*) FROM entries").fetchone() == (20,)
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_the_command_prints_a_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    native(folder / "neon.safetensors", name="neon", tokens={"<glow>": {"text_encoder": torch.ones(1, 768)}})
+    kohya(folder / "b.safetensors", ss_output_name="x\x1b[31m" + "y" * 60)
+    (folder / "neon.json").write_text('{"preferred weight": 0.8}')
+    assert main(["library", str(folder)]) == 0
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title.split() == ["name", "family", "kind", "weight", "triggers", "file"]
+    assert " ".join(lines[1].split()) == "neon SD 1.x LoRA, textual inversion 0.8 sks, <glow> neon.safetensors"
+    assert lines[0].startswith("x [31myyyy")
+    assert len({line.index(cell) for line, cell in zip([title, *lines], ["file", "b.s", "neon.s"], strict=True)}) == 1
+    assert main(["library", str(folder), "--search", "GLOW", "--json"]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert (entry["path"], entry["preferred_weight"], entry["preview"]) == (str(folder / "neon.safetensors"), 0.8, None)
+    assert main(["library", str(folder), "--family", "sdxl"]) == 0
+    assert "no usable adapters found" in capsys.readouterr().out
+
+
+def test_the_command_takes_its_folder_from_the_environment_or_the_package(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert default_folder() == sample_data() / "adapters"
+    assert main(["library"]) == 0
+    assert "watercolour.safetensors" in capsys.readouterr().out
+    shutil.copy(sample_data() / "adapters" / "ink.safetensors", folder / "only.safetensors")
+    monkeypatch.setenv("LORA_DIFFUSION_LIBRARY", str(folder))
+    assert main(["library"]) == 0
+    assert "only.safetensors" in capsys.readouterr().out
+    for wrong, words in ((folder / "none", "no such folder"), (folder / "only.safetensors", "is a file")):
+        assert main(["library", str(wrong)]) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1

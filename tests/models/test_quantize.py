@@ -1,0 +1,135 @@
+"""A base in codes: an adapter trained on it (QLoRA), and pictures made with it."""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from lora_diffusion.adapters.blend import Blend, WeightedAdapter
+from lora_diffusion.cli import main
+from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.train import TrainConfig
+from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.formats.adapters.load import load_adapter
+from lora_diffusion.inference.in_place import quantised
+from lora_diffusion.inference.sampling import generate
+from lora_diffusion.library.recipe import read_recipe
+from lora_diffusion.models.load import load_base
+from lora_diffusion.models.quantize import fits, quantise
+from lora_diffusion.training.log import LOG, read_log
+from lora_diffusion.training.loop import train
+from lora_diffusion.training.setup import set_up
+from tests.helpers.short_runs import loss_before, short_run
+
+needs_codes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes", "ignore::DeprecationWarning:bitsandbytes")
+
+
+def config_of(ink: Path, tmp_path: Path, codes: str = "nf4", **changes: Any) -> TrainConfig:
+    return short_run(ink, tmp_path / "it.safetensors", 20, {"compute": {"quantise": codes}, **changes})
+
+
+@needs_codes
+@pytest.mark.parametrize("codes", ["nf4", "fp4", "int8"])
+def test_an_adapter_learns_on_a_base_in_codes_and_fits_the_plain_one(codes: str, ink: Path, tmp_path: Path) -> None:
+    config = config_of(ink, tmp_path, codes)
+    assert quantised(set_up(config).base)
+    before = loss_before(config)
+    result = train(config)
+    assert read_log(tmp_path / "it-run" / LOG)[-1]["validation"]["loss"] < 0.97 * before
+    adapter = load_adapter(result.path)
+    prompt = GenerateConfig(prompt="a house in the snow, in sks style", steps=3)
+    base = load_base()
+    plain, styled = (
+        generate(base, [prompt], blend)[0].image.tobytes()
+        for blend in (Blend(), Blend(entries=(WeightedAdapter(adapter=adapter),)))
+    )
+    assert plain != styled
+
+
+@needs_codes
+@pytest.mark.parametrize(("codes", "most"), [("nf4", 0.2), ("fp4", 0.25), ("int8", 0.02)])
+def test_codes_say_nearly_what_the_weights_said_in_a_part_of_the_bytes(codes: Any, most: float) -> None:
+    base = load_base()
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, base.pipe.unet.config.in_channels, 16, 16, generator=generator)
+    hidden = torch.randn(1, 77, base.pipe.unet.config.cross_attention_dim, generator=generator)
+
+    def said() -> torch.Tensor:
+        with torch.no_grad():
+            return base.pipe.unet(noise, 500, encoder_hidden_states=hidden).sample
+
+    before, linear = said(), [m for m in base.pipe.unet.modules() if type(m) is nn.Linear and fits(m)]
+    whole = sum(module.weight.numel() * 2 for module in linear)
+    assert quantise(base, codes, base.device).codes == codes
+    error = float((said() - before).norm() / before.norm())
+    assert 0 < error < most
+    coded = [m for m in base.pipe.unet.modules() if isinstance(m, nn.Linear) and not m.weight.dtype.is_floating_point]
+    share = sum(module.weight.numel() * module.weight.element_size() for module in coded) / whole
+    assert share == pytest.approx(0.5 if codes == "int8" else 0.25, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "named"),
+    [
+        ({"dora": True}, "adapter.dora"),
+        ({"kind": "loha"}, "adapter.kind 'loha'"),
+        ({"start": "pissa"}, "adapter.start 'pissa'"),
+        ({"full_targets": ["unet.conv_in"]}, "adapter.full_targets"),
+    ],
+)
+def test_a_method_that_needs_whole_weights_is_refused(
+    adapter: dict[str, Any], named: str, ink: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_of(ink, tmp_path, adapter=adapter)
+    assert f"compute.quantise 'nf4' keeps weights in codes, and {named} needs them in full" in str(caught.value)
+
+
+@needs_codes
+def test_pictures_are_made_on_a_base_in_codes_and_made_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    neon = sample_data() / "adapters" / "neon.safetensors"
+    asked = ["generate", "--prompt", "a red house, in zwx style", "--steps", "4", "--output", str(tmp_path)]
+    assert main([*asked, "--adapter", str(neon)]) == 0
+    assert main([*asked, "--adapter", str(neon), "--quantise", "nf4"]) == 0
+    assert main([*asked, "--quantise", "nf4"]) == 0
+    whole, coded, bare = (tmp_path / f"0000{i}.png" for i in range(3))
+    assert [read_recipe(path).codes for path in (whole, coded, bare)] == ["none", "nf4", "nf4"]
+    assert 0 < difference(whole, coded) < 0.25 * difference(coded, bare)
+    assert main(["generate", "--from", str(coded), "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "00003.png").read_bytes() == coded.read_bytes()
+    capsys.readouterr()
+    assert main(["generate", "--from", str(whole), "--quantise", "nf4", "--output", str(tmp_path)]) == 2
+    assert "--from makes a picture again as it was" in capsys.readouterr().err
+
+
+def difference(first: Path, second: Path) -> float:
+    """Mean over the numbers of two pictures."""
+    one, other = (np.asarray(Image.open(path), dtype=float) for path in (first, second))
+    return float(np.abs(one - other).mean())
+
+
+@needs_codes
+def test_a_base_that_cannot_be_held_in_codes_is_refused(sd_folder: Path) -> None:
+    base = load_base(str(sd_folder))
+    for module in base.pipe.unet.modules():
+        if isinstance(module, nn.Linear):
+            module.in_features = 33
+    with pytest.raises(ConfigError, match="no linear layer"):
+        quantise(base, "nf4", base.device)
+
+
+def test_without_the_library_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr("lora_diffusion.models.quantize.find_spec", lambda _name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'lora-diffusion\[quantised\]'"):
+        quantise(load_base(), "nf4", torch.device("cpu"))

@@ -1,0 +1,209 @@
+"""LoRA and what differs from it by a setting: places, ranks, scales, rates, starts, timesteps."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora_diffusion.adapters.adapter import AdapterMetadata
+from lora_diffusion.adapters.blend import Blend, WeightedAdapter
+from lora_diffusion.adapters.coefficients import Moment, block_factors
+from lora_diffusion.adapters.layers import FullLayer, LoRALayer
+from lora_diffusion.architectures.blocks import block_name
+from lora_diffusion.architectures.module_paths import ANATOMIES, trainable_paths
+from lora_diffusion.architectures.targets import resolve_targets
+from lora_diffusion.cli import main
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.formats.adapters.load import load_adapter
+from lora_diffusion.formats.adapters.native import save_adapter
+from lora_diffusion.inference.in_place import patching
+from lora_diffusion.models.load import load_base, module_at
+from lora_diffusion.training.loop import train
+from lora_diffusion.training.methods.injection import extract, update_at
+from tests.helpers.method_cases import config_of, injected, predicted, shake
+from tests.helpers.short_runs import UNET_ONLY, settings
+
+
+def test_exactly_the_chosen_modules_train(sd_folder: Path) -> None:
+    base = load_base(str(sd_folder))
+    config = config_of("mixed", unet_targets=("attention",))
+    paths, made = injected(base, config)
+    learning = {name for name, parameter in base.pipe.unet.named_parameters() if parameter.requires_grad}
+    assert {f"unet.{name}".replace(".update.", ".") for name in learning} == set(made.parameters)
+    assert all(".attn" in path or ".norm1" in path or path == "unet.conv_in" for path in paths)
+    adapter = extract(base, paths, AdapterMetadata(), torch.float32)
+    assert isinstance(adapter.layers["unet.conv_in"], FullLayer)
+    assert "unet.conv_in" in adapter.biases
+
+
+def test_ranks_and_alphas_by_pattern(sd_folder: Path) -> None:
+    base = load_base(str(sd_folder))
+    paths, _ = injected(base, config_of("by block", alpha=2.0, alphas={"*.to_q": 8.0}))
+    for path in paths:
+        layer = update_at(base, path).layer()
+        rank = 1 if path.startswith("unet.down_blocks") else 6 if path.startswith("unet.mid_block") else 4
+        assert layer.rank == rank
+        assert layer.scale == pytest.approx((8.0 if path.endswith(".to_q") else 2.0) / rank)
+    with pytest.raises(ConfigError, match=r"adapter.ranks: '\*.nowhere' matches no trained module"):
+        injected(load_base(str(sd_folder)), config_of("lora", ranks={"*.nowhere": 2}))
+
+
+def test_the_scale_of_rslora_is_kept_in_the_file(sd_folder: Path) -> None:
+    base = load_base(str(sd_folder))
+    paths, _ = injected(base, config_of("rslora", rank=9))
+    assert update_at(base, paths[0]).layer().scale == pytest.approx(2 / 3)
+
+
+def test_lora_fa_keeps_no_input(sd_folder: Path) -> None:
+    kept: list[int] = []
+    for method in ("lora", "lora-fa"):
+        base = load_base(str(sd_folder))
+        _, made = injected(base, config_of(method))
+        total = 0
+
+        def pack(values: Tensor) -> Tensor:
+            nonlocal total
+            total += 0 if isinstance(values, nn.Parameter) else values.numel()
+            return values
+
+        unet: Any = base.pipe.unet
+        latents = torch.randn(1, unet.config.in_channels, 8, 8)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda values: values):
+            unet(latents, 5, encoder_hidden_states=torch.randn(1, 77, unet.config.cross_attention_dim))
+        kept.append(total)
+        assert all(name.endswith(".down") is False for name in made.parameters) is (method == "lora-fa")
+    assert kept[1] < 0.9 * kept[0]
+
+
+def test_the_second_factor_learns_faster_by_lora_plus(pictures: Path, sd_folder: Path) -> None:
+    plain, plus = (
+        train(settings(pictures, sd_folder, {"optimiser": {"up_rate": rate}}, steps=1)).adapter for rate in (1.0, 8.0)
+    )
+    for path, layer in plain.layers.items():
+        faster = plus.layers[path]
+        assert isinstance(layer, LoRALayer)
+        assert isinstance(faster, LoRALayer)
+        assert torch.equal(layer.down, faster.down)
+        assert float(faster.up.norm()) > 4 * float(layer.up.norm())
+    for optimiser in ({"up_rate": 4, "kind": "prodigy"}, {"up_rate": 4, "rates": {"*.up": 2}}):
+        with pytest.raises(ValueError, match="both own"):
+            settings(pictures, sd_folder, {"optimiser": optimiser})
+
+
+def test_a_spectral_start_on_convolutions_is_refused(pictures: Path, sd_folder: Path) -> None:
+    changes = {"adapter": {"start": "pissa", "unet_targets": ["convolutions"], "text_encoder_targets": ["attention"]}}
+    with pytest.raises(ConfigError, match=r"adapter.start 'pissa'.*convolution"):
+        train(settings(pictures, sd_folder, changes))
+
+
+@pytest.mark.parametrize(("part", "block"), [("content", "OUT00"), ("style", "OUT01")])
+def test_b_loras_places_have_the_blend_preset_of_their_name(part: str, block: str) -> None:
+    anatomy = ANATOMIES["sdxl"]
+    paths = resolve_targets(trainable_paths(anatomy), unet=[f"b-lora-{part}"], text_encoders=())
+    assert len(paths) == 10 * 8  # ten transformers, two attentions of four projections each
+    assert {block_name(path, anatomy) for path in paths} == {block}
+    factors = block_factors(f"BLORA-{part.upper()}", anatomy)
+    assert [name for name, factor in factors.items() if factor] == [block]
+    with pytest.raises(ConfigError, match="names no module"):
+        resolve_targets(trainable_paths(ANATOMIES["sd1"]), unet=[f"b-lora-{part}"], text_encoders=())
+    with pytest.raises(ConfigError, match="unknown block preset"):
+        block_factors(f"BLORA-{part.upper()}", ANATOMIES["sd1"])
+
+
+def test_a_t_lora_acts_as_trained_at_every_step_and_no_weights_hold_it(sd_folder: Path, tmp_path: Path) -> None:
+    base, fresh = load_base(str(sd_folder)), load_base(str(sd_folder))
+    paths, made = injected(base, config_of("t-lora", least_rank=2, rank=5))
+    shake(made.parameters)
+    base.pipe.unet.eval()
+    metadata = AdapterMetadata(name="timed", family=base.family.name, least_rank=2)
+    adapter = extract(base, paths, metadata, torch.float32)
+    file = tmp_path / "timed.safetensors"
+    save_adapter(adapter, file)
+    adapter = load_adapter(file)
+    assert adapter.metadata.least_rank == 2
+    latents = torch.randn(1, base.pipe.unet.config.in_channels, 8, 8)
+    hidden = torch.randn(1, 77, base.pipe.unet.config.cross_attention_dim)
+    ranks: list[int] = []
+    with patching(fresh) as patch, torch.no_grad():
+        for step in range(10):
+            patch.apply(Blend(entries=(WeightedAdapter(adapter=adapter),)), Moment(step=step, steps=10))
+            ours = fresh.pipe.unet(latents, 1000 - 100 * step, encoder_hidden_states=hidden).sample
+            theirs = base.pipe.unet(latents, 1000 - 100 * step, encoder_hidden_states=hidden).sample
+            assert torch.allclose(ours, theirs, atol=1e-4)
+            ranks.append(int(update_at(base, paths[0]).used.sum()))
+    assert ranks[0] == 2
+    assert ranks == sorted(ranks)
+    assert len(set(ranks)) == 3
+    for command in (
+        ["merge", "--base", str(sd_folder), "--adapter", str(file), "--output", str(tmp_path / "m")],
+        ["convert", str(file), str(tmp_path / "k.safetensors"), "--to", "kohya"],
+        ["combine", f"{file}:0.5", str(tmp_path / "c.safetensors")],
+    ):
+        assert main(command) == 2
+    assert main(["resize", str(file), str(tmp_path / "cut.safetensors"), "--first", "3"]) == 0
+    cut = load_adapter(tmp_path / "cut.safetensors")
+    assert cut.metadata.least_rank == 0
+    assert {layer.rank for layer in cut.layers.values() if isinstance(layer, LoRALayer)} == {3}
+
+
+def test_vera_trains_two_vectors_and_shares_the_rest(sd_folder: Path) -> None:
+    base = load_base(str(sd_folder))
+    paths, made = injected(base, config_of("vera"))
+    expected = sum(16 + module_at(base, path).weight.shape[0] for path in paths)
+    assert sum(parameter.numel() for parameter in made.parameters.values()) == expected
+    first, second = (update_at(base, path) for path in paths[:2])
+    width = min(first.shared_down[0].numel(), second.shared_down[0].numel())
+    ours, theirs = (each.shared_down.flatten(1)[:, :width] for each in (first, second))
+    assert torch.equal(ours, theirs)
+
+
+def test_pissa_is_exact_however_little_was_learned(sd_folder: Path) -> None:
+    """What is saved in half precision is off by a part of the delta, not of the base's main directions."""
+    base = load_base(str(sd_folder))
+    paths, made = injected(base, config_of("pissa"))
+    with torch.no_grad():
+        for parameter in made.parameters.values():
+            parameter.mul_(1 + 1e-3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    exact, half = (extract(base, paths, AdapterMetadata(), dtype) for dtype in (torch.float32, torch.float16))
+    for path, layer in exact.layers.items():
+        assert isinstance(layer, LoRALayer)
+        delta = layer.delta()
+        assert float((half.layers[path].delta(torch.zeros_like(delta)) - delta).norm()) < 2e-3 * float(delta.norm())
+
+
+def test_a_dropped_direction_of_pissa_leaves_nothing_behind(sd_folder: Path) -> None:
+    base = load_base(str(sd_folder))
+    before = predicted(base)
+    injected(base, config_of("pissa", rank_dropout=0.5))
+    base.pipe.unet.train()
+    assert torch.equal(predicted(base), before)
+
+
+def test_orthogonal_rows_beyond_the_inputs_stay_noise(sd_folder: Path) -> None:
+    base = load_base(str(sd_folder))
+    _, made = injected(base, config_of("orthogonal", unet_targets=("conv_in",), rank=64))
+    down = made.parameters["unet.conv_in.down"].detach().flatten(1)
+    assert down.shape[0] == 64 > down.shape[1]
+    first = down[: down.shape[1]]
+    assert torch.allclose(first @ first.T, torch.diag((first @ first.T).diagonal()), atol=1e-5)
+    assert float(down[down.shape[1] :].norm(dim=1).min()) > 0
+    predicted(base)
+
+
+def test_t_lora_drops_its_input(sd_folder: Path) -> None:
+    base = load_base(str(sd_folder))
+    _, made = injected(base, config_of("t-lora", dropout=0.9))
+    shake(made.parameters)
+    base.pipe.unet.eval()
+    assert torch.equal(predicted(base), predicted(base))
+    base.pipe.unet.train()
+    assert not torch.equal(predicted(base), predicted(base))
+
+
+def test_a_rate_of_second_factors_needs_them(pictures: Path, sd_folder: Path) -> None:
+    changes = {**UNET_ONLY, "optimiser": {"up_rate": 4, "text_encoder_learning_rate": None}}
+    changes["adapter"] = {**changes["adapter"], "kind": "loha"}
+    with pytest.raises(ConfigError, match=r"optimiser.up_rate is the rate of second factors"):
+        train(settings(pictures, sd_folder, changes))

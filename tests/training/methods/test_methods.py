@@ -1,0 +1,209 @@
+"""Every method in the one loop: it begins as nothing, learns, and is saved as what it computed."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lora_diffusion.adapters.adapter import AdapterMetadata
+from lora_diffusion.adapters.blend import Blend, WeightedAdapter
+from lora_diffusion.adapters.layers import LoRALayer
+from lora_diffusion.cli import main
+from lora_diffusion.config import methods
+from lora_diffusion.config.adapter import NONSENSE, AdapterConfig
+from lora_diffusion.config.defaults import default_settings
+from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.settings import validate
+from lora_diffusion.config.train import TrainConfig
+from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.formats.adapters.load import load_adapter
+from lora_diffusion.formats.adapters.native import save_adapter
+from lora_diffusion.inference.in_place import blended
+from lora_diffusion.inference.sampling import generate
+from lora_diffusion.models.load import Base, load_base, module_at
+from lora_diffusion.training.log import LOG, read_log
+from lora_diffusion.training.loop import train
+from lora_diffusion.training.methods.injection import disabled, extract
+from lora_diffusion.training.setup import set_up
+from lora_diffusion.workflows.training.method_sizes import method_size
+from tests.helpers.method_cases import KINDS, METHODS, MOMENT, config_of, injected, predicted, shake
+from tests.helpers.short_runs import loss_before, settings, short_run
+from train_scripts.compare_methods import best_rate, known
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_fresh_update_changes_nothing(method: str, sd_folder: Path) -> None:
+    base = load_base(str(sd_folder))
+    before = predicted(base)
+    paths, _ = injected(base, config_of(method))
+    for name in base.family.components:
+        getattr(base.pipe, name).eval()
+    assert torch.equal(predicted(base), before)
+    adapter = extract(base, paths, AdapterMetadata(family=base.family.name), torch.float32)
+    for path, layer in adapter.layers.items():
+        weight = module_at(base, path).weight.detach()
+        assert float(layer.delta(weight).norm()) <= 1e-4 * float(weight.norm())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_saved_is_what_was_computed(method: str, sd_folder: Path) -> None:
+    """A blend of the saved adapter predicts what the trained modules predicted."""
+    base, fresh = load_base(str(sd_folder)), load_base(str(sd_folder))
+    paths, made = injected(base, config_of(method))
+    shake(made.parameters)
+    base.pipe.unet.eval()
+    trained = predicted(base)
+    with disabled(base):
+        alone = predicted(base)
+    timed = {"least_rank": 1} if method == "t-lora" else {}
+    adapter = extract(base, paths, AdapterMetadata(family=base.family.name, **timed), torch.float32)
+    with blended(fresh, Blend(entries=(WeightedAdapter(adapter=adapter),)), MOMENT):
+        again = predicted(fresh)
+    moved = float((trained - alone).norm())
+    assert moved > 1e-3 * float(alone.norm())
+    assert float((trained - again).norm()) < 1e-3 * moved
+    assert torch.equal(predicted(fresh), alone)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_learns_on_the_embedded_base(method: str, ink: Path, tmp_path: Path, tiny: Base) -> None:
+    """The loss at fixed noise falls, pictures move, and the file holds the kind that was asked for."""
+    rate = {"vera": 2e-1, "adalora": 2e-2, "mixed": 1e-3, "loha": 2e-2}.get(method, 5e-3)
+    changes = {"adapter": METHODS[method], "optimiser": {"learning_rate": rate}}
+    config = short_run(ink, tmp_path / "it.safetensors", 24, changes)
+    before = loss_before(config)
+    result = train(config)
+    after = read_log(tmp_path / "it-run" / LOG)[-1]["validation"]["loss"]
+    assert after < 0.97 * before
+    adapter = load_adapter(result.path)
+    assert adapter.hash == result.adapter.hash
+    found = [layer for path, layer in adapter.layers.items() if ".attn" in path]
+    assert all(isinstance(layer, KINDS.get(method, LoRALayer)) for layer in found)
+    prompt = GenerateConfig(prompt="a white house in the snow, in sks style", steps=4)
+    own, moved = (
+        np.asarray(generate(tiny, [prompt], blend)[0].image, dtype=float)
+        for blend in (Blend(), Blend(entries=(WeightedAdapter(adapter=adapter),)))
+    )
+    assert np.abs(own - moved).mean() > 1
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"optimiser": {"kind": "schedule-free"}, "adapter": {"kind": "sparse"}}, ("'schedule-free'", "'sparse'")),
+        ({"optimiser": {"kind": "schedule-free"}, "adapter": {"max_norm": 1.0}}, ("'schedule-free'", "max_norm")),
+        ({"optimiser": {"kind": "schedule-free"}, "words": {"words": ["sks"]}}, ("'schedule-free'", "words.words")),
+        ({"optimiser": {"ema_decay": 0.9}, "adapter": {"kind": "adalora"}}, ("ema_decay", "'adalora'")),
+        ({"words": {"words": ["sks"], "alone": 0.5}, "adapter": {"kind": "adalora"}}, ("words.alone", "'adalora'")),
+    ],
+)
+def test_a_run_that_would_undo_its_method_is_refused(table: dict[str, Any], words: tuple[str, ...], ink: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        short_run(ink, ink / "it.safetensors", 4, table)
+    assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize("name", [each.name for each in methods.METHODS])
+def test_the_arithmetic_of_sizes_is_what_is_injected(name: str, tmp_path: Path) -> None:
+    size = method_size(methods.method(name), "tiny-sd")
+    table = methods.with_method(default_settings("style", "tiny-sd"), methods.method(name))
+    table |= {"output": tmp_path / "it.safetensors"}
+    shutil.copytree(sample_data() / "styles" / "ink", tmp_path / "ink")
+    table["data"] = tmp_path / "ink"
+    run = set_up(validate(TrainConfig, table, source="test"))
+    assert size.trained == sum(parameter.numel() for parameter in run.parameters.values())
+    assert size.modules == len(run.paths)
+    if name not in ("adalora", "sparse"):  # whose files depend on what is taken away
+        saved = extract(run.base, run.paths, AdapterMetadata(), torch.float16)
+        words = sum(vectors.numel() for vectors in run.words.parameters.values()) if run.words else 0
+        assert size.saved == saved.num_parameters + words
+
+
+def test_the_rates_of_methods_are_the_best_of_those_tried_and_those_compared() -> None:
+    for name, row in known()["methods"].items():
+        assert methods.method(name).rate == best_rate(row) == row["rate"], name
+
+
+def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "--rank", "4", "dora", "vera"]) == 0
+    said = capsys.readouterr().out
+    assert "--set 'adapter.dora=true'" in said
+    assert "arXiv:2310.11454" in said
+    assert main(["methods", "--json"]) == 0
+    assert [row["method"] for row in json.loads(capsys.readouterr().out)] == [each.name for each in methods.METHODS]
+    assert main(["methods", "drola"]) == 2
+    assert "no method called 'drola'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_methods_file_is_converted_merged_and_inspected_like_any_other(
+    method: str, sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = load_base(str(sd_folder))
+    paths, made = injected(base, config_of(method))
+    shake(made.parameters)
+    metadata = AdapterMetadata(name="it", family=base.family.name)
+    adapter = extract(base, paths, metadata, torch.float32)
+    own, theirs = tmp_path / "it.safetensors", tmp_path / "kohya.safetensors"
+    save_adapter(adapter, own)  # of T-LoRA the factors; what sets it apart has tests of its own
+    assert main(["convert", str(own), str(theirs), "--to", "kohya"]) == 0
+    again = load_adapter(theirs)
+    assert again.paths == adapter.paths
+    for path, layer in adapter.layers.items():
+        weight = module_at(base, path).weight.detach()
+        before = layer.delta(weight)
+        assert torch.allclose(before, again.layers[path].delta(weight).reshape(before.shape), atol=1e-5), path
+    assert main(["verify", str(own), "--base", str(sd_folder)]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(own), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == ", ".join(adapter.kinds)
+    assert (
+        main(["merge", "--base", str(sd_folder), "--adapter", f"{own}:0.5", "--output", str(tmp_path / "merged")]) == 0
+    )
+    merged = load_base(str(tmp_path / "merged"))
+    with blended(load_base(str(sd_folder)), Blend(entries=(WeightedAdapter(adapter=adapter, weight=0.5),))) as patch:
+        for path in paths:
+            assert torch.allclose(module_at(merged, path).weight, module_at(patch.base, path).weight, atol=1e-6), path
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"dora": True, "kind": "vera"}, ("dora", "'vera'")),
+        ({"freeze_down": True, "kind": "loha"}, ("freeze_down", "'loha'")),
+        ({"start": "pissa", "kind": "dylora"}, ("'pissa'", "'dylora'")),
+        ({"start": "pissa", "freeze_down": True}, ("'pissa'", "freeze_down")),
+        ({"start": "pissa", "dora": True}, ("'pissa'", "dora")),
+        ({"scaling": "sqrt-rank"}, ("'sqrt-rank'", "alpha")),
+        ({"scaling": "sqrt-rank", "alpha": 2, "kind": "vera"}, ("'sqrt-rank'", "'vera'")),
+        ({"dropout": 0.1, "dora": True}, ("dropout", "dora")),
+        ({"max_norm": 1.0, "kind": "lokr"}, ("max_norm", "'lokr'")),
+        ({"kind": "t-lora", "text_encoder_targets": ["attention"]}, ("'t-lora'", "text_encoder_targets")),
+        ({"kind": "t-lora", "rank": 2, "least_rank": 4}, ("least_rank", "rank")),
+        ({"begin_with": "a.safetensors", "dora": True, "rank": 2}, ("begin_with", "leave out rank and dora")),
+        ({"ranks": {"*": 2}, "kind": "adalora"}, ("ranks", "'adalora'")),
+        ({"max_norm": 1.0, "freeze_down": True}, ("max_norm", "freeze_down")),
+        ({"max_norm": 1.0, "kind": "sparse"}, ("max_norm", "'sparse'")),
+        ({"kind": "t-lora", "full_targets": ["*.norm1"]}, ("'t-lora'", "full_targets")),
+        ({"sparse_keep": 0.2}, ("sparse_keep", "'sparse'")),
+        ({"kind": "dylora", "lokr_factor": 4}, ("lokr_factor", "'dylora'")),
+    ],
+)
+def test_what_makes_no_sense_together_is_refused_by_name(table: dict[str, Any], words: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(AdapterConfig, table, source="adapter")
+    assert all(word in str(caught.value) for word in words)
+    assert "\n" not in str(caught.value)
+    assert len(NONSENSE) == 13
+
+
+def test_a_module_is_trained_one_way(pictures: Path, sd_folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"full_targets and by the other targets"):
+        train(settings(pictures, sd_folder, {"adapter": {"full_targets": ["unet.*.to_q"]}}))
+    with pytest.raises(ConfigError, match=r"'unet.nowhere' names no module"):
+        train(settings(pictures, sd_folder, {"adapter": {"full_targets": ["unet.nowhere"]}}))

@@ -1,0 +1,110 @@
+"""Training goes on from an adapter, or on top of others."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
+from lora_diffusion.adapters.layers import FullLayer, LoRALayer
+from lora_diffusion.config.adapter import AdapterConfig
+from lora_diffusion.config.settings import validate
+from lora_diffusion.config.train import TrainConfig
+from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.errors import AdapterFormatError, ConfigError, FamilyMismatchError
+from lora_diffusion.formats.adapters.load import load_adapter
+from lora_diffusion.formats.adapters.native import save_adapter
+from lora_diffusion.models.load import Base, load_base, module_at
+from lora_diffusion.training.base_adapters import on_top_of
+from lora_diffusion.training.loop import train
+from lora_diffusion.training.methods.injection import extract, inject_adapter
+from lora_diffusion.training.methods.resume_from_adapter import check_continuable
+from tests.helpers.method_cases import config_of, injected, predicted, shake
+from tests.helpers.short_runs import UNET_ONLY, settings
+
+CONTINUED = ("lora", "rslora", "dora", "loha", "lokr", "dora on lokr", "pissa", "by block", "mixed", "sparse")
+
+
+@pytest.mark.parametrize("method", CONTINUED)
+def test_training_goes_on_as_an_adapter_of_any_kind(method: str, sd_folder: Path) -> None:
+    """Before a step it is the adapter itself, to the bit."""
+    base, fresh = load_base(str(sd_folder)), load_base(str(sd_folder))
+    paths, made = injected(base, config_of(method))
+    shake(made.parameters)
+    adapter = extract(base, paths, AdapterMetadata(family=base.family.name), torch.float32)
+    begun = inject_adapter(fresh, adapter, AdapterConfig())
+    again = extract(fresh, paths, AdapterMetadata(), torch.float32)
+    assert again.paths == adapter.paths
+    for path, layer in adapter.layers.items():
+        weight = module_at(base, path).weight.detach()
+        assert torch.allclose(again.layers[path].delta(weight), layer.delta(weight), atol=1e-6), path
+        assert type(again.layers[path]) is type(layer)
+    assert all(parameter.requires_grad for parameter in begun.parameters.values())
+    fresh.pipe.unet.eval()
+    base.pipe.unet.eval()
+    assert torch.allclose(predicted(fresh), predicted(base), atol=1e-4)
+
+
+def test_a_run_goes_on_from_a_file_and_on_top_of_others(ink: Path, tmp_path: Path) -> None:
+    ready = sample_data() / "adapters" / "gloop.safetensors"
+    table: dict[str, Any] = {
+        "data": {"folder": ink},
+        "output": tmp_path / "it.safetensors",
+        "steps": 2,
+        "adapter": {"begin_with": str(sample_data() / "adapters" / "ink.safetensors"), "text_encoder_targets": []},
+        "optimiser": {"learning_rate": 1e-5, "warmup_steps": 0},
+        "tracking": {"trackers": []},
+    }
+    with pytest.raises(ConfigError, match="changes text encoders"):
+        train(validate(TrainConfig, table, source="test"))
+    table["adapter"] |= {"text_encoder_targets": ["attention"]}
+    plain = train(validate(TrainConfig, table, source="test")).adapter
+    ink_adapter = load_adapter(sample_data() / "adapters" / "ink.safetensors")
+    assert plain.paths == ink_adapter.paths
+    for path, layer in plain.layers.items():
+        before = ink_adapter.layers[path].delta()
+        assert float((layer.delta() - before).norm()) < 0.05 * float(before.norm())
+    assert plain.hash != ink_adapter.hash
+    on_top = {**table, "output": tmp_path / "top.safetensors", "on_top_of": {str(ready): 0.8}}
+    over = train(validate(TrainConfig, on_top, source="test")).adapter
+    assert over.metadata.base_hash != plain.metadata.base_hash
+    assert over.metadata.training["on_top_of"] == {"gloop.safetensors": 0.8}
+    with pytest.raises(ConfigError, match=r"begin_with goes on as the file is; leave out dora"):
+        validate(TrainConfig, {**table, "adapter": {**table["adapter"], "dora": True}}, source="test")
+    with pytest.raises(AdapterFormatError, match="nowhere"):
+        train(validate(TrainConfig, {**on_top, "on_top_of": {str(tmp_path / "nowhere.safetensors"): 1}}, source="test"))
+
+
+def test_words_would_be_lost_and_are_not_gone_on_with(sd: Base, tmp_path: Path) -> None:
+    words = Adapter(layers={}, tokens={"sks": {"text_encoder": torch.ones(1, 4)}})
+    with pytest.raises(ConfigError, match="learned words"):
+        check_continuable(words, "a.safetensors")
+    with pytest.raises(ConfigError, match="no layers"):
+        check_continuable(Adapter(layers={}), "a.safetensors")
+    with pytest.raises(ConfigError, match=r"on_top_of: .*learned words"):
+        save_adapter(words, tmp_path / "words.safetensors")
+        on_top_of(sd, {tmp_path / "words.safetensors": 1.0})
+
+
+def test_a_file_is_gone_on_with_as_it_is_and_where_it_fits(pictures: Path, sd: Base, tmp_path: Path) -> None:
+    file, base = tmp_path / "begun.safetensors", Path(sd.name)
+    path = "unet.mid_block.attentions.0.proj_in"
+    size = sd.pipe.unet.mid_block.attentions[0].proj_in.weight.shape
+    changes = {**UNET_ONLY, "adapter": {**UNET_ONLY["adapter"], "begin_with": str(file)}}
+
+    def refused(layer: Any, said: str, least_rank: int = 0, **more: Any) -> None:
+        metadata = AdapterMetadata(family=sd.family.name, least_rank=least_rank)
+        save_adapter(Adapter(layers={path: layer}, metadata=metadata), file)
+        own = AdapterConfig()
+        adapter = {**changes["adapter"], **more, "unet_targets": own.unet_targets, "rank": own.rank}
+        with pytest.raises((ConfigError, FamilyMismatchError), match=said):
+            train(settings(pictures, base, {**changes, "adapter": adapter}))
+
+    kernel = [1] * (len(size) - 2)
+    fits = LoRALayer(down=torch.ones(2, size[1], *kernel), up=torch.ones(size[0], 2, *kernel), alpha=2.0)
+    other = LoRALayer(down=torch.ones(2, 7, *kernel), up=torch.ones(9, 2, *kernel), alpha=2.0)
+    full = FullLayer(diff=torch.ones(*size))
+    refused(fits, "ranks go with the timestep", least_rank=1)
+    refused(other, "proj_in")
+    refused(full, r"adapter.dropout is of plain factors", dropout=0.1)

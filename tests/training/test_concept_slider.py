@@ -1,0 +1,120 @@
+"""Sliders: an attribute with a sign, from prompts alone."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lora_diffusion.adapters.adapter import Adapter
+from lora_diffusion.adapters.blend import Blend, WeightedAdapter
+from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.settings import validate
+from lora_diffusion.config.train import TrainConfig
+from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.inference.sampling import generate
+from lora_diffusion.models.load import Base
+from lora_diffusion.training.loop import train
+from lora_diffusion.training.methods.injection import disabled, update_at
+from lora_diffusion.training.objectives.concept_slider import weighing
+from lora_diffusion.training.setup import set_up
+from tests.helpers.short_runs import UNET_ONLY, settings
+
+NIGHT = {"positive": "a house at night", "negative": "a house at noon", "target": "a house", "strength": 1.0}
+
+
+def brightness(base: Base, adapter: Adapter, weight: float) -> float:
+    """Mean of the pixels of three pictures."""
+    configs = [GenerateConfig(prompt="a red house", seed=seed, steps=8) for seed in (1, 2, 3)]
+    made = generate(base, configs, Blend(entries=(WeightedAdapter(adapter=adapter, weight=weight),)))
+    return float(np.mean([np.asarray(picture.image, dtype=float) for picture in made]))
+
+
+def test_a_slider_darkens_one_way_and_brightens_the_other(tmp_path: Path, tiny: Base) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for file in sorted((sample_data() / "styles" / "watercolour").glob("0[0-5].*")):
+        shutil.copy(file, pictures)
+    table = {
+        "data": {"folder": pictures},
+        "output": tmp_path / "night.safetensors",
+        "steps": 60,
+        "batch_size": 2,
+        "adapter": {"rank": 4},
+        "slider": NIGHT,
+        "optimiser": {"learning_rate": 3e-3, "warmup_steps": 1},
+        "tracking": {"trackers": []},
+    }
+    result = train(validate(TrainConfig, table, source="test"))
+    assert result.last_loss < 0.8 * result.first_loss
+    assert result.adapter.metadata.training["slider"] == NIGHT
+    dark, plain, light = (brightness(tiny, result.adapter, weight) for weight in (1.0, 0.0, -1.0))
+    assert dark < plain - 5
+    assert plain < light
+
+
+def test_a_fresh_slider_misses_by_the_direction_alone(pictures: Path, sd_folder: Path) -> None:
+    """Before a step both signs miss the same: what lies between the two prompts, squared."""
+    config = settings(pictures, sd_folder, {**UNET_ONLY, "slider": {**NIGHT, "strength": 2.0}})
+    run = set_up(config)
+    latent = torch.randn(2, 4, 8, 8)
+    noise, timestep, ids = torch.randn(2, 4, 8, 8), torch.tensor([100, 600]), torch.zeros(2, 6)
+    lesson: Any = run.denoiser.lesson
+    with torch.no_grad():
+        loss = lesson.losses(run.denoiser, latent, noise, timestep, ids)
+        with disabled(run.base):
+            ends = [
+                run.denoiser.predicted(latent, noise, timestep, lesson.context(text, latent, ids))
+                for text in (NIGHT["positive"], NIGHT["negative"])
+            ]
+    expected = (2.0 * (ends[0] - ends[1])).square().mean(dim=(1, 2, 3))
+    assert torch.allclose(loss, expected, rtol=1e-4)
+
+
+def test_a_weight_holds_inside_and_not_after(pictures: Path, sd_folder: Path) -> None:
+    run = set_up(settings(pictures, sd_folder, {**UNET_ONLY, "adapter": {"alpha": 3.0, "text_encoder_targets": []}}))
+    update = update_at(run.base, run.paths[0])
+    with weighing(run.base, -1.0):
+        assert update.current_scale == -1.5
+    assert update.current_scale == 1.5
+
+
+def test_both_signs_learn_alike_when_activations_are_computed_again(pictures: Path, sd_folder: Path) -> None:
+    """The pass of one sign is repeated on the way back, when the other one's is over."""
+    found: list[list[torch.Tensor]] = []
+    for again in (False, True):
+        changes = {**UNET_ONLY, "slider": NIGHT, "compute": {"gradient_checkpointing": again}}
+        run = set_up(settings(pictures, sd_folder, changes))
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in run.parameters.values():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        latent, noise = torch.randn(2, 2, 4, 8, 8, generator=generator)
+        lesson: Any = run.denoiser.lesson
+        run.denoiser.train()
+        loss = lesson.losses(run.denoiser, latent, noise, torch.tensor([100, 600]), torch.zeros(2, 6)).mean()
+        found.append([*torch.autograd.grad(loss, [*run.parameters.values()])])
+    for whole, repeated in zip(*found, strict=True):
+        assert torch.allclose(whole, repeated, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"slider": {**NIGHT, "negative": NIGHT["positive"]}}, "say the same"),
+        ({"slider": {"negative": "a"}}, "name what is more of it in positive"),
+        ({"slider": NIGHT, "words": {"words": ["sks"]}}, "slider and text encoders or words"),
+        ({"slider": NIGHT, "adapter": {"dora": True, "text_encoder_targets": []}}, "adapter.kind to lora"),
+        ({"slider": NIGHT, "prior": {"mode": "prediction"}}, "slider and prior"),
+        ({"slider": NIGHT, "objective": {"loss": "huber"}}, "knows no objective.loss"),
+    ],
+)
+def test_what_makes_no_slider_is_one_sentence(
+    changes: dict[str, Any], said: str, pictures: Path, sd_folder: Path
+) -> None:
+    with pytest.raises((ConfigError, ValueError)) as caught:
+        settings(pictures, sd_folder, {**UNET_ONLY, **changes})
+    assert said in str(caught.value)

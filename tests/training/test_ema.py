@@ -1,0 +1,76 @@
+"""The moving average is the weighted mean that it says, and lending it changes nothing."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lora_diffusion.training.optim.ema import MovingAverage, applied, write
+
+
+def history(seed: int, steps: int) -> Tensor:
+    return torch.randn(steps, 3, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def average_of(values: Tensor, decay: float) -> MovingAverage:
+    average = MovingAverage(decay=decay)
+    for value in values:
+        average = average.updated({"up": nn.Parameter(value.clone())})
+    return average
+
+
+@given(seed=st.integers(0, 2**32), steps=st.integers(1, 30), decay=st.floats(0, 0.9999))
+def test_it_is_the_weighted_mean_of_all_steps(seed: int, steps: int, decay: float) -> None:
+    values = history(seed, steps)
+    weights = torch.tensor([decay ** (steps - 1 - i) for i in range(steps)], dtype=torch.float64)
+    expected = (weights.view(-1, 1, 1) * values.double()).sum(0) / weights.sum()
+    found = average_of(values, decay).means["up"]
+    # each step rounds a few times at the size of the values, below 6
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=6 * 4 * steps * 2**-24)
+
+
+def test_a_mean_without_memory_is_the_parameters() -> None:
+    values = history(0, 5)
+    assert torch.equal(average_of(values, 0.0).means["up"], values[-1])
+
+
+def test_an_update_leaves_older_means_alone() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    first = MovingAverage(decay=0.5).updated({"up": parameter})
+    with torch.no_grad():
+        parameter.add_(1)
+    second = first.updated({"up": parameter})
+    assert torch.equal(first.means["up"], torch.zeros(2)) and second.steps == 2
+    assert not second.means["up"].requires_grad
+
+
+@given(seed=st.integers(0, 2**32), at=st.integers(1, 9))
+def test_a_saved_mean_goes_on_to_the_bit(seed: int, at: int) -> None:
+    values = history(seed, 10)
+    resumed = MovingAverage(**average_of(values[:at], 0.9).state_dict())
+    for value in values[at:]:
+        resumed = resumed.updated({"up": value})
+    straight = average_of(values, 0.9)
+    assert resumed.steps == straight.steps and torch.equal(resumed.means["up"], straight.means["up"])
+
+
+def test_parameters_are_back_to_the_bit_even_after_an_error() -> None:
+    parameter = nn.Parameter(torch.tensor([0.1, -0.0, 1e-30, 3.7]))
+    before, average = parameter.detach().clone(), MovingAverage(decay=0.5).updated({"up": torch.ones(4)})
+    with pytest.raises(RuntimeError, match="in the middle"), applied({"up": parameter}, average):
+        assert torch.equal(parameter, torch.ones(4))
+        raise RuntimeError("in the middle")
+    assert torch.equal(parameter.view(torch.int32), before.view(torch.int32))
+    with applied({"up": parameter}, MovingAverage(decay=0.5)):
+        assert torch.equal(parameter, before)
+
+
+def test_a_missing_name_touches_nothing() -> None:
+    parameters = {"down": nn.Parameter(torch.zeros(2)), "up": nn.Parameter(torch.zeros(2))}
+    average = MovingAverage(decay=0.5).updated({"down": torch.ones(2)})
+    with pytest.raises(KeyError, match="up"), applied(parameters, average):
+        pass
+    with pytest.raises(KeyError, match="up"):
+        write(parameters, {"down": torch.ones(2)})
+    assert not parameters["down"].any()

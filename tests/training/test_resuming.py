@@ -1,0 +1,153 @@
+"""Runs that are stopped or killed, and go on: the adapter is that of an uninterrupted run, bit for bit."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_diffusion.adapters.adapter import adapter_hash
+from lora_diffusion.config.settings import changed
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.formats.adapters.load import load_adapter
+from lora_diffusion.training.checkpoint import states
+from lora_diffusion.training.log import read_log
+from lora_diffusion.training.loop import Progress, train
+from lora_diffusion.training.setup import set_up
+from lora_diffusion.training.signals import StopRequest
+from tests.helpers.short_runs import settings
+
+EVERYTHING: dict[str, Any] = {
+    "data": {"crop": "random", "crop_zoom": 1.3, "flip": True, "variants": 2},
+    "captions": {"dropout": 0.3},
+    "adapter": {"dropout": 0.2, "max_norm": 0.5},
+    "optimiser": {"ema_decay": 0.9},
+    "validation": {"share": 0.25, "every": 3, "draws": 2},
+}
+"""Everything in a run that has a state or draws at random."""
+
+
+def stop_after(config: Any, steps: int) -> None:
+    """A run that is asked to stop in the middle, as Ctrl-C does, and saves its state."""
+    progress, request = Progress(set_up(config), lambda *_: None), StopRequest()
+    one_step = progress.one_step
+
+    def counted() -> dict[str, Any]:
+        facts = one_step()
+        if progress.step == steps:
+            request.note(signal.SIGINT, None)
+        return facts
+
+    progress.one_step = counted  # type: ignore[method-assign]
+    assert progress.go_on(request)
+
+
+@pytest.mark.parametrize("stops", [(1,), (4, 5)])
+def test_a_stopped_run_goes_on_bit_for_bit(stops: tuple[int, ...], pictures: Path, sd_folder: Path) -> None:
+    changes = changed(EVERYTHING, {"data": {"folder": str(pictures)}})
+    whole = train(settings(pictures, sd_folder, changes, steps=8, save_precision="float32"))
+    output = pictures.parent / "again" / "style.safetensors"
+    config = settings(pictures, sd_folder, changes, steps=8, save_precision="float32", output=output)
+    for steps in stops:
+        stop_after(config, steps)
+        assert not output.exists()
+    resumed = train(config)
+    assert adapter_hash(resumed.adapter) == adapter_hash(whole.adapter)
+    assert resumed.best == whole.best
+    assert (resumed.first_loss, resumed.last_loss) == (whole.first_loss, whole.last_loss)
+    log = read_log(output.parent / "style-run" / "log.jsonl")
+    assert [line["step"] for line in log if "loss" in line] == list(range(1, 9))
+    assert [line["event"] for line in log if "event" in line] == ["stopped", "resumed"] * len(stops)
+    assert not states(output.parent / "style-run")
+
+
+def test_what_other_prompts_are_held_to_does_not_depend_on_where_a_run_was_stopped(
+    pictures: Path, sd_folder: Path
+) -> None:
+    """The text encoder learns, and the frozen side of prior and drift is read by the frozen one, before and after."""
+    prior = {"mode": "prediction", "prompt": "a dog"}
+    changes = {"prior": prior, "validation": {"share": 0.25, "every": 3, "draws": 2, "base_prompts": ["a blue house"]}}
+    whole = train(settings(pictures, sd_folder, changes, steps=6, save_precision="float32"))
+    output = pictures.parent / "again" / "style.safetensors"
+    config = settings(pictures, sd_folder, changes, steps=6, save_precision="float32", output=output)
+    stop_after(config, 4)
+    resumed = train(config)
+    assert adapter_hash(resumed.adapter) == adapter_hash(whole.adapter)
+    logs = [read_log(result.path.parent / "style-run" / "log.jsonl") for result in (whole, resumed)]
+    drifts = [[line["validation"]["drift"] for line in log if "validation" in line] for log in logs]
+    assert drifts[0] == drifts[1]
+
+
+def test_a_state_holds_nothing_of_the_frozen_base(pictures: Path, sd_folder: Path) -> None:
+    config = settings(pictures, sd_folder, steps=8)
+    stop_after(config, 2)
+    (state,) = states(config.output.parent / "style-run")
+    base = sum(path.stat().st_size for path in sd_folder.rglob("*.safetensors"))
+    assert sum(path.stat().st_size for path in state.iterdir()) < base / 4
+    parameters = torch.load(state / "state.pt", weights_only=True)["parameters"]
+    assert {name.rpartition(".")[2] for name in parameters} == {"down", "up"}
+
+
+def test_the_state_of_another_run_is_not_gone_on_from(pictures: Path, sd_folder: Path) -> None:
+    stop_after(settings(pictures, sd_folder, steps=8), 2)
+    other = settings(pictures, sd_folder, {"adapter": {"rank": 3}}, steps=8, seed=9)
+    with pytest.raises(ConfigError, match=r"other settings \(adapter, seed differ\); set resume to false"):
+        train(other)
+    fresh = train(settings(pictures, sd_folder, {"adapter": {"rank": 3}}, steps=8, seed=9, resume=False))
+    assert fresh.steps == 8
+    assert not states(fresh.path.parent / "style-run")
+
+
+def command(config: Any, folder: Path) -> list[str]:
+    path = folder / "run.json"
+    path.write_text(config.model_dump_json())
+    code = (
+        "import sys, torch; torch.set_num_threads(1); from pathlib import Path\n"
+        "from lora_diffusion.config.train import TrainConfig\n"
+        "from lora_diffusion.training.loop import train\n"
+        "train(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text()))"
+    )
+    return [sys.executable, "-c", code, str(path)]
+
+
+def killed_runs(config: Any, folder: Path, *, kills: int, rng: random.Random) -> list[int]:
+    """Start a run again and again, each time killed at a random moment after a new step; the steps it had taken."""
+    log, reached = config.output.parent / "style-run" / "log.jsonl", [0]
+    for _ in range(kills):
+        process = subprocess.Popen(command(config, folder), stderr=subprocess.DEVNULL)
+        while process.poll() is None and last_step(log) <= reached[-1]:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 1.0))
+        process.kill()
+        if process.wait() == 0:
+            break
+        reached.append(last_step(log))
+    return reached[1:]
+
+
+def last_step(log: Path) -> int:
+    return max((line["step"] for line in read_log(log) if "loss" in line), default=0) if log.is_file() else 0
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bit_for_bit(pictures: Path, sd_folder: Path) -> None:
+    """kill -9 at random moments, wherever they fall: in a step, or while a state is being written."""
+    changes = changed(EVERYTHING, {"data": {"folder": str(pictures)}})
+    whole = train(settings(pictures, sd_folder, changes, steps=40, save_precision="float32"))
+    output = pictures.parent / "again" / "style.safetensors"
+    config = settings(pictures, sd_folder, changes, steps=40, save_precision="float32", output=output, state_every=1)
+    reached = killed_runs(config, pictures.parent, kills=2, rng=random.Random())
+    train(config)
+    assert adapter_hash(load_adapter(output)) == adapter_hash(whole.adapter), reached
+    assert not list((output.parent / "style-run").glob(".*")), "nothing half-written is left"
+
+
+def test_settings_go_through_json(pictures: Path, sd_folder: Path) -> None:
+    config = settings(pictures, sd_folder, EVERYTHING)
+    assert type(config).model_validate(json.loads(config.model_dump_json())) == config

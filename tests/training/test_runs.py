@@ -1,0 +1,304 @@
+"""Whole runs as people start them: a style or a subject with defaults, two processes, samples and the report."""
+
+import base64
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageChops
+
+from lora_diffusion.adapters.adapter import Adapter, adapter_hash
+from lora_diffusion.architectures.families import FAMILIES
+from lora_diffusion.cli import main
+from lora_diffusion.config.adapter import AdapterConfig
+from lora_diffusion.config.defaults import default_settings
+from lora_diffusion.config.methods import method
+from lora_diffusion.config.settings import changed, read_toml
+from lora_diffusion.config.train import TrainConfig
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.formats.adapters.load import load_adapter
+from lora_diffusion.models.load import load_base
+from lora_diffusion.training.loop import train
+from lora_diffusion.training.presets import settings_for
+from lora_diffusion.workflows.training.dry_run import tried
+from lora_diffusion.workflows.training.run import train_and_report
+from tests.helpers.short_runs import settings
+from train_scripts.write_configs import CONFIGS, configs
+
+QUICK = ["--set", "steps=2", "--set", "batch_size=1"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("purpose", ["style", "dreambooth"])
+def test_every_familys_defaults_are_valid_settings(purpose: Any, family: str) -> None:
+    table = default_settings(purpose, family)
+    TrainConfig.model_validate({**table, "data": "x", "output": "y.safetensors"})
+    assert table["steps"] > 0
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_configs_that_are_given_are_the_defaults_spelled_out(path: Path) -> None:
+    assert path.read_text() == dict(configs())[path.name]
+    config = read_toml(path, TrainConfig)
+    assert config.batch_size * config.gradient_accumulation == 4
+    assert config.data.folder == CONFIGS / "pictures"
+
+
+def test_every_config_is_there() -> None:
+    assert sorted(dict(configs())) == sorted(path.name for path in CONFIGS.glob("*"))
+
+
+def test_a_style_and_a_subject_need_no_file(
+    pictures: Path,
+    sd_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = ["--base", str(sd_folder)]
+    style, subject = pictures.parent / "style.safetensors", pictures.parent / "subject.safetensors"
+    command = ["train", "style", str(pictures), "--output", str(style), "--trigger", "sks"]
+    assert main([*command, *base, *QUICK, "--gpu-gb", "8"]) == 0
+    assert "style.safetensors: loss" in capsys.readouterr().out
+    learned = load_adapter(style).metadata
+    assert learned.trigger_words == ("sks",)
+    assert learned.training["compute"]["gradient_checkpointing"] is (learned.family == "sd1")
+    for path in pictures.glob("*.txt"):
+        path.unlink()
+    command = ["train", "dreambooth", str(pictures), "--output", str(subject), *base, *QUICK]
+    assert main([*command, "--instance", "photo of sks dog", "--class-prompt", "photo of a dog", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 2
+    record = load_adapter(subject).metadata.training
+    assert record["prior"] == {**record["prior"], "mode": "prediction", "prompt": "photo of a dog"}
+    assert record["data"]["instance_prompt"] == "photo of sks dog"
+    assert main([*command, "--instance", " "]) == 2
+    assert "a word of its own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["t-lora", "b-lora", "slider"])
+def test_the_lines_of_a_method_that_trains_no_text_encoder_are_enough(name: str) -> None:
+    """The family's rate for text encoders is not held against a user who never said it."""
+    if name == "b-lora":
+        told: dict[str, Any] = {"adapter": {"unet_targets": ["up_blocks.0.*"], "text_encoder_targets": []}}
+    else:
+        told = {section: dict(values) for section, values in method(name).settings.items()}
+    files = {"data": {"folder": "x"}, "output": "x.safetensors"}
+    assert settings_for("style", files, told, base="tiny-sd").optimiser.text_encoder_learning_rate is None
+    kept = {**told, "optimiser": {"text_encoder_learning_rate": 1e-4}}
+    assert settings_for("style", files, kept, base="tiny-sd").optimiser.text_encoder_learning_rate == 1e-4
+    assert settings_for("style", files, base="tiny-sd").optimiser.text_encoder_learning_rate
+
+
+def test_defaults_give_way_to_what_is_said() -> None:
+    """A rate that an optimiser finds, what a file to go on from brings, and the pull that a slider has anyway."""
+    files: dict[str, Any] = {"data": {"folder": "x", "instance_prompt": "a gloop"}, "output": "x.safetensors"}
+    found = settings_for("style", files, {"optimiser": {"kind": "prodigy"}}, base="tiny-sd").optimiser
+    assert (found.learning_rate, found.text_encoder_learning_rate) == (1.0, None)
+    begun = settings_for("style", files, {"adapter": {"begin_with": "a.safetensors"}}, base="tiny-sd").adapter
+    assert (begun.rank, begun.unet_targets) == (AdapterConfig().rank, AdapterConfig().unet_targets)
+    with pytest.raises(ConfigError, match="leave out rank"):
+        settings_for("style", files, {"adapter": {"begin_with": "a.safetensors", "rank": 2}}, base="tiny-sd")
+    slider = settings_for("dreambooth", files, {**method("slider").settings}, base="tiny-sd")
+    assert slider.prior.mode == "none"
+    assert settings_for("dreambooth", files, base="tiny-sd").prior.mode == "prediction"
+
+
+def test_files_to_train_on_top_of_are_looked_for_beside_the_settings(tmp_path: Path) -> None:
+    text = 'output = "x.safetensors"\ndata = "x"\non_top_of = { "one.safetensors" = 0.5 }\n'
+    (tmp_path / "run.toml").write_text(text)
+    assert read_toml(tmp_path / "run.toml", TrainConfig).on_top_of == {tmp_path / "one.safetensors": 0.5}
+
+
+class Page(HTMLParser):
+    """What a page shows and asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.scripts = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+        self.scripts += tag == "script"
+
+
+def test_a_run_leaves_samples_and_a_page_that_needs_nothing_else(
+    pictures: Path,
+    sd_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    hostile = "<script>alert(1)</script> & a cat"
+    changes = {
+        "samples": {"prompts": [hostile, "a dog"], "every": 2, "steps": 1, "guidance": 1.0},
+        "validation": {"share": 0.25, "every": 2, "draws": 2, "base_prompts": ["a dog"]},
+    }
+    result = train_and_report(settings(pictures, sd_folder, changes, steps=4, name=hostile))
+    folder = result.path.parent / "style-run"
+    assert sorted(path.name for path in (folder / "samples").iterdir()) == [
+        f"step-{step:08d}-{number}.png" for step in (0, 2, 4) for number in (0, 1)
+    ]
+    text = (folder / "report.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert page.scripts == 0
+    assert len(page.sources) == 2
+    for source in page.sources:
+        kind, _, data = source.partition(",")
+        assert kind == "data:image/png;base64"
+        assert base64.b64decode(data)[1:4] == b"PNG"
+    assert not re.search(r"https?://", text)
+    assert f"<td>data.folder</td><td>{pictures}</td>" in text
+    assert "<td>validation.every</td><td>2</td>" in text
+    assert "<td>validation.patience</td>" not in text
+    (folder / "report.html").unlink()
+    assert main(["report", str(folder)]) == 0
+    assert (folder / "report.html").read_text() == text
+    assert main(["report", str(pictures)]) == 2
+    assert "give the NAME-run folder" in capsys.readouterr().err
+
+
+def test_samples_do_not_change_the_run(pictures: Path, sd_folder: Path) -> None:
+    plain = train(settings(pictures, sd_folder))
+    shown = train(settings(pictures, sd_folder, {"samples": {"prompts": ["a cat"], "every": 1, "steps": 1}}))
+    assert adapter_hash(plain.adapter) == adapter_hash(shown.adapter)
+
+
+TWO = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from lora_diffusion.config.train import TrainConfig
+from lora_diffusion.training.loop import train
+from train_scripts.write_configs import CONFIGS, configs
+
+def watch(run, step):
+    if step == 0 and "kept" in sys.argv:
+        unet = run.base.pipe.unet.parameters()
+        print(f"kept:{sum(getattr(p, 'to_local', lambda p=p: p)().numel() for p in unet if not p.requires_grad)}")
+    if step == 2 and run.accelerator.process_index == 1 and "stop" in sys.argv:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+torch.set_num_threads(1)
+result = train(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text()), watch)
+print(f"{'main' if result.is_main_process else 'other'}:{result.steps}")
+"""
+
+
+def in_two_processes(config: TrainConfig, folder: Path, *arguments: str) -> list[str]:
+    """What two processes that train together print."""
+    (folder / "two.json").write_text(config.model_dump_json())
+    (folder / "two.py").write_text(TWO)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    done = subprocess.run(
+        [*launch, str(folder / "two.py"), str(folder / "two.json"), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return sorted(re.findall(r"(?:main|other|kept):\d+", done.stdout))  # both may print at once, on one line
+
+
+def test_two_processes_train_what_one_does(pictures: Path, sd_folder: Path) -> None:
+    """The same global batch, shared out: equal up to the order in which gradients are summed, with a stop between.
+
+    The stop is asked of one process alone.
+    """
+    top = {"save_precision": "float32", "steps": 3}
+    changes = {"validation": {"share": 0.25, "every": 2, "draws": 2}, "samples": {"every": 2}}
+    alone = train(settings(pictures, sd_folder, changes, batch_size=2, **top)).adapter
+    output = pictures.parent / "two" / "style.safetensors"
+    config = settings(pictures, sd_folder, changes, batch_size=1, output=output, **top)
+    assert in_two_processes(config, pictures.parent, "stop") == ["main:2", "other:2"]
+    assert not output.exists()
+    assert in_two_processes(config, pictures.parent) == ["main:3", "other:3"]
+    check_alike(load_adapter(output), alone)
+
+
+def check_alike(found: Adapter, wanted: Adapter) -> None:
+    for path, layer in wanted.layers.items():
+        for name, factor in layer.factors.items():
+            assert (found.layers[path].factors[name] - factor).norm() <= 1e-3 * factor.norm(), (path, name)
+
+
+def test_a_frozen_base_shared_out_trains_the_same(pictures: Path, sd_folder: Path) -> None:
+    """Each process keeps half of the UNet; samples, validation and what is trained are those of a whole base."""
+    top = {"save_precision": "float32", "steps": 2}
+    changes = {
+        "validation": {"share": 0.25, "every": 2, "draws": 2, "base_prompts": ["a dog"]},
+        "samples": {"prompts": ["a cat"], "steps": 1, "every": 2},
+        "compute": {"gradient_checkpointing": True},
+    }
+    alone = train(settings(pictures, sd_folder, changes, batch_size=2, **top))
+    output = pictures.parent / "shared" / "style.safetensors"
+    config = settings(
+        pictures, sd_folder, changed(changes, {"compute": {"shard": True}}), batch_size=1, output=output, **top
+    )
+    size = sum(p.numel() for p in load_base(str(sd_folder)).pipe.unet.parameters())
+    first, second, *ends = in_two_processes(config, pictures.parent, "kept")
+    assert ends == ["main:2", "other:2"]
+    kept = [int(each.removeprefix("kept:")) for each in (first, second)]
+    assert sum(kept) >= size
+    assert max(kept) < 0.6 * size  # rows that do not divide are padded
+    check_alike(load_adapter(output), alone.adapter)
+    shown = sorted((output.parent / "style-run" / "samples").iterdir())
+    for path in shown:
+        with Image.open(path) as ours, Image.open(alone.path.parent / "style-run" / "samples" / path.name) as theirs:
+            assert ImageChops.difference(ours, theirs).getextrema() <= ((0, 2),) * 3
+    assert len(shown) == 2
+
+
+def test_sharing_out_needs_processes(pictures: Path, sd_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="there is one; see accelerate launch"):
+        train(settings(pictures, sd_folder, {"compute": {"shard": True}}))
+
+
+def test_a_dry_run_tells_what_a_run_needs_and_keeps_nothing(
+    pictures: Path, sd_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = pictures.parent / "out" / "style.safetensors"
+    command = ["train", "style", str(pictures), "--output", str(output), "--base", str(sd_folder), "--dry-run"]
+    sets = [
+        "steps=50",
+        "batch_size=2",
+        "gradient_accumulation=1",
+        "prior.mode=pictures",
+        "prior.prompt=a dog",
+        "prior.steps=1",
+        "prior.count=9",
+    ]
+    before = sorted(pictures.parent.rglob("*"))
+    assert main([*command, "--json", *(part for each in sets for part in ("--set", each))]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert sorted(path for path in pictures.parent.rglob("*") if path != output.parent) == before
+    count = len(list(pictures.glob("*.png")))
+    assert found["dataset"]["pictures"] == count
+    assert found["pictures_per_step"] == 2
+    assert found["passes"] == pytest.approx(50 * found["pictures_per_step"] / count)
+    assert found["class_pictures"] == 9
+    assert found["seconds"] > 50 * found["seconds_per_step"] > 0
+    assert found["memory_mb"] > found["adapter_mb"] > 0
+    assert main([*command, *QUICK]) == 0
+    text = capsys.readouterr().out
+    assert "2 steps of 1 picture, which is 0.5 passes" in text
+    assert "leave out --dry-run" in text
+    (pictures / "0.png").write_bytes(b"no picture")
+    assert main(command) == 2
+    assert "0.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precision", ["float16", "float32"])
+def test_a_dry_run_foretells_what_a_run_trains(pictures: Path, sd_folder: Path, precision: str) -> None:
+    config = settings(pictures, sd_folder, save_precision=precision)
+    needs = tried(config)
+    result = train(config)
+    assert needs.adapter_mb * 1e6 == pytest.approx(result.path.stat().st_size, rel=0.02)
+    assert needs.modules == len(result.adapter.layers)
+    assert needs.parameters == sum(
+        factor.numel() for layer in result.adapter.layers.values() for factor in layer.factors.values()
+    )

@@ -1,0 +1,137 @@
+"""Words that are learned: alone, before an adapter, and what must not change meanwhile."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_diffusion.adapters.adapter import Adapter
+from lora_diffusion.adapters.blend import Blend, WeightedAdapter
+from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.train import TrainConfig, WordsConfig
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.formats.adapters.load import load_adapter
+from lora_diffusion.inference.sampling import generate
+from lora_diffusion.models.load import Base, load_base
+from lora_diffusion.models.textual_inversion import embeddings, learned_words
+from lora_diffusion.training.log import LOG, read_log
+from lora_diffusion.training.loop import train
+from lora_diffusion.training.methods.textual_inversion import WordRules, put_in
+from lora_diffusion.training.setup import set_up
+from tests.helpers.short_runs import UNET_ONLY, interrupted, loss_before, settings, short_run
+
+
+def config_of(ink: Path, tmp_path: Path, **words: object) -> TrainConfig:
+    changes = {"words": {"words": ["sks"], **words}, "optimiser": {"word_learning_rate": 3e-2}}
+    return short_run(ink, tmp_path / "it.safetensors", 40, changes)
+
+
+@pytest.mark.parametrize("words", [{"alone": 1.0, "vectors": 3}, {"alone": 0.5}], ids=["inversion", "pivotal"])
+def test_a_word_is_learned_on_the_embedded_base(words: dict[str, Any], ink: Path, tmp_path: Path, tiny: Base) -> None:
+    config = config_of(ink, tmp_path, **words)
+    before = loss_before(config)
+    result = train(config)
+    assert read_log(tmp_path / "it-run" / LOG)[-1]["validation"]["loss"] < 0.98 * before
+    adapter = load_adapter(result.path)
+    assert set(adapter.tokens) == {"sks"}
+    assert adapter.tokens["sks"]["text_encoder"].shape[0] == config.words.vectors
+    assert bool(adapter.layers) is (not config.words_only)
+    prompt = GenerateConfig(prompt="a white house in the snow, in sks style", steps=4)
+    own, moved = (
+        generate(tiny, [prompt], blend)[0].image.tobytes()
+        for blend in (Blend(), Blend(entries=(WeightedAdapter(adapter=adapter),)))
+    )
+    assert own != moved
+
+
+def test_only_these_rows_change_and_keep_their_length(pictures: Path, sd_folder: Path) -> None:
+    config = settings(
+        pictures, sd_folder, {**UNET_ONLY, "words": {"words": ["sks"], "alone": 1.0, "begin_as": "style"}}
+    )
+    run = set_up(config)
+    assert run.words
+    table = embeddings(run.base, "text_encoder").weight.detach().clone()
+    (name,) = run.parameters
+    start = run.parameters[name].detach().clone()
+    result = train(config)
+    assert result.adapter.paths == ()
+    learned = result.adapter.tokens["sks"]["text_encoder"].float()
+    assert not torch.equal(learned, start)
+    assert torch.allclose(learned.norm(dim=1), start.norm(dim=1), rtol=2e-3)
+    fresh = load_base(str(sd_folder))
+    assert torch.equal(
+        embeddings(fresh, "text_encoder").weight, table[: embeddings(fresh, "text_encoder").num_embeddings]
+    )
+
+
+def test_the_adapter_waits_for_the_words_and_then_they_for_it(pictures: Path, sd_folder: Path) -> None:
+    words = {"words": ["sks"], "alone": 0.5, "until": 0.5}
+    half = train(
+        settings(pictures, sd_folder, {**UNET_ONLY, "words": words}, steps=4, save_every=2, save_precision="float32")
+    )
+    begun = load_adapter(half.path.with_name("style-step00000002.safetensors"))
+    assert all(float(layer.delta().norm()) == 0 for layer in begun.layers.values())
+    assert all(float(layer.delta().norm()) > 0 for layer in half.adapter.layers.values())
+    assert torch.equal(begun.tokens["sks"]["text_encoder"], half.adapter.tokens["sks"]["text_encoder"])
+
+
+def test_a_learned_word_reads_in_training_as_it_does_in_sampling(sd_folder: Path) -> None:
+    from lora_diffusion.models.text_encoding import encode_prompts
+    from lora_diffusion.prompts.emphasis import plain
+
+    training, sampling = load_base(str(sd_folder)), load_base(str(sd_folder))
+    words = put_in(training, WordsConfig(words=("sks",), vectors=2), seed=3)
+    adapter = Adapter(layers={}, tokens=words.tokens(torch.float32))
+    text = "a house in sks style"
+    with torch.no_grad():
+        ours = encode_prompts(training, [text], size_px=64, read=words.reading(plain)).hidden
+        with learned_words(sampling, Blend(entries=(WeightedAdapter(adapter=adapter),))) as rewrite:
+            theirs = encode_prompts(sampling, [rewrite(text)], size_px=64, read=plain).hidden
+        other = encode_prompts(sampling, [text], size_px=64, read=plain).hidden
+    assert torch.equal(ours, theirs)
+    assert not torch.equal(ours, other)
+
+
+def test_a_stopped_run_with_words_goes_on_as_if_it_had_not(pictures: Path, sd_folder: Path) -> None:
+    changes = {**UNET_ONLY, "words": {"words": ["sks"], "alone": 0.3}, "samples": {"every": 3}}
+    config = settings(pictures, sd_folder, changes, state_every=1)
+    whole = train(config).adapter
+    interrupted(config)
+    assert train(config).adapter.hash == whole.hash
+
+
+def test_lengths_hold_exactly_as_they_were() -> None:
+    vectors = torch.nn.Parameter(torch.randn(3, 8))
+    before = vectors.detach().norm(dim=1)
+    rules = WordRules({"text_encoder.words.a": vectors}, {}, WordsConfig(words=("a",)), steps=4)
+    with torch.no_grad():
+        vectors.mul_(5).add_(1)
+    rules.after_step(0, lambda _vectors: 1e-3)
+    assert torch.allclose(vectors.norm(dim=1), before)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"words": ["nobody"]}, "'nobody' stands in no caption"),
+        ({"words": ["sks"], "alone": 0.8, "until": 0.2}, "nothing would learn in between"),
+        ({"vectors": 2}, "name them in words.words"),
+        ({"words": ["two words"]}, "no spaces"),
+        ({"words": ["sks"], "vectors": 40}, "vectors"),
+    ],
+)
+def test_what_cannot_be_learned_is_one_sentence(
+    words: dict[str, Any], said: str, pictures: Path, sd_folder: Path
+) -> None:
+    with pytest.raises((ConfigError, ValueError)) as caught:
+        train(settings(pictures, sd_folder, {**UNET_ONLY, "words": words}))
+    assert said in str(caught.value)
+
+
+def test_what_rests_has_no_part_in_means_and_best_steps() -> None:
+    words, others = ({name: torch.nn.Parameter(torch.ones(1, 2))} for name in ("text_encoder.words.a", "unet.x.up"))
+    rules = WordRules(words, others, WordsConfig(words=("a",), alone=0.5, until=0.75), steps=8)
+    assert [len([*rules.resting(step)]) for step in (0, 3, 4, 6)] == [1, 1, 0, 1]
+    assert [rules.settled(done) for done in (1, 4, 5)] == [False, False, True]
+    assert WordRules(words, {}, WordsConfig(words=("a",), alone=1.0), steps=8).settled(1)

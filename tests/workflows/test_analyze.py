@@ -1,0 +1,189 @@
+"""What adapters are made of and how much they will fight: analyses of files, and the command."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import tyro
+from PIL import Image
+from torch import Tensor
+
+from lora_diffusion.adapters.adapter import Adapter
+from lora_diffusion.adapters.blend import Blend
+from lora_diffusion.adapters.layers import DoRALayer, Layer, LoRALayer
+from lora_diffusion.algebra.svd.svd import spectrum_of, truncated
+from lora_diffusion.cli.commands.analyze import Analyse
+from lora_diffusion.config.preset import BaseTerm
+from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.errors import BaseModelError, ConfigError, FamilyMismatchError, OutputError
+from lora_diffusion.formats.adapters.load import load_adapter
+from lora_diffusion.formats.adapters.native import save_adapter
+from lora_diffusion.inference.in_place import weight_at
+from lora_diffusion.merging.merge import merge
+from lora_diffusion.models.load import Base
+from lora_diffusion.workflows.adapters.analyze import analyse_files
+from lora_diffusion.workflows.adapters.analyze_report import describe_analysis
+from tests.conftest import random_adapter
+
+ADAPTERS = sample_data() / "adapters"
+Saved = Callable[..., Path]
+
+
+def dense(layer: Layer) -> Tensor:
+    """The delta as a matrix, float64."""
+    return layer.delta().double().flatten(1)
+
+
+def dense_directions(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left[:, :rank], right[:rank].T
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Saved:
+    def save(adapter: Adapter, name: str) -> Path:
+        path = tmp_path / f"{name}.safetensors"
+        save_adapter(replace(adapter, metadata=adapter.metadata.model_copy(update={"name": name})), path)
+        return path
+
+    return save
+
+
+def run(*arguments: object) -> int:
+    return tyro.cli(Analyse, args=[str(argument) for argument in arguments]).run()
+
+
+def check_drawn(path: Path) -> None:
+    """A picture of many shades, most of it ground."""
+    with Image.open(path) as image:
+        shades = np.asarray(image.convert("L"))
+    assert min(shades.shape) > 300
+    assert len(np.unique(shades)) > 50
+    assert 0.02 < (shades < 250).mean() < 0.98
+
+
+def test_the_command_on_the_ready_adapters_prints_and_draws_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [ADAPTERS / f"{name}.safetensors" for name in ("gloop", "neon", "zuki")]
+    assert run(*files, "--base", "tiny-sd", "--plots", tmp_path / "plots", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    drawn = [Path(path) for path in facts["plots"]]
+    assert {path.name for path in drawn} == {path.name for path in (tmp_path / "plots").iterdir()}
+    assert len(drawn) == 5
+    for path in drawn:
+        check_drawn(path)
+    for key in ("cosine", "shared"):
+        square = np.array(facts[key])
+        assert (square == square.T).all() and (np.diag(square) == 1).all() and (np.abs(square) <= 1).all()
+    neon = load_adapter(files[1])
+    path, layer = next(iter(neon.layers.items()))
+    stated = facts["adapters"][1]["modules"][path]
+    assert stated["norm"] == pytest.approx(float(dense(layer).norm()), rel=1e-5)
+    assert stated["values"] == pytest.approx(torch.linalg.svdvals(dense(layer))[: layer.rank].tolist(), rel=1e-4)
+    text = describe_analysis(facts)
+    assert all(name in text for name in ("gloop + zuki", "unet.mid_block", "|U'WV|"))
+    with pytest.raises(OutputError, match=r"spectrum.png: already there.*--force"):
+        run(*files, "--plots", tmp_path / "plots")
+
+
+def test_one_adapter_has_spectra_and_no_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(ADAPTERS / "ink.safetensors", "--plots", tmp_path) == 0
+    assert "overlap" not in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["effective_rank.png", "spectrum.png"]
+    assert run(ADAPTERS / "ink.safetensors", "--plots", tmp_path, "--force") == 0
+
+
+def test_a_lower_rank_of_a_training_lies_inside_the_whole(tmp_path: Path) -> None:
+    neon = load_adapter(ADAPTERS / "neon.safetensors")
+    lower = {path: truncated(spectrum_of([(1.0, layer)]), 3) for path, layer in neon.layers.items()}
+    path = tmp_path / "lower.safetensors"
+    save_adapter(replace(neon, layers=lower), path)
+    facts = analyse_files([ADAPTERS / "neon.safetensors", path])
+    (pair,) = facts["pairs"]
+    assert facts["names"] == ["neon", "lower"]  # both say neon of themselves
+    for side in ("input", "output"):
+        assert np.array(pair[side]["similarity"]).shape == (8, 3)
+        assert np.array(pair[side]["similarity"]) == pytest.approx(1, abs=1e-3)
+        assert pair[side]["distance"] == pytest.approx(0, abs=1e-3)
+    assert pair["second_share"] == pytest.approx(1, abs=1e-5)
+    kept = [facts["adapters"][0]["modules"][m] for m in lower]
+    energy = sum(k["norm"] ** 2 * k["energy"][2] for k in kept) / sum(k["norm"] ** 2 for k in kept)
+    assert pair["first_share"] == pytest.approx(energy, rel=1e-4)
+    assert pair["cosine"] == pytest.approx(math.sqrt(energy), rel=1e-4)
+
+
+def test_amplification_reads_the_bases_own_weights(sd: Base, saved: Saved) -> None:
+    adapter = random_adapter(sd, seed=1)
+    facts = analyse_files([saved(adapter, "one")], base=str(sd.folder))
+    for path, found in facts["adapters"][0]["amplification"]["modules"].items():
+        U, V = dense_directions(dense(adapter.layers[path]), 4)
+        expected = float((U.T @ weight_at(sd, path).double().flatten(1) @ V).norm())
+        assert found["projected"] == pytest.approx(expected, rel=1e-4)
+    assert len(facts["adapters"][0]["amplification"]["modules"]) == len(adapter.layers)
+
+
+def dora(base: Base, layer: LoRALayer, path: str) -> DoRALayer:
+    weight = weight_at(base, path)
+    return DoRALayer(inner=layer, magnitude=1.5 * weight.flatten(1).norm(dim=1).reshape(-1, *[1] * (weight.ndim - 1)))
+
+
+def test_dora_is_left_out_without_the_base_and_measured_with_it(
+    sd: Base, saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = random_adapter(sd, seed=1)
+    path, layer = next(iter(plain.layers.items()))
+    assert isinstance(layer, LoRALayer)
+    mixed = replace(plain, layers={**plain.layers, path: dora(sd, layer, path)})
+    file = saved(mixed, "mixed")
+    assert run(file) == 0
+    assert f"mixed: 1 modules left out, DoRA needs the base's weight (first: {path})" in capsys.readouterr().out
+    merge(str(sd.folder), Blend(), tmp_path / "one.safetensors", bases=[BaseTerm(added=str(sd.folder), weight=0.0)])
+    delta = mixed.layers[path].delta(weight_at(sd, path))
+    for base in (sd.folder, tmp_path / "one.safetensors"):
+        found = analyse_files([file], base=str(base))["adapters"][0]
+        assert found["left_out"] == {}
+        assert found["modules"][path]["norm"] == pytest.approx(float(delta.norm()), rel=1e-4)
+
+
+def test_refusals_say_what_to_do(sd: Base, sdxl: Base, saved: Saved) -> None:
+    one, other = saved(random_adapter(sd, seed=1), "one"), saved(random_adapter(sdxl, seed=2), "other")
+    with pytest.raises(ConfigError, match="at least one file"):
+        analyse_files([])
+    with pytest.raises(FamilyMismatchError, match=r"tiny SD and .* for tiny SDXL; analyse one family at a time"):
+        analyse_files([one, other])
+    with pytest.raises(FamilyMismatchError, match="use the base that it was trained on"):
+        analyse_files([ADAPTERS / "ink.safetensors"], base=str(sd.folder))
+    with pytest.raises(FamilyMismatchError, match=r"tiny SDXL, but .* is tiny SD"):
+        analyse_files([other], base=str(sd.folder))
+    with pytest.raises(BaseModelError, match="no such folder"):
+        analyse_files([one], base="nowhere")
+    with pytest.raises(FamilyMismatchError, match="analyse adapters of one base"):
+        analyse_files([one, ADAPTERS / "ink.safetensors"])
+
+
+def test_files_without_a_matrix_are_refused(sd: Base, saved: Saved) -> None:
+    plain = random_adapter(sd, seed=1)
+    path, layer = next(iter(plain.layers.items()))
+    assert isinstance(layer, LoRALayer)
+    words = replace(plain, layers={}, tokens={"sks": {"text_encoder": torch.randn(1, 32)}})
+    with pytest.raises(ConfigError, match="no layer whose delta is a matrix"):
+        analyse_files([saved(words, "words")])
+    with pytest.raises(ConfigError, match="give the base with --base"):
+        analyse_files([saved(replace(plain, layers={path: dora(sd, layer, path)}), "dora")])
+
+
+def test_names_with_dollars_and_without_modules_in_common_are_drawn(
+    sd: Base, saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unet = random_adapter(sd, seed=1, text_encoders=())
+    text = random_adapter(sd, seed=2, unet=())
+    assert run(saved(unet, "$a_x$ and $b"), saved(text, "b" * 60), "--plots", tmp_path / "plots") == 0
+    assert capsys.readouterr().out.count("$a_x$ and $b") > 3
+    assert not (tmp_path / "plots" / "similarity.png").exists()
+    check_drawn(tmp_path / "plots" / "effective_rank.png")

@@ -1,0 +1,50 @@
+"""The demo in a shortened form: it trains, blends, merges, and its figures say that each had its effect."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.errors import OutputError
+from lora_diffusion.models.load import load_base
+from lora_diffusion.workflows.demo import PROMPTS, SUBJECT_ROWS, run_demo
+from train_scripts.tiny_world.reader import load_reader, read
+
+
+@pytest.mark.slow
+def test_the_story_in_short(tmp_path: Path) -> None:
+    said: list[str] = []
+    result = run_demo(tmp_path / "demo", steps=60, say=said.append)
+    base, half, full, _, both = result.distances.values()
+    assert max(half, full) < base
+    assert both < base
+    assert result.merged_exact == 0
+    assert result.merged_half <= 16
+    assert any("grid.png" in line for line in said)
+    with Image.open(tmp_path / "demo" / "grid.png") as sheet:
+        assert sheet.width > 900
+    assert load_base(str(tmp_path / "demo" / "merged")).family.name == "tiny-sd"
+    cells = full_style_cells(tmp_path / "demo" / "grid.png")
+    readings = read(load_reader(sample_data() / "tiny-world-reader"), cells)
+    recognised = [r.subject in prompt.split() for r, prompt in zip(readings, PROMPTS, strict=False)]
+    assert sum(recognised) >= 2, readings
+
+
+def full_style_cells(path: Path) -> list[Image.Image]:
+    """The pictures of the world's own subjects in the column of the style at weight 1."""
+    from lora_diffusion.evaluation.image_grid import HEADER_PX, LABEL_PX, MARGIN_PX
+
+    cell = 192
+    left = LABEL_PX + 2 * (cell + MARGIN_PX)
+    with Image.open(path) as sheet:
+        tops = [HEADER_PX + row * (cell + MARGIN_PX) for row in range(len(PROMPTS)) if row not in SUBJECT_ROWS]
+        boxes = [(left, top, left + cell, top + cell) for top in tops]
+        return [sheet.crop(box).resize((64, 64), Image.Resampling.NEAREST) for box in boxes]
+
+
+def test_a_folder_that_is_not_a_demos_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(OutputError, match="holds something that is not a demo's"):
+        run_demo(tmp_path, steps=1, say=print)
+    assert (tmp_path / "mine.txt").read_text() == "keep"

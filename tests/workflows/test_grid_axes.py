@@ -1,0 +1,110 @@
+"""Laws of what changes along the sides of a grid."""
+
+import string
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_diffusion.adapters.coefficients import block_factors
+from lora_diffusion.architectures.blocks import block_layouts
+from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.preset import BlendEntry, BlendWeight, Composition, Schedule
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.models.locate import find_checkpoint
+from lora_diffusion.workflows.images.grid_axes import (
+    CHANGES,
+    NOTHING,
+    TEXTS,
+    Axis,
+    axis_from,
+    axis_text,
+    cells,
+    place_of,
+    without_blocks,
+)
+from lora_diffusion.workflows.images.plan import Plan
+
+ANATOMY = find_checkpoint("tiny-sd").anatomy
+SCHEDULE = Schedule(points=((0.0, 0.0), (0.5, 1.0)))
+ENTRIES = (
+    BlendEntry(path="/shelf/neon.safetensors", weight=BlendWeight(value=0.6, blocks="OUTALL", schedule=SCHEDULE)),
+    BlendEntry(path="/shelf/old/gloop.safetensors", weight=0.8),
+)
+PLAN = Plan(base="tiny-sd", entries=ENTRIES, settings=GenerateConfig(prompt="a house", count=3))
+words = st.text(string.ascii_lowercase + " ", min_size=1).map(str.strip).filter(bool)
+
+
+@given(
+    what=st.sampled_from([w for w in CHANGES if w != NOTHING]), of=st.sampled_from(["", "neon", "2"]), data=st.data()
+)
+def test_an_axis_is_read_as_it_is_written(what: str, of: str, data: st.DataObject) -> None:
+    value = words if what in TEXTS else st.sampled_from(["0", "0.5", "-1", "MIDD"])
+    side = Axis(what=what, values=tuple(data.draw(st.lists(value, min_size=1, max_size=4))), of=of)
+    assert axis_from(axis_text(side)) == side
+    assert len(side.labels) == len(side.values)
+
+
+def test_a_grid_holds_each_pair_once_and_nothing_else_changes() -> None:
+    rows = cells(PLAN, Axis(what="weight", values=("0", "1"), of="gloop"), Axis(what="seed", values=("5", "6", "7")))
+    assert [[cell.settings.seed for cell in row] for row in rows] == [[5, 5], [6, 6], [7, 7]]
+    assert [cell.entries[1].weight for cell in rows[0]] == [0.0, 1.0]
+    for row in rows:
+        for cell in row:
+            assert cell.entries[0] == ENTRIES[0]
+            assert cell.settings == PLAN.settings.model_copy(update={"count": 1, "seed": cell.settings.seed})
+            assert cell.composition == PLAN.composition
+
+
+def test_a_weight_keeps_what_else_is_said_of_it() -> None:
+    cell = cells(PLAN, Axis(what="weight", values=("2",)), Axis())[0][0]
+    assert cell.entries[0].weight == BlendWeight(value=2.0, blocks="OUTALL", schedule=SCHEDULE)
+    cell = cells(PLAN, Axis(what="block preset", values=("MIDD",)), Axis())[0][0]
+    assert cell.entries[0].weight == BlendWeight(value=0.6, blocks="MIDD", schedule=SCHEDULE)
+
+
+def test_single_adapters_and_modes() -> None:
+    first, second = cells(PLAN, Axis(what="adapter", values=("gloop", "neon")), Axis())[0]
+    assert (first.entries, second.entries) == (ENTRIES[1:], ENTRIES[:1])
+    switched = cells(PLAN, Axis(what="mode", values=("switch",)), Axis())[0][0]
+    assert switched.composition == Composition(mode="switch")
+
+
+@pytest.mark.parametrize("of", ["gloop", "gloop.safetensors", "old/gloop.safetensors", "2"])
+def test_an_adapter_is_named_in_any_way(of: str) -> None:
+    assert place_of(ENTRIES, of) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("weight", "WHAT=VALUES"),
+        ("weight=", "no values"),
+        ("weight=a", "is no number"),
+        ("weight:zuki=1", "is not on the table; name one of neon, gloop"),
+        ("new/gloop=1", "cannot be compared"),
+        ("steps=0", "steps"),
+        ("scheduler=fast", "scheduler"),
+        ("mode=mixed", "mode"),
+        ("weight=inf", "value"),
+        ("seed=" + ",".join(map(str, range(65))), "64 at most"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(text: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        cells(PLAN, axis_from(text), Axis())
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_each_block_is_left_out_once_and_the_rest_is_as_it_was() -> None:
+    plans = without_blocks(PLAN, "neon", ANATOMY)
+    assert plans.pop("").entries == ENTRIES
+    assert list(plans) == list(block_layouts(ANATOMY)[1])
+    before = block_factors("OUTALL", ANATOMY)
+    for block, plan in plans.items():
+        weight = plan.entries[0].weight
+        assert isinstance(weight, BlendWeight)
+        assert block_factors(weight.blocks, ANATOMY) == {**before, block: 0.0}  # type: ignore[arg-type]
+        assert (weight.value, weight.schedule) == (0.6, SCHEDULE)
+        assert plan.entries[1] == ENTRIES[1]

@@ -1,0 +1,96 @@
+"""Grids over any two settings, and which block of an adapter changes a picture how much, picture by picture."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lora_diffusion.adapters.coefficients import spelled_out
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.models.locate import find_checkpoint
+from lora_diffusion.workflows.images.grid import BlockEffect, save_sheet, strongest_first
+from lora_diffusion.workflows.images.grid_axes import NOTHING, Axis, axis_text, cells, without_blocks
+from lora_diffusion.workflows.images.plan import Plan
+from lora_diffusion_studio.forms import Form
+from lora_diffusion_studio.rendering import Halted
+from lora_diffusion_studio.studio import Event, Finished, Made, Step, Studio
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sheet:
+    """A finished grid."""
+
+    path: Path
+
+
+def compared(studio: Studio, form: Form, across: Axis, down: Axis, visitor: str = "") -> Iterator[Event | Sheet]:
+    """Every picture of the grid, then the grid, which carries how it was made. Raises LoRADiffusionError's children.
+
+    Each picture takes its own turn on the device, so that a long grid holds nobody up.
+    """
+    rows = cells(studio.plan(compared_form(form, across, down)), across, down)
+    for cell in (cell for row in rows for cell in row):  # all mistakes before the first picture
+        check_blocks(cell)
+    count = len(across.values) * len(down.values)
+    numbered = enumerate((cell for row in rows for cell in row), start=1)
+    flat = {f"picture {number} of {count}": cell for number, cell in numbered}
+    paths: list[Path] = []
+    for event in in_turn(studio, flat, visitor):
+        if isinstance(event, Made):
+            paths.append(event.path)
+        yield event
+    if len(paths) == len(flat):
+        width = len(across.values)
+        lines = [paths[start : start + width] for start in range(0, len(paths), width)]
+        yield Sheet(path=save_sheet(lines, across, down, studio.places.output))
+
+
+def compared_form(form: Form, across: Axis, down: Axis) -> Form:
+    """The form; where single adapters are compared, those that are off count too."""
+    one_by_one = "adapter" in (across.what, down.what)
+    return replace(form, rows=tuple(replace(row, on=row.on or one_by_one) for row in form.rows))
+
+
+def check_blocks(plan: Plan) -> None:
+    """Raise ConfigError for a block preset that the base does not know."""
+    anatomy = find_checkpoint(plan.base).anatomy
+    for entry in plan.entries:
+        spelled_out(entry.weight, anatomy)
+
+
+def in_turn(studio: Studio, plans: dict[str, Plan], visitor: str) -> Iterator[Event]:
+    """The events of several plans that make a picture each, as those of one work, until it is stopped."""
+    for number, (name, plan) in enumerate(plans.items()):
+        for event in studio.render_plan(plan, visitor):
+            if isinstance(event, Step):
+                share = (number + event.share) / len(plans)
+                yield replace(event, text=f"{name}: {event.text}", share=share)
+            elif not isinstance(event, Finished):
+                yield event
+            if isinstance(event, Halted):
+                return
+
+
+def block_effects(
+    studio: Studio, form: Form, name: str, visitor: str = ""
+) -> Iterator[Event | tuple[BlockEffect, ...]]:
+    """Drop one block of an adapter at a time; the last event has all of them, the strongest first."""
+    if not name:
+        raise ConfigError("choose an adapter that is on the table")
+    plans = without_blocks(studio.plan(form), name, find_checkpoint(form.base).anatomy)
+    paths: list[Path] = []
+    for event in in_turn(
+        studio, {f"without {block}" if block else "whole": plan for block, plan in plans.items()}, visitor
+    ):
+        if isinstance(event, Made):
+            paths.append(event.path)
+        yield event
+    if len(paths) == len(plans):
+        yield strongest_first(dict(zip(plans, paths, strict=True)))
+
+
+def compare_commands(studio: Studio, form: Form, across: Axis, down: Axis, of: str) -> str:
+    """The same grid on the command line, and below it the same block analysis, of an adapter. Raises ConfigError."""
+    single = replace(form, settings={**form.settings, "count": 1})
+    asked = [("grid", "--across", axis_text(across), *(["--down", axis_text(down)] if down.what != NOTHING else []))]
+    asked += [("blocks", "--of", of)] * bool(of)
+    return "\n".join(studio.command(single, *words) for words in asked)

@@ -1,0 +1,36 @@
+"""Masks that visitors paint: where in the picture an adapter acts."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from PIL import Image
+
+from lora_diffusion.core.atomic_files import whole_file
+from lora_diffusion.errors import ConfigError
+from lora_diffusion_studio.rows import Row, told
+from lora_diffusion_studio.studio import Studio
+
+SIDE_PX = 512
+NOWHERE: dict[str, str] = {"box": "", "mask": "", "feather": ""}
+
+
+def kept_mask(studio: Studio, painted: Image.Image) -> Path:
+    """A mask file, white where something is painted; the same paint is the same file. Raises ConfigError for none."""
+    alpha = painted.convert("RGBA").getchannel("A").resize((SIDE_PX, SIDE_PX))
+    mask = alpha.point([255 * (value > 127) for value in range(256)])
+    if mask.getextrema() == (0, 0):
+        raise ConfigError("nothing is painted; paint where the adapter acts")
+    path = studio.places.masks / f"{hashlib.sha256(mask.tobytes()).hexdigest()[:16]}.png"
+    with whole_file(path) as part:
+        mask.save(part, format="PNG")
+    return path
+
+
+def placed(rows: Sequence[Row], name: str, mask: Path | None) -> list[Row]:
+    """The table with one adapter inside a mask, or everywhere again. Raises ConfigError for one that is not on it."""
+    if name not in [row.name for row in rows]:
+        raise ConfigError("choose an adapter that is on the table")
+    where = {**NOWHERE, "mask": str(mask.resolve()) if mask else ""}
+    return [told(row, **where) if row.name == name else replace(row) for row in rows]

@@ -1,0 +1,247 @@
+"""The studio without its looks: what the app shows and does, as plain values in and out. Nothing here knows Gradio.
+
+One `Studio` serves a process. It holds the folders and the base that was loaded last; all that a visitor has set comes
+in with each call, so that visitors never mix.
+"""
+
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lora_diffusion.adapters.coefficients import Moment, stock_presets
+from lora_diffusion.config.settings import EMBEDDED_BASE, Codes
+from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.errors import ConfigError
+from lora_diffusion.inference.sampling import preview
+from lora_diffusion.library.presets import read_preset
+from lora_diffusion.library.references import Shelf
+from lora_diffusion.library.search import Library, find, open_library, search
+from lora_diffusion.models.load import Base
+from lora_diffusion.models.locate import find_checkpoint
+from lora_diffusion.models.quantize import check_codes, load_in_codes
+from lora_diffusion.workflows.images.generate import Means, prepared_blend, write_pictures
+from lora_diffusion.workflows.images.plan import Plan, preset_plan, replay_plan, with_tags
+from lora_diffusion_studio.acting import acting_picture
+from lora_diffusion_studio.cards import Card, card_of
+from lora_diffusion_studio.forms import Form, command_of, form_of, plan_of
+from lora_diffusion_studio.rendering import Device, Halted, Line, Waiting
+from lora_diffusion_studio.rows import Row, entry_of
+
+PREVIEW_SECONDS = 0.4
+"""No preview is drawn sooner after the last."""
+NAME = re.compile(r"[\w][\w .,'+()-]{0,59}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """The folders of a studio; nothing outside them is read for a visitor or written."""
+
+    library: Path
+    output: Path
+    bases: tuple[str, ...]
+    """Bases on offer: names, folders or hub ids."""
+    codes: Codes = "none"
+    """What their linear layers are kept in."""
+
+    @property
+    def presets(self) -> Path:
+        return self.output / "presets"
+
+    @property
+    def masks(self) -> Path:
+        return self.output / "masks"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A denoising step that was taken."""
+
+    text: str
+    share: float
+    picture: Image.Image | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A picture that is written."""
+
+    path: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """All pictures, and what a visitor should know of them."""
+
+    paths: tuple[Path, ...]
+    notes: tuple[str, ...]
+    seconds: float
+
+
+Event = Waiting | Step | Made | Finished | Halted
+
+
+class Studio:
+    """Folders, and the base that was loaded last."""
+
+    def __init__(self, places: Places) -> None:
+        check_codes(places.codes)
+        self.places = places
+        self.loaded: Base | None = None
+        self.device = Device()
+        for folder in (places.presets, places.masks):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def library(self) -> Library:
+        """As it is now: an adapter that was trained meanwhile is there."""
+        return open_library(self.places.library)
+
+    def base(self, name: str) -> Base:
+        """The base of that name; one is kept. Raises ConfigError for one that is not on offer."""
+        self.check_base(name)
+        if self.loaded is None or self.loaded.name != name:
+            self.loaded = None  # before the next is loaded, so that both are never there together
+            self.loaded = load_in_codes(name, self.places.codes)
+        return self.loaded
+
+    def check_base(self, name: str) -> None:
+        if name not in self.places.bases:
+            raise ConfigError(f"{name!r}: is not a base of this studio; choose one of {', '.join(self.places.bases)}")
+
+    def cards(self, base: str, text: str = "", kind: str = "") -> list[Card]:
+        """The adapters that fit a base, those with every word of `text`, and of a kind such as `LoRA`, if given."""
+        self.check_base(base)
+        family = find_checkpoint(base).family.name
+        found = [card_of(entry) for entry in search(self.library(), text, family) if not entry.problem]
+        return [card for card in found if kind in ("", *card.kinds)]
+
+    def card(self, name: str) -> Card:
+        """One adapter. Raises ConfigError if it is not there."""
+        return card_of(find(self.library(), name))
+
+    def block_presets(self, base: str) -> list[str]:
+        """Names of the stock block presets."""
+        self.check_base(base)
+        return list(stock_presets(find_checkpoint(base).anatomy))
+
+    def acting(self, base: str, row: Row) -> Image.Image:
+        """How an adapter on the table acts, by block and over the steps. Raises ConfigError."""
+        self.check_base(base)
+        return acting_picture(entry_of(row, self.library()).weight, find_checkpoint(base).anatomy)
+
+    def plan(self, form: Form) -> Plan:
+        """What a form asks for. Raises ConfigError."""
+        self.check_base(form.base)
+        plan = with_tags(plan_of(form, self.library()), self.shelf)
+        self.check_masks(plan)
+        return plan
+
+    def command(self, form: Form, command: str = "generate", *more: str) -> str:
+        """The command line that makes the same pictures. Raises ConfigError for weights that only a preset can say."""
+        codes = () if self.places.codes == "none" else ("--quantise", self.places.codes)
+        return command_of(form, self.library(), self.places.output, command, *more, *codes)
+
+    @property
+    def shelf(self) -> Shelf:
+        return Shelf(library_folder=self.places.library)
+
+    def check_masks(self, plan: Plan) -> None:
+        """Raise ConfigError for a mask that was not painted here."""
+        inside = self.places.masks.resolve()
+        for entry in plan.entries:
+            mask = entry.region.mask if entry.region else ""
+            if mask and not Path(mask).resolve().is_relative_to(inside):
+                raise ConfigError(f"{Path(mask).name}: is no mask of this studio; paint one under Regions")
+
+    def render(self, form: Form, visitor: str = "") -> Iterator[Event]:
+        """Make the pictures of a form, into the output folder. Raises LoRADiffusionError's children.
+
+        Closing the iterator stops at the next step, with the base as it was.
+        """
+        return self.render_plan(self.plan(form), visitor)  # mistakes are found before the device is waited for
+
+    def render_plan(self, plan: Plan, visitor: str = "") -> Iterator[Event]:
+        """The same of a plan."""
+        return self.device.streamed(lambda line: self.rendered(plan, line), visitor)
+
+    def rendered(self, plan: Plan, line: Line) -> Finished:
+        started = last = time.monotonic()
+        means = Means(shelf=self.shelf)
+        found = prepared_blend(plan.base, plan.entries, means)
+        base = self.base(plan.base)
+        done = 0
+
+        def on_step(moment: Moment, latents: Any) -> None:
+            nonlocal last
+            due = time.monotonic() - last > PREVIEW_SECONDS
+            share = (done + (moment.step + 1) / moment.steps) / plan.settings.count
+            picture = preview(base, latents) if due else None
+            last = time.monotonic() if due else last
+            line.say(Step(text=progress_text(done, plan, moment, started, share), share=share, picture=picture))
+
+        def on_picture(path: Path, _picture: object) -> None:
+            nonlocal done
+            done += 1
+            line.say(Made(path=path))
+
+        written = write_pictures(base, found, plan, self.places.output, means, on_picture=on_picture, on_step=on_step)
+        return Finished(paths=written.paths, notes=written.notes, seconds=time.monotonic() - started)
+
+    def restored(self, picture: Path) -> tuple[Form, tuple[str, ...]]:
+        """The form that a picture was made with; also what could not be restored. Raises ConfigError."""
+        plan = replay_plan(picture, base="", shelf=self.shelf)
+        form, missing = form_of(with_tags(plan, self.shelf), self.library())
+        if form.base not in self.places.bases:
+            missing = (*missing, f"made with the base {form.base}, which this studio does not have")
+        if plan.recipe and plan.codes != self.places.codes:
+            missing = (*missing, f"made with quantise {plan.codes}; this studio has {self.places.codes}")
+        return form, (*plan.notes, *missing)
+
+    def preset_form(self, path: Path) -> tuple[Form, tuple[str, ...]]:
+        """The form that a preset fills; adapters that the library lacks are named and left out."""
+        settings = {} if read_preset(path).settings else {"prompt": ""}
+        plan = preset_plan(path, base="", settings=settings, composition={}, adapters=())
+        return form_of(plan, self.library())
+
+
+def progress_text(done: int, plan: Plan, moment: Moment, started: float, share: float) -> str:
+    """Where the work is, and how long it will take."""
+    left = (time.monotonic() - started) * (1 - share) / max(share, 1e-6)
+    which = f"picture {done + 1} of {plan.settings.count}, " if plan.settings.count > 1 else ""
+    return f"{which}step {moment.step + 1} of {moment.steps}, {left:.0f} s left"
+
+
+def checked_name(name: str) -> str:
+    """A name that is safe as a file's. Raises ConfigError."""
+    stripped = name.strip()
+    if not NAME.fullmatch(stripped):
+        raise ConfigError(
+            f"{name!r} cannot be a name: begin with a letter or digit, then letters, digits, spaces and . , ' + - ( ), "
+            "sixty at most"
+        )
+    return stripped
+
+
+def bases_on_offer(named: Sequence[str]) -> tuple[str, ...]:
+    """The bases that were asked for, or the embedded one. Raises BaseModelError for one that is not there."""
+    for name in named:
+        find_checkpoint(name)
+    return tuple(named) or (EMBEDDED_BASE,)
+
+
+def own_library(output: Path) -> Path:
+    """A library of the studio's own, which begins with the adapters that come with the package."""
+    folder = output / "library"
+    if not folder.is_dir():
+        shutil.copytree(sample_data() / "adapters", folder, ignore=lambda _, names: [n for n in names if n[0] == "."])
+    return folder
+
+
+def stock_presets_folder() -> Path:
+    """The presets that come with the package."""
+    return sample_data() / "presets"

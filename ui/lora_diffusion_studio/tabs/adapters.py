@@ -1,0 +1,157 @@
+"""The Adapters tab: look into one, check it, convert it, keep notes beside it; draw several together."""
+
+import html
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from lora_diffusion_studio.rows import LEAST, MOST
+from lora_diffusion_studio.shelf import (
+    Notes,
+    converted,
+    facts_of,
+    notes_of,
+    plots,
+    rename,
+    set_preview,
+    shelf_commands,
+    verified,
+    write_notes,
+)
+from lora_diffusion_studio.studio import Studio
+from lora_diffusion_studio.tabs.blend import Blend, choices
+from lora_diffusion_studio.tabs.events import DEVICE, QUICK, command_box, spoken
+
+
+def draw_adapters(studio: Studio, blend: Blend) -> None:
+    """One adapter on the left, several on the right."""
+    offered = choices(studio, studio.places.bases[0])
+    with gr.Row():
+        with gr.Column(scale=5, min_width=320):
+            one = gr.Dropdown(offered, label="Adapter to look at", value=None)
+            said = wire_one(studio, blend, one)
+        with gr.Column(scale=5, min_width=320):
+            wire_notes(studio, blend, one, said)
+    several = wire_plots(studio, blend, offered)
+    twin, command = command_box("What is done here, on the command line")
+
+    @spoken
+    def as_command(name: str | None, names: list[str] | None, base: str) -> str:
+        return shelf_commands(studio, name or "", names or [], base)
+
+    twin.expand(as_command, [one, several, blend.base], command, **QUICK)
+
+
+def wire_one(studio: Studio, blend: Blend, one: gr.Dropdown) -> gr.Markdown:
+    """What is in an adapter, whether it is sound, and a copy in another layout."""
+    facts = gr.Dataframe(
+        headers=["what", "value"],
+        datatype="str",
+        column_count=2,
+        label="What is in it",
+        wrap=True,
+        elem_classes="facts",
+    )
+    check = gr.Button("Verify")
+    with gr.Group():
+        dialect = gr.Dropdown(["kohya", "native"], value="kohya", label="Convert to")
+        turn = gr.Button("Convert")
+    result = gr.DownloadButton("Download the copy", visible=False)
+    said = gr.Markdown()
+
+    @spoken
+    def look(name: str | None) -> list[list[str]]:
+        return [list(row) for row in facts_of(studio, name)] if name else []
+
+    one.change(look, one, facts, **QUICK)
+
+    @spoken
+    def verify_one(name: str | None, base: str) -> str:
+        return f"```\n{verified(studio, name or '', base)}\n```"
+
+    check.click(verify_one, [one, blend.base], said, **DEVICE)
+
+    @spoken
+    def convert(name: str | None, dialect: Any) -> tuple[Any, ...]:
+        path, text = converted(studio, name or "", dialect)
+        return html.escape(text), gr.update(value=str(path), visible=True)
+
+    turn.click(convert, [one, dialect], [said, result], **DEVICE)
+    return said
+
+
+def wire_notes(studio: Studio, blend: Blend, one: gr.Dropdown, said: gr.Markdown) -> None:
+    """What is kept beside an adapter, its name, and its preview."""
+    with gr.Group():
+        with gr.Row():
+            weight = gr.Number(1.0, label="Preferred weight", step=0.05, min_width=100)
+            least = gr.Number(LEAST, label="Slider from", step=0.5, min_width=80)
+            most = gr.Number(MOST, label="Slider to", step=0.5, min_width=80)
+        triggers = gr.Textbox(label="Activation text")
+        notes = gr.Textbox(label="Notes", lines=2)
+        keep = gr.Button("Keep beside the adapter")
+    with gr.Group():
+        new = gr.Textbox(label="New name of the adapter")
+        with gr.Row():
+            renaming = gr.Button("Rename it", min_width=90)
+            picture = gr.Button("Last picture as preview", min_width=140)
+
+    @spoken
+    def look(name: str | None) -> list[Any]:
+        kept = notes_of(studio, name) if name else Notes()
+        return [kept.weight, *kept.range, kept.triggers, kept.notes]
+
+    fields = [weight, least, most, triggers, notes]
+    one.change(look, one, fields, **QUICK)
+
+    @spoken
+    def write(name: str | None, weight: float, least: float, most: float, triggers: str, notes: str) -> str:
+        ends = float(least or 0), float(most or 0)
+        told = Notes(weight=float(weight or 0), range=ends, triggers=triggers or "", notes=notes or "")
+        write_notes(studio, name or "", told)
+        return "kept in the JSON file beside it"
+
+    keep.click(write, [one, *fields], said, **QUICK)
+
+    @spoken
+    def rename_one(name: str | None, new: str, base: str) -> list[Any]:
+        done = rename(studio, name or "", new)
+        fresh = choices(studio, base)
+        return [gr.update(choices=fresh, value=done), gr.update(choices=fresh), "renamed"]
+
+    renaming.click(rename_one, [one, new, blend.base], [one, blend.chosen, said], **QUICK)
+
+    @spoken
+    def take(name: str | None, kept: list[str]) -> str:
+        if not kept:
+            raise gr.Error("there is no picture yet; generate one on the Blend tab", print_exception=False)
+        set_preview(studio, name or "", Path(kept[0]))
+        return "the last picture is its preview now"
+
+    picture.click(take, [one, blend.stage.kept], said, **QUICK)
+
+
+def wire_plots(studio: Studio, blend: Blend, offered: list[tuple[str, str]]) -> gr.Dropdown:
+    """Spectra and norms of adapters, and how they overlap; returns the choice of them."""
+    with gr.Row(equal_height=True):
+        several = gr.Dropdown(
+            offered, label="Adapters to draw together", multiselect=True, max_choices=8, scale=3, min_width=220
+        )
+        draw = gr.Button("Draw spectra, norms and overlap", scale=1, min_width=160)
+    pictures = gr.Gallery(
+        label="Plots",
+        format="png",
+        columns=2,
+        height="auto",
+        interactive=False,
+        object_fit="contain",
+        elem_classes="wide",
+    )
+
+    @spoken
+    def plot(names: list[str] | None, base: str) -> list[str]:
+        return [str(path) for path in plots(studio, names or [], base)]
+
+    draw.click(plot, [several, blend.base], pictures, **DEVICE)
+    return several

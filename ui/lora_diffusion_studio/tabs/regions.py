@@ -1,0 +1,53 @@
+"""The canvas of the Blend tab: an adapter acts where it is painted."""
+
+from typing import Any
+
+import gradio as gr
+
+from lora_diffusion_studio.regions import SIDE_PX, kept_mask, placed
+from lora_diffusion_studio.studio import Studio
+from lora_diffusion_studio.tabs.blend import Blend
+from lora_diffusion_studio.tabs.events import QUICK, spoken
+from lora_diffusion_studio.tabs.slots import rows_from, updates
+
+
+def draw_regions(studio: Studio, blend: Blend) -> None:
+    """Which adapter, and where."""
+    with gr.Accordion("Regions: where an adapter acts", open=False):
+        of = gr.Dropdown([], label="Adapter to place")
+        canvas = gr.ImageEditor(
+            label="Paint where it acts",
+            type="pil",
+            image_mode="RGBA",
+            format="png",
+            sources=(),
+            transforms=(),
+            layers=False,
+            brush=gr.Brush(default_size=48, colors=["#7c3aed"], color_mode="fixed"),
+            canvas_size=(SIDE_PX, SIDE_PX),
+            fixed_canvas=True,
+            height=360,
+        )
+        with gr.Row():
+            use = gr.Button("Only where it is painted")
+            everywhere = gr.Button("Everywhere again")
+
+    @spoken
+    def mask(name: str | None, painted: dict[str, Any] | None, *values: Any) -> list[Any]:
+        image: Any = (painted or {}).get("composite")
+        if image is None:
+            raise gr.Error("nothing is painted; paint where the adapter acts", print_exception=False)
+        return updates(placed(rows_from(values), name or "", kept_mask(studio, image)), studio.card)
+
+    use.click(mask, [of, canvas, *blend.table_inputs], blend.table_outputs, **QUICK)
+
+    @spoken
+    def release(name: str | None, *values: Any) -> list[Any]:
+        return updates(placed(rows_from(values), name or "", None), studio.card)
+
+    everywhere.click(release, [of, *blend.table_inputs], blend.table_outputs, **QUICK)
+
+    def on_table(chosen: list[str]) -> Any:
+        return gr.update(choices=chosen, value=chosen[0] if chosen else None)
+
+    blend.chosen.change(on_table, blend.chosen, of, **QUICK)

@@ -1,0 +1,177 @@
+"""The Train tab: pictures, captions, a run in its own process, and its adapter onto the shelf."""
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from lora_diffusion_studio.studio import Studio
+from lora_diffusion_studio.tabs.blend import Blend, choices
+from lora_diffusion_studio.tabs.events import QUICK, command_box, spoken
+from lora_diffusion_studio.training import PURPOSES, Job, State, Trainer
+
+EVERY_S = 2.0
+
+
+def draw_train(studio: Studio, blend: Blend) -> None:
+    """Data on the left, the run on the right."""
+    trainer = Trainer(studio)
+    with gr.Row():
+        with gr.Column(scale=5, min_width=320):
+            with gr.Row():
+                name = gr.Textbox(
+                    label="Name of the run", placeholder="my ink", info="Enter shows one that is there", min_width=140
+                )
+                purpose = gr.Radio(list(PURPOSES), value="style", label="What is learned", min_width=180)
+            check = wire_data(trainer, name)
+        with gr.Column(scale=5, min_width=320):
+            job = [name, purpose, blend.base, *draw_job()]
+            wire_run(studio, trainer, blend, name, job, check)
+
+
+def wire_data(trainer: Trainer, name: gr.Textbox) -> gr.Button:
+    """Pictures and their captions; returns the button that checks them."""
+    files = gr.File(label="Pictures, and captions as .txt", file_count="multiple", height=130)
+    captions = gr.Dataframe(
+        headers=["", "picture", "caption"],
+        datatype=["html", "str", "str"],
+        column_count=3,
+        column_widths=["80px", "90px", "330px"],
+        static_columns=[0, 1],
+        interactive=True,
+        label="Captions",
+        wrap=True,
+        elem_classes="facts",
+    )
+    with gr.Row():
+        keep = gr.Button("Keep captions")
+        check = gr.Button("Check the data")
+    kept = gr.Markdown()
+
+    @spoken
+    def add(files: list[str] | None, name: str) -> list[list[str]]:
+        return table_of(trainer, name, trainer.add_pictures(name, [Path(file) for file in files or ()]))
+
+    files.upload(add, [files, name], captions, **QUICK)
+
+    @spoken
+    def look(name: str) -> list[list[str]]:
+        return table_of(trainer, name, trainer.captions(name)) if name else []
+
+    name.submit(look, name, captions, **QUICK)
+
+    @spoken
+    def write(name: str, rows: Any) -> str:
+        trainer.write_captions(name, [row[1:] for row in rows.values.tolist()])
+        return "captions kept"
+
+    keep.click(write, [name, captions], kept, **QUICK)
+    return check
+
+
+def draw_job() -> list[Any]:
+    """What else a run is told, in the order of `Job`."""
+    with gr.Row():
+        trigger = gr.Textbox(label="Trigger word", placeholder="sks", info="for a style", min_width=140)
+        instance = gr.Textbox(label="Instance prompt", placeholder="photo of sks dog", info="for a subject")
+        steps = gr.Number(0, label="Training steps", info="0: the default", precision=0, minimum=0, min_width=100)
+    with gr.Accordion("Expert settings", open=False):
+        extra = gr.Textbox(label="Settings", lines=3, placeholder="validation.share=0.1\nadapter.rank=16")
+        prompts = gr.Textbox(label="Prompts of the samples", lines=2, info="a line each; the first caption if empty")
+    return [trigger, instance, steps, extra, prompts]
+
+
+def wire_run(
+    studio: Studio, trainer: Trainer, blend: Blend, name: gr.Textbox, job: list[Any], check: gr.Button
+) -> None:
+    """Start, stop, watch, and put the adapter onto the shelf."""
+    with gr.Row():
+        start = gr.Button("Start training", variant="primary", min_width=120)
+        stop = gr.Button("Stop training", variant="stop", min_width=120)
+        publish = gr.Button("Put it on the shelf", min_width=120)
+    said = gr.Markdown()
+    state = gr.Markdown(elem_id="train-state")
+    curve = gr.LinePlot(x="step", y="loss", label="Training loss", height=280)
+    sheet = gr.Image(label="Samples on the way", format="png", interactive=False, elem_classes="picture", height=440)
+    report = gr.DownloadButton("Report", visible=False)
+    twin, command = command_box("The same run on the command line")
+    timer = gr.Timer(EVERY_S, active=False)
+
+    @spoken
+    def look(*values: Any) -> str:
+        return text_of(trainer.check(job_of(values)))
+
+    check.click(look, job, said, **QUICK)
+
+    @spoken
+    def begin(*values: Any) -> tuple[Any, ...]:
+        trainer.start(job_of(values))
+        return "", gr.Timer(active=True)
+
+    start.click(begin, job, [said, timer], **QUICK)
+
+    @spoken
+    def end() -> str:
+        trainer.stop()
+        return "stopping; its state is kept"
+
+    stop.click(end, None, said, **QUICK)
+
+    @spoken
+    def watch(name: str) -> tuple[Any, ...]:
+        return state_updates(trainer.state(name)) if name else (gr.skip(),) * 5
+
+    shown = [state, curve, sheet, report, timer]
+    gr.on([timer.tick, name.submit], watch, name, shown, **QUICK)
+
+    @spoken
+    def shelve(name: str, base: str) -> tuple[Any, ...]:
+        done = html.escape(trainer.publish(name))
+        return f"{done} is on the shelf; choose it on the Blend tab", gr.update(choices=choices(studio, base))
+
+    publish.click(shelve, [name, blend.base], [said, blend.chosen], **QUICK)
+
+    @spoken
+    def as_command(*values: Any) -> str:
+        return trainer.command(job_of(values))
+
+    twin.expand(as_command, job, command, **QUICK)
+
+
+def job_of(values: Sequence[Any]) -> Job:
+    name, purpose, base, trigger, instance, steps, extra, prompts = values
+    return Job(
+        name=name or "",
+        purpose=purpose,
+        base=base,
+        trigger=(trigger or "").strip(),
+        instance=(instance or "").strip(),
+        steps=int(steps or 0),
+        extra=extra or "",
+        prompts=prompts or "",
+    )
+
+
+def table_of(trainer: Trainer, name: str, rows: list[tuple[str, str]]) -> list[list[str]]:
+    """Pictures with their captions, as the table shows them."""
+    return [
+        [f'<img src="{trainer.thumbnail(name, picture)}" alt="{html.escape(picture)}">', picture, caption]
+        for picture, caption in rows
+    ]
+
+
+def text_of(lines: str) -> str:
+    return "\n".join(f"- {html.escape(line)}" for line in lines.splitlines())
+
+
+def state_updates(state: State) -> tuple[Any, ...]:
+    """How a run stands, in the tab's components."""
+    import pandas as pd
+
+    steps, losses = [step for step, _ in state.losses], [loss for _, loss in state.losses]
+    curve = pd.DataFrame({"step": steps, "loss": losses}, dtype=float)
+    report = gr.update(value=str(state.report) if state.report else None, visible=state.report is not None)
+    sheet = str(state.sheet) if state.sheet else None
+    return html.escape(state.text), curve, sheet, report, gr.Timer(active=state.running)
