@@ -110,7 +110,7 @@ def test_a_single_figure_stands_where_the_scene_says(subject: str) -> None:
         for side in SIDES:
             drawing = compose(Scene(figures=(figure,), setting="meadow", side=side, distance="far", seed=seed))
             left, top, right, bottom = bounds(drawing.figures[0])
-            assert -0.12 < left and right < 1.12 and -0.12 < top and bottom < 1.05
+            assert left > -0.12 and right < 1.12 and top > -0.12 and bottom < 1.05
             middles.append((left + right) / 2)
         assert middles[0] < middles[1] < middles[2]
 
