@@ -171,6 +171,7 @@ def train_unet(out: Path, *, samples: int, batch: int, lr: float, planned_sample
             logged, run.losses = time.time(), []
         if run.step % SHEET_EVERY == 0 or run.step == steps:
             run.save_pipeline(out)
+        if run.step % SHEET_EVERY == 0:
             run.ema.swap()
             sample_sheet(run.pipe, PROBE_PROMPTS).save(out.parent / f"sheet_{run.step:06d}.png")
             run.ema.swap()
