@@ -14,15 +14,18 @@ export TOKENIZERS_PARALLELISM ?= false
 demo: $(STAMP)
 	$(BIN)/lora-diffusion demo
 
-test: lint browser
+test: lint
+	$(MAKE) browser
 	$(BIN)/python -m pytest
 
-# The browser tests want Chromium; as root it is fetched, else they say that they are skipped.
+# The browser tests use Chromium. Only root on a Debian system gets it installed; elsewhere they are skipped.
 browser:
-	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
-		{ apt-get install -qq -y chromium >/dev/null 2>&1 || \
-		{ apt-get update -qq && apt-get install -qq -y chromium >/dev/null; }; }; } || \
-		echo "no chromium, and none could be installed: the browser tests will be skipped"
+	@if command -v chromium >/dev/null; then echo "browser tests: using $$(command -v chromium)"; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "browser tests: installing the system package chromium with apt-get"; \
+		apt-get install -qq -y chromium >/dev/null 2>&1 || { apt-get update -qq && apt-get install -qq -y chromium >/dev/null; } || \
+		echo "browser tests: chromium could not be installed; they will be skipped"; \
+	else echo "browser tests: no chromium found; they will be skipped"; fi
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
