@@ -20,34 +20,44 @@ UNET_CHANNELS = (64, 128, 224)
 UNET_HEADS = (2, 4, 7)
 
 
-def new_vae() -> AutoencoderKL:
-    levels = len(VAE_CHANNELS)
+def build_vae(latents: int, channels: tuple[int, ...]) -> AutoencoderKL:
+    """An autoencoder with these channels of its latents and levels; each level but the last halves the picture."""
+    levels = len(channels)
     return AutoencoderKL(
-        block_out_channels=VAE_CHANNELS,
+        block_out_channels=channels,
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
+        latent_channels=latents,
         norm_num_groups=2,  # more groups than that stall the narrow first level
         sample_size=SIZE_PX,
         mid_block_add_attention=False,
     )
 
 
-def new_unet() -> UNet2DConditionModel:
-    levels = len(UNET_CHANNELS)
+def build_unet(side: int, latents: int, channels: tuple[int, ...], heads: tuple[int, ...]) -> UNet2DConditionModel:
+    """A UNet for latents of side x side x latents, with cross-attention at every level."""
+    levels = len(channels)
     return UNet2DConditionModel(
-        sample_size=SIZE_PX // 2 ** (len(VAE_CHANNELS) - 1),
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        block_out_channels=UNET_CHANNELS,
+        sample_size=side,
+        in_channels=latents,
+        out_channels=latents,
+        block_out_channels=channels,
         down_block_types=("CrossAttnDownBlock2D",) * levels,
         up_block_types=("CrossAttnUpBlock2D",) * levels,
         layers_per_block=1,
         cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=UNET_HEADS,  # diffusers reads this as the number of heads
+        attention_head_dim=heads,  # diffusers reads this as the number of heads
         norm_num_groups=8,
     )
+
+
+def new_vae() -> AutoencoderKL:
+    return build_vae(LATENT_CHANNELS, VAE_CHANNELS)
+
+
+def new_unet() -> UNet2DConditionModel:
+    return build_unet(SIZE_PX // 2 ** (len(VAE_CHANNELS) - 1), LATENT_CHANNELS, UNET_CHANNELS, UNET_HEADS)
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
