@@ -63,7 +63,7 @@ def config_of(method: Method, kind: Kind, seed: int, output: Path, steps: int) -
         "state_every": 0,
         "tracking": {"trackers": [], "report": False},
         "adapter": {"text_encoder_targets": []},
-        "optimiser": {"text_encoder_learning_rate": None},
+        "optimizer": {"text_encoder_learning_rate": None},
         "data": {"folder": sample_data() / "styles" / STYLE}
         if kind == "style"
         else {"folder": sample_data() / "subjects" / SUBJECT, "instance_prompt": f"a {SUBJECT} character"},
