@@ -190,7 +190,8 @@ def table() -> str:
     """The table of `train_scripts/README.md`, from what was measured."""
     found = known()["methods"]
     rows = [
-        "| method | numbers trained | file, MB | step, of LoRA's | memory, of LoRA's | style distance | subject read |",
+        "| method | trained parameters | file, MB | step time, x LoRA's | memory, x LoRA's | style distance "
+        "| subject recognized |",
         "|---|---|---|---|---|---|---|",
     ]
     for method in METHODS:
