@@ -63,7 +63,7 @@ def config_of(method: Method, kind: Kind, seed: int, output: Path, steps: int) -
         "state_every": 0,
         "tracking": {"trackers": [], "report": False},
         "adapter": {"text_encoder_targets": []},
-        "optimiser": {"text_encoder_learning_rate": None},
+        "optimizer": {"text_encoder_learning_rate": None},
         "data": {"folder": sample_data() / "styles" / STYLE}
         if kind == "style"
         else {"folder": sample_data() / "subjects" / SUBJECT, "instance_prompt": f"a {SUBJECT} character"},
@@ -190,7 +190,8 @@ def table() -> str:
     """The table of `train_scripts/README.md`, from what was measured."""
     found = known()["methods"]
     rows = [
-        "| method | numbers trained | file, MB | step, of LoRA's | memory, of LoRA's | style distance | subject read |",
+        "| method | trained parameters | file, MB | step time, x LoRA's | memory, x LoRA's | style distance "
+        "| subject recognized |",
         "|---|---|---|---|---|---|---|",
     ]
     for method in METHODS:

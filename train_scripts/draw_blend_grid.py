@@ -57,7 +57,7 @@ def ways() -> list[Way]:
 
 
 def draw(output: Path | None = None) -> None:
-    """Make all pictures and write them as one labelled sheet; by default where the README shows it."""
+    """Make all pictures and write them as one labeled sheet; by default where the README shows it."""
     base = load_base()
     configs = [GenerateConfig(prompt=f"{prompt}, in zwx style", seed=seed) for prompt, seed in PROMPTS]
     columns = [

@@ -138,19 +138,19 @@ def content_hash(adapter: Adapter) -> str:
         kind = "" if layer.kind == "LoRA" else f"|{layer.kind}"
         digest.update(f"{path}|{float(getattr(layer, 'alpha', 1.0))!r}{kind}".encode())
         for name, factor in layer.factors.items():
-            digest.update(labelled(factor, name if kind else ""))
+            digest.update(labeled(factor, name if kind else ""))
             digest.update(tensor_bytes(factor))
     for path, bias in adapter.biases.items():
-        digest.update(labelled(bias, f"{path}|bias"))
+        digest.update(labeled(bias, f"{path}|bias"))
         digest.update(tensor_bytes(bias))
     for word, token in adapter.tokens.items():
         for component, vectors in sorted(token.items()):
-            digest.update(labelled(vectors, f"token|{word}|{component}"))
+            digest.update(labeled(vectors, f"token|{word}|{component}"))
             digest.update(tensor_bytes(vectors))
     return digest.hexdigest()
 
 
-def labelled(tensor: Tensor, name: str) -> bytes:
+def labeled(tensor: Tensor, name: str) -> bytes:
     """What a hash takes in before a tensor's bytes."""
     return f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode()
 

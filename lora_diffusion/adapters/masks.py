@@ -42,12 +42,12 @@ def mask_image(region: Region) -> Image.Image:
         raise ConfigError(f"{path}: is not the mask that the recipe was made with; give back the original file")
     try:
         with Image.open(path) as image:
-            return grey(image).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+            return gray(image).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ConfigError(f"{path}: cannot be read as a mask ({error}); give a picture, white where it acts") from None
 
 
-def grey(image: Image.Image) -> Image.Image:
+def gray(image: Image.Image) -> Image.Image:
     """Brightness in 8 bits; what is transparent counts as black, 16 bits are scaled down."""
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8))

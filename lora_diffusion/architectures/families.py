@@ -1,4 +1,4 @@
-"""SD 1.x, SD 2.x and SDXL as data: what they are called, their components, and how to recognise one."""
+"""SD 1.x, SD 2.x and SDXL as data: what they are called, their components, and how to recognize one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -89,7 +89,7 @@ def family_title(name: str) -> str:
     return FAMILIES[name].title if name in FAMILIES else name
 
 
-def recognise(cross_attention_dim: int, *, two_encoders: bool) -> Family:
+def recognize(cross_attention_dim: int, *, two_encoders: bool) -> Family:
     """The family of a base, from the width of its UNet's text context and the number of its text encoders.
 
     Raises BaseModelError if the two contradict each other.

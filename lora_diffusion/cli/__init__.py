@@ -37,7 +37,7 @@ COMMANDS = {
     "resize": ("combine", "Resize"),
     "extract": ("extract", "Extract"),
     "approximate": ("extract", "Approximate"),
-    "analyse": ("analyze", "Analyse"),
+    "analyze": ("analyze", "Analyze"),
     "sparsify": ("prune", "Sparsify"),
     "distil": ("distill", "Distil"),
     "demo": ("train", "Demo"),

@@ -23,7 +23,7 @@ LARGE: dict[str, Any] = {
     "batch_size": 1,
     "gradient_accumulation": 4,
     "adapter": {"rank": 16},
-    "optimiser": {"learning_rate": 1e-4, "warmup_steps": 50},
+    "optimizer": {"learning_rate": 1e-4, "warmup_steps": 50},
 }
 SMALL: dict[str, Any] = {
     "batch_size": 4,
@@ -32,7 +32,7 @@ SMALL: dict[str, Any] = {
         "unet_targets": ["attention", "feed-forward", "projections", "convolutions"],
         "text_encoder_targets": ["attention"],
     },
-    "optimiser": {"learning_rate": 3e-3, "text_encoder_learning_rate": 5e-4, "warmup_steps": 20},
+    "optimizer": {"learning_rate": 3e-3, "text_encoder_learning_rate": 5e-4, "warmup_steps": 20},
 }
 FAMILIES: dict[str, dict[str, Any]] = {
     "sd1": LARGE,
@@ -48,7 +48,7 @@ STEPS: dict[Purpose, dict[str, int]] = {
 SUBJECT: dict[str, Any] = {"prior": {"mode": "prediction", "weight": 0.5}, "captions": {"dropout": 0.0}}
 SUBJECT_WORD: dict[str, Any] = {
     "adapter": {"text_encoder_targets": ["attention"]},
-    "optimiser": {"text_encoder_learning_rate": 1e-5},
+    "optimizer": {"text_encoder_learning_rate": 1e-5},
 }
 
 
@@ -57,7 +57,7 @@ MEMORY: dict[int, dict[str, dict[str, Any]]] = {
         "sd": {"compute": {"gradient_checkpointing": True}},
         "sdxl": {
             "adapter": {"rank": 16},
-            "optimiser": {"kind": "adamw-8bit"},
+            "optimizer": {"kind": "adamw-8bit"},
             "compute": {"gradient_checkpointing": True, "offload": True},
         },
     },

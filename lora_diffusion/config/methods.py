@@ -64,7 +64,7 @@ METHODS: tuple[Method, ...] = (
         paper="2402.12354",
         about="LoRA whose second factor, which begins at zero, learns several times faster than the first. For short "
         "runs; 4 to 16 times is common.",
-        settings={"optimiser": {"up_rate": 4.0}},
+        settings={"optimizer": {"up_rate": 4.0}},
         rate=0.5,
     ),
     Method(
@@ -155,7 +155,7 @@ METHODS: tuple[Method, ...] = (
         paper="2305.14314",
         about="LoRA on a base whose frozen layers are kept in four bits, for a GPU that cannot hold them whole. Each "
         "step takes longer and reads a slightly coarser base; the file is plain LoRA and fits the base in full.",
-        settings={"compute": {"quantise": "nf4"}},
+        settings={"compute": {"quantize": "nf4"}},
     ),
     Method(
         name="b-lora",
@@ -194,7 +194,7 @@ METHODS: tuple[Method, ...] = (
         name="mixed",
         paper="2106.09685, section 7",
         about="LoRA, and a few modules in full, such as norms or the first convolution, saved as differences. For "
-        "what a low rank cannot say, such as a change of all colours.",
+        "what a low rank cannot say, such as a change of all colors.",
         settings={"adapter": {"full_targets": ["unet.conv_in", "unet.*.norm1"]}},
     ),
 )
@@ -208,9 +208,9 @@ def method(name: str) -> Method:
 
 def with_method(table: Mapping[str, Any], chosen: Method) -> dict[str, Any]:
     """A training config's table with a method's settings and the rate that suits it."""
-    told: Mapping[str, Any] = table.get("optimiser", {})
+    told: Mapping[str, Any] = table.get("optimizer", {})
     rates = {"learning_rate": told.get("learning_rate", 1e-4)}
     if "words" in chosen.settings:
         rates["word_learning_rate"] = told.get("word_learning_rate", 5e-3)
-    suited = {"optimiser": {key: value * chosen.rate for key, value in rates.items()}}
+    suited = {"optimizer": {key: value * chosen.rate for key, value in rates.items()}}
     return changed(changed(dict(table), suited), chosen.settings)

@@ -1,4 +1,4 @@
-"""How parameters move: optimiser, rates and their schedule."""
+"""How parameters move: optimizer, rates and their schedule."""
 
 from typing import Annotated, Any, Literal
 
@@ -13,10 +13,10 @@ SUITED: dict[str, dict[str, Any]] = {
     "prodigy": {"learning_rate": 1.0, "word_learning_rate": 1.0},
     "schedule-free": {"schedule": "constant"},
 }
-"""What a kind of optimiser has instead of the defaults below."""
+"""What a kind of optimizer has instead of the defaults below."""
 
 
-class OptimiserConfig(Settings):
+class OptimizerConfig(Settings):
     """How parameters move."""
 
     kind: str = "adamw"
@@ -37,7 +37,7 @@ class OptimiserConfig(Settings):
     weight_decay: NotNegative = 0.01
     """Decoupled weight decay."""
     options: dict[str, Any] = Field(default_factory=dict[str, Any])
-    """More arguments of the optimiser's class, such as `betas`."""
+    """More arguments of the optimizer's class, such as `betas`."""
     schedule: Literal["constant", "linear", "cosine", "restarts"] = "cosine"
     """How the rate falls after warm-up; schedule-free means over steps instead, and has `constant`."""
     restarts: Positive = 1
@@ -57,7 +57,7 @@ class OptimiserConfig(Settings):
         return {**SUITED.get(kind, {}), **value} if isinstance(kind, str) else value
 
     @model_validator(mode="after")
-    def one_owner_of_rates(self) -> "OptimiserConfig":
+    def one_owner_of_rates(self) -> "OptimizerConfig":
         """The rate of the second factor is said once."""
         ends = [pattern for pattern in self.rates if pattern.endswith(".up")]
         if self.up_rate != 1 and ends:
@@ -69,8 +69,8 @@ class OptimiserConfig(Settings):
         return self
 
     @model_validator(mode="after")
-    def averaged_once(self) -> "OptimiserConfig":
-        """Schedule-free optimisers take no second schedule and no second mean."""
+    def averaged_once(self) -> "OptimizerConfig":
+        """Schedule-free optimizers take no second schedule and no second mean."""
         if self.kind == "schedule-free" and (self.schedule != "constant" or self.ema_decay):
             raise ValueError(
                 "kind 'schedule-free' has a mean of its own; set schedule to 'constant' and ema_decay to 0"

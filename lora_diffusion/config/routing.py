@@ -34,7 +34,7 @@ class RouteConfig(Settings):
     penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """How strongly gates are held to their start: times their mean squared distance from it, added to the loss."""
     resolution: Annotated[int, Field(gt=0, multiple_of=8)] | None = None
-    """Pictures are scaled and centre-cropped to this square."""
+    """Pictures are scaled and center-cropped to this square."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """Type of the frozen base; gates are float32 always."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lora_diffusion.config.adapter import CUT, PRODUCTS, AboveZero, AdapterConfig, NotNegative, Share
-from lora_diffusion.config.optimizer import OptimiserConfig
+from lora_diffusion.config.optimizer import OptimizerConfig
 from lora_diffusion.config.settings import EMBEDDED_BASE, Codes, Positive, Precision, Settings
 from lora_diffusion.config.textual_inversion import SliderConfig, WordsConfig
 
@@ -37,16 +37,16 @@ class DataConfig(Settings):
     """Sides of buckets are multiples of this; an eighth of the resolution if left out, as 64 is of 512."""
     largest_aspect: Annotated[float, Field(ge=1, le=4)] = 2.0
     """Longest side over shortest side of any bucket."""
-    crop: Literal["centre", "random"] = "centre"
+    crop: Literal["center", "random"] = "center"
     """What is kept of a picture that does not have its bucket's shape. Random cuts make a small set go further."""
     crop_zoom: Annotated[float, Field(ge=1, le=4)] = 1.0
     """Random cuts are enlarged by up to this, so that square pictures have something to cut too."""
     flip: bool = False
     """Mirror every other view. Off, as faces, text and anything with a left and a right suffer."""
-    colour_jitter: Share = 0.0
+    color_jitter: Share = 0.0
     """Largest change of brightness, contrast and saturation, as a share."""
     variants: Positive = 1
-    """Different views (crop, flip, colours) of each picture that are encoded and cached, taken in turn."""
+    """Different views (crop, flip, colors) of each picture that are encoded and cached, taken in turn."""
     masks: Literal["none", "file", "alpha"] = "none"
     """Where the loss counts: `a.mask.png` beside `a.png` (white counts), or the picture's own alpha."""
     mask_floor: Share = 0.0
@@ -87,7 +87,7 @@ class CaptionConfig(Settings):
 
 
 class ObjectiveConfig(Settings):
-    """What a step minimises."""
+    """What a step minimizes."""
 
     prediction: Literal["base", "epsilon", "v"] = "base"
     """What the UNet predicts; `base` is what the base was trained for."""
@@ -151,7 +151,7 @@ class ValidationConfig(Settings):
     folder: Path | None = None
     """Held-out pictures of their own, read as the training data are."""
     every: Positive = 100
-    """Optimiser steps between validations."""
+    """Optimizer steps between validations."""
     draws: Positive = 8
     """Timesteps per picture, spread over the schedule, each with fixed noise."""
     base_prompts: tuple[str, ...] = ()
@@ -168,7 +168,7 @@ class SamplesConfig(Settings):
     prompts: tuple[str, ...] = ()
     """What they show; none are made without prompts."""
     every: Positive = 100
-    """Optimiser steps between rows of the contact sheet."""
+    """Optimizer steps between rows of the contact sheet."""
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
     """Seed of each picture."""
     steps: Positive = 20
@@ -190,7 +190,7 @@ class ComputeConfig(Settings):
     shard: bool = False
     """Share out the frozen UNet's weights among the processes of `accelerate launch`, for a base too large for one GPU;
     each block is gathered as it works, which costs time."""
-    quantise: Codes = "none"
+    quantize: Codes = "none"
     """Keep the frozen UNet's linear layers in four or eight bits [QLoRA, arXiv 2305.14314]: a quarter or half of their
     memory, at the price of time and of some of the base's precision. Needs bitsandbytes."""
     compile: bool = False
@@ -224,19 +224,19 @@ class TrainConfig(Settings):
     on_top_of: dict[Path, float] = Field(default_factory=dict[Path, float])
     """Adapter files that are added to the base first, with their weights, such as `{ "gloop.safetensors" = 0.8 }`."""
     steps: Positive = 1500
-    """Optimiser steps."""
+    """Optimizer steps."""
     batch_size: Positive = 1
     """Pictures per step and process."""
     gradient_accumulation: Positive = 1
-    """Batches whose gradients are summed into one optimiser step."""
+    """Batches whose gradients are summed into one optimizer step."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of initial weights, data order, noise and dropout."""
     save_every: Count = 0
-    """Optimiser steps between intermediate adapters (`name-step00000100.safetensors`); 0 for none."""
+    """Optimizer steps between intermediate adapters (`name-step00000100.safetensors`); 0 for none."""
     save_precision: Literal["float32", "float16", "bfloat16"] = "float16"
     """Type of the saved factors."""
     state_every: Count = 200
-    """Optimiser steps between states that a stopped run goes on from; 0 for none."""
+    """Optimizer steps between states that a stopped run goes on from; 0 for none."""
     resume: bool = True
     """Go on from the last state of an unfinished run of the same settings, if there is one."""
     data: DataConfig
@@ -246,7 +246,7 @@ class TrainConfig(Settings):
     slider: SliderConfig = Field(default_factory=SliderConfig)
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
     prior: PriorConfig = Field(default_factory=PriorConfig)
-    optimiser: OptimiserConfig = Field(default_factory=OptimiserConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
     samples: SamplesConfig = Field(default_factory=SamplesConfig)
     compute: ComputeConfig = Field(default_factory=ComputeConfig)
@@ -287,21 +287,21 @@ class TrainConfig(Settings):
     @model_validator(mode="after")
     def edits_last(self) -> "TrainConfig":
         """Refuse means over steps, and a late start, where a method edits its parameters as it goes."""
-        optimiser, cut = self.optimiser, self.adapter.kind in CUT
+        optimizer, cut = self.optimizer, self.adapter.kind in CUT
         editing = {
             f"adapter.kind '{self.adapter.kind}'": cut,
             "adapter.max_norm": self.adapter.max_norm is not None,
             "words.words": bool(self.words.words),
         }
         edits = next((name for name, given in editing.items() if given), "")
-        if optimiser.kind == "schedule-free" and edits:
+        if optimizer.kind == "schedule-free" and edits:
             raise ValueError(
-                f"optimiser.kind 'schedule-free' saves a mean over steps, in which what {edits} takes away comes back; "
-                "set optimiser.kind to adamw"
+                f"optimizer.kind 'schedule-free' saves a mean over steps, in which what {edits} takes away comes back; "
+                "set optimizer.kind to adamw"
             )
-        if optimiser.ema_decay and cut:
+        if optimizer.ema_decay and cut:
             raise ValueError(
-                f"optimiser.ema_decay and adapter.kind '{self.adapter.kind}' do not go together, as directions that "
+                f"optimizer.ema_decay and adapter.kind '{self.adapter.kind}' do not go together, as directions that "
                 "are taken away live on in a mean; set ema_decay to 0"
             )
         if self.words.alone and cut and not self.words_only:
@@ -314,7 +314,7 @@ class TrainConfig(Settings):
     @model_validator(mode="after")
     def whole_weights_where_needed(self) -> "TrainConfig":
         """Refuse codes in place of weights that a method needs in full."""
-        adapter, codes = self.adapter, self.compute.quantise
+        adapter, codes = self.adapter, self.compute.quantize
         if codes == "none":
             return self
         needs = {
@@ -328,7 +328,7 @@ class TrainConfig(Settings):
         wanted = [name for name, given in needs.items() if given]
         if wanted:
             raise ValueError(
-                f"compute.quantise '{codes}' keeps weights in codes, and {wanted[0]} needs them in full; leave one out"
+                f"compute.quantize '{codes}' keeps weights in codes, and {wanted[0]} needs them in full; leave one out"
             )
         return self
 

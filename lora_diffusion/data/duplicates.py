@@ -1,4 +1,4 @@
-"""Pictures that show the same: by a hash of what they look like, small and grey.
+"""Pictures that show the same: by a hash of what they look like, small and gray.
 
 The difference hash (Krawetz, 2013): 64 bits, each whether a pixel of a 9 x 8 picture is brighter than the one before.
 """

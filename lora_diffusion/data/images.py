@@ -52,7 +52,7 @@ def read_size(path: Path) -> tuple[int, int]:
 
 
 def read_picture(path: Path) -> Image.Image:
-    """RGB, upright: transparency on white, 16-bit grey scaled rather than clipped, colours turned into sRGB."""
+    """RGB, upright: transparency on white, 16-bit gray scaled rather than clipped, colors turned into sRGB."""
     with opened(path) as picture:
         picture.load()
         return to_rgb(ImageOps.exif_transpose(picture))
@@ -66,7 +66,7 @@ def read_alpha(path: Path) -> Image.Image:
 
 
 def read_mask(path: Path) -> Image.Image:
-    """A mask as 8-bit grey, upright."""
+    """A mask as 8-bit gray, upright."""
     with opened(path) as picture:
         picture.load()
         return ImageOps.exif_transpose(picture).convert("L")
@@ -86,7 +86,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def in_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
-    """RGB by a colour profile, if there is one that can be read for the picture's mode, as CMYK from print has."""
+    """RGB by a color profile, if there is one that can be read for the picture's mode, as CMYK from print has."""
     if profile:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))

@@ -11,7 +11,7 @@ from lora_diffusion.data.buckets import Bucket
 def step_batches(
     sizes: Sequence[Bucket], repeats: Sequence[int], *, per_step: int, steps: int, seed: int
 ) -> tuple[tuple[int, ...], ...]:
-    """`per_step` example numbers for each optimiser step, all of one bucket; the first steps do not depend on `steps`.
+    """`per_step` example numbers for each optimizer step, all of one bucket; the first steps do not depend on `steps`.
 
     Each bucket goes through its examples again and again, each pass in a new order with every example as often as it
     repeats. A step takes the bucket that is most behind its share, so that no bucket is ever off by more than a step,

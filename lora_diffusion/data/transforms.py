@@ -1,4 +1,4 @@
-"""A picture as a model is shown it: cut to its bucket, perhaps mirrored and with other colours; a mask goes with it."""
+"""A picture as a model is shown it: cut to its bucket, perhaps mirrored and with other colors; a mask goes with it."""
 
 import math
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Cut:
     top: int
     left: int
     mirrored: bool
-    colours: tuple[float, ...]
+    colors: tuple[float, ...]
     """Factors of brightness, contrast and saturation."""
 
 
@@ -48,7 +48,7 @@ def view(example: Example, bucket: Bucket, config: DataConfig, *, seed: int, var
     picture = read_picture(example.picture)
     cut = cut_of(picture.size, bucket, config, seed=seed, variant=variant)
     shown = shaped(picture, bucket, cut, Image.Resampling.LANCZOS)
-    for enhancer, factor in zip(ENHANCERS, cut.colours, strict=False):
+    for enhancer, factor in zip(ENHANCERS, cut.colors, strict=False):
         shown = enhancer(shown).enhance(factor)
     pixels = torch.from_numpy(np.array(shown, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
     return View(
@@ -73,9 +73,9 @@ def cut_of(size: tuple[int, int], bucket: Bucket, config: DataConfig, *, seed: i
     scaled = max(bucket.width, math.ceil(size[0] * scale - 1e-6)), max(bucket.height, math.ceil(size[1] * scale - 1e-6))
     room = scaled[1] - bucket.height, scaled[0] - bucket.width
     top, left = (int(down * (room[0] + 1)), int(right * (room[1] + 1))) if random else (room[0] // 2, room[1] // 2)
-    jitter = config.colour_jitter
-    colours = tuple(1 + jitter * (2 * shift - 1) for shift in shifts) if jitter else ()
-    return Cut(scaled=scaled, top=top, left=left, mirrored=config.flip and variant % 2 == 1, colours=colours)
+    jitter = config.color_jitter
+    colors = tuple(1 + jitter * (2 * shift - 1) for shift in shifts) if jitter else ()
+    return Cut(scaled=scaled, top=top, left=left, mirrored=config.flip and variant % 2 == 1, colors=colors)
 
 
 def shaped(picture: Image.Image, bucket: Bucket, cut: Cut, how: Image.Resampling) -> Image.Image:

@@ -1,4 +1,4 @@
-"""A labelled grid of pictures: columns are blends, rows are prompts."""
+"""A labeled grid of pictures: columns are blends, rows are prompts."""
 
 import textwrap
 from collections.abc import Sequence
@@ -29,8 +29,8 @@ def grid(
     draw = ImageDraw.Draw(sheet)
     heading, text = ImageFont.load_default(18), ImageFont.load_default(16)
     for x, title in enumerate(columns):
-        centre = LABEL_PX + x * (cell_px + MARGIN_PX) + cell_px // 2
-        draw.text((centre, HEADER_PX // 2), title, fill=INK, font=heading, anchor="mm")
+        center = LABEL_PX + x * (cell_px + MARGIN_PX) + cell_px // 2
+        draw.text((center, HEADER_PX // 2), title, fill=INK, font=heading, anchor="mm")
     for y, (pictures, label) in enumerate(zip(rows, labels, strict=True)):
         top = HEADER_PX + y * (cell_px + MARGIN_PX)
         wrapped = textwrap.fill(label, 21)

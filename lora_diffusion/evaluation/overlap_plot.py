@@ -24,7 +24,7 @@ NOTHING = float("nan")
 SHARED = "energy in the other's directions, %"
 MOST_PAIRS = 12
 FULL_COSINE, FULL_SHARE = 0.25, 25.0
-"""Where colours are at their darkest, or further out: small overlap must not look like much."""
+"""Where colors are at their darkest, or further out: small overlap must not look like much."""
 
 
 def save_overlap_plot(facts: Mapping[str, Any], path: Path) -> None:
@@ -35,11 +35,11 @@ def save_overlap_plot(facts: Mapping[str, Any], path: Path) -> None:
     left, right = figure.subplots(1, 2, gridspec_kw={"wspace": 0.08})
     cosines, shares = off_diagonal(facts["cosine"], 1), off_diagonal(facts["shared"], 100)
     reach = max(largest(cosines), FULL_COSINE)
-    image = heat_map(left, cosines, colours="RdBu_r", low=-reach, high=reach)
+    image = heat_map(left, cosines, colors="RdBu_r", low=-reach, high=reach)
     write_in_cells(left, image, texts(cosines, 3))
     finish(figure, left, image, names, "cosine of the deltas", "−1 opposite, 0 unrelated, 1 the same")
     chance = 100 * fmean(pair["chance"] for pair in facts["pairs"])
-    image = heat_map(right, shares, colours="Blues", low=0, high=max(largest(shares), FULL_SHARE))
+    image = heat_map(right, shares, colors="Blues", low=0, high=max(largest(shares), FULL_SHARE))
     write_in_cells(right, image, texts(shares, 1))
     finish(figure, right, image, names, f"shared energy (random: {chance:.1f} %)", SHARED)
     save_figure(figure, path)
@@ -81,7 +81,7 @@ def save_block_overlap_plot(pairs: Sequence[Mapping[str, Any]], path: Path) -> N
     ]
     figure = figure_of(0.85 * len(chosen) + 3.6, 0.42 * len(blocks) + 2.2)
     axes = figure.add_subplot()
-    image = heat_map(axes, shares, colours="Blues", low=0, high=max(largest(shares), FULL_SHARE))
+    image = heat_map(axes, shares, colors="Blues", low=0, high=max(largest(shares), FULL_SHARE))
     write_in_cells(axes, image, texts(shares, 1))
     labels = [f"{shown_name(pair['first'], 16)} + {shown_name(pair['second'], 16)}" for pair in chosen]
     axes.set_xticks(range(len(chosen)), labels, rotation=35, ha="right", rotation_mode="anchor")

@@ -1,4 +1,4 @@
-"""How the plots of analyses look: colours, names that can be read, and a figure as a whole PNG."""
+"""How the plots of analyses look: colors, names that can be read, and a figure as a whole PNG."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2", "#72b7b2", "#9d755d", "#d67195")
+COLORS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2", "#72b7b2", "#9d755d", "#d67195")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 INK, PALE = "#1f2430", "#d5d8de"
 DPI = 140
@@ -48,11 +48,11 @@ def bare(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def heat_map(axes: Axes, values: Any, *, colours: str, low: float, high: float) -> Any:
+def heat_map(axes: Axes, values: Any, *, colors: str, low: float, high: float) -> Any:
     """Cells of (rows, columns) without a frame; NaN is pale."""
     import matplotlib
 
-    palette = matplotlib.colormaps[colours].with_extremes(bad="#eceef1")
+    palette = matplotlib.colormaps[colors].with_extremes(bad="#eceef1")
     image = axes.imshow(values, cmap=palette, vmin=low, vmax=high, aspect="auto")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
@@ -60,7 +60,7 @@ def heat_map(axes: Axes, values: Any, *, colours: str, low: float, high: float) 
 
 
 def write_in_cells(axes: Axes, image: Any, texts: Sequence[Sequence[str]]) -> None:
-    """One text in each cell, in ink on pale colours and white on dark ones."""
+    """One text in each cell, in ink on pale colors and white on dark ones."""
     values = image.get_array()
     for y, row in enumerate(texts):
         for x, text in enumerate(row):

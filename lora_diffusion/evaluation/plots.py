@@ -27,7 +27,7 @@ def check_plots_free(folder: Path, count: int, *, force: bool = False) -> None:
 
 
 def save_analysis_plots(facts: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw what `analyse_files` found; returns the files. Raises OutputError.
+    """Draw what `analyze_files` found; returns the files. Raises OutputError.
 
     phi is drawn for the two adapters that share most.
     """

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion.evaluation.plot_style import (
-    COLOURS,
+    COLORS,
     MARKERS,
     PALE,
     bare,
@@ -27,9 +27,9 @@ def save_rank_plot(adapters: Sequence[Mapping[str, Any]], path: Path) -> None:
         found = {block: facts["effective_rank"] for block, facts in adapter["blocks"].items()}
         rows = [y + step * (i - (len(adapters) - 1) / 2) for y, block in enumerate(blocks) if block in found]
         values = [found[block] for block in blocks if block in found]
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)]
+        color, marker = COLORS[i % len(COLORS)], MARKERS[i // len(COLORS) % len(MARKERS)]
         label = f"{shown_name(adapter['name'])} (rank {adapter['whole']['rank']:g})"
-        axes.plot(values, rows, marker, color=colour, ms=6, label=label)
+        axes.plot(values, rows, marker, color=color, ms=6, label=label)
     axes.set_yticks(range(len(blocks)), [shown_block(block) for block in blocks])
     axes.set_ylim(len(blocks) - 0.5, -0.5)
     axes.set_xlim(0, 1.02 * max(facts["rank"] for adapter in adapters for facts in adapter["blocks"].values()))

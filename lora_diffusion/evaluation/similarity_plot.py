@@ -29,7 +29,7 @@ def save_similarity_plot(pair: Mapping[str, Any], path: Path) -> None:
     figure = figure_of(7.6, 6.8)
     panels: list[Axes] = list(figure.subplots(2, 2, sharex=True, sharey=True).flat)
     images = [
-        heat_map(axes, grid, colours="viridis", low=0, high=highest) for axes, grid in zip(panels, grids, strict=True)
+        heat_map(axes, grid, colors="viridis", low=0, high=highest) for axes, grid in zip(panels, grids, strict=True)
     ]
     for axes, (_, _, title), grid in zip(panels, PANELS, grids, strict=True):
         axes.set_title(title, fontsize=11)

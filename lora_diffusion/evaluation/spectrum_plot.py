@@ -22,15 +22,15 @@ def save_spectrum_plot(adapters: Sequence[Mapping[str, Any]], path: Path) -> Non
     figure = figure_of(3.4 * columns + 1.9, 3.1 * rows + 0.4)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     flat: list[Axes] = list(panels.flat)
-    colours = block_colours(sorted({block for adapter in adapters for block in adapter["blocks"]}))
+    colors = block_colors(sorted({block for adapter in adapters for block in adapter["blocks"]}))
     for axes, adapter in zip(flat, adapters, strict=False):
-        draw_spectra(axes, adapter, colours)
+        draw_spectra(axes, adapter, colors)
     for axes in flat[len(adapters) :]:
         axes.set_visible(False)
     for axes in flat[max(len(adapters) - columns, 0) : len(adapters)]:
         axes.tick_params(labelbottom=True)
     handles = {line.get_label(): line for axes in flat for line in axes.get_lines()}
-    shown = [block for block in colours if shown_block(block) in handles]
+    shown = [block for block in colors if shown_block(block) in handles]
     labels = [shown_block(block) for block in shown]
     figure.legend([handles[label] for label in labels], labels, loc="outside right upper", frameon=False, title="block")
     figure.supxlabel("direction, strongest first", fontsize=10)
@@ -38,7 +38,7 @@ def save_spectrum_plot(adapters: Sequence[Mapping[str, Any]], path: Path) -> Non
     save_figure(figure, path)
 
 
-def block_colours(blocks: Sequence[str]) -> dict[str, Any]:
+def block_colors(blocks: Sequence[str]) -> dict[str, Any]:
     """Ink for the text encoders; from dark to bright along the UNet."""
     import matplotlib
 
@@ -48,7 +48,7 @@ def block_colours(blocks: Sequence[str]) -> dict[str, Any]:
     return {block: palette(places[block]) if block in places else INK for block in blocks}
 
 
-def draw_spectra(axes: Axes, adapter: Mapping[str, Any], colours: Mapping[str, Any]) -> None:
+def draw_spectra(axes: Axes, adapter: Mapping[str, Any], colors: Mapping[str, Any]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for block, found in adapter["blocks"].items():
@@ -56,7 +56,7 @@ def draw_spectra(axes: Axes, adapter: Mapping[str, Any], colours: Mapping[str, A
         style = "-" if block.startswith("unet.") else "--"
         marker = "o" if len(values) <= 16 else ""
         numbers = range(1, len(values) + 1)
-        axes.plot(numbers, values, style, marker=marker, ms=3, lw=1.4, color=colours[block], label=shown_block(block))
+        axes.plot(numbers, values, style, marker=marker, ms=3, lw=1.4, color=colors[block], label=shown_block(block))
     axes.set_yscale("log")
     axes.set_xlim(left=0.5)
     axes.yaxis.set_major_formatter("{x:g}")

@@ -23,7 +23,7 @@ from lora_diffusion.adapters.masks import region_mask
 from lora_diffusion.algebra.combine.np_lora import projected
 from lora_diffusion.config.preset import Composition
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.inference.in_place import Backup, check_blend, patching, quantised, weight_at
+from lora_diffusion.inference.in_place import Backup, check_blend, patching, quantized, weight_at
 from lora_diffusion.inference.parallel import BRANCHED, Branch, Forwards, branching
 from lora_diffusion.inference.regional import Lane, refuse_placeless, regional
 from lora_diffusion.models.load import Base
@@ -82,8 +82,8 @@ def check_composition(blend: Blend, composition: Composition) -> None:
 
 
 def writer(base: Base, composition: Composition, backup: Backup, stack: ExitStack) -> Write:
-    """What puts a sum into the base: its weights, or a branch beside them if asked for or if they are quantised."""
-    if composition.exact or quantised(base):
+    """What puts a sum into the base: its weights, or a branch beside them if asked for or if they are quantized."""
+    if composition.exact or quantized(base):
         branch = stack.enter_context(branching(base))
         return lambda total: branch.write([total])
     return stack.enter_context(patching(base, backup=backup)).write

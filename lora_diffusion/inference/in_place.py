@@ -47,7 +47,7 @@ def parameter_at(base: Base, name: str) -> Tensor:
 
 
 def live_shapes(base: Base, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """The shapes of those parameters that the base has, quantised weights as they were before."""
+    """The shapes of those parameters that the base has, quantized weights as they were before."""
     found: dict[str, tuple[int, ...]] = {}
     for name in names:
         path, _, leaf = name.rpartition(".")
@@ -58,7 +58,7 @@ def live_shapes(base: Base, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
 
 
 def weight_shape(module: nn.Module) -> tuple[int, ...]:
-    """The shape of a module's weight; of a quantised one, as it was before."""
+    """The shape of a module's weight; of a quantized one, as it was before."""
     if isinstance(module, nn.Linear):
         return (module.out_features, module.in_features)
     weight = module.weight
@@ -66,7 +66,7 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
     return tuple(weight.shape)
 
 
-def quantised(base: Base) -> bool:
+def quantized(base: Base) -> bool:
     """Whether weights of any component are stored in codes, so that nothing can be added to them."""
     models = (getattr(base.pipe, component, None) for component in base.family.components)
     linear = (module for model in models if model for module in model.modules() if isinstance(module, nn.Linear))
@@ -275,9 +275,9 @@ def patching(base: Base, *, backup: Backup = "memory") -> Iterator[Patch]:
         raise ConfigError(
             f"{base.name} has a blend in its weights already; leave that one first, or load a second base"
         )
-    if quantised(base):
+    if quantized(base):
         raise ConfigError(
-            f"{base.name}: its weights are quantised, nothing can be added to them; keep a branch (exact)"
+            f"{base.name}: its weights are quantized, nothing can be added to them; keep a branch (exact)"
         )
     patch = Patch(base, memory_backup() if backup == "memory" else file_backup(base))
     PATCHED.add(base)

@@ -4,7 +4,7 @@
 
 Factors are stacked, so the branch costs the same few operations however many adapters it holds. Each sample of a batch
 may have a blend of its own (its factors are one slice of a batched product), which serves several blends in one pass,
-regional masks, bases with quantised weights, and half-precision bases whose rounding would swallow a delta.
+regional masks, bases with quantized weights, and half-precision bases whose rounding would swallow a delta.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +44,7 @@ class Side:
     """(n, out)."""
 
     def like(self, y: Tensor) -> "Side":
-        """The side in the type of the output, which quantised modules and autocast choose for themselves."""
+        """The side in the type of the output, which quantized modules and autocast choose for themselves."""
         found = next(tensor for tensor in (self.up, self.dense, self.bias) if tensor is not None)
         if found.dtype == y.dtype:
             return self
@@ -106,7 +106,7 @@ def dense_delta(terms: Sequence[Term], module: nn.Module, path: str) -> Tensor |
     assert isinstance(weight, Tensor)
     if not weight.dtype.is_floating_point:
         if any(layer.kind == "DoRA" for _, layer in others):
-            raise ConfigError(f"{path}: DoRA needs the base's own weight, which is in codes; set quantise to none")
+            raise ConfigError(f"{path}: DoRA needs the base's own weight, which is in codes; set quantize to none")
         weight = torch.zeros(weight_shape(module), device=weight.device)  # only its shape and device are looked at
     return torch.stack([delta.reshape(weight.shape) for delta in term_deltas(others, weight)]).sum(0)
 
@@ -201,16 +201,16 @@ def convolved(module: nn.Conv2d, x: Tensor, kernels: Tensor) -> Tensor:
 
 
 def add_to_norm(module: nn.Module, x: Tensor, y: Tensor, side: Side) -> Tensor:
-    """A norm's output is linear in its weight: what the delta adds is the normalised input times the delta."""
+    """A norm's output is linear in its weight: what the delta adds is the normalized input times the delta."""
     channels = (-1, *[1] * (x.ndim - 2)) if isinstance(module, nn.GroupNorm) else (*[1] * (x.ndim - 2), -1)
     if side.dense is not None:
-        y = y + normalised(module, x) * spread(side.dense, x.shape[0]).reshape(x.shape[0], *channels)
+        y = y + normalized(module, x) * spread(side.dense, x.shape[0]).reshape(x.shape[0], *channels)
     if side.bias is not None:
         y = y + spread(side.bias, x.shape[0]).reshape(x.shape[0], *channels)
     return y
 
 
-def normalised(module: nn.Module, x: Tensor) -> Tensor:
+def normalized(module: nn.Module, x: Tensor) -> Tensor:
     if isinstance(module, nn.GroupNorm):
         return functional.group_norm(x, module.num_groups, eps=module.eps)
     assert isinstance(module, nn.LayerNorm)

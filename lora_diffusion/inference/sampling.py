@@ -196,7 +196,7 @@ def generate(
 ) -> list[Picture]:
     """Pictures of all settings under one blend, each with its recipe.
 
-    They are made one after another, so that none depends on its neighbours; `composition` says how the adapters come
+    They are made one after another, so that none depends on its neighbors; `composition` says how the adapters come
     together, by default as a sum; `backup` where the base's own values are kept meanwhile; `on_picture` gets each
     picture as soon as it is there, and `on_step` each denoising step. Raises FamilyMismatchError if an adapter does not
     belong to the base, AdapterFormatError for NaN, ConfigError, SamplingError.

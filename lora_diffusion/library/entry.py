@@ -123,13 +123,13 @@ def look_around(folder: Path) -> tuple[list[Place], list[LibraryEntry]]:
     return [place for place in places if is_text(place.relative)], refused
 
 
-def place_at(path: Path, folder: Path, neighbours: Collection[str]) -> Place:
+def place_at(path: Path, folder: Path, neighbors: Collection[str]) -> Place:
     """An adapter with its sidecar and preview, which are among the names beside it."""
     stem = stem_of(path)
     sidecar = path.with_name(f"{stem}.json")
-    sidecar_stamp = stamp_of(sidecar) if sidecar.name in neighbours else ""
+    sidecar_stamp = stamp_of(sidecar) if sidecar.name in neighbors else ""
     pictures = (f"{stem}{middle}.{suffix}" for suffix in PICTURES for middle in ("", ".preview"))
-    preview = next((path.with_name(name) for name in pictures if name in neighbours), None)
+    preview = next((path.with_name(name) for name in pictures if name in neighbors), None)
     return Place(
         path=path,
         relative=path.relative_to(folder).as_posix(),

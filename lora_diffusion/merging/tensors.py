@@ -91,11 +91,11 @@ def rounded(exact: Tensor, dtype: torch.dtype, name: str, config: MergeConfig) -
 
 
 def rounded_at_random(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Stochastic rounding: one of the two 16-bit neighbours, the nearer one more likely, so that the mean is exact."""
+    """Stochastic rounding: one of the two 16-bit neighbors, the nearer one more likely, so that the mean is exact."""
     nearest = exact.to(dtype)
     error = exact - nearest.float()
     bits = nearest.view(torch.int16)
-    away = torch.where(bits < 0, error < 0, error > 0)  # whether the other neighbour is larger in magnitude
+    away = torch.where(bits < 0, error < 0, error > 0)  # whether the other neighbor is larger in magnitude
     stepped = bits + torch.where(away, 1, -1).to(torch.int16)
     smallest = torch.where(error < 0, -32767, 1).to(torch.int16)
     other = torch.where(nearest == 0, smallest, stepped).view(dtype)

@@ -1,7 +1,7 @@
 """A base whose frozen linear layers are kept in four or eight bits, to train an adapter on it or to make pictures.
 
 This is QLoRA [arXiv:2305.14314], with the codes of bitsandbytes, on GPUs and processors alike; the constants of 4-bit
-blocks are quantised once more. Layers that fit no blocks, convolutions and norms stay as they are. Nothing can be added
+blocks are quantized once more. Layers that fit no blocks, convolutions and norms stay as they are. Nothing can be added
 to codes, so a blend acts through a branch beside them (`inference/parallel.py`).
 """
 
@@ -30,16 +30,16 @@ def load_in_codes(name: str, codes: Codes, *, precision: torch.dtype | None = No
     check_codes(codes)
     device = default_device()
     base = load_base(name, device=torch.device("cpu"), precision=precision or default_precision(device))
-    return quantise(base, codes, device)
+    return quantize(base, codes, device)
 
 
 def check_codes(codes: Codes) -> None:
     """Raise ConfigError if there is nothing that can hold them."""
     if codes != "none" and find_spec("bitsandbytes") is None:
-        raise ConfigError(f"quantise {codes!r} needs bitsandbytes; pip install 'lora-diffusion[quantised]'")
+        raise ConfigError(f"quantize {codes!r} needs bitsandbytes; pip install 'lora-diffusion[quantized]'")
 
 
-def quantise(base: Base, codes: Codes, device: torch.device) -> Base:
+def quantize(base: Base, codes: Codes, device: torch.device) -> Base:
     """The base on a device, the UNet's linear layers in codes, which are all that is moved of them. Uses up the base.
 
     Raises ConfigError without bitsandbytes, and for a base of which no layer can be held.
@@ -54,8 +54,8 @@ def quantise(base: Base, codes: Codes, device: torch.device) -> Base:
     ]
     if not places:
         raise ConfigError(
-            f"quantise {codes!r}: no linear layer of {base.name} has a multiple of {INPUTS} inputs and of "
-            f"{OUTPUTS} outputs, which its blocks need; set quantise to none"
+            f"quantize {codes!r}: no linear layer of {base.name} has a multiple of {INPUTS} inputs and of "
+            f"{OUTPUTS} outputs, which its blocks need; set quantize to none"
         )
     for parent, name, child in places:
         setattr(parent, name, in_codes(child, codes, device))

@@ -90,7 +90,7 @@ def refuse_editing(text: str, piece: str, open_brackets: list[tuple[str, int]]) 
 
 
 def joined(spans: list[Span]) -> list[Span]:
-    """The same with neighbours of one weight as one, so that a text without weights stays in one piece."""
+    """The same with neighbors of one weight as one, so that a text without weights stays in one piece."""
     result: list[Span] = []
     for span in spans:
         if result and result[-1].weight == span.weight:

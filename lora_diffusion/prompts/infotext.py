@@ -157,8 +157,8 @@ def templates(lines: Sequence[str]) -> dict[str, str]:
 
 def prompts(lines: Sequence[str]) -> tuple[str, str]:
     """The prompt and the negative prompt, which begins at its label and goes on to the end."""
-    labelled = (at for at, line in enumerate(lines) if line.lstrip().startswith(NEGATIVE))
-    start = next(labelled, len(lines))
+    labeled = (at for at, line in enumerate(lines) if line.lstrip().startswith(NEGATIVE))
+    start = next(labeled, len(lines))
     negative = "\n".join(lines[start:]).lstrip().removeprefix(NEGATIVE).removeprefix(" ")
     return "\n".join(lines[:start]), negative
 

@@ -22,13 +22,13 @@ FREE_TO_CHANGE = ("output", "name", "save_every", "save_precision", "state_every
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """A run after so many optimiser steps. Data order and noise are functions of the step, and need no place here."""
+    """A run after so many optimizer steps. Data order and noise are functions of the step, and need no place here."""
 
     step: int
     losses: Sequence[float]
     """Of every step so far."""
     parameters: Mapping[str, Tensor]
-    optimiser: Mapping[str, Any]
+    optimizer: Mapping[str, Any]
     scaler: Mapping[str, Any] | None
     average: Mapping[str, Any] | None
     """The moving average of the parameters, if there is one."""

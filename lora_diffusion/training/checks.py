@@ -21,7 +21,7 @@ def check_trainable(parameters: Mapping[str, nn.Parameter]) -> None:
 
 
 def check_finite(loss: Tensor, step: int) -> None:
-    """Raise TrainingError for a loss that is no number, before the optimiser has moved."""
+    """Raise TrainingError for a loss that is no number, before the optimizer has moved."""
     if not bool(torch.isfinite(loss)):
         raise TrainingError(
             f"the loss at step {step} is {float(loss)}; nothing was written for this step. Lower learning_rate, or "

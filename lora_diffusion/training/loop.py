@@ -25,7 +25,7 @@ from lora_diffusion.training.methods.injection import extract, layer_factors
 from lora_diffusion.training.optim.ema import MovingAverage, applied, write
 from lora_diffusion.training.optim.lr_schedule import rate_fraction
 from lora_diffusion.training.optim.max_norm import limit_norms
-from lora_diffusion.training.optim.optimizers import evaluation_mode, new_optimiser
+from lora_diffusion.training.optim.optimizers import evaluation_mode, new_optimizer
 from lora_diffusion.training.previews import make_samples
 from lora_diffusion.training.seeding import sample_seed
 from lora_diffusion.training.setup import Run, set_up
@@ -40,7 +40,7 @@ class TrainResult:
     adapter: Adapter
     path: Path
     steps: int
-    """Optimiser steps that were taken."""
+    """Optimizer steps that were taken."""
     stopped: bool
     """Whether somebody stopped the run; then nothing is at `path` yet, and the same settings go on from here."""
     first_loss: float
@@ -73,17 +73,17 @@ def train(config: TrainConfig, watch: Watch = lambda *_: None) -> TrainResult:
 
 
 class Progress:
-    """A run under way: the optimiser and everything else that changes from step to step."""
+    """A run under way: the optimizer and everything else that changes from step to step."""
 
     def __init__(self, run: Run, watch: Watch) -> None:
         self.run, self.watch, config = run, watch, run.config
         text_encoders = tuple(name for name in run.base.family.components if name != "unet")
-        optimiser = new_optimiser(run.parameters, config.optimiser, text_encoders)
+        optimizer = new_optimizer(run.parameters, config.optimizer, text_encoders)
         self.trained = {name: p for name, p in run.parameters.items() if p.requires_grad}
-        self.peaks = [group["lr"] for group in optimiser.param_groups]
-        self.groups = {p: place for place, group in enumerate(optimiser.param_groups) for p in group["params"]}
-        self.denoiser, self.optimiser = run.accelerator.prepare(run.denoiser, optimiser)
-        decay = config.optimiser.ema_decay
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+        self.groups = {p: place for place, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        self.denoiser, self.optimizer = run.accelerator.prepare(run.denoiser, optimizer)
+        decay = config.optimizer.ema_decay
         self.average = MovingAverage(decay=decay) if decay else None
         self.batches = Batches(run)
         self.losses: list[float] = []
@@ -110,7 +110,7 @@ class Progress:
         if state is None:
             return
         write(run.parameters, state.parameters)
-        self.optimiser.load_state_dict(state.optimiser)
+        self.optimizer.load_state_dict(state.optimizer)
         if run.accelerator.scaler is not None and state.scaler is not None:
             run.accelerator.scaler.load_state_dict(dict(state.scaler))
         run.rules.load_state_dict(state.rules)
@@ -127,7 +127,7 @@ class Progress:
             step=self.step,
             losses=self.losses,
             parameters={name: p.detach().cpu() for name, p in self.run.parameters.items()},
-            optimiser=self.optimiser.state_dict(),
+            optimizer=self.optimizer.state_dict(),
             scaler=scaler.state_dict() if scaler else None,
             average=self.average.state_dict() if self.average else None,
             rules=self.run.rules.state_dict(),
@@ -171,14 +171,14 @@ class Progress:
         self.run.accelerator.log(numbers, step=self.step)
 
     def one_step(self) -> dict[str, Any]:
-        """One optimiser step over all its batches."""
+        """One optimizer step over all its batches."""
         run, config, step = self.run, self.run.config, self.step
         if not self.denoiser.training:  # or else every module of the base is visited at every step
             self.denoiser.train()
         # Dropout draws from the global generator; a seed for each step and process makes it a function of the step.
         torch.manual_seed(sample_seed(config.seed + run.accelerator.process_index, -(2**40) - step))
-        fraction = rate_fraction(step, config.optimiser, config.steps)
-        for group, peak in zip(self.optimiser.param_groups, self.peaks, strict=True):
+        fraction = rate_fraction(step, config.optimizer, config.steps)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * fraction
         run.rules.before_step(step)
         window: list[Tensor] = []
@@ -195,11 +195,11 @@ class Progress:
                         check_gradients(self.trained)
                     for resting in run.rules.resting(step):
                         resting.grad = None
-                    norm = run.accelerator.clip_grad_norm_(self.trained.values(), config.optimiser.max_gradient_norm)
-                    if math.isfinite(norm):  # else a scaled loss was too large, and the optimiser skips the step
+                    norm = run.accelerator.clip_grad_norm_(self.trained.values(), config.optimizer.max_gradient_norm)
+                    if math.isfinite(norm):  # else a scaled loss was too large, and the optimizer skips the step
                         run.rules.after_gradients(step)
-                self.optimiser.step()
-                self.optimiser.zero_grad()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
         run.rules.after_step(step, self.rate_of)
         if config.adapter.max_norm:
             limit_norms(layer_factors(run.base, run.paths), config.adapter.max_norm)
@@ -211,10 +211,10 @@ class Progress:
         return facts | self.validation()
 
     def rate_of(self, parameter: nn.Parameter) -> float:
-        """The rate of a parameter in this step; some optimisers multiply it with one that they find. 0 if frozen."""
+        """The rate of a parameter in this step; some optimizers multiply it with one that they find. 0 if frozen."""
         if parameter not in self.groups:
             return 0.0
-        group = self.optimiser.param_groups[self.groups[parameter]]
+        group = self.optimizer.param_groups[self.groups[parameter]]
         return float(group["lr"]) * float(group.get("d", 1.0))
 
     def validation(self) -> dict[str, Any]:
@@ -245,7 +245,7 @@ class Progress:
         self.run.denoiser.eval()
         try:
             with (
-                evaluation_mode(self.optimiser),
+                evaluation_mode(self.optimizer),
                 applied(self.run.parameters, self.average) if self.average else nullcontext(),
             ):
                 yield

@@ -36,18 +36,18 @@ def settings_for(
     said = changed(told, changes or {})
     table = changed({**without_what_gives_way(table, said), "base": base}, said)
     config = validate(TrainConfig, table, source=f"train {purpose}")
-    if "text_encoder_learning_rate" in said.get("optimiser", {}) or config.adapter.text_learns:
+    if "text_encoder_learning_rate" in said.get("optimizer", {}) or config.adapter.text_learns:
         return config
-    optimiser = config.optimiser.model_copy(update={"text_encoder_learning_rate": None})  # of nothing that is trained
-    return config.model_copy(update={"optimiser": optimiser})
+    optimizer = config.optimizer.model_copy(update={"text_encoder_learning_rate": None})  # of nothing that is trained
+    return config.model_copy(update={"optimizer": optimizer})
 
 
 def without_what_gives_way(table: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
-    """The family's defaults less those that do not go with what is said: what an optimiser finds or has of its own,
+    """The family's defaults less those that do not go with what is said: what an optimizer finds or has of its own,
     what a file to go on from brings, and the pull that a slider has anyway."""
     gives_way: dict[str, set[str]] = {}
-    if "learning_rate" in SUITED.get(said.get("optimiser", {}).get("kind", ""), {}):
-        gives_way["optimiser"] = {"learning_rate", "text_encoder_learning_rate"}
+    if "learning_rate" in SUITED.get(said.get("optimizer", {}).get("kind", ""), {}):
+        gives_way["optimizer"] = {"learning_rate", "text_encoder_learning_rate"}
     if "begin_with" in said.get("adapter", {}):
         gives_way["adapter"] = {*OF_THE_FILE}
     if said.get("slider"):

@@ -7,7 +7,7 @@ import torch
 
 
 def sample_seed(seed: int, index: int) -> int:
-    """A seed of its own for each sample (a step of splitmix64, so that neighbours are unrelated)."""
+    """A seed of its own for each sample (a step of splitmix64, so that neighbors are unrelated)."""
     value = (seed * 0x9E3779B97F4A7C15 + index * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) & (2**64 - 1)
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)

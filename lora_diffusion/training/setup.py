@@ -29,7 +29,7 @@ from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.inference.in_place import check_base_fits
 from lora_diffusion.models.load import Base, default_device, load_base
 from lora_diffusion.models.offload import idle_models, send_away
-from lora_diffusion.models.quantize import check_codes, quantise
+from lora_diffusion.models.quantize import check_codes, quantize
 from lora_diffusion.training.base_adapters import on_top_of
 from lora_diffusion.training.checks import check_trainable
 from lora_diffusion.training.diffusion.timesteps import check_timesteps
@@ -139,13 +139,13 @@ def prepared_base(config: TrainConfig, accelerator: Accelerator) -> Base:
     Raises LoRADiffusionError's children.
     """
     compute = config.compute
-    check_codes(compute.quantise)
-    whole = compute.quantise == "none"  # else the device is to hold nothing but codes
+    check_codes(compute.quantize)
+    whole = compute.quantize == "none"  # else the device is to hold nothing but codes
     device = accelerator.device if whole else torch.device("cpu")
     base = load_base(config.base, device=device, precision=torch_dtype(PRECISIONS[compute.mixed_precision]))
     base.pipe.vae.float()
     base = on_top_of(base, config.on_top_of)
-    return base if whole else quantise(base, compute.quantise, accelerator.device)
+    return base if whole else quantize(base, compute.quantize, accelerator.device)
 
 
 def put_on(

@@ -2,7 +2,7 @@
 
 Each process keeps its part of every block and gathers the others' while the block works (ZeRO-3 [arXiv:1910.02054], as
 PyTorch's FSDP2 does it). The adapter is small and stays whole in each process, trained by plain data parallelism:
-sharing out its gradients and the optimiser's state, which FSDP and ZeRO-2 do, would save a few hundred megabytes.
+sharing out its gradients and the optimizer's state, which FSDP and ZeRO-2 do, would save a few hundred megabytes.
 """
 
 from collections.abc import Mapping

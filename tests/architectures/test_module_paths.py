@@ -6,7 +6,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lora_diffusion.architectures.families import FAMILIES, SD1, SDXL, TINY_SD, recognise
+from lora_diffusion.architectures.families import FAMILIES, SD1, SDXL, TINY_SD, recognize
 from lora_diffusion.architectures.module_paths import anatomy_of, module_paths
 from lora_diffusion.errors import BaseModelError
 from lora_diffusion.models.load import Base, live_path
@@ -76,12 +76,12 @@ def test_paths_of_both_random_bases_are_their_modules(sd: Base, sdxl: Base) -> N
 
 
 def test_widths_name_the_family() -> None:
-    assert recognise(768, two_encoders=False) is SD1
-    assert recognise(2048, two_encoders=True) is SDXL
-    assert recognise(128, two_encoders=False) is TINY_SD
+    assert recognize(768, two_encoders=False) is SD1
+    assert recognize(2048, two_encoders=True) is SDXL
+    assert recognize(128, two_encoders=False) is TINY_SD
     assert set(FAMILIES) == {"sd1", "sd2", "sdxl", "tiny-sd", "tiny-sdxl"}
 
 
 def test_a_width_with_the_wrong_number_of_encoders_is_refused() -> None:
     with pytest.raises(BaseModelError, match=r"SDXL, which does not have one text encoder"):
-        recognise(2048, two_encoders=False)
+        recognize(2048, two_encoders=False)

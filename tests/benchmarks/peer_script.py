@@ -38,7 +38,7 @@ def smaller_side(size: int, interpolation: InterpolationMode) -> Callable[[Image
     return resized
 
 
-def centre(size: int) -> Callable[[Image.Image], Image.Image]:
+def center(size: int) -> Callable[[Image.Image], Image.Image]:
     def cut(image: Image.Image) -> Image.Image:
         left, top = (image.width - size) // 2, (image.height - size) // 2
         return image.crop((left, top, left + size, top + size))
@@ -97,8 +97,8 @@ def stand_ins() -> dict[str, ModuleType]:
     vision.transforms = SimpleNamespace(  # type: ignore[attr-defined]
         InterpolationMode=InterpolationMode,
         Resize=smaller_side,
-        CenterCrop=centre,
-        RandomCrop=centre,
+        CenterCrop=center,
+        RandomCrop=center,
         RandomHorizontalFlip=lambda: lambda image: image,
         Lambda=lambda call: call,
         ToTensor=lambda: to_tensor,

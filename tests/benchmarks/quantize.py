@@ -5,7 +5,7 @@
 Random weights, 32x32 latents, batch 1, rank 16 on all attention and feed-forward layers, in a process of its own for
 each kind of base: half precision (float16 on a GPU, bfloat16 on a processor, two bytes either way), nf4, fp4 and int8.
 "held" is the UNet's own tensors; "peak" is what the process has at most in its second step, above what it had before
-the UNet was there. The error is that of the UNet's output. Writes `quantising.json` beside this script.
+the UNet was there. The error is that of the UNet's output. Writes `quantizing.json` beside this script.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ from lora_diffusion.architectures.module_paths import trainable_paths
 from lora_diffusion.architectures.targets import resolve_targets
 from lora_diffusion.config.adapter import AdapterConfig
 from lora_diffusion.models.load import Base, default_device, load_base
-from lora_diffusion.models.quantize import quantise
+from lora_diffusion.models.quantize import quantize
 from lora_diffusion.training.methods.injection import inject
 
 RANK = 16
@@ -81,7 +81,7 @@ def peak_mb(device: torch.device) -> float:
 def into_codes(base: Base, codes: Any, device: torch.device, dtype: torch.dtype) -> float:
     """Put the UNet into codes; returns how far its output moves, relative to its size."""
     wanted = predicted(base.pipe.unet, torch.device("cpu"), torch.bfloat16)
-    quantise(base, codes, device)
+    quantize(base, codes, device)
     return float((predicted(base.pipe.unet, device, dtype).cpu() - wanted).norm() / wanted.norm())
 
 

@@ -121,8 +121,8 @@ def test_dark_is_dark_and_light_is_light(browser: Any, served: tuple[str, Path])
         page = context.new_page()
         page.goto(served[0])
         page.get_by_role("button", name="Generate").wait_for()
-        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        grounds[scheme] = sum(int(part) for part in re.findall(r"\d+", colour)[:3])
+        color = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        grounds[scheme] = sum(int(part) for part in re.findall(r"\d+", color)[:3])
         context.close()
     assert grounds["dark"] < 200 < 600 < grounds["light"]
 

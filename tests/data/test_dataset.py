@@ -106,7 +106,7 @@ def test_the_hash_knows_pictures_captions_and_repeats(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "colour", "expected"),
+    ("mode", "color", "expected"),
     [
         ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
         ("LA", (0, 0), (255, 255, 255)),
@@ -115,9 +115,9 @@ def test_the_hash_knows_pictures_captions_and_repeats(folder: Path) -> None:
         ("P", 0, (0, 0, 0)),
     ],
 )
-def test_every_mode_becomes_plain_rgb(tmp_path: Path, mode: str, colour: object, expected: tuple[int, ...]) -> None:
+def test_every_mode_becomes_plain_rgb(tmp_path: Path, mode: str, color: object, expected: tuple[int, ...]) -> None:
     path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
-    Image.new(mode, (16, 16), colour).save(path)  # type: ignore[arg-type]
+    Image.new(mode, (16, 16), color).save(path)  # type: ignore[arg-type]
     tensor = (seen(path, Bucket(16, 16)) + 1) * 127.5
     assert tensor.shape == (3, 16, 16)
     assert tensor[:, 8, 8].tolist() == pytest.approx(expected, abs=2)
@@ -137,13 +137,13 @@ def swapped_profile() -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("mode", "colour", "expected"),
+    ("mode", "color", "expected"),
     [("RGB", (255, 0, 0), (0, 0, 255)), ("RGBA", (0, 0, 255, 255), (255, 0, 0)), ("P", 0, (0, 0, 255))],
 )
-def test_colours_are_those_of_the_pictures_profile(
-    mode: str, colour: object, expected: tuple[int, ...], tmp_path: Path
+def test_colors_are_those_of_the_pictures_profile(
+    mode: str, color: object, expected: tuple[int, ...], tmp_path: Path
 ) -> None:
-    picture = Image.new(mode, (8, 8), colour)  # type: ignore[arg-type]
+    picture = Image.new(mode, (8, 8), color)  # type: ignore[arg-type]
     if mode == "P":
         picture.putpalette([255, 0, 0])
     picture.save(tmp_path / "a.png", icc_profile=swapped_profile())
@@ -166,7 +166,7 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
 
 
 def test_animated_pictures_are_named(tmp_path: Path) -> None:
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:])
     with pytest.raises(DatasetError, match=r"a\.webp: has 2 frames"):
         read_size(tmp_path / "a.webp")
@@ -221,7 +221,7 @@ def test_views_depend_on_seed_and_variant_alone_and_keys_tell_them_apart(tmp_pat
     noise = torch.randint(0, 256, (60, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     Image.fromarray(noise.numpy()).save(tmp_path / "a.png")
     example, bucket = Example(picture=tmp_path / "a.png", caption="x"), Bucket(16, 16)
-    config = DataConfig(folder=tmp_path, crop="random", crop_zoom=1.5, flip=True, colour_jitter=0.2)
+    config = DataConfig(folder=tmp_path, crop="random", crop_zoom=1.5, flip=True, color_jitter=0.2)
     made = {
         (seed, variant): (
             view(example, bucket, config, seed=seed, variant=variant),

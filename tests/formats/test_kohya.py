@@ -222,7 +222,7 @@ def kohya_file(path: Path, family: str, modules: dict[str, tuple[int, int]], **c
 
 
 @pytest.mark.parametrize(("family", "width"), [("sd1", 768), ("sd2", 1024), ("sdxl", 2048)])
-def test_the_family_is_recognised_by_the_width_of_the_text_context(family: str, width: int, tmp_path: Path) -> None:
+def test_the_family_is_recognized_by_the_width_of_the_text_context(family: str, width: int, tmp_path: Path) -> None:
     block = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
     adapter = load_adapter(kohya_file(tmp_path / "a.safetensors", family, {block: (640, width)}))
     assert adapter.metadata.family == family
@@ -257,7 +257,7 @@ def test_a_missing_or_zero_alpha_means_the_rank(tmp_path: Path) -> None:
         ({"ss_base_model_version": "sd_v2_inpainting"}, "inpainting"),
     ],
 )
-def test_the_variant_is_recognised_and_kept(entries: dict[str, str], variant: str, tmp_path: Path) -> None:
+def test_the_variant_is_recognized_and_kept(entries: dict[str, str], variant: str, tmp_path: Path) -> None:
     block = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
     path = kohya_file(tmp_path / "a.safetensors", "sd2", {block: (640, 1024)})
     save_file(load_file(path), path, metadata=entries)
@@ -268,7 +268,7 @@ def test_the_variant_is_recognised_and_kept(entries: dict[str, str], variant: st
     assert ("768-v" in written["modelspec.architecture"]) == (variant == "v-prediction")
 
 
-def test_an_inpainting_unet_is_recognised_by_its_first_convolution(tmp_path: Path) -> None:
+def test_an_inpainting_unet_is_recognized_by_its_first_convolution(tmp_path: Path) -> None:
     tensors = {
         "lora_unet_conv_in.lora_down.weight": torch.ones(2, 9, 3, 3),
         "lora_unet_conv_in.lora_up.weight": torch.ones(320, 2, 1, 1),

@@ -17,11 +17,11 @@ TABLE: dict[str, Any] = {
     "batch_size": 2,
     "trigger_words": ["sks"],
     "adapter": {"rank": 2, "alpha": 3.0, "unet_targets": ["attention"], "text_encoder_targets": ["attention"]},
-    "optimiser": {"learning_rate": 1e-2, "text_encoder_learning_rate": 1e-2, "warmup_steps": 1},
+    "optimizer": {"learning_rate": 1e-2, "text_encoder_learning_rate": 1e-2, "warmup_steps": 1},
 }
 UNET_ONLY: dict[str, Any] = {
     "adapter": {"alpha": None, "text_encoder_targets": []},
-    "optimiser": {"text_encoder_learning_rate": None},
+    "optimizer": {"text_encoder_learning_rate": None},
 }
 """Changes to these settings for what trains no text encoder."""
 
@@ -41,7 +41,7 @@ def short_run(pictures: Path, output: Path, steps: int, changes: Mapping[str, An
         "steps": steps,
         "batch_size": 2,
         "adapter": {"rank": 4},
-        "optimiser": {"learning_rate": 5e-3, "warmup_steps": 1, "schedule": "constant"},
+        "optimizer": {"learning_rate": 5e-3, "warmup_steps": 1, "schedule": "constant"},
         "validation": {"folder": pictures, "every": steps, "draws": 4},
         "tracking": {"trackers": []},
     }

@@ -181,16 +181,16 @@ class Int8Linear(nn.Linear):
         return nn.functional.linear(x, self.weight.float() * self.scale, self.bias)
 
 
-def quantise(base: Base) -> None:
+def quantize(base: Base) -> None:
     for name, module in list(base.pipe.unet.named_modules()):
         if type(module) is nn.Linear:
             parent, _, leaf = name.rpartition(".")
             setattr(base.pipe.unet.get_submodule(parent), leaf, Int8Linear(module))
 
 
-def test_a_quantised_base_takes_a_branch_and_refuses_to_be_written_to(sd: Base, sd_folder: object) -> None:
+def test_a_quantized_base_takes_a_branch_and_refuses_to_be_written_to(sd: Base, sd_folder: object) -> None:
     base = load_base(str(sd_folder), device=torch.device("cpu"))
-    quantise(base)
+    quantize(base)
     blend = blend_of((random_adapter(sd, seed=1), 0.8))
     bare = predict(base)
     with branched(base, blend):
@@ -208,10 +208,10 @@ def test_a_quantised_base_takes_a_branch_and_refuses_to_be_written_to(sd: Base, 
     assert (moved - bare).abs().max() > 0.01
 
 
-def test_a_quantised_base_is_not_patched(sd: Base, sd_folder: object) -> None:
+def test_a_quantized_base_is_not_patched(sd: Base, sd_folder: object) -> None:
     base = load_base(str(sd_folder), device=torch.device("cpu"))
-    quantise(base)
-    with pytest.raises(ConfigError, match="quantised"), blended(base, blend_of((random_adapter(sd, seed=1), 0.8))):
+    quantize(base)
+    with pytest.raises(ConfigError, match="quantized"), blended(base, blend_of((random_adapter(sd, seed=1), 0.8))):
         pass
     plain = random_adapter(sd, seed=1)
     path = next(path for path in plain.layers if path.startswith("unet."))
@@ -303,14 +303,14 @@ def test_a_second_branch_is_refused_and_other_tools_forwards_are_put_back(sd: Ba
         del module.forward
 
 
-def test_a_quantised_text_encoder_is_not_patched_either(sd: Base, sd_folder: object) -> None:
+def test_a_quantized_text_encoder_is_not_patched_either(sd: Base, sd_folder: object) -> None:
     base = load_base(str(sd_folder), device=torch.device("cpu"))
     encoder = base.pipe.text_encoder
     for name, module in list(encoder.named_modules()):
         if type(module) is nn.Linear:
             parent, _, leaf = name.rpartition(".")
             setattr(encoder.get_submodule(parent), leaf, Int8Linear(module))
-    with pytest.raises(ConfigError, match="quantised"), blended(base, blend_of((random_adapter(sd, seed=1), 0.8))):
+    with pytest.raises(ConfigError, match="quantized"), blended(base, blend_of((random_adapter(sd, seed=1), 0.8))):
         pass
 
 

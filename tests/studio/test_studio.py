@@ -109,10 +109,10 @@ def test_a_studio_in_codes_makes_the_pictures_of_its_command(shelf: Path, studio
     form = Form(rows=BOTH, settings=PROMPT)
     made = next(event.path for event in coded.render(form) if isinstance(event, Made))
     assert read_recipe(made).codes == "nf4"
-    assert "--quantise nf4" in coded.command(form)
-    assert "--quantise" not in studio.command(form)
+    assert "--quantize nf4" in coded.command(form)
+    assert "--quantize" not in studio.command(form)
     assert coded.restored(made)[1] == ()
-    assert studio.restored(made)[1] == ("made with quantise nf4; this studio has none",)
+    assert studio.restored(made)[1] == ("made with quantize nf4; this studio has none",)
 
 
 def test_a_preset_that_names_a_missing_adapter_offers_the_rest(studio: Studio, tmp_path: Path) -> None:

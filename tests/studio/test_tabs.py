@@ -265,7 +265,7 @@ def test_a_run_that_fails_says_why_and_harms_nothing(studio: Studio) -> None:
     trainer.add_pictures("bad", sorted((sample_data() / "styles" / "ink").glob("00.*")))
     trainer.start(Job(name="bad", base="tiny-sd", steps=2, extra="adapter.rank=-3"))
     assert "adapter.rank" in waited(trainer, "bad")
-    for extra in ("output=/etc/x.safetensors", "data.cache_folder=/tmp", "optimiser.kind=os.system", "base=/etc"):
+    for extra in ("output=/etc/x.safetensors", "data.cache_folder=/tmp", "optimizer.kind=os.system", "base=/etc"):
         with pytest.raises(ConfigError, match="not set from the studio"):
             trainer.words(Job(name="bad", base="tiny-sd", extra=extra))
 

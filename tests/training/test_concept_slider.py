@@ -45,7 +45,7 @@ def test_a_slider_darkens_one_way_and_brightens_the_other(tmp_path: Path, tiny: 
         "batch_size": 2,
         "adapter": {"rank": 4},
         "slider": NIGHT,
-        "optimiser": {"learning_rate": 3e-3, "warmup_steps": 1},
+        "optimizer": {"learning_rate": 3e-3, "warmup_steps": 1},
         "tracking": {"trackers": []},
     }
     result = train(validate(TrainConfig, table, source="test"))

@@ -59,8 +59,8 @@ def test_accumulated_batches_equal_one_large_batch(
     def plain_descent(parameters: Mapping[str, torch.nn.Parameter], *_: object) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters.values(), lr=10.0)  # Adam would hide a wrong scale of the gradient
 
-    monkeypatch.setattr(loop, "new_optimiser", plain_descent)
-    common = {"optimiser": {"max_gradient_norm": 1e9}}
+    monkeypatch.setattr(loop, "new_optimizer", plain_descent)
+    common = {"optimizer": {"max_gradient_norm": 1e9}}
     top = {"save_precision": "float32", "steps": 2}
     whole = train(settings(pictures, sd_folder, common, batch_size=4, **top)).adapter
     parts = train(settings(pictures, sd_folder, common, batch_size=1, gradient_accumulation=4, **top)).adapter
@@ -131,7 +131,7 @@ def test_each_epoch_shows_every_picture_once() -> None:
     assert order != picture_order(5, 17, seed=3)
 
 
-def test_neighbouring_samples_have_unrelated_seeds() -> None:
+def test_neighboring_samples_have_unrelated_seeds() -> None:
     seeds = {sample_seed(seed, index) for seed in range(20) for index in range(50)}
     assert len(seeds) == 1000
     assert all(0 <= s < 2**63 for s in seeds)
@@ -192,7 +192,7 @@ def test_weights_count_in_captions_that_ask_for_it(pictures: Path, sd_folder: Pa
         output = pictures / "w.safetensors"
         adapter = {"rank": 2, "text_encoder_targets": encoders}
         captions = {"weights": weights, "dropout": 0}
-        sections = {"adapter": adapter, "captions": captions, "optimiser": {"learning_rate": 1e-2}}
+        sections = {"adapter": adapter, "captions": captions, "optimizer": {"learning_rate": 1e-2}}
         return train(settings(pictures, sd_folder, steps=1, output=output, **sections)).adapter.hash
 
     assert hash_of("(a cat:1.0)", weights=True) == hash_of("a cat", weights=False)
@@ -233,7 +233,7 @@ def test_held_out_pictures_tell_when_to_stop(pictures: Path, sd_folder: Path) ->
     assert all(line["validation"]["drift"] > 0 for line in log)
     assert calm.best is not None
     assert calm.best.loss == min(line["validation"]["loss"] for line in log)
-    wild = train(settings(pictures, sd_folder, changed(changes, {"optimiser": {"learning_rate": 3.0}}), steps=40))
+    wild = train(settings(pictures, sd_folder, changed(changes, {"optimizer": {"learning_rate": 3.0}}), steps=40))
     assert wild.best is not None
     assert wild.steps == wild.best.step + 4 < 40
     assert not states(wild.path.parent / "style-run")
@@ -301,7 +301,7 @@ def test_class_pictures_are_made_where_they_are_missing_and_trained_on(pictures:
 
 def test_a_moving_average_is_what_is_saved(pictures: Path, sd_folder: Path) -> None:
     last, mean = (
-        train(settings(pictures, sd_folder, {"optimiser": {"ema_decay": decay}}, save_precision="float32"))
+        train(settings(pictures, sd_folder, {"optimizer": {"ema_decay": decay}}, save_precision="float32"))
         for decay in (0.0, 0.9)
     )
     assert last.last_loss == mean.last_loss, "the run itself is the same"
@@ -326,7 +326,7 @@ def test_all_that_is_wrong_with_the_settings_is_said_at_once(pictures: Path) -> 
     with pytest.raises(ConfigError) as caught:
         read_toml(path, TrainConfig)
     message = str(caught.value)
-    assert "'learning_rat'; did you mean 'optimiser.learning_rate'?" in message
+    assert "'learning_rat'; did you mean 'optimizer.learning_rate'?" in message
     assert "'adapter.rnk'; did you mean 'adapter.rank'?" in message
     assert "'steps' is 0" in message
     assert "'data.crop' is 'left'" in message
@@ -337,10 +337,10 @@ def test_paths_in_a_file_are_taken_from_its_folder_and_changes_reach_into_sectio
     from lora_diffusion.config.settings import read_toml
 
     path = pictures.parent / "run.toml"
-    path.write_text('data = "pictures"\noutput = "x.safetensors"\n[optimiser]\nwarmup_steps = 3\n')
-    config = read_toml(path, TrainConfig, parse_changes(("data.flip=true", "optimiser.learning_rate=1e-3")))
+    path.write_text('data = "pictures"\noutput = "x.safetensors"\n[optimizer]\nwarmup_steps = 3\n')
+    config = read_toml(path, TrainConfig, parse_changes(("data.flip=true", "optimizer.learning_rate=1e-3")))
     assert (config.data.folder, config.data.flip) == (pictures, True)
-    assert (config.optimiser.warmup_steps, config.optimiser.learning_rate) == (3, 1e-3)
+    assert (config.optimizer.warmup_steps, config.optimizer.learning_rate) == (3, 1e-3)
     assert config.output == pictures.parent / "x.safetensors"
 
 

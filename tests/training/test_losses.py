@@ -172,7 +172,7 @@ def test_weights_of_pure_noise_are_the_limits() -> None:
 
 
 @given(seed=st.integers(0, 2**32), step=st.integers(0, 800))
-def test_a_network_weighs_alike_in_either_parametrisation(seed: int, step: int) -> None:
+def test_a_network_weighs_alike_in_either_parametrization(seed: int, step: int) -> None:
     latent, noise = (x.double() for x in pair(seed, (1, 4, 6, 6)))
     epsilon_hat = noise + pair(seed + 1, (1, 4, 6, 6))[0]
     timestep, alphas = torch.tensor([step]), ALPHAS.double()

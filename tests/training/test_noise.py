@@ -179,7 +179,7 @@ def test_zero_terminal_snr_is_diffusers(scheduler: DDPMScheduler) -> None:
     config = ObjectiveConfig(zero_terminal_snr=True)
     ours = alphas_cumprod_of(scheduler.alphas_cumprod, config)
     theirs = torch.cumprod(1 - rescale_zero_terminal_snr(scheduler.betas), dim=0)
-    # theirs divides neighbours and multiplies all of them again: a few roundings for each of 1,000
+    # theirs divides neighbors and multiplies all of them again: a few roundings for each of 1,000
     torch.testing.assert_close(ours, theirs, rtol=4 * 1000 * EPSILON, atol=EPSILON)
     assert float(ours[-1]) == 0
     assert torch.equal(ours[0], scheduler.alphas_cumprod[0])

@@ -1,4 +1,4 @@
-"""Optimisers by name, rates by component and pattern, and the rate over a run.
+"""Optimizers by name, rates by component and pattern, and the rate over a run.
 
 Kinds whose package is not installed are skipped; that a missing one is said in one sentence is tested everywhere.
 """
@@ -24,11 +24,11 @@ from transformers.optimization import (
     get_linear_schedule_with_warmup,
 )
 
-from lora_diffusion.config.train import OptimiserConfig
+from lora_diffusion.config.train import OptimizerConfig
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.training.optim.lr_groups import frozen_by_rate, peak_rates
 from lora_diffusion.training.optim.lr_schedule import rate_fraction
-from lora_diffusion.training.optim.optimizers import KINDS, evaluation_mode, new_optimiser
+from lora_diffusion.training.optim.optimizers import KINDS, evaluation_mode, new_optimizer
 
 MODULES = (
     "unet.down_blocks.0.attentions.0.proj_in",
@@ -41,8 +41,8 @@ NAMES = tuple(f"{module}.{factor}" for module in MODULES for factor in ("down", 
 ENCODERS = ("text_encoder", "text_encoder_2")
 
 
-def config_of(**settings: object) -> OptimiserConfig:
-    return OptimiserConfig.model_validate(settings)
+def config_of(**settings: object) -> OptimizerConfig:
+    return OptimizerConfig.model_validate(settings)
 
 
 def fresh(size: int = 8) -> dict[str, nn.Parameter]:
@@ -52,12 +52,12 @@ def fresh(size: int = 8) -> dict[str, nn.Parameter]:
     return {name: nn.Parameter(x if name.endswith("down") else torch.zeros_like(x)) for name, x in drawn.items()}
 
 
-def step(optimiser: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], number: int) -> None:
+def step(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], number: int) -> None:
     """One step with gradients that depend on the parameters and the number alone."""
     rng = torch.Generator().manual_seed(number)
     for p in parameters.values():
         p.grad = p.detach() + torch.randn(p.shape, generator=rng) if p.requires_grad else None
-    optimiser.step()
+    optimizer.step()
 
 
 def runnable(kind: str) -> str:
@@ -68,13 +68,13 @@ def runnable(kind: str) -> str:
     return kind
 
 
-def rates_in(optimiser: torch.optim.Optimizer) -> dict[int, float]:
-    return {id(p): group["lr"] for group in optimiser.param_groups for p in group["params"]}
+def rates_in(optimizer: torch.optim.Optimizer) -> dict[int, float]:
+    return {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
 
 
 def test_the_default_is_adamw_with_a_tenth_for_text_encoders() -> None:
     ours, theirs = fresh(), fresh()
-    optimiser = new_optimiser(ours, OptimiserConfig(), ENCODERS)
+    optimizer = new_optimizer(ours, OptimizerConfig(), ENCODERS)
     oracle = torch.optim.AdamW(
         [
             {"params": [p for name, p in theirs.items() if name.startswith("unet.")], "lr": 1e-4},
@@ -83,7 +83,7 @@ def test_the_default_is_adamw_with_a_tenth_for_text_encoders() -> None:
         weight_decay=0.01,
     )
     for number in range(3):
-        step(optimiser, ours, number)
+        step(optimizer, ours, number)
         step(oracle, theirs, number)
     assert all(torch.allclose(ours[name], theirs[name], rtol=1e-6, atol=1e-9) for name in NAMES)
 
@@ -102,7 +102,7 @@ def test_every_parameter_has_its_rate_and_groups_are_merged(
     assume(factors.get("*") != 0.0)
     parameters = fresh(1)
     config = config_of(learning_rate=rate, text_encoder_learning_rate=text, rates=factors)
-    rates, optimiser = peak_rates(NAMES, config, ENCODERS), new_optimiser(parameters, config, ENCODERS)
+    rates, optimizer = peak_rates(NAMES, config, ENCODERS), new_optimizer(parameters, config, ENCODERS)
     encoders = text if isinstance(text, tuple) else (text if text is not None else rate * 0.1,) * 2
     component = {"unet": rate, **dict(zip(ENCODERS, encoders, strict=True))}
     named = {
@@ -117,9 +117,9 @@ def test_every_parameter_has_its_rate_and_groups_are_merged(
     for name in NAMES:
         factor = math.prod(value for pattern, value in factors.items() if named[pattern](name))
         assert rates[name] == pytest.approx(component[name.partition(".")[0]] * factor, rel=1e-12)
-    inside = rates_in(optimiser)
+    inside = rates_in(optimizer)
     assert inside == {id(parameters[name]): rates[name] for name in NAMES if rates[name] > 0}
-    assert len(optimiser.param_groups) == len({group["lr"] for group in optimiser.param_groups})
+    assert len(optimizer.param_groups) == len({group["lr"] for group in optimizer.param_groups})
     frozen = frozen_by_rate(NAMES, config)
     assert set(frozen) == {name for name, p in parameters.items() if id(p) not in inside}
     assert all(p.requires_grad == (name not in frozen) for name, p in parameters.items())
@@ -134,27 +134,27 @@ def test_every_parameter_has_its_rate_and_groups_are_merged(
         ({"rates": {"*.proj_inn": 0.5}}, r"did you mean '\*.proj_in'"),
         ({"rates": {"*": 0.0}}, "freezes everything"),
         ({"kind": "adamm"}, "did you mean 'adamw'"),
-        ({"kind": "torch.optim.AdanW"}, "torch.optim has no optimiser 'AdanW'"),
-        ({"kind": "torch.nn:Linear"}, "torch.nn has no optimiser 'Linear'"),
+        ({"kind": "torch.optim.AdanW"}, "torch.optim has no optimizer 'AdanW'"),
+        ({"kind": "torch.nn:Linear"}, "torch.nn has no optimizer 'Linear'"),
         ({"kind": "no_such_package.Adam"}, "needs no_such_package, which cannot be imported.*check its spelling"),
         ({"options": {"betaz": [0.9, 0.99]}}, "AdamW has no option 'betaz'; did you mean 'betas'"),
         ({"options": {"quux": 1}}, "it takes betas, eps"),
-        ({"options": {"lr": 1}}, "set optimiser.learning_rate instead"),
-        ({"options": {"weight_decay": 1}}, "set optimiser.weight_decay instead"),
+        ({"options": {"lr": 1}}, "set optimizer.learning_rate instead"),
+        ({"options": {"weight_decay": 1}}, "set optimizer.weight_decay instead"),
         ({"options": {"betas": [2.0, 0.99]}}, "AdamW refuses"),
-        ({"kind": "torch.optim.Rprop"}, "Rprop has no weight decay; set optimiser.weight_decay to 0"),
+        ({"kind": "torch.optim.Rprop"}, "Rprop has no weight decay; set optimizer.weight_decay to 0"),
     ],
 )
 def test_what_cannot_be_done_is_said(settings: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        new_optimiser(fresh(1), config_of(**settings), ENCODERS)
+        new_optimizer(fresh(1), config_of(**settings), ENCODERS)
 
 
 def test_a_rate_for_text_encoders_that_are_not_trained_is_refused() -> None:
     unet = {name: p for name, p in fresh(1).items() if name.startswith("unet.")}
     with pytest.raises(ConfigError, match="no text encoder is trained"):
-        new_optimiser(unet, config_of(text_encoder_learning_rate=1e-5), ENCODERS)
-    new_optimiser(unet, OptimiserConfig(), ENCODERS)
+        new_optimizer(unet, config_of(text_encoder_learning_rate=1e-5), ENCODERS)
+    new_optimizer(unet, OptimizerConfig(), ENCODERS)
 
 
 @pytest.mark.parametrize("kind", ["prodigy", "lion", "schedule-free", "adamw-8bit"])
@@ -164,22 +164,22 @@ def test_a_missing_package_is_named(kind: str, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=f"{kind}.*cannot be imported.*pip install {package}"):
-        new_optimiser(fresh(1), config_of(kind=kind), ENCODERS)
+        new_optimizer(fresh(1), config_of(kind=kind), ENCODERS)
 
 
 @pytest.mark.parametrize("path", ["torch.optim.SGD", "torch.optim:SGD"])
 def test_a_class_by_its_path_takes_its_options(path: str) -> None:
     config = config_of(kind=path, options={"momentum": 0.9}, weight_decay=0.0, learning_rate=0.5)
-    optimiser = new_optimiser(fresh(1), config, ENCODERS)
-    assert type(optimiser) is torch.optim.SGD
-    assert all(group["momentum"] == 0.9 and group["weight_decay"] == 0 for group in optimiser.param_groups)
+    optimizer = new_optimizer(fresh(1), config, ENCODERS)
+    assert type(optimizer) is torch.optim.SGD
+    assert all(group["momentum"] == 0.9 and group["weight_decay"] == 0 for group in optimizer.param_groups)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw-8bit", "adafactor", "lion", "schedule-free"])
 def test_a_first_step_moves_zero_factors_by_the_rate(kind: str) -> None:
     parameters = {name: p for name, p in fresh(64).items() if name.startswith("unet.")}
-    optimiser = new_optimiser(parameters, config_of(kind=runnable(kind), learning_rate=1e-3), ())
-    step(optimiser, parameters, 0)
+    optimizer = new_optimizer(parameters, config_of(kind=runnable(kind), learning_rate=1e-3), ())
+    step(optimizer, parameters, 0)
     for name, p in parameters.items():
         if name.endswith(".up"):
             moved = float(p.detach().square().mean().sqrt())
@@ -187,21 +187,21 @@ def test_a_first_step_moves_zero_factors_by_the_rate(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [*KINDS])
-def test_a_saved_optimiser_goes_on_to_the_bit(kind: str) -> None:
+def test_a_saved_optimizer_goes_on_to_the_bit(kind: str) -> None:
     config = config_of(kind=runnable(kind), rates={"unet.mid_block.*": 0.0})
     straight, parts = fresh(64), fresh(64)
-    first, optimiser = new_optimiser(parts, config, ENCODERS), new_optimiser(straight, config, ENCODERS)
+    first, optimizer = new_optimizer(parts, config, ENCODERS), new_optimizer(straight, config, ENCODERS)
     for number in range(6):
-        step(optimiser, straight, number)
+        step(optimizer, straight, number)
     for number in range(3):
         step(first, parts, number)
     file = io.BytesIO()
-    torch.save({"optimiser": first.state_dict(), "parameters": parts}, file)
+    torch.save({"optimizer": first.state_dict(), "parameters": parts}, file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
     resumed = {name: nn.Parameter(p.detach().clone()) for name, p in state["parameters"].items()}
-    second = new_optimiser(resumed, config, ENCODERS)
-    second.load_state_dict(state["optimiser"])
+    second = new_optimizer(resumed, config, ENCODERS)
+    second.load_state_dict(state["optimizer"])
     for number in range(3, 6):
         step(second, resumed, number)
     assert all(torch.equal(straight[name], resumed[name]) for name in NAMES)
@@ -213,8 +213,8 @@ def test_looking_at_a_run_changes_no_bit_of_it(kind: str) -> None:
     config = config_of(kind=runnable(kind), learning_rate=1e-2)
     unseen, seen = fresh(64), fresh(64)
     AcceleratorState._reset_state()
-    plain = new_optimiser(unseen, config, ENCODERS)
-    wrapped = Accelerator(cpu=True).prepare(new_optimiser(seen, config, ENCODERS))
+    plain = new_optimizer(unseen, config, ENCODERS)
+    wrapped = Accelerator(cpu=True).prepare(new_optimizer(seen, config, ENCODERS))
     for number in range(5):
         step(plain, unseen, number)
         step(wrapped, seen, number)
@@ -229,13 +229,13 @@ def test_looking_at_a_run_changes_no_bit_of_it(kind: str) -> None:
 def test_schedule_free_evaluates_the_mean_of_its_steps() -> None:
     """With a constant rate, x is the plain mean of the points z that steps lead to [arXiv 2405.15682, eq. 5]."""
     parameters = fresh()
-    optimiser = new_optimiser(parameters, config_of(kind=runnable("schedule-free")), ENCODERS)
+    optimizer = new_optimizer(parameters, config_of(kind=runnable("schedule-free")), ENCODERS)
     points: list[torch.Tensor] = []
     up = parameters[NAMES[1]]
     for number in range(6):
-        step(optimiser, parameters, number)
-        points.append(optimiser.state[up]["z"].clone())
-    with evaluation_mode(optimiser):
+        step(optimizer, parameters, number)
+        points.append(optimizer.state[up]["z"].clone())
+    with evaluation_mode(optimizer):
         # x is had from y and z, whose difference is divided by 0.9
         torch.testing.assert_close(up.detach(), torch.stack(points).mean(0), rtol=0, atol=40 * 2**-24 * 1e-3)
 
@@ -243,29 +243,29 @@ def test_schedule_free_evaluates_the_mean_of_its_steps() -> None:
 def test_prodigy_finds_a_rate_from_nothing() -> None:
     """On a plain quadratic it grows its step by orders of magnitude and gets near the minimum."""
     p = nn.Parameter(torch.zeros(4, 4))
-    optimiser = new_optimiser({"unet.x.up": p}, config_of(kind=runnable("prodigy"), weight_decay=0.0), ())
+    optimizer = new_optimizer({"unet.x.up": p}, config_of(kind=runnable("prodigy"), weight_decay=0.0), ())
     goal = torch.ones(4, 4)
     for _ in range(200):
         p.grad = p.detach() - goal
-        optimiser.step()
-    assert optimiser.param_groups[0]["d"] > 1e3 * optimiser.param_groups[0]["d0"]
+        optimizer.step()
+    assert optimizer.param_groups[0]["d"] > 1e3 * optimizer.param_groups[0]["d0"]
     assert float((p.detach() - goal).abs().max()) < 0.1
 
 
 def test_prodigy_has_one_rate() -> None:
     kind = runnable("prodigy")
-    optimiser = new_optimiser(fresh(1), config_of(kind=kind), ENCODERS)
-    assert [group["lr"] for group in optimiser.param_groups] == [1.0]
-    new_optimiser(fresh(1), config_of(kind=kind, rates={"unet.mid_block.*": 0.0}), ENCODERS)
+    optimizer = new_optimizer(fresh(1), config_of(kind=kind), ENCODERS)
+    assert [group["lr"] for group in optimizer.param_groups] == [1.0]
+    new_optimizer(fresh(1), config_of(kind=kind, rates={"unet.mid_block.*": 0.0}), ENCODERS)
     for settings in ({"text_encoder_learning_rate": 0.5}, {"rates": {"unet.mid_block.*": 0.5}}):
         with pytest.raises(ConfigError, match="finds one rate"):
-            new_optimiser(fresh(1), config_of(kind=kind, **settings), ENCODERS)
+            new_optimizer(fresh(1), config_of(kind=kind, **settings), ENCODERS)
 
 
 def test_paged_states_need_a_gpu() -> None:
     pytest.importorskip("bitsandbytes")
     with pytest.raises(ConfigError, match="use 'adamw-8bit'"):
-        new_optimiser(fresh(1), config_of(kind="paged-adamw-8bit"), ENCODERS)
+        new_optimizer(fresh(1), config_of(kind="paged-adamw-8bit"), ENCODERS)
 
 
 def test_kinds_have_defaults_of_their_own() -> None:
@@ -273,7 +273,7 @@ def test_kinds_have_defaults_of_their_own() -> None:
     assert config_of(kind="prodigy", learning_rate=0.5).learning_rate == 0.5
     free = config_of(kind="schedule-free")
     assert free.schedule == "constant"
-    assert OptimiserConfig.model_validate(free.model_dump(mode="json")) == free
+    assert OptimizerConfig.model_validate(free.model_dump(mode="json")) == free
     for settings in ({"schedule": "cosine"}, {"ema_decay": 0.9}):
         with pytest.raises(ValidationError, match="a mean of its own"):
             config_of(kind="schedule-free", **settings)
@@ -298,12 +298,12 @@ def test_rates_after_warmup_are_those_of_transformers(
     schedule: str, oracle: Callable[..., torch.optim.lr_scheduler.LambdaLR], steps: int, warmup: int, restarts: int
 ) -> None:
     config = config_of(schedule=schedule, warmup_steps=warmup, restarts=restarts)
-    optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    theirs = oracle(optimiser, config, steps)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = oracle(optimizer, config, steps)
     for number in range(steps + 1):
         if number >= warmup:
             assert rate_fraction(number, config, steps) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
-        optimiser.step()
+        optimizer.step()
         theirs.step()
 
 

@@ -205,8 +205,8 @@ def test_what_gates_cannot_weigh_is_named(sd: Base) -> None:
 def folder(tmp_path: Path, sd: Base) -> Path:
     """Two captioned pictures, two adapters of the random base, and a configuration."""
     (tmp_path / "data").mkdir()
-    for name, colour in (("a", (200, 30, 30)), ("b", (30, 30, 200))):
-        Image.new("RGB", (32, 32), colour).save(tmp_path / "data" / f"{name}.png")
+    for name, color in (("a", (200, 30, 30)), ("b", (30, 30, 200))):
+        Image.new("RGB", (32, 32), color).save(tmp_path / "data" / f"{name}.png")
         (tmp_path / "data" / f"{name}.txt").write_text(f"a sks picture {name}")
     for name, adapter in zip(("one", "two"), two(sd), strict=True):
         save_adapter(adapter, tmp_path / "adapters" / f"{name}.safetensors")

@@ -87,16 +87,16 @@ def test_the_lines_of_a_method_that_trains_no_text_encoder_are_enough(name: str)
     else:
         told = {section: dict(values) for section, values in method(name).settings.items()}
     files = {"data": {"folder": "x"}, "output": "x.safetensors"}
-    assert settings_for("style", files, told, base="tiny-sd").optimiser.text_encoder_learning_rate is None
-    kept = {**told, "optimiser": {"text_encoder_learning_rate": 1e-4}}
-    assert settings_for("style", files, kept, base="tiny-sd").optimiser.text_encoder_learning_rate == 1e-4
-    assert settings_for("style", files, base="tiny-sd").optimiser.text_encoder_learning_rate
+    assert settings_for("style", files, told, base="tiny-sd").optimizer.text_encoder_learning_rate is None
+    kept = {**told, "optimizer": {"text_encoder_learning_rate": 1e-4}}
+    assert settings_for("style", files, kept, base="tiny-sd").optimizer.text_encoder_learning_rate == 1e-4
+    assert settings_for("style", files, base="tiny-sd").optimizer.text_encoder_learning_rate
 
 
 def test_defaults_give_way_to_what_is_said() -> None:
-    """A rate that an optimiser finds, what a file to go on from brings, and the pull that a slider has anyway."""
+    """A rate that an optimizer finds, what a file to go on from brings, and the pull that a slider has anyway."""
     files: dict[str, Any] = {"data": {"folder": "x", "instance_prompt": "a gloop"}, "output": "x.safetensors"}
-    found = settings_for("style", files, {"optimiser": {"kind": "prodigy"}}, base="tiny-sd").optimiser
+    found = settings_for("style", files, {"optimizer": {"kind": "prodigy"}}, base="tiny-sd").optimizer
     assert (found.learning_rate, found.text_encoder_learning_rate) == (1.0, None)
     begun = settings_for("style", files, {"adapter": {"begin_with": "a.safetensors"}}, base="tiny-sd").adapter
     assert (begun.rank, begun.unet_targets) == (AdapterConfig().rank, AdapterConfig().unet_targets)

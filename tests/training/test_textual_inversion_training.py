@@ -23,7 +23,7 @@ from tests.helpers.short_runs import UNET_ONLY, interrupted, loss_before, settin
 
 
 def config_of(ink: Path, tmp_path: Path, **words: object) -> TrainConfig:
-    changes = {"words": {"words": ["sks"], **words}, "optimiser": {"word_learning_rate": 3e-2}}
+    changes = {"words": {"words": ["sks"], **words}, "optimizer": {"word_learning_rate": 3e-2}}
     return short_run(ink, tmp_path / "it.safetensors", 40, changes)
 
 

@@ -17,7 +17,7 @@ from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.adapters.blend import Blend
 from lora_diffusion.adapters.layers import DoRALayer, Layer, LoRALayer
 from lora_diffusion.algebra.svd.svd import spectrum_of, truncated
-from lora_diffusion.cli.commands.analyze import Analyse
+from lora_diffusion.cli.commands.analyze import Analyze
 from lora_diffusion.config.preset import BaseTerm
 from lora_diffusion.core.atomic_files import sample_data
 from lora_diffusion.errors import BaseModelError, ConfigError, FamilyMismatchError, OutputError
@@ -26,7 +26,7 @@ from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.inference.in_place import weight_at
 from lora_diffusion.merging.merge import merge
 from lora_diffusion.models.load import Base
-from lora_diffusion.workflows.adapters.analyze import analyse_files
+from lora_diffusion.workflows.adapters.analyze import analyze_files
 from lora_diffusion.workflows.adapters.analyze_report import describe_analysis
 from tests.conftest import random_adapter
 
@@ -55,7 +55,7 @@ def saved(tmp_path: Path) -> Saved:
 
 
 def run(*arguments: object) -> int:
-    return tyro.cli(Analyse, args=[str(argument) for argument in arguments]).run()
+    return tyro.cli(Analyze, args=[str(argument) for argument in arguments]).run()
 
 
 def check_drawn(path: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_lower_rank_of_a_training_lies_inside_the_whole(tmp_path: Path) -> Non
     lower = {path: truncated(spectrum_of([(1.0, layer)]), 3) for path, layer in neon.layers.items()}
     path = tmp_path / "lower.safetensors"
     save_adapter(replace(neon, layers=lower), path)
-    facts = analyse_files([ADAPTERS / "neon.safetensors", path])
+    facts = analyze_files([ADAPTERS / "neon.safetensors", path])
     (pair,) = facts["pairs"]
     assert facts["names"] == ["neon", "lower"]  # both say neon of themselves
     for side in ("input", "output"):
@@ -120,7 +120,7 @@ def test_a_lower_rank_of_a_training_lies_inside_the_whole(tmp_path: Path) -> Non
 
 def test_amplification_reads_the_bases_own_weights(sd: Base, saved: Saved) -> None:
     adapter = random_adapter(sd, seed=1)
-    facts = analyse_files([saved(adapter, "one")], base=str(sd.folder))
+    facts = analyze_files([saved(adapter, "one")], base=str(sd.folder))
     for path, found in facts["adapters"][0]["amplification"]["modules"].items():
         U, V = dense_directions(dense(adapter.layers[path]), 4)
         expected = float((U.T @ weight_at(sd, path).double().flatten(1) @ V).norm())
@@ -146,7 +146,7 @@ def test_dora_is_left_out_without_the_base_and_measured_with_it(
     merge(str(sd.folder), Blend(), tmp_path / "one.safetensors", bases=[BaseTerm(added=str(sd.folder), weight=0.0)])
     delta = mixed.layers[path].delta(weight_at(sd, path))
     for base in (sd.folder, tmp_path / "one.safetensors"):
-        found = analyse_files([file], base=str(base))["adapters"][0]
+        found = analyze_files([file], base=str(base))["adapters"][0]
         assert found["left_out"] == {}
         assert found["modules"][path]["norm"] == pytest.approx(float(delta.norm()), rel=1e-4)
 
@@ -154,17 +154,17 @@ def test_dora_is_left_out_without_the_base_and_measured_with_it(
 def test_refusals_say_what_to_do(sd: Base, sdxl: Base, saved: Saved) -> None:
     one, other = saved(random_adapter(sd, seed=1), "one"), saved(random_adapter(sdxl, seed=2), "other")
     with pytest.raises(ConfigError, match="at least one file"):
-        analyse_files([])
-    with pytest.raises(FamilyMismatchError, match=r"tiny SD and .* for tiny SDXL; analyse one family at a time"):
-        analyse_files([one, other])
+        analyze_files([])
+    with pytest.raises(FamilyMismatchError, match=r"tiny SD and .* for tiny SDXL; analyze one family at a time"):
+        analyze_files([one, other])
     with pytest.raises(FamilyMismatchError, match="use the base that it was trained on"):
-        analyse_files([ADAPTERS / "ink.safetensors"], base=str(sd.folder))
+        analyze_files([ADAPTERS / "ink.safetensors"], base=str(sd.folder))
     with pytest.raises(FamilyMismatchError, match=r"tiny SDXL, but .* is tiny SD"):
-        analyse_files([other], base=str(sd.folder))
+        analyze_files([other], base=str(sd.folder))
     with pytest.raises(BaseModelError, match="no such folder"):
-        analyse_files([one], base="nowhere")
-    with pytest.raises(FamilyMismatchError, match="analyse adapters of one base"):
-        analyse_files([one, ADAPTERS / "ink.safetensors"])
+        analyze_files([one], base="nowhere")
+    with pytest.raises(FamilyMismatchError, match="analyze adapters of one base"):
+        analyze_files([one, ADAPTERS / "ink.safetensors"])
 
 
 def test_files_without_a_matrix_are_refused(sd: Base, saved: Saved) -> None:
@@ -173,9 +173,9 @@ def test_files_without_a_matrix_are_refused(sd: Base, saved: Saved) -> None:
     assert isinstance(layer, LoRALayer)
     words = replace(plain, layers={}, tokens={"sks": {"text_encoder": torch.randn(1, 32)}})
     with pytest.raises(ConfigError, match="no layer whose delta is a matrix"):
-        analyse_files([saved(words, "words")])
+        analyze_files([saved(words, "words")])
     with pytest.raises(ConfigError, match="give the base with --base"):
-        analyse_files([saved(replace(plain, layers={path: dora(sd, layer, path)}), "dora")])
+        analyze_files([saved(replace(plain, layers={path: dora(sd, layer, path)}), "dora")])
 
 
 def test_names_with_dollars_and_without_modules_in_common_are_drawn(

@@ -203,7 +203,7 @@ def test_a_line_out_of_range_is_refused(values: dict[str, float], message: str) 
 
 @settings(max_examples=10)
 @given(shape=st.sampled_from([(160, 120), (120, 170), (130, 20, 3, 3)]), seed=st.integers(0, 99))
-def test_the_randomised_method_agrees_with_the_exact_one_on_a_falling_spectrum(
+def test_the_randomized_method_agrees_with_the_exact_one_on_a_falling_spectrum(
     shape: tuple[int, ...], seed: int
 ) -> None:
     """To 1e-3 in the values, and at most 0.1 % more is lost than by the best layer; over all that can be drawn here the

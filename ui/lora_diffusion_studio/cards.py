@@ -81,7 +81,7 @@ def seen(picture: Path, stamp: int) -> Image.Image:  # noqa: ARG001 (a changed p
 
 @lru_cache(maxsize=512)
 def lettered(title: str) -> Image.Image:
-    """A tile in a colour of its own."""
+    """A tile in a color of its own."""
     ground = GROUNDS[hashlib.sha256(title.encode("utf-8", "replace")).digest()[0] % len(GROUNDS)]
     tile = Image.new("RGB", (FACE_PX, FACE_PX), ground)
     middle = (FACE_PX // 2, FACE_PX // 2)

@@ -14,7 +14,7 @@ from lora_diffusion.core.atomic_files import whole_file
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.evaluation.plots import save_analysis_plots
 from lora_diffusion.library.search import find
-from lora_diffusion.workflows.adapters.analyze import analyse_files
+from lora_diffusion.workflows.adapters.analyze import analyze_files
 from lora_diffusion.workflows.adapters.convert import Conversion, Dialect, convert
 from lora_diffusion.workflows.adapters.inspect import inspect_adapter
 from lora_diffusion.workflows.adapters.verify import describe_checks, verify
@@ -75,7 +75,7 @@ def plots(studio: Studio, names: Sequence[str], base: str) -> list[Path]:
         raise ConfigError("choose one adapter or several")
     folder = studio.places.output / "plots"
     folder.mkdir(parents=True, exist_ok=True)
-    facts = analyse_files([file_of(studio, name) for name in names], base=base)
+    facts = analyze_files([file_of(studio, name) for name in names], base=base)
     return save_analysis_plots(facts, folder)
 
 
@@ -147,7 +147,7 @@ def shelf_commands(studio: Studio, name: str, several: Sequence[str], base: str)
         asked += [("inspect", str(file)), ("verify", str(file), "--base", base)]
         asked += [("convert", str(file), str(copy), "--to", "kohya")]
     files = [str(file_of(studio, each)) for each in several]
-    asked += [("analyse", *files, "--base", base, "--plots", str(studio.places.output / "plots"))] * bool(files)
+    asked += [("analyze", *files, "--base", base, "--plots", str(studio.places.output / "plots"))] * bool(files)
     if not asked:
         raise ConfigError("choose an adapter to look at, or several to draw")
     return "\n".join(shlex.join(["lora-diffusion", *words]) for words in asked)

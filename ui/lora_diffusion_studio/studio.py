@@ -143,7 +143,7 @@ class Studio:
 
     def command(self, form: Form, command: str = "generate", *more: str) -> str:
         """The command line that makes the same pictures. Raises ConfigError for weights that only a preset can say."""
-        codes = () if self.places.codes == "none" else ("--quantise", self.places.codes)
+        codes = () if self.places.codes == "none" else ("--quantize", self.places.codes)
         return command_of(form, self.library(), self.places.output, command, *more, *codes)
 
     @property
@@ -199,7 +199,7 @@ class Studio:
         if form.base not in self.places.bases:
             missing = (*missing, f"made with the base {form.base}, which this studio does not have")
         if plan.recipe and plan.codes != self.places.codes:
-            missing = (*missing, f"made with quantise {plan.codes}; this studio has {self.places.codes}")
+            missing = (*missing, f"made with quantize {plan.codes}; this studio has {self.places.codes}")
         return form, (*plan.notes, *missing)
 
     def preset_form(self, path: Path) -> tuple[Form, tuple[str, ...]]:

@@ -201,7 +201,7 @@ def refuse_owned(sets: Sequence[str]) -> None:
         key = each.partition("=")[0].strip()
         if key in FIELDS:
             raise ConfigError(f"{key}: has a field of its own; set it there")
-        if key in ("output", "base", "optimiser.kind") or "folder" in key or key.startswith("tracking"):
+        if key in ("output", "base", "optimizer.kind") or "folder" in key or key.startswith("tracking"):
             raise ConfigError(f"{key}: is not set from the studio; use the command line")
 
 

@@ -32,7 +32,7 @@ class Approximation:
 
     def __post_init__(self) -> None:
         if self.sketch and self.rule.rank is None:
-            raise ConfigError(f"the randomised method needs a fixed rank, not {self.rule}; give a rank, or use `exact`")
+            raise ConfigError(f"the randomized method needs a fixed rank, not {self.rule}; give a rank, or use `exact`")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

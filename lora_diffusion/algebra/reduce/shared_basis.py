@@ -3,7 +3,7 @@
     delta_i  ~  left @ core_i @ right
 
 `left` (out, k) and `right` (k, in) have orthonormal columns and rows and are found for all adapters together: the form
-JD-Full of "Compress then Serve" [arXiv 2407.00066], by the alternation that Ye calls the generalised low-rank
+JD-Full of "Compress then Serve" [arXiv 2407.00066], by the alternation that Ye calls the generalized low-rank
 approximation of matrices [Machine Learning 61, 2005]. What the adapters have in common is stored once.
 """
 

@@ -34,7 +34,7 @@ def smaller_side(shape: tuple[int, ...]) -> int:
 def sketched_spectrum(delta: Tensor, rank: int, sketch: Sketch) -> Spectrum:
     """About the first rank + oversampling singular values and vectors of a whole matrix, (out, in[, kh, kw]).
 
-    The randomised range finder with power iterations, orthonormal after every product [arXiv:0909.4061, algorithms 4.4
+    The randomized range finder with power iterations, orthonormal after every product [arXiv:0909.4061, algorithms 4.4
     and 5.1]. A truncation of it loses sqrt(|delta|^2 - sum of the kept values squared), little more than the best does.
     """
     matrix = delta.float().reshape(delta.shape[0], -1)

@@ -1,4 +1,4 @@
-"""The command that looks into adapters: analyse."""
+"""The command that looks into adapters: analyze."""
 
 import json
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from lora_diffusion.cli.flags import Patterns, quiet
 
 
 @dataclass(frozen=True, kw_only=True)
-class Analyse:
+class Analyze:
     """Show what adapters are made of and how much they will fight: ranks, directions, overlap."""
 
     files: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER", help_behavior_hint="")]
@@ -29,13 +29,13 @@ class Analyse:
 
     def run(self) -> int:
         from lora_diffusion.evaluation.plots import check_plots_free, save_analysis_plots
-        from lora_diffusion.workflows.adapters.analyze import analyse_files
+        from lora_diffusion.workflows.adapters.analyze import analyze_files
         from lora_diffusion.workflows.adapters.analyze_report import describe_analysis
 
         if self.plots:
             check_plots_free(self.plots, len(self.files), force=self.force)
         with quiet():
-            facts = analyse_files(self.files, base=self.base, ignore=self.ignore_unmatched)
+            facts = analyze_files(self.files, base=self.base, ignore=self.ignore_unmatched)
         drawn = save_analysis_plots(facts, self.plots) if self.plots else []
         if self.json:
             print(json.dumps({**facts, "plots": [str(path) for path in drawn]}))

@@ -20,7 +20,7 @@ class TakingFlags:
     """What is taken, and how the file is written."""
 
     rank: Annotated[RankFlags, tyro.conf.arg(name="")]
-    method: Literal["exact", "randomised"] = "exact"
+    method: Literal["exact", "randomized"] = "exact"
     """The whole SVD of every module; or, with --rank, a seeded random sketch of those that are much larger than N."""
     unet_targets: Targets = ("all",)
     """Modules of the UNet: named sets or patterns, as in training; the flag without a value for none."""

@@ -42,7 +42,7 @@ class Generate:
     """Blend preset (JSON) whose base, adapters and settings are used."""
     from_: Annotated[Path | None, tyro.conf.arg(name="from", metavar="IMAGE", help_behavior_hint="")] = None
     """Picture to be made again: one of ours, or one of A1111 or Forge, whose adapters are found by their hashes."""
-    quantise: Annotated[Codes, tyro.conf.arg(metavar="none|nf4|fp4|int8")] = "none"
+    quantize: Annotated[Codes, tyro.conf.arg(metavar="none|nf4|fp4|int8")] = "none"
     """Keep the base's linear layers in four or eight bits, for a GPU that cannot hold them; needs bitsandbytes."""
     output: Path = Path("outputs")
     """Folder for the PNGs."""
@@ -66,7 +66,7 @@ class Generate:
         settings, composition = given(self.settings), given(self.composition)
         adapters = parse_adapters(self.adapter)
         if self.from_:
-            others = (settings, composition, adapters, self.preset, self.where.balance, self.quantise != "none")
+            others = (settings, composition, adapters, self.preset, self.where.balance, self.quantize != "none")
             if any(others):
                 raise ConfigError("--from makes a picture again as it was; give only --base, --library and --output")
             return replay_plan(self.from_, base=self.base, shelf=shelf)
@@ -74,13 +74,13 @@ class Generate:
             plan = preset_plan(
                 self.preset, base=self.base, settings=settings, composition=composition, adapters=adapters
             )
-            return replace(plan, codes=self.quantise)
+            return replace(plan, codes=self.quantize)
         return Plan(
             base=self.base or EMBEDDED_BASE,
             entries=adapters,
             settings=validate(GenerateConfig, settings, source="generate"),
             composition=validate(Composition, composition, source="generate"),
-            codes=self.quantise,
+            codes=self.quantize,
         )
 
 

@@ -31,7 +31,7 @@ TEXT_ORDER = ("k_proj", "v_proj", "q_proj", "out_proj")
 Pair: TypeAlias = "tuple[Tensor, Tensor]"
 
 
-def recognises(keys: frozenset[str]) -> bool:
+def recognizes(keys: frozenset[str]) -> bool:
     """Whether any key is a position."""
     return any(KEY.match(key) for key in keys)
 

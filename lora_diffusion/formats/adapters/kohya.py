@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 DIALECT = "kohya"
 
 
-def recognises(keys: frozenset[str]) -> bool:
+def recognizes(keys: frozenset[str]) -> bool:
     """Whether any key is kohya's."""
     return any(is_kohya(key) for key in keys)
 

@@ -107,13 +107,13 @@ def translate(
     """Ask the reader whose dialect the keys are in. Raises AdapterFormatError that names what else they may be."""
     keys = frozenset(tensors)
     refuse_foreign(unsupported.model_of(keys), keys, source)
-    if cloneofsimo.recognises(keys):
+    if cloneofsimo.recognizes(keys):
         return cloneofsimo.read(tensors, entries, source)
-    if kohya.recognises(keys):
+    if kohya.recognizes(keys):
         return kohya.read(tensors, entries, source)
-    if peft.recognises(keys):
+    if peft.recognizes(keys):
         return peft.read(tensors, entries, source, config=config, alphas=alphas)
-    if textual_inversion.recognises(tensors):
+    if textual_inversion.recognizes(tensors):
         return textual_inversion.read(tensors, source)
     if not keys and native.TOKENS_KEY in entries:
         return Found(dialect="native")

@@ -91,7 +91,7 @@ def old_projection(key: str, component: str) -> str:
     return f".{match[1]}_proj"
 
 
-def recognises(keys: frozenset[str]) -> bool:
+def recognizes(keys: frozenset[str]) -> bool:
     """Whether any key is in one of the spellings."""
     return any(place_of(key) for key in keys)
 

@@ -28,7 +28,7 @@ ENCODER_KEYS = {component: key for key, component in ENCODERS.items()}
 WIDTHS = {width for family in FAMILIES.values() for width in family.text_widths.values()}
 
 
-def recognises(tensors: Mapping[str, Tensor]) -> bool:
+def recognizes(tensors: Mapping[str, Tensor]) -> bool:
     """Whether every tensor can be a learned word: vectors as wide as a text encoder, under a name without a path."""
     return bool(tensors) and all(is_vectors(tensor) and "lora" not in key for key, tensor in tensors.items())
 

@@ -1,4 +1,4 @@
-"""Adapters that are recognised, named and refused: kinds that are not done here, and other models' adapters."""
+"""Adapters that are recognized, named and refused: kinds that are not done here, and other models' adapters."""
 
 import re
 from collections.abc import Iterable

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.architectures.families import Family, recognise
+from lora_diffusion.architectures.families import Family, recognize
 from lora_diffusion.architectures.module_paths import Anatomy, anatomy_of, module_paths
 from lora_diffusion.core.atomic_files import file_hash
 from lora_diffusion.errors import AdapterFormatError, BaseModelError
@@ -64,7 +64,7 @@ def anatomy_of_folder(folder: Path) -> tuple[Family, Anatomy]:
     unet = read_json(folder / "unet" / "config.json")
     encoders = {name: read_json(folder / name / "config.json") for name in text_encoder_names(folder)}
     try:
-        family = recognise(unet["cross_attention_dim"], two_encoders=len(encoders) == 2)
+        family = recognize(unet["cross_attention_dim"], two_encoders=len(encoders) == 2)
         shape = anatomy_of(unet, encoders)
         module_paths(shape)
         return family, shape

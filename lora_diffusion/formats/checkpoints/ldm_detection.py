@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 
-from lora_diffusion.architectures.families import Family, recognise
+from lora_diffusion.architectures.families import Family, recognize
 from lora_diffusion.architectures.module_paths import Anatomy
 from lora_diffusion.errors import BaseModelError
 from lora_diffusion.formats.checkpoints.ldm_keys import FIRST_CLIP, ONE_CLIP, ONE_OPEN_CLIP, SECOND_OPEN_CLIP, UNET
@@ -40,7 +40,7 @@ def original_anatomy(shapes: Shapes, source: str) -> tuple[Family, Anatomy]:
         text_layers=text_layers,
         text_projections=projections,
     )
-    return recognise(widths[0], two_encoders=len(text_layers) == 2), shape
+    return recognize(widths[0], two_encoders=len(text_layers) == 2), shape
 
 
 def resolutions(unet: Shapes, side: str, first: int) -> list[list[int]]:

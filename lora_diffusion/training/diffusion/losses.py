@@ -8,7 +8,7 @@ With alpha_bar, signal^2 = alpha_bar, sigma^2 = 1 - alpha_bar and SNR = alpha_ba
                 min-SNR          min(1, gamma / SNR)   min(SNR, gamma) / (SNR + 1)    [arXiv 2303.09556]
                 debiased         1 / sqrt(SNR)         sqrt(SNR) / (SNR + 1)          [arXiv 2310.08442]
 
-Squared errors of the two parametrisations are related by err_epsilon^2 = signal^2 err_v^2, so a weight for v is the one
+Squared errors of the two parametrizations are related by err_epsilon^2 = signal^2 err_v^2, so a weight for v is the one
 for epsilon times SNR / (SNR + 1): the same network weighs the same either way. (kohya's trainer takes 1 / (SNR + 1) for
 debiased v.) At SNR 0 the weights for v are 0, that of min-SNR for epsilon is 1 and that of debiased epsilon is
 infinite, as in the formulas; `check_terminal_snr` keeps runs away from the last.

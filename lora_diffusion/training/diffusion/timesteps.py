@@ -33,9 +33,9 @@ def draw_timestep(config: ObjectiveConfig, num_timesteps: int, rng: torch.Genera
     The range's n timesteps share the line 0..1 equally, and a point x of it is drawn, from u uniform and z normal:
 
     - uniform: each timestep alike;
-    - logit-normal: x = 1 / (1 + exp(-z)), which favours the middle [arXiv 2403.03206, section 3.1, m = 0, s = 1];
-    - content: x = 1 - u^3, which favours high noise, where composition is decided [arXiv 2302.08453, section 3.4];
-    - style: x = u^3, which favours low noise, where surfaces are. P(x <= p) is the cube root of p.
+    - logit-normal: x = 1 / (1 + exp(-z)), which favors the middle [arXiv 2403.03206, section 3.1, m = 0, s = 1];
+    - content: x = 1 - u^3, which favors high noise, where composition is decided [arXiv 2302.08453, section 3.4];
+    - style: x = u^3, which favors low noise, where surfaces are. P(x <= p) is the cube root of p.
     """
     first, last = timestep_range(config, num_timesteps)
     if config.timesteps == "uniform":

@@ -42,17 +42,17 @@ def trained(base: Base, start: Adapter, pairs: Pairs, effect: float, config: Dis
     with learning(base, start, backup) as learners:
         contexts = contexts_of(base, pairs.texts, config.resolution or base.size_px)
         factors = [factor for layer in learners.values() for factor in layer.factors.values()]
-        optimiser = torch.optim.Adam(factors, lr=config.learning_rate)
-        schedule = CosineAnnealingLR(optimiser, config.steps)
+        optimizer = torch.optim.Adam(factors, lr=config.learning_rate)
+        schedule = CosineAnnealingLR(optimizer, config.steps)
         for step in tqdm(range(config.steps), desc="distil", unit="step"):
             batch = pairs.taken(order[step * size : (step + 1) * size])
             loss = square_error(base, batch, contexts).mean() / effect
             check_finite(loss.detach(), step + 1)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             if float(loss.detach()) > NOTHING_LEFT:
                 loss.backward()
                 nn.utils.clip_grad_norm_(factors, MAX_GRADIENT_NORM)
-            optimiser.step()
+            optimizer.step()
             schedule.step()
         return replace(start, layers={**start.layers, **{path: at_rest(layer) for path, layer in learners.items()}})
 

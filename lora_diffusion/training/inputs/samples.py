@@ -44,10 +44,10 @@ class RunOfSamples:
     encoder: ViewEncoder
     num_timesteps: int
     order: Sequence[Sequence[int]]
-    """Example numbers of each optimiser step."""
+    """Example numbers of each optimizer step."""
 
     def sample(self, step: int, place: int) -> Sample:
-        """The sample at a place of an optimiser step, counted from 0."""
+        """The sample at a place of an optimizer step, counted from 0."""
         config, number = self.config, self.order[step][place]
         index = step * len(self.order[0]) + place
         rng = Generator().manual_seed(sample_seed(config.seed, index))
@@ -78,7 +78,7 @@ def drawn(seen: LatentView, caption: str, config: ObjectiveConfig, num_timesteps
 def order_of(
     config: TrainConfig, examples: Sequence[Example], buckets: Sequence[Bucket], per_step: int
 ) -> tuple[tuple[int, ...], ...]:
-    """Example numbers of every optimiser step."""
+    """Example numbers of every optimizer step."""
     repeats = [example.repeats * config.data.repeats for example in examples]
     return step_batches(buckets, repeats, per_step=per_step, steps=config.steps, seed=config.seed)
 

@@ -16,9 +16,9 @@ from lora_diffusion.training.methods.base import Size, learned
 from lora_diffusion.training.methods.lora import LowRankUpdate
 
 SVD_ITERATIONS = 4
-"""Subspace iterations of the randomised SVD; the paper's fast variant takes as many or more."""
+"""Subspace iterations of the randomized SVD; the paper's fast variant takes as many or more."""
 OVERSAMPLED = 16
-"""Directions beyond the rank that the randomised SVD looks at, so that the last ones are right too."""
+"""Directions beyond the rank that the randomized SVD looks at, so that the last ones are right too."""
 
 
 class SpectralUpdate(LowRankUpdate):
@@ -49,7 +49,7 @@ class SpectralUpdate(LowRankUpdate):
 def main_directions(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """`down` (r, in) and `up` (out, r) with scale * up @ down the strongest part of a matrix (out, in).
 
-    Seeded, as torch's own randomised SVD draws from the global generator.
+    Seeded, as torch's own randomized SVD draws from the global generator.
     """
     width = min(rank + OVERSAMPLED, *weight.shape)
     probes = torch.randn(weight.shape[1], width, generator=generator).to(weight.device)

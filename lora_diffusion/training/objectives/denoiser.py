@@ -1,4 +1,4 @@
-"""What a training step minimises: target, noise schedule and parametrisation together."""
+"""What a training step minimizes: target, noise schedule and parametrization together."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, cast

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from lora_diffusion.config.train import OptimiserConfig
+from lora_diffusion.config.train import OptimizerConfig
 from lora_diffusion.errors import ConfigError
 
 TEXT_ENCODER_SHARE = 0.1
@@ -12,7 +12,7 @@ TEXT_ENCODER_SHARE = 0.1
 
 
 def peak_rates(
-    names: Iterable[str], config: OptimiserConfig, text_encoders: Sequence[str], *, share: float = TEXT_ENCODER_SHARE
+    names: Iterable[str], config: OptimizerConfig, text_encoders: Sequence[str], *, share: float = TEXT_ENCODER_SHARE
 ) -> dict[str, float]:
     """The peak rate of each parameter; 0 for one that a pattern freezes.
 
@@ -24,12 +24,12 @@ def peak_rates(
     by_component = component_rates(config, text_encoders, share)
     if config.text_encoder_learning_rate is not None and all(name.startswith("unet.") for name in names):
         raise ConfigError(
-            "optimiser.text_encoder_learning_rate is set, but no text encoder is trained; name modules in "
+            "optimizer.text_encoder_learning_rate is set, but no text encoder is trained; name modules in "
             "adapter.text_encoder_targets, or leave the rate out"
         )
     if config.up_rate != 1 and not any(name.endswith(".up") for name in names):
         raise ConfigError(
-            "optimiser.up_rate is the rate of second factors, and nothing that is trained here has one; set it to 1"
+            "optimizer.up_rate is the rate of second factors, and nothing that is trained here has one; set it to 1"
         )
     factors = rate_factors(names, {**config.rates, **({"*.up": config.up_rate} if config.up_rate != 1 else {})})
     own = {
@@ -38,17 +38,17 @@ def peak_rates(
     return {name: own[name] * factors[name] for name in names}
 
 
-def frozen_by_rate(names: Iterable[str], config: OptimiserConfig) -> tuple[str, ...]:
+def frozen_by_rate(names: Iterable[str], config: OptimizerConfig) -> tuple[str, ...]:
     """The parameters that a factor of 0 freezes. Raises ConfigError for a pattern that matches nothing."""
     return tuple(name for name, factor in rate_factors(tuple(names), config.rates).items() if factor == 0)
 
 
-def component_rates(config: OptimiserConfig, text_encoders: Sequence[str], share: float) -> dict[str, float]:
+def component_rates(config: OptimizerConfig, text_encoders: Sequence[str], share: float) -> dict[str, float]:
     """The peak rate of each component. Raises ConfigError unless there is one rate, or one for each encoder."""
     given = config.text_encoder_learning_rate
     if isinstance(given, tuple) and len(given) != len(text_encoders):
         raise ConfigError(
-            f"optimiser.text_encoder_learning_rate has {len(given)} values; give one for all, or "
+            f"optimizer.text_encoder_learning_rate has {len(given)} values; give one for all, or "
             f"{len(text_encoders)}, one for each of {', '.join(text_encoders)}"
         )
     default = config.learning_rate * share if given is None else given
@@ -66,7 +66,7 @@ def rate_factors(names: Sequence[str], rates: Mapping[str, float]) -> dict[str, 
     for pattern, factor in rates.items():
         matched = [name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")]
         if not matched:
-            raise ConfigError(f"optimiser.rates: {pattern!r} matches no trained module; {nearest(pattern, names)}")
+            raise ConfigError(f"optimizer.rates: {pattern!r} matches no trained module; {nearest(pattern, names)}")
         for name in matched:
             factors[name] *= factor
     return factors

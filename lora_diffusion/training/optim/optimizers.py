@@ -1,4 +1,4 @@
-"""Optimisers by name or import path, for parameters with rates of their own."""
+"""Optimizers by name or import path, for parameters with rates of their own."""
 
 import difflib
 import importlib
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_diffusion.config.train import OptimiserConfig
+from lora_diffusion.config.train import OptimizerConfig
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.training.optim.lr_groups import TEXT_ENCODER_SHARE, peak_rates
 
@@ -31,16 +31,16 @@ OWN_SETTINGS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
 """Arguments that have settings of their own."""
 
 
-def new_optimiser(
-    parameters: Mapping[str, nn.Parameter], config: OptimiserConfig, text_encoders: Sequence[str]
+def new_optimizer(
+    parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, text_encoders: Sequence[str]
 ) -> torch.optim.Optimizer:
-    """An optimiser of named parameters, one group for each rate, ready for training.
+    """An optimizer of named parameters, one group for each rate, ready for training.
 
     `peak_rates` says what names and `text_encoders` are. Parameters of rate 0 are left out and need no gradient any
     more (`frozen_by_rate`). Raises ConfigError for a class that is not there or does not run here, options that it does
     not know or does not like, rates that it cannot keep, and all that `peak_rates` refuses.
     """
-    kind = optimiser_class(config.kind)
+    kind = optimizer_class(config.kind)
     options = options_of(kind, config)
     rates = peak_rates(parameters, config, text_encoders, share=1.0 if finds_its_rate(kind) else TEXT_ENCODER_SHARE)
     groups: dict[float, list[nn.Parameter]] = {}
@@ -49,30 +49,30 @@ def new_optimiser(
         if rates[name] > 0:
             groups.setdefault(rates[name], []).append(parameter)
     if not groups:
-        raise ConfigError("optimiser.rates freezes everything that could be trained; leave something out")
+        raise ConfigError("optimizer.rates freezes everything that could be trained; leave something out")
     if finds_its_rate(kind) and len(groups) > 1:
         raise ConfigError(
-            f"optimiser.kind {config.kind!r} finds one rate for all parameters, but there are {len(groups)}; leave out "
+            f"optimizer.kind {config.kind!r} finds one rate for all parameters, but there are {len(groups)}; leave out "
             "text_encoder_learning_rate and all rates but those of 0"
         )
     check_runs(kind, config.kind, next(iter(groups.values()))[0].device)
     try:
-        optimiser = kind([{"params": group, "lr": rate} for rate, group in groups.items()], **options)
+        optimizer = kind([{"params": group, "lr": rate} for rate, group in groups.items()], **options)
     except (ValueError, TypeError, AssertionError) as error:
-        raise ConfigError(f"optimiser.options: {kind.__name__} refuses {options}: {error}") from None
-    if hasattr(optimiser, "train"):
-        optimiser.train()
-    return optimiser
+        raise ConfigError(f"optimizer.options: {kind.__name__} refuses {options}: {error}") from None
+    if hasattr(optimizer, "train"):
+        optimizer.train()
+    return optimizer
 
 
 @contextmanager
-def evaluation_mode(optimiser: Any) -> Iterator[None]:
+def evaluation_mode(optimizer: Any) -> Iterator[None]:
     """The parameters that should be used and saved, while inside; afterwards those that training goes on with.
 
-    Schedule-free optimisers take gradients at y and mean x to be used; others have one set, and nothing happens. Going
+    Schedule-free optimizers take gradients at y and mean x to be used; others have one set, and nothing happens. Going
     from x back to y rounds, so y is copied: a validation changes no bit of the run. Takes Accelerate's wrapper too.
     """
-    inner = getattr(optimiser, "optimizer", optimiser)
+    inner = getattr(optimizer, "optimizer", optimizer)
     if not hasattr(inner, "eval"):
         yield
         return
@@ -88,40 +88,40 @@ def evaluation_mode(optimiser: Any) -> Iterator[None]:
                 p.copy_(value)
 
 
-def optimiser_class(kind: str) -> type[Any]:
+def optimizer_class(kind: str) -> type[Any]:
     """The class of a name in KINDS, of `module.Class` or of `module:Class`. Raises ConfigError if there is none."""
     path = KINDS[kind][0] if kind in KINDS else kind.replace(":", ".")
     module, _, name = path.rpartition(".")
     if not module:
         near = difflib.get_close_matches(kind, KINDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(KINDS)}, or module.Class"
-        raise ConfigError(f"optimiser.kind is {kind!r}; {hint}")
+        raise ConfigError(f"optimizer.kind is {kind!r}; {hint}")
     try:
         found = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
         hint = f"pip install {module.partition('.')[0]}" if kind in KINDS else "check its spelling, or install it"
         raise ConfigError(
-            f"optimiser.kind {kind!r} needs {module}, which cannot be imported ({error}); {hint}"
+            f"optimizer.kind {kind!r} needs {module}, which cannot be imported ({error}); {hint}"
         ) from None
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
-        raise ConfigError(f"optimiser.kind {kind!r}: {module} has no optimiser {name!r}; give the class's own name")
+        raise ConfigError(f"optimizer.kind {kind!r}: {module} has no optimizer {name!r}; give the class's own name")
     return found
 
 
-def options_of(kind: type[Any], config: OptimiserConfig) -> dict[str, Any]:
+def options_of(kind: type[Any], config: OptimizerConfig) -> dict[str, Any]:
     """Arguments for a class besides parameters and rate. Raises ConfigError for one that its signature lacks."""
     takes = inspect.signature(kind).parameters.values()
     known = [p.name for p in takes if p.name != "params" and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     free = [name for name in known if name not in OWN_SETTINGS]
     for name in config.options:
         if name in OWN_SETTINGS:
-            raise ConfigError(f"optimiser.options has {name!r}; set optimiser.{OWN_SETTINGS[name]} instead")
+            raise ConfigError(f"optimizer.options has {name!r}; set optimizer.{OWN_SETTINGS[name]} instead")
         if name not in free:
             near = difflib.get_close_matches(name, free, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(free)}"
-            raise ConfigError(f"optimiser.options: {kind.__name__} has no option {name!r}; {hint}")
+            raise ConfigError(f"optimizer.options: {kind.__name__} has no option {name!r}; {hint}")
     if config.weight_decay and "weight_decay" not in known:
-        raise ConfigError(f"optimiser.kind: {kind.__name__} has no weight decay; set optimiser.weight_decay to 0")
+        raise ConfigError(f"optimizer.kind: {kind.__name__} has no weight decay; set optimizer.weight_decay to 0")
     decay = {"weight_decay": config.weight_decay} if "weight_decay" in known else {}
     # TOML has lists only, and some classes ask for tuples
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in config.options.items()}
@@ -138,10 +138,10 @@ def check_runs(kind: type[Any], name: str, device: torch.device) -> None:
     if not kind.__module__.startswith("bitsandbytes."):
         return
     if "Paged" in kind.__name__ and device.type == "cpu":
-        raise ConfigError(f"optimiser.kind {name!r} pages a GPU's memory, and there is none; use 'adamw-8bit'")
+        raise ConfigError(f"optimizer.kind {name!r} pages a GPU's memory, and there is none; use 'adamw-8bit'")
     trial = nn.Parameter(torch.ones(64, 64, device=device))  # smaller ones are not kept in 8 bits
     trial.grad = torch.ones_like(trial)
     try:
         kind([trial]).step()
     except (RuntimeError, AttributeError, OSError) as error:
-        raise ConfigError(f"optimiser.kind {name!r} does not run on {device.type}: {error}; use 'adamw'") from None
+        raise ConfigError(f"optimizer.kind {name!r} does not run on {device.type}: {error}; use 'adamw'") from None

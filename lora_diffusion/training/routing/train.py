@@ -150,15 +150,15 @@ def train_gates(gates: Gates, denoiser: Denoiser, samples: Samples, config: Rout
 
     Adam, whose rate falls to 0 by a cosine, so that the gates come to rest.
     """
-    optimiser = torch.optim.Adam([gates.values], lr=config.learning_rate)
-    schedule = CosineAnnealingLR(optimiser, config.steps)
+    optimizer = torch.optim.Adam([gates.values], lr=config.learning_rate)
+    schedule = CosineAnnealingLR(optimizer, config.steps)
     each = batches(denoiser, samples, config.batch_size)
     for step, batch in enumerate(tqdm(each, total=config.steps, desc="route", unit="step"), start=1):
         loss = denoiser(**batch).mean()
         check_finite(loss.detach(), step)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (loss + config.penalty * gates.drift()).backward()
-        optimiser.step()
+        optimizer.step()
         schedule.step()
 
 

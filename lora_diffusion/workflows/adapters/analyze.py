@@ -48,7 +48,7 @@ class Together:
     outputs: dict[str, Likeness] = field(default_factory=dict[str, Likeness])
 
 
-def analyse_files(paths: Sequence[Path], base: str = "", ignore: Sequence[str] = ()) -> Facts:
+def analyze_files(paths: Sequence[Path], base: str = "", ignore: Sequence[str] = ()) -> Facts:
     """Spectra of each adapter, overlap and similarity of each two, and, with a base, amplification.
 
     `base` is `tiny-sd`, a folder, a single file or a hub id; only the weights that the adapters change are looked at.
@@ -56,14 +56,14 @@ def analyse_files(paths: Sequence[Path], base: str = "", ignore: Sequence[str] =
     families or a base that is not theirs, AdapterFormatError and BaseModelError for files that cannot be read.
     """
     if not paths:
-        raise ConfigError("no adapter to analyse; give at least one file")
+        raise ConfigError("no adapter to analyze; give at least one file")
     adapters = [load_adapter(path, ignore=ignore) for path in paths]
     check_same_base(adapters, paths)
     weight_of = base_weights(base, adapters) if base else nothing_known
     alone = [Alone() for _ in adapters]
     together = {pair: Together() for pair in combinations(range(len(adapters)), 2)}
     modules = sorted({module for adapter in adapters for module in adapter.layers})
-    for module in tqdm(modules, desc="analyse", unit="module", leave=False):
+    for module in tqdm(modules, desc="analyze", unit="module", leave=False):
         weight = weight_of(module)
         spectra = [spectrum_at(*pair, module, weight) for pair in zip(adapters, alone, strict=True)]
         add_alone(alone, spectra, module, weight)
@@ -90,14 +90,14 @@ def check_same_base(adapters: Sequence[Adapter], paths: Sequence[Path]) -> None:
         if all(families) and families[0] != families[1]:
             titles = [family_title(family) for family in families]
             raise FamilyMismatchError(
-                f"{first} is an adapter for {titles[0]} and {second} for {titles[1]}; analyse one family at a time"
+                f"{first} is an adapter for {titles[0]} and {second} for {titles[1]}; analyze one family at a time"
             )
         for module in one.layers.keys() & two.layers.keys():
             sizes = [torch.Size(adapter.layers[module].weight_shape) for adapter in (one, two)]
             if sizes[0][0] != sizes[1][0] or sizes[0].numel() != sizes[1].numel():
                 raise FamilyMismatchError(
                     f"{module} is of shape {tuple(sizes[0])} in {first} and {tuple(sizes[1])} in {second}; "
-                    "analyse adapters of one base"
+                    "analyze adapters of one base"
                 )
 
 

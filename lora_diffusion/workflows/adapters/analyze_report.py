@@ -9,7 +9,7 @@ MOST_PAIRS = 20
 
 
 def describe_analysis(facts: Facts) -> str:
-    """The facts of `analyse_files`: adapters, their blocks, what they do to the base, and how they get along."""
+    """The facts of `analyze_files`: adapters, their blocks, what they do to the base, and how they get along."""
     adapters, pairs = facts["adapters"], sorted(facts["pairs"], key=lambda pair: -pair["shared"])
     parts = [
         wholes(adapters),

@@ -35,9 +35,9 @@ from lora_diffusion.formats.checkpoints.checkpoint import Checkpoint
 from lora_diffusion.formats.checkpoints.diffusers import read_json
 from lora_diffusion.models.locate import find_checkpoint
 
-Method: TypeAlias = Literal["exact", "randomised"]
+Method: TypeAlias = Literal["exact", "randomized"]
 Vectors: TypeAlias = Literal["leave", "keep"]
-SKETCHES: Mapping[Method, Sketch | None] = {"exact": None, "randomised": Sketch()}
+SKETCHES: Mapping[Method, Sketch | None] = {"exact": None, "randomized": Sketch()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +219,7 @@ def stored_types(checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> set
 
 
 def approximation_for(how: Extracting, types: set[str]) -> Approximation:
-    """The settings of the algebra. Raises ConfigError for a randomised method without a fixed rank."""
+    """The settings of the algebra. Raises ConfigError for a randomized method without a fixed rank."""
     kept = types.pop() if types in ({"float16"}, {"bfloat16"}) else "float32"
     dtype = torch_dtype(kept if how.dtype == "keep" else how.dtype)
     return Approximation(rule=how.rule, sketch=SKETCHES[how.method], dtype=dtype)

@@ -50,7 +50,7 @@ def verify(path: Path, *, base: str = "", ignore: Sequence[str] = ()) -> list[Ch
 
 def check_family_known(adapter: Adapter) -> Check:
     family = family_title(adapter.metadata.family)
-    return Check(name="family recognised", passed=bool(family), detail=family or "fits several families, or none known")
+    return Check(name="family recognized", passed=bool(family), detail=family or "fits several families, or none known")
 
 
 def check_assumptions(adapter: Adapter) -> Check:

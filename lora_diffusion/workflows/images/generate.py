@@ -17,7 +17,7 @@ from lora_diffusion.core.atomic_files import check_writable
 from lora_diffusion.core.dtypes import dtype_name, torch_dtype
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.load import outline_adapter
-from lora_diffusion.inference.in_place import check_blend, quantised, rounding_loss
+from lora_diffusion.inference.in_place import check_blend, quantized, rounding_loss
 from lora_diffusion.inference.sampling import OnStep, Picture, generate
 from lora_diffusion.library.presets import save_preset
 from lora_diffusion.library.recipe import Recipe, differences
@@ -143,7 +143,7 @@ def write_pictures(
 
 def rounding_notes(base: Base, blend: Blend, plan: Plan) -> list[str]:
     """A warning if adding to the weights would round away more of the blend than most people would accept."""
-    if plan.composition.exact or quantised(base) or base.pipe.unet.dtype == torch.float32:
+    if plan.composition.exact or quantized(base) or base.pipe.unet.dtype == torch.float32:
         return []
     check_blend(base, blend)
     lost = rounding_loss(base, blend_sum(unscheduled(blend), base.anatomy))

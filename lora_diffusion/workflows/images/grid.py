@@ -76,7 +76,7 @@ def one_picture(base: Base, blend: Found, cell: Plan, output: Path, means: Means
 
 
 def save_sheet(rows: Sequence[Sequence[Path]], across: Axis, down: Axis, output: Path) -> Path:
-    """Pictures of ours as one labelled picture, which has the axes and their recipes in it. Raises OutputError."""
+    """Pictures of ours as one labeled picture, which has the axes and their recipes in it. Raises OutputError."""
     read = [[seen(path) for path in row] for row in rows]
     pictures = [[picture for picture, _ in row] for row in read]
     side_px = min(MOST_CELL_PX, max(LEAST_CELL_PX, *pictures[0][0].size))

@@ -1,6 +1,6 @@
 """What a run would need: its data looked at, and its first steps really taken, in a folder that is thrown away.
 
-Nothing is estimated by formula: a step's time and memory depend on base, buckets, optimiser and machine, all of which
+Nothing is estimated by formula: a step's time and memory depend on base, buckets, optimizer and machine, all of which
 the first steps have. Everything that a run checks is checked.
 """
 

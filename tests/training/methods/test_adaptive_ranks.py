@@ -54,7 +54,7 @@ def test_the_first_directions_of_dylora_are_trained_alone(sd_folder: Path) -> No
 
 def test_a_dylora_file_is_cut_to_any_rank_that_was_trained(ink: Path, tmp_path: Path) -> None:
     """The loss that a run reports for a rank is that of the file cut to it."""
-    changes = {"save_precision": "float32", "adapter": {"kind": "dylora"}, "optimiser": {"learning_rate": 1e-2}}
+    changes = {"save_precision": "float32", "adapter": {"kind": "dylora"}, "optimizer": {"learning_rate": 1e-2}}
     config = short_run(ink, tmp_path / "it.safetensors", 24, changes)
     result = train(config)
     by_rank = read_log(tmp_path / "it-run" / LOG)[-1]["loss_by_rank"]
@@ -140,7 +140,7 @@ def test_the_best_step_is_one_after_the_directions_were_taken(ink: Path, tmp_pat
     changes = {
         "adapter": {"kind": "sparse", "sparse_keep": 0.01},
         "validation": {"every": 2},
-        "optimiser": {"learning_rate": 1e-2},
+        "optimizer": {"learning_rate": 1e-2},
     }
     config = short_run(ink, tmp_path / "it.safetensors", 16, changes)
     result = train(config)

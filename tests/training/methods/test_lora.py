@@ -79,7 +79,7 @@ def test_lora_fa_keeps_no_input(sd_folder: Path) -> None:
 
 def test_the_second_factor_learns_faster_by_lora_plus(pictures: Path, sd_folder: Path) -> None:
     plain, plus = (
-        train(settings(pictures, sd_folder, {"optimiser": {"up_rate": rate}}, steps=1)).adapter for rate in (1.0, 8.0)
+        train(settings(pictures, sd_folder, {"optimizer": {"up_rate": rate}}, steps=1)).adapter for rate in (1.0, 8.0)
     )
     for path, layer in plain.layers.items():
         faster = plus.layers[path]
@@ -87,9 +87,9 @@ def test_the_second_factor_learns_faster_by_lora_plus(pictures: Path, sd_folder:
         assert isinstance(faster, LoRALayer)
         assert torch.equal(layer.down, faster.down)
         assert float(faster.up.norm()) > 4 * float(layer.up.norm())
-    for optimiser in ({"up_rate": 4, "kind": "prodigy"}, {"up_rate": 4, "rates": {"*.up": 2}}):
+    for optimizer in ({"up_rate": 4, "kind": "prodigy"}, {"up_rate": 4, "rates": {"*.up": 2}}):
         with pytest.raises(ValueError, match="both own"):
-            settings(pictures, sd_folder, {"optimiser": optimiser})
+            settings(pictures, sd_folder, {"optimizer": optimizer})
 
 
 def test_a_spectral_start_on_convolutions_is_refused(pictures: Path, sd_folder: Path) -> None:
@@ -203,7 +203,7 @@ def test_t_lora_drops_its_input(sd_folder: Path) -> None:
 
 
 def test_a_rate_of_second_factors_needs_them(pictures: Path, sd_folder: Path) -> None:
-    changes = {**UNET_ONLY, "optimiser": {"up_rate": 4, "text_encoder_learning_rate": None}}
+    changes = {**UNET_ONLY, "optimizer": {"up_rate": 4, "text_encoder_learning_rate": None}}
     changes["adapter"] = {**changes["adapter"], "kind": "loha"}
-    with pytest.raises(ConfigError, match=r"optimiser.up_rate is the rate of second factors"):
+    with pytest.raises(ConfigError, match=r"optimizer.up_rate is the rate of second factors"):
         train(settings(pictures, sd_folder, changes))

@@ -74,7 +74,7 @@ def test_what_is_saved_is_what_was_computed(method: str, sd_folder: Path) -> Non
 def test_each_method_learns_on_the_embedded_base(method: str, ink: Path, tmp_path: Path, tiny: Base) -> None:
     """The loss at fixed noise falls, pictures move, and the file holds the kind that was asked for."""
     rate = {"vera": 2e-1, "adalora": 2e-2, "mixed": 1e-3, "loha": 2e-2}.get(method, 5e-3)
-    changes = {"adapter": METHODS[method], "optimiser": {"learning_rate": rate}}
+    changes = {"adapter": METHODS[method], "optimizer": {"learning_rate": rate}}
     config = short_run(ink, tmp_path / "it.safetensors", 24, changes)
     before = loss_before(config)
     result = train(config)
@@ -95,10 +95,10 @@ def test_each_method_learns_on_the_embedded_base(method: str, ink: Path, tmp_pat
 @pytest.mark.parametrize(
     ("table", "words"),
     [
-        ({"optimiser": {"kind": "schedule-free"}, "adapter": {"kind": "sparse"}}, ("'schedule-free'", "'sparse'")),
-        ({"optimiser": {"kind": "schedule-free"}, "adapter": {"max_norm": 1.0}}, ("'schedule-free'", "max_norm")),
-        ({"optimiser": {"kind": "schedule-free"}, "words": {"words": ["sks"]}}, ("'schedule-free'", "words.words")),
-        ({"optimiser": {"ema_decay": 0.9}, "adapter": {"kind": "adalora"}}, ("ema_decay", "'adalora'")),
+        ({"optimizer": {"kind": "schedule-free"}, "adapter": {"kind": "sparse"}}, ("'schedule-free'", "'sparse'")),
+        ({"optimizer": {"kind": "schedule-free"}, "adapter": {"max_norm": 1.0}}, ("'schedule-free'", "max_norm")),
+        ({"optimizer": {"kind": "schedule-free"}, "words": {"words": ["sks"]}}, ("'schedule-free'", "words.words")),
+        ({"optimizer": {"ema_decay": 0.9}, "adapter": {"kind": "adalora"}}, ("ema_decay", "'adalora'")),
         ({"words": {"words": ["sks"], "alone": 0.5}, "adapter": {"kind": "adalora"}}, ("words.alone", "'adalora'")),
     ],
 )

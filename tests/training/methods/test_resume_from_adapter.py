@@ -53,7 +53,7 @@ def test_a_run_goes_on_from_a_file_and_on_top_of_others(ink: Path, tmp_path: Pat
         "output": tmp_path / "it.safetensors",
         "steps": 2,
         "adapter": {"begin_with": str(sample_data() / "adapters" / "ink.safetensors"), "text_encoder_targets": []},
-        "optimiser": {"learning_rate": 1e-5, "warmup_steps": 0},
+        "optimizer": {"learning_rate": 1e-5, "warmup_steps": 0},
         "tracking": {"trackers": []},
     }
     with pytest.raises(ConfigError, match="changes text encoders"):
