@@ -14,7 +14,7 @@ from lora_diffusion.cli.blend_flags import parse_adapter
 from lora_diffusion.core.atomic_files import sample_data
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.native import save_adapter
-from lora_diffusion.library.recipe import INFOTEXT_KEY, read_recipe
+from lora_diffusion.library.recipe import INFOTEXT_KEY, library_versions, read_recipe, write_png
 from lora_diffusion.models.load import Base
 from tests.conftest import random_adapter
 
@@ -59,6 +59,38 @@ def test_generate_writes_pictures_that_replay_to_the_same_pixels(
     assert recipe.settings is not None
     assert (recipe.settings.seed, recipe.adapters[0].weight) == (6, 0.7)
     assert recipe == read_recipe(tmp_path / "b" / "00000.png")
+
+
+@pytest.mark.parametrize(
+    ("changes", "warnings"),
+    [
+        ({}, []),
+        ({"device": "cuda"}, ["made on cuda, replayed on cpu; the pixels may differ"]),
+        *(
+            ({"versions": {name: "0.0.1"}}, [f"made with {name} 0.0.1, replayed with {own}; the pixels may differ"])
+            for name, own in library_versions().items()
+        ),
+        (
+            {"device": "cuda", "versions": {"torch": "0.0.1"}},
+            [
+                "made on cuda, replayed on cpu; the pixels may differ",
+                f"made with torch 0.0.1, replayed with {library_versions()['torch']}; the pixels may differ",
+            ],
+        ),
+    ],
+    ids=["unchanged", "device", *library_versions(), "device and torch"],
+)
+def test_a_replay_warns_of_another_device_or_other_library_versions(
+    sd: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, object], warnings: list[str]
+) -> None:
+    generate(sd, tmp_path)
+    recipe = read_recipe(tmp_path / "00000.png")
+    foreign = tmp_path / "foreign.png"
+    write_png(opened(tmp_path / "00000.png"), foreign, recipe.model_copy(update=changes))
+    capsys.readouterr()
+    assert main(["generate", "--from", str(foreign), "--output", str(tmp_path / "again")]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert notes == [f"note: {warning}" for warning in warnings]
 
 
 def test_the_picture_carries_text_that_other_programs_read(sd: Base, adapter: Path, tmp_path: Path) -> None:

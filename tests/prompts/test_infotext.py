@@ -59,6 +59,13 @@ def test_what_is_written_comes_back(prompt: str, negative: str, table: dict[str,
     assert (info.prompt, info.negative_prompt, info.settings) == (prompt, negative, table)
 
 
+@given(tables, tables)
+def test_of_equal_keys_the_last_counts(first: dict[str, str], second: dict[str, str]) -> None:
+    pairs = [*first.items(), *((key, f"earlier {value}") for key, value in second.items()), *second.items()]
+    line = ", ".join(f"{key}: {quoted(value)}" for key, value in pairs)
+    assert parse_infotext(f"a cat\n{line}", source="x.png").settings == {**first, **second}
+
+
 @given(texts | tricky)
 def test_any_text_is_read_or_refused(text: str) -> None:
     try:
