@@ -1,6 +1,7 @@
 """Random tiny bases, built from configuration, and adapters for them; the embedded base where meaning counts."""
 
 import os
+import random
 import shutil
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -11,9 +12,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # two test processes share the cores; what 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import register_random, settings
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
 from lora_diffusion.adapters.layers import LoRALayer
@@ -31,6 +33,54 @@ NewAdapter = Callable[..., Adapter]
 settings.register_profile("explore", deadline=None)
 settings.register_profile("laws", deadline=None, derandomize=True)
 settings.load_profile("laws")
+
+FIXED_SEED = 0
+
+
+class TorchRandom:
+    """torch's global generator with the interface of `random.Random` that hypothesis manages."""
+
+    def seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def getstate(self) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def setstate(self, state: torch.Tensor) -> None:
+        torch.set_rng_state(state)
+
+
+TORCH_RANDOM = TorchRandom()  # hypothesis holds it weakly
+register_random(TORCH_RANDOM)  # so that each example starts from the same state, also while it is shrunk
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, help="seed of random tests; a failed test reports the one that it had")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Seed the global generators before the fixtures of every test; a failed test reports the seed."""
+    given = item.config.getoption("--seed")
+    seed = FIXED_SEED if given is None else given
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    report_seed(item, "global generators", seed)
+
+
+@pytest.fixture
+def drawn_seed(request: pytest.FixtureRequest) -> int:
+    """A new seed in each run, for tests of what must hold at any moment; a failed test reports the seed."""
+    given = request.config.getoption("--seed")
+    seed = random.SystemRandom().randrange(2**32) if given is None else given
+    report_seed(request.node, "drawn for this run", seed)
+    return seed
+
+
+def report_seed(item: pytest.Item, meaning: str, seed: int) -> None:
+    """Add the seed to the report of a test, which is shown if it fails."""
+    item.add_report_section("setup", f"seed ({meaning})", f"{seed}; repeat with --seed={seed}")
 
 
 @pytest.fixture(scope="session", autouse=True)

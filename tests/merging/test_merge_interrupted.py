@@ -71,9 +71,9 @@ def scratch_folders(output: Path) -> list[Path]:
 
 
 @pytest.fixture
-def moments() -> Iterator[float]:
+def moments(drawn_seed: int) -> Iterator[float]:
     """Seconds after the first byte at which to strike; other ones in each run, as it must hold at any."""
-    rng = random.Random()
+    rng = random.Random(drawn_seed)
     return iter(lambda: rng.uniform(0, 0.4), None)
 
 

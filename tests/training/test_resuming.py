@@ -136,13 +136,13 @@ def last_step(log: Path) -> int:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(pictures: Path, sd_folder: Path) -> None:
+def test_a_killed_run_goes_on_bit_for_bit(pictures: Path, sd_folder: Path, drawn_seed: int) -> None:
     """kill -9 at random moments, wherever they fall: in a step, or while a state is being written."""
     changes = changed(EVERYTHING, {"data": {"folder": str(pictures)}})
     whole = train(settings(pictures, sd_folder, changes, steps=40, save_precision="float32"))
     output = pictures.parent / "again" / "style.safetensors"
     config = settings(pictures, sd_folder, changes, steps=40, save_precision="float32", output=output, state_every=1)
-    reached = killed_runs(config, pictures.parent, kills=2, rng=random.Random())
+    reached = killed_runs(config, pictures.parent, kills=2, rng=random.Random(drawn_seed))
     train(config)
     assert adapter_hash(load_adapter(output)) == adapter_hash(whole.adapter), reached
     assert not list((output.parent / "style-run").glob(".*")), "nothing half-written is left"
