@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from full_size import (
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_diffusion.core.malloc import keep_freed_memory
+from lora_diffusion.inference.in_place import patching
+from lora_diffusion.inference.parallel import branching
+from lora_diffusion.models.load import Base, load_base, module_at
+from tests.benchmarks.full_size import (
     RANK,
     Peer,
     attention_paths,
@@ -26,13 +32,7 @@ from full_size import (
     twin,
     write_adapters,
 )
-from measuring import COUNTS, ROUNDS, SAMPLES, Group, Rounds, Row, worker
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from lora_diffusion.core.malloc import keep_freed_memory
-from lora_diffusion.inference.in_place import patching
-from lora_diffusion.inference.parallel import branching
-from lora_diffusion.models.load import Base, load_base, module_at
+from tests.benchmarks.measuring import COUNTS, ROUNDS, SAMPLES, Group, Rounds, Row, worker
 
 
 class CountOperations(TorchDispatchMode):
@@ -58,11 +58,11 @@ def operations_group() -> Group:
 
     rows: list[Row] = []
 
-    def add(what: str, goal: float | None = None, **counts: int) -> None:
+    def add(what: str, **counts: int) -> None:
         bare = rows[0].ours if rows else counts["ours"]
         assert bare
         ratios = {who: round(n / bare, 3) if rows else n for who, n in counts.items()}
-        rows.append(Row(what=what, unit="x bare" if rows else "operations", goal=goal, **ratios))
+        rows.append(Row(what=what, unit="x bare" if rows else "operations", **ratios))
 
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         add("a forward", ours=count(base.pipe.unet))
@@ -77,7 +77,7 @@ def operations_group() -> Group:
         with patching(base) as patch:
             for number in (1, 8, 32):
                 patch.apply(blend_of(adapters, [0.1] * number))
-                add(f"a forward, {number} in place", 1.0, ours=count(base.pipe.unet))
+                add(f"a forward, {number} in place", ours=count(base.pipe.unet))
         with branching(base) as branch:
             for number in (1, 8):
                 branch.apply([blend_of(adapters, [0.1] * number)])
@@ -120,7 +120,7 @@ def projections_group() -> Group:
             rounds.time("peer per sample", partial(forward, wrapped, adapter_names=list(SAMPLES)))
 
     rows = [rounds.row(f"projections, branch of {n}", str(n), unit="bare") for n in COUNTS]
-    rows.append(rounds.row("projections, 4 blends in 4 samples", "per sample", 1.15, unit="bare"))
+    rows.append(rounds.row("projections, 4 blends in 4 samples", "per sample", unit="bare"))
     return Group(rows=rows, details={"times": rounds.details()})
 
 
@@ -161,10 +161,7 @@ def compile_group() -> Group:
             event()
             ours[name] = new_graphs(model)
         theirs = peer_graphs(Peer(second, write_adapters(base, Path(scratch), 2)), new_graphs)
-    rows = [
-        Row(what=f"new graphs: {name}", unit="graphs", ours=ours[name], peer=theirs.get(name), goal=0)
-        for name in events
-    ]
+    rows = [Row(what=f"new graphs: {name}", unit="graphs", ours=ours[name], peer=theirs.get(name)) for name in events]
     return Group(rows=rows, details={"graphs_of_bare_unet": graphs, "backend": "eager"})
 
 

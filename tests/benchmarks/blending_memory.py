@@ -10,7 +10,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from full_size import (
+
+from lora_diffusion.formats.adapters.load import load_adapter
+from lora_diffusion.inference.in_place import Backup, patching
+from lora_diffusion.library.search import find, open_library
+from lora_diffusion.models.load import Base, load_base, quiet_libraries
+from tests.benchmarks.full_size import (
     Peer,
     attention_weights,
     base_around,
@@ -21,12 +26,7 @@ from full_size import (
     pipeline_around,
     write_adapters,
 )
-from measuring import Group, Rounds, Row, in_own_process, status_mb
-
-from lora_diffusion.formats.adapters.load import load_adapter
-from lora_diffusion.inference.in_place import Backup, patching
-from lora_diffusion.library.search import find, open_library
-from lora_diffusion.models.load import Base, load_base, quiet_libraries
+from tests.benchmarks.measuring import Group, Rounds, Row, in_own_process, status_mb
 
 
 @contextmanager
@@ -92,7 +92,6 @@ def memory_group() -> Group:
             unit="of the UNet",
             ours=shares[mode, weights],
             peer=shares["peer", weights],
-            goal=0.05 if mode == "file" else None,
         )
         for mode, weights in cases
         if mode != "peer"

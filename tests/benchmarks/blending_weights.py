@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from full_size import (
+from torch import Tensor
+
+from lora_diffusion.adapters.adapter import Adapter
+from lora_diffusion.formats.adapters.load import load_adapter, outline_adapter
+from lora_diffusion.inference.in_place import patching
+from lora_diffusion.models.load import Base
+from tests.benchmarks.full_size import (
     RANK,
     ByHand,
     Peer,
@@ -23,13 +29,7 @@ from full_size import (
     twin,
     write_adapters,
 )
-from measuring import COUNTS, OWN_ROUNDS, ROUNDS, Group, Rounds, Row, status_mb
-from torch import Tensor
-
-from lora_diffusion.adapters.adapter import Adapter
-from lora_diffusion.formats.adapters.load import load_adapter, outline_adapter
-from lora_diffusion.inference.in_place import patching
-from lora_diffusion.models.load import Base
+from tests.benchmarks.measuring import COUNTS, OWN_ROUNDS, ROUNDS, Group, Rounds, Row, status_mb
 
 
 def weights_group() -> Group:
@@ -52,22 +52,21 @@ def weights_group() -> Group:
                 rounds.time(f"ours register {number}", lambda file=file: registered.append(outline_adapter(file)))
             growth = status_mb("VmRSS") - before
             changed |= peer_round(peer, own, rounds, i)
-    rows = [rounds.row(f"apply {n} read already", f"apply {n}", g) for n, g in zip(COUNTS, (2, 3.5, 5), strict=True)]
-    rows += [rounds.row("switch to another file", "switch", 2.2), rounds.row("read a file", "read")]
-    rows += [rounds.row("new weight for one of 4", "one weight", 3.5)]
-    rows += [rounds.row("new weights for all 4", "all weights", 3.5)]
-    rows += [rounds.row(f"undo {n}", f"undo {n}", 1.15) for n in COUNTS]
+    rows = [rounds.row(f"apply {n} read already", f"apply {n}") for n in COUNTS]
+    rows += [rounds.row("switch to another file", "switch"), rounds.row("read a file", "read")]
+    rows += [rounds.row("new weight for one of 4", "one weight")]
+    rows += [rounds.row("new weights for all 4", "all weights")]
+    rows += [rounds.row(f"undo {n}", f"undo {n}") for n in COUNTS]
     rows += [
         Row(
             what=f"weights other than before {n}",
             unit="share",
             ours=changed[f"ours {n}"],
             peer=changed[f"peer {n}"],
-            goal=0,
         )
         for n in COUNTS
     ]
-    rows += [rounds.row(f"register, number {n}", f"register {n}", 0.1) for n in (1, 8, 50)]
+    rows += [rounds.row(f"register, number {n}", f"register {n}") for n in (1, 8, 50)]
     rows.append(Row(what="growth by 50 registered", unit="MB", ours=round(growth, 2)))
     times = {
         n: found for n, found in rounds.details().items() if " register " not in n or n.endswith((" 1", " 8", " 50"))
@@ -151,7 +150,7 @@ def rounding_group() -> Group:
         row
         for name, (rounds, errors) in found.items()
         for row in (
-            Row(what=f"error of 5 in {name}", unit="roundings", ours=errors["ours"], peer=errors["peer"], goal=1.0),
+            Row(what=f"error of 5 in {name}", unit="roundings", ours=errors["ours"], peer=errors["peer"]),
             rounds.row(f"apply 5 read already in {name}", "apply"),
         )
     ]

@@ -1,6 +1,6 @@
 """How long it takes to make one adapter of four, of rank 64, for every attention projection of SDXL's UNet.
 
-    python tests/benchmarks/combining.py
+    python -m tests.benchmarks.combining
 
 Random float16 factors of the true shapes, from a UNet without memory. Exact combining stacks factors; compressing to
 rank 64 takes QR factors of the stacks and the SVD of a small matrix. Beside it stands torch's SVD of the whole delta
@@ -9,8 +9,8 @@ has one module of 1280 x 1280 by the sum of the ranks, on which the gain depends
 `combining.json` beside this script.
 """
 
-import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +18,6 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from full_size import CONFIGS
-from measuring import machine
 from torch import Tensor
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
@@ -33,12 +31,24 @@ from lora_diffusion.algebra.svd.rank_selection import RankRule
 from lora_diffusion.algebra.svd.svd import spectrum_of
 from lora_diffusion.architectures.module_paths import ANATOMIES, ATTENTION_LEAVES, module_paths
 from lora_diffusion.models.load import quiet_libraries
+from tests.benchmarks.full_size import CONFIGS
+from tests.benchmarks.goals import at_least, at_most, not_below, write_report
+from tests.benchmarks.measuring import machine
 
 RANK = 64
 WEIGHTS = (0.8, 0.6, -0.4, 0.5)
 SAMPLED = 2
 SIDE, STACKS = 1280, (16, 48, 64, 128, 256)
+SHAPES = ([640, 640], [640, 2048], [1280, 1280], [1280, 2048])
 REPEATS = 5
+GOALS = {
+    "whole_svd_over_compress": at_least(100),
+    **{f"whole_svd/shapes/{shape}/lost_norm_differs_by": at_most(1e-5) for shape in SHAPES},
+    **{
+        f"one_module_of_1280_x_1280/{stack}/ratio": not_below(recorded, tolerance=0.3)
+        for stack, recorded in zip(STACKS, (1229.8, 261.6, 198.4, 66.1, 17.6), strict=True)
+    },
+}
 
 
 def attention_shapes() -> dict[str, tuple[int, int]]:
@@ -112,7 +122,7 @@ def main() -> None:
         apart = max(abs(report.modules[path].lost / lost - 1) for path, (_, lost) in found.items())
         rows.append(
             {
-                "shape": shape,
+                "shape": list(shape),
                 "modules": len(paths),
                 "measured": len(found),
                 "seconds_each": round(each, 3),
@@ -134,9 +144,7 @@ def main() -> None:
         "whole_svd_over_compress": round(whole / compress_seconds, 1),
         "one_module_of_1280_x_1280": by_stack(),
     }
-    text = json.dumps(figures, indent=1)
-    Path(__file__).with_name("combining.json").write_text(text + "\n")
-    print(text)
+    sys.exit(write_report(Path(__file__).with_suffix(".json"), figures, GOALS))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tests.benchmarks.goals import Goal
 
 ROUNDS = 6
 OWN_ROUNDS = 2
@@ -33,7 +35,7 @@ class Row:
     ours: float | None = None
     hand: float | None = None
     peer: float | None = None
-    goal: float | None = None
+    of_hand: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +61,12 @@ class Rounds:
     def ratio(self, name: str, unit: str = "copy") -> float:
         return round(self.median(name) / self.median(unit), 3)
 
-    def row(self, what: str, name: str, goal: float | None = None, *, unit: str = "copy") -> Row:
+    def row(self, what: str, name: str, *, unit: str = "copy") -> Row:
         """What "ours <name>", "hand <name>" and "peer <name>" took."""
         timed = {who: f"{who} {name}" for who in ("ours", "hand", "peer")}
         ratios = {who: self.ratio(full, unit) for who, full in timed.items() if full in self.seconds}
-        return Row(what=what, unit="copies" if unit == "copy" else f"x {unit}", goal=goal, **ratios)
+        of_hand = self.ratio(timed["ours"], timed["hand"]) if "hand" in ratios else None
+        return Row(what=what, unit="copies" if unit == "copy" else f"x {unit}", of_hand=of_hand, **ratios)
 
     def details(self) -> dict[str, Any]:
         """Median and range in milliseconds."""
@@ -84,7 +87,7 @@ def worker(name: str, *arguments: str, keeping: bool = True) -> subprocess.Popen
     """A fresh process that does this."""
     environment = {key: value for key, value in os.environ.items() if key not in KEEPING}
     environment |= {"OMP_WAIT_POLICY": "PASSIVE", **(KEEPING if keeping else {})}
-    command = [sys.executable, str(Path(__file__).with_name("blending.py")), "--worker", name, *arguments]
+    command = [sys.executable, "-m", "tests.benchmarks.blending", "--worker", name, *arguments]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
@@ -109,11 +112,12 @@ def machine() -> dict[str, Any]:
     return {"architecture": platform.machine(), **cpu, "memory_gb": round(memory, 1), "threads": 1, **libraries}
 
 
-def table(groups: dict[str, Any]) -> str:
+def table(groups: dict[str, Any], goals: Mapping[str, Goal]) -> str:
     lines = ["| | unit | ours | by hand | diffusers + PEFT | goal | ours / by hand |", "|---|---|---|---|---|---|---|"]
-    for group in groups.values():
+    for name, group in groups.items():
         for row in group["rows"]:
-            cells = ["" if row[key] is None else f"{row[key]:g}" for key in ("ours", "hand", "peer", "goal")]
-            cells.append(f"{row['ours'] / row['hand']:.2f}" if row["hand"] else "")
+            goal = goals.get(f"groups/{name}/rows/{row['what']}/ours")
+            values = [row["ours"], row["hand"], row["peer"], goal.limit if goal else None, row["of_hand"]]
+            cells = ["" if value is None else f"{value:g}" for value in values]
             lines.append(f"| {row['what']} | {row['unit']} | {' | '.join(cells)} |")
     return "\n".join(lines)

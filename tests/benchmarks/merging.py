@@ -1,6 +1,6 @@
 """What merging four adapters into a checkpoint costs: against copying the files, and diffusers with PEFT.
 
-    PYTHONPATH=. python tests/benchmarks/merging.py
+    python -m tests.benchmarks.merging
 
 UNets of SD 1.5's and SDXL's size with random weights in float16, beside small text encoders and autoencoders; adapters
 of rank 16 on all attention projections. Each way runs in a process of its own, in turn, and writes to disk and syncs;
@@ -22,8 +22,6 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-from full_size import base_around, new_unet, pipeline_around, write_adapters
-from measuring import machine, status_mb
 
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.core.atomic_files import sync
@@ -31,10 +29,18 @@ from lora_diffusion.core.malloc import keep_freed_memory
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.merging.merge import merge
 from lora_diffusion.models.load import quiet_libraries
+from tests.benchmarks.full_size import base_around, new_unet, pipeline_around, write_adapters
+from tests.benchmarks.goals import at_most, write_report
+from tests.benchmarks.measuring import machine, status_mb
 from tests.helpers.random_bases import write_random_sdxl
 
 WEIGHTS = (0.9, 0.8, 0.7, 0.6)
 ROUNDS = 5
+GOALS = {
+    f"{family}/{figure}/ours": at_most(limit)
+    for family in ("sd1", "sdxl")
+    for figure, limit in (("times_copying", 1.8), ("memory_of_checkpoint", 0.15))
+}
 
 
 def prepare(folder: Path) -> None:
@@ -96,7 +102,7 @@ def measured(way: str, folder: Path) -> dict[str, float]:
 
 
 def in_own_process(way: str, folder: Path) -> dict[str, float]:
-    command = [sys.executable, __file__, "--worker", way, str(folder)]
+    command = [sys.executable, "-m", "tests.benchmarks.merging", "--worker", way, str(folder)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -112,8 +118,7 @@ def main() -> None:
             return prepare(Path(folder))
         return print(json.dumps(measured(way, Path(folder))))
     facts = {"machine": machine(), "rounds": ROUNDS, **{family: compared(family) for family in ("sd1", "sdxl")}}
-    Path(__file__).with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
-    print(json.dumps(facts, indent=1))
+    sys.exit(write_report(Path(__file__).with_suffix(".json"), facts, GOALS))
 
 
 def compared(family: str) -> dict[str, object]:
@@ -121,7 +126,8 @@ def compared(family: str) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / family
         folder.mkdir()
-        subprocess.run([sys.executable, __file__, "--worker", "prepare", str(folder)], check=True)
+        command = [sys.executable, "-m", "tests.benchmarks.merging", "--worker", "prepare", str(folder)]
+        subprocess.run(command, check=True)
         size = sum(file.stat().st_size for file in (folder / "base").rglob("*") if file.is_file()) / 1e6
         rounds = [{way: in_own_process(way, folder) for way in WAYS} for _ in range(ROUNDS)]
     seconds = {way: statistics.median(found[way]["seconds"] for found in rounds) for way in WAYS}

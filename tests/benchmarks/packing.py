@@ -1,13 +1,13 @@
 """1,000 adapters in one pack with shared factors: bytes and error against the rank of the shared bases.
 
-    python tests/benchmarks/packing.py
+    python -m tests.benchmarks.packing
 
 Two families by simulation: adapters that are independent, and adapters whose factors come from common directions with
 some noise of their own. Beside each, what the same bytes buy when every adapter is compressed alone by its SVD.
 """
 
-import json
 import math
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -16,13 +16,14 @@ from statistics import median
 from typing import Any
 
 import torch
-from measuring import machine, status_mb
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
 from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.algebra.reduce.shared_basis import member, shared
 from lora_diffusion.algebra.svd.svd import spectrum_of
 from lora_diffusion.formats.adapters.pack import load_pack, save_pack
+from tests.benchmarks.goals import not_above, write_report
+from tests.benchmarks.measuring import machine, status_mb
 
 ADAPTERS, RANK = 1000, 8
 COMMON_DIRECTIONS, PRIVATE_SHARE = 32, 0.1
@@ -35,6 +36,23 @@ WIDTHS = {
 }
 """Outputs, and inputs, of the modules."""
 Spectra = Mapping[str, Mapping[str, torch.Tensor]]
+GOALS = {
+    **{
+        f"common subspace and private noise/{rank}/{figure}": not_above(recorded, tolerance=0.05)
+        for rank, share, error in (
+            (8, 0.025, 0.9407),
+            (32, 0.0937, 0.1356),
+            (64, 0.1728, 0.1281),
+            (128, 0.3308, 0.1137),
+        )
+        for figure, recorded in (("share_of_bytes", share), ("error/median", error))
+    },
+    "independent/640/error/worst": not_above(0.0006, tolerance=0.2),
+    "common subspace and private noise/640/error/worst": not_above(0.0006, tolerance=0.2),
+    "common subspace and private noise/32/cpu_seconds_to_read_one": not_above(0.035, tolerance=1.0),
+    "cpu_seconds": not_above(95, tolerance=0.5),
+    "peak_mb": not_above(660, tolerance=0.15),
+}
 
 
 def family(common: bool) -> dict[str, Adapter]:
@@ -108,9 +126,7 @@ def main() -> None:
             figures[kind] = [measured(adapters, spectra, rank, Path(scratch)) for rank in RANKS]
     figures["common_directions"], figures["private_share"] = COMMON_DIRECTIONS, PRIVATE_SHARE
     figures["cpu_seconds"], figures["peak_mb"] = round(time.process_time() - started), round(status_mb("VmHWM"))
-    text = json.dumps(figures, indent=1)
-    Path(__file__).with_name("packing.json").write_text(text + "\n")
-    print(text)
+    sys.exit(write_report(Path(__file__).with_suffix(".json"), figures, GOALS))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Runs diffusers' example training script where torchvision and datasets are not installed.
 
-    python tests/benchmarks/peer_script.py train_text_to_image_lora.py --train_data_dir pictures ...
+    python -m tests.benchmarks.peer_script train_text_to_image_lora.py --train_data_dir pictures ...
 
 torchvision does not go with a CPU build of torch from elsewhere, and the script wants of both libraries only what is
 below: pictures in a folder with captions in .txt files, cut and turned into tensors. These do less than the real ones

@@ -1,6 +1,6 @@
 """What a base in codes saves: memory of a training step on the UNets of SD 1.5 and SDXL, against half precision.
 
-    python tests/benchmarks/quantize.py
+    python -m tests.benchmarks.quantize
 
 Random weights, 32x32 latents, batch 1, rank 16 on all attention and feed-forward layers, in a process of its own for
 each kind of base: half precision (float16 on a GPU, bfloat16 on a processor, two bytes either way), nf4, fp4 and int8.
@@ -19,8 +19,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from full_size import base_around, new_unet
-from measuring import machine, status_mb
 from torch import Tensor, nn
 
 from lora_diffusion.architectures.module_paths import trainable_paths
@@ -29,12 +27,31 @@ from lora_diffusion.config.adapter import AdapterConfig
 from lora_diffusion.models.load import Base, default_device, load_base
 from lora_diffusion.models.quantize import quantise
 from lora_diffusion.training.methods.injection import inject
+from tests.benchmarks.full_size import base_around, new_unet
+from tests.benchmarks.goals import not_above, write_report
+from tests.benchmarks.measuring import machine, status_mb
 
 RANK = 16
 KINDS = ("half", "nf4", "fp4", "int8")
 FAMILIES = ("sd1", "sdxl")
 GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
 """glibc gives freed memory back at once, so that a peak is what was needed."""
+GOALS = {
+    f"{family}/{kind}/{figure}": not_above(recorded, tolerance=tolerance)
+    for family, kind, held, peak, error in (
+        ("sd1", "nf4", 0.767, 0.834, 0.009),
+        ("sd1", "fp4", 0.767, 0.834, 0.005),
+        ("sd1", "int8", 0.843, 0.929, 0.003),
+        ("sdxl", "nf4", 0.355, 0.479, 0.027),
+        ("sdxl", "fp4", 0.355, 0.48, 0.066),
+        ("sdxl", "int8", 0.565, 0.67, 0.006),
+    )
+    for figure, recorded, tolerance in (
+        ("held_of_half", held, 0.02),
+        ("peak_of_half", peak, 0.05),
+        ("error", error, 0.2),
+    )
+}
 
 
 def predicted(unet: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -107,7 +124,7 @@ def measured(family: str, kind: str) -> dict[str, float]:
 
 
 def in_own_process(family: str, kind: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--worker", family, kind]
+    command = [sys.executable, "-m", "tests.benchmarks.quantize", "--worker", family, kind]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | GIVING_BACK)
     return {key: round(value, 3) for key, value in json.loads(done.stdout.splitlines()[-1]).items()}
 
@@ -127,8 +144,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "processor"
     found = {family: of_family(family) for family in FAMILIES}
     facts = {"machine": machine(), "device": name, "rank": RANK, **found}
-    Path(__file__).with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
-    print(json.dumps(facts, indent=1))
+    sys.exit(write_report(Path(__file__).with_suffix(".json"), facts, GOALS))
 
 
 if __name__ == "__main__":

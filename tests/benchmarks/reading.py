@@ -1,6 +1,6 @@
 """How fast adapter files are read and converted, against a plain read of the bytes and against diffusers.
 
-    python tests/benchmarks/reading.py
+    python -m tests.benchmarks.reading
 
 Every measurement runs in a process of its own, so that its peak memory is its own; all in one run, one after another,
 on one file of SD 1.5's size (rank 64, attention and feed-forward, float16). Writes `reading.json` beside this script.
@@ -29,10 +29,25 @@ from lora_diffusion.formats.adapters.kohya import save_kohya
 from lora_diffusion.formats.adapters.load import load_adapter, outline_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.workflows.adapters.convert import Conversion, convert
+from tests.benchmarks.goals import not_above, not_below, write_report
 
 RANK, LARGE_RANK, RUNS, FOLDER = 64, 1400, 5, 100
 READERS = ("bytes", "load_adapter", "outline_adapter", "diffusers")
 LEAVES = (".to_q", ".to_k", ".to_v", ".to_out.0", ".ff.net.0.proj", ".ff.net.2")
+GOALS = {
+    **{
+        f"{dialect}/{reader}/{figure}": not_above(recorded, tolerance=tolerance)
+        for dialect, reader, seconds, peak_mb in (
+            ("native", "load_adapter", 0.1124, 54.4),
+            ("native", "outline_adapter", 0.0198, 0.418),
+            ("kohya", "load_adapter", 0.0786, 55.66),
+            ("kohya", "outline_adapter", 0.0269, 1.328),
+        )
+        for figure, recorded, tolerance in (("seconds", seconds, 0.5), ("peak_mb", peak_mb, 0.2))
+    },
+    "inspect_command/seconds": not_above(0.46, tolerance=0.5),
+    "conversions_per_second": not_below(14.9, tolerance=0.35),
+}
 
 
 def full_size_adapter(rank: int) -> Adapter:
@@ -101,7 +116,12 @@ def measured(name: str, path: Path) -> dict[str, float]:
     """Median over fresh processes."""
     rows = []
     for _ in range(RUNS):
-        done = subprocess.run([sys.executable, __file__, name, str(path)], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.benchmarks.reading", name, str(path)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         rows.append(json.loads(done.stdout.splitlines()[-1]))
     return {key: round(statistics.median(row[key] for row in rows), 4) for key in rows[0]}
 
@@ -148,9 +168,7 @@ def main() -> None:
             },
             "conversions_per_second": conversions_per_second(Path(scratch)),
         }
-    text = json.dumps(figures, indent=1)
-    Path(__file__).with_name("reading.json").write_text(text + "\n")
-    print(text)
+    sys.exit(write_report(Path(__file__).with_suffix(".json"), figures, GOALS))
 
 
 if __name__ == "__main__":

@@ -1,29 +1,31 @@
 """A run killed twenty times, at random moments, and gone on with each time: does it end with the same adapter?
 
-    PYTHONPATH=. python tests/benchmarks/resuming.py
+    python -m tests.benchmarks.resuming
 
 On the tests' random base, with everything in the run that draws at random or has a state; a state after each step.
 Writes `resuming.json` beside this script.
 """
 
-import json
 import random
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from measuring import machine
 
 from lora_diffusion.adapters.adapter import adapter_hash
 from lora_diffusion.config.settings import changed
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.training.loop import train
+from tests.benchmarks.goals import at_least, write_report
+from tests.benchmarks.measuring import machine
 from tests.helpers.picture_folders import write_pictures
 from tests.helpers.random_bases import write_random_sd
 from tests.training.test_loop import settings
 from tests.training.test_resuming import EVERYTHING, killed_runs
 
 KILLS, STEPS, SEED = 20, 400, 0
+GOALS = {"kills": at_least(KILLS), "same_adapter": at_least(True)}
 
 
 def main() -> None:
@@ -39,8 +41,7 @@ def main() -> None:
         train(config)
         same = adapter_hash(load_adapter(output)) == adapter_hash(whole.adapter)
     facts = {"machine": machine(), "kills": len(reached), "steps_when_killed": reached, "same_adapter": same}
-    Path(__file__).with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
-    print(json.dumps(facts))
+    sys.exit(write_report(Path(__file__).with_suffix(".json"), facts, GOALS))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """How quickly the studio is there, and what it holds.
 
-    PYTHONPATH=. python tests/benchmarks/studio.py
+    python -m tests.benchmarks.studio
 
 On the embedded base, in headless Chromium: seconds from the command to the line that says that the studio is open, from
 opening the page to a usable Generate button, from a click to the first preview and to the picture; and how much memory
 the server has after ten adapters were blended. Writes `studio.json` beside this script.
 """
 
-import json
 import re
 import subprocess
 import sys
@@ -17,14 +16,23 @@ from pathlib import Path
 from typing import Any
 
 from gradio_client import Client
-from measuring import machine
 from playwright.sync_api import sync_playwright
 
 from lora_diffusion.core.atomic_files import sample_data
+from tests.benchmarks.goals import at_most, not_above, write_report
+from tests.benchmarks.measuring import machine
 from tests.browser.test_studio_browser import CHROMIUM, lay, say
 
 ADAPTERS = [path.stem for path in sorted((sample_data() / "adapters").glob("*.safetensors"))] * 2
 """Ten, each of the ready ones twice."""
+GOALS = {
+    "seconds/page_usable": at_most(3),
+    "seconds/open": not_above(7.27, tolerance=0.5),
+    "seconds/first_step_seen": not_above(0.37, tolerance=0.5),
+    "seconds/picture": not_above(1.67, tolerance=0.5),
+    "seconds/first_step_seen_with_loading": not_above(1.0, tolerance=0.5),
+    "memory_mb/ten adapters": not_above(677, tolerance=0.15),
+}
 
 
 def resident_mb(process: int) -> float:
@@ -64,7 +72,7 @@ def watched(address: str) -> dict[str, float]:
 def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        command = [sys.executable, "-m", "ui", "--api", "--output", str(folder / "out")]
+        command = [sys.executable, "-m", "lora_diffusion.cli", "ui", "--api", "--output", str(folder / "out")]
         started = time.perf_counter()
         server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
@@ -84,8 +92,7 @@ def main() -> None:
         "seconds": {name: round(value, 2) for name, value in {"open": opened, **waits}.items()},
         "memory_mb": {"two adapters": round(before), "ten adapters": round(memory)},
     }
-    Path(__file__).with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
-    print(json.dumps(facts, indent=1))
+    sys.exit(write_report(Path(__file__).with_suffix(".json"), facts, GOALS))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a training step takes of us and of diffusers' example script, all told: same base, pictures, rank and targets.
 
-    python tests/benchmarks/trainers.py train_text_to_image_lora.py
+    python -m tests.benchmarks.trainers train_text_to_image_lora.py
 
 The script is in diffusers' repository under `examples/text_to_image`. Both trainers run as their users start them, each
 in processes of its own: a short and a long run, whose difference divided by the steps between is a step with all that
@@ -24,17 +24,23 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
-from full_size import new_unet
-from measuring import machine
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lora_diffusion.core.atomic_files import sample_data
 from lora_diffusion.models.load import quiet_libraries
+from tests.benchmarks.full_size import new_unet
+from tests.benchmarks.goals import at_least, at_most, write_report
+from tests.benchmarks.measuring import machine
 from train_scripts.write_configs import toml
 
 RANK, PICTURES, ROUNDS = 4, 2, 5
 STEPS = {"tiny": (8, 88), "sd1": (3, 8)}
 SIZES_PX = {"tiny": 64, "sd1": 256}
+GOALS = {
+    f"{size}/{figure}": goal
+    for size in STEPS
+    for figure, goal in (("times_their_throughput", at_least(1.5)), ("of_their_memory", at_most(1.0)))
+}
 
 
 def write_sd1(folder: Path) -> Path:
@@ -93,7 +99,7 @@ def theirs(script: Path, base: Path, pictures: Path, steps: int, size_px: int, f
         "output_dir": folder / "theirs",
     }
     told = [f"--{key}={value}" for key, value in flags.items()]
-    return [sys.executable, str(Path(__file__).with_name("peer_script.py")), str(script), "--center_crop", *told]
+    return [sys.executable, "-m", "tests.benchmarks.peer_script", str(script), "--center_crop", *told]
 
 
 def taken(command: list[str]) -> tuple[float, float]:
@@ -154,8 +160,7 @@ def main() -> None:
         facts["tiny"] = compared(script, sample_data() / "tiny-sd", "tiny", pictures, folder)
         print(json.dumps(facts["tiny"]), flush=True)
         facts["sd1"] = compared(script, write_sd1(folder / "sd1"), "sd1", pictures, folder)
-    Path(__file__).with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
-    print(json.dumps(facts, indent=1))
+    sys.exit(write_report(Path(__file__).with_suffix(".json"), facts, GOALS))
 
 
 if __name__ == "__main__":

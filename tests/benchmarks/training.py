@@ -1,6 +1,6 @@
 """What a training step costs: against the frozen network's own passes, and PEFT's modules.
 
-    python tests/benchmarks/training.py
+    python -m tests.benchmarks.training
 
 SD 1.5's UNet with random weights in float32, 32x32 latents, batch 1, rank 8 on its 128 attention projections. The floor
 is the frozen UNet's forward and its backward to the input; "checkpointed" is ours with gradient checkpointing.
@@ -8,7 +8,6 @@ Processor time of one thread, medians of rounds in turn; operations are calls th
 far a process of its own grows in its first step. Writes `training.json` beside this script.
 """
 
-import json
 import statistics
 import subprocess
 import sys
@@ -17,16 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from full_size import attention_paths, base_around, new_unet
-from measuring import machine, status_mb
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_diffusion.config.train import AdapterConfig
 from lora_diffusion.training.methods.injection import inject
+from tests.benchmarks.full_size import attention_paths, base_around, new_unet
+from tests.benchmarks.goals import at_most, not_above, write_report
+from tests.benchmarks.measuring import machine, status_mb
 
 RANK, ROUNDS = 8, 5
+GOALS = {
+    "times_floor/ours": at_most(1.06),
+    "operations_of_floor/ours": at_most(1.6),
+    "added_of_peft/ours": at_most(0.9),
+    "times_floor/checkpointed": not_above(1.327, tolerance=0.15),
+    "operations_of_floor/checkpointed": not_above(2.414, tolerance=0.05),
+    "added_of_peft/checkpointed": not_above(0.527, tolerance=0.1),
+}
 
 
 def inputs(*, learns: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,7 +96,7 @@ def operations(unet: Any, *, learns: bool) -> int:
 
 def added_mb(way: str) -> float:
     """How far a process of its own grows in a step above what it held before."""
-    command = [sys.executable, __file__, "--worker", way]
+    command = [sys.executable, "-m", "tests.benchmarks.training", "--worker", way]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.splitlines()[-1])
 
@@ -127,8 +135,7 @@ def main() -> None:
         "added_of_peft": {name: round(value / added["peft"], 3) for name, value in added.items()},
         "operations_of_floor": {name: round(value / counted["floor"], 3) for name, value in counted.items()},
     }
-    Path(__file__).with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
-    print(json.dumps(facts, indent=1))
+    sys.exit(write_report(Path(__file__).with_suffix(".json"), facts, GOALS))
 
 
 if __name__ == "__main__":
