@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lora_diffusion.adapters.adapter import adapter_hash as adapter_hash
     from lora_diffusion.adapters.blend import Blend as Blend
     from lora_diffusion.adapters.blend import WeightedAdapter as WeightedAdapter
-    from lora_diffusion.adapters.coefficients import Moment as Moment
+    from lora_diffusion.adapters.coefficients import DenoisingStep as DenoisingStep
     from lora_diffusion.adapters.layers import DoRALayer as DoRALayer
     from lora_diffusion.adapters.layers import FullLayer as FullLayer
     from lora_diffusion.adapters.layers import LoHaLayer as LoHaLayer
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lora_diffusion.config.train import TrainConfig as TrainConfig
     from lora_diffusion.errors import LoRADiffusionError as LoRADiffusionError
     from lora_diffusion.formats.adapters.load import load_adapter as load_adapter
-    from lora_diffusion.formats.adapters.load import outline_adapter as outline_adapter
+    from lora_diffusion.formats.adapters.load import load_meta_adapter as load_meta_adapter
     from lora_diffusion.formats.adapters.native import save_adapter as save_adapter
     from lora_diffusion.inference.in_place import blended as blended
     from lora_diffusion.inference.parallel import branched as branched
@@ -55,6 +55,7 @@ __all__ = [
     "BlendWeight",
     "Composition",
     "Conversion",
+    "DenoisingStep",
     "DoRALayer",
     "FullLayer",
     "GenerateConfig",
@@ -62,7 +63,6 @@ __all__ = [
     "LoKrLayer",
     "LoRADiffusionError",
     "LoRALayer",
-    "Moment",
     "Region",
     "Schedule",
     "TrainConfig",
@@ -77,9 +77,9 @@ __all__ = [
     "inspect_adapter",
     "load_adapter",
     "load_base",
+    "load_meta_adapter",
     "merge",
     "open_library",
-    "outline_adapter",
     "save_adapter",
     "train",
     "verify",
@@ -101,7 +101,7 @@ HOMES = {
     "LoKrLayer": "adapters.layers",
     "LoRADiffusionError": "errors",
     "LoRALayer": "adapters.layers",
-    "Moment": "adapters.coefficients",
+    "DenoisingStep": "adapters.coefficients",
     "Region": "config.preset",
     "Schedule": "config.preset",
     "TrainConfig": "config.train",
@@ -118,7 +118,7 @@ HOMES = {
     "load_base": "models.load",
     "merge": "merging.merge",
     "open_library": "library.search",
-    "outline_adapter": "formats.adapters.load",
+    "load_meta_adapter": "formats.adapters.load",
     "save_adapter": "formats.adapters.native",
     "train": "training.loop",
     "verify": "workflows.adapters.verify",

@@ -21,10 +21,10 @@ from PIL import Image
 
 from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.adapters.blend import Blend, BlendSum, WeightedAdapter
-from lora_diffusion.config.distillation import DistilConfig
+from lora_diffusion.config.distillation import DistillConfig
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import Composition, Mode
-from lora_diffusion.core.atomic_files import sample_data, whole_file
+from lora_diffusion.core.atomic_files import atomic_file, sample_data_folder
 from lora_diffusion.evaluation.image_grid import grid, save_grid
 from lora_diffusion.evaluation.style_distance import style_distance, style_pictures
 from lora_diffusion.formats.adapters.load import load_adapter
@@ -52,7 +52,7 @@ class Way:
 
 
 def both() -> Blend:
-    paths = {name: sample_data() / "adapters" / f"{name}.safetensors" for name in WEIGHTS}
+    paths = {name: sample_data_folder() / "adapters" / f"{name}.safetensors" for name in WEIGHTS}
     entries = (
         WeightedAdapter(adapter=load_adapter(paths[name]), weight=weight, path=paths[name])
         for name, weight in WEIGHTS.items()
@@ -85,11 +85,11 @@ def machine() -> dict[str, Any]:
 
 def measure(output: Path | None = None, rank: int = 8, steps: int = 200) -> None:
     """Distil and draw; print, and write as JSON, the errors, the seconds, and how the pictures compare."""
-    output = output or sample_data() / "distillation.json"
+    output = output or sample_data_folder() / "distillation.json"
     base, blend, texts = load_base(), both(), prompts()
     drawn = texts[::DRAWN_SHARE]
     learned = [text for text in texts if text not in drawn]
-    config = DistilConfig(rank=rank, steps=steps)
+    config = DistillConfig(rank=rank, steps=steps)
     configs = [GenerateConfig(prompt=text, seed=100 * s + i) for s in range(SEEDS) for i, text in enumerate(drawn)]
     facts: dict[str, Any] = {"machine": machine(), "config": config.model_dump(mode="json"), "modes": {}}
     mean = mean_sum(base, blend, Composition(mode="composite"), config.sampler_steps)  # that of switch too
@@ -106,7 +106,7 @@ def measure(output: Path | None = None, rank: int = 8, steps: int = 200) -> None
         ways += [Way(title=f"{mode}, distilled", blend=alone(result.adapter))]
     pictures = {way.title: pictures_of(base, way, configs) for way in ways}
     facts["pictures"] = {title: compared(base, title, pictures) for title in pictures}
-    with whole_file(output) as part:
+    with atomic_file(output) as part:
         part.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     rows = list(zip(*[found[:SHOWN] for found in pictures.values()], strict=True))
     sheet = grid(rows, columns=list(pictures), labels=drawn[:SHOWN])
@@ -116,8 +116,8 @@ def measure(output: Path | None = None, rank: int = 8, steps: int = 200) -> None
 
 def compared(base: Base, title: str, pictures: dict[str, list[Image.Image]]) -> dict[str, Any]:
     """How often gloop is read, how far the style is from neon's, and how far the pixels are from each mode's own."""
-    readings = read(load_reader(sample_data() / "tiny-world-reader"), pictures[title])
-    neon = style_pictures(sample_data() / "styles" / "neon")
+    readings = read(load_reader(sample_data_folder() / "tiny-world-reader"), pictures[title])
+    neon = style_pictures(sample_data_folder() / "styles" / "neon")
     return {
         "gloop": sum(reading.subject == "gloop" for reading in readings),
         "of": len(readings),

@@ -4,7 +4,7 @@ import torch
 from torch import Generator
 
 from lora_diffusion.config.train import CaptionConfig
-from lora_diffusion.prompts.emphasis import ReadText, plain, weighted
+from lora_diffusion.prompts.emphasis import ReadText, parse_emphasis, parse_literal
 
 
 def caption_text(caption: str, config: CaptionConfig, trigger_words: tuple[str, ...], rng: Generator) -> str:
@@ -31,4 +31,4 @@ def whole_caption(caption: str, config: CaptionConfig, trigger_words: tuple[str,
 
 def reader_of(config: CaptionConfig) -> ReadText:
     """What notation captions are in."""
-    return weighted if config.weights else plain
+    return parse_emphasis if config.weights else parse_literal

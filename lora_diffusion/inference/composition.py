@@ -14,13 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_diffusion.adapters.blend import Blend, BlendSum, WeightedAdapter, blend_sum, joined_sums, part_of
-from lora_diffusion.adapters.coefficients import Moment
-from lora_diffusion.adapters.compatibility import check_mode
-from lora_diffusion.adapters.deltas import delta_of
+from lora_diffusion.adapters.blend import Blend, BlendSum, WeightedAdapter, blend_sum, filter_modules, merge_sums
+from lora_diffusion.adapters.coefficients import DenoisingStep
+from lora_diffusion.adapters.compatibility import validate_composition
+from lora_diffusion.adapters.deltas import sum_deltas
 from lora_diffusion.adapters.layers import Layer
 from lora_diffusion.adapters.masks import region_mask
-from lora_diffusion.algebra.combine.np_lora import projected
+from lora_diffusion.algebra.combine.np_lora import project_entries
 from lora_diffusion.config.preset import Composition
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.inference.in_place import Backup, check_blend, patching, quantized, weight_at
@@ -30,7 +30,7 @@ from lora_diffusion.models.load import Base
 
 ReadPrompt = Callable[[], Tensor]
 """Reads the picture's prompt with the text encoders as they are: hidden states in the order of the UNet's batch."""
-BeforeStep = Callable[[Moment, ReadPrompt], None]
+BeforeStep = Callable[[DenoisingStep, ReadPrompt], None]
 Write = Callable[[BlendSum], None]
 
 
@@ -52,9 +52,9 @@ def composed(
         put = placer(base, blend, composition, size, write, stack)
         changing = blend.is_scheduled or composition.mode in ("switch", "k-lora")
 
-        def before_step(moment: Moment, read: ReadPrompt) -> None:
-            if moment.step == 0 or changing:
-                put(moment, read)
+        def before_step(denoising_step: DenoisingStep, read: ReadPrompt) -> None:
+            if denoising_step.index == 0 or changing:
+                put(denoising_step, read)
 
         yield before_step
 
@@ -73,12 +73,12 @@ def placer(
     if composition.mode == "composite":
         return composite(base, blend, write, stack)
     plan = sum_plan(base, blend, composition)
-    return lambda moment, _: write(plan(moment))
+    return lambda denoising_step, _: write(plan(denoising_step))
 
 
 def check_composition(blend: Blend, composition: Composition) -> None:
     """Raise ConfigError for a mode that these adapters cannot be in."""
-    check_mode(composition, len(blend.active), regions=any(entry.region for entry in blend.entries))
+    validate_composition(composition, len(blend.active), regions=any(entry.region for entry in blend.entries))
 
 
 def writer(base: Base, composition: Composition, backup: Backup, stack: ExitStack) -> Write:
@@ -89,21 +89,21 @@ def writer(base: Base, composition: Composition, backup: Backup, stack: ExitStac
     return stack.enter_context(patching(base, backup=backup)).write
 
 
-def sum_plan(base: Base, blend: Blend, composition: Composition) -> Callable[[Moment], BlendSum]:
+def sum_plan(base: Base, blend: Blend, composition: Composition) -> Callable[[DenoisingStep], BlendSum]:
     """The sum that stands for the blend at each step."""
     entries = tuple(entry for entry in blend.entries if entry in blend.active)
     if composition.mode == "switch":
-        return lambda moment: switched(base, entries, moment, composition.switch_every)
+        return lambda denoising_step: switched(base, entries, denoising_step, composition.switch_every)
     if composition.mode == "k-lora":
         return Chooser(base, entries[0], entries[1], composition).chosen
     if composition.mode == "np-lora":
-        blend = Blend(entries=(projected(entries, composition.projection), *entries[1:]))
-    return lambda moment: blend_sum(blend, base.anatomy, moment)
+        blend = Blend(entries=(project_entries(entries, composition.projection), *entries[1:]))
+    return lambda denoising_step: blend_sum(blend, base.layout, denoising_step)
 
 
-def alone(base: Base, entry: WeightedAdapter, moment: Moment) -> BlendSum:
+def alone(base: Base, entry: WeightedAdapter, denoising_step: DenoisingStep) -> BlendSum:
     """The terms of one adapter, wherever in the picture they act."""
-    return blend_sum(Blend(entries=(replace(entry, region=None),)), base.anatomy, moment)
+    return blend_sum(Blend(entries=(replace(entry, region=None),)), base.layout, denoising_step)
 
 
 def in_unet(path: str) -> bool:
@@ -114,13 +114,13 @@ def in_text(path: str) -> bool:
     return not in_unet(path)
 
 
-def switched(base: Base, entries: Sequence[WeightedAdapter], moment: Moment, every: int) -> BlendSum:
+def switched(base: Base, entries: Sequence[WeightedAdapter], denoising_step: DenoisingStep, every: int) -> BlendSum:
     """LoRA Switch: one adapter in the UNet at a time, the next after every few steps [arXiv:2402.16843]."""
     if not entries:
         return BlendSum(layers={}, biases={})
-    turn = entries[moment.step // every % len(entries)]
-    text = blend_sum(Blend(entries=tuple(entries)), base.anatomy, moment)
-    return joined_sums([part_of(alone(base, turn, moment), in_unet), part_of(text, in_text)])
+    turn = entries[denoising_step.index // every % len(entries)]
+    text = blend_sum(Blend(entries=tuple(entries)), base.layout, denoising_step)
+    return merge_sums([filter_modules(alone(base, turn, denoising_step), in_unet), filter_modules(text, in_text)])
 
 
 class Chooser:
@@ -146,13 +146,17 @@ class Chooser:
         own = weight_at(self.base, path)
         return change_of(layers[0], own, count), change_of(layers[1], own, count)
 
-    def chosen(self, moment: Moment) -> BlendSum:
+    def chosen(self, denoising_step: DenoisingStep) -> BlendSum:
         """The sum at one step."""
-        first, second = alone(self.base, self.subject, moment), alone(self.base, self.style, moment)
-        ramp = self.composition.k_lora_slope * moment.step / moment.steps + self.composition.k_lora_start
+        first, second = alone(self.base, self.subject, denoising_step), alone(self.base, self.style, denoising_step)
+        ramp = (
+            self.composition.k_lora_slope * denoising_step.index / denoising_step.total + self.composition.k_lora_start
+        )
         styled = {path for path, (mine, other) in self.strengths.items() if mine < other * self.balance * ramp}
         kept = self.strengths.keys() - styled
-        return joined_sums([part_of(first, lambda p: p not in styled), part_of(second, lambda p: p not in kept)])
+        return merge_sums(
+            [filter_modules(first, lambda p: p not in styled), filter_modules(second, lambda p: p not in kept)]
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +169,7 @@ class Change:
 
 def change_of(layer: Layer, own: Tensor, count: int) -> Change:
     """Computed on the base's device, where its own weight is."""
-    changes = delta_of([(1.0, layer)], own).abs().flatten()
+    changes = sum_deltas([(1.0, layer)], own).abs().flatten()
     largest = changes.topk(min(count, changes.numel())).values
     return Change(whole=float(changes.sum()), largest=float(largest.sum()))
 
@@ -190,9 +194,9 @@ def composite(base: Base, blend: Blend, write_text: Write, stack: ExitStack) -> 
         mean = predictions.unflatten(0, (-1, count)).mean(dim=1)
         return (mean,) if isinstance(result, tuple) else type(result)(sample=mean)
 
-    def before_step(moment: Moment, _read: ReadPrompt) -> None:
-        branch.write([part_of(alone(base, entry, moment), in_unet) for entry in entries])
-        write_text(part_of(blend_sum(blend, base.anatomy, moment), in_text))
+    def before_step(denoising_step: DenoisingStep, _read: ReadPrompt) -> None:
+        branch.write([filter_modules(alone(base, entry, denoising_step), in_unet) for entry in entries])
+        write_text(filter_modules(blend_sum(blend, base.layout, denoising_step), in_text))
 
     forwards = Forwards()
     stack.callback(forwards.restore)
@@ -216,16 +220,19 @@ def regions(base: Base, blend: Blend, size: tuple[int, int], write: Write, stack
     lanes = stack.enter_context(regional(base, size))
     prompts: list[Tensor | None] = []
 
-    def before_step(moment: Moment, read: ReadPrompt) -> None:
-        own = [alone(base, entry, moment) for entry in placed]
+    def before_step(denoising_step: DenoisingStep, read: ReadPrompt) -> None:
+        own = [alone(base, entry, denoising_step) for entry in placed]
         for total in own:
             refuse_placeless(total)
-        common, texts = blend_sum(everywhere, base.anatomy, moment), [part_of(total, in_text) for total in own]
+        common, texts = (
+            blend_sum(everywhere, base.layout, denoising_step),
+            [filter_modules(total, in_text) for total in own],
+        )
         lanes.undo()
-        if moment.step == 0:
+        if denoising_step.index == 0:
             prompts[:] = read_apart(common, texts, write, read)
-        write(joined_sums([common, *texts]))
-        totals = [part_of(total, in_unet) for total in own]
+        write(merge_sums([common, *texts]))
+        totals = [filter_modules(total, in_unet) for total in own]
         parts = zip(totals, masks, prompts[1:], strict=True)
         lanes.apply([Lane(total=total, mask=mask, prompt=prompt) for total, mask, prompt in parts], prompts[0])
 
@@ -238,6 +245,6 @@ def read_apart(common: BlendSum, texts: Sequence[BlendSum], write: Write, read: 
         return [None] * (1 + len(texts))
     prompts: list[Tensor | None] = []
     for sums in ([common], *([common, text] for text in texts)):
-        write(joined_sums(sums))
+        write(merge_sums(sums))
         prompts.append(read())
     return prompts

@@ -1,7 +1,7 @@
 """Put blends into a loaded base and take them out: in place, exact, reversible.
 
-Every value that is written is computed from the base's own one, which is kept, and never from what is there at the
-moment: so a result depends on the base and the blend alone, and undo, which copies, gives the base back bit for bit.
+Every written value is computed from the base's own value, of which a copy is kept, and never from the current one: a
+result depends on the base and the blend alone, and undo, which copies, restores the base bit for bit.
 Going from one blend to the next touches only the parameters for which they differ.
 """
 
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_diffusion.adapters.adapter import Adapter
-from lora_diffusion.adapters.blend import Blend, BlendSum, blend_sum, same_terms
-from lora_diffusion.adapters.coefficients import Moment
-from lora_diffusion.adapters.compatibility import check_fits, wanted_shapes
-from lora_diffusion.adapters.deltas import blended_bias, blended_weight, check_range, rounded
-from lora_diffusion.adapters.factor_stack import Stack, parted, stacked
+from lora_diffusion.adapters.blend import Blend, BlendSum, blend_sum, terms_equal
+from lora_diffusion.adapters.coefficients import DenoisingStep
+from lora_diffusion.adapters.compatibility import check_fits, expected_shapes
+from lora_diffusion.adapters.deltas import cast_checked, check_range, compute_blended_bias, compute_blended_weight
+from lora_diffusion.adapters.factor_stack import StackedFactors, split_stackable, stack_factors
 from lora_diffusion.adapters.layers import Layer
 from lora_diffusion.architectures.module_paths import changeable_paths
 from lora_diffusion.errors import AdapterFormatError, ConfigError
@@ -27,7 +27,7 @@ from lora_diffusion.formats.safetensors import map_safetensors
 from lora_diffusion.models.load import Base, module_at
 
 PATCHED: WeakSet[Base] = WeakSet()
-"""Bases that have a patch open at this moment."""
+"""Bases that have a patch open at this denoising_step."""
 Backup = Literal["memory", "file"]
 Terms = tuple[tuple[float, object], ...]
 
@@ -84,8 +84,8 @@ def check_blend(base: Base, blend: Blend) -> None:
 
 def check_base_fits(base: Base, blend: Blend) -> None:
     """Raise FamilyMismatchError unless every layer of every adapter finds a weight of its shape. Touches nothing."""
-    paths = frozenset(changeable_paths(base.anatomy))
-    wanted = {name for entry in blend.entries for name in wanted_shapes(entry.adapter)}
+    paths = frozenset(changeable_paths(base.layout))
+    wanted = {name for entry in blend.entries for name in expected_shapes(entry.adapter)}
     shapes = live_shapes(base, (name for name in wanted if name.rpartition(".")[0] in paths))
     check_fits(blend, base_name=base.name, family=base.family.name, paths=paths, shapes=shapes)
 
@@ -104,17 +104,17 @@ class Patch:
         self.applied: dict[str, Terms] = {}
         """What each changed parameter holds; empty terms if a write was cut off."""
         self.live: dict[str, Tensor] = {}
-        self.stacks: dict[str, tuple[tuple[Layer, ...], Stack]] = {}
+        self.stacks: dict[str, tuple[tuple[Layer, ...], StackedFactors]] = {}
         self.checked: WeakSet[Adapter] = WeakSet()
 
-    def apply(self, blend: Blend, moment: Moment | None = None) -> None:
+    def apply(self, blend: Blend, denoising_step: DenoisingStep | None = None) -> None:
         """Make the weights those of the blend, whatever is in them now; at one denoising step if it has a schedule.
 
         Raises FamilyMismatchError, ConfigError, and AdapterFormatError for NaN, all before anything is touched; and
         ConfigError, with the base's own values back, if a blended weight is beyond the range of the base's type.
         """
         self.check(blend)
-        self.write(blend_sum(blend, self.base.anatomy, moment))
+        self.write(blend_sum(blend, self.base.layout, denoising_step))
 
     def check(self, blend: Blend) -> None:
         """Raise what `apply` would; each adapter is looked at once."""
@@ -144,13 +144,13 @@ class Patch:
 
     def write_weight(self, path: str, terms: tuple[tuple[float, Layer], ...]) -> None:
         name = f"{path}.weight"
-        if same_terms(self.applied.get(name), terms):
+        if terms_equal(self.applied.get(name), terms):
             return
         live = self.live_tensor(name)
         own = self.original(name, live)
         self.applied[name] = ()
         in_place = live.dtype == torch.float32 and live.is_contiguous()
-        value = blended_weight(own, terms, stack=self.stack(path, terms, live), out=live if in_place else None)
+        value = compute_blended_weight(own, terms, stack=self.stack(path, terms, live), out=live if in_place else None)
         if not in_place:
             check_range(value, live.dtype, name)
             live.copy_(value)
@@ -158,23 +158,23 @@ class Patch:
 
     def write_bias(self, path: str, terms: tuple[tuple[float, Tensor], ...]) -> None:
         name = f"{path}.bias"
-        if same_terms(self.applied.get(name), terms):
+        if terms_equal(self.applied.get(name), terms):
             return
         live = self.live_tensor(name)
-        value = blended_bias(self.original(name, live), terms)
+        value = compute_blended_bias(self.original(name, live), terms)
         check_range(value, live.dtype, name)
         self.applied[name] = ()
         live.copy_(value)
         self.applied[name] = terms
 
-    def stack(self, path: str, terms: tuple[tuple[float, Layer], ...], live: Tensor) -> Stack | None:
+    def stack(self, path: str, terms: tuple[tuple[float, Layer], ...], live: Tensor) -> StackedFactors | None:
         """The module's factors side by side, from the last time if they are the same; None if none can be stacked."""
-        layers = tuple(layer for _, layer in parted(terms)[0])
+        layers = tuple(layer for _, layer in split_stackable(terms)[0])
         if not layers:
             return None
         kept = self.stacks.get(path)
         if kept is None or kept[0] != layers:
-            kept = self.stacks[path] = (layers, stacked(layers, live.device))
+            kept = self.stacks[path] = (layers, stack_factors(layers, live.device))
         return kept[1]
 
     def live_tensor(self, name: str) -> Tensor:
@@ -218,8 +218,8 @@ def rounding_loss(base: Base, total: BlendSum) -> float:
     with plain_arithmetic(base):
         for path, terms in total.layers.items():
             own = weight_at(base, path)
-            exact = blended_weight(own, terms)
-            lost += float((rounded(exact, own.dtype, path).float() - exact).square().sum())
+            exact = compute_blended_weight(own, terms)
+            lost += float((cast_checked(exact, own.dtype, path).float() - exact).square().sum())
             delta += float((exact - own.float()).square().sum())
     return (lost / delta) ** 0.5 if delta else 0.0
 
@@ -247,7 +247,7 @@ def file_backup(base: Base) -> Callable[[str, Tensor], Tensor]:
     Raises ConfigError when a parameter is first touched whose live value is not the file's: then the files are no
     backup, because the weights were changed after loading.
     """
-    paths = changeable_paths(base.anatomy)
+    paths = changeable_paths(base.layout)
     places = find_parameters(base.folder, (f"{path}.{leaf}" for path in paths for leaf in ("weight", "bias")))
     files = {file: map_safetensors(file) for file in {place.file for place in places.values()}}
     compared: set[str] = set()
@@ -291,12 +291,14 @@ def patching(base: Base, *, backup: Backup = "memory") -> Iterator[Patch]:
 
 
 @contextmanager
-def blended(base: Base, blend: Blend, moment: Moment | None = None, *, backup: Backup = "memory") -> Iterator[Patch]:
+def blended(
+    base: Base, blend: Blend, denoising_step: DenoisingStep | None = None, *, backup: Backup = "memory"
+) -> Iterator[Patch]:
     """The base with the blend in its weights; the base's own values are back afterwards, whatever happens inside.
 
     Learned words are not weights; `models.textual_inversion.learned_words` opens them beside this. Raises as
     `Patch.apply` and `patching` do.
     """
     with patching(base, backup=backup) as patch:
-        patch.apply(blend, moment)
+        patch.apply(blend, denoising_step)
         yield patch

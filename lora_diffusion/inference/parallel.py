@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_diffusion.adapters.blend import Blend, BlendSum, blend_sum, same_terms
-from lora_diffusion.adapters.coefficients import Moment
-from lora_diffusion.adapters.deltas import blended_bias, term_deltas
-from lora_diffusion.adapters.factor_stack import BiasTerm, Term, parted, stacked
+from lora_diffusion.adapters.blend import Blend, BlendSum, blend_sum, terms_equal
+from lora_diffusion.adapters.coefficients import DenoisingStep
+from lora_diffusion.adapters.deltas import compute_blended_bias, weighted_deltas
+from lora_diffusion.adapters.factor_stack import BiasTerm, Term, split_stackable, stack_factors
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.inference.in_place import check_blend, plain_arithmetic, weight_shape
 from lora_diffusion.models.load import Base, module_at
@@ -89,17 +89,17 @@ def side_of(module: nn.Module, path: str, sums: Sums) -> Side:
 
 def factors(terms: Sequence[Term], module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """(sum of ranks, in, ...kernel) and (out, sum of ranks) with weights and scales in it; None without plain LoRA."""
-    joinable = parted(terms)[0]
+    joinable = split_stackable(terms)[0]
     if not joinable:
         return None, None
     shape = weight_shape(module)
     assert isinstance(module.weight, Tensor)
-    stack = stacked([layer for _, layer in joinable], module.weight.device)
+    stack = stack_factors([layer for _, layer in joinable], module.weight.device)
     return stack.down.reshape(-1, *shape[1:]), stack.weighted_up(joinable)
 
 
 def dense_delta(terms: Sequence[Term], module: nn.Module, path: str) -> Tensor | None:
-    others = parted(terms)[1]
+    others = split_stackable(terms)[1]
     if not others:
         return None
     weight = module.weight
@@ -108,7 +108,7 @@ def dense_delta(terms: Sequence[Term], module: nn.Module, path: str) -> Tensor |
         if any(layer.kind == "DoRA" for _, layer in others):
             raise ConfigError(f"{path}: DoRA needs the base's own weight, which is in codes; set quantize to none")
         weight = torch.zeros(weight_shape(module), device=weight.device)  # only its shape and device are looked at
-    return torch.stack([delta.reshape(weight.shape) for delta in term_deltas(others, weight)]).sum(0)
+    return torch.stack([delta.reshape(weight.shape) for delta in weighted_deltas(others, weight)]).sum(0)
 
 
 def bias_delta(terms: Sequence[BiasTerm], module: nn.Module) -> Tensor | None:
@@ -116,7 +116,7 @@ def bias_delta(terms: Sequence[BiasTerm], module: nn.Module) -> Tensor | None:
         return None
     bias = module.bias
     assert isinstance(bias, Tensor)
-    return blended_bias(torch.zeros_like(bias, dtype=torch.float32), terms)
+    return compute_blended_bias(torch.zeros_like(bias, dtype=torch.float32), terms)
 
 
 def padded(tensors: Sequence[Tensor | None]) -> Tensor | None:
@@ -239,7 +239,7 @@ class Forwards:
 
 
 BRANCHED: WeakSet[Base] = WeakSet()
-"""Bases that have a branch open at this moment."""
+"""Bases that have a branch open at this denoising_step."""
 
 
 class Branch:
@@ -250,20 +250,20 @@ class Branch:
         self.applied: dict[str, tuple[object, ...]] = {}
         self.forwards: dict[str, Forwards] = {}
 
-    def apply(self, blends: Sequence[Blend], moment: Moment | None = None) -> None:
+    def apply(self, blends: Sequence[Blend], denoising_step: DenoisingStep | None = None) -> None:
         """Give sample i of every batch the blend i, counted modulo their number; one blend is everybody's.
 
         Raises FamilyMismatchError, AdapterFormatError and ConfigError before anything changes.
         """
         for blend in blends:
             check_blend(self.base, blend)
-        self.write([blend_sum(blend, self.base.anatomy, moment) for blend in blends])
+        self.write([blend_sum(blend, self.base.layout, denoising_step) for blend in blends])
 
     def write(self, sums: Sums) -> None:
         """The same from the terms of each sample."""
         paths = {path for total in sums for path in (*total.layers, *total.biases)}
         wanted = {path: tuple((t.layers.get(path, ()), t.biases.get(path, ())) for t in sums) for path in paths}
-        changed = [path for path, terms in wanted.items() if not same_terms(self.applied.get(path), terms)]
+        changed = [path for path, terms in wanted.items() if not terms_equal(self.applied.get(path), terms)]
         with plain_arithmetic(self.base):
             sides = {path: side_of(module_at(self.base, path), path, sums) for path in changed}
         for path in [path for path in self.applied if path not in wanted]:
@@ -307,11 +307,11 @@ def branching(base: Base) -> Iterator[Branch]:
 
 
 @contextmanager
-def branched(base: Base, *blends: Blend, moment: Moment | None = None) -> Iterator[Branch]:
+def branched(base: Base, *blends: Blend, denoising_step: DenoisingStep | None = None) -> Iterator[Branch]:
     """The base with a blend beside its weights, or with one blend for each sample of a batch.
 
     Raises as `Branch.apply` does.
     """
     with branching(base) as branch:
-        branch.apply(blends, moment)
+        branch.apply(blends, denoising_step)
         yield branch

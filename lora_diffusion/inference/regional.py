@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_diffusion.adapters.blend import BlendSum
-from lora_diffusion.adapters.masks import scaled_mask, token_grid
+from lora_diffusion.adapters.masks import infer_token_grid, resize_mask
 from lora_diffusion.architectures.module_paths import changeable_paths
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.inference.parallel import Forward, Forwards, Side, add_side, side_of
@@ -71,7 +71,7 @@ class Regional:
             ]
             make = self.reader if PROMPT_READERS.search(path) else self.placed
             self.forwards.replace(module, make(module, module.forward, sides, lanes))
-        everywhere = changeable_paths(self.base.anatomy) if outside is not None else paths
+        everywhere = changeable_paths(self.base.layout) if outside is not None else paths
         for path in {path.rpartition(".")[0] for path in everywhere if PROMPT_READERS.search(path)}:
             attention = module_at(self.base, path)
             self.forwards.replace(attention, self.attention(attention.forward, lanes, outside))
@@ -120,8 +120,8 @@ class Regional:
         """The lane's mask at the resolution of an output (n, tokens, width) or (n, channels, h, w)."""
         shape = tuple(y.shape[2:]) if y.ndim == 4 else (y.shape[1],)
         if (lane, shape) not in self.masks:
-            rows, columns = shape if len(shape) == 2 else token_grid(shape[0], *self.size)
-            mask = scaled_mask(lane.mask, rows, columns).to(y.device, y.dtype)
+            rows, columns = shape if len(shape) == 2 else infer_token_grid(shape[0], *self.size)
+            mask = resize_mask(lane.mask, rows, columns).to(y.device, y.dtype)
             self.masks[lane, shape] = mask if len(shape) == 2 else mask.reshape(1, -1, 1)
         return self.masks[lane, shape]
 

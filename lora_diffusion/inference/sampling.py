@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lora_diffusion.adapters.blend import Blend
-from lora_diffusion.adapters.coefficients import Moment
+from lora_diffusion.adapters.coefficients import DenoisingStep
 from lora_diffusion.config.generate import GenerateConfig, Scheduler
 from lora_diffusion.config.preset import Composition
 from lora_diffusion.config.settings import validate
@@ -34,7 +34,7 @@ from lora_diffusion.models.text_encoding import (
     negative_context,
 )
 from lora_diffusion.models.textual_inversion import learned_words
-from lora_diffusion.prompts.emphasis import weighted
+from lora_diffusion.prompts.emphasis import parse_emphasis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ def single_settings(base: Base, config: GenerateConfig) -> list[GenerateConfig]:
     tagged = next((text for text in (config.prompt, config.negative_prompt) if "<lora:" in text), "")
     if tagged:
         raise ConfigError(
-            f"the prompt {tagged!r} has a tag in it; `take_tags` and `tagged_entries` turn it into a blend"
+            f"the prompt {tagged!r} has a tag in it; `extract_tags` and `resolve_tags` turn it into a blend"
         )
     most = int(base.pipe.scheduler.config.num_train_timesteps)
     if config.steps > most:
@@ -81,7 +81,7 @@ def pipeline_with(base: Base, scheduler: Scheduler) -> Any:
     return pipe
 
 
-OnStep = Callable[[Moment, Tensor], None]
+OnStep = Callable[[DenoisingStep, Tensor], None]
 """Told of each denoising step that was taken, with the latents (1, c, h, w) after it; what it raises ends sampling."""
 
 
@@ -99,15 +99,15 @@ def sample(
     def read() -> Tensor:
         return joined_contexts(contexts_of(base, settings)).hidden
 
-    before_step(Moment(step=0, steps=settings.steps), read)
+    before_step(DenoisingStep(index=0, total=settings.steps), read)
     arguments = prompt_arguments(contexts_of(base, settings))
 
     def after_step(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
         calls = len(pipe.scheduler.timesteps)  # some schedulers take more than one to a step
         if on_step:
-            on_step(Moment(step=step * settings.steps // calls, steps=settings.steps), tensors["latents"])
+            on_step(DenoisingStep(index=step * settings.steps // calls, total=settings.steps), tensors["latents"])
         if step + 1 < calls:
-            before_step(Moment(step=(step + 1) * settings.steps // calls, steps=settings.steps), read)
+            before_step(DenoisingStep(index=(step + 1) * settings.steps // calls, total=settings.steps), read)
         return {}
 
     with own_precision(pipe.vae):
@@ -156,7 +156,7 @@ def contexts_of(base: Base, settings: GenerateConfig) -> list[TextContext]:
     """What the UNet is told, equally long: the negative prompt comes first if there is guidance, then the prompt."""
     guided = settings.guidance > 1 and base.pipe.unet.config.time_cond_proj_dim is None
     texts = [settings.negative_prompt] * guided + [settings.prompt]
-    chunks = chunk_count(base, [weighted(text) for text in texts])
+    chunks = chunk_count(base, [parse_emphasis(text) for text in texts])
     prompt = encode_prompts(base, [settings.prompt], size_px=base.size_px, chunks=chunks)
     if not guided:
         return [prompt]

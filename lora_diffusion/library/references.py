@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
-from lora_diffusion.adapters.masks import known_region
+from lora_diffusion.adapters.masks import with_mask_hash
 from lora_diffusion.config.preset import BlendEntry, Region
 from lora_diffusion.errors import AdapterFormatError, ConfigError
 from lora_diffusion.formats.adapters.load import load_adapter
@@ -75,7 +75,7 @@ def weighted(entry: BlendEntry, path: Path, ignore: Sequence[str]) -> WeightedAd
         adapter=load_adapter(path, ignore=ignore),
         weight=entry.weight,
         path=path,
-        region=entry.region and known_region(entry.region),
+        region=entry.region and with_mask_hash(entry.region),
         payload_hash=file_payload_hash(path) if path.suffix == ".safetensors" and path.is_file() else "",
     )
 

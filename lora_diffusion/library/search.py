@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from lora_diffusion.adapters.adapter import adapter_hash
 from lora_diffusion.architectures.families import FAMILIES, family_title
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import AdapterFormatError, ConfigError, LoRADiffusionError
 from lora_diffusion.formats.adapters.load import FOLDER_FILE, load_adapter
 from lora_diffusion.formats.adapters.pickle import is_pickled
@@ -51,7 +51,7 @@ class Library:
 def default_folder() -> Path:
     """The folder that LORA_DIFFUSION_LIBRARY names, or that of the package's own adapters."""
     named = os.environ.get(FOLDER_VARIABLE, "")
-    return Path(named) if named else sample_data() / "adapters"
+    return Path(named) if named else sample_data_folder() / "adapters"
 
 
 def open_library(folder: Path) -> Library:

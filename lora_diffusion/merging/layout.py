@@ -13,15 +13,15 @@ from pathlib import Path
 from lora_diffusion.config.merge import MergeConfig
 from lora_diffusion.core.dtypes import FLOAT_TYPES
 from lora_diffusion.errors import BaseModelError, ConfigError
-from lora_diffusion.formats.checkpoints.checkpoint import Checkpoint, Stored
+from lora_diffusion.formats.checkpoints.checkpoint import Checkpoint, StoredTensor
 from lora_diffusion.formats.checkpoints.diffusers import (
-    components_of,
-    header_of_base,
+    list_components,
+    read_base_header,
     read_json,
     text_encoder_names,
     weight_files,
 )
-from lora_diffusion.formats.checkpoints.ldm_keys import OriginalPlace, original_place
+from lora_diffusion.formats.checkpoints.ldm_keys import LdmKey, ldm_key
 from lora_diffusion.formats.safetensors import ITEM_BYTES, TensorKind
 
 STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
@@ -32,7 +32,7 @@ STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 class Part:
     """A tensor of the base, with its parameter's name if a merge may change it."""
 
-    stored: Stored
+    stored: StoredTensor
     name: str = ""
 
 
@@ -83,7 +83,7 @@ def output_plan(base: Checkpoint, *, single: bool, like: Path | None, config: Me
     shard_bytes = round(config.shard_gb * 1e9) if config.shard_gb else None
     if single:
         tensors = same_single(base, precision) if not base.is_folder else single_of_folder(base, precision)
-        own = dict(header_of_base(base.path).metadata) if not base.is_folder else {}
+        own = dict(read_base_header(base.path).metadata) if not base.is_folder else {}
         return OutputPlan(files=(OutputFile(name="", tensors=tensors, metadata=without_stale(own)),))
     if base.is_folder:
         return folder_plan(base.path, shard_bytes, dict(folder_tensors(base, base.path, precision)))
@@ -109,13 +109,13 @@ def weight_components(folder: Path) -> tuple[str, ...]:
     return ("unet", *text_encoder_names(folder), "vae")
 
 
-def stored_tensors(folder: Path) -> Iterator[tuple[str, Path, str, Stored]]:
+def stored_tensors(folder: Path) -> Iterator[tuple[str, Path, str, StoredTensor]]:
     """Component, file, key and place of every tensor of a folder."""
     for component in weight_components(folder):
         for file in weight_files(folder, component):
-            header = header_of_base(file)
-            for key, slot in header.slots.items():
-                yield component, file, key, Stored(file=file, slot=slot, data_start=header.data_start)
+            header = read_base_header(file)
+            for key, slot in header.tensors.items():
+                yield component, file, key, StoredTensor(file=file, info=slot, data_start=header.data_start)
 
 
 def pipeline_name(component: str, key: str) -> str:
@@ -125,7 +125,7 @@ def pipeline_name(component: str, key: str) -> str:
     return f"{component}.{key}"
 
 
-def part(base: Checkpoint, name: str, stored: Stored) -> Part:
+def part(base: Checkpoint, name: str, stored: StoredTensor) -> Part:
     return Part(stored=stored, name=name if name in base.parameters else "")
 
 
@@ -142,19 +142,19 @@ def folder_of_single(base: Checkpoint, like: Path, precision: str) -> Iterator[t
 
     Raises BaseModelError for one that the single file has not, or has in another shape.
     """
-    header = header_of_base(base.path)
+    header = read_base_header(base.path)
     for component, file, key, model in stored_tensors(like):
         name, (model_dtype, shape) = pipeline_name(component, key), model.kind
-        place = original_place(name, base.family, base.anatomy, vae_blocks=vae_blocks(like))
+        place = ldm_key(name, base.family, base.layout, vae_blocks=vae_blocks(like))
         if "float" not in model_dtype:
             yield (file, key), OutputTensor(kind=model.kind, parts=(Part(stored=model),))
             continue
-        slot = header.slots.get(place.key) if place else None
+        slot = header.tensors.get(place.key) if place else None
         if place is None or slot is None:
             raise BaseModelError(
                 f"{base.path}: has no {place.key if place else name}, which {like} has; give a folder of its family"
             )
-        stored = Stored(file=base.path, slot=slot, data_start=header.data_start, part=place)
+        stored = StoredTensor(file=base.path, info=slot, data_start=header.data_start, part=place)
         if math.prod(stored.kind[1]) != math.prod(shape):
             raise BaseModelError(
                 f"{base.path}: {place.key} is {stored.kind[1]}, but {like} has {shape}; give a folder of its family"
@@ -168,7 +168,7 @@ def folder_plan(model: Path, shard_bytes: int | None, tensors: Mapping[tuple[Pat
     files: list[OutputFile] = []
     copies: dict[str, Path] = {"model_index.json": model / "model_index.json"}
     texts: dict[str, str] = {}
-    for component in components_of(model):
+    for component in list_components(model):
         if component not in weight_components(model):
             copies[component] = model / component
             continue
@@ -177,7 +177,7 @@ def folder_plan(model: Path, shard_bytes: int | None, tensors: Mapping[tuple[Pat
         if shard_bytes is None:
             for source in sources:
                 held = {key: tensor for (file, key), tensor in tensors.items() if file == source}
-                metadata = without_stale(header_of_base(source).metadata)
+                metadata = without_stale(read_base_header(source).metadata)
                 files.append(OutputFile(name=f"{component}/{source.name}", tensors=held, metadata=metadata))
         else:
             settings = [file for file in settings if ".index" not in file.name]
@@ -216,13 +216,13 @@ def sharded(
 
 def same_single(base: Checkpoint, precision: str) -> dict[str, OutputTensor]:
     """The tensors of a single file under their own keys, those that no pipeline has included."""
-    header = header_of_base(base.path)
+    header = read_base_header(base.path)
     named: dict[str, list[Part]] = {}
     for name, stored in base.parameters.items():
         named.setdefault(stored.part.key, []).append(Part(stored=stored, name=name))
     tensors: dict[str, OutputTensor] = {}
-    for key, slot in header.slots.items():
-        whole = Part(stored=Stored(file=base.path, slot=slot, data_start=header.data_start))
+    for key, slot in header.tensors.items():
+        whole = Part(stored=StoredTensor(file=base.path, info=slot, data_start=header.data_start))
         parts = named.get(key, [whole])
         transposed = parts[0].stored.part.transposed
         kind = output_dtype(slot.dtype, precision), slot.shape
@@ -233,16 +233,16 @@ def same_single(base: Checkpoint, precision: str) -> dict[str, OutputTensor]:
 def single_of_folder(base: Checkpoint, precision: str) -> dict[str, OutputTensor]:
     """The tensors of a folder under the keys of the original layout; buffers that it does not have are left out."""
     blocks = vae_blocks(base.path)
-    grouped: dict[str, list[tuple[OriginalPlace, Part]]] = {}
+    grouped: dict[str, list[tuple[LdmKey, Part]]] = {}
     for component, _, key, stored in stored_tensors(base.path):
         name = pipeline_name(component, key)
-        place = original_place(name, base.family, base.anatomy, vae_blocks=blocks)
+        place = ldm_key(name, base.family, base.layout, vae_blocks=blocks)
         if place is not None:
             grouped.setdefault(place.key, []).append((place, part(base, name, stored)))
     return {key: joined(key, places, precision) for key, places in grouped.items()}
 
 
-def joined(key: str, places: list[tuple[OriginalPlace, Part]], precision: str) -> OutputTensor:
+def joined(key: str, places: list[tuple[LdmKey, Part]], precision: str) -> OutputTensor:
     """The tensor of a single file that these parts of a folder make."""
     ordered = sorted(places, key=lambda item: item[0].third or 0)
     dtype, shape = ordered[0][1].stored.kind

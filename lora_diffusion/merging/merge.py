@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_diffusion.adapters.blend import Blend, blend_sum
-from lora_diffusion.adapters.compatibility import same_weight
-from lora_diffusion.algebra.combine.exact_sum import united_words
+from lora_diffusion.adapters.compatibility import is_same_weight
+from lora_diffusion.algebra.combine.exact_sum import merge_tokens
 from lora_diffusion.config.merge import MergeConfig
 from lora_diffusion.config.preset import BaseTerm
 from lora_diffusion.errors import ConfigError, FamilyMismatchError, OutputError
@@ -64,7 +64,7 @@ def merge(  # noqa: PLR0913 (what a merge may be told)
     source = find_checkpoint(base)
     changes, terms = loaded_terms(source, bases)
     merged = merged_values(source, blend, changes, config, base_name=base, rows=not single)
-    words = united_words(blend)
+    words = merge_tokens(blend)
     if not (merged.total.names or changes or words):
         raise ConfigError("nothing to merge; give at least one adapter with a weight other than 0")
     touched = frozenset(source.parameters if changes else merged.total.names)
@@ -129,8 +129,8 @@ def merged_values(
     Raises FamilyMismatchError if a layer finds no tensor.
     """
     check_fits_checkpoint(blend, source, base_name)
-    appended = word_rows(united_words(blend), source) if rows else {}
-    return Merged(total=blend_sum(blend, source.anatomy), bases=changes, config=config, appended=appended)
+    appended = word_rows(merge_tokens(blend), source) if rows else {}
+    return Merged(total=blend_sum(blend, source.layout), bases=changes, config=config, appended=appended)
 
 
 def loaded_terms(source: Checkpoint, bases: Sequence[BaseTerm]) -> tuple[tuple[BaseChange, ...], tuple[BaseTerm, ...]]:
@@ -158,7 +158,7 @@ def other_checkpoint(source: Checkpoint, name: str, known_hash: str) -> Checkpoi
         raise FamilyMismatchError(f"{name} is {other.family.title}, but {source.path} is {source.family.title}")
     for parameter, stored in source.parameters.items():
         shape = other.shapes.get(parameter)
-        if shape is None or not same_weight(shape, stored.kind[1]):
+        if shape is None or not is_same_weight(shape, stored.kind[1]):
             raise FamilyMismatchError(
                 f"{name}: {parameter} is {shape or 'missing'}, but {source.path} has {stored.kind[1]}; they cannot be "
                 "blended"

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lora_diffusion.adapters.blend import BlendSum
-from lora_diffusion.adapters.deltas import blended_bias, blended_weight, check_range
-from lora_diffusion.algebra.combine.methods import generator_for
+from lora_diffusion.adapters.deltas import check_range, compute_blended_bias, compute_blended_weight
+from lora_diffusion.algebra.combine.methods import make_generator
 from lora_diffusion.config.merge import MergeConfig
 from lora_diffusion.core.dtypes import torch_dtype
 from lora_diffusion.formats.checkpoints.checkpoint import Checkpoint
@@ -64,8 +64,8 @@ class Merged:
         for change in self.bases:
             taken = own if change.taken is None else change.taken.parameters[name].read()
             value = value + change.weight * (change.added.parameters[name].read().float() - taken.float())
-        value = blended_weight(value, layers) if layers else value
-        value = blended_bias(value, biases) if biases else value
+        value = compute_blended_weight(value, layers) if layers else value
+        value = compute_blended_bias(value, biases) if biases else value
         return torch.cat([value, self.appended[name].float()]) if name in self.appended else value
 
     @property
@@ -87,7 +87,7 @@ def rounded(exact: Tensor, dtype: torch.dtype, name: str, config: MergeConfig) -
     check_range(exact, dtype, name)
     if config.stochastic_seed is None or dtype not in (torch.float16, torch.bfloat16):
         return exact.to(dtype)
-    return rounded_at_random(exact, dtype, generator_for(config.stochastic_seed, name))
+    return rounded_at_random(exact, dtype, make_generator(config.stochastic_seed, name))
 
 
 def rounded_at_random(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -20,7 +20,7 @@ def word_rows(words: Mapping[str, Token], base: Checkpoint) -> dict[str, Tensor]
     Raises ConfigError for a word that lacks one of the base's encoders or has vectors of another width.
     """
     rows: dict[str, Tensor] = {}
-    for component in base.anatomy.text_layers if words else ():
+    for component in base.layout.text_layers if words else ():
         name = f"{component}.text_model.embeddings.token_embedding.weight"
         width = base.parameters[name].kind[1][1]
         for word, token in words.items():

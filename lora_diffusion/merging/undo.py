@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lora_diffusion.adapters.blend import Blend, BlendSum, blend_sum
 from lora_diffusion.config.merge import MergeConfig
-from lora_diffusion.core.atomic_files import whole_file, whole_folder
+from lora_diffusion.core.atomic_files import atomic_file, atomic_folder
 from lora_diffusion.errors import BaseModelError, ConfigError, OutputError
 from lora_diffusion.formats.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from lora_diffusion.merging.layout import output_plan
@@ -30,10 +30,10 @@ def copy_base(base: Checkpoint, output: Path) -> None:
     """The base as it is. Raises OutputError."""
     refuse_existing(output)
     if not base.is_folder:
-        with whole_file(output) as part:
+        with atomic_file(output) as part:
             shutil.copyfile(base.path, part)
         return
-    with whole_folder(output) as part:
+    with atomic_folder(output) as part:
         shutil.copytree(base.path, part, dirs_exist_ok=True)
 
 
@@ -55,7 +55,7 @@ def take_out(merged: Path, recipe: MergeRecipe, blend: Blend, output: Path) -> N
     if reason:
         raise ConfigError(f"{merged}: {reason}; give the base (hash {recipe.base_hash[:12]}) with --base")
     config = MergeConfig(precision=recipe.touched_types[0])  # type: ignore[arg-type]
-    total = blend_sum(blend, source.anatomy)
+    total = blend_sum(blend, source.layout)
     plan = output_plan(source, single=not source.is_folder, like=None, config=config)
     with written(output, plan, Merged(total=negative(total), bases=(), config=config), None) as part:
         if touched_hash(open_checkpoint(part), total.names) != recipe.touched_hash:

@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from lora_diffusion.core.atomic_files import whole_file, whole_folder
-from lora_diffusion.core.background_writer import write_behind
+from lora_diffusion.core.atomic_files import atomic_file, atomic_folder
+from lora_diffusion.core.background_writer import background_writer
 from lora_diffusion.errors import AdapterFormatError, BaseModelError, OutputError
 from lora_diffusion.formats.safetensors import header_bytes, stream_safetensors
 from lora_diffusion.merging.layout import OutputFile, OutputPlan, OutputTensor
@@ -58,7 +58,7 @@ def written(
     single = not plan.files[0].name
     shares = rising(sum(len(file.tensors) for file in plan.files), on_share or (lambda _: None))
     try:
-        with (whole_file if single else whole_folder)(output) as part:
+        with (atomic_file if single else atomic_folder)(output) as part:
             for name, source in plan.copies.items():
                 (part / name).parent.mkdir(parents=True, exist_ok=True)
                 (shutil.copytree if source.is_dir() else shutil.copyfile)(source, part / name)
@@ -83,7 +83,7 @@ def write_weights(
 ) -> None:
     """One weight file; holds two tensors at a time, the one that is computed and the one that is written."""
     kinds = {key: tensor.kind for key, tensor in file.tensors.items()}
-    with write_behind(path) as opened, tqdm(total=len(kinds), desc="merge", unit="tensor", leave=False) as bar:
+    with background_writer(path) as opened, tqdm(total=len(kinds), desc="merge", unit="tensor", leave=False) as bar:
 
         def value(key: str) -> Tensor:
             bar.update()

@@ -11,7 +11,7 @@ from lora_diffusion.models.load import Base
 
 def idle_models(base: Base, *, text_encoders_learn: bool) -> list[str]:
     """What a step does not need while encoded pictures and captions come from the cache."""
-    return ["vae", *(() if text_encoders_learn else base.anatomy.text_layers)]
+    return ["vae", *(() if text_encoders_learn else base.layout.text_layers)]
 
 
 def send_away(base: Base, names: Sequence[str]) -> None:

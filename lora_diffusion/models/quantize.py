@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_diffusion.config.settings import Codes
+from lora_diffusion.config.settings import Quantization
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.models.load import Base, default_device, default_precision, load_base
 
@@ -20,7 +20,7 @@ INPUTS, OUTPUTS = 64, 32
 """A layer's inputs and outputs are multiples of these: blocks that share a constant, and the processor's kernels."""
 
 
-def load_in_codes(name: str, codes: Codes, *, precision: torch.dtype | None = None) -> Base:
+def load_in_codes(name: str, codes: Quantization, *, precision: torch.dtype | None = None) -> Base:
     """Load a base for sampling, its linear layers in codes unless `codes` is "none"; the device holds nothing else.
 
     Raises BaseModelError, ConfigError.
@@ -33,13 +33,13 @@ def load_in_codes(name: str, codes: Codes, *, precision: torch.dtype | None = No
     return quantize(base, codes, device)
 
 
-def check_codes(codes: Codes) -> None:
+def check_codes(codes: Quantization) -> None:
     """Raise ConfigError if there is nothing that can hold them."""
     if codes != "none" and find_spec("bitsandbytes") is None:
         raise ConfigError(f"quantize {codes!r} needs bitsandbytes; pip install 'lora-diffusion[quantized]'")
 
 
-def quantize(base: Base, codes: Codes, device: torch.device) -> Base:
+def quantize(base: Base, codes: Quantization, device: torch.device) -> Base:
     """The base on a device, the UNet's linear layers in codes, which are all that is moved of them. Uses up the base.
 
     Raises ConfigError without bitsandbytes, and for a base of which no layer can be held.
@@ -67,7 +67,7 @@ def fits(linear: nn.Linear) -> bool:
     return linear.in_features % INPUTS == 0 and linear.out_features % OUTPUTS == 0
 
 
-def in_codes(linear: nn.Linear, codes: Codes, device: torch.device) -> nn.Module:
+def in_codes(linear: nn.Linear, codes: Quantization, device: torch.device) -> nn.Module:
     """The same layer on a device, with its weight in codes."""
     import bitsandbytes
 

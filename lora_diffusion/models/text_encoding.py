@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lora_diffusion.models.load import Base
-from lora_diffusion.prompts.emphasis import Prompt, ReadText, weighted
+from lora_diffusion.prompts.emphasis import Prompt, ReadText, parse_emphasis
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 Chunk = list[tuple[int, float]]
@@ -35,7 +35,7 @@ class TextContext:
 
 
 def encode_prompts(
-    base: Base, prompts: Sequence[str], *, size_px: int, read: ReadText = weighted, chunks: int = 1
+    base: Base, prompts: Sequence[str], *, size_px: int, read: ReadText = parse_emphasis, chunks: int = 1
 ) -> TextContext:
     """Encode prompts with every text encoder; gradients flow if the encoders have trainable parts.
 
@@ -44,9 +44,9 @@ def encode_prompts(
     """
     texts = [read(text) for text in prompts]
     count = max(chunks, chunk_count(base, texts))
-    if len(base.anatomy.text_layers) == 1:
+    if len(base.layout.text_layers) == 1:
         return TextContext(hidden=states_of(base, "text_encoder", texts, count)[0])
-    found = [states_of(base, component, texts, count) for component in base.anatomy.text_layers]
+    found = [states_of(base, component, texts, count) for component in base.layout.text_layers]
     pooled = found[-1][1]
     ids = torch.tensor([[size_px, size_px, 0, 0, size_px, size_px]] * len(texts), dtype=pooled.dtype)
     return TextContext(
@@ -76,7 +76,7 @@ def joined_contexts(contexts: Sequence[TextContext]) -> TextContext:
 def states_of(base: Base, component: str, prompts: Sequence[Prompt], count: int) -> tuple[Tensor, Tensor]:
     """One text encoder's hidden states (n, tokens of all chunks, width), and the first output of each first chunk."""
     encoder, tokenizer = getattr(base.pipe, component), getattr(base.pipe, TOKENIZERS[component])
-    alone = len(base.anatomy.text_layers) == 1
+    alone = len(base.layout.text_layers) == 1
 
     def read(chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor]:
         ids = torch.tensor([framed(tokenizer, [token for token, _ in chunk]) for chunk in chunks])
@@ -97,7 +97,7 @@ def states_of(base: Base, component: str, prompts: Sequence[Prompt], count: int)
 
 def chunk_count(base: Base, prompts: Sequence[Prompt]) -> int:
     """In how many chunks the longest of some prompts is read."""
-    tokenizers = [getattr(base.pipe, TOKENIZERS[name]) for name in base.anatomy.text_layers]
+    tokenizers = [getattr(base.pipe, TOKENIZERS[name]) for name in base.layout.text_layers]
     return max(len(chunks_of(tokenizer, prompt)) for tokenizer in tokenizers for prompt in prompts)
 
 

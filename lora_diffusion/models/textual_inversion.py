@@ -86,7 +86,7 @@ def learned_words(base: Base, blend: Blend) -> Iterator[Callable[[str], str]]:
     """
     words = words_of(blend)
     with ExitStack() as stack:
-        for component in base.anatomy.text_layers if words else ():
+        for component in base.layout.text_layers if words else ():
             stack.enter_context(extended(base, component, {word: vectors_for(base, component, word) for word in words}))
         yield rewriter(words)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_diffusion.config.settings import Settings
-from lora_diffusion.core.atomic_files import whole_folder
+from lora_diffusion.core.atomic_files import atomic_folder
 from lora_diffusion.errors import ConfigError
 
 KEPT = 2
@@ -47,7 +47,7 @@ def identity(config: Settings, **hashes: str) -> dict[str, Any]:
 
 def save_state(folder: Path, state: RunState, identity: Mapping[str, Any]) -> None:
     """Write a state beside the older ones, then remove all but the last few. Raises OutputError; older ones stay."""
-    with whole_folder(folder / name_of(state.step)) as part:
+    with atomic_folder(folder / name_of(state.step)) as part:
         (part / "run.json").write_text(json.dumps(identity, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         torch.save(vars(state), part / "state.pt")
     for older in states(folder)[:-KEPT]:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lora_diffusion.adapters.adapter import AdapterMetadata
-from lora_diffusion.config.adapter import TIMED
+from lora_diffusion.config.adapter import TIMESTEP_KINDS
 from lora_diffusion.library.recipe import library_versions
 from lora_diffusion.training.setup import Run
 from lora_diffusion.training.validation import Best
@@ -39,7 +39,9 @@ def metadata_of(run: Run, losses: Sequence[float], best: Best) -> AdapterMetadat
         base_name=base.name,
         base_hash=base.hash,
         trigger_words=config.trigger_words,
-        least_rank=config.adapter.least_rank if config.adapter.kind in TIMED and not config.words_only else 0,
+        least_rank=config.adapter.least_rank
+        if config.adapter.kind in TIMESTEP_KINDS and not config.trains_embeddings_only
+        else 0,
         training=record,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )

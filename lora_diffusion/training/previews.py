@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from lora_diffusion.config.generate import GenerateConfig
-from lora_diffusion.core.atomic_files import whole_file
+from lora_diffusion.core.atomic_files import atomic_file
 from lora_diffusion.inference.sampling import rewritten, sample, single_settings
 from lora_diffusion.models.offload import at_work, idle_models
 from lora_diffusion.training.setup import Run
@@ -33,5 +33,5 @@ def make_samples(run: Run, step: int) -> None:
             picture = sample(run.base, rewritten(single, run.words.rewrite) if run.words else single)
         if run.accelerator.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(path) as part:
+            with atomic_file(path) as part:
                 picture.save(part, format="PNG")

@@ -14,7 +14,7 @@ from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.adapters.compatibility import check_family
 from lora_diffusion.architectures.module_paths import changeable_paths, trainable_paths
-from lora_diffusion.architectures.targets import resolve_full, resolve_targets
+from lora_diffusion.architectures.targets import resolve_modules_to_save, resolve_targets
 from lora_diffusion.config.adapter import AdapterConfig
 from lora_diffusion.config.train import DataConfig, TrainConfig
 from lora_diffusion.core.atomic_files import check_writable
@@ -96,7 +96,7 @@ def set_up(config: TrainConfig) -> Run:
     words = put_in(base, config.words, config.seed) if config.words.words else None
     read = words.reading(reader_of(config.captions)) if words else reader_of(config.captions)
     captions = CaptionEncoder(base, cache, read)
-    denoiser = Denoiser(base, config.objective, captions.read, text_learns=config.captions_learn)
+    denoiser = Denoiser(base, config.objective, captions.read, text_learns=config.trains_captions)
     check_timesteps(config.objective, denoiser.num_timesteps)
     per_step = config.batch_size * config.gradient_accumulation * accelerator.num_processes
     size_px = config.data.resolution or base.size_px
@@ -160,7 +160,7 @@ def put_on(
     if begun:
         injected = inject_adapter(base, begun, config.adapter)
     else:
-        adapter = AdapterConfig() if config.words_only else config.adapter
+        adapter = AdapterConfig() if config.trains_embeddings_only else config.adapter
         injected = inject(base, paths, adapter, config.seed, full=full, steps=config.steps)
     if words is None:
         return injected.parameters, injected.rules
@@ -172,12 +172,12 @@ def put_on(
 
 def targets_of(base: Base, config: TrainConfig, begun: Adapter | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The modules that get factors, and those that are trained in full. Raises ConfigError."""
-    if config.words_only or begun:
+    if config.trains_embeddings_only or begun:
         return tuple(begun.layers) if begun else (), ()
     adapter = config.adapter
     unet, text_encoders = adapter.unet_targets, adapter.text_encoder_targets
-    paths = resolve_targets(trainable_paths(base.anatomy), unet=unet, text_encoders=text_encoders)
-    return paths, resolve_full(changeable_paths(base.anatomy), adapter.full_targets, paths)
+    paths = resolve_targets(trainable_paths(base.layout), unet=unet, text_encoders=text_encoders)
+    return paths, resolve_modules_to_save(changeable_paths(base.layout), adapter.full_targets, paths)
 
 
 def begun_with(config: TrainConfig, base: Base) -> Adapter | None:
@@ -272,12 +272,12 @@ def adjust(base: Base, config: TrainConfig) -> None:
     unet = base.pipe.unet
     if config.compute.gradient_checkpointing:
         unet.enable_gradient_checkpointing(told_of(base).checkpointed)
-        if config.captions_learn:
-            for name in base.anatomy.text_layers:
+        if config.trains_captions:
+            for name in base.layout.text_layers:
                 getattr(base.pipe, name).activation_checkpointing_enable({"use_reentrant": False})
     if config.compute.channels_last:
         unet.to(memory_format=torch.channels_last)
     if config.compute.compile:
         unet.compile()
     if config.compute.offload:
-        send_away(base, idle_models(base, text_encoders_learn=config.captions_learn))
+        send_away(base, idle_models(base, text_encoders_learn=config.trains_captions))

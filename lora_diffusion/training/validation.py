@@ -45,7 +45,7 @@ def validated(denoiser: Denoiser, encoder: CaptionEncoder, held_out: HeldOut, co
     drifts: list[Tensor] = []
     for number, (seen, caption) in enumerate(zip(held_out.views, held_out.captions, strict=True)):
         batch = fixed_batch(seen, caption, number, timesteps, config, denoiser)
-        texts = {} if config.captions_learn else on(denoiser, encoder.batch(batch["captions"]))
+        texts = {} if config.trains_captions else on(denoiser, encoder.batch(batch["captions"]))
         losses += denoiser(**batch, **texts).double().cpu()
         if config.validation.base_prompts:
             prompt = config.validation.base_prompts[number % len(config.validation.base_prompts)]

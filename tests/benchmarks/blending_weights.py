@@ -27,7 +27,7 @@ from measuring import COUNTS, OWN_ROUNDS, ROUNDS, Group, Rounds, Row, status_mb
 from torch import Tensor
 
 from lora_diffusion.adapters.adapter import Adapter
-from lora_diffusion.formats.adapters.load import load_adapter, outline_adapter
+from lora_diffusion.formats.adapters.load import load_adapter, load_meta_adapter
 from lora_diffusion.inference.in_place import patching
 from lora_diffusion.models.load import Base
 
@@ -49,7 +49,7 @@ def weights_group() -> Group:
                 changed |= own_round(patch, adapters, files, rounds, hand, OWN_ROUNDS * i + j)
             before = status_mb("VmRSS")
             for number, file in enumerate(files, 1):
-                rounds.time(f"ours register {number}", lambda file=file: registered.append(outline_adapter(file)))
+                rounds.time(f"ours register {number}", lambda file=file: registered.append(load_meta_adapter(file)))
             growth = status_mb("VmRSS") - before
             changed |= peer_round(peer, own, rounds, i)
     rows = [rounds.row(f"apply {n} read already", f"apply {n}", g) for n, g in zip(COUNTS, (2, 3.5, 5), strict=True)]

@@ -28,13 +28,13 @@ SECOND_RUNS = 5
 
 def write_adapters(folder: Path) -> int:
     """The files; returns how many."""
-    from lora_diffusion.core.atomic_files import sample_data
+    from lora_diffusion.core.atomic_files import sample_data_folder
     from lora_diffusion.formats.adapters.kohya import save_kohya
     from lora_diffusion.formats.adapters.load import load_adapter
     from lora_diffusion.formats.adapters.native import save_adapter
 
     count = 0
-    for source in sorted((sample_data() / "adapters").glob("*.safetensors")):
+    for source in sorted((sample_data_folder() / "adapters").glob("*.safetensors")):
         adapter = load_adapter(source)
         path, layer = next((p, layer) for p, layer in adapter.layers.items() if layer.kind == "LoRA")
         for dialect, save in (("native", save_adapter), ("kohya", save_kohya)):

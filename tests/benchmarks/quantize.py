@@ -97,7 +97,7 @@ def measured(family: str, kind: str) -> dict[str, float]:
     error = 0.0 if kind == "half" else into_codes(base, kind, device, dtype)
     unet.to(device)
     held = held_mb(unet)
-    paths = resolve_targets(trainable_paths(base.anatomy), unet=("attention", "feed-forward"), text_encoders=())
+    paths = resolve_targets(trainable_paths(base.layout), unet=("attention", "feed-forward"), text_encoders=())
     inject(base, paths, AdapterConfig(rank=RANK), seed=0)
     for _ in range(2):
         now_mb(device)

@@ -20,10 +20,10 @@ from gradio_client import Client
 from measuring import machine
 from playwright.sync_api import sync_playwright
 
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from tests.browser.test_studio_browser import CHROMIUM, lay, say
 
-ADAPTERS = [path.stem for path in sorted((sample_data() / "adapters").glob("*.safetensors"))] * 2
+ADAPTERS = [path.stem for path in sorted((sample_data_folder() / "adapters").glob("*.safetensors"))] * 2
 """Ten, each of the ready ones twice."""
 
 

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, cast
+from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, cast_adapter
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.adapters.layers import DoRALayer, Layer, LoRALayer
-from lora_diffusion.algebra.combine.methods import ConsensusConfig, consensus
+from lora_diffusion.algebra.combine.methods import ConsensusConfig, combine_by_consensus
 from lora_diffusion.algebra.svd.rank_selection import RankRule
 from lora_diffusion.cli import main
 from lora_diffusion.config.preset import BlendEntry
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import LoRADiffusionError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
@@ -90,7 +90,7 @@ def test_a_resized_file_reports_its_true_error(
 
 def test_the_type_is_that_of_the_inputs_unless_they_differ(files: list[Path], tmp_path: Path) -> None:
     half = tmp_path / "half.safetensors"
-    save_adapter(cast(load_adapter(files[0]), torch.float16), half)
+    save_adapter(cast_adapter(load_adapter(files[0]), torch.float16), half)
     entries = [BlendEntry(path=str(path)) for path in (half, half, files[1])]
     for count_, dtype in ((2, torch.float16), (3, torch.float32)):
         done = combine_files(entries[:count_], tmp_path / f"{count_}.safetensors", Combination())
@@ -147,14 +147,14 @@ def test_an_adapter_of_another_family_is_refused(sdxl: Base, files: list[Path], 
 def test_a_consensus_is_written_and_said_and_settings_without_a_method_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    inputs = [str(sample_data() / "adapters" / f"{name}.safetensors") for name in ("ink", "neon")]
+    inputs = [str(sample_data_folder() / "adapters" / f"{name}.safetensors") for name in ("ink", "neon")]
     output = tmp_path / "ties.safetensors"
     assert main(["combine", *inputs, str(output), "--method", "ties", "--density", "0.3"]) == 0
     assert "made by ties" in capsys.readouterr().out
     found = load_adapter(output)
     assert found.metadata.training["combination"]["consensus"]["density"] == 0.3
     blend = Blend(entries=tuple(WeightedAdapter(adapter=load_adapter(Path(path))) for path in inputs))
-    wanted = consensus(blend, ConsensusConfig(method="ties", density=0.3), AdapterMetadata())
+    wanted = combine_by_consensus(blend, ConsensusConfig(method="ties", density=0.3), AdapterMetadata())
     path = next(iter(wanted.layers))
     assert torch.allclose(found.layers[path].delta(), wanted.layers[path].delta(), atol=1e-2, rtol=1e-2)
     assert main(["combine", *inputs, str(tmp_path / "no.safetensors"), "--density", "0.3"]) == 2

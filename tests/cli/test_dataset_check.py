@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from lora_diffusion.cli import main
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.data.duplicates import difference_hash, near_twins
 
 
@@ -49,7 +49,7 @@ def test_twins_are_pairs_within_the_distance() -> None:
 
 
 def test_a_sound_folder_has_nothing_to_complain_of(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["dataset", "check", str(sample_data() / "styles" / "neon"), "--trigger", "zwx"]) == 0
+    assert main(["dataset", "check", str(sample_data_folder() / "styles" / "neon"), "--trigger", "zwx"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "20 pictures, 20 shown in a pass; 20 as 64x64",
         "nothing to complain of",

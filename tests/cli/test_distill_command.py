@@ -9,7 +9,7 @@ import tyro
 
 from lora_diffusion.adapters.adapter import AdapterMetadata
 from lora_diffusion.cli.commands.distill import Distil
-from lora_diffusion.config.distillation import DistilConfig
+from lora_diffusion.config.distillation import DistillConfig
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendEntry, BlendPreset
 from lora_diffusion.errors import ConfigError, DatasetError, LoRADiffusionError, OutputError
@@ -42,7 +42,7 @@ def files(tmp_path: Path, sd: Base) -> Path:
     return tmp_path
 
 
-def made(files: Path, output: str, config: DistilConfig) -> DistilResult:
+def made(files: Path, output: str, config: DistillConfig) -> DistilResult:
     entries = tuple(BlendEntry(path=str(files / f"{name}.safetensors")) for name in ("one", "two"))
     base = json.loads((files / "both.json").read_text())["base"]
     plan = Plan(base=base, entries=entries, settings=GenerateConfig(prompt=""), composition=SWITCH)

@@ -75,7 +75,7 @@ def test_every_parameter_of_a_single_file_is_found_under_its_own_name(
 ) -> None:
     base: Base = request.getfixturevalue(family)
     folder, single = open_checkpoint(base.folder), open_checkpoint(as_single(base, tmp_path / "one.safetensors"))
-    assert (single.family, single.anatomy) == (folder.family, folder.anatomy)
+    assert (single.family, single.layout) == (folder.family, folder.layout)
     assert single.shapes == folder.shapes
     assert all(torch.equal(stored.read(), folder.parameters[name].read()) for name, stored in single.parameters.items())
 

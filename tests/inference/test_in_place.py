@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter, blend_sum
-from lora_diffusion.adapters.coefficients import Moment
-from lora_diffusion.adapters.deltas import delta_of
+from lora_diffusion.adapters.coefficients import DenoisingStep
+from lora_diffusion.adapters.deltas import sum_deltas
 from lora_diffusion.adapters.layers import DoRALayer, FullLayer, LoHaLayer, LoKrLayer, LoRALayer
 from lora_diffusion.algebra.combine.exact_sum import combine
 from lora_diffusion.architectures.module_paths import changeable_paths
@@ -34,7 +34,7 @@ ONE, TWO = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj", PATH
 
 def parameters(base: Base) -> dict[str, Tensor]:
     """Copies of every parameter that an adapter may change."""
-    names = [f"{path}.{leaf}" for path in changeable_paths(base.anatomy) for leaf in ("weight", "bias")]
+    names = [f"{path}.{leaf}" for path in changeable_paths(base.layout) for leaf in ("weight", "bias")]
     return {name: parameter_at(base, name).clone() for name in live_shapes(base, names)}
 
 
@@ -80,8 +80,8 @@ def blend_of(*pairs: tuple[Adapter, Weight]) -> Blend:
     return Blend(entries=tuple(WeightedAdapter(adapter=adapter, weight=weight) for adapter, weight in pairs))
 
 
-def fresh(base: Base, blend: Blend, moment: Moment | None = None) -> dict[str, Tensor]:
-    with blended(base, blend, moment):
+def fresh(base: Base, blend: Blend, denoising_step: DenoisingStep | None = None) -> dict[str, Tensor]:
+    with blended(base, blend, denoising_step):
         return parameters(base)
 
 
@@ -90,7 +90,7 @@ def test_every_kind_of_layer_is_base_plus_delta(sd: Base, before: dict[str, Tens
     live = fresh(sd, blend)
     for path, terms in blend_sum(blend).layers.items():
         own = before[f"{path}.weight"]
-        assert torch.allclose(live[f"{path}.weight"], own + delta_of(terms, own), atol=1e-6)
+        assert torch.allclose(live[f"{path}.weight"], own + sum_deltas(terms, own), atol=1e-6)
     own = before[f"{PATH}.bias"]
     biases = [entry.adapter.biases[PATH] for entry in blend.entries]
     assert torch.allclose(live[f"{PATH}.bias"], own + 0.7 * biases[0] - 0.4 * biases[1], atol=1e-6)
@@ -199,7 +199,7 @@ def test_in_half_precision_the_blend_is_rounded_once(sd: Base, sd_folder: Path, 
     with blended(base, blend):
         for path, terms in blend_sum(blend).layers.items():
             own = weight_at(sd, path).to(precision)
-            exact = own.double() + delta_of(terms).double().reshape(own.shape)
+            exact = own.double() + sum_deltas(terms).double().reshape(own.shape)
             spacing = torch.finfo(precision).eps * exact.abs().clamp(min=torch.finfo(precision).tiny)
             assert bool(((weight_at(base, path).double() - exact).abs() <= 0.51 * spacing).all())
 
@@ -244,19 +244,19 @@ def test_a_schedule_gives_at_each_step_exactly_the_blend_of_that_step(sd: Base) 
     blend, seen = blend_of((scheduled, fading()), (steady, 0.5)), []
     with patching(sd) as patch:
 
-        def look(moment: Moment, _read: ReadPrompt) -> None:
-            patch.apply(blend, moment)
-            seen.append((moment, parameters(sd)))
+        def look(denoising_step: DenoisingStep, _read: ReadPrompt) -> None:
+            patch.apply(blend, denoising_step)
+            seen.append((denoising_step, parameters(sd)))
 
         sample(sd, GenerateConfig(prompt="a cat", steps=4, width=32, height=32), look)
-    assert [moment.step for moment, _ in seen] == [0, 1, 2, 3]
-    for moment, live in seen:
-        middle = (moment.step + 0.5) / 4
+    assert [denoising_step.step for denoising_step, _ in seen] == [0, 1, 2, 3]
+    for denoising_step, live in seen:
+        middle = (denoising_step.step + 0.5) / 4
         factor = 2 * middle if middle <= 0.5 else 1 - 3 * (middle - 0.5)
         plain = BlendWeight(value=0.9 * factor, components={"text_encoder": 0.9})
         expected = fresh(sd, blend_of((scheduled, plain), (steady, 0.5)))
         assert all(torch.allclose(live[name], value, atol=1e-6) for name, value in expected.items())
-        assert same(live, fresh(sd, blend, moment))
+        assert same(live, fresh(sd, blend, denoising_step))
 
 
 @pytest.mark.usefixtures("before")
@@ -269,7 +269,7 @@ def test_a_schedule_writes_only_where_and_when_it_changes(sd: Base) -> None:
         written = []
         for step in range(4):
             versions = {name: tensor._version for name, tensor in patch.live.items()}
-            patch.apply(blend, Moment(step=step, steps=4))
+            patch.apply(blend, DenoisingStep(index=step, total=4))
             written.append({name for name, tensor in patch.live.items() if tensor._version != versions.get(name)})
     assert [len(names) for names in written] == [len(steady.layers), 0, len(late.layers), 0]
 
@@ -292,7 +292,7 @@ def test_pictures_follow_the_schedule(sd: Base) -> None:
 @contextmanager
 def peft_pipeline(base: Base, files: list[Path], weights: list[float]) -> Iterator[object]:
     """The same base and adapters as diffusers and PEFT put them together."""
-    kind = StableDiffusionXLPipeline if len(base.anatomy.text_layers) == 2 else StableDiffusionPipeline
+    kind = StableDiffusionXLPipeline if len(base.layout.text_layers) == 2 else StableDiffusionPipeline
     pipe = kind.from_pretrained(base.folder, safety_checker=None) if kind is StableDiffusionPipeline else None
     pipe = pipe or kind.from_pretrained(base.folder, add_watermarker=False)
     for file in files:
@@ -385,7 +385,7 @@ def test_a_scheduler_with_more_calls_than_steps_is_told_the_step_it_is_in(sd: Ba
     seen: list[int] = []
     try:
         settings = GenerateConfig(prompt="a cat", steps=10, width=32, height=32)
-        sample(sd, settings, lambda moment, _: seen.append(moment.step))
+        sample(sd, settings, lambda denoising_step, _: seen.append(denoising_step.index))
     finally:
         sd.pipe.scheduler = own
     assert len(seen) == 11

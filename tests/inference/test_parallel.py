@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.adapters.blend import Blend, blend_sum
-from lora_diffusion.adapters.coefficients import Moment
-from lora_diffusion.adapters.deltas import delta_of
+from lora_diffusion.adapters.coefficients import DenoisingStep
+from lora_diffusion.adapters.deltas import sum_deltas
 from lora_diffusion.adapters.layers import DoRALayer, FullLayer, LoHaLayer, LoRALayer
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendWeight, Composition, Schedule
@@ -131,9 +131,9 @@ def test_a_schedule_acts_in_a_branch_too(sd: Base) -> None:
     adapter = random_adapter(sd, seed=1, text_encoders=())
     late = BlendWeight(schedule=Schedule(points=((0.0, 0.0), (0.5, 1.0))))
     bare = predict(sd)
-    with branched(sd, blend_of((adapter, late)), moment=Moment(step=0, steps=4)):
+    with branched(sd, blend_of((adapter, late)), denoising_step=DenoisingStep(index=0, total=4)):
         assert torch.equal(predict(sd), bare)
-    with branched(sd, blend_of((adapter, late)), moment=Moment(step=3, steps=4)), patching(sd):
+    with branched(sd, blend_of((adapter, late)), denoising_step=DenoisingStep(index=3, total=4)), patching(sd):
         later = predict(sd)
     with branched(sd, blend_of((adapter, 1.0))):
         assert torch.equal(predict(sd), later)
@@ -268,7 +268,7 @@ def test_a_user_is_told_when_rounding_would_swallow_an_adapter(sd: Base, sd_fold
         with blended(base, blend):
             for path, terms in total.layers.items():
                 own = weight_at(sd, path).bfloat16().double()
-                change = delta_of(terms).double().reshape(own.shape)
+                change = sum_deltas(terms).double().reshape(own.shape)
                 lost += float((weight_at(base, path).double() - own - change).square().sum())
                 delta += float(change.square().sum())
         assert rounding_loss(base, total) == pytest.approx((lost / delta) ** 0.5, rel=1e-3)

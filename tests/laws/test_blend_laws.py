@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, adapter_hash
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter, blend_sum
-from lora_diffusion.adapters.deltas import delta_of
+from lora_diffusion.adapters.deltas import sum_deltas
 from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.algebra.combine.exact_sum import combine
 from lora_diffusion.errors import AdapterFormatError, ConfigError, FamilyMismatchError
@@ -48,7 +48,7 @@ def summed(blend: Blend) -> Tensor:
 
 
 def delta_at(blend: Blend, path: str) -> Tensor:
-    return delta_of(blend_sum(blend).layers[path])
+    return sum_deltas(blend_sum(blend).layers[path])
 
 
 @given(blends())
@@ -136,7 +136,7 @@ def test_patched_weights_are_base_plus_delta(sd: Base, untouched: dict[str, Tens
     blend = two(sd, 0.8, -0.4)
     with blended(sd, blend):
         for path, terms in blend_sum(blend).layers.items():
-            expected = untouched[path].double() + delta_of(terms).double().reshape(untouched[path].shape)
+            expected = untouched[path].double() + sum_deltas(terms).double().reshape(untouched[path].shape)
             assert torch.allclose(weight_at(sd, path).double(), expected, atol=1e-6, rtol=1e-6)
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lora_diffusion.cli import main
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.library.search import default_folder, find, find_by_hash, open_library
 from tests.helpers.library_files import file_hash_of, kohya, native, payload_of, peft_folder
 
@@ -167,10 +167,10 @@ def test_the_command_prints_a_table(folder: Path, capsys: pytest.CaptureFixture[
 def test_the_command_takes_its_folder_from_the_environment_or_the_package(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert default_folder() == sample_data() / "adapters"
+    assert default_folder() == sample_data_folder() / "adapters"
     assert main(["library"]) == 0
     assert "watercolour.safetensors" in capsys.readouterr().out
-    shutil.copy(sample_data() / "adapters" / "ink.safetensors", folder / "only.safetensors")
+    shutil.copy(sample_data_folder() / "adapters" / "ink.safetensors", folder / "only.safetensors")
     monkeypatch.setenv("LORA_DIFFUSION_LIBRARY", str(folder))
     assert main(["library"]) == 0
     assert "only.safetensors" in capsys.readouterr().out

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_diffusion.adapters.adapter import adapter_hash
 from lora_diffusion.cli import main
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import AdapterFormatError, ConfigError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.library.search import find, find_by_hash, open_library, search
@@ -282,7 +282,7 @@ def test_search_by_words_and_family(folder: Path) -> None:
     [("[-3, 3]", (-3.0, 3.0)), ("[1, 1]", None), ("[0]", None), ('["a", 1]', None), ("[0, 1e999]", None), ("7", None)],
 )
 def test_a_range_of_weights_is_read_where_it_is_one(tmp_path: Path, text: str, expected: object) -> None:
-    shutil.copy(sample_data() / "adapters" / "neon.safetensors", tmp_path)
+    shutil.copy(sample_data_folder() / "adapters" / "neon.safetensors", tmp_path)
     (tmp_path / "neon.json").write_text(f'{{"weight range": {text}, "preferred weight": 0.5}}')
     (entry,) = open_library(tmp_path).entries
     assert (entry.weight_range, entry.preferred_weight) == (expected, 0.5)

@@ -15,7 +15,7 @@ from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.cli import main
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.train import TrainConfig
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.inference.in_place import quantized
@@ -97,7 +97,7 @@ def test_a_method_that_needs_whole_weights_is_refused(
 def test_pictures_are_made_on_a_base_in_codes_and_made_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    neon = sample_data() / "adapters" / "neon.safetensors"
+    neon = sample_data_folder() / "adapters" / "neon.safetensors"
     asked = ["generate", "--prompt", "a red house, in zwx style", "--steps", "4", "--output", str(tmp_path)]
     assert main([*asked, "--adapter", str(neon)]) == 0
     assert main([*asked, "--adapter", str(neon), "--quantize", "nf4"]) == 0

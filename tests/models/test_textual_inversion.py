@@ -52,7 +52,7 @@ def test_a_learned_word_means_what_diffusers_makes_of_it(sd: Base, tmp_path: Pat
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_encoders_and_tokenizers_are_put_back(family: str, request: pytest.FixtureRequest) -> None:
     base: Base = request.getfixturevalue(family)
-    components = tuple(base.anatomy.text_layers)
+    components = tuple(base.layout.text_layers)
     before = encoded(base, Blend(), "a sks cat")
     own = [embeddings(base, component).weight for component in components]
     tokenizer = base.pipe.tokenizer

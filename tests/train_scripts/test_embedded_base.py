@@ -13,7 +13,7 @@ from lora_diffusion.adapters.adapter import adapter_hash
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendPreset
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.evaluation.style_distance import style_distance, style_pictures
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.inference.sampling import generate
@@ -22,7 +22,7 @@ from lora_diffusion.models.load import Base
 from train_scripts.tiny_world.reader import load_reader, read
 from train_scripts.tiny_world.scene import is_held_out
 
-DATA = sample_data()
+DATA = sample_data_folder()
 STYLES = ("ink", "watercolour", "neon")
 CHARACTERS = ("gloop", "zuki")
 Reader = Callable[[list[Image.Image]], list[str]]

@@ -13,7 +13,7 @@ from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.settings import validate
 from lora_diffusion.config.train import TrainConfig
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import Base
@@ -36,7 +36,7 @@ def brightness(base: Base, adapter: Adapter, weight: float) -> float:
 def test_a_slider_darkens_one_way_and_brightens_the_other(tmp_path: Path, tiny: Base) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
-    for file in sorted((sample_data() / "styles" / "watercolour").glob("0[0-5].*")):
+    for file in sorted((sample_data_folder() / "styles" / "watercolour").glob("0[0-5].*")):
         shutil.copy(file, pictures)
     table = {
         "data": {"folder": pictures},

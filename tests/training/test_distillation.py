@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter, blend_sum
-from lora_diffusion.adapters.coefficients import Moment
-from lora_diffusion.adapters.deltas import delta_of
+from lora_diffusion.adapters.coefficients import DenoisingStep
+from lora_diffusion.adapters.deltas import sum_deltas
 from lora_diffusion.adapters.layers import DoRALayer, LoRALayer
-from lora_diffusion.config.distillation import DistilConfig
+from lora_diffusion.config.distillation import DistillConfig
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendWeight, Composition, Region, Schedule
 from lora_diffusion.config.settings import validate
@@ -38,7 +38,7 @@ from tests.inference.test_in_place import blend_of, parameters
 from tests.inference.test_parallel import everywhere
 
 PROMPTS = ("a cat", "a red boat", "sks", "a house at night")
-CONFIG = DistilConfig(
+CONFIG = DistillConfig(
     rank=2,
     steps=8,
     learning_rate=5e-3,
@@ -73,8 +73,8 @@ def two(base: Base) -> Blend:
     return blend_of((random_adapter(base, seed=1), 0.8), (random_adapter(base, seed=2, rank=2), 0.6))
 
 
-def changed(**changes: Any) -> DistilConfig:
-    return validate(DistilConfig, {**CONFIG.model_dump(), **changes}, source="test")
+def changed(**changes: Any) -> DistillConfig:
+    return validate(DistillConfig, {**CONFIG.model_dump(), **changes}, source="test")
 
 
 def dora(base: Base) -> Blend:
@@ -151,13 +151,13 @@ def test_the_mean_over_a_run_is_the_mean_of_the_weights_that_it_has(sd: Base, mo
     total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in own.items()}
     with composed(sd, blend, composition, SIZE) as before_step:
         for step in range(8):
-            before_step(Moment(step=step, steps=8), lambda: torch.empty(0))
+            before_step(DenoisingStep(index=step, total=8), lambda: torch.empty(0))
             for name, value in parameters(sd).items():
                 total[name] += value.double() / 8
     found = mean_sum(sd, blend, composition, 8)
     for path, terms in found.layers.items():
         name = f"{path}.weight"
-        delta = delta_of(terms, own[name])
+        delta = sum_deltas(terms, own[name])
         assert torch.allclose(own[name].double() + delta.double(), total[name], atol=1e-5)
     assert {name for name in own if not torch.allclose(own[name].double(), total[name], atol=1e-6)} <= set(found.names)
 
@@ -167,7 +167,7 @@ def test_the_mean_of_a_composite_is_that_of_taking_turns(sd: Base) -> None:
     side_by_side = mean_sum(sd, two(sd), Composition(mode="composite"), 4)
     assert turns.layers.keys() == side_by_side.layers.keys()
     for path, terms in turns.layers.items():
-        assert torch.allclose(delta_of(terms), delta_of(side_by_side.layers[path]), atol=1e-6)
+        assert torch.allclose(sum_deltas(terms), sum_deltas(side_by_side.layers[path]), atol=1e-6)
 
 
 def test_a_sum_at_full_rank_is_there_from_the_start_and_stays(sd: Base) -> None:
@@ -175,7 +175,7 @@ def test_a_sum_at_full_rank_is_there_from_the_start_and_stays(sd: Base) -> None:
     report = result.report
     assert max(report.plain_error, report.start_error, report.error) < 1e-6
     for path, terms in blend_sum(two(sd)).layers.items():
-        assert torch.allclose(result.adapter.layers[path].delta(), delta_of(terms), atol=1e-5)
+        assert torch.allclose(result.adapter.layers[path].delta(), sum_deltas(terms), atol=1e-5)
 
 
 def test_every_kind_of_layer_norm_and_bias_is_in_the_one_adapter(sd: Base) -> None:

@@ -10,7 +10,7 @@ import torch
 from lora_diffusion.adapters.adapter import AdapterMetadata, adapter_hash
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.architectures.targets import resolve_targets
-from lora_diffusion.config.settings import changed
+from lora_diffusion.config.settings import deep_merge
 from lora_diffusion.config.train import AdapterConfig, TrainConfig
 from lora_diffusion.errors import ConfigError, DatasetError, OutputError, TrainingError
 from lora_diffusion.formats.adapters.load import load_adapter
@@ -233,7 +233,7 @@ def test_held_out_pictures_tell_when_to_stop(pictures: Path, sd_folder: Path) ->
     assert all(line["validation"]["drift"] > 0 for line in log)
     assert calm.best is not None
     assert calm.best.loss == min(line["validation"]["loss"] for line in log)
-    wild = train(settings(pictures, sd_folder, changed(changes, {"optimizer": {"learning_rate": 3.0}}), steps=40))
+    wild = train(settings(pictures, sd_folder, deep_merge(changes, {"optimizer": {"learning_rate": 3.0}}), steps=40))
     assert wild.best is not None
     assert wild.steps == wild.best.step + 4 < 40
     assert not states(wild.path.parent / "style-run")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lora_diffusion.adapters.adapter import adapter_hash
-from lora_diffusion.config.settings import changed
+from lora_diffusion.config.settings import deep_merge
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.training.checkpoint import states
@@ -50,7 +50,7 @@ def stop_after(config: Any, steps: int) -> None:
 
 @pytest.mark.parametrize("stops", [(1,), (4, 5)])
 def test_a_stopped_run_goes_on_bit_for_bit(stops: tuple[int, ...], pictures: Path, sd_folder: Path) -> None:
-    changes = changed(EVERYTHING, {"data": {"folder": str(pictures)}})
+    changes = deep_merge(EVERYTHING, {"data": {"folder": str(pictures)}})
     whole = train(settings(pictures, sd_folder, changes, steps=8, save_precision="float32"))
     output = pictures.parent / "again" / "style.safetensors"
     config = settings(pictures, sd_folder, changes, steps=8, save_precision="float32", output=output)
@@ -138,7 +138,7 @@ def last_step(log: Path) -> int:
 @pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(pictures: Path, sd_folder: Path) -> None:
     """kill -9 at random moments, wherever they fall: in a step, or while a state is being written."""
-    changes = changed(EVERYTHING, {"data": {"folder": str(pictures)}})
+    changes = deep_merge(EVERYTHING, {"data": {"folder": str(pictures)}})
     whole = train(settings(pictures, sd_folder, changes, steps=40, save_precision="float32"))
     output = pictures.parent / "again" / "style.safetensors"
     config = settings(pictures, sd_folder, changes, steps=40, save_precision="float32", output=output, state_every=1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
-from lora_diffusion.adapters.coefficients import Moment
+from lora_diffusion.adapters.coefficients import DenoisingStep
 from lora_diffusion.adapters.layers import FullLayer, LoRALayer
 from lora_diffusion.cli import main
 from lora_diffusion.config.generate import GenerateConfig
@@ -22,7 +22,7 @@ from lora_diffusion.config.preset import BlendEntry, BlendPreset, BlendWeight, R
 from lora_diffusion.config.routing import RouteConfig
 from lora_diffusion.config.settings import validate
 from lora_diffusion.config.train import ObjectiveConfig
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import BaseModelError, ConfigError, DatasetError, FamilyMismatchError, TrainingError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
@@ -117,7 +117,7 @@ def test_each_sample_gets_the_blend_that_the_preset_says_for_its_step(sd: Base) 
         together = predicted(sd, [timestep_at(step) for step in steps])
     saved = with_weights(blend, gates.weights())
     for step, prediction in zip(steps, together, strict=True):
-        with blended(sd, saved, Moment(step=step, steps=STEPS)):
+        with blended(sd, saved, DenoisingStep(index=step, total=STEPS)):
             alone = predicted(sd, [timestep_at(step)])[0]
         assert torch.allclose(prediction, alone, atol=1e-4), step
     assert not torch.allclose(together[0], together[2], atol=1e-2)
@@ -314,7 +314,7 @@ def test_bad_input_is_one_clear_error_and_no_file(folder: Path, sd: Base) -> Non
 
 
 def test_the_example_is_valid_and_its_files_are_there() -> None:
-    config = read_route(sample_data() / "configs" / "route-neon-gloop.toml")
+    config = read_route(sample_data_folder() / "configs" / "route-neon-gloop.toml")
     assert all(folder.is_dir() for folder in config.data)
     assert all(Path(entry.path).is_file() for entry in config.adapters)
     assert config.start == "average"
@@ -323,14 +323,16 @@ def test_the_example_is_valid_and_its_files_are_there() -> None:
 @pytest.mark.slow
 def test_the_adapter_that_made_the_pictures_wins(tmp_path: Path) -> None:
     """Neon's pictures with the adapters neon and ink, at equal weights at first."""
-    shutil.copytree(sample_data() / "styles" / "neon", tmp_path / "neon")
+    shutil.copytree(sample_data_folder() / "styles" / "neon", tmp_path / "neon")
     names = ("neon", "ink")
     config = validate(
         RouteConfig,
         {
             "data": tmp_path / "neon",
             "output": tmp_path / "mixture.json",
-            "adapters": [BlendEntry(path=str(sample_data() / "adapters" / f"{name}.safetensors")) for name in names],
+            "adapters": [
+                BlendEntry(path=str(sample_data_folder() / "adapters" / f"{name}.safetensors")) for name in names
+            ],
             "steps": 40,
             "batch_size": 3,
         },

@@ -15,7 +15,7 @@ from lora_diffusion.config.merge import MergeConfig, WeightType
 from lora_diffusion.config.settings import validate
 from lora_diffusion.core.dtypes import torch_dtype
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.formats.checkpoints.checkpoint import Stored
+from lora_diffusion.formats.checkpoints.checkpoint import StoredTensor
 from lora_diffusion.merging.merge import estimated_rounding
 from lora_diffusion.models.locate import fitting_checkpoint
 from lora_diffusion.workflows.adapters.combine import Combination, combine_files
@@ -107,10 +107,10 @@ def summary(studio: Studio, form: Form, target: Target) -> str:
     )
 
 
-def bytes_of(stored: Stored, precision: str) -> int:
+def bytes_of(stored: StoredTensor, precision: str) -> int:
     """Of a parameter as it would be written."""
     count = prod(stored.kind[1])
-    own = (stored.slot.end - stored.slot.start) // max(1, prod(stored.slot.shape))
+    own = (stored.info.end - stored.info.start) // max(1, prod(stored.info.shape))
     return count * (own if precision == "keep" else torch_dtype(precision).itemsize)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from lora_diffusion.core.atomic_files import whole_file
+from lora_diffusion.core.atomic_files import atomic_file
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.evaluation.plots import save_analysis_plots
 from lora_diffusion.library.search import find
@@ -114,7 +114,7 @@ def write_notes(studio: Studio, name: str, told: Notes) -> None:
     table.pop("weight range", None)
     if told.range != (LEAST, MOST):
         table["weight range"] = list(told.range)
-    with whole_file(path.with_suffix(".json")) as part:
+    with atomic_file(path.with_suffix(".json")) as part:
         part.write_text(json.dumps(table, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -134,7 +134,7 @@ def rename(studio: Studio, name: str, new: str) -> str:
 def set_preview(studio: Studio, name: str, picture: Path) -> None:
     """A picture beside the adapter, which cards show. Raises OutputError."""
     path = file_of(studio, name)
-    with Image.open(picture) as opened, whole_file(path.with_suffix(".png")) as part:
+    with Image.open(picture) as opened, atomic_file(path.with_suffix(".png")) as part:
         opened.convert("RGB").save(part, format="PNG")
 
 

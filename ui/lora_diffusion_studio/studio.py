@@ -14,9 +14,9 @@ from typing import Any
 
 from PIL import Image
 
-from lora_diffusion.adapters.coefficients import Moment, stock_presets
-from lora_diffusion.config.settings import EMBEDDED_BASE, Codes
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.adapters.coefficients import DenoisingStep, stock_presets
+from lora_diffusion.config.settings import EMBEDDED_BASE, Quantization
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.inference.sampling import preview
 from lora_diffusion.library.presets import read_preset
@@ -46,7 +46,7 @@ class Places:
     output: Path
     bases: tuple[str, ...]
     """Bases on offer: names, folders or hub ids."""
-    codes: Codes = "none"
+    codes: Quantization = "none"
     """What their linear layers are kept in."""
 
     @property
@@ -127,12 +127,12 @@ class Studio:
     def block_presets(self, base: str) -> list[str]:
         """Names of the stock block presets."""
         self.check_base(base)
-        return list(stock_presets(find_checkpoint(base).anatomy))
+        return list(stock_presets(find_checkpoint(base).layout))
 
     def acting(self, base: str, row: Row) -> Image.Image:
         """How an adapter on the table acts, by block and over the steps. Raises ConfigError."""
         self.check_base(base)
-        return acting_picture(entry_of(row, self.library()).weight, find_checkpoint(base).anatomy)
+        return acting_picture(entry_of(row, self.library()).weight, find_checkpoint(base).layout)
 
     def plan(self, form: Form) -> Plan:
         """What a form asks for. Raises ConfigError."""
@@ -176,13 +176,13 @@ class Studio:
         base = self.base(plan.base)
         done = 0
 
-        def on_step(moment: Moment, latents: Any) -> None:
+        def on_step(denoising_step: DenoisingStep, latents: Any) -> None:
             nonlocal last
             due = time.monotonic() - last > PREVIEW_SECONDS
-            share = (done + (moment.step + 1) / moment.steps) / plan.settings.count
+            share = (done + (denoising_step.index + 1) / denoising_step.total) / plan.settings.count
             picture = preview(base, latents) if due else None
             last = time.monotonic() if due else last
-            line.say(Step(text=progress_text(done, plan, moment, started, share), share=share, picture=picture))
+            line.say(Step(text=progress_text(done, plan, denoising_step, started, share), share=share, picture=picture))
 
         def on_picture(path: Path, _picture: object) -> None:
             nonlocal done
@@ -209,11 +209,11 @@ class Studio:
         return form_of(plan, self.library())
 
 
-def progress_text(done: int, plan: Plan, moment: Moment, started: float, share: float) -> str:
+def progress_text(done: int, plan: Plan, denoising_step: DenoisingStep, started: float, share: float) -> str:
     """Where the work is, and how long it will take."""
     left = (time.monotonic() - started) * (1 - share) / max(share, 1e-6)
     which = f"picture {done + 1} of {plan.settings.count}, " if plan.settings.count > 1 else ""
-    return f"{which}step {moment.step + 1} of {moment.steps}, {left:.0f} s left"
+    return f"{which}step {denoising_step.index + 1} of {denoising_step.total}, {left:.0f} s left"
 
 
 def checked_name(name: str) -> str:
@@ -238,10 +238,12 @@ def own_library(output: Path) -> Path:
     """A library of the studio's own, which begins with the adapters that come with the package."""
     folder = output / "library"
     if not folder.is_dir():
-        shutil.copytree(sample_data() / "adapters", folder, ignore=lambda _, names: [n for n in names if n[0] == "."])
+        shutil.copytree(
+            sample_data_folder() / "adapters", folder, ignore=lambda _, names: [n for n in names if n[0] == "."]
+        )
     return folder
 
 
 def stock_presets_folder() -> Path:
     """The presets that come with the package."""
-    return sample_data() / "presets"
+    return sample_data_folder() / "presets"

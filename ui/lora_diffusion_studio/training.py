@@ -16,7 +16,7 @@ from PIL import Image
 
 from lora_diffusion.config.defaults import default_settings
 from lora_diffusion.config.train import DataConfig
-from lora_diffusion.core.atomic_files import whole_file
+from lora_diffusion.core.atomic_files import atomic_file
 from lora_diffusion.data.checks import described
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.models.locate import find_checkpoint
@@ -107,7 +107,7 @@ class Trainer:
         for picture, caption in rows:
             if picture not in known:
                 raise ConfigError(f"{picture}: is no picture of this run")
-            with whole_file((self.folder(name) / "pictures" / picture).with_suffix(".txt")) as part:
+            with atomic_file((self.folder(name) / "pictures" / picture).with_suffix(".txt")) as part:
                 part.write_text(f"{caption}\n", encoding="utf-8")
 
     def check(self, job: Job) -> str:

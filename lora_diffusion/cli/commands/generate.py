@@ -20,7 +20,7 @@ from lora_diffusion.cli.blend_flags import (
 from lora_diffusion.cli.flags import quiet
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import Composition
-from lora_diffusion.config.settings import EMBEDDED_BASE, Codes, validate
+from lora_diffusion.config.settings import EMBEDDED_BASE, Quantization, validate
 from lora_diffusion.errors import ConfigError
 
 
@@ -42,7 +42,7 @@ class Generate:
     """Blend preset (JSON) whose base, adapters and settings are used."""
     from_: Annotated[Path | None, tyro.conf.arg(name="from", metavar="IMAGE", help_behavior_hint="")] = None
     """Picture to be made again: one of ours, or one of A1111 or Forge, whose adapters are found by their hashes."""
-    quantize: Annotated[Codes, tyro.conf.arg(metavar="none|nf4|fp4|int8")] = "none"
+    quantize: Annotated[Quantization, tyro.conf.arg(metavar="none|nf4|fp4|int8")] = "none"
     """Keep the base's linear layers in four or eight bits, for a GPU that cannot hold them; needs bitsandbytes."""
     output: Path = Path("outputs")
     """Folder for the PNGs."""

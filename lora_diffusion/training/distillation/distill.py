@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, cast
+from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, cast_adapter
 from lora_diffusion.adapters.blend import Blend, BlendSum
-from lora_diffusion.config.distillation import DistilConfig
+from lora_diffusion.config.distillation import DistillConfig
 from lora_diffusion.config.preset import Composition
 from lora_diffusion.core.dtypes import torch_dtype
 from lora_diffusion.errors import ConfigError, TrainingError
@@ -67,7 +67,7 @@ def distil(
     blend: Blend,
     composition: Composition,
     prompts: Sequence[str],
-    config: DistilConfig,
+    config: DistillConfig,
     *,
     backup: Backup = "memory",
 ) -> DistilResult:
@@ -87,7 +87,7 @@ def distil(
     metadata = metadata_of(base, blend, composition)
     plain, start = (compressed(base, total, config.rank, metadata) for total in (whole, mean))
     factors = trained(base, start, training, untouched, config, backup)
-    learned = cast(factors, torch_dtype(config.save_precision))
+    learned = cast_adapter(factors, torch_dtype(config.save_precision))
     errors = [
         blend_distance(base, adapter, held_out, config, backup) / untouched for adapter in (plain, start, learned)
     ]
@@ -106,7 +106,7 @@ def distil(
     )
 
 
-def check_distillable(base: Base, blend: Blend, composition: Composition, config: DistilConfig) -> None:
+def check_distillable(base: Base, blend: Blend, composition: Composition, config: DistillConfig) -> None:
     """Raise what `distil` raises before it begins."""
     if not blend.active:
         raise ConfigError("there is nothing to distil; give at least one adapter with a weight other than 0")
@@ -130,7 +130,7 @@ def check_learnable(base: Base, total: BlendSum) -> None:
 
 
 def teachings(
-    base: Base, blend: Blend, composition: Composition, prompts: Sequence[str], config: DistilConfig, backup: Backup
+    base: Base, blend: Blend, composition: Composition, prompts: Sequence[str], config: DistillConfig, backup: Backup
 ) -> tuple[Pairs, Pairs]:
     """What the blend predicts along runs to learn from, and along runs to measure with."""
     learned, held_out = parted_prompts(prompts, config)
@@ -145,7 +145,7 @@ def teachings(
     return training, testing
 
 
-def parted_prompts(prompts: Sequence[str], config: DistilConfig) -> tuple[list[str], list[str]]:
+def parted_prompts(prompts: Sequence[str], config: DistillConfig) -> tuple[list[str], list[str]]:
     """Prompts to learn from, and others to measure with, unless there is but one.
 
     Raises ConfigError if there is none, or one with a tag.
@@ -161,7 +161,7 @@ def parted_prompts(prompts: Sequence[str], config: DistilConfig) -> tuple[list[s
     return drawn[:-held_out] or drawn, drawn[-held_out:]
 
 
-def effect_of(base: Base, pairs: Pairs, config: DistilConfig) -> float:
+def effect_of(base: Base, pairs: Pairs, config: DistillConfig) -> float:
     """Mean square of what the blend adds to the base's own predictions. Raises ConfigError if that is nothing."""
     effect = distance(base, pairs, config)
     if effect <= ROUNDING * float(pairs.predictions.square().mean()):

@@ -11,12 +11,12 @@ from typing import TypeVar
 import torch
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
-from lora_diffusion.adapters.blend import Blend, BlendSum, blend_sum, joined_sums, part_of
-from lora_diffusion.adapters.coefficients import Moment, without_schedules
-from lora_diffusion.adapters.deltas import blended_bias, delta_of
+from lora_diffusion.adapters.blend import Blend, BlendSum, blend_sum, filter_modules, merge_sums
+from lora_diffusion.adapters.coefficients import DenoisingStep, without_schedules
+from lora_diffusion.adapters.deltas import compute_blended_bias, sum_deltas
 from lora_diffusion.adapters.factor_stack import Term
 from lora_diffusion.adapters.layers import FullLayer, Layer
-from lora_diffusion.algebra.svd.svd import spectrum_of, truncated
+from lora_diffusion.algebra.svd.svd import spectrum_of, truncate_spectrum
 from lora_diffusion.config.preset import Composition
 from lora_diffusion.inference.composition import alone, in_text, in_unet, sum_plan
 from lora_diffusion.inference.in_place import weight_at, weight_shape
@@ -28,7 +28,7 @@ T = TypeVar("T")
 def plain_sum(base: Base, blend: Blend) -> BlendSum:
     """The blend as if it were a plain sum: all adapters at once, whatever the mode, their schedules at 1."""
     entries = tuple(replace(entry, weight=without_schedules(entry.weight)) for entry in blend.entries)
-    return blend_sum(Blend(entries=entries), base.anatomy)
+    return blend_sum(Blend(entries=entries), base.layout)
 
 
 def mean_sum(base: Base, blend: Blend, composition: Composition, steps: int) -> BlendSum:
@@ -36,21 +36,21 @@ def mean_sum(base: Base, blend: Blend, composition: Composition, steps: int) -> 
 
     Raises ConfigError as `composed` does.
     """
-    moments = [Moment(step=step, steps=steps) for step in range(steps)]
+    moments = [DenoisingStep(index=step, total=steps) for step in range(steps)]
     if composition.mode == "composite":
-        return mean_of([lane for moment in moments for lane in lanes(base, blend, moment)])
+        return mean_of([lane for denoising_step in moments for lane in lanes(base, blend, denoising_step)])
     return mean_of(list(map(sum_plan(base, blend, composition), moments)))
 
 
-def lanes(base: Base, blend: Blend, moment: Moment) -> list[BlendSum]:
+def lanes(base: Base, blend: Blend, denoising_step: DenoisingStep) -> list[BlendSum]:
     """What each sample of a composite's batch has: one adapter in the UNet, all in the text encoders."""
-    text = part_of(blend_sum(blend, base.anatomy, moment), in_text)
-    return [joined_sums([part_of(alone(base, entry, moment), in_unet), text]) for entry in blend.active]
+    text = filter_modules(blend_sum(blend, base.layout, denoising_step), in_text)
+    return [merge_sums([filter_modules(alone(base, entry, denoising_step), in_unet), text]) for entry in blend.active]
 
 
 def mean_of(sums: Sequence[BlendSum]) -> BlendSum:
     """Each layer and bias once, with the mean of its coefficients."""
-    total = joined_sums(sums)
+    total = merge_sums(sums)
     return BlendSum(
         layers={path: means(terms, len(sums)) for path, terms in total.layers.items()},
         biases={path: means(terms, len(sums)) for path, terms in total.biases.items()},
@@ -70,7 +70,10 @@ def compressed(base: Base, total: BlendSum, rank: int, metadata: AdapterMetadata
     """A sum as one adapter: plain LoRA at most of that rank, closest in the Frobenius norm; norms and biases whole."""
     return Adapter(
         layers={path: compressed_layer(base, path, terms, rank) for path, terms in total.layers.items()},
-        biases={path: blended_bias(torch.zeros_like(terms[0][1]), terms).cpu() for path, terms in total.biases.items()},
+        biases={
+            path: compute_blended_bias(torch.zeros_like(terms[0][1]), terms).cpu()
+            for path, terms in total.biases.items()
+        },
         metadata=metadata,
     )
 
@@ -78,6 +81,6 @@ def compressed(base: Base, total: BlendSum, rank: int, metadata: AdapterMetadata
 def compressed_layer(base: Base, path: str, terms: Sequence[Term], rank: int) -> Layer:
     own, shape = weight_at(base, path), weight_shape(module_at(base, path))
     if len(shape) == 1:
-        return FullLayer(diff=delta_of(terms, own).cpu())
-    layer = truncated(replace(spectrum_of(terms, own), shape=shape), rank)
+        return FullLayer(diff=sum_deltas(terms, own).cpu())
+    layer = truncate_spectrum(replace(spectrum_of(terms, own), shape=shape), rank)
     return layer.with_factors({name: factor.cpu() for name, factor in layer.factors.items()})

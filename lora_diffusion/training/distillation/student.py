@@ -14,7 +14,7 @@ from tqdm import tqdm
 from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.adapters.layers import LoRALayer
-from lora_diffusion.config.distillation import DistilConfig
+from lora_diffusion.config.distillation import DistillConfig
 from lora_diffusion.inference.composition import in_unet
 from lora_diffusion.inference.in_place import Backup, blended
 from lora_diffusion.inference.parallel import Forward, Forwards, convolved
@@ -31,7 +31,7 @@ Learners = Mapping[str, LoRALayer]
 """Layers whose factors learn, float32, by module path."""
 
 
-def trained(base: Base, start: Adapter, pairs: Pairs, effect: float, config: DistilConfig, backup: Backup) -> Adapter:
+def trained(base: Base, start: Adapter, pairs: Pairs, effect: float, config: DistillConfig, backup: Backup) -> Adapter:
     """The adapter after all steps. Raises TrainingError if a loss is not finite.
 
     Adam, whose rate falls to 0 by a cosine; the loss is over the blend's effect, a mean square, so that clipping means
@@ -103,7 +103,7 @@ def at_rest(layer: LoRALayer) -> LoRALayer:
 
 
 @torch.no_grad()
-def distance(base: Base, pairs: Pairs, config: DistilConfig) -> float:
+def distance(base: Base, pairs: Pairs, config: DistillConfig) -> float:
     """Mean squared distance of what the base, as it is, predicts from what the pairs say."""
     contexts = contexts_of(base, pairs.texts, config.resolution or base.size_px)
     total = torch.stack([square_error(base, part, contexts).sum() for part in pairs.batches(config.batch_size)])
@@ -116,7 +116,7 @@ def square_error(base: Base, pairs: Pairs, contexts: Contexts) -> Tensor:
     return (predicted(base, pairs.latents, pairs.timesteps, context) - pairs.predictions).square()
 
 
-def blend_distance(base: Base, adapter: Adapter, pairs: Pairs, config: DistilConfig, backup: Backup) -> float:
+def blend_distance(base: Base, adapter: Adapter, pairs: Pairs, config: DistillConfig, backup: Backup) -> float:
     """The distance of the base with one adapter in its weights."""
     with blended(base, Blend(entries=(WeightedAdapter(adapter=adapter),)), backup=backup):
         return distance(base, pairs, config)

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_diffusion.adapters.coefficients import Moment
-from lora_diffusion.config.distillation import DistilConfig
+from lora_diffusion.adapters.coefficients import DenoisingStep
+from lora_diffusion.config.distillation import DistillConfig
 from lora_diffusion.inference.composition import BeforeStep
 from lora_diffusion.models.load import Base, new_scheduler
 from lora_diffusion.models.text_encoding import TextContext, chunk_count, joined_contexts, negative_context
-from lora_diffusion.prompts.emphasis import weighted
+from lora_diffusion.prompts.emphasis import parse_emphasis
 from lora_diffusion.training.seeding import sample_seed
 
 Contexts = Mapping[str, TextContext]
@@ -79,14 +79,14 @@ def runs_of(prompts: Sequence[str], *, count: int, seed: int) -> tuple[Run, ...]
 
 
 @torch.no_grad()
-def recorded(base: Base, before_step: BeforeStep, runs: Sequence[Run], config: DistilConfig) -> Pairs:
+def recorded(base: Base, before_step: BeforeStep, runs: Sequence[Run], config: DistillConfig) -> Pairs:
     """All pairs of some runs, inside `composed`, whose `before_step` puts the blend of each step into the base."""
     size = config.batch_size
     groups = [runs[start : start + size] for start in range(0, len(runs), size)]
     return joined_pairs([part for group in groups for part in steps_of(base, before_step, group, config)])
 
 
-def steps_of(base: Base, before_step: BeforeStep, runs: Sequence[Run], config: DistilConfig) -> Iterator[Pairs]:
+def steps_of(base: Base, before_step: BeforeStep, runs: Sequence[Run], config: DistillConfig) -> Iterator[Pairs]:
     """The pairs of each step of several runs side by side."""
     size_px = config.resolution or base.size_px
     texts = ["" for _ in runs] * (config.guidance > 1) + [run.prompt for run in runs]
@@ -99,7 +99,7 @@ def steps_of(base: Base, before_step: BeforeStep, runs: Sequence[Run], config: D
     x = torch.cat([first_noise(base, run.seed, size_px) for run in runs]).to(base.device) * scheduler.init_noise_sigma
     context = None
     for step, timestep in enumerate(scheduler.timesteps):
-        before_step(Moment(step=step, steps=config.sampler_steps), lambda: read().hidden)
+        before_step(DenoisingStep(index=step, total=config.sampler_steps), lambda: read().hidden)
         context = context or read()
         latents = x.repeat(len(texts) // len(runs), 1, 1, 1)
         predictions = predicted(base, latents, timestep, context)
@@ -135,7 +135,7 @@ def predicted(base: Base, latents: Tensor, timestep: Tensor, context: TextContex
 @torch.no_grad()
 def contexts_of(base: Base, texts: Sequence[str], size_px: int) -> Contexts:
     """Each text as the base's text encoders read it as they are, once, the empty one as a negative prompt."""
-    count = chunk_count(base, [weighted(text) for text in texts])
+    count = chunk_count(base, [parse_emphasis(text) for text in texts])
     return {text: negative_context(base, text, size_px=size_px, chunks=count) for text in dict.fromkeys(texts)}
 
 

@@ -32,6 +32,6 @@ class Batches:
         batch: dict[str, Any] = collate([samples.sample(step, place) for place in places])
         if samples.config.data.masks == "none":
             del batch["mask"]
-        if not self.run.config.captions_learn and self.run.denoiser.lesson is None:
+        if not self.run.config.trains_captions and self.run.denoiser.lesson is None:
             batch |= self.run.captions.batch(batch["captions"])
         return on(self.run.denoiser, batch)

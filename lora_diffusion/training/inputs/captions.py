@@ -8,7 +8,7 @@ from torch import Tensor
 from lora_diffusion.models.load import Base
 from lora_diffusion.models.offload import at_work
 from lora_diffusion.models.text_encoding import TextContext, encode_prompts
-from lora_diffusion.prompts.emphasis import ReadText, plain
+from lora_diffusion.prompts.emphasis import ReadText, parse_literal
 from lora_diffusion.training.inputs.cache import Cache, Tensors, content_key
 from lora_diffusion.training.methods.injection import disabled
 
@@ -16,7 +16,7 @@ from lora_diffusion.training.methods.injection import disabled
 class CaptionEncoder:
     """Encodes captions of any length; all of a batch come out equally long, padded with chunks of the empty caption."""
 
-    def __init__(self, base: Base, cache: Cache, read: ReadText = plain) -> None:
+    def __init__(self, base: Base, cache: Cache, read: ReadText = parse_literal) -> None:
         self.base, self.cache, self.read = base, cache, read
         self.identity = f"{base.hash} {base.pipe.unet.dtype}"
 
@@ -28,7 +28,7 @@ class CaptionEncoder:
         """
 
         def make() -> Tensors:
-            with disabled(self.base), at_work(self.base, list(self.base.anatomy.text_layers)):
+            with disabled(self.base), at_work(self.base, list(self.base.layout.text_layers)):
                 context = encode_prompts(self.base, [caption], size_px=self.base.size_px, read=self.read)
             pooled = {"pooled": context.added["text_embeds"][0].cpu()} if context.added else {}
             return {"hidden": context.hidden[0].cpu(), **pooled}

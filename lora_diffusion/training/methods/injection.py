@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
 from lora_diffusion.adapters.layers import Layer
-from lora_diffusion.architectures.targets import by_pattern
+from lora_diffusion.architectures.targets import resolve_patterns
 from lora_diffusion.config.adapter import AdapterConfig
 from lora_diffusion.models.load import Base, module_at
 from lora_diffusion.training.methods.adalora import AdaptiveRules, AdaptiveUpdate
@@ -122,8 +122,8 @@ def rules_of(updates: Mapping[str, Update], config: AdapterConfig, seed: int, st
 
 def sizes_of(paths: Sequence[str], config: AdapterConfig) -> dict[str, Size]:
     """Rank and scale of each module. Raises ConfigError for a pattern that matches none."""
-    ranks = by_pattern(paths, config.ranks, "adapter.ranks", config.rank)
-    alphas = by_pattern(paths, config.alphas, "adapter.alphas", config.alpha)
+    ranks = resolve_patterns(paths, config.ranks, "adapter.ranks", config.rank)
+    alphas = resolve_patterns(paths, config.alphas, "adapter.alphas", config.alpha)
     return {
         path: Size(rank=ranks[path], scale=scale_of(ranks[path], alphas[path], config), config=config) for path in paths
     }

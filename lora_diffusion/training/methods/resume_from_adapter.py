@@ -7,7 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from lora_diffusion.adapters.adapter import Adapter
-from lora_diffusion.adapters.layers import DoRALayer, FullLayer, Layer, LoHaLayer, LoKrLayer, LoRALayer, LowRank, half
+from lora_diffusion.adapters.layers import (
+    DoRALayer,
+    FullLayer,
+    Layer,
+    LoHaLayer,
+    LoKrLayer,
+    LoRALayer,
+    LowRank,
+    kronecker_factor,
+)
 from lora_diffusion.config.adapter import AdapterConfig
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.training.methods.base import AddedUpdate, Size, Update, learned
@@ -75,7 +84,7 @@ def factored(path: str, module: nn.Linear | nn.Conv2d, layer: LowRank, config: A
     else:
         update = KroneckerUpdate(module, size, rng)
         update.w2 = update.w2_a = update.w2_b = None
-        layer = replace(layer, w1=half(layer.w1, layer.w1_a, layer.w1_b, None), w1_a=None, w1_b=None)
+        layer = replace(layer, w1=kronecker_factor(layer.w1, layer.w1_a, layer.w1_b, None), w1_a=None, w1_b=None)
     for name, values in layer.factors.items():
         setattr(update, name, learned(values, module))
     return update

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_diffusion.adapters.t_lora import timed_rank
+from lora_diffusion.adapters.t_lora import rank_at_step
 from lora_diffusion.training.methods.base import AddedUpdate, Frozen, Size
 from lora_diffusion.training.methods.fused_ops import cast
 from lora_diffusion.training.methods.lora import LowRankUpdate
@@ -62,7 +62,7 @@ def follow_timesteps(unet: nn.Module, updates: Sequence[TimedUpdate], timesteps:
         shares = 1 - at.float().expand(len(sample)) / timesteps
         masks: dict[tuple[int, int], Tensor] = {}
         for sizes in every_size:
-            ranks = torch.tensor([timed_rank(share, *sizes) for share in shares.tolist()], device=sample.device)
+            ranks = torch.tensor([rank_at_step(share, *sizes) for share in shares.tolist()], device=sample.device)
             masks[sizes] = torch.arange(sizes[1], device=sample.device) < ranks[:, None]
         told.now = replace(told.now, used=masks)
 

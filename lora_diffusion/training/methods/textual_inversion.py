@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from lora_diffusion.adapters.adapter import Adapter, Token
 from lora_diffusion.adapters.blend import WeightedAdapter
-from lora_diffusion.config.train import WordsConfig
+from lora_diffusion.config.train import TextualInversionConfig
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.models.load import Base
 from lora_diffusion.models.text_encoding import TOKENIZERS
@@ -56,26 +56,26 @@ class LearnedWords:
         return dict(found)
 
 
-def put_in(base: Base, config: WordsConfig, seed: int) -> LearnedWords:
+def put_in(base: Base, config: TextualInversionConfig, seed: int) -> LearnedWords:
     """Give the base words that learn. Mutates its tokenizers and text encoders.
 
     Raises ConfigError for a word to begin as that is no word of the base.
     """
     starts = {
-        word: {component: first_vectors(base, component, config, seed, place) for component in base.anatomy.text_layers}
+        word: {component: first_vectors(base, component, config, seed, place) for component in base.layout.text_layers}
         for place, word in enumerate(config.words)
     }
     holder = WeightedAdapter(adapter=Adapter(layers={}, tokens=starts))
     words = tuple(named(holder, place, word, starts[word]) for place, word in enumerate(config.words))
     parameters: dict[str, nn.Parameter] = {}
     open_words = ExitStack()
-    for component in base.anatomy.text_layers:
+    for component in base.layout.text_layers:
         open_words.enter_context(extended(base, component, {word: word.token[component] for word in words}))
         parameters |= learning_rows(base, component, words)
     return LearnedWords(parameters=parameters, rewrite=rewriter(words), open_words=open_words)
 
 
-def first_vectors(base: Base, component: str, config: WordsConfig, seed: int, place: int) -> Tensor:
+def first_vectors(base: Base, component: str, config: TextualInversionConfig, seed: int, place: int) -> Tensor:
     """What a word begins as (n, width): the vectors of another word in turn, or noise like the table's own vectors."""
     table = embeddings(base, component).weight.detach().float().cpu()
     if not config.begin_as:
@@ -111,7 +111,11 @@ class WordRules(Rules):
     """Who learns when, and that each vector keeps its length."""
 
     def __init__(
-        self, words: Mapping[str, nn.Parameter], others: Mapping[str, nn.Parameter], config: WordsConfig, steps: int
+        self,
+        words: Mapping[str, nn.Parameter],
+        others: Mapping[str, nn.Parameter],
+        config: TextualInversionConfig,
+        steps: int,
     ) -> None:
         self.words, self.others = words, others
         self.alone, self.until = config.alone * steps, config.until * steps

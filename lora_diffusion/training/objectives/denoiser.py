@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lora_diffusion.config.train import ObjectiveConfig
 from lora_diffusion.models.load import Base, prediction_type
 from lora_diffusion.models.text_encoding import TextContext, encode_prompts
-from lora_diffusion.prompts.emphasis import ReadText, plain
+from lora_diffusion.prompts.emphasis import ReadText, parse_literal
 from lora_diffusion.training.diffusion.losses import sample_losses, target_of
 from lora_diffusion.training.diffusion.schedule import Predicts, alphas_cumprod_of, check_terminal_snr, noisy_latent
 from lora_diffusion.training.inputs.captions import context_of
@@ -30,11 +30,13 @@ class Denoiser(nn.Module):
     Gives one loss per sample, so that the loop never learns what is predicted.
     """
 
-    def __init__(self, base: Base, config: ObjectiveConfig, read: ReadText = plain, *, text_learns: bool = False):
+    def __init__(
+        self, base: Base, config: ObjectiveConfig, read: ReadText = parse_literal, *, text_learns: bool = False
+    ):
         super().__init__()
         self.unet: nn.Module = base.pipe.unet
         self.text_learns = text_learns
-        encoders = base.anatomy.text_layers if text_learns else ()  # frozen ones may wait elsewhere than on the device
+        encoders = base.layout.text_layers if text_learns else ()  # frozen ones may wait elsewhere than on the device
         self.text_encoders = nn.ModuleList(getattr(base.pipe, name) for name in encoders)
         self.base = base
         self.config, self.read = config, read

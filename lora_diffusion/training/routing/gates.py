@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
-from lora_diffusion.adapters.factor_stack import is_joinable, stacked
-from lora_diffusion.architectures.blocks import block_layouts, block_name
+from lora_diffusion.adapters.factor_stack import is_joinable, stack_factors
+from lora_diffusion.architectures.blocks import block_name, vector_block_names
 from lora_diffusion.config.preset import BlendWeight, Schedule
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.inference.in_place import check_blend, patching, weight_shape
@@ -47,7 +47,7 @@ class Gates(nn.Module):
         check_weights(blend)
         self.base, self.blend, self.start = base, blend, start
         used = {self.block_of(path) for entry in blend.entries for path in entry.adapter.paths}
-        self.blocks = tuple(block for block in block_layouts(base.anatomy)[0] if block in used - {"BASE"})
+        self.blocks = tuple(block for block in vector_block_names(base.layout)[0] if block in used - {"BASE"})
         check_layers(blend, self.paths)
         shape = (len(blend.entries), len(self.blocks), stretches)
         device = base.device
@@ -57,7 +57,7 @@ class Gates(nn.Module):
         """(n,): the stretch that each sample of the batch at hand is in, or (1,) that all are in."""
 
     def block_of(self, path: str) -> str:
-        return block_name(path, self.base.anatomy)
+        return block_name(path, self.base.layout)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -179,7 +179,7 @@ def factors_at(module: nn.Module, path: str, blend: Blend) -> Factors:
     owners = [(i, entry) for i, entry in enumerate(blend.entries) if path in entry.adapter.layers]
     weight = module.weight
     assert isinstance(weight, Tensor)
-    stack = stacked([entry.adapter.layers[path] for _, entry in owners], weight.device)
+    stack = stack_factors([entry.adapter.layers[path] for _, entry in owners], weight.device)
     shape = weight_shape(module)
     scales = [value_of(entry) * scale for (_, entry), scale in zip(owners, stack.scales, strict=True)]
     ranks = torch.tensor(stack.ranks, device=weight.device)

@@ -25,7 +25,7 @@ from lora_diffusion.core.atomic_files import check_writable
 from lora_diffusion.data.buckets import Bucket
 from lora_diffusion.data.folder import Example, data_hash, read_dataset
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.formats.checkpoints.diffusers import anatomy_of_folder
+from lora_diffusion.formats.checkpoints.diffusers import read_layout
 from lora_diffusion.library.presets import save_preset
 from lora_diffusion.library.references import anchored_entries, load_blend
 from lora_diffusion.models.load import Base, load_base
@@ -122,7 +122,7 @@ def read_route(path: Path, changes: Mapping[str, Any] | None = None) -> RouteCon
 
 def read_blend(config: RouteConfig) -> Blend:
     """The adapters of a configuration. Raises FamilyMismatchError, before the base is loaded, and ConfigError."""
-    family, _ = anatomy_of_folder(find_base(config.base))
+    family, _ = read_layout(find_base(config.base))
     blend = load_blend(config.adapters).blend
     for entry in blend.entries:
         check_family(entry.adapter.metadata.family, entry.name, base_name=config.base, family=family.name)

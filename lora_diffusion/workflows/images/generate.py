@@ -8,15 +8,15 @@ import torch
 from tqdm import tqdm
 
 from lora_diffusion.adapters.blend import Blend, blend_sum
-from lora_diffusion.adapters.coefficients import read_block_presets, spelled_out, without_schedules
+from lora_diffusion.adapters.coefficients import expand_block_preset, read_block_presets, without_schedules
 from lora_diffusion.adapters.compatibility import check_family
-from lora_diffusion.algebra.combine.balance import balanced
+from lora_diffusion.algebra.combine.balance import balance_weights
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendEntry, BlendPreset
 from lora_diffusion.core.atomic_files import check_writable
 from lora_diffusion.core.dtypes import dtype_name, torch_dtype
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.formats.adapters.load import outline_adapter
+from lora_diffusion.formats.adapters.load import load_meta_adapter
 from lora_diffusion.inference.in_place import check_blend, quantized, rounding_loss
 from lora_diffusion.inference.sampling import OnStep, Picture, generate
 from lora_diffusion.library.presets import save_preset
@@ -52,7 +52,7 @@ def refuse_other_families(entries: Iterable[BlendEntry], base: str, ignore: Sequ
     for entry in entries:
         if entry.hash and not Path(entry.path).exists():
             continue  # looked for by its hash later
-        outline = outline_adapter(Path(entry.path), ignore=ignore)
+        outline = load_meta_adapter(Path(entry.path), ignore=ignore)
         check_family(outline.metadata.family, outline.metadata.name, base_name=base, family=family.name)
 
 
@@ -63,11 +63,13 @@ def prepared_blend(base: str, entries: tuple[BlendEntry, ...], means: Means) -> 
     """
     refuse_other_families(entries, base, means.ignore)
     presets = read_block_presets(means.block_presets) if means.block_presets else None
-    anatomy = find_checkpoint(base).anatomy
+    layout = find_checkpoint(base).layout
     found = load_blend(entries, means.shelf, ignore=means.ignore)
-    spelled = [replace(entry, weight=spelled_out(entry.weight, anatomy, presets)) for entry in found.blend.entries]
+    spelled = [
+        replace(entry, weight=expand_block_preset(entry.weight, layout, presets)) for entry in found.blend.entries
+    ]
     blend = Blend(entries=tuple(spelled))
-    return replace(found, blend=balanced(blend) if means.balance else blend)
+    return replace(found, blend=balance_weights(blend) if means.balance else blend)
 
 
 def check_base_hash(base: Base, recipe: Recipe) -> None:
@@ -146,7 +148,7 @@ def rounding_notes(base: Base, blend: Blend, plan: Plan) -> list[str]:
     if plan.composition.exact or quantized(base) or base.pipe.unet.dtype == torch.float32:
         return []
     check_blend(base, blend)
-    lost = rounding_loss(base, blend_sum(unscheduled(blend), base.anatomy))
+    lost = rounding_loss(base, blend_sum(unscheduled(blend), base.layout))
     if lost <= MOST_LOST:
         return []
     kind = dtype_name(base.pipe.unet.dtype)

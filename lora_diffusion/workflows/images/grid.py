@@ -11,7 +11,7 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from lora_diffusion.adapters.coefficients import read_block_presets
-from lora_diffusion.core.atomic_files import check_writable, whole_file
+from lora_diffusion.core.atomic_files import atomic_file, check_writable
 from lora_diffusion.evaluation.image_grid import grid
 from lora_diffusion.inference.composition import check_composition
 from lora_diffusion.library.recipe import PNG_KEY
@@ -90,7 +90,7 @@ def save_sheet(rows: Sequence[Sequence[Path]], across: Axis, down: Axis, output:
     texts = PngImagePlugin.PngInfo()
     texts.add_text(GRID_KEY, json.dumps(facts))
     path = free_name(output / "grids")
-    with whole_file(path) as part:
+    with atomic_file(path) as part:
         sheet.save(part, format="PNG", pnginfo=texts)
     return path
 
@@ -106,7 +106,7 @@ def measure_blocks(plan: Plan, of: str, output: Path, means: Means | None = None
     means = means or Means()
     check_writable(output / "00000.png")
     presets = read_block_presets(means.block_presets) if means.block_presets else None
-    plans = without_blocks(with_tags(plan, means.shelf), of, find_checkpoint(plan.base).anatomy, presets)
+    plans = without_blocks(with_tags(plan, means.shelf), of, find_checkpoint(plan.base).layout, presets)
     base = planned_base(plan)
     paths: dict[str, Path] = {}
     for block, less in tqdm(plans.items(), desc="blocks", unit="picture", leave=False):

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.adapters.coefficients import BlockPresets, spelled_out
-from lora_diffusion.architectures.blocks import block_layouts
-from lora_diffusion.architectures.module_paths import Anatomy
+from lora_diffusion.adapters.coefficients import BlockPresets, expand_block_preset
+from lora_diffusion.architectures.blocks import vector_block_names
+from lora_diffusion.architectures.module_paths import ModelLayout
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendEntry, BlendWeight, Composition, Weight
 from lora_diffusion.config.settings import validate
@@ -161,13 +161,13 @@ def with_weight(entries: tuple[BlendEntry, ...], at: int, weight: BlendWeight) -
     return (*entries[:at], entries[at].model_copy(update={"weight": plain}), *entries[at + 1 :])
 
 
-def without_blocks(plan: Plan, of: str, anatomy: Anatomy, presets: BlockPresets | None = None) -> dict[str, Plan]:
+def without_blocks(plan: Plan, of: str, layout: ModelLayout, presets: BlockPresets | None = None) -> dict[str, Plan]:
     """The plan without each block of one adapter, by block; under "" the plan with all of them. Raises ConfigError."""
     single = replace(plan, settings=plan.settings.model_copy(update={"count": 1}))
     at = place_of(plan.entries, of)
-    weight = in_full(spelled_out(plan.entries[at].weight, anatomy, presets))
+    weight = in_full(expand_block_preset(plan.entries[at].weight, layout, presets))
     factors = dict(weight.blocks) if isinstance(weight.blocks, Mapping) else {}
-    _, attentive = block_layouts(anatomy)
+    _, attentive = vector_block_names(layout)
     found = {"": single}
     for block in attentive:
         less = weight.model_copy(update={"blocks": {**factors, block: 0.0}})

@@ -8,14 +8,14 @@ from typing import Any
 
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendEntry, Composition
-from lora_diffusion.config.settings import EMBEDDED_BASE, Codes, Model, validate
+from lora_diffusion.config.settings import EMBEDDED_BASE, Model, Quantization, validate
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.library.presets import read_preset
 from lora_diffusion.library.recipe import Recipe, has_recipe, read_recipe
 from lora_diffusion.library.references import Shelf, anchored_entries, hashed_entries, tagged_entries
 from lora_diffusion.prompts.image_metadata import read_infotext
-from lora_diffusion.prompts.infotext import Infotext, generate_settings
-from lora_diffusion.prompts.tags import in_our_order, take_tags
+from lora_diffusion.prompts.infotext import Infotext, convert_settings
+from lora_diffusion.prompts.tags import convert_a1111_tags, extract_tags
 
 COMPOSABLE = re.compile(r"\bAND\b")
 """What joins several prompts to A1111."""
@@ -30,7 +30,7 @@ class Plan:
     entries: tuple[BlendEntry, ...]
     settings: GenerateConfig
     composition: Composition = field(default_factory=Composition)
-    codes: Codes = "none"
+    codes: Quantization = "none"
     """What the base's linear layers are kept in."""
     recipe: Recipe | None = None
     notes: tuple[str, ...] = ()
@@ -110,8 +110,8 @@ def foreign_plan(image: Path, info: Infotext, *, base: str, shelf: Shelf) -> Pla
     if not base:
         named = f" ({info.model})" if info.model else ""
         raise ConfigError(f"{image}: was made by another program on a base of its own{named}; give that with --base")
-    table, notes = generate_settings(info, source=str(image))
-    prompt, tags = take_tags(in_our_order(str(table.get("prompt", ""))))
+    table, notes = convert_settings(info, source=str(image))
+    prompt, tags = extract_tags(convert_a1111_tags(str(table.get("prompt", ""))))
     entries, more = hashed_entries(tags, info, shelf)
     settings = validate(GenerateConfig, {**table, "prompt": prompt}, source=str(image))
     return Plan(base=base, entries=entries, settings=settings, notes=(*notes, *more, *unread(info, settings)))
@@ -133,11 +133,11 @@ def unread(info: Infotext, settings: GenerateConfig) -> list[str]:
 
 def with_tags(plan: Plan, shelf: Shelf) -> Plan:
     """The plan with its prompt's tags turned into adapters. Raises ConfigError for a name that is unknown."""
-    if take_tags(plan.settings.negative_prompt)[1]:
+    if extract_tags(plan.settings.negative_prompt)[1]:
         raise ConfigError(
             f"the negative prompt has a tag in it: {plan.settings.negative_prompt!r}; tags go into the prompt"
         )
-    prompt, tags = take_tags(plan.settings.prompt)
+    prompt, tags = extract_tags(plan.settings.prompt)
     if not tags:
         return plan
     settings = plan.settings.model_copy(update={"prompt": prompt})

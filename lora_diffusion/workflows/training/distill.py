@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from lora_diffusion.adapters.blend import Blend
-from lora_diffusion.config.distillation import DistilConfig
+from lora_diffusion.config.distillation import DistillConfig
 from lora_diffusion.config.train import DataConfig
 from lora_diffusion.core.atomic_files import check_output
 from lora_diffusion.data.folder import read_dataset
@@ -53,7 +53,7 @@ class Distilled:
 
 
 def distil_file(
-    plan: Plan, source: PromptSource, config: DistilConfig, output: Path, means: Means, *, force: bool = False
+    plan: Plan, source: PromptSource, config: DistillConfig, output: Path, means: Means, *, force: bool = False
 ) -> Distilled:
     """Distil the blend of a plan into an adapter file, written whole or not at all. The plan's prompt is not used.
 

@@ -15,7 +15,7 @@ from accelerate import PartialState
 
 from lora_diffusion.config.train import TrainConfig
 from lora_diffusion.core.atomic_files import check_writable
-from lora_diffusion.core.hardware import machine, peak_memory_mb
+from lora_diffusion.core.hardware import describe_machine, peak_memory_mb
 from lora_diffusion.data.checks import DatasetReport, described, facts_of
 from lora_diffusion.training.log import LOG, read_log
 from lora_diffusion.training.loop import train
@@ -111,7 +111,7 @@ def needs_text(needs: Needs, config: TrainConfig) -> str:
         f"{config.base}: {count} would learn, and be a file of {needs.adapter_mb:.1f} MB",
         f"{config.steps} steps of {each} picture{'s' * (each > 1)}, which is {needs.passes:.1f} passes over the data",
         f"{needs.seconds_per_step:.2f} s a step, so {timedelta(seconds=round(needs.seconds))} without samples and "
-        f"validation; {needs.memory_mb:,.0f} MB of memory at most (after {STEPS} steps on {machine()})",
+        f"validation; {needs.memory_mb:,.0f} MB of memory at most (after {STEPS} steps on {describe_machine()})",
     ]
     if needs.class_pictures:
         lines.append(f"{needs.class_pictures} class pictures would be made first")
@@ -121,4 +121,4 @@ def needs_text(needs: Needs, config: TrainConfig) -> str:
 def needs_facts(needs: Needs) -> dict[str, Any]:
     """The same as plain values, ready for JSON."""
     plain = {key: value for key, value in vars(needs).items() if key not in ("dataset", "is_main_process")}
-    return {"dataset": facts_of(needs.dataset), **plain, "machine": machine()}
+    return {"dataset": facts_of(needs.dataset), **plain, "machine": describe_machine()}

@@ -12,7 +12,7 @@ from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.cli import main
 from lora_diffusion.config.adapter import AdapterConfig
-from lora_diffusion.config.settings import changed
+from lora_diffusion.config.settings import deep_merge
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.inference.in_place import blended
 from lora_diffusion.models.load import load_base
@@ -105,7 +105,7 @@ def test_the_allocation_is_drawn_in_the_report(ink: Path, tmp_path: Path) -> Non
 
 
 def test_a_stopped_adalora_run_goes_on_as_if_it_had_not(pictures: Path, sd_folder: Path) -> None:
-    changes = changed(UNET_ONLY, {"adapter": {"kind": "adalora"}, "samples": {"every": 5}})
+    changes = deep_merge(UNET_ONLY, {"adapter": {"kind": "adalora"}, "samples": {"every": 5}})
     config = settings(pictures, sd_folder, changes, state_every=1, steps=12)
     whole = train(config).adapter
     interrupted(config)

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from lora_diffusion.adapters.adapter import AdapterMetadata
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
-from lora_diffusion.adapters.coefficients import Moment, block_factors
+from lora_diffusion.adapters.coefficients import DenoisingStep, block_factors
 from lora_diffusion.adapters.layers import FullLayer, LoRALayer
 from lora_diffusion.architectures.blocks import block_name
-from lora_diffusion.architectures.module_paths import ANATOMIES, trainable_paths
+from lora_diffusion.architectures.module_paths import LAYOUTS, trainable_paths
 from lora_diffusion.architectures.targets import resolve_targets
 from lora_diffusion.cli import main
 from lora_diffusion.errors import ConfigError
@@ -100,16 +100,16 @@ def test_a_spectral_start_on_convolutions_is_refused(pictures: Path, sd_folder: 
 
 @pytest.mark.parametrize(("part", "block"), [("content", "OUT00"), ("style", "OUT01")])
 def test_b_loras_places_have_the_blend_preset_of_their_name(part: str, block: str) -> None:
-    anatomy = ANATOMIES["sdxl"]
-    paths = resolve_targets(trainable_paths(anatomy), unet=[f"b-lora-{part}"], text_encoders=())
+    layout = LAYOUTS["sdxl"]
+    paths = resolve_targets(trainable_paths(layout), unet=[f"b-lora-{part}"], text_encoders=())
     assert len(paths) == 10 * 8  # ten transformers, two attentions of four projections each
-    assert {block_name(path, anatomy) for path in paths} == {block}
-    factors = block_factors(f"BLORA-{part.upper()}", anatomy)
+    assert {block_name(path, layout) for path in paths} == {block}
+    factors = block_factors(f"BLORA-{part.upper()}", layout)
     assert [name for name, factor in factors.items() if factor] == [block]
     with pytest.raises(ConfigError, match="names no module"):
-        resolve_targets(trainable_paths(ANATOMIES["sd1"]), unet=[f"b-lora-{part}"], text_encoders=())
+        resolve_targets(trainable_paths(LAYOUTS["sd1"]), unet=[f"b-lora-{part}"], text_encoders=())
     with pytest.raises(ConfigError, match="unknown block preset"):
-        block_factors(f"BLORA-{part.upper()}", ANATOMIES["sd1"])
+        block_factors(f"BLORA-{part.upper()}", LAYOUTS["sd1"])
 
 
 def test_a_t_lora_acts_as_trained_at_every_step_and_no_weights_hold_it(sd_folder: Path, tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_a_t_lora_acts_as_trained_at_every_step_and_no_weights_hold_it(sd_folder
     ranks: list[int] = []
     with patching(fresh) as patch, torch.no_grad():
         for step in range(10):
-            patch.apply(Blend(entries=(WeightedAdapter(adapter=adapter),)), Moment(step=step, steps=10))
+            patch.apply(Blend(entries=(WeightedAdapter(adapter=adapter),)), DenoisingStep(index=step, total=10))
             ours = fresh.pipe.unet(latents, 1000 - 100 * step, encoder_hidden_states=hidden).sample
             theirs = base.pipe.unet(latents, 1000 - 100 * step, encoder_hidden_states=hidden).sample
             assert torch.allclose(ours, theirs, atol=1e-4)

@@ -14,12 +14,12 @@ from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.cli import main
 from lora_diffusion.config import methods
-from lora_diffusion.config.adapter import NONSENSE, AdapterConfig
+from lora_diffusion.config.adapter import INVALID_COMBINATIONS, AdapterConfig
 from lora_diffusion.config.defaults import default_settings
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.settings import validate
 from lora_diffusion.config.train import TrainConfig
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
@@ -110,10 +110,10 @@ def test_a_run_that_would_undo_its_method_is_refused(table: dict[str, Any], word
 
 @pytest.mark.parametrize("name", [each.name for each in methods.METHODS])
 def test_the_arithmetic_of_sizes_is_what_is_injected(name: str, tmp_path: Path) -> None:
-    size = method_size(methods.method(name), "tiny-sd")
-    table = methods.with_method(default_settings("style", "tiny-sd"), methods.method(name))
+    size = method_size(methods.get_method(name), "tiny-sd")
+    table = methods.with_method(default_settings("style", "tiny-sd"), methods.get_method(name))
     table |= {"output": tmp_path / "it.safetensors"}
-    shutil.copytree(sample_data() / "styles" / "ink", tmp_path / "ink")
+    shutil.copytree(sample_data_folder() / "styles" / "ink", tmp_path / "ink")
     table["data"] = tmp_path / "ink"
     run = set_up(validate(TrainConfig, table, source="test"))
     assert size.trained == sum(parameter.numel() for parameter in run.parameters.values())
@@ -126,7 +126,7 @@ def test_the_arithmetic_of_sizes_is_what_is_injected(name: str, tmp_path: Path) 
 
 def test_the_rates_of_methods_are_the_best_of_those_tried_and_those_compared() -> None:
     for name, row in known()["methods"].items():
-        assert methods.method(name).rate == best_rate(row) == row["rate"], name
+        assert methods.get_method(name).rate == best_rate(row) == row["rate"], name
 
 
 def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,7 +199,7 @@ def test_what_makes_no_sense_together_is_refused_by_name(table: dict[str, Any], 
         validate(AdapterConfig, table, source="adapter")
     assert all(word in str(caught.value) for word in words)
     assert "\n" not in str(caught.value)
-    assert len(NONSENSE) == 13
+    assert len(INVALID_COMBINATIONS) == 13
 
 
 def test_a_module_is_trained_one_way(pictures: Path, sd_folder: Path) -> None:

@@ -11,7 +11,7 @@ from lora_diffusion.adapters.layers import FullLayer, LoRALayer
 from lora_diffusion.config.adapter import AdapterConfig
 from lora_diffusion.config.settings import validate
 from lora_diffusion.config.train import TrainConfig
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import AdapterFormatError, ConfigError, FamilyMismatchError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
@@ -47,12 +47,15 @@ def test_training_goes_on_as_an_adapter_of_any_kind(method: str, sd_folder: Path
 
 
 def test_a_run_goes_on_from_a_file_and_on_top_of_others(ink: Path, tmp_path: Path) -> None:
-    ready = sample_data() / "adapters" / "gloop.safetensors"
+    ready = sample_data_folder() / "adapters" / "gloop.safetensors"
     table: dict[str, Any] = {
         "data": {"folder": ink},
         "output": tmp_path / "it.safetensors",
         "steps": 2,
-        "adapter": {"begin_with": str(sample_data() / "adapters" / "ink.safetensors"), "text_encoder_targets": []},
+        "adapter": {
+            "begin_with": str(sample_data_folder() / "adapters" / "ink.safetensors"),
+            "text_encoder_targets": [],
+        },
         "optimizer": {"learning_rate": 1e-5, "warmup_steps": 0},
         "tracking": {"trackers": []},
     }
@@ -60,7 +63,7 @@ def test_a_run_goes_on_from_a_file_and_on_top_of_others(ink: Path, tmp_path: Pat
         train(validate(TrainConfig, table, source="test"))
     table["adapter"] |= {"text_encoder_targets": ["attention"]}
     plain = train(validate(TrainConfig, table, source="test")).adapter
-    ink_adapter = load_adapter(sample_data() / "adapters" / "ink.safetensors")
+    ink_adapter = load_adapter(sample_data_folder() / "adapters" / "ink.safetensors")
     assert plain.paths == ink_adapter.paths
     for path, layer in plain.layers.items():
         before = ink_adapter.layers[path].delta()
