@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from lora_diffusion.formats.adapters.load import load_adapter as load_adapter
     from lora_diffusion.formats.adapters.load import load_meta_adapter as load_meta_adapter
     from lora_diffusion.formats.adapters.native import save_adapter as save_adapter
-    from lora_diffusion.inference.in_place import blended as blended
-    from lora_diffusion.inference.parallel import branched as branched
+    from lora_diffusion.inference.in_place import blended_weights as blended_weights
+    from lora_diffusion.inference.parallel import parallel_blend as parallel_blend
     from lora_diffusion.inference.sampling import generate as generate
-    from lora_diffusion.library.search import find as find
+    from lora_diffusion.library.search import find_adapter as find_adapter
     from lora_diffusion.library.search import open_library as open_library
     from lora_diffusion.merging.merge import merge as merge
     from lora_diffusion.models.load import Base as Base
@@ -68,11 +68,10 @@ __all__ = [
     "TrainConfig",
     "WeightedAdapter",
     "adapter_hash",
-    "blended",
-    "branched",
+    "blended_weights",
     "combine",
     "convert",
-    "find",
+    "find_adapter",
     "generate",
     "inspect_adapter",
     "load_adapter",
@@ -80,6 +79,7 @@ __all__ = [
     "load_meta_adapter",
     "merge",
     "open_library",
+    "parallel_blend",
     "save_adapter",
     "train",
     "verify",
@@ -107,11 +107,11 @@ HOMES = {
     "TrainConfig": "config.train",
     "WeightedAdapter": "adapters.blend",
     "adapter_hash": "adapters.adapter",
-    "blended": "inference.in_place",
-    "branched": "inference.parallel",
+    "blended_weights": "inference.in_place",
+    "parallel_blend": "inference.parallel",
     "combine": "algebra.combine.exact_sum",
     "convert": "workflows.adapters.convert",
-    "find": "library.search",
+    "find_adapter": "library.search",
     "generate": "inference.sampling",
     "inspect_adapter": "workflows.adapters.inspect",
     "load_adapter": "formats.adapters.load",

@@ -28,7 +28,7 @@ from lora_diffusion.config.methods import METHODS, Method, with_method
 from lora_diffusion.config.settings import EMBEDDED_BASE, deep_merge, validate
 from lora_diffusion.config.train import TrainConfig
 from lora_diffusion.core.atomic_files import sample_data_folder
-from lora_diffusion.evaluation.style_distance import style_distance, style_pictures
+from lora_diffusion.evaluation.style_distance import list_style_images, style_distance
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import load_base
@@ -103,7 +103,7 @@ def judged(path: Path, kind: Kind) -> float:
     blend = Blend(entries=(WeightedAdapter(adapter=load_adapter(path)),))
     images = [picture.image for picture in generate(base, configs, blend)]
     if kind == "style":
-        return style_distance(base, images, style_pictures(sample_data_folder() / "styles" / STYLE))
+        return style_distance(base, images, list_style_images(sample_data_folder() / "styles" / STYLE))
     readings = read(load_reader(sample_data_folder() / "tiny-world-reader"), images)
     return mean(reading.subject == SUBJECT for reading in readings)
 

@@ -17,7 +17,7 @@ from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.settings import EMBEDDED_BASE
 from lora_diffusion.core.atomic_files import sample_data_folder
-from lora_diffusion.evaluation.style_distance import style_distance, style_pictures
+from lora_diffusion.evaluation.style_distance import list_style_images, style_distance
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import Base, load_base
@@ -42,7 +42,7 @@ def measured(kind: str, name: str, base: Base, adapter: Adapter | None) -> float
     if kind == "style":
         texts = (sample_data_folder() / "prompts" / f"{name}.txt").read_text().splitlines()
         return style_distance(
-            base, pictures(base, texts, adapter), style_pictures(sample_data_folder() / "styles" / name)
+            base, pictures(base, texts, adapter), list_style_images(sample_data_folder() / "styles" / name)
         )
     texts = [text.removesuffix(", in zwx style").replace("gloop", name) for text in places()]
     readings = read(load_reader(sample_data_folder() / "tiny-world-reader"), pictures(base, texts, adapter))

@@ -25,8 +25,8 @@ from lora_diffusion.config.distillation import DistillConfig
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import Composition, Mode
 from lora_diffusion.core.atomic_files import atomic_file, sample_data_folder
-from lora_diffusion.evaluation.image_grid import grid, save_grid
-from lora_diffusion.evaluation.style_distance import style_distance, style_pictures
+from lora_diffusion.evaluation.image_grid import draw_image_grid, save_grid
+from lora_diffusion.evaluation.style_distance import list_style_images, style_distance
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import Base, load_base
@@ -109,7 +109,7 @@ def measure(output: Path | None = None, rank: int = 8, steps: int = 200) -> None
     with atomic_file(output) as part:
         part.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     rows = list(zip(*[found[:SHOWN] for found in pictures.values()], strict=True))
-    sheet = grid(rows, columns=list(pictures), labels=drawn[:SHOWN])
+    sheet = draw_image_grid(rows, columns=list(pictures), labels=drawn[:SHOWN])
     save_grid(sheet, output.with_suffix(".png"))
     print(json.dumps(facts, indent=2))
 
@@ -117,7 +117,7 @@ def measure(output: Path | None = None, rank: int = 8, steps: int = 200) -> None
 def compared(base: Base, title: str, pictures: dict[str, list[Image.Image]]) -> dict[str, Any]:
     """How often gloop is read, how far the style is from neon's, and how far the pixels are from each mode's own."""
     readings = read(load_reader(sample_data_folder() / "tiny-world-reader"), pictures[title])
-    neon = style_pictures(sample_data_folder() / "styles" / "neon")
+    neon = list_style_images(sample_data_folder() / "styles" / "neon")
     return {
         "gloop": sum(reading.subject == "gloop" for reading in readings),
         "of": len(readings),

@@ -48,11 +48,11 @@ class MeansFlags:
     """Keys of adapter files that may be there without being understood."""
 
     def means(self) -> Any:
-        from lora_diffusion.library.references import Shelf
+        from lora_diffusion.library.references import AdapterResolver
         from lora_diffusion.workflows.images.generate import Means
 
         return Means(
-            shelf=Shelf(library_folder=self.library),
+            resolver=AdapterResolver(library_folder=self.library),
             ignore=self.ignore_unmatched,
             block_presets=self.block_presets,
             balance=self.balance,

@@ -313,9 +313,9 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def check_quantization(self) -> "TrainConfig":
-        """Refuse codes in place of weights that a method needs in full."""
-        adapter, codes = self.adapter, self.compute.quantize
-        if codes == "none":
+        """Refuse quantized weights for a method that needs the full ones."""
+        adapter, quantization = self.adapter, self.compute.quantize
+        if quantization == "none":
             return self
         needs = {
             "adapter.dora": adapter.dora,
@@ -328,7 +328,7 @@ class TrainConfig(Settings):
         wanted = [name for name, given in needs.items() if given]
         if wanted:
             raise ValueError(
-                f"compute.quantize '{codes}' keeps weights in codes, and {wanted[0]} needs them in full; leave one out"
+                f"compute.quantize '{quantization}' quantizes the base's weights, and {wanted[0]} needs them unquantized; leave one out"
             )
         return self
 

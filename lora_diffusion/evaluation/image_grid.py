@@ -12,7 +12,7 @@ GROUND, INK, PALE = (250, 250, 248), (30, 32, 40), (110, 114, 124)
 MARGIN_PX, HEADER_PX, LABEL_PX = 10, 44, 190
 
 
-def grid(
+def draw_image_grid(
     rows: Sequence[Sequence[Image.Image]],
     *,
     columns: Sequence[str],

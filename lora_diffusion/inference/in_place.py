@@ -66,14 +66,14 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
     return tuple(weight.shape)
 
 
-def quantized(base: Base) -> bool:
-    """Whether weights of any component are stored in codes, so that nothing can be added to them."""
+def is_quantized(base: Base) -> bool:
+    """Whether weights of any component are quantized, so that nothing can be added to them."""
     models = (getattr(base.pipe, component, None) for component in base.family.components)
     linear = (module for model in models if model for module in model.modules() if isinstance(module, nn.Linear))
     return any(not module.weight.dtype.is_floating_point for module in linear)
 
 
-def check_blend(base: Base, blend: Blend) -> None:
+def validate_blend(base: Base, blend: Blend) -> None:
     """Raise AdapterFormatError for NaN, and FamilyMismatchError unless everything finds its place. Touches nothing."""
     for entry in blend.entries:
         broken = entry.adapter.non_finite
@@ -90,8 +90,8 @@ def check_base_fits(base: Base, blend: Blend) -> None:
     check_fits(blend, base_name=base.name, family=base.family.name, paths=paths, shapes=shapes)
 
 
-class Patch:
-    """A base whose weights hold one blend after another; `patching` opens one and undoes it.
+class WeightPatch:
+    """A base whose weights hold one blend after another; `weight_patch` opens one and undoes it.
 
     Holds what makes switching cheap: the base's own values of every parameter touched so far (in memory, or mapped from
     its files), which terms each parameter has in it now, and the stacked factors of the blend that is applied.
@@ -121,7 +121,7 @@ class Patch:
         new = tuple(entry for entry in blend.entries if entry.adapter not in self.checked)
         if not new:
             return
-        check_blend(self.base, Blend(entries=new))
+        validate_blend(self.base, Blend(entries=new))
         self.checked.update(entry.adapter for entry in new)
 
     def write(self, total: BlendSum) -> None:
@@ -130,8 +130,8 @@ class Patch:
         Raises ConfigError, with the base's own values back, for a value beyond the range of the base's type.
         """
         try:
-            with plain_arithmetic(self.base):
-                for name in [name for name in self.applied if not has_terms(total, name)]:
+            with full_precision(self.base):
+                for name in [name for name in self.applied if not is_changed(total, name)]:
                     self.restore(name)
                 for path, terms in total.layers.items():
                     self.write_weight(path, terms)
@@ -203,7 +203,7 @@ class Patch:
 
 
 @contextmanager
-def plain_arithmetic(base: Base) -> Iterator[None]:
+def full_precision(base: Base) -> Iterator[None]:
     """No gradients, and float32 as it says: autocast would compute the deltas in half precision."""
     with torch.no_grad(), torch.autocast(base.device.type, enabled=False):
         yield
@@ -215,7 +215,7 @@ def rounding_loss(base: Base, total: BlendSum) -> float:
     bfloat16 can lose half of a gentle adapter, because its steps are wider than the delta.
     """
     lost = delta = 0.0
-    with plain_arithmetic(base):
+    with full_precision(base):
         for path, terms in total.layers.items():
             own = weight_at(base, path)
             exact = compute_blended_weight(own, terms)
@@ -224,7 +224,7 @@ def rounding_loss(base: Base, total: BlendSum) -> float:
     return (lost / delta) ** 0.5 if delta else 0.0
 
 
-def has_terms(total: BlendSum, name: str) -> bool:
+def is_changed(total: BlendSum, name: str) -> bool:
     path, _, leaf = name.rpartition(".")
     return path in (total.layers if leaf == "weight" else total.biases)
 
@@ -233,12 +233,12 @@ def memory_backup() -> Callable[[str, Tensor], Tensor]:
     """The base's own values from copies made when a parameter is first touched."""
     kept: dict[str, Tensor] = {}
 
-    def original(name: str, live: Tensor) -> Tensor:
+    def get_original(name: str, live: Tensor) -> Tensor:
         if name not in kept:
             kept[name] = live.clone()
         return kept[name]
 
-    return original
+    return get_original
 
 
 def file_backup(base: Base) -> Callable[[str, Tensor], Tensor]:
@@ -252,7 +252,7 @@ def file_backup(base: Base) -> Callable[[str, Tensor], Tensor]:
     files = {file: map_safetensors(file) for file in {place.file for place in places.values()}}
     compared: set[str] = set()
 
-    def original(name: str, live: Tensor) -> Tensor:
+    def get_original(name: str, live: Tensor) -> Tensor:
         place = places[name]
         value = files[place.file][place.key].reshape(live.shape).to(live.device, live.dtype)
         if name not in compared and not torch.equal(value, live):
@@ -260,11 +260,11 @@ def file_backup(base: Base) -> Callable[[str, Tensor], Tensor]:
         compared.add(name)
         return value
 
-    return original
+    return get_original
 
 
 @contextmanager
-def patching(base: Base, *, backup: Backup = "memory") -> Iterator[Patch]:
+def weight_patch(base: Base, *, backup: Backup = "memory") -> Iterator[WeightPatch]:
     """A patch on the base, to apply blends one after another; the base's own values are back afterwards, whatever
     happens inside.
 
@@ -275,11 +275,11 @@ def patching(base: Base, *, backup: Backup = "memory") -> Iterator[Patch]:
         raise ConfigError(
             f"{base.name} has a blend in its weights already; leave that one first, or load a second base"
         )
-    if quantized(base):
+    if is_quantized(base):
         raise ConfigError(
             f"{base.name}: its weights are quantized, nothing can be added to them; keep a branch (exact)"
         )
-    patch = Patch(base, memory_backup() if backup == "memory" else file_backup(base))
+    patch = WeightPatch(base, memory_backup() if backup == "memory" else file_backup(base))
     PATCHED.add(base)
     try:
         yield patch
@@ -291,14 +291,14 @@ def patching(base: Base, *, backup: Backup = "memory") -> Iterator[Patch]:
 
 
 @contextmanager
-def blended(
+def blended_weights(
     base: Base, blend: Blend, denoising_step: DenoisingStep | None = None, *, backup: Backup = "memory"
-) -> Iterator[Patch]:
+) -> Iterator[WeightPatch]:
     """The base with the blend in its weights; the base's own values are back afterwards, whatever happens inside.
 
-    Learned words are not weights; `models.textual_inversion.learned_words` opens them beside this. Raises as
-    `Patch.apply` and `patching` do.
+    Learned words are not weights; `models.textual_inversion.learned_tokens` opens them beside this. Raises as
+    `WeightPatch.apply` and `weight_patch` do.
     """
-    with patching(base, backup=backup) as patch:
+    with weight_patch(base, backup=backup) as patch:
         patch.apply(blend, denoising_step)
         yield patch

@@ -32,7 +32,7 @@ class Recipe(Settings):
     composition: Composition = Composition()
     settings: GenerateConfig | None = None
     precision: str = "float32"
-    codes: Quantization = "none"
+    quantization: Quantization = "none"
     device: str = "cpu"
     versions: Mapping[str, str] = {}
 
@@ -57,7 +57,7 @@ def blend_entries(blend: Blend) -> tuple[BlendEntry, ...]:
     )
 
 
-def differences(recipe: Recipe, *, device: str) -> list[str]:
+def list_differences(recipe: Recipe, *, device: str) -> list[str]:
     """What may change the pixels of a replay: another device or other versions than the recipe's."""
     found = [] if recipe.device == device else [f"made on {recipe.device}, replayed on {device}"]
     for name, own in library_versions().items():
@@ -66,7 +66,7 @@ def differences(recipe: Recipe, *, device: str) -> list[str]:
     return found
 
 
-def infotext(recipe: Recipe) -> str:
+def format_infotext(recipe: Recipe) -> str:
     """The recipe as other programs show it (the A1111 convention under the PNG key `parameters`)."""
     settings = recipe.settings
     if settings is None:
@@ -97,7 +97,7 @@ def write_png(image: Image.Image, path: Path, recipe: Recipe) -> None:
     """Write the image with its recipe, whole or not at all. Raises OutputError."""
     texts = PngImagePlugin.PngInfo()
     texts.add_text(PNG_KEY, recipe.model_dump_json())
-    texts.add_text(INFOTEXT_KEY, infotext(recipe))
+    texts.add_text(INFOTEXT_KEY, format_infotext(recipe))
     with atomic_file(path) as part:
         image.save(part, format="PNG", pnginfo=texts)
 

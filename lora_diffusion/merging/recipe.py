@@ -66,7 +66,7 @@ def find_merge_recipe(path: Path) -> MergeRecipe | None:
         raise ConfigError(f"{path}: its recipe cannot be used: {format_validation_error(error, MergeRecipe)}") from None
 
 
-def merge_recipe(path: Path) -> MergeRecipe:
+def read_merge_recipe(path: Path) -> MergeRecipe:
     """The same. Raises ConfigError if there is none."""
     if not path.exists():
         raise ConfigError(f"{path}: no such file or folder; give a checkpoint that `lora-diffusion merge` wrote")
@@ -76,17 +76,17 @@ def merge_recipe(path: Path) -> MergeRecipe:
     return recipe
 
 
-def same_merge(first: MergeRecipe, second: MergeRecipe) -> bool:
+def is_same_merge(first: MergeRecipe, second: MergeRecipe) -> bool:
     """Whether two recipes blend in the same adapters and checkpoints at the same weights."""
-    return merged_things(first) == merged_things(second)
+    return list_merged(first) == list_merged(second)
 
 
-def merged_things(recipe: MergeRecipe) -> list[str]:
+def list_merged(recipe: MergeRecipe) -> list[str]:
     adapters = [f"{entry.hash} {format_weight(entry.weight)}" for entry in recipe.adapters]
     return sorted([*adapters, *(f"{term.added_hash} {term.taken_hash} {term.weight}" for term in recipe.bases)])
 
 
-def card(recipe: MergeRecipe, rounding_error: float) -> str:
+def format_model_card(recipe: MergeRecipe, rounding_error: float) -> str:
     """A README for the merged checkpoint."""
     rows = [f"| {e.name or e.path} | {format_weight(e.weight)} | `{e.hash[:16]}` |" for e in recipe.adapters]
     rows += [

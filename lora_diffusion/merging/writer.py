@@ -15,24 +15,24 @@ from lora_diffusion.errors import AdapterFormatError, BaseModelError, OutputErro
 from lora_diffusion.formats.safetensors import header_bytes, stream_safetensors
 from lora_diffusion.merging.layout import OutputFile, OutputPlan, OutputTensor
 from lora_diffusion.merging.recipe import RECIPE_KEY, MergeRecipe, recipe_json
-from lora_diffusion.merging.tensors import Merged
+from lora_diffusion.merging.tensors import MergedTensors
 
 
 def with_rows(plan: OutputPlan, appended: Mapping[str, Tensor]) -> OutputPlan:
     """The plan with room for the rows that are put below some of its tensors."""
 
-    def grown(tensor: OutputTensor) -> OutputTensor:
+    def add_rows(tensor: OutputTensor) -> OutputTensor:
         more = sum(appended[part.name].shape[0] for part in tensor.parts if part.name in appended)
         dtype, shape = tensor.kind
         return replace(tensor, kind=(dtype, (shape[0] + more, *shape[1:]))) if more else tensor
 
-    def roomy(file: OutputFile) -> OutputFile:
-        return replace(file, tensors={key: grown(tensor) for key, tensor in file.tensors.items()})
+    def extend_file(file: OutputFile) -> OutputFile:
+        return replace(file, tensors={key: add_rows(tensor) for key, tensor in file.tensors.items()})
 
-    return replace(plan, files=tuple(roomy(file) for file in plan.files))
+    return replace(plan, files=tuple(extend_file(file) for file in plan.files))
 
 
-def refuse_full_disk(output: Path, plan: OutputPlan) -> None:
+def check_disk_space(output: Path, plan: OutputPlan) -> None:
     """Raise OutputError now if the weights do not fit on the disk."""
     folder = next(folder for folder in output.resolve().parents if folder.is_dir())
     free = shutil.disk_usage(folder).free
@@ -48,15 +48,15 @@ OnShare = Callable[[float], None]
 
 
 @contextmanager
-def written(
-    output: Path, plan: OutputPlan, merged: Merged, recipe: MergeRecipe | None, on_share: OnShare | None = None
+def write_checkpoint(
+    output: Path, plan: OutputPlan, merged: MergedTensors, recipe: MergeRecipe | None, on_share: OnShare | None = None
 ) -> Iterator[Path]:
     """A temporary file or folder with everything that is planned; it becomes the output if the block ends well.
 
     Raises OutputError, BaseModelError if the base is cut short, ConfigError for values beyond the type's range.
     """
     single = not plan.files[0].name
-    shares = rising(sum(len(file.tensors) for file in plan.files), on_share or (lambda _: None))
+    shares = progress_ticks(sum(len(file.tensors) for file in plan.files), on_share or (lambda _: None))
     try:
         with (atomic_file if single else atomic_folder)(output) as part:
             for name, source in plan.copies.items():
@@ -71,7 +71,7 @@ def written(
         raise BaseModelError(f"the base cannot be read in full ({error}); it is damaged") from None
 
 
-def rising(count: int, on_share: OnShare) -> Iterator[None]:
+def progress_ticks(count: int, on_share: OnShare) -> Iterator[None]:
     """Tells of one more of `count` things each time it is asked for the next."""
     for done in range(count):
         on_share((done + 1) / count)
@@ -79,7 +79,7 @@ def rising(count: int, on_share: OnShare) -> Iterator[None]:
 
 
 def write_weights(
-    path: Path, file: OutputFile, merged: Merged, recipe: MergeRecipe | None, shares: Iterator[None]
+    path: Path, file: OutputFile, merged: MergedTensors, recipe: MergeRecipe | None, shares: Iterator[None]
 ) -> None:
     """One weight file; holds two tensors at a time, the one that is computed and the one that is written."""
     kinds = {key: tensor.kind for key, tensor in file.tensors.items()}
@@ -99,7 +99,7 @@ def metadata_with(file: OutputFile, recipe: MergeRecipe | None) -> dict[str, str
     return metadata | ({RECIPE_KEY: recipe_json(recipe)} if recipe else {})
 
 
-def sealed(part: Path, plan: OutputPlan, recipe: MergeRecipe, hashes: Mapping[str, str]) -> MergeRecipe:
+def patch_header_hashes(part: Path, plan: OutputPlan, recipe: MergeRecipe, hashes: Mapping[str, str]) -> MergeRecipe:
     """The recipe with its hashes, which take the place of the blank ones in each header that was written."""
     known = recipe.model_copy(update=hashes)
     for file in plan.files:

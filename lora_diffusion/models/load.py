@@ -57,7 +57,7 @@ class Base:
     layout: ModelLayout
     merged: tuple[str, ...] = ()
     """Hashes and weights of adapters that were added to it for good."""
-    codes: Quantization = "none"
+    quantization: Quantization = "none"
     """What the UNet's linear layers are kept in."""
 
     @property
@@ -141,7 +141,7 @@ def quiet_libraries() -> Iterator[None]:
         transformers.utils.logging.set_verbosity(levels[1])
 
 
-def live_path(model: nn.Module, path: str) -> str:
+def transformers_path(model: nn.Module, path: str) -> str:
     """A module path (without its component) as this version of transformers spells it."""
     return path if hasattr(model, "text_model") else path.removeprefix("text_model.")
 
@@ -151,7 +151,7 @@ def module_at(base: Base, path: str) -> nn.Module:
     component, inner = path.split(".", 1)
     model: nn.Module = getattr(base.pipe, component)
     try:
-        return model.get_submodule(live_path(model, inner))
+        return model.get_submodule(transformers_path(model, inner))
     except AttributeError:
         raise KeyError(path) from None
 

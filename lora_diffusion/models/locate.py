@@ -39,7 +39,7 @@ def find_checkpoint(name: str) -> Checkpoint:
     return open_checkpoint(path.resolve() if path.is_file() else find_base(name))
 
 
-def fitting_checkpoint(name: str, blend: Blend) -> Checkpoint:
+def find_matching_checkpoint(name: str, blend: Blend) -> Checkpoint:
     """The same, if everything in every adapter finds its tensor there. Raises FamilyMismatchError as well."""
     checkpoint = find_checkpoint(name)
     check_fits_checkpoint(blend, checkpoint, name)

@@ -6,8 +6,8 @@ import torch
 
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.core.atomic_files import atomic_file
-from lora_diffusion.inference.sampling import rewritten, sample, single_settings
-from lora_diffusion.models.offload import at_work, idle_models
+from lora_diffusion.inference.sampling import rewrite_prompts, sample, single_settings
+from lora_diffusion.models.offload import list_idle_models, on_device
 from lora_diffusion.training.setup import Run
 
 SAMPLES = "samples"
@@ -29,8 +29,8 @@ def make_samples(run: Run, step: int) -> None:
         path = picture_path(run.folder, step, number)
         settings = GenerateConfig(prompt=prompt, seed=config.seed, steps=config.steps, guidance=config.guidance)
         (single,) = single_settings(run.base, settings)
-        with at_work(run.base, idle_models(run.base, text_encoders_learn=False)):
-            picture = sample(run.base, rewritten(single, run.words.rewrite) if run.words else single)
+        with on_device(run.base, list_idle_models(run.base, text_encoders_learn=False)):
+            picture = sample(run.base, rewrite_prompts(single, run.words.rewrite) if run.words else single)
         if run.accelerator.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as part:

@@ -19,17 +19,17 @@ from lora_diffusion.config.adapter import AdapterConfig
 from lora_diffusion.config.train import DataConfig, TrainConfig
 from lora_diffusion.core.atomic_files import check_writable
 from lora_diffusion.core.dtypes import torch_dtype
-from lora_diffusion.data.captions import reader_of
-from lora_diffusion.data.checks import buckets_of
+from lora_diffusion.data.captions import caption_parser
+from lora_diffusion.data.checks import assign_buckets
 from lora_diffusion.data.folder import Example, data_hash, read_dataset
 from lora_diffusion.data.images import read_size
-from lora_diffusion.data.splits import held_out
+from lora_diffusion.data.splits import split_validation
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.inference.in_place import check_base_fits
 from lora_diffusion.models.load import Base, default_device, load_base
-from lora_diffusion.models.offload import idle_models, send_away
-from lora_diffusion.models.quantize import check_codes, quantize
+from lora_diffusion.models.offload import list_idle_models, offload
+from lora_diffusion.models.quantize import check_quantization_available, quantize_base
 from lora_diffusion.training.base_adapters import on_top_of
 from lora_diffusion.training.checks import check_trainable
 from lora_diffusion.training.diffusion.timesteps import check_timesteps
@@ -94,7 +94,7 @@ def set_up(config: TrainConfig) -> Run:
     begun = begun_with(config, base)
     paths, full = targets_of(base, config, begun)
     words = put_in(base, config.words, config.seed) if config.words.words else None
-    read = words.reading(reader_of(config.captions)) if words else reader_of(config.captions)
+    read = words.reading(caption_parser(config.captions)) if words else caption_parser(config.captions)
     captions = CaptionEncoder(base, cache, read)
     denoiser = Denoiser(base, config.objective, captions.read, text_learns=config.trains_captions)
     check_timesteps(config.objective, denoiser.num_timesteps)
@@ -105,7 +105,7 @@ def set_up(config: TrainConfig) -> Run:
         groups.append(class_group(config, base, folder, size_px, accelerator))
     samples = tuple(samples_of(base, one, some, cache, denoiser, size_px, per_step) for one, some in groups)
     views = ViewEncoder(base, config.data, cache)
-    sized = zip(validation, buckets_of(sizes_of(validation), config.data, size_px), strict=True)
+    sized = zip(validation, assign_buckets(sizes_of(validation), config.data, size_px), strict=True)
     encoded = [views.encoded(example, bucket, seed=0, variant=0) for example, bucket in sized]
     if config.prior.mode == "prediction":
         denoiser.pull = PriorPull(captions, config.prior)
@@ -134,18 +134,18 @@ def set_up(config: TrainConfig) -> Run:
 
 
 def prepared_base(config: TrainConfig, accelerator: Accelerator) -> Base:
-    """The base as it is trained on: on its device, with what it is to stand on top of, in codes if asked for.
+    """The base as it is trained on: on its device, with what it is to stand on top of, quantized if asked for.
 
     Raises LoRADiffusionError's children.
     """
     compute = config.compute
-    check_codes(compute.quantize)
-    whole = compute.quantize == "none"  # else the device is to hold nothing but codes
+    check_quantization_available(compute.quantize)
+    whole = compute.quantize == "none"  # else the device is to hold quantized weights only
     device = accelerator.device if whole else torch.device("cpu")
     base = load_base(config.base, device=device, precision=torch_dtype(PRECISIONS[compute.mixed_precision]))
     base.pipe.vae.float()
     base = on_top_of(base, config.on_top_of)
-    return base if whole else quantize(base, compute.quantize, accelerator.device)
+    return base if whole else quantize_base(base, compute.quantize, accelerator.device)
 
 
 def put_on(
@@ -204,7 +204,7 @@ def split(config: TrainConfig) -> tuple[tuple[Example, ...], tuple[Example, ...]
     examples = read_dataset(config.data)
     if config.validation.folder:
         return examples, read_dataset(config.data.model_copy(update={"folder": config.validation.folder}))
-    return held_out(examples, config.validation.share, config.seed)
+    return split_validation(examples, config.validation.share, config.seed)
 
 
 def new_accelerator(config: TrainConfig) -> Accelerator:
@@ -252,7 +252,7 @@ def samples_of(
     size_px: int,
     per_step: int,
 ) -> RunOfSamples:
-    buckets = buckets_of(sizes_of(examples), config.data, size_px)
+    buckets = assign_buckets(sizes_of(examples), config.data, size_px)
     return RunOfSamples(
         config=config,
         examples=examples,
@@ -280,4 +280,4 @@ def adjust(base: Base, config: TrainConfig) -> None:
     if config.compute.compile:
         unet.compile()
     if config.compute.offload:
-        send_away(base, idle_models(base, text_encoders_learn=config.trains_captions))
+        offload(base, list_idle_models(base, text_encoders_learn=config.trains_captions))

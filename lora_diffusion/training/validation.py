@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from lora_diffusion.config.train import TrainConfig
-from lora_diffusion.data.captions import whole_caption
+from lora_diffusion.data.captions import format_caption
 from lora_diffusion.training.inputs.captions import CaptionEncoder
 from lora_diffusion.training.inputs.latents import LatentView
 from lora_diffusion.training.inputs.samples import collate, drawn
@@ -70,7 +70,7 @@ def fixed_batch(
     seen: LatentView, caption: str, number: int, timesteps: Sequence[int], config: TrainConfig, denoiser: Denoiser
 ) -> dict[str, Any]:
     """One held-out picture at every timestep, each with noise of its own that is the same at each validation."""
-    text, samples = whole_caption(caption, config.captions, config.trigger_words), []
+    text, samples = format_caption(caption, config.captions, config.trigger_words), []
     for place, timestep in enumerate(timesteps):
         rng = Generator().manual_seed(sample_seed(number, place))
         samples.append(

@@ -16,8 +16,8 @@ from lora_diffusion.config.settings import read_toml
 from lora_diffusion.config.train import TrainConfig
 from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import OutputError
-from lora_diffusion.evaluation.image_grid import grid, save_grid
-from lora_diffusion.evaluation.style_distance import style_distance, style_pictures
+from lora_diffusion.evaluation.image_grid import draw_image_grid, save_grid
+from lora_diffusion.evaluation.style_distance import list_style_images, style_distance
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.merging.merge import merge
@@ -73,7 +73,7 @@ def run_demo(output: Path, *, steps: int, say: Callable[[str], None]) -> DemoRes
     columns = demo_columns(style_file, subject_file)
     say(f"Sampling {len(columns) * len(PROMPTS)} pictures ...")
     pictures = [[p.image for p in generate(base, settings(), column.blend)] for column in columns]
-    sheet = grid(
+    sheet = draw_image_grid(
         list(zip(*pictures, strict=True)),
         columns=[c.title for c in columns],
         labels=[prompt.format(style=STYLE_WORDS) for prompt in PROMPTS],
@@ -83,7 +83,7 @@ def run_demo(output: Path, *, steps: int, say: Callable[[str], None]) -> DemoRes
     say("Merging the blend into the checkpoint and sampling it again ...")
     exact = merged_difference(base, both, output / "merged-float32", "float32", pictures[-1])
     half = merged_difference(base, both, output / "merged", "keep", pictures[-1])
-    style_set = style_pictures(sample_data_folder() / "styles" / STYLE)
+    style_set = list_style_images(sample_data_folder() / "styles" / STYLE)
     distances = {c.title: style_distance(base, p, style_set) for c, p in zip(columns, pictures, strict=True)}
     result = DemoResult(
         distances=distances, merged_exact=exact, merged_half=half, seconds=time.perf_counter() - started

@@ -9,7 +9,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from lora_diffusion.architectures.families import FAMILIES, SD1, SDXL, TINY_SD, detect_family
 from lora_diffusion.architectures.module_paths import layout_from_configs, module_paths
 from lora_diffusion.errors import BaseModelError
-from lora_diffusion.models.load import Base, live_path
+from lora_diffusion.models.load import Base, transformers_path
 
 SD_BLOCKS = {
     "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
@@ -58,7 +58,7 @@ def test_text_encoder_paths_are_exactly_the_modules_of_clip() -> None:
         encoder = CLIPTextModel(CLIPTextConfig(num_hidden_layers=12))
     shape = layout_from_configs(FULL_SIZE["SD 1.5"], {"text_encoder": {"num_hidden_layers": 12}})
     paths = {p.removeprefix("text_encoder.") for p in module_paths(shape) if p.startswith("text_encoder.")}
-    assert {live_path(encoder, p) for p in paths} == weighted_modules(encoder)
+    assert {transformers_path(encoder, p) for p in paths} == weighted_modules(encoder)
 
 
 def test_paths_of_both_random_bases_are_their_modules(sd: Base, sdxl: Base) -> None:
@@ -69,7 +69,7 @@ def test_paths_of_both_random_bases_are_their_modules(sd: Base, sdxl: Base) -> N
             for name in weighted_modules(getattr(base.pipe, component))
         }
         spelled = {
-            f"{p.split('.', 1)[0]}.{live_path(getattr(base.pipe, p.split('.', 1)[0]), p.split('.', 1)[1])}"
+            f"{p.split('.', 1)[0]}.{transformers_path(getattr(base.pipe, p.split('.', 1)[0]), p.split('.', 1)[1])}"
             for p in base.paths
         }
         assert spelled == live

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.formats.adapters.load import load_adapter, load_meta_adapter
-from lora_diffusion.inference.in_place import patching
+from lora_diffusion.inference.in_place import weight_patch
 from lora_diffusion.models.load import Base
 
 
@@ -36,7 +36,7 @@ def weights_group() -> Group:
     """Apply, switch, new weights, undo and registering."""
     base = base_around(new_unet("sd1"), "sd1")
     rounds, changed, growth = Rounds(), dict[str, float](), 0.0
-    with tempfile.TemporaryDirectory() as scratch, torch.no_grad(), patching(base) as patch:
+    with tempfile.TemporaryDirectory() as scratch, torch.no_grad(), weight_patch(base) as patch:
         files = write_adapters(base, Path(scratch), 50)
         adapters = [load_adapter(file) for file in files[: COUNTS[-1]]]
         peer = Peer(twin(base), files[: COUNTS[-1]])
@@ -161,7 +161,7 @@ def rounding_group() -> Group:
 def in_half(dtype: torch.dtype) -> tuple[Rounds, dict[str, float]]:
     base = base_around(new_unet("sd1", dtype), "sd1")
     rounds, weights, fused = Rounds(), [0.3] * 5, list[Tensor]()
-    with tempfile.TemporaryDirectory() as scratch, torch.no_grad(), patching(base) as patch:
+    with tempfile.TemporaryDirectory() as scratch, torch.no_grad(), weight_patch(base) as patch:
         files = write_adapters(base, Path(scratch), 5)
         adapters = [load_adapter(file) for file in files]
         peer = Peer(twin(base), files)

@@ -62,14 +62,20 @@ def median_seconds(work: Callable[[], Any]) -> float:
 
 def measure_here(folder: Path) -> None:
     """Print the figures; the index is empty at the start."""
-    from lora_diffusion.library.search import find, find_by_hash, open_library, with_content_hash, with_file_hashes
+    from lora_diffusion.library.search import (
+        find_adapter,
+        find_by_hash,
+        open_library,
+        with_content_hash,
+        with_file_hashes,
+    )
 
     first = seconds(lambda: open_library(folder))
     figures: dict[str, Any] = {"refresh": {"first": first, "second": median_seconds(lambda: open_library(folder))}}
     library = open_library(folder)
-    figures["find_name"] = median_seconds(lambda: find(library, "neon kohya 050"))
+    figures["find_name"] = median_seconds(lambda: find_adapter(library, "neon kohya 050"))
     figures["torch_imported_so_far"] = "torch" in sys.modules
-    ours, theirs = find(library, "neon native 050"), with_file_hashes(find(library, "neon kohya 050"))
+    ours, theirs = find_adapter(library, "neon native 050"), with_file_hashes(find_adapter(library, "neon kohya 050"))
     last = with_file_hashes(max(library.entries, key=lambda entry: entry.bytes))
     digests = {
         "content_of_native_file": ours.content_hash,

@@ -27,7 +27,7 @@ from lora_diffusion.architectures.module_paths import trainable_paths
 from lora_diffusion.architectures.targets import resolve_targets
 from lora_diffusion.config.adapter import AdapterConfig
 from lora_diffusion.models.load import Base, default_device, load_base
-from lora_diffusion.models.quantize import quantize
+from lora_diffusion.models.quantize import quantize_base
 from lora_diffusion.training.methods.injection import inject
 
 RANK = 16
@@ -81,7 +81,7 @@ def peak_mb(device: torch.device) -> float:
 def into_codes(base: Base, codes: Any, device: torch.device, dtype: torch.dtype) -> float:
     """Put the UNet into codes; returns how far its output moves, relative to its size."""
     wanted = predicted(base.pipe.unet, torch.device("cpu"), torch.bfloat16)
-    quantize(base, codes, device)
+    quantize_base(base, codes, device)
     return float((predicted(base.pipe.unet, device, dtype).cpu() - wanted).norm() / wanted.norm())
 
 

@@ -20,7 +20,7 @@ from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import LoRADiffusionError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
-from lora_diffusion.inference.in_place import blended, weight_at
+from lora_diffusion.inference.in_place import blended_weights, weight_at
 from lora_diffusion.library.references import load_blend
 from lora_diffusion.models.load import Base
 from lora_diffusion.workflows.adapters.combine import Combination, combine_files
@@ -182,9 +182,9 @@ def test_dora_is_combined_against_its_base(sd: Base, tmp_path: Path, capsys: pyt
     whole = combine_files(
         entries, tmp_path / "whole.safetensors", Combination(rule=RankRule(rank=999), base=str(sd.folder))
     )
-    with blended(sd, load_blend(entries).blend):
+    with blended_weights(sd, load_blend(entries).blend):
         expected = {path: weight_at(sd, path).clone() for path in whole.adapter.layers}
-    with blended(sd, Blend(entries=(WeightedAdapter(adapter=whole.adapter),))):
+    with blended_weights(sd, Blend(entries=(WeightedAdapter(adapter=whole.adapter),))):
         for path, weight in expected.items():
             assert (weight_at(sd, path) - weight).norm() < 1e-5 * weight.norm(), path
     arguments = [f"{files[0]}:0.7", f"{files[1]}:-0.5", str(tmp_path / "out.safetensors"), "--rank", "3"]

@@ -20,8 +20,8 @@ from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendWeight, Composition, Region
 from lora_diffusion.config.settings import validate
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.inference.composition import composed
-from lora_diffusion.inference.in_place import blended, weight_at
+from lora_diffusion.inference.composition import composition_context
+from lora_diffusion.inference.in_place import blended_weights, weight_at
 from lora_diffusion.inference.regional import PLACELESS
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import Base
@@ -50,13 +50,13 @@ def normal_layer(rng: torch.Generator, rank: int, inner: int, out: int) -> LoRAL
 
 
 def at_step(base: Base, blend: Blend, composition: Composition, step: int, steps: int = 10) -> dict[str, Tensor]:
-    with composed(base, blend, composition, SIZE) as before_step:
+    with composition_context(base, blend, composition, SIZE) as before_step:
         before_step(DenoisingStep(index=step, total=steps), no_prompt)
         return parameters(base)
 
 
 def fresh(base: Base, blend: Blend) -> dict[str, Tensor]:
-    with blended(base, blend):
+    with blended_weights(base, blend):
         return parameters(base)
 
 
@@ -81,10 +81,10 @@ def test_composite_is_the_mean_of_what_each_adapter_predicts(family: str, reques
     weights = (1.0, 0.5, -0.7)
     expected = []
     for adapter, weight in zip(adapters, weights, strict=True):
-        with blended(base, blend_of((adapter, weight))):
+        with blended_weights(base, blend_of((adapter, weight))):
             expected.append(predict(base))
     blend = blend_of(*zip(adapters, weights, strict=True))
-    with composed(base, blend, Composition(mode="composite"), SIZE) as before_step:
+    with composition_context(base, blend, Composition(mode="composite"), SIZE) as before_step:
         before_step(DenoisingStep(index=0, total=2), no_prompt)
         found = predict(base)
     assert torch.allclose(found, torch.stack(expected).mean(0), atol=1e-4)
@@ -97,9 +97,9 @@ def test_a_region_that_is_the_whole_picture_is_no_region(family: str, request: p
     adapter = everywhere(base, 1)
     layers = {path: layer for path, layer in adapter.layers.items() if not PLACELESS.search(path)}
     whole = Adapter(layers=layers, biases=adapter.biases, metadata=adapter.metadata)
-    with blended(base, blend_of((whole, 0.5))):
+    with blended_weights(base, blend_of((whole, 0.5))):
         expected = predict(base)
-    with composed(base, placed(whole, WHOLE_PICTURE, 0.5), Composition(), SIZE) as before_step:
+    with composition_context(base, placed(whole, WHOLE_PICTURE, 0.5), Composition(), SIZE) as before_step:
         before_step(DenoisingStep(index=0, total=2), lambda: encode_prompts(base, PROMPTS, size_px=32).hidden)
         assert torch.allclose(predict(base), expected, atol=2e-4)
 
@@ -128,11 +128,11 @@ def test_a_region_reads_the_prompt_with_its_own_text_encoder(sd: Base) -> None:
         return encode_prompts(sd, ["a cat"], size_px=32).hidden
 
     own = read()
-    with blended(sd, blend_of((adapter, 1.0))):
+    with blended_weights(sd, blend_of((adapter, 1.0))):
         changed = read()
     with torch.no_grad():
         halves = [module(x, encoder_hidden_states=states).reshape(16, 16, width) for states in (changed, own)]
-        with composed(sd, placed(adapter, LEFT), Composition(), SIZE) as before_step:
+        with composition_context(sd, placed(adapter, LEFT), Composition(), SIZE) as before_step:
             before_step(DenoisingStep(index=0, total=2), read)
             found = module(x, encoder_hidden_states=changed).reshape(16, 16, width)
     assert torch.allclose(found[:, :8], halves[0][:, :8], atol=1e-5)
@@ -150,7 +150,7 @@ def test_an_adapter_acts_in_its_region_and_nowhere_else(sd: Base) -> None:
     )
     bare = predict(sd)
     blend = placed(Adapter(layers={path: layer}), LEFT)
-    with composed(sd, blend, Composition(), SIZE) as before_step:
+    with composition_context(sd, blend, Composition(), SIZE) as before_step:
         before_step(DenoisingStep(index=0, total=2), no_prompt)
         change = (predict(sd) - bare).abs().amax(dim=(0, 1))
     assert bool((change[:, :8] > 0).all())
@@ -177,12 +177,12 @@ def test_two_regions_meet_without_touching_each_other(sd: Base) -> None:
     right = Region(box=(0.5, 0, 1, 1), feather=0)
     entries = (WeightedAdapter(adapter=one, region=LEFT), WeightedAdapter(adapter=two, region=right))
     with torch.no_grad():
-        with composed(sd, Blend(entries=entries), Composition(), SIZE) as before_step:
+        with composition_context(sd, Blend(entries=entries), Composition(), SIZE) as before_step:
             before_step(DenoisingStep(index=0, total=2), no_prompt)
             found = module(x, encoder_hidden_states=context).reshape(16, 16, out)
         halves = []
         for adapter in (one, two):
-            with blended(sd, blend_of((adapter, 1.0))):
+            with blended_weights(sd, blend_of((adapter, 1.0))):
                 halves.append(module(x, encoder_hidden_states=context).reshape(16, 16, out))
     assert torch.allclose(found[:, :8], halves[0][:, :8], atol=1e-5)
     assert torch.allclose(found[:, 8:], halves[1][:, 8:], atol=1e-5)
@@ -192,7 +192,9 @@ def test_two_regions_meet_without_touching_each_other(sd: Base) -> None:
 def test_what_has_no_place_in_a_picture_cannot_be_in_a_region(sd: Base) -> None:
     with (
         pytest.raises(ConfigError, match="acts on the whole picture"),
-        composed(sd, placed(everywhere(sd, 1), Region(box=(0, 0, 0.5, 1))), Composition(), SIZE) as before_step,
+        composition_context(
+            sd, placed(everywhere(sd, 1), Region(box=(0, 0, 0.5, 1))), Composition(), SIZE
+        ) as before_step,
     ):
         before_step(DenoisingStep(index=0, total=2), no_prompt)
     assert not any("forward" in vars(module) for module in sd.pipe.unet.modules())
@@ -289,7 +291,7 @@ def test_a_mode_that_the_blend_cannot_have_is_refused(
     sd: Base, composition: Composition, count: int, message: str
 ) -> None:
     blend = blend_of(*((unet_only(sd, seed), 1.0) for seed in range(count)))
-    with pytest.raises(ConfigError, match=message), composed(sd, blend, composition, SIZE):
+    with pytest.raises(ConfigError, match=message), composition_context(sd, blend, composition, SIZE):
         pass
 
 

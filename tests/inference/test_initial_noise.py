@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.settings import validate
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.inference.initial_noise import spherical, variation_noise
+from lora_diffusion.inference.initial_noise import slerp_columns, variation_noise
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import load_base
 from lora_diffusion.prompts.image_metadata import read_infotext
@@ -38,7 +38,7 @@ def test_the_ends_are_the_two_seeds_own() -> None:
 def test_between_equal_or_opposite_directions_nothing_is_lost_in_a_division() -> None:
     start = torch.randn(SHAPE)
     for end in (start, -start, start * 2):
-        assert torch.isfinite(spherical(start, end, 0.3)).all()
+        assert torch.isfinite(slerp_columns(start, end, 0.3)).all()
 
 
 def picture(**settings: object) -> np.ndarray:

@@ -16,7 +16,7 @@ import torch
 
 from lora_diffusion.cli import main
 from lora_diffusion.core.atomic_files import sample_data_folder
-from lora_diffusion.library.search import default_folder, find, find_by_hash, open_library
+from lora_diffusion.library.search import default_folder, find_adapter, find_by_hash, open_library
 from tests.helpers.library_files import file_hash_of, kohya, native, payload_of, peft_folder
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -31,7 +31,7 @@ def test_the_second_look_at_200_adapters_takes_no_time(folder: Path) -> None:
     assert time.process_time() - started < 0.2
     assert again == first
     started = time.process_time()
-    assert find(again, "adapter 150").stem == "150"
+    assert find_adapter(again, "adapter 150").stem == "150"
     assert time.process_time() - started < 0.05
 
 
@@ -84,7 +84,7 @@ def test_without_a_place_for_the_index_it_works_all_the_same(folder: Path, monke
     path = kohya(folder / "a.safetensors")
     monkeypatch.setenv("XDG_CACHE_HOME", str(path / "below a file"))
     library = open_library(folder)
-    assert find(library, "a").path == path
+    assert find_adapter(library, "a").path == path
     assert find_by_hash(library, file_hash_of(path)) is not None
     assert [p.name for p in folder.iterdir()] == ["a.safetensors"]
 

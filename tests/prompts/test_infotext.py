@@ -11,7 +11,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendEntry
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.library.recipe import Recipe, infotext, write_png
+from lora_diffusion.library.recipe import Recipe, format_infotext, write_png
 from lora_diffusion.prompts.image_metadata import decode_comment, read_infotext
 from lora_diffusion.prompts.infotext import (
     Infotext,
@@ -73,7 +73,7 @@ def test_a_recipe_reads_back_from_its_infotext(table: dict[str, str], digest: st
     config = GenerateConfig(prompt="a cat", negative_prompt="rain\nfog", seed=7, guidance=6.5, width=64, height=32)
     entry = BlendEntry(path="x.safetensors", name="wet, ink: two", hash=digest + "ff")
     recipe = Recipe(kind="image", base=model, base_hash="0123456789abcdef", adapters=(entry,), settings=config)
-    info = parse_infotext(infotext(recipe), source="x.png")
+    info = parse_infotext(format_infotext(recipe), source="x.png")
     assert (info.model, info.model_hash, info.lora_hashes) == (model, "0123456789", {"wet, ink: two": digest})
     again, notes = convert_settings(info, source="x.png")
     assert GenerateConfig(**again) == config.model_copy(update={"prompt": info.prompt})

@@ -105,10 +105,10 @@ def test_a_picture_restores_the_form(studio: Studio) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes", "ignore::DeprecationWarning:bitsandbytes")
 def test_a_studio_in_codes_makes_the_pictures_of_its_command(shelf: Path, studio: Studio, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    coded = Studio(Places(library=shelf, output=tmp_path / "coded", bases=("tiny-sd",), codes="nf4"))
+    coded = Studio(Places(library=shelf, output=tmp_path / "coded", bases=("tiny-sd",), quantization="nf4"))
     form = Form(rows=BOTH, settings=PROMPT)
     made = next(event.path for event in coded.render(form) if isinstance(event, Made))
-    assert read_recipe(made).codes == "nf4"
+    assert read_recipe(made).quantization == "nf4"
     assert "--quantize nf4" in coded.command(form)
     assert "--quantize" not in studio.command(form)
     assert coded.restored(made)[1] == ()

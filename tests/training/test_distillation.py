@@ -25,8 +25,8 @@ from lora_diffusion.errors import (
 )
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
-from lora_diffusion.inference.composition import composed
-from lora_diffusion.inference.in_place import blended, weight_at
+from lora_diffusion.inference.composition import composition_context
+from lora_diffusion.inference.in_place import blended_weights, weight_at
 from lora_diffusion.inference.sampling import generate, pipeline_with
 from lora_diffusion.models.load import Base, load_base
 from lora_diffusion.models.text_encoding import encode_prompts
@@ -101,12 +101,12 @@ def test_runs_are_those_of_the_pipeline(family: str, guidance: float, request: p
         found.append(tensors["latents"].clone())
         return tensors
 
-    with blended(base, blend):
+    with blended_weights(base, blend):
         pipe = pipeline_with(base, "ddim")
         generator = torch.Generator().manual_seed(7)
         options = {"guidance_scale": guidance, "num_inference_steps": 3, "output_type": "latent"}
         pipe(PROMPTS[0], width=16, height=16, generator=generator, callback_on_step_end=keep, **options)
-    with composed(base, blend, Composition(), SIZE) as before_step:
+    with composition_context(base, blend, Composition(), SIZE) as before_step:
         runs = (Run(prompt=PROMPTS[0], seed=7), Run(prompt=PROMPTS[1], seed=8))
         pairs = recorded(base, before_step, runs, config)
     rows = [i for i, text in enumerate(pairs.texts) if text == PROMPTS[0]]
@@ -127,10 +127,10 @@ def test_a_switching_blend_is_recorded_as_it_is_at_each_step(sd: Base) -> None:
     blend = blend_of((random_adapter(sd, seed=1, text_encoders=()), 0.8), (random_adapter(sd, seed=2), 0.6))
     text = replace(blend.entries[1].adapter, layers=text_layers(blend.entries[1].adapter))
     alone = [blend_of((blend.entries[0].adapter, 0.8), (text, 0.6)), blend_of((blend.entries[1].adapter, 0.6))]
-    with composed(sd, blend, SWITCH, SIZE) as before_step:
+    with composition_context(sd, blend, SWITCH, SIZE) as before_step:
         pairs = recorded(sd, before_step, [Run(prompt="a cat", seed=0)], CONFIG)
     for step in range(2):
-        with blended(sd, alone[step]):
+        with blended_weights(sd, alone[step]):
             expected = predict(sd, pairs.latents[step], pairs.timesteps[step], "a cat")
         assert torch.allclose(pairs.predictions[step], expected, atol=1e-4)
 
@@ -149,7 +149,7 @@ def test_the_mean_over_a_run_is_the_mean_of_the_weights_that_it_has(sd: Base, mo
     composition = Composition() if mode == "schedule" else Composition.model_validate({"mode": mode})
     own = parameters(sd)
     total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in own.items()}
-    with composed(sd, blend, composition, SIZE) as before_step:
+    with composition_context(sd, blend, composition, SIZE) as before_step:
         for step in range(8):
             before_step(DenoisingStep(index=step, total=8), lambda: torch.empty(0))
             for name, value in parameters(sd).items():
@@ -220,9 +220,9 @@ def test_the_reported_error_is_that_of_the_file(sd: Base, tmp_path: Path) -> Non
         return float((predictions - held_out.predictions).double().square().mean())
 
     own = distance()
-    with blended(sd, blend_of((adapter, 1.0))):
+    with blended_weights(sd, blend_of((adapter, 1.0))):
         assert result.report.error == pytest.approx(distance() / own, rel=1e-3)
-    with blended(sd, two(sd)):
+    with blended_weights(sd, two(sd)):
         assert distance() > 0
     settings = [GenerateConfig(prompt="a cat", steps=2, width=16, height=16)]
     both = blend_of((adapter, 1.0), (random_adapter(sd, seed=5), 0.5))

@@ -14,7 +14,7 @@ from lora_diffusion.config.settings import deep_merge
 from lora_diffusion.config.train import AdapterConfig, TrainConfig
 from lora_diffusion.errors import ConfigError, DatasetError, OutputError, TrainingError
 from lora_diffusion.formats.adapters.load import load_adapter
-from lora_diffusion.inference.in_place import blended
+from lora_diffusion.inference.in_place import blended_weights
 from lora_diffusion.models.load import load_base, module_at
 from lora_diffusion.training import loop
 from lora_diffusion.training.checkpoint import states
@@ -110,7 +110,7 @@ def test_the_trained_layers_predict_what_the_saved_adapter_does(pictures: Path, 
         factors = result.adapter.layers.items()
         write(parameters, {f"{path}.{name}": value for path, layer in factors for name, value in layer.factors.items()})
         plain = fresh.pipe.unet(*inputs).sample
-        with blended(fresh, Blend(entries=(WeightedAdapter(adapter=result.adapter),))):
+        with blended_weights(fresh, Blend(entries=(WeightedAdapter(adapter=result.adapter),))):
             expected = fresh.pipe.unet(*inputs).sample
         found = live.pipe.unet(*inputs).sample
         assert (expected - plain).abs().max() > 1e-2

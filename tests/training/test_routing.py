@@ -26,8 +26,8 @@ from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import BaseModelError, ConfigError, DatasetError, FamilyMismatchError, TrainingError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
-from lora_diffusion.inference.in_place import blended
-from lora_diffusion.inference.parallel import branched
+from lora_diffusion.inference.in_place import blended_weights
+from lora_diffusion.inference.parallel import parallel_blend
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import Base, load_base, module_at
 from lora_diffusion.models.text_encoding import encode_prompts
@@ -102,7 +102,7 @@ def test_with_all_gates_1_the_forward_is_the_sum(sd: Base) -> None:
     blend = blend_of(*two(sd), weight=0.7)
     with routed(Gates(sd, blend, stretches=3, start=1.0)):
         through_gates = predicted(sd, [900, 10])
-    with blended(sd, blend):
+    with blended_weights(sd, blend):
         assert torch.allclose(through_gates, predicted(sd, [900, 10]), atol=1e-4)
     assert not torch.allclose(through_gates, predicted(sd, [900, 10]), atol=1e-2)
 
@@ -117,7 +117,7 @@ def test_each_sample_gets_the_blend_that_the_preset_says_for_its_step(sd: Base) 
         together = predicted(sd, [timestep_at(step) for step in steps])
     saved = with_weights(blend, gates.weights())
     for step, prediction in zip(steps, together, strict=True):
-        with blended(sd, saved, DenoisingStep(index=step, total=STEPS)):
+        with blended_weights(sd, saved, DenoisingStep(index=step, total=STEPS)):
             alone = predicted(sd, [timestep_at(step)])[0]
         assert torch.allclose(prediction, alone, atol=1e-4), step
     assert not torch.allclose(together[0], together[2], atol=1e-2)
@@ -171,7 +171,7 @@ def test_a_failure_inside_gives_the_base_back(sd: Base) -> None:
 
 def test_forwards_that_were_there_before_come_back(sd: Base) -> None:
     other = random_adapter(sd, seed=5)
-    with branched(sd, blend_of(other)):
+    with parallel_blend(sd, blend_of(other)):
         before, prediction = module_at(sd, PATH).forward, predicted(sd, [500])
         with routed(Gates(sd, blend_of(*two(sd)), stretches=2, start=1.0)):
             assert not torch.allclose(prediction, predicted(sd, [500]), atol=1e-2)

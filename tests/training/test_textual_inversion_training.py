@@ -14,7 +14,7 @@ from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import Base, load_base
-from lora_diffusion.models.textual_inversion import embeddings, learned_words
+from lora_diffusion.models.textual_inversion import embedding_table, learned_tokens
 from lora_diffusion.training.log import LOG, read_log
 from lora_diffusion.training.loop import train
 from lora_diffusion.training.methods.textual_inversion import WordRules, put_in
@@ -51,7 +51,7 @@ def test_only_these_rows_change_and_keep_their_length(pictures: Path, sd_folder:
     )
     run = set_up(config)
     assert run.words
-    table = embeddings(run.base, "text_encoder").weight.detach().clone()
+    table = embedding_table(run.base, "text_encoder").weight.detach().clone()
     (name,) = run.parameters
     start = run.parameters[name].detach().clone()
     result = train(config)
@@ -61,7 +61,7 @@ def test_only_these_rows_change_and_keep_their_length(pictures: Path, sd_folder:
     assert torch.allclose(learned.norm(dim=1), start.norm(dim=1), rtol=2e-3)
     fresh = load_base(str(sd_folder))
     assert torch.equal(
-        embeddings(fresh, "text_encoder").weight, table[: embeddings(fresh, "text_encoder").num_embeddings]
+        embedding_table(fresh, "text_encoder").weight, table[: embedding_table(fresh, "text_encoder").num_embeddings]
     )
 
 
@@ -86,7 +86,7 @@ def test_a_learned_word_reads_in_training_as_it_does_in_sampling(sd_folder: Path
     text = "a house in sks style"
     with torch.no_grad():
         ours = encode_prompts(training, [text], size_px=64, read=words.reading(parse_literal)).hidden
-        with learned_words(sampling, Blend(entries=(WeightedAdapter(adapter=adapter),))) as rewrite:
+        with learned_tokens(sampling, Blend(entries=(WeightedAdapter(adapter=adapter),))) as rewrite:
             theirs = encode_prompts(sampling, [rewrite(text)], size_px=64, read=parse_literal).hidden
         other = encode_prompts(sampling, [text], size_px=64, read=parse_literal).hidden
     assert torch.equal(ours, theirs)

@@ -28,7 +28,7 @@ from lora_diffusion.cli.commands.extract import Approximate, Extract
 from lora_diffusion.config.settings import EMBEDDED_BASE
 from lora_diffusion.errors import BaseModelError, ConfigError, FamilyMismatchError, OutputError
 from lora_diffusion.formats.adapters.load import load_adapter
-from lora_diffusion.inference.in_place import blended, weight_at
+from lora_diffusion.inference.in_place import blended_weights, weight_at
 from lora_diffusion.merging.merge import merge
 from lora_diffusion.models.load import Base
 from lora_diffusion.workflows.adapters.extract import Extracting, approximate_file, extract_file
@@ -105,9 +105,9 @@ def test_extracting_a_merged_adapter_gives_its_delta_back(
         assert (found.delta() - expected).norm() < 1e-4 * expected.norm(), path
     assert done.whole_error < 1e-4
     assert not done.left_out
-    with blended(base, Blend(entries=(WeightedAdapter(adapter=again),))):
+    with blended_weights(base, Blend(entries=(WeightedAdapter(adapter=again),))):
         live = {path: weight_at(base, path).clone() for path in base.paths}
-    with blended(base, blend):
+    with blended_weights(base, blend):
         assert all(torch.allclose(live[path], weight_at(base, path), atol=2e-5) for path in base.paths)
 
 
@@ -426,7 +426,7 @@ def test_the_low_rank_part_of_a_base_cannot_be_added_to_one(sd: Base, tmp_path: 
     assert "do not add it to a base" in adapter.metadata.description
     with (
         pytest.raises(FamilyMismatchError, match="is an adapter for low-rank part of tiny SD, but"),
-        blended(sd, Blend(entries=(WeightedAdapter(adapter=adapter),))),
+        blended_weights(sd, Blend(entries=(WeightedAdapter(adapter=adapter),))),
     ):
         pass
 

@@ -74,7 +74,9 @@ def keep(studio: Studio, form: Form, name: str, description: str, picture: Path 
     file = studio.places.presets / f"{checked_name(name)}.json"
     prompted = form if str(form.settings.get("prompt", "")).strip() else with_prompt(form)
     plan = studio.plan(prompted)
-    saved = save_plan(plan, file, Means(shelf=studio.shelf), name=name.strip(), description=description, force=replace)
+    saved = save_plan(
+        plan, file, Means(resolver=studio.shelf), name=name.strip(), description=description, force=replace
+    )
     if picture and picture.is_file():
         shutil.copyfile(picture, file.with_suffix(".png"))
     return kept_one(file, saved.preset, own=True)

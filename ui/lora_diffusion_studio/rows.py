@@ -9,7 +9,7 @@ from lora_diffusion.config.preset import BlendEntry, BlendWeight, Curve, Region
 from lora_diffusion.config.settings import validate
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.library.entry import LibraryEntry
-from lora_diffusion.library.search import Library, find, find_by_hash, with_content_hash
+from lora_diffusion.library.search import Library, find_adapter, find_by_hash, with_content_hash
 from lora_diffusion.prompts.tags import extract_region, format_weight, parse_weight
 
 LEAST, MOST = -2.0, 3.0
@@ -51,7 +51,7 @@ def entry_of(row: Row, library: Library) -> BlendEntry:
     if row.full:
         whole = validate_weight(row.full, source=row.name)
         weight = whole.model_copy(update={"value": row.weight})
-    path = str(find(library, row.name).path)
+    path = str(find_adapter(library, row.name).path)
     return BlendEntry(path=path, weight=weight if row.on else 0.0, region=region)
 
 

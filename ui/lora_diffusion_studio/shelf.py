@@ -13,7 +13,7 @@ from PIL import Image
 from lora_diffusion.core.atomic_files import atomic_file
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.evaluation.plots import save_analysis_plots
-from lora_diffusion.library.search import find
+from lora_diffusion.library.search import find_adapter
 from lora_diffusion.workflows.adapters.analyze import analyze_files
 from lora_diffusion.workflows.adapters.convert import Conversion, Dialect, convert
 from lora_diffusion.workflows.adapters.inspect import inspect_adapter
@@ -39,7 +39,7 @@ def file_of(studio: Studio, name: str) -> Path:
     """An adapter's file. Raises ConfigError for one that is not in the library."""
     if not name:
         raise ConfigError("choose an adapter first")
-    return find(studio.library(), name).path
+    return find_adapter(studio.library(), name).path
 
 
 def facts_of(studio: Studio, name: str) -> list[tuple[str, str]]:

@@ -18,13 +18,13 @@ from lora_diffusion.adapters.coefficients import DenoisingStep, stock_presets
 from lora_diffusion.config.settings import EMBEDDED_BASE, Quantization
 from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.inference.sampling import preview
+from lora_diffusion.inference.sampling import decode_preview
 from lora_diffusion.library.presets import read_preset
-from lora_diffusion.library.references import Shelf
-from lora_diffusion.library.search import Library, find, open_library, search
+from lora_diffusion.library.references import AdapterResolver
+from lora_diffusion.library.search import Library, find_adapter, open_library, search
 from lora_diffusion.models.load import Base
 from lora_diffusion.models.locate import find_checkpoint
-from lora_diffusion.models.quantize import check_codes, load_in_codes
+from lora_diffusion.models.quantize import check_quantization_available, load_quantized_base
 from lora_diffusion.workflows.images.generate import Means, prepared_blend, write_pictures
 from lora_diffusion.workflows.images.plan import Plan, preset_plan, replay_plan, with_tags
 from lora_diffusion_studio.acting import acting_picture
@@ -46,7 +46,7 @@ class Places:
     output: Path
     bases: tuple[str, ...]
     """Bases on offer: names, folders or hub ids."""
-    codes: Quantization = "none"
+    quantization: Quantization = "none"
     """What their linear layers are kept in."""
 
     @property
@@ -90,7 +90,7 @@ class Studio:
     """Folders, and the base that was loaded last."""
 
     def __init__(self, places: Places) -> None:
-        check_codes(places.codes)
+        check_quantization_available(places.quantization)
         self.places = places
         self.loaded: Base | None = None
         self.device = Device()
@@ -106,7 +106,7 @@ class Studio:
         self.check_base(name)
         if self.loaded is None or self.loaded.name != name:
             self.loaded = None  # before the next is loaded, so that both are never there together
-            self.loaded = load_in_codes(name, self.places.codes)
+            self.loaded = load_quantized_base(name, self.places.quantization)
         return self.loaded
 
     def check_base(self, name: str) -> None:
@@ -122,7 +122,7 @@ class Studio:
 
     def card(self, name: str) -> Card:
         """One adapter. Raises ConfigError if it is not there."""
-        return card_of(find(self.library(), name))
+        return card_of(find_adapter(self.library(), name))
 
     def block_presets(self, base: str) -> list[str]:
         """Names of the stock block presets."""
@@ -143,12 +143,12 @@ class Studio:
 
     def command(self, form: Form, command: str = "generate", *more: str) -> str:
         """The command line that makes the same pictures. Raises ConfigError for weights that only a preset can say."""
-        codes = () if self.places.codes == "none" else ("--quantize", self.places.codes)
-        return command_of(form, self.library(), self.places.output, command, *more, *codes)
+        flags = () if self.places.quantization == "none" else ("--quantize", self.places.quantization)
+        return command_of(form, self.library(), self.places.output, command, *more, *flags)
 
     @property
-    def shelf(self) -> Shelf:
-        return Shelf(library_folder=self.places.library)
+    def shelf(self) -> AdapterResolver:
+        return AdapterResolver(library_folder=self.places.library)
 
     def check_masks(self, plan: Plan) -> None:
         """Raise ConfigError for a mask that was not painted here."""
@@ -171,7 +171,7 @@ class Studio:
 
     def rendered(self, plan: Plan, line: Line) -> Finished:
         started = last = time.monotonic()
-        means = Means(shelf=self.shelf)
+        means = Means(resolver=self.shelf)
         found = prepared_blend(plan.base, plan.entries, means)
         base = self.base(plan.base)
         done = 0
@@ -180,7 +180,7 @@ class Studio:
             nonlocal last
             due = time.monotonic() - last > PREVIEW_SECONDS
             share = (done + (denoising_step.index + 1) / denoising_step.total) / plan.settings.count
-            picture = preview(base, latents) if due else None
+            picture = decode_preview(base, latents) if due else None
             last = time.monotonic() if due else last
             line.say(Step(text=progress_text(done, plan, denoising_step, started, share), share=share, picture=picture))
 
@@ -194,12 +194,12 @@ class Studio:
 
     def restored(self, picture: Path) -> tuple[Form, tuple[str, ...]]:
         """The form that a picture was made with; also what could not be restored. Raises ConfigError."""
-        plan = replay_plan(picture, base="", shelf=self.shelf)
+        plan = replay_plan(picture, base="", resolver=self.shelf)
         form, missing = form_of(with_tags(plan, self.shelf), self.library())
         if form.base not in self.places.bases:
             missing = (*missing, f"made with the base {form.base}, which this studio does not have")
-        if plan.recipe and plan.codes != self.places.codes:
-            missing = (*missing, f"made with quantize {plan.codes}; this studio has {self.places.codes}")
+        if plan.recipe and plan.quantization != self.places.quantization:
+            missing = (*missing, f"made with quantize {plan.quantization}; this studio has {self.places.quantization}")
         return form, (*plan.notes, *missing)
 
     def preset_form(self, path: Path) -> tuple[Form, tuple[str, ...]]:

@@ -35,10 +35,10 @@ class Check:
             DataConfig, deep_merge({"folder": self.folder}, parse_changes(self.set)), source="dataset check"
         )
         with quiet():
-            from lora_diffusion.data.checks import described, facts_of
+            from lora_diffusion.data.checks import format_report, to_json
             from lora_diffusion.workflows.training.dataset_check import checked, save_sheet
 
             report = checked(config, self.base, self.trigger)
             if self.sheet:
                 save_sheet(report, config, self.sheet)
-        print(json.dumps(facts_of(report)) if self.json else described(report))
+        print(json.dumps(to_json(report)) if self.json else format_report(report))

@@ -56,7 +56,7 @@ class Ui:
                 library=self.library or own_library(self.output),
                 output=self.output,
                 bases=bases_on_offer(self.base),
-                codes=self.quantize,
+                quantization=self.quantize,
             )
             studio = Studio(places)
         serve(studio, host=self.host, port=self.port, share=self.share, password=self.password, api=self.api)

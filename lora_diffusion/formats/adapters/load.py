@@ -33,8 +33,8 @@ class ReadMode:
     token: Callable[[Mapping[str, Any]], Tensor]
 
 
-WHOLE = ReadMode(file=read_safetensors, token=native.decode_token)
-OUTLINE = ReadMode(file=cast("Callable[[Path], Content]", read_meta_tensors), token=native.token_meta)
+FULL_FILE = ReadMode(file=read_safetensors, token=native.decode_token)
+HEADER_ONLY = ReadMode(file=cast("Callable[[Path], Content]", read_meta_tensors), token=native.token_meta)
 FOLDER_FILE, FOLDER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -44,7 +44,7 @@ def load_adapter(path: Path, *, ignore: Sequence[str] = ()) -> Adapter:
     Keys that match a pattern of `ignore` may be there without being understood. Raises AdapterFormatError for a file
     that is damaged, of a kind that is not done here, or not understood in full.
     """
-    record, adapter = read_adapter(path, WHOLE, ignore)
+    record, adapter = read_adapter(path, FULL_FILE, ignore)
     validate_adapter(adapter, str(path))
     if record and record.hash and record.hash != adapter_hash(adapter):
         raise AdapterFormatError(f"{path}: its tensors are not those it was saved with; the file is damaged or edited")
@@ -53,7 +53,7 @@ def load_adapter(path: Path, *, ignore: Sequence[str] = ()) -> Adapter:
 
 def load_unchecked(path: Path, *, ignore: Sequence[str] = ()) -> Adapter:
     """The same for a file whose values are to be looked at, NaN and edited tensors included; not for use in a blend."""
-    return read_adapter(path, WHOLE, ignore)[1]
+    return read_adapter(path, FULL_FILE, ignore)[1]
 
 
 def load_meta_adapter(path: Path, *, ignore: Sequence[str] = ()) -> Adapter:
@@ -61,7 +61,7 @@ def load_meta_adapter(path: Path, *, ignore: Sequence[str] = ()) -> Adapter:
 
     A pickled file has no header and is read in full.
     """
-    return read_adapter(path, OUTLINE, ignore)[1]
+    return read_adapter(path, HEADER_ONLY, ignore)[1]
 
 
 def read_adapter(path: Path, how: ReadMode, ignore: Sequence[str]) -> tuple[Record | None, Adapter]:

@@ -94,7 +94,10 @@ def resolve_alpha(alpha: Tensor | None, rank: int) -> float:
 
 
 def layer_to_tensors(layer: Layer | None, bias: Tensor | None) -> dict[str, Tensor]:
-    """Split a layer into its tensors; `layer_from_tensors` gives the same layer back if two whole Kronecker factors have scale 1."""
+    """Split a layer into the tensors of a file, the inverse of `layer_from_tensors`.
+
+    Two whole Kronecker factors give the same layer back only if their scale is 1.
+    """
     leaves: dict[str, Tensor] = {}
     norm = isinstance(layer, FullLayer) and layer.diff.ndim == 1
     if bias is not None:

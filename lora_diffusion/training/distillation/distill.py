@@ -18,8 +18,8 @@ from lora_diffusion.config.distillation import DistillConfig
 from lora_diffusion.config.preset import Composition
 from lora_diffusion.core.dtypes import torch_dtype
 from lora_diffusion.errors import ConfigError, TrainingError
-from lora_diffusion.inference.composition import check_composition, composed, in_unet
-from lora_diffusion.inference.in_place import Backup, check_blend, weight_shape
+from lora_diffusion.inference.composition import check_composition, composition_context, is_unet_path
+from lora_diffusion.inference.in_place import Backup, validate_blend, weight_shape
 from lora_diffusion.library.recipe import blend_entries, library_versions
 from lora_diffusion.models.load import Base, module_at, prediction_type
 from lora_diffusion.training.distillation.mean_delta import compressed, mean_sum, plain_sum
@@ -116,7 +116,7 @@ def check_distillable(base: Base, blend: Blend, composition: Composition, config
     words = [word for entry in blend.active for word in entry.adapter.tokens]
     if words:
         raise ConfigError(f"the learned words {', '.join(words)} cannot be distilled; convert --without-tokens first")
-    check_blend(base, blend)
+    validate_blend(base, blend)
     check_composition(blend, composition)
     most = int(base.pipe.scheduler.config.num_train_timesteps)
     if config.sampler_steps > most:
@@ -125,7 +125,7 @@ def check_distillable(base: Base, blend: Blend, composition: Composition, config
 
 def check_learnable(base: Base, total: BlendSum) -> None:
     """Raise ConfigError unless there is a linear module or a convolution in the UNet whose LoRA could learn."""
-    if not any(in_unet(path) and len(weight_shape(module_at(base, path))) > 1 for path in total.layers):
+    if not any(is_unet_path(path) and len(weight_shape(module_at(base, path))) > 1 for path in total.layers):
         raise ConfigError("none of the adapters changes a matrix of the UNet; there is nothing to distil")
 
 
@@ -135,7 +135,7 @@ def teachings(
     """What the blend predicts along runs to learn from, and along runs to measure with."""
     learned, held_out = parted_prompts(prompts, config)
     side = (config.resolution or base.size_px) // int(base.pipe.vae_scale_factor)
-    with composed(base, blend, composition, (side, side), backup=backup) as before_step:
+    with composition_context(base, blend, composition, (side, side), backup=backup) as before_step:
         training, testing = (
             recorded(base, before_step, runs_of(texts, count=config.runs, seed=config.seed + i), config)
             for i, texts in enumerate((learned, held_out))

@@ -18,7 +18,7 @@ from lora_diffusion.adapters.factor_stack import Term
 from lora_diffusion.adapters.layers import FullLayer, Layer
 from lora_diffusion.algebra.svd.svd import spectrum_of, truncate_spectrum
 from lora_diffusion.config.preset import Composition
-from lora_diffusion.inference.composition import alone, in_text, in_unet, sum_plan
+from lora_diffusion.inference.composition import is_text_encoder_path, is_unet_path, plan_sums, single_adapter_sum
 from lora_diffusion.inference.in_place import weight_at, weight_shape
 from lora_diffusion.models.load import Base, module_at
 
@@ -34,18 +34,21 @@ def plain_sum(base: Base, blend: Blend) -> BlendSum:
 def mean_sum(base: Base, blend: Blend, composition: Composition, steps: int) -> BlendSum:
     """The mean of the sums that the base holds over a run. The text encoders hold the whole sum at every step.
 
-    Raises ConfigError as `composed` does.
+    Raises ConfigError as `composition_context` does.
     """
     moments = [DenoisingStep(index=step, total=steps) for step in range(steps)]
     if composition.mode == "composite":
         return mean_of([lane for denoising_step in moments for lane in lanes(base, blend, denoising_step)])
-    return mean_of(list(map(sum_plan(base, blend, composition), moments)))
+    return mean_of(list(map(plan_sums(base, blend, composition), moments)))
 
 
 def lanes(base: Base, blend: Blend, denoising_step: DenoisingStep) -> list[BlendSum]:
     """What each sample of a composite's batch has: one adapter in the UNet, all in the text encoders."""
-    text = filter_modules(blend_sum(blend, base.layout, denoising_step), in_text)
-    return [merge_sums([filter_modules(alone(base, entry, denoising_step), in_unet), text]) for entry in blend.active]
+    text = filter_modules(blend_sum(blend, base.layout, denoising_step), is_text_encoder_path)
+    return [
+        merge_sums([filter_modules(single_adapter_sum(base, entry, denoising_step), is_unet_path), text])
+        for entry in blend.active
+    ]
 
 
 def mean_of(sums: Sequence[BlendSum]) -> BlendSum:

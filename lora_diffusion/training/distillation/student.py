@@ -15,9 +15,9 @@ from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.config.distillation import DistillConfig
-from lora_diffusion.inference.composition import in_unet
-from lora_diffusion.inference.in_place import Backup, blended
-from lora_diffusion.inference.parallel import Forward, Forwards, convolved
+from lora_diffusion.inference.composition import is_unet_path
+from lora_diffusion.inference.in_place import Backup, blended_weights
+from lora_diffusion.inference.parallel import Forward, ForwardOverrides, convolve_per_sample
 from lora_diffusion.models.load import Base, module_at
 from lora_diffusion.training.checks import check_finite
 from lora_diffusion.training.distillation.trajectories import Contexts, Pairs, contexts_of, for_batch, predicted
@@ -63,11 +63,11 @@ def learning(base: Base, start: Adapter, backup: Backup) -> Iterator[Learners]:
 
     The base is as it was afterwards, whatever happens inside. Raises ConfigError if it holds a blend already.
     """
-    matrices = {p: x for p, x in start.layers.items() if in_unet(p) and isinstance(x, LoRALayer)}
+    matrices = {p: x for p, x in start.layers.items() if is_unet_path(p) and isinstance(x, LoRALayer)}
     learners = {path: awake(layer, base.device) for path, layer in matrices.items()}
     rest = replace(start, layers={path: layer for path, layer in start.layers.items() if path not in learners})
-    with blended(base, Blend(entries=(WeightedAdapter(adapter=rest),)), backup=backup), ExitStack() as stack:
-        forwards = Forwards()
+    with blended_weights(base, Blend(entries=(WeightedAdapter(adapter=rest),)), backup=backup), ExitStack() as stack:
+        forwards = ForwardOverrides()
         stack.callback(forwards.restore)
         for path, layer in learners.items():
             module = module_at(base, path)
@@ -86,7 +86,7 @@ def with_learner(module: nn.Module, layer: LoRALayer) -> Forward:
     def convolution(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         assert isinstance(module, nn.Conv2d)
         down, up = layer.down.to(x.dtype), layer.up.to(x.dtype)
-        return own(x, *args, **kwargs) + layer.scale * functional.conv2d(convolved(module, x, down[None]), up)
+        return own(x, *args, **kwargs) + layer.scale * functional.conv2d(convolve_per_sample(module, x, down[None]), up)
 
     return linear if isinstance(module, nn.Linear) else convolution
 
@@ -118,5 +118,5 @@ def square_error(base: Base, pairs: Pairs, contexts: Contexts) -> Tensor:
 
 def blend_distance(base: Base, adapter: Adapter, pairs: Pairs, config: DistillConfig, backup: Backup) -> float:
     """The distance of the base with one adapter in its weights."""
-    with blended(base, Blend(entries=(WeightedAdapter(adapter=adapter),)), backup=backup):
+    with blended_weights(base, Blend(entries=(WeightedAdapter(adapter=adapter),)), backup=backup):
         return distance(base, pairs, config)

@@ -15,7 +15,7 @@ from lora_diffusion.adapters.coefficients import DenoisingStep
 from lora_diffusion.config.distillation import DistillConfig
 from lora_diffusion.inference.composition import BeforeStep
 from lora_diffusion.models.load import Base, new_scheduler
-from lora_diffusion.models.text_encoding import TextContext, chunk_count, joined_contexts, negative_context
+from lora_diffusion.models.text_encoding import TextContext, concatenate_contexts, count_chunks, negative_context
 from lora_diffusion.prompts.emphasis import parse_emphasis
 from lora_diffusion.training.seeding import sample_seed
 
@@ -80,7 +80,7 @@ def runs_of(prompts: Sequence[str], *, count: int, seed: int) -> tuple[Run, ...]
 
 @torch.no_grad()
 def recorded(base: Base, before_step: BeforeStep, runs: Sequence[Run], config: DistillConfig) -> Pairs:
-    """All pairs of some runs, inside `composed`, whose `before_step` puts the blend of each step into the base."""
+    """Record the inputs and predictions of sampling runs, inside `composition_context`, which yields `before_step`."""
     size = config.batch_size
     groups = [runs[start : start + size] for start in range(0, len(runs), size)]
     return joined_pairs([part for group in groups for part in steps_of(base, before_step, group, config)])
@@ -135,10 +135,10 @@ def predicted(base: Base, latents: Tensor, timestep: Tensor, context: TextContex
 @torch.no_grad()
 def contexts_of(base: Base, texts: Sequence[str], size_px: int) -> Contexts:
     """Each text as the base's text encoders read it as they are, once, the empty one as a negative prompt."""
-    count = chunk_count(base, [parse_emphasis(text) for text in texts])
+    count = count_chunks(base, [parse_emphasis(text) for text in texts])
     return {text: negative_context(base, text, size_px=size_px, chunks=count) for text in dict.fromkeys(texts)}
 
 
 def for_batch(contexts: Contexts, texts: Sequence[str]) -> TextContext:
     """What a batch of texts is told."""
-    return joined_contexts([contexts[text] for text in texts])
+    return concatenate_contexts([contexts[text] for text in texts])

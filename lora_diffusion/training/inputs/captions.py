@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_diffusion.models.load import Base
-from lora_diffusion.models.offload import at_work
+from lora_diffusion.models.offload import on_device
 from lora_diffusion.models.text_encoding import TextContext, encode_prompts
 from lora_diffusion.prompts.emphasis import ReadText, parse_literal
 from lora_diffusion.training.inputs.cache import Cache, Tensors, content_key
@@ -28,7 +28,7 @@ class CaptionEncoder:
         """
 
         def make() -> Tensors:
-            with disabled(self.base), at_work(self.base, list(self.base.layout.text_layers)):
+            with disabled(self.base), on_device(self.base, list(self.base.layout.text_layers)):
                 context = encode_prompts(self.base, [caption], size_px=self.base.size_px, read=self.read)
             pooled = {"pooled": context.added["text_embeds"][0].cpu()} if context.added else {}
             return {"hidden": context.hidden[0].cpu(), **pooled}

@@ -12,9 +12,9 @@ from torch import Generator, Tensor
 
 from lora_diffusion.config.train import ObjectiveConfig, TrainConfig
 from lora_diffusion.data.buckets import Bucket
-from lora_diffusion.data.captions import caption_text
+from lora_diffusion.data.captions import augment_caption
 from lora_diffusion.data.folder import Example
-from lora_diffusion.data.sampler import step_batches
+from lora_diffusion.data.sampler import plan_batches
 from lora_diffusion.training.diffusion.noise import draw_noise
 from lora_diffusion.training.diffusion.timesteps import draw_timestep
 from lora_diffusion.training.inputs.latents import LatentView, ViewEncoder
@@ -55,7 +55,7 @@ class RunOfSamples:
         seen = self.encoder.encoded(
             self.examples[number], self.buckets[number], seed=sample_seed(config.seed, -2 - number), variant=variant
         )
-        caption = caption_text(self.examples[number].caption, config.captions, config.trigger_words, rng)
+        caption = augment_caption(self.examples[number].caption, config.captions, config.trigger_words, rng)
         return drawn(seen, caption, config.objective, self.num_timesteps, rng)
 
 
@@ -80,7 +80,7 @@ def order_of(
 ) -> tuple[tuple[int, ...], ...]:
     """Example numbers of every optimizer step."""
     repeats = [example.repeats * config.data.repeats for example in examples]
-    return step_batches(buckets, repeats, per_step=per_step, steps=config.steps, seed=config.seed)
+    return plan_batches(buckets, repeats, per_step=per_step, steps=config.steps, seed=config.seed)
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, Tensor | list[str]]:

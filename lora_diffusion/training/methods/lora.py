@@ -32,7 +32,7 @@ class ProductUpdate(AddedUpdate):
         return self.factors()
 
     def output(self, module: Any, x: Tensor, frozen: Frozen) -> Tensor:
-        if (self.training and self.config.dropout) or not module.weight.dtype.is_floating_point:  # kept in codes
+        if (self.training and self.config.dropout) or not module.weight.dtype.is_floating_point:  # quantized
             return super().output(module, x, frozen)
         down, up = self.factors()
         return updated(module, x, self.thinned(down), up, self.current_scale)

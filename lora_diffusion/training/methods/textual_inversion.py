@@ -20,7 +20,13 @@ from lora_diffusion.config.train import TextualInversionConfig
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.models.load import Base
 from lora_diffusion.models.text_encoding import TOKENIZERS
-from lora_diffusion.models.textual_inversion import Word, embeddings, extended, named, rewriter
+from lora_diffusion.models.textual_inversion import (
+    LearnedToken,
+    embedding_table,
+    extended_vocabulary,
+    make_token_names,
+    prompt_rewriter,
+)
 from lora_diffusion.prompts.emphasis import Prompt, ReadText
 from lora_diffusion.training.methods.callbacks import RateOf, Rules
 
@@ -66,18 +72,18 @@ def put_in(base: Base, config: TextualInversionConfig, seed: int) -> LearnedWord
         for place, word in enumerate(config.words)
     }
     holder = WeightedAdapter(adapter=Adapter(layers={}, tokens=starts))
-    words = tuple(named(holder, place, word, starts[word]) for place, word in enumerate(config.words))
+    words = tuple(make_token_names(holder, place, word, starts[word]) for place, word in enumerate(config.words))
     parameters: dict[str, nn.Parameter] = {}
     open_words = ExitStack()
     for component in base.layout.text_layers:
-        open_words.enter_context(extended(base, component, {word: word.token[component] for word in words}))
+        open_words.enter_context(extended_vocabulary(base, component, {word: word.token[component] for word in words}))
         parameters |= learning_rows(base, component, words)
-    return LearnedWords(parameters=parameters, rewrite=rewriter(words), open_words=open_words)
+    return LearnedWords(parameters=parameters, rewrite=prompt_rewriter(words), open_words=open_words)
 
 
 def first_vectors(base: Base, component: str, config: TextualInversionConfig, seed: int, place: int) -> Tensor:
     """What a word begins as (n, width): the vectors of another word in turn, or noise like the table's own vectors."""
-    table = embeddings(base, component).weight.detach().float().cpu()
+    table = embedding_table(base, component).weight.detach().float().cpu()
     if not config.begin_as:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + place)
         noise = torch.randn(config.vectors, table.shape[1], generator=generator)
@@ -89,9 +95,9 @@ def first_vectors(base: Base, component: str, config: TextualInversionConfig, se
     return table[[ids[i % len(ids)] for i in range(config.vectors)]]
 
 
-def learning_rows(base: Base, component: str, words: Sequence[Word]) -> dict[str, nn.Parameter]:
+def learning_rows(base: Base, component: str, words: Sequence[LearnedToken]) -> dict[str, nn.Parameter]:
     """Rows behind one encoder's table whose gradients come through; the table's own rows stay frozen."""
-    table: Any = embeddings(base, component)
+    table: Any = embedding_table(base, component)
     count = len(getattr(base.pipe, TOKENIZERS[component])) - sum(len(word.names) for word in words)
     starts = [word.token[component].to(table.weight.device, torch.float32, copy=True) for word in words]
     rows = nn.ParameterList(nn.Parameter(start) for start in starts)

@@ -22,8 +22,8 @@ from lora_diffusion.adapters.factor_stack import is_joinable, stack_factors
 from lora_diffusion.architectures.blocks import block_name, vector_block_names
 from lora_diffusion.config.preset import BlendWeight, Schedule
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.inference.in_place import check_blend, patching, weight_shape
-from lora_diffusion.inference.parallel import Forward, Forwards, convolved
+from lora_diffusion.inference.in_place import validate_blend, weight_patch, weight_shape
+from lora_diffusion.inference.parallel import Forward, ForwardOverrides, convolve_per_sample
 from lora_diffusion.models.load import Base, module_at
 
 DECIMALS = 4
@@ -43,7 +43,7 @@ class Gates(nn.Module):
 
     def __init__(self, base: Base, blend: Blend, *, stretches: int, start: float) -> None:
         super().__init__()
-        check_blend(base, blend)
+        validate_blend(base, blend)
         check_weights(blend)
         self.base, self.blend, self.start = base, blend, start
         used = {self.block_of(path) for entry in blend.entries for path in entry.adapter.paths}
@@ -203,7 +203,7 @@ def with_gates(module: nn.Module, factors: Factors, gates: Gates, block: str) ->
     def convolution(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         assert isinstance(module, nn.Conv2d)
         columns = factors.columns(gates.of_block(block)).to(x.dtype)
-        hidden = convolved(module, x, factors.down[None]) * columns[:, :, None, None]
+        hidden = convolve_per_sample(module, x, factors.down[None]) * columns[:, :, None, None]
         return own(x, *args, **kwargs) + functional.conv2d(hidden, factors.up)
 
     return linear if isinstance(module, nn.Linear) else convolution
@@ -224,8 +224,8 @@ def routed(gates: Gates) -> Iterator[None]:
         gates.look_at(torch.as_tensor(timestep).reshape(-1))
         return whole(sample, timestep, *args, **kwargs)
 
-    forwards = Forwards()
-    with patching(base) as patch, ExitStack() as stack:
+    forwards = ForwardOverrides()
+    with weight_patch(base) as patch, ExitStack() as stack:
         patch.apply(gates.ungated())
         stack.callback(forwards.restore)
         for path in gates.paths:

@@ -27,7 +27,7 @@ from lora_diffusion.data.folder import Example, data_hash, read_dataset
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.checkpoints.diffusers import read_layout
 from lora_diffusion.library.presets import save_preset
-from lora_diffusion.library.references import anchored_entries, load_blend
+from lora_diffusion.library.references import load_blend, resolve_entry_paths
 from lora_diffusion.models.load import Base, load_base
 from lora_diffusion.models.locate import find_base
 from lora_diffusion.training.checks import check_finite
@@ -117,7 +117,7 @@ def read_route(path: Path, changes: Mapping[str, Any] | None = None) -> RouteCon
     config = read_toml(path, RouteConfig, changes)
     if "adapters" in changes:
         return config
-    return config.model_copy(update={"adapters": anchored_entries(config.adapters, path.parent)})
+    return config.model_copy(update={"adapters": resolve_entry_paths(config.adapters, path.parent)})
 
 
 def read_blend(config: RouteConfig) -> Blend:

@@ -111,10 +111,10 @@ def base_weights(base: str, adapters: Sequence[Adapter]) -> Callable[[str], Tens
 
     Raises BaseModelError, FamilyMismatchError if anything finds no weight of its shape.
     """
-    from lora_diffusion.models.locate import fitting_checkpoint  # slow to import, and nothing else here needs it
+    from lora_diffusion.models.locate import find_matching_checkpoint  # slow to import, and nothing else here needs it
 
     blend = Blend(entries=tuple(WeightedAdapter(adapter=adapter) for adapter in adapters))
-    parameters = fitting_checkpoint(base, blend).parameters
+    parameters = find_matching_checkpoint(base, blend).parameters
     return lambda module: parameters[f"{module}.weight"].read()
 
 

@@ -123,9 +123,9 @@ def with_deltas(blend: Blend, base: str) -> Blend:
 
     That is how a blend applies it: beside the others, never on top of them. Raises BaseModelError, FamilyMismatchError.
     """
-    from lora_diffusion.models.locate import fitting_checkpoint  # slow to import, and nothing else here needs it
+    from lora_diffusion.models.locate import find_matching_checkpoint  # slow to import, and nothing else here needs it
 
-    parameters = fitting_checkpoint(base, blend).parameters
+    parameters = find_matching_checkpoint(base, blend).parameters
 
     def plain(adapter: Adapter) -> Adapter:
         changed = {

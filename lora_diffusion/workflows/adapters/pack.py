@@ -18,7 +18,7 @@ from lora_diffusion.errors import ConfigError, OutputError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.formats.adapters.pack import list_members, load_pack, save_pack
-from lora_diffusion.library.entry import look_around, stem_of
+from lora_diffusion.library.entry import adapter_stem, scan_folder
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,7 @@ def named_files(sources: Sequence[Path]) -> dict[str, Path]:
     """The adapters by name, sorted. Raises ConfigError for none, or two of one name."""
     files: dict[str, Path] = {}
     for path in (file for source in sources for file in files_at(source)):
-        name = stem_of(path)
+        name = adapter_stem(path)
         if name in files:
             raise ConfigError(f"{files[name]} and {path} are both called {name!r}; give one of them another file name")
         files[name] = path
@@ -98,7 +98,7 @@ def named_files(sources: Sequence[Path]) -> dict[str, Path]:
 
 def files_at(source: Path) -> Iterator[Path]:
     """The file itself, or all adapters below a folder. Raises ConfigError for what cannot be looked at in a folder."""
-    places, refused = look_around(source) if source.is_dir() else ([], [])
+    places, refused = scan_folder(source) if source.is_dir() else ([], [])
     if refused:
         raise ConfigError(f"{source}: {refused[0].problem}")
     yield from (place.path for place in places) if source.is_dir() else (source,)

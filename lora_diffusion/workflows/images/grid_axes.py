@@ -13,7 +13,7 @@ from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendEntry, BlendWeight, Composition, Weight
 from lora_diffusion.config.settings import validate
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.library.entry import stem_of
+from lora_diffusion.library.entry import adapter_stem
 from lora_diffusion.workflows.images.plan import Plan
 
 MOST_CELLS = 64
@@ -39,7 +39,7 @@ class Axis:
             return ("",)
         if self.what in TEXTS:
             return self.values
-        name = " of ".join(filter(None, (self.what, self.of and stem_of(Path(self.of)))))
+        name = " of ".join(filter(None, (self.what, self.of and adapter_stem(Path(self.of)))))
         return tuple(f"{name} {value}" for value in self.values)
 
 
@@ -144,9 +144,9 @@ def place_of(entries: Sequence[BlendEntry], of: str) -> int:
     for place, entry in enumerate(entries):
         path = Path(entry.path)
         same_folder = path.parent.parts[len(path.parent.parts) - len(wanted.parent.parts) :] == wanted.parent.parts
-        if of == entry.name or (same_folder and stem_of(path) == stem_of(wanted)):
+        if of == entry.name or (same_folder and adapter_stem(path) == adapter_stem(wanted)):
             return place
-    known = ", ".join(entry.name or stem_of(Path(entry.path)) for entry in entries)
+    known = ", ".join(entry.name or adapter_stem(Path(entry.path)) for entry in entries)
     raise ConfigError(f"{of}: is not on the table; name one of {known}")
 
 

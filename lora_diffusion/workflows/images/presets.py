@@ -11,11 +11,11 @@ from lora_diffusion.config.preset import BlendEntry, BlendPreset
 from lora_diffusion.errors import ConfigError, LoRADiffusionError
 from lora_diffusion.formats.checkpoints.diffusers import read_layout
 from lora_diffusion.library.presets import read_preset
-from lora_diffusion.library.references import Shelf, anchored_entries, load_blend
+from lora_diffusion.library.references import AdapterResolver, load_blend, resolve_entry_paths
 from lora_diffusion.models.locate import find_base
 
 
-def check_preset(path: Path, shelf: Shelf, ignore: Sequence[str] = ()) -> list[tuple[str, str]]:
+def check_preset(path: Path, resolver: AdapterResolver, ignore: Sequence[str] = ()) -> list[tuple[str, str]]:
     """What is wrong with a preset: pairs of what was checked and what came of it, empty if all is well.
 
     Each adapter has to be found with its hash, its weight has to fit its base, and all have to go together.
@@ -28,11 +28,11 @@ def check_preset(path: Path, shelf: Shelf, ignore: Sequence[str] = ()) -> list[t
     except LoRADiffusionError as error:
         checks.append((f"base {preset.base}", str(error)))
         family = layout = None
-    for entry in anchored_entries(preset.adapters, path.parent):
+    for entry in resolve_entry_paths(preset.adapters, path.parent):
         checks.append(
             (
                 f"adapter {entry.name or entry.path}",
-                problem_with(entry, shelf, ignore, family.name if family else "", layout),
+                problem_with(entry, resolver, ignore, family.name if family else "", layout),
             )
         )
     checks.append(("composition", problem_together(preset)))
@@ -50,11 +50,11 @@ def problem_together(preset: BlendPreset) -> str:
 
 
 def problem_with(
-    entry: BlendEntry, shelf: Shelf, ignore: Sequence[str], family: str, layout: ModelLayout | None
+    entry: BlendEntry, resolver: AdapterResolver, ignore: Sequence[str], family: str, layout: ModelLayout | None
 ) -> str:
     """Why an adapter of a preset cannot be used as it says; empty if it can."""
     try:
-        found = load_blend([entry], shelf, ignore=ignore)
+        found = load_blend([entry], resolver, ignore=ignore)
         if entry.region:
             region_mask(entry.region)
         own = found.blend.entries[0].adapter.metadata.family

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from lora_diffusion.evaluation.image_grid import grid, save_grid
+from lora_diffusion.evaluation.image_grid import draw_image_grid, save_grid
 from lora_diffusion.training.previews import SAMPLES, picture_path
 
 CELL_PX = 192
@@ -25,7 +25,7 @@ def draw_sheet(folder: Path, prompts: Sequence[str]) -> Path | None:
     rows = [[shown(picture_path(folder, step, i)) for i in range(len(prompts))] for step in whole]
     columns = [textwrap.shorten(prompt, 22, placeholder=" …") for prompt in prompts]
     labels = ["before training" if step == 0 else f"step {step}" for step in whole]
-    save_grid(grid(rows, columns=columns, labels=labels, cell_px=CELL_PX), sheet_path(folder))
+    save_grid(draw_image_grid(rows, columns=columns, labels=labels, cell_px=CELL_PX), sheet_path(folder))
     return sheet_path(folder)
 
 

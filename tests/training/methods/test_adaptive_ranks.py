@@ -14,7 +14,7 @@ from lora_diffusion.cli import main
 from lora_diffusion.config.adapter import AdapterConfig
 from lora_diffusion.config.settings import deep_merge
 from lora_diffusion.formats.adapters.load import load_adapter
-from lora_diffusion.inference.in_place import blended
+from lora_diffusion.inference.in_place import blended_weights
 from lora_diffusion.models.load import load_base
 from lora_diffusion.training.checkpoint import states
 from lora_diffusion.training.log import LOG, read_log
@@ -65,7 +65,7 @@ def test_a_dylora_file_is_cut_to_any_rank_that_was_trained(ink: Path, tmp_path: 
     assert {layer.rank for layer in adapter.layers.values() if isinstance(layer, LoRALayer)} == {2}
     run = set_up(config)
     assert run.held_out
-    with disabled(run.base), blended(run.base, Blend(entries=(WeightedAdapter(adapter=adapter),))):
+    with disabled(run.base), blended_weights(run.base, Blend(entries=(WeightedAdapter(adapter=adapter),))):
         loss = validated(run.denoiser, run.captions, run.held_out, config).loss
     assert loss == pytest.approx(by_rank["2"], rel=1e-4)
     assert main(["resize", str(result.path), str(tmp_path / "x.safetensors"), "--first", "2", "--rank", "2"]) == 2

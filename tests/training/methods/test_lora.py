@@ -18,7 +18,7 @@ from lora_diffusion.cli import main
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
-from lora_diffusion.inference.in_place import patching
+from lora_diffusion.inference.in_place import weight_patch
 from lora_diffusion.models.load import load_base, module_at
 from lora_diffusion.training.loop import train
 from lora_diffusion.training.methods.injection import extract, update_at
@@ -126,7 +126,7 @@ def test_a_t_lora_acts_as_trained_at_every_step_and_no_weights_hold_it(sd_folder
     latents = torch.randn(1, base.pipe.unet.config.in_channels, 8, 8)
     hidden = torch.randn(1, 77, base.pipe.unet.config.cross_attention_dim)
     ranks: list[int] = []
-    with patching(fresh) as patch, torch.no_grad():
+    with weight_patch(fresh) as patch, torch.no_grad():
         for step in range(10):
             patch.apply(Blend(entries=(WeightedAdapter(adapter=adapter),)), DenoisingStep(index=step, total=10))
             ours = fresh.pipe.unet(latents, 1000 - 100 * step, encoder_hidden_states=hidden).sample

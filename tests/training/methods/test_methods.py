@@ -23,7 +23,7 @@ from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
-from lora_diffusion.inference.in_place import blended
+from lora_diffusion.inference.in_place import blended_weights
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import Base, load_base, module_at
 from lora_diffusion.training.log import LOG, read_log
@@ -62,7 +62,7 @@ def test_what_is_saved_is_what_was_computed(method: str, sd_folder: Path) -> Non
         alone = predicted(base)
     timed = {"least_rank": 1} if method == "t-lora" else {}
     adapter = extract(base, paths, AdapterMetadata(family=base.family.name, **timed), torch.float32)
-    with blended(fresh, Blend(entries=(WeightedAdapter(adapter=adapter),)), MOMENT):
+    with blended_weights(fresh, Blend(entries=(WeightedAdapter(adapter=adapter),)), MOMENT):
         again = predicted(fresh)
     moved = float((trained - alone).norm())
     assert moved > 1e-3 * float(alone.norm())
@@ -166,7 +166,9 @@ def test_a_methods_file_is_converted_merged_and_inspected_like_any_other(
         main(["merge", "--base", str(sd_folder), "--adapter", f"{own}:0.5", "--output", str(tmp_path / "merged")]) == 0
     )
     merged = load_base(str(tmp_path / "merged"))
-    with blended(load_base(str(sd_folder)), Blend(entries=(WeightedAdapter(adapter=adapter, weight=0.5),))) as patch:
+    with blended_weights(
+        load_base(str(sd_folder)), Blend(entries=(WeightedAdapter(adapter=adapter, weight=0.5),))
+    ) as patch:
         for path in paths:
             assert torch.allclose(module_at(merged, path).weight, module_at(patch.base, path).weight, atol=1e-6), path
 
