@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lora_diffusion.adapters.adapter import adapter_hash as adapter_hash
     from lora_diffusion.adapters.blend import Blend as Blend
     from lora_diffusion.adapters.blend import WeightedAdapter as WeightedAdapter
-    from lora_diffusion.adapters.coefficients import Moment as Moment
+    from lora_diffusion.adapters.coefficients import DenoisingStep as DenoisingStep
     from lora_diffusion.adapters.layers import DoRALayer as DoRALayer
     from lora_diffusion.adapters.layers import FullLayer as FullLayer
     from lora_diffusion.adapters.layers import LoHaLayer as LoHaLayer
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from lora_diffusion.config.train import TrainConfig as TrainConfig
     from lora_diffusion.errors import LoRADiffusionError as LoRADiffusionError
     from lora_diffusion.formats.adapters.load import load_adapter as load_adapter
-    from lora_diffusion.formats.adapters.load import outline_adapter as outline_adapter
+    from lora_diffusion.formats.adapters.load import load_meta_adapter as load_meta_adapter
     from lora_diffusion.formats.adapters.native import save_adapter as save_adapter
-    from lora_diffusion.inference.in_place import blended as blended
-    from lora_diffusion.inference.parallel import branched as branched
+    from lora_diffusion.inference.in_place import blended_weights as blended_weights
+    from lora_diffusion.inference.parallel import parallel_blend as parallel_blend
     from lora_diffusion.inference.sampling import generate as generate
-    from lora_diffusion.library.search import find as find
+    from lora_diffusion.library.search import find_adapter as find_adapter
     from lora_diffusion.library.search import open_library as open_library
     from lora_diffusion.merging.merge import merge as merge
     from lora_diffusion.models.load import Base as Base
@@ -55,6 +55,7 @@ __all__ = [
     "BlendWeight",
     "Composition",
     "Conversion",
+    "DenoisingStep",
     "DoRALayer",
     "FullLayer",
     "GenerateConfig",
@@ -62,24 +63,23 @@ __all__ = [
     "LoKrLayer",
     "LoRADiffusionError",
     "LoRALayer",
-    "Moment",
     "Region",
     "Schedule",
     "TrainConfig",
     "WeightedAdapter",
     "adapter_hash",
-    "blended",
-    "branched",
+    "blended_weights",
     "combine",
     "convert",
-    "find",
+    "find_adapter",
     "generate",
     "inspect_adapter",
     "load_adapter",
     "load_base",
+    "load_meta_adapter",
     "merge",
     "open_library",
-    "outline_adapter",
+    "parallel_blend",
     "save_adapter",
     "train",
     "verify",
@@ -101,24 +101,24 @@ HOMES = {
     "LoKrLayer": "adapters.layers",
     "LoRADiffusionError": "errors",
     "LoRALayer": "adapters.layers",
-    "Moment": "adapters.coefficients",
+    "DenoisingStep": "adapters.coefficients",
     "Region": "config.preset",
     "Schedule": "config.preset",
     "TrainConfig": "config.train",
     "WeightedAdapter": "adapters.blend",
     "adapter_hash": "adapters.adapter",
-    "blended": "inference.in_place",
-    "branched": "inference.parallel",
+    "blended_weights": "inference.in_place",
+    "parallel_blend": "inference.parallel",
     "combine": "algebra.combine.exact_sum",
     "convert": "workflows.adapters.convert",
-    "find": "library.search",
+    "find_adapter": "library.search",
     "generate": "inference.sampling",
     "inspect_adapter": "workflows.adapters.inspect",
     "load_adapter": "formats.adapters.load",
     "load_base": "models.load",
     "merge": "merging.merge",
     "open_library": "library.search",
-    "outline_adapter": "formats.adapters.load",
+    "load_meta_adapter": "formats.adapters.load",
     "save_adapter": "formats.adapters.native",
     "train": "training.loop",
     "verify": "workflows.adapters.verify",

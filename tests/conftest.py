@@ -20,7 +20,7 @@ from hypothesis import register_random, settings
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
 from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.architectures.targets import resolve_targets
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.inference.in_place import weight_at
 from lora_diffusion.models.load import Base, load_base
 from tests.helpers.picture_folders import write_pictures
@@ -168,6 +168,6 @@ def ink(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four pictures of a style of the embedded base, with their captions."""
     folder = tmp_path_factory.mktemp("styles") / "ink"
     folder.mkdir()
-    for file in sorted((sample_data() / "styles" / "ink").glob("0[0-3].*")):
+    for file in sorted((sample_data_folder() / "styles" / "ink").glob("0[0-3].*")):
         shutil.copy(file, folder)
     return folder

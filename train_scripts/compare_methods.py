@@ -25,10 +25,10 @@ from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.config.defaults import default_settings
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.methods import METHODS, Method, with_method
-from lora_diffusion.config.settings import EMBEDDED_BASE, changed, validate
+from lora_diffusion.config.settings import EMBEDDED_BASE, deep_merge, validate
 from lora_diffusion.config.train import TrainConfig
-from lora_diffusion.core.atomic_files import sample_data
-from lora_diffusion.evaluation.style_distance import style_distance, style_pictures
+from lora_diffusion.core.atomic_files import sample_data_folder
+from lora_diffusion.evaluation.style_distance import list_style_images, style_distance
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import load_base
@@ -64,11 +64,11 @@ def config_of(method: Method, kind: Kind, seed: int, output: Path, steps: int) -
         "tracking": {"trackers": [], "report": False},
         "adapter": {"text_encoder_targets": []},
         "optimizer": {"text_encoder_learning_rate": None},
-        "data": {"folder": sample_data() / "styles" / STYLE}
+        "data": {"folder": sample_data_folder() / "styles" / STYLE}
         if kind == "style"
-        else {"folder": sample_data() / "subjects" / SUBJECT, "instance_prompt": f"a {SUBJECT} character"},
+        else {"folder": sample_data_folder() / "subjects" / SUBJECT, "instance_prompt": f"a {SUBJECT} character"},
     }
-    table = changed(default_settings(purpose, "tiny-sd"), told)
+    table = deep_merge(default_settings(purpose, "tiny-sd"), told)
     table["prior"] = {"mode": "none"}
     table = with_method(table, method)
     if "words" in table:
@@ -95,7 +95,7 @@ def in_child(config: TrainConfig) -> tuple[float, float]:
 def judged(path: Path, kind: Kind) -> float:
     """The style distance, lower is nearer, or the share of pictures in which the subject is read."""
     base = load_base()
-    texts = (sample_data() / "prompts" / f"{STYLE}.txt").read_text().splitlines()
+    texts = (sample_data_folder() / "prompts" / f"{STYLE}.txt").read_text().splitlines()
     if kind == "subject":
         texts = [text.removesuffix(", in zwx style") for text in places()]
     texts = texts[:: max(1, len(texts) // PICTURES)][:PICTURES]
@@ -103,8 +103,8 @@ def judged(path: Path, kind: Kind) -> float:
     blend = Blend(entries=(WeightedAdapter(adapter=load_adapter(path)),))
     images = [picture.image for picture in generate(base, configs, blend)]
     if kind == "style":
-        return style_distance(base, images, style_pictures(sample_data() / "styles" / STYLE))
-    readings = read(load_reader(sample_data() / "tiny-world-reader"), images)
+        return style_distance(base, images, list_style_images(sample_data_folder() / "styles" / STYLE))
+    readings = read(load_reader(sample_data_folder() / "tiny-world-reader"), images)
     return mean(reading.subject == SUBJECT for reading in readings)
 
 

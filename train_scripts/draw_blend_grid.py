@@ -11,13 +11,13 @@ import tyro
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendWeight, Composition, Region, Schedule, Weight
-from lora_diffusion.core.atomic_files import sample_data
-from lora_diffusion.evaluation.image_grid import grid, save_grid
+from lora_diffusion.core.atomic_files import sample_data_folder
+from lora_diffusion.evaluation.image_grid import draw_image_grid, save_grid
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import load_base
 
-ADAPTERS = sample_data() / "adapters"
+ADAPTERS = sample_data_folder() / "adapters"
 PROMPTS = (
     ("a gloop character on the beach", 1),
     ("a gloop character in the forest at night", 4),
@@ -63,12 +63,12 @@ def draw(output: Path | None = None) -> None:
     columns = [
         [picture.image for picture in generate(base, configs, way.blend, composition=way.composition)] for way in ways()
     ]
-    sheet = grid(
+    sheet = draw_image_grid(
         list(zip(*columns, strict=True)),
         columns=[way.title for way in ways()],
         labels=[config.prompt for config in configs],
     )
-    save_grid(sheet, output or sample_data() / "blends.png")
+    save_grid(sheet, output or sample_data_folder() / "blends.png")
 
 
 if __name__ == "__main__":

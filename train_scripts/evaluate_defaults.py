@@ -16,13 +16,13 @@ from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.settings import EMBEDDED_BASE
-from lora_diffusion.core.atomic_files import sample_data
-from lora_diffusion.evaluation.style_distance import style_distance, style_pictures
+from lora_diffusion.core.atomic_files import sample_data_folder
+from lora_diffusion.evaluation.style_distance import list_style_images, style_distance
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import Base, load_base
 from lora_diffusion.training.loop import train
-from lora_diffusion.training.presets import settings_for, subject
+from lora_diffusion.training.presets import make_settings, subject_settings
 from train_scripts.evaluate_routing import prompts as places
 from train_scripts.tiny_world.reader import load_reader, machine, read
 
@@ -40,10 +40,12 @@ def pictures(base: Base, texts: list[str], adapter: Adapter | None) -> list:
 def measured(kind: str, name: str, base: Base, adapter: Adapter | None) -> float:
     """The style distance, lower is nearer, or the share of pictures in which the subject is read."""
     if kind == "style":
-        texts = (sample_data() / "prompts" / f"{name}.txt").read_text().splitlines()
-        return style_distance(base, pictures(base, texts, adapter), style_pictures(sample_data() / "styles" / name))
+        texts = (sample_data_folder() / "prompts" / f"{name}.txt").read_text().splitlines()
+        return style_distance(
+            base, pictures(base, texts, adapter), list_style_images(sample_data_folder() / "styles" / name)
+        )
     texts = [text.removesuffix(", in zwx style").replace("gloop", name) for text in places()]
-    readings = read(load_reader(sample_data() / "tiny-world-reader"), pictures(base, texts, adapter))
+    readings = read(load_reader(sample_data_folder() / "tiny-world-reader"), pictures(base, texts, adapter))
     return sum(reading.subject == name for reading in readings) / len(readings)
 
 
@@ -51,12 +53,16 @@ def trained(kind: str, name: str, folder: Path) -> tuple[Adapter, float]:
     """The adapter of the defaults, and the seconds that it took."""
     output, started = folder / f"{name}.safetensors", time.perf_counter()
     if kind == "style":
-        told = {"data": {"folder": sample_data() / "styles" / name}, "output": output, "trigger_words": [STYLES[name]]}
-        config = settings_for("style", told, base=EMBEDDED_BASE)
+        told = {
+            "data": {"folder": sample_data_folder() / "styles" / name},
+            "output": output,
+            "trigger_words": [STYLES[name]],
+        }
+        config = make_settings("style", told, base=EMBEDDED_BASE)
     else:
-        data = sample_data() / "subjects" / name
-        told = subject(data, output, instance=SUBJECTS[name], class_prompt="a cat")
-        config = settings_for("dreambooth", told, base=EMBEDDED_BASE)
+        data = sample_data_folder() / "subjects" / name
+        told = subject_settings(data, output, instance=SUBJECTS[name], class_prompt="a cat")
+        config = make_settings("dreambooth", told, base=EMBEDDED_BASE)
     result = train(config)
     if result.stopped:
         raise SystemExit("stopped; nothing is measured of a part of a run")
@@ -71,7 +77,7 @@ def evaluate() -> None:
         for name in names:
             with tempfile.TemporaryDirectory() as scratch:
                 adapter, seconds = trained(kind, name, Path(scratch))
-            ready = load_adapter(sample_data() / "adapters" / f"{name}.safetensors")
+            ready = load_adapter(sample_data_folder() / "adapters" / f"{name}.safetensors")
             found = {"base": None, "defaults": adapter, "ready adapter": ready}
             rows.append(
                 {

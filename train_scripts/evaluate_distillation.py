@@ -21,17 +21,17 @@ from PIL import Image
 
 from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.adapters.blend import Blend, BlendSum, WeightedAdapter
-from lora_diffusion.config.distillation import DistilConfig
+from lora_diffusion.config.distillation import DistillConfig
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import Composition, Mode
-from lora_diffusion.core.atomic_files import sample_data, whole_file
-from lora_diffusion.evaluation.image_grid import grid, save_grid
-from lora_diffusion.evaluation.style_distance import style_distance, style_pictures
+from lora_diffusion.core.atomic_files import atomic_file, sample_data_folder
+from lora_diffusion.evaluation.image_grid import draw_image_grid, save_grid
+from lora_diffusion.evaluation.style_distance import list_style_images, style_distance
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import Base, load_base
-from lora_diffusion.training.distillation.distill import distil, metadata_of
-from lora_diffusion.training.distillation.mean_delta import compressed, mean_sum, plain_sum
+from lora_diffusion.training.distillation.distill import distill, make_metadata
+from lora_diffusion.training.distillation.mean_delta import compress_sum, plain_sum, record_mean_sum
 from train_scripts.evaluate_routing import prompts
 from train_scripts.tiny_world.reader import load_reader, read
 
@@ -52,7 +52,7 @@ class Way:
 
 
 def both() -> Blend:
-    paths = {name: sample_data() / "adapters" / f"{name}.safetensors" for name in WEIGHTS}
+    paths = {name: sample_data_folder() / "adapters" / f"{name}.safetensors" for name in WEIGHTS}
     entries = (
         WeightedAdapter(adapter=load_adapter(paths[name]), weight=weight, path=paths[name])
         for name, weight in WEIGHTS.items()
@@ -61,7 +61,7 @@ def both() -> Blend:
 
 
 def svd(base: Base, blend: Blend, total: BlendSum, rank: int) -> Adapter:
-    return compressed(base, total, rank, metadata_of(base, blend, Composition()))
+    return compress_sum(base, total, rank, make_metadata(base, blend, Composition()))
 
 
 def alone(adapter: Adapter) -> Blend:
@@ -85,14 +85,14 @@ def machine() -> dict[str, Any]:
 
 def measure(output: Path | None = None, rank: int = 8, steps: int = 200) -> None:
     """Distil and draw; print, and write as JSON, the errors, the seconds, and how the pictures compare."""
-    output = output or sample_data() / "distillation.json"
+    output = output or sample_data_folder() / "distillation.json"
     base, blend, texts = load_base(), both(), prompts()
     drawn = texts[::DRAWN_SHARE]
     learned = [text for text in texts if text not in drawn]
-    config = DistilConfig(rank=rank, steps=steps)
+    config = DistillConfig(rank=rank, steps=steps)
     configs = [GenerateConfig(prompt=text, seed=100 * s + i) for s in range(SEEDS) for i, text in enumerate(drawn)]
     facts: dict[str, Any] = {"machine": machine(), "config": config.model_dump(mode="json"), "modes": {}}
-    mean = mean_sum(base, blend, Composition(mode="composite"), config.sampler_steps)  # that of switch too
+    mean = record_mean_sum(base, blend, Composition(mode="composite"), config.sampler_steps)  # that of switch too
     ways = [
         Way(title="base", blend=Blend()),
         Way(title="SVD of the sum", blend=alone(svd(base, blend, plain_sum(base, blend), rank))),
@@ -100,24 +100,24 @@ def measure(output: Path | None = None, rank: int = 8, steps: int = 200) -> None
     ]
     for mode in MODES:
         composition = Composition(mode=mode)
-        result = distil(base, blend, composition, learned, config)
+        result = distill(base, blend, composition, learned, config)
         facts["modes"][mode] = {**vars(result.report), "seconds": round(result.seconds, 1)}
         ways += [Way(title=mode, blend=blend, composition=composition)]
         ways += [Way(title=f"{mode}, distilled", blend=alone(result.adapter))]
     pictures = {way.title: pictures_of(base, way, configs) for way in ways}
     facts["pictures"] = {title: compared(base, title, pictures) for title in pictures}
-    with whole_file(output) as part:
+    with atomic_file(output) as part:
         part.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     rows = list(zip(*[found[:SHOWN] for found in pictures.values()], strict=True))
-    sheet = grid(rows, columns=list(pictures), labels=drawn[:SHOWN])
+    sheet = draw_image_grid(rows, columns=list(pictures), labels=drawn[:SHOWN])
     save_grid(sheet, output.with_suffix(".png"))
     print(json.dumps(facts, indent=2))
 
 
 def compared(base: Base, title: str, pictures: dict[str, list[Image.Image]]) -> dict[str, Any]:
     """How often gloop is read, how far the style is from neon's, and how far the pixels are from each mode's own."""
-    readings = read(load_reader(sample_data() / "tiny-world-reader"), pictures[title])
-    neon = style_pictures(sample_data() / "styles" / "neon")
+    readings = read(load_reader(sample_data_folder() / "tiny-world-reader"), pictures[title])
+    neon = list_style_images(sample_data_folder() / "styles" / "neon")
     return {
         "gloop": sum(reading.subject == "gloop" for reading in readings),
         "of": len(readings),

@@ -13,12 +13,12 @@ import tyro
 
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.config.generate import GenerateConfig
-from lora_diffusion.core.atomic_files import sample_data
-from lora_diffusion.evaluation.style_distance import style_distance, style_pictures
+from lora_diffusion.core.atomic_files import sample_data_folder
+from lora_diffusion.evaluation.style_distance import list_style_images, style_distance
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.library.presets import read_preset
-from lora_diffusion.library.references import anchored_entries, load_blend
+from lora_diffusion.library.references import load_blend, resolve_entry_paths
 from lora_diffusion.models.load import load_base
 from train_scripts.draw_sample_sets import SETTINGS, TIMES, character_scene, subject_caption, subject_scenes
 from train_scripts.tiny_world.reader import load_reader, read
@@ -36,17 +36,17 @@ def prompts() -> list[str]:
 
 
 def plain(neon: float, gloop: float) -> Blend:
-    adapters = [load_adapter(sample_data() / "adapters" / f"{name}.safetensors") for name in ("neon", "gloop")]
+    adapters = [load_adapter(sample_data_folder() / "adapters" / f"{name}.safetensors") for name in ("neon", "gloop")]
     pairs = zip(adapters, (neon, gloop), strict=True)
     return Blend(entries=tuple(WeightedAdapter(adapter=adapter, weight=weight) for adapter, weight in pairs))
 
 
 def measure(preset: tyro.conf.Positional[Path]) -> None:
     """Print, for the preset and for plain sums, how often gloop is read and the distance to the neon training set."""
-    routed = load_blend(anchored_entries(read_preset(preset).adapters, preset.parent)).blend
+    routed = load_blend(resolve_entry_paths(read_preset(preset).adapters, preset.parent)).blend
     blends = {f"neon {n} + gloop {g}": plain(n, g) for n, g in SUMS} | {preset.stem: routed}
-    base, reader = load_base(), load_reader(sample_data() / "tiny-world-reader")
-    neon = style_pictures(sample_data() / "styles" / "neon")
+    base, reader = load_base(), load_reader(sample_data_folder() / "tiny-world-reader")
+    neon = list_style_images(sample_data_folder() / "styles" / "neon")
     texts = prompts()
     configs = [
         GenerateConfig(prompt=text, seed=100 * seed + i, steps=STEPS)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lora_diffusion.config.defaults import MEMORY, Purpose, default_settings, memory_settings, with_precision
-from lora_diffusion.config.settings import changed
-from lora_diffusion.core.atomic_files import whole_file
+from lora_diffusion.config.settings import deep_merge
+from lora_diffusion.core.atomic_files import atomic_file
 
 CONFIGS = Path(__file__).with_name("configs")
 BASES = {
@@ -43,8 +43,8 @@ def configs() -> Iterator[tuple[str, str]]:
 def text(family: str, base: str, purpose: Purpose, gigabytes: int | None) -> str:
     """One file: a comment on what it is for, then settings, sections last."""
     table = with_precision(default_settings(purpose, family), on_gpu=gigabytes is not None)
-    table = changed(table, memory_settings(family, gigabytes) if gigabytes else {})
-    table = changed({"base": base, **table}, TOLD[purpose])
+    table = deep_merge(table, memory_settings(family, gigabytes) if gigabytes else {})
+    table = deep_merge({"base": base, **table}, TOLD[purpose])
     what = "A style" if purpose == "style" else "A subject"
     where = f"a GPU of {gigabytes} GB" if gigabytes else "the processor alone"
     return f"# {what} on {base}, with {where}. Written by `python -m train_scripts.write_configs`.\n{toml(table)}"
@@ -60,7 +60,7 @@ def toml(table: Mapping[str, Any]) -> str:
 def main() -> None:
     CONFIGS.mkdir(exist_ok=True)
     for name, words in configs():
-        with whole_file(CONFIGS / name) as part:
+        with atomic_file(CONFIGS / name) as part:
             part.write_text(words, encoding="utf-8")
 
 

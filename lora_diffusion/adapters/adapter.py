@@ -80,7 +80,7 @@ class Adapter:
     def non_finite(self) -> tuple[str, ...]:
         """The tensors that hold NaN or infinity, by name."""
         named = dict(named_tensors(self))
-        if all_finite(tuple(named.values())):
+        if is_all_finite(tuple(named.values())):
             return ()
         return tuple(name for name, tensor in named.items() if not bool(tensor.float().isfinite().all()))
 
@@ -98,7 +98,7 @@ class Adapter:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of layer in it, and of what else it holds, as people call them."""
-        found = {kind_of(layer) for layer in self.layers.values()}
+        found = {layer_kind(layer) for layer in self.layers.values()}
         found |= {"bias"} if self.biases else set()
         return tuple(sorted(found | ({"textual inversion"} if self.tokens else set())))
 
@@ -107,10 +107,10 @@ class Adapter:
         return sum(tensor.numel() for _, tensor in named_tensors(self))
 
 
-def kind_of(layer: Layer) -> str:
+def layer_kind(layer: Layer) -> str:
     """`LoRA`, `LoCon` (LoRA on a kernel wider than 1), `LoHa`, `LoKr`, `DoRA` (or `DoRA on LoHa`), `full`, `norm`."""
     if isinstance(layer, DoRALayer):
-        inner = kind_of(layer.inner)
+        inner = layer_kind(layer.inner)
         return "DoRA" if inner == "LoRA" else f"DoRA on {inner}"
     if isinstance(layer, FullLayer) and layer.diff.ndim == 1:
         return "norm"
@@ -138,24 +138,24 @@ def content_hash(adapter: Adapter) -> str:
         kind = "" if layer.kind == "LoRA" else f"|{layer.kind}"
         digest.update(f"{path}|{float(getattr(layer, 'alpha', 1.0))!r}{kind}".encode())
         for name, factor in layer.factors.items():
-            digest.update(labeled(factor, name if kind else ""))
+            digest.update(tensor_label(factor, name if kind else ""))
             digest.update(tensor_bytes(factor))
     for path, bias in adapter.biases.items():
-        digest.update(labeled(bias, f"{path}|bias"))
+        digest.update(tensor_label(bias, f"{path}|bias"))
         digest.update(tensor_bytes(bias))
     for word, token in adapter.tokens.items():
         for component, vectors in sorted(token.items()):
-            digest.update(labeled(vectors, f"token|{word}|{component}"))
+            digest.update(tensor_label(vectors, f"token|{word}|{component}"))
             digest.update(tensor_bytes(vectors))
     return digest.hexdigest()
 
 
-def labeled(tensor: Tensor, name: str) -> bytes:
+def tensor_label(tensor: Tensor, name: str) -> bytes:
     """What a hash takes in before a tensor's bytes."""
     return f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode()
 
 
-def all_finite(tensors: Sequence[Tensor]) -> bool:
+def is_all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether finite sums show, at a tenth of the cost of looking, that all values are; a sum may also overflow."""
     import torch
 
@@ -165,7 +165,7 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     return not sums or bool(torch.stack(sums).isfinite().all())
 
 
-def cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
+def cast_adapter(adapter: Adapter, dtype: torch.dtype) -> Adapter:
     """The adapter with every tensor rounded to `dtype`."""
     return Adapter(
         layers={

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import cast
 
 from lora_diffusion.adapters.adapter import Adapter
-from lora_diffusion.adapters.coefficients import Moment, coefficients, has_schedule, is_off
+from lora_diffusion.adapters.coefficients import DenoisingStep, coefficients, has_schedule, is_zero
 from lora_diffusion.adapters.factor_stack import BiasTerm, Term
 from lora_diffusion.adapters.layers import Layer
-from lora_diffusion.adapters.t_lora import cut_layer
+from lora_diffusion.adapters.t_lora import truncate_at_step
 from lora_diffusion.architectures.families import family_title
-from lora_diffusion.architectures.module_paths import Anatomy
+from lora_diffusion.architectures.module_paths import ModelLayout
 from lora_diffusion.config.preset import BlendWeight, Region, Weight
 from lora_diffusion.errors import ConfigError, FamilyMismatchError
 
@@ -78,7 +78,7 @@ class Blend:
     @cached_property
     def active(self) -> tuple[WeightedAdapter, ...]:
         """Entries of weight other than 0, in an order of their own, so that the user's order changes no bit."""
-        entries = [e for e in self.entries if not is_off(e.weight)]
+        entries = [e for e in self.entries if not is_zero(e.weight)]
         if len(entries) < 2:  # a lone adapter needs no order, and its hash costs as much as a tenth of applying it
             return tuple(entries)
         return tuple(sorted(entries, key=lambda e: (e.hash, str(e.weight))))
@@ -102,10 +102,10 @@ class BlendSum:
         return (*(f"{path}.weight" for path in self.layers), *(f"{path}.bias" for path in self.biases))
 
 
-def blend_sum(blend: Blend, anatomy: Anatomy | None = None, moment: Moment | None = None) -> BlendSum:
+def blend_sum(blend: Blend, layout: ModelLayout | None = None, denoising_step: DenoisingStep | None = None) -> BlendSum:
     """The blend at one denoising step, or at all of them if none has a schedule.
 
-    `anatomy` is the base's, needed for weights by block. Raises ConfigError for blocks that the base does not have, or
+    `layout` is the base's, needed for weights by block. Raises ConfigError for blocks that the base does not have, or
     a schedule without a moment, or a region, which weights cannot hold.
     """
     layers: dict[str, list[Term]] = {}
@@ -114,8 +114,8 @@ def blend_sum(blend: Blend, anatomy: Anatomy | None = None, moment: Moment | Non
         if entry.region:
             raise ConfigError(f"{entry.name}: acts in a region, which only pictures have; `generate` blends by regions")
         adapter = entry.adapter
-        own = layers_at(entry, moment)
-        for path, coefficient in coefficients(entry.weight, adapter.paths, anatomy, moment).items():
+        own = layers_at(entry, denoising_step)
+        for path, coefficient in coefficients(entry.weight, adapter.paths, layout, denoising_step).items():
             if coefficient != 0 and path in adapter.layers:
                 layers.setdefault(path, []).append((coefficient, own[path]))
             if coefficient != 0 and path in adapter.biases:
@@ -126,7 +126,7 @@ def blend_sum(blend: Blend, anatomy: Anatomy | None = None, moment: Moment | Non
     )
 
 
-def layers_at(entry: WeightedAdapter, moment: Moment | None) -> Mapping[str, Layer]:
+def layers_at(entry: WeightedAdapter, denoising_step: DenoisingStep | None) -> Mapping[str, Layer]:
     """An adapter's layers at a denoising step: of a T-LoRA the directions that act there, of others all.
 
     Raises ConfigError for a T-LoRA where there are no steps.
@@ -134,24 +134,24 @@ def layers_at(entry: WeightedAdapter, moment: Moment | None) -> Mapping[str, Lay
     adapter, least = entry.adapter, entry.adapter.metadata.least_rank
     if not least:
         return adapter.layers
-    if moment is None:
+    if denoising_step is None:
         raise ConfigError(
             f"{entry.name}: is a T-LoRA, which changes with the timestep, so that no weights can hold it; blend it "
             "when pictures are made, or cut it to one rank with resize --first"
         )
-    share = moment.step / moment.steps
-    return {path: cut_layer(layer, least, share) for path, layer in adapter.layers.items()}
+    share = denoising_step.index / denoising_step.total
+    return {path: truncate_at_step(layer, least, share) for path, layer in adapter.layers.items()}
 
 
-def same_terms(first: object, second: object) -> bool:
+def terms_equal(first: object, second: object) -> bool:
     """Whether two nested tuples hold the same numbers and the very same layers and tensors."""
     if isinstance(first, tuple) and isinstance(second, tuple):
         mine, other = cast("tuple[object, ...]", first), cast("tuple[object, ...]", second)
-        return len(mine) == len(other) and all(map(same_terms, mine, other))
+        return len(mine) == len(other) and all(map(terms_equal, mine, other))
     return first is second or (isinstance(first, int | float) and first == second)
 
 
-def joined_sums(sums: Iterable[BlendSum]) -> BlendSum:
+def merge_sums(sums: Iterable[BlendSum]) -> BlendSum:
     """The terms of several sums in one."""
     layers: dict[str, tuple[Term, ...]] = {}
     biases: dict[str, tuple[BiasTerm, ...]] = {}
@@ -163,7 +163,7 @@ def joined_sums(sums: Iterable[BlendSum]) -> BlendSum:
     return BlendSum(layers=layers, biases=biases)
 
 
-def part_of(total: BlendSum, keep: Callable[[str], bool]) -> BlendSum:
+def filter_modules(total: BlendSum, keep: Callable[[str], bool]) -> BlendSum:
     """The terms at those module paths that are to be kept."""
     return BlendSum(
         layers={path: terms for path, terms in total.layers.items() if keep(path)},

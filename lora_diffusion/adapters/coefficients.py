@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from lora_diffusion.architectures.blocks import block_layouts, block_name
-from lora_diffusion.architectures.module_paths import Anatomy
+from lora_diffusion.architectures.blocks import block_name, vector_block_names
+from lora_diffusion.architectures.module_paths import ModelLayout
 from lora_diffusion.config.preset import BlendWeight, Schedule, Weight
 from lora_diffusion.errors import ConfigError
 
@@ -24,21 +24,21 @@ FLUX_VECTOR = 61
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moment:
+class DenoisingStep:
     """One denoising step of a run."""
 
-    step: int
+    index: int
     """Its number, from 0."""
-    steps: int
+    total: int
 
     def position(self, unit: str) -> float:
         """Where a schedule sees it: its number in steps, or its middle as a fraction of the run."""
-        return float(self.step) if unit == "step" else (self.step + 0.5) / self.steps
+        return float(self.index) if unit == "step" else (self.index + 0.5) / self.total
 
 
-def schedule_factor(schedule: Schedule, moment: Moment) -> float:
+def schedule_factor(schedule: Schedule, denoising_step: DenoisingStep) -> float:
     """The factor at one step."""
-    here = moment.position(schedule.unit)
+    here = denoising_step.position(schedule.unit)
     before = [point for point in schedule.points if point[0] <= here]
     after = [point for point in schedule.points if point[0] > here]
     if not before or not after or schedule.curve == "hold":
@@ -50,14 +50,14 @@ def schedule_factor(schedule: Schedule, moment: Moment) -> float:
     return first + (last - first) * share
 
 
-def stock_presets(anatomy: Anatomy) -> dict[str, dict[str, float]]:
+def stock_presets(layout: ModelLayout) -> dict[str, dict[str, float]]:
     """Factors by block of the presets that everybody uses, by name.
 
     INS and IND are the shallow and the deep half of the blocks with attention on the way in, OUTD and OUTS on the way
     out; MIDD is all that is deep. For SD 1.x these are the 17 values of their origin
     [github.com/hako-mikan/sd-webui-lora-block-weight]; for other families the same halves.
     """
-    _, attentive = block_layouts(anatomy)
+    _, attentive = vector_block_names(layout)
     ins = [block for block in attentive if block.startswith("IN")]
     outs = [block for block in attentive if block.startswith("OUT")]
     shallow_in, deep_in = ins[: len(ins) // 2], ins[len(ins) // 2 :]
@@ -81,13 +81,13 @@ def stock_presets(anatomy: Anatomy) -> dict[str, dict[str, float]]:
 
 def block_factors(
     blocks: str | tuple[float, ...] | Mapping[str, float | Schedule],
-    anatomy: Anatomy,
+    layout: ModelLayout,
     presets: BlockPresets | None = None,
 ) -> dict[str, float | Schedule]:
     """Factors by block name. Raises ConfigError for an unknown preset or block, or a vector of the wrong length."""
-    every, attentive = block_layouts(anatomy)
+    every, attentive = vector_block_names(layout)
     if isinstance(blocks, str):
-        return named_factors(blocks, anatomy, presets or {})
+        return find_block_preset(blocks, layout, presets or {})
     if isinstance(blocks, tuple):
         for names in (attentive, every):
             if len(names) == len(blocks):
@@ -103,11 +103,11 @@ def block_factors(
     return dict(blocks)
 
 
-def named_factors(name: str, anatomy: Anatomy, presets: BlockPresets) -> dict[str, float | Schedule]:
+def find_block_preset(name: str, layout: ModelLayout, presets: BlockPresets) -> dict[str, float | Schedule]:
     if name in presets:
-        fitting = [v for v in presets[name] if len(v) in map(len, block_layouts(anatomy))]
-        return block_factors((fitting or list(presets[name]))[0], anatomy)
-    stock = stock_presets(anatomy)
+        fitting = [v for v in presets[name] if len(v) in map(len, vector_block_names(layout))]
+        return block_factors((fitting or list(presets[name]))[0], layout)
+    stock = stock_presets(layout)
     if name not in stock:
         known = [*stock, *presets]
         near = difflib.get_close_matches(name, known, n=1)
@@ -116,50 +116,50 @@ def named_factors(name: str, anatomy: Anatomy, presets: BlockPresets) -> dict[st
     return dict(stock[name])
 
 
-def spelled_out(weight: Weight, anatomy: Anatomy, presets: BlockPresets | None = None) -> Weight:
+def expand_block_preset(weight: Weight, layout: ModelLayout, presets: BlockPresets | None = None) -> Weight:
     """The weight with its block preset or vector as factors by name, so that it means the same everywhere.
 
     Raises ConfigError as `block_factors` does.
     """
     if not isinstance(weight, BlendWeight) or not weight.blocks:
         return weight
-    return weight.model_copy(update={"blocks": block_factors(weight.blocks, anatomy, presets)})
+    return weight.model_copy(update={"blocks": block_factors(weight.blocks, layout, presets)})
 
 
 def coefficients(
-    weight: Weight, paths: Iterable[str], anatomy: Anatomy | None, moment: Moment | None
+    weight: Weight, paths: Iterable[str], layout: ModelLayout | None, denoising_step: DenoisingStep | None
 ) -> dict[str, float]:
-    """What the weight comes to at each module path.
+    """Evaluate the weight at each module path.
 
-    Raises ConfigError for blocks that the base does not have, or a schedule where there are no steps (`moment` None).
+    Raises ConfigError for blocks that the base does not have, or for a schedule if `denoising_step` is None.
     """
     if not isinstance(weight, BlendWeight):
         return dict.fromkeys(paths, weight)
-    if weight.blocks and anatomy is None:
+    if weight.blocks and layout is None:
         raise ConfigError("weights by block need a base of a known family; give factors by module pattern instead")
-    blocks = block_factors(weight.blocks, anatomy) if anatomy is not None and weight.blocks else {}
+    blocks = block_factors(weight.blocks, layout) if layout is not None and weight.blocks else {}
     found: dict[str, float] = {}
     own = {str(component): value for component, value in weight.components.items()}
     for path in paths:
         component = path.split(".", 1)[0]
-        factor = blocks.get(block_name(path, anatomy), 1.0) if anatomy is not None and blocks else 1.0
+        factor = blocks.get(block_name(path, layout), 1.0) if layout is not None and blocks else 1.0
         matching = [value for pattern, value in weight.modules if fnmatchcase(path, pattern)]
         value = own.get(component, weight.value)
         value *= matching[-1] if matching else 1.0
         for part in (factor, weight.schedule):
-            value *= at_moment(part, moment, timeless=component != "unet")
+            value *= factor_at_step(part, denoising_step, timeless=component != "unet")
         found[path] = value
     return found
 
 
-def at_moment(factor: float | Schedule | None, moment: Moment | None, *, timeless: bool) -> float:
+def factor_at_step(factor: float | Schedule | None, denoising_step: DenoisingStep | None, *, timeless: bool) -> float:
     if not isinstance(factor, Schedule):
         return 1.0 if factor is None else factor
     if timeless:
         return 1.0
-    if moment is None:
+    if denoising_step is None:
         raise ConfigError("a schedule over steps has no meaning here, where there are none; give plain weights")
-    return schedule_factor(factor, moment)
+    return schedule_factor(factor, denoising_step)
 
 
 def has_schedule(weight: Weight) -> bool:
@@ -180,7 +180,7 @@ def without_schedules(weight: Weight) -> Weight:
     return weight.model_copy(update={"schedule": None, "blocks": blocks})
 
 
-def is_off(weight: Weight) -> bool:
+def is_zero(weight: Weight) -> bool:
     """Whether it is 0 everywhere, at every step."""
     if not isinstance(weight, BlendWeight):
         return weight == 0
@@ -201,7 +201,7 @@ def read_block_presets(path: Path) -> BlockPresets:
         name, colon, values = line.strip().partition(":")
         if "#" in line or not line.strip():
             continue
-        vector = vector_of(values, source=f"{path}, line {number}") if colon else ()
+        vector = parse_vector(values, source=f"{path}, line {number}") if colon else ()
         if len(vector) == FLUX_VECTOR:
             continue
         if len(vector) not in (12, 17, 20, 26):
@@ -212,7 +212,7 @@ def read_block_presets(path: Path) -> BlockPresets:
     return presets
 
 
-def vector_of(text: str, *, source: str) -> tuple[float, ...]:
+def parse_vector(text: str, *, source: str) -> tuple[float, ...]:
     """Comma-separated numbers. Raises ConfigError."""
     values: list[float] = []
     for part in text.split(","):

@@ -10,7 +10,7 @@ from lora_diffusion.config.preset import Composition
 from lora_diffusion.errors import ConfigError, FamilyMismatchError
 
 
-def check_mode(composition: Composition, count: int, *, regions: bool) -> None:
+def validate_composition(composition: Composition, count: int, *, regions: bool) -> None:
     """Raise ConfigError for a mode in which that many adapters, some with regions, cannot come together."""
     mode = composition.mode
     if mode == "k-lora" and count != 2:
@@ -32,7 +32,7 @@ def check_fits(
     for entry in blend.entries:
         adapter = entry.adapter
         check_family(adapter.metadata.family, entry.name, base_name=base_name, family=family)
-        wanted = wanted_shapes(adapter)
+        wanted = expected_shapes(adapter)
         unknown = [name for name in wanted if name.rpartition(".")[0] not in paths or name not in shapes]
         if unknown:
             raise FamilyMismatchError(
@@ -40,7 +40,7 @@ def check_fits(
                 f"({family_title(family)}; first: {unknown[0]}); use the base that it was trained on"
             )
         for name, shape in wanted.items():
-            if not same_weight(shape, shapes[name]):
+            if not is_same_weight(shape, shapes[name]):
                 raise FamilyMismatchError(
                     f"{entry.name}: {name} is for a weight of shape {shape}, but {base_name} has {shapes[name]} there; "
                     "use the base that it was trained on"
@@ -56,12 +56,12 @@ def check_family(own: str, name: str, *, base_name: str, family: str) -> None:
         )
 
 
-def wanted_shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
+def expected_shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
     """The parameters that an adapter changes, `<module path>.weight` and `.bias`, with the shapes it expects."""
     weights = {f"{path}.weight": layer.weight_shape for path, layer in adapter.layers.items()}
     return weights | {f"{path}.bias": tuple(bias.shape) for path, bias in adapter.biases.items()}
 
 
-def same_weight(layer: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+def is_same_weight(layer: tuple[int, ...], weight: tuple[int, ...]) -> bool:
     """Whether a layer's delta is that of the weight, be it with the kernel flattened or a 1x1 kernel left out."""
     return layer == weight or (layer[:1] == weight[:1] and math.prod(layer) == math.prod(weight) and len(weight) > 1)

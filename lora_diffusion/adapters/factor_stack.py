@@ -21,7 +21,7 @@ def is_joinable(layer: Layer) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Stack:
+class StackedFactors:
     """The factors of several LoRA layers of one module, side by side on one device; weights come later.
 
     `up` is (out, sum of ranks) in the type of the layers, `down` (sum of ranks, in) in float32, kernels flattened.
@@ -36,16 +36,16 @@ class Stack:
     def weighted_up(self, terms: Sequence[Term]) -> Tensor:
         """`up` with each layer's columns times its scale and its coefficient in `terms`, float32."""
         factors = tuple(weight * scale for (weight, _), scale in zip(terms, self.scales, strict=True))
-        return torch.mul(self.up, column_factors(factors, self.ranks, self.up.device)).float()
+        return torch.mul(self.up, repeat_by_rank(factors, self.ranks, self.up.device)).float()
 
 
 @functools.lru_cache(maxsize=16)
-def column_factors(factors: tuple[float, ...], ranks: tuple[int, ...], device: torch.device) -> Tensor:
+def repeat_by_rank(factors: tuple[float, ...], ranks: tuple[int, ...], device: torch.device) -> Tensor:
     """Each factor as often as its rank, float32; most modules of a blend ask for the very same ones."""
     return torch.tensor([value for value, rank in zip(factors, ranks, strict=True) for _ in range(rank)], device=device)
 
 
-def stacked(layers: Sequence[Layer], device: torch.device | None = None) -> Stack:
+def stack_factors(layers: Sequence[Layer], device: torch.device | None = None) -> StackedFactors:
     """Plain LoRA layers as one pair of factors. Raises ConfigError for a kind whose factors cannot be stacked."""
     plain = [layer for layer in layers if isinstance(layer, LoRALayer) and layer.mid is None]
     if len(plain) < len(layers):
@@ -54,7 +54,7 @@ def stacked(layers: Sequence[Layer], device: torch.device | None = None) -> Stac
     ups, downs = [layer.up.flatten(1) for layer in plain], [layer.down.flatten(1) for layer in plain]
     if len({(tensor.dtype, tensor.device) for tensor in (*ups, *downs)}) > 1:
         ups, downs = ([tensor.to(device, torch.float32) for tensor in tensors] for tensors in (ups, downs))
-    return Stack(
+    return StackedFactors(
         up=(torch.cat(ups, dim=1) if len(ups) > 1 else ups[0]).to(device),
         down=(torch.cat(downs, dim=0) if len(downs) > 1 else downs[0]).to(device, torch.float32),
         ranks=tuple(layer.rank for layer in plain),
@@ -62,23 +62,23 @@ def stacked(layers: Sequence[Layer], device: torch.device | None = None) -> Stac
     )
 
 
-def joined_layer(terms: Sequence[Term]) -> LoRALayer:
+def join_layers(terms: Sequence[Term]) -> LoRALayer:
     """Weighted LoRA layers of one module as a single layer of scale 1 in float32: factors stacked, ranks added.
 
     Raises ConfigError for a kind whose factors cannot be stacked.
     """
-    stack = stacked([layer for _, layer in terms])
-    shape = joined_shape(terms)
+    stack = stack_factors([layer for _, layer in terms])
+    shape = common_weight_shape(terms)
     up = stack.weighted_up(terms)
     ones = [1] * len(shape[2:])
     rank = stack.down.shape[0]
     return LoRALayer(down=stack.down.reshape(rank, *shape[1:]), up=up.reshape(*up.shape, *ones), alpha=float(rank))
 
 
-def parted(terms: Sequence[Term]) -> tuple[list[Term], list[Term]]:
+def split_stackable(terms: Sequence[Term]) -> tuple[list[Term], list[Term]]:
     """Those whose factors can be stacked, and the others."""
     return [term for term in terms if is_joinable(term[1])], [term for term in terms if not is_joinable(term[1])]
 
 
-def joined_shape(terms: Sequence[Term]) -> tuple[int, ...]:
+def common_weight_shape(terms: Sequence[Term]) -> tuple[int, ...]:
     return max((layer.weight_shape for _, layer in terms), key=len)

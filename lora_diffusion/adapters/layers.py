@@ -73,14 +73,14 @@ def check_alpha(alpha: float) -> None:
         raise AdapterFormatError(f"alpha is {alpha}; expected a finite number")
 
 
-def shapes(layer: Layer) -> str:
+def format_shapes(layer: Layer) -> str:
     """All factors with their shapes, for a message."""
     return ", ".join(f"{name} {tuple(factor.shape)}" for name, factor in layer.factors.items())
 
 
-def refuse_unless(consistent: bool, layer: Layer, expected: str) -> None:
+def check_consistent(consistent: bool, layer: Layer, expected: str) -> None:
     if not consistent:
-        raise AdapterFormatError(f"factors do not follow each other ({shapes(layer)}); expected {expected}")
+        raise AdapterFormatError(f"factors do not follow each other ({format_shapes(layer)}); expected {expected}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -106,7 +106,7 @@ class LoRALayer(Layer):
         if mid is not None:
             good = good and mid.ndim == 4 and tuple(down.shape[2:]) in ((), (1, 1))
             good = good and tuple(mid.shape[:2]) == (up.shape[1], down.shape[0])
-        refuse_unless(good, self, "up (out, rank) after down (rank, in), both with 2 or both with 4 dimensions")
+        check_consistent(good, self, "up (out, rank) after down (rank, in), both with 2 or both with 4 dimensions")
 
     @property
     def rank(self) -> int:
@@ -124,7 +124,7 @@ class LoRALayer(Layer):
     def delta(self, base: Tensor | None = None) -> Tensor:  # noqa: ARG002 (linear in its factors, whatever the base)
         up, down = self.up.float().flatten(1), self.down.float().flatten(1)
         if self.mid is not None:
-            return self.scale * tucker(self.mid, up.T, down)
+            return self.scale * tucker_product(self.mid, up.T, down)
         return (self.scale * (up @ down)).reshape(self.weight_shape)
 
 
@@ -158,7 +158,7 @@ class LoHaLayer(Layer):
             good = self.w1_a.shape[1] == self.w1_b.shape[0] and self.w2_a.shape[1] == self.w2_b.shape[0]
             good = good and self.w1_a.shape[0] == self.w2_a.shape[0]
         good = good and self.w1_b.shape[1] == self.w2_b.shape[1]
-        refuse_unless(good, self, "w1_a (out, rank), w1_b (rank, in) and the same for w2, or both with Tucker cores")
+        check_consistent(good, self, "w1_a (out, rank), w1_b (rank, in) and the same for w2, or both with Tucker cores")
 
     @property
     def rank(self) -> int:
@@ -175,7 +175,7 @@ class LoHaLayer(Layer):
         return (self.w1_a.shape[0], self.w1_b.shape[1])
 
     def delta(self, base: Tensor | None = None) -> Tensor:  # noqa: ARG002 (linear in its factors, whatever the base)
-        first, second = product(self.w1_a, self.w1_b, self.t1), product(self.w2_a, self.w2_b, self.t2)
+        first, second = low_rank_product(self.w1_a, self.w1_b, self.t1), low_rank_product(self.w2_a, self.w2_b, self.t2)
         return first * second * self.scale
 
 
@@ -204,7 +204,7 @@ class LoKrLayer(Layer):
         good = is_one_or_pair(self.w1, self.w1_a, self.w1_b, None)
         good = good and is_one_or_pair(self.w2, self.w2_a, self.w2_b, self.t2)
         good = good and (self.w1 is None or self.w1.ndim == 2)
-        refuse_unless(good, self, "w1 or the pair w1_a, w1_b, and w2 or the pair w2_a, w2_b, with matching ranks")
+        check_consistent(good, self, "w1 or the pair w1_a, w1_b, and w2 or the pair w2_a, w2_b, with matching ranks")
 
     @property
     def rank(self) -> int:
@@ -217,16 +217,16 @@ class LoKrLayer(Layer):
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        first, second = half_shape(self.w1, self.w1_a, self.w1_b, None), self.second_shape
+        first, second = kronecker_factor_shape(self.w1, self.w1_a, self.w1_b, None), self.second_shape
         return (first[0] * second[0], first[1] * second[1], *second[2:])
 
     @property
     def second_shape(self) -> tuple[int, ...]:
-        return half_shape(self.w2, self.w2_a, self.w2_b, self.t2)
+        return kronecker_factor_shape(self.w2, self.w2_a, self.w2_b, self.t2)
 
     def delta(self, base: Tensor | None = None) -> Tensor:  # noqa: ARG002 (linear in its factors, whatever the base)
-        first = half(self.w1, self.w1_a, self.w1_b, None)
-        second = half(self.w2, self.w2_a, self.w2_b, self.t2)
+        first = kronecker_factor(self.w1, self.w1_a, self.w1_b, None)
+        second = kronecker_factor(self.w2, self.w2_a, self.w2_b, self.t2)
         first = first.reshape(*first.shape, *[1] * (second.ndim - 2))
         return first.kron(second.contiguous()) * self.scale
 
@@ -254,7 +254,7 @@ class FullLayer(Layer):
 
     def __post_init__(self) -> None:
         check_factors(self)
-        refuse_unless(self.diff.ndim in (1, 2, 4), self, "1, 2 or 4 dimensions")
+        check_consistent(self.diff.ndim in (1, 2, 4), self, "1, 2 or 4 dimensions")
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -284,7 +284,7 @@ class DoRALayer(Layer):
         shape = tuple(self.magnitude.shape)
         outputs_first = len(shape) > 1 and shape[0] == out and set(shape[1:]) <= {1}
         inputs_second = len(shape) > 1 and shape[0] == 1 and set(shape[2:]) <= {1} and inputs % shape[1] == 0
-        refuse_unless(outputs_first or inputs_second, self, f"a magnitude of ({out}, 1) or (1, {inputs})")
+        check_consistent(outputs_first or inputs_second, self, f"a magnitude of ({out}, 1) or (1, {inputs})")
 
     @property
     def factors(self) -> dict[str, Tensor]:
@@ -323,27 +323,27 @@ class DoRALayer(Layer):
         return moved * (self.magnitude.float().reshape(norm.shape) / norm) - weight
 
 
-def tucker(core: Tensor, first: Tensor, second: Tensor) -> Tensor:
+def tucker_product(core: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """(out, in, kh, kw) from a core (r, q, kh, kw), `first` (r, out) and `second` (q, in)."""
     import torch
 
     return torch.einsum("ijkl,ip,jr->prkl", core.float(), first.float(), second.float())
 
 
-def product(first: Tensor, second: Tensor, core: Tensor | None) -> Tensor:
+def low_rank_product(first: Tensor, second: Tensor, core: Tensor | None) -> Tensor:
     """One low-rank matrix, float32."""
-    return first.float() @ second.float() if core is None else tucker(core, first, second)
+    return first.float() @ second.float() if core is None else tucker_product(core, first, second)
 
 
-def half(whole: Tensor | None, first: Tensor | None, second: Tensor | None, core: Tensor | None) -> Tensor:
+def kronecker_factor(whole: Tensor | None, first: Tensor | None, second: Tensor | None, core: Tensor | None) -> Tensor:
     """One side of a Kronecker product, float32."""
     if whole is not None:
         return whole.float()
     assert first is not None and second is not None
-    return product(first, second, core)
+    return low_rank_product(first, second, core)
 
 
-def half_shape(
+def kronecker_factor_shape(
     whole: Tensor | None, first: Tensor | None, second: Tensor | None, core: Tensor | None
 ) -> tuple[int, ...]:
     if whole is not None:

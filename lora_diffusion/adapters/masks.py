@@ -20,7 +20,7 @@ def region_mask(region: Region) -> Tensor:
 
     Raises ConfigError for a mask file that cannot be read or has changed, or a region that is empty.
     """
-    image = box_image(region.box) if region.box else mask_image(region)
+    image = draw_box(region.box) if region.box else load_mask_image(region)
     softened = image.filter(ImageFilter.GaussianBlur(region.feather * SIDE / 4)) if region.feather else image
     mask = torch.from_numpy(np.asarray(softened, dtype=np.float32) / 255)
     if not bool(mask.any()):
@@ -28,26 +28,26 @@ def region_mask(region: Region) -> Tensor:
     return mask
 
 
-def box_image(box: tuple[float, float, float, float]) -> Image.Image:
+def draw_box(box: tuple[float, float, float, float]) -> Image.Image:
     left, top, right, bottom = (round(side * SIDE) for side in box)
     image = Image.new("L", (SIDE, SIDE), 0)
     image.paste(255, (left, top, right, bottom))
     return image
 
 
-def mask_image(region: Region) -> Image.Image:
+def load_mask_image(region: Region) -> Image.Image:
     """The mask's brightness, stretched to the square."""
     path = Path(region.mask)
     if region.mask_hash and mask_hash(path) != region.mask_hash:
         raise ConfigError(f"{path}: is not the mask that the recipe was made with; give back the original file")
     try:
         with Image.open(path) as image:
-            return gray(image).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+            return to_gray(image).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ConfigError(f"{path}: cannot be read as a mask ({error}); give a picture, white where it acts") from None
 
 
-def gray(image: Image.Image) -> Image.Image:
+def to_gray(image: Image.Image) -> Image.Image:
     """Brightness in 8 bits; what is transparent counts as black, 16 bits are scaled down."""
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8))
@@ -55,7 +55,7 @@ def gray(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), layered).convert("L")
 
 
-def known_region(region: Region) -> Region:
+def with_mask_hash(region: Region) -> Region:
     """A region whose mask is known by its hash. Raises ConfigError if the mask cannot be read."""
     if not region.mask or region.mask_hash:
         return region
@@ -70,12 +70,12 @@ def mask_hash(path: Path) -> str:
         raise ConfigError(f"{path}: cannot be read as a mask ({error.strerror}); give a picture") from None
 
 
-def scaled_mask(mask: Tensor, height: int, width: int) -> Tensor:
+def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
     """The mask at a layer's resolution, (height, width): the mean of what falls into each place."""
     return torch.nn.functional.adaptive_avg_pool2d(mask[None, None], (height, width))[0, 0]
 
 
-def token_grid(tokens: int, height: int, width: int) -> tuple[int, int]:
+def infer_token_grid(tokens: int, height: int, width: int) -> tuple[int, int]:
     """The height and width of a layer with that many tokens, for latents of a given size.
 
     Each step down halves both, rounded up. Raises ConfigError if no such step gives the number.

@@ -3,12 +3,12 @@
 import re
 from functools import cache
 
-from lora_diffusion.architectures.module_paths import Anatomy
+from lora_diffusion.architectures.module_paths import ModelLayout
 
 UNET_BLOCK = re.compile(r"unet\.(down|up)_blocks\.(\d+)\.(?:(resnets|attentions)\.(\d+)|(?:down|up)samplers)\b")
 
 
-def block_name(path: str, anatomy: Anatomy) -> str:
+def block_name(path: str, layout: ModelLayout) -> str:
     """The block of a module path: BASE, IN04, M00, OUT07; empty for the embeddings and the last layers of the UNet."""
     if not path.startswith("unet."):
         return "BASE"
@@ -20,14 +20,14 @@ def block_name(path: str, anatomy: Anatomy) -> str:
     if match is None:
         return ""
     side, block, _, layer = match.groups()
-    each = anatomy.layers_per_block + 1
+    each = layout.layers_per_block + 1
     if side == "down":
         return f"IN{each * int(block) + (int(layer) + 1 if layer else each):02}"
     return f"OUT{each * int(block) + (int(layer) if layer else each - 1):02}"
 
 
 @cache
-def layouts(shape: tuple[int, tuple[bool, ...], tuple[bool, ...], bool]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def block_names(shape: tuple[int, tuple[bool, ...], tuple[bool, ...], bool]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     layers, down, up, middle = shape
     each = layers + 1
     ins = [f"IN{i:02}" for i in range(each * len(down))]
@@ -38,13 +38,13 @@ def layouts(shape: tuple[int, tuple[bool, ...], tuple[bool, ...], bool]) -> tupl
     return ("BASE", *ins, *mid, *outs), ("BASE", *attentive_ins, *mid, *attentive_outs)
 
 
-def block_layouts(anatomy: Anatomy) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def vector_block_names(layout: ModelLayout) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The names of all blocks, and of those with attention, in the order of a vector."""
-    down, up = tuple(map(bool, anatomy.down_attention)), tuple(map(bool, anatomy.up_attention))
-    return layouts((anatomy.layers_per_block, down, up, anatomy.mid_block))
+    down, up = tuple(map(bool, layout.down_attention)), tuple(map(bool, layout.up_attention))
+    return block_names((layout.layers_per_block, down, up, layout.mid_block))
 
 
-def block_of(path: str) -> str:
+def block_prefix(path: str) -> str:
     """The block of a module path: `unet.down_blocks.0`, `unet.mid_block`, and each text encoder as one."""
     component, inner = path.split(".", 1)
     if component != "unet":

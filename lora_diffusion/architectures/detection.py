@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 
 from lora_diffusion.architectures.families import FAMILIES
-from lora_diffusion.architectures.module_paths import ANATOMIES, changeable_paths
+from lora_diffusion.architectures.module_paths import LAYOUTS, changeable_paths
 
 CHANNEL_LEAVES = re.compile(r"\.(attn1\.to_[qkv]|attn\d\.to_out\.0|proj_in|proj_out|conv1|conv2)$")
 
@@ -26,7 +26,7 @@ def is_plausible(path: str, shape: tuple[int, ...], family: str) -> bool:
 
 def block_channels(inner: str, family: str) -> int | None:
     """Channels of the block that a UNet path is in; None outside the blocks."""
-    widths = ANATOMIES[family].block_channels
+    widths = LAYOUTS[family].block_channels
     side, _, rest = inner.partition(".")
     if side == "mid_block":
         return widths[-1]
@@ -36,11 +36,11 @@ def block_channels(inner: str, family: str) -> int | None:
     return (widths if side == "down_blocks" else widths[::-1])[int(number)]
 
 
-def candidates(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+def candidate_families(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
     """The families that have every one of these module paths, with weights of such shapes."""
     return tuple(
         family
-        for family, shape in ANATOMIES.items()
+        for family, shape in LAYOUTS.items()
         if shapes.keys() <= set(changeable_paths(shape))
         and all(is_plausible(path, weight, family) for path, weight in shapes.items())
     )

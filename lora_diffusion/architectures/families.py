@@ -89,7 +89,7 @@ def family_title(name: str) -> str:
     return FAMILIES[name].title if name in FAMILIES else name
 
 
-def recognize(cross_attention_dim: int, *, two_encoders: bool) -> Family:
+def detect_family(cross_attention_dim: int, *, two_encoders: bool) -> Family:
     """The family of a base, from the width of its UNet's text context and the number of its text encoders.
 
     Raises BaseModelError if the two contradict each other.

@@ -15,7 +15,7 @@ TEXT_ATTENTION_LEAVES = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Anatomy:
+class ModelLayout:
     """The numbers in a base's configuration that fix its module paths."""
 
     block_channels: tuple[int, ...]
@@ -35,7 +35,7 @@ class Anatomy:
     """Text encoders that end in a projection."""
 
 
-SD1_ANATOMY = Anatomy(
+SD1_ANATOMY = ModelLayout(
     block_channels=(320, 640, 1280, 1280),
     down_attention=(1, 1, 1, 0),
     up_attention=(0, 1, 1, 1),
@@ -45,10 +45,10 @@ SD1_ANATOMY = Anatomy(
     added_embedding=False,
     text_layers={"text_encoder": 12},
 )
-ANATOMIES: Mapping[str, Anatomy] = {
+LAYOUTS: Mapping[str, ModelLayout] = {
     "sd1": SD1_ANATOMY,
     "sd2": replace(SD1_ANATOMY, text_layers={"text_encoder": 23}),
-    "sdxl": Anatomy(
+    "sdxl": ModelLayout(
         block_channels=(320, 640, 1280),
         down_attention=(0, 2, 10),
         up_attention=(10, 2, 0),
@@ -59,7 +59,7 @@ ANATOMIES: Mapping[str, Anatomy] = {
         text_layers={"text_encoder": 12, "text_encoder_2": 32},
         text_projections=("text_encoder_2",),
     ),
-    "tiny-sd": Anatomy(
+    "tiny-sd": ModelLayout(
         block_channels=(48, 96, 192),
         down_attention=(1, 1, 1),
         up_attention=(1, 1, 1),
@@ -73,13 +73,13 @@ ANATOMIES: Mapping[str, Anatomy] = {
 """The published checkpoints of each family, and the embedded base, by the family's name."""
 
 
-def anatomy_of(unet: Mapping[str, Any], text_encoders: Mapping[str, Mapping[str, Any]]) -> Anatomy:
+def layout_from_configs(unet: Mapping[str, Any], text_encoders: Mapping[str, Mapping[str, Any]]) -> ModelLayout:
     """Read from the `config.json` of a UNet and of its text encoders, by component."""
     downs: Sequence[str] = unet["down_block_types"]
     ups: Sequence[str] = unet["up_block_types"]
     per_block = unet.get("transformer_layers_per_block", 1)
     depths = [per_block] * len(downs) if isinstance(per_block, int) else list(per_block)
-    return Anatomy(
+    return ModelLayout(
         block_channels=tuple(unet["block_out_channels"]),
         down_attention=tuple(d if "CrossAttn" in b else 0 for b, d in zip(downs, depths, strict=True)),
         up_attention=tuple(d if "CrossAttn" in b else 0 for b, d in zip(ups, reversed(depths), strict=True)),
@@ -96,7 +96,7 @@ def anatomy_of(unet: Mapping[str, Any], text_encoders: Mapping[str, Mapping[str,
     )
 
 
-def module_paths(shape: Anatomy) -> tuple[str, ...]:
+def module_paths(shape: ModelLayout) -> tuple[str, ...]:
     """Every linear and convolution module of the UNet and the text encoders, each a place for an adapter's layer."""
     paths = [f"unet.{path}" for path in unet_paths(shape)]
     for component, num_layers in shape.text_layers.items():
@@ -106,12 +106,12 @@ def module_paths(shape: Anatomy) -> tuple[str, ...]:
     return tuple(paths)
 
 
-def changeable_paths(shape: Anatomy) -> tuple[str, ...]:
+def changeable_paths(shape: ModelLayout) -> tuple[str, ...]:
     """Every module that an adapter may change: those of `module_paths`, and the norms."""
     return module_paths(shape) + norm_paths(shape)
 
 
-def norm_paths(shape: Anatomy) -> tuple[str, ...]:
+def norm_paths(shape: ModelLayout) -> tuple[str, ...]:
     """Every group norm and layer norm of the UNet and the text encoders."""
     paths = list(module_paths(shape))
     resnets = [path.removesuffix(".conv1") for path in paths if path.endswith(".conv1")]
@@ -126,7 +126,7 @@ def norm_paths(shape: Anatomy) -> tuple[str, ...]:
     return (*norms, "unet.conv_norm_out")
 
 
-def trainable_paths(shape: Anatomy) -> tuple[str, ...]:
+def trainable_paths(shape: ModelLayout) -> tuple[str, ...]:
     """The module paths that the loss reaches.
 
     SDXL reads its first text encoder before the last layer, which therefore never gets a gradient.
@@ -137,7 +137,7 @@ def trainable_paths(shape: Anatomy) -> tuple[str, ...]:
     return tuple(path for path in module_paths(shape) if not path.startswith(last))
 
 
-def unet_paths(shape: Anatomy) -> Iterator[str]:
+def unet_paths(shape: ModelLayout) -> Iterator[str]:
     yield from ("conv_in", "time_embedding.linear_1", "time_embedding.linear_2")
     if shape.added_embedding:
         yield from ("add_embedding.linear_1", "add_embedding.linear_2")
@@ -158,7 +158,7 @@ def unet_paths(shape: Anatomy) -> Iterator[str]:
     yield "conv_out"
 
 
-def down_shortcuts(shape: Anatomy, block: int) -> range:
+def down_shortcuts(shape: ModelLayout, block: int) -> range:
     """Which ResNets of a down block change the number of channels: the first, where the block is wider."""
     channels = shape.block_channels
     return range(1) if block > 0 and channels[block] != channels[block - 1] else range(0)

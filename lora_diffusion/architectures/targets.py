@@ -35,15 +35,15 @@ def resolve_targets(paths: Sequence[str], *, unet: Iterable[str], text_encoders:
     """
     wanted: set[str] = set()
     for target in unet:
-        wanted |= matches(paths, target, UNET_SETS, unet_part=True)
+        wanted |= is_match(paths, target, UNET_SETS, unet_part=True)
     for target in text_encoders:
-        wanted |= matches(paths, target, TEXT_ENCODER_SETS, unet_part=False)
+        wanted |= is_match(paths, target, TEXT_ENCODER_SETS, unet_part=False)
     if not wanted:
         raise ConfigError("unet_targets and text_encoder_targets are both empty; name at least one, e.g. 'attention'")
     return tuple(path for path in paths if path in wanted)
 
 
-def resolve_full(paths: Sequence[str], patterns: Iterable[str], taken: Iterable[str]) -> tuple[str, ...]:
+def resolve_modules_to_save(paths: Sequence[str], patterns: Iterable[str], taken: Iterable[str]) -> tuple[str, ...]:
     """The module paths that are trained in full; patterns run over whole paths, with their component.
 
     Raises ConfigError for a pattern that names no module, or one that is trained by factors already.
@@ -64,7 +64,9 @@ def resolve_full(paths: Sequence[str], patterns: Iterable[str], taken: Iterable[
     return tuple(path for path in paths if path in wanted)
 
 
-def by_pattern(paths: Sequence[str], patterns: Mapping[str, Value], what: str, default: Value) -> dict[str, Value]:
+def resolve_patterns(
+    paths: Sequence[str], patterns: Mapping[str, Value], what: str, default: Value
+) -> dict[str, Value]:
     """A value for each path: that of the last pattern that matches it or something above it.
 
     Raises ConfigError, naming the setting `what`, for a pattern that matches none.
@@ -78,7 +80,7 @@ def by_pattern(paths: Sequence[str], patterns: Mapping[str, Value], what: str, d
     return found
 
 
-def matches(paths: Sequence[str], target: str, sets: dict[str, tuple[str, ...]], *, unet_part: bool) -> set[str]:
+def is_match(paths: Sequence[str], target: str, sets: dict[str, tuple[str, ...]], *, unet_part: bool) -> set[str]:
     patterns = sets.get(target, (target,))
     found = {
         path

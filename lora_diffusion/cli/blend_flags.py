@@ -10,7 +10,7 @@ from lora_diffusion.cli.flags import REPEATABLE, Patterns, optional_flags
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendEntry, Composition
 from lora_diffusion.config.settings import EMBEDDED_BASE
-from lora_diffusion.prompts.tags import parse_weight, take_region
+from lora_diffusion.prompts.tags import extract_region, parse_weight
 
 Adapters = Annotated[
     tuple[str, ...],
@@ -48,11 +48,11 @@ class MeansFlags:
     """Keys of adapter files that may be there without being understood."""
 
     def means(self) -> Any:
-        from lora_diffusion.library.references import Shelf
+        from lora_diffusion.library.references import AdapterResolver
         from lora_diffusion.workflows.images.generate import Means
 
         return Means(
-            shelf=Shelf(library_folder=self.library),
+            resolver=AdapterResolver(library_folder=self.library),
             ignore=self.ignore_unmatched,
             block_presets=self.block_presets,
             balance=self.balance,
@@ -67,7 +67,7 @@ def parse_adapters(texts: tuple[str, ...]) -> tuple[BlendEntry, ...]:
 
 def parse_adapter(text: str) -> BlendEntry:
     path, parts = split_file(text)
-    rest, region = take_region(parts, source=f"--adapter {text}")
+    rest, region = extract_region(parts, source=f"--adapter {text}")
     return BlendEntry(path=path, weight=parse_weight(rest, source=f"--adapter {text}"), region=region)
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
 import tyro
 
-from lora_diffusion.config.settings import Settings, changed, section
+from lora_diffusion.config.settings import Settings, deep_merge, nested_model
 from lora_diffusion.errors import ConfigError
 
 REPEATABLE = "(repeatable)"
@@ -59,7 +59,7 @@ def settings_table(kind: type[Settings], prefix: str = "") -> str:
     """The settings of a TOML file as lines of help, those of a section under its name."""
     rows: list[str] = []
     for name, info in kind.model_fields.items():
-        inner = section(kind, name)
+        inner = nested_model(kind, name)
         if inner is not None:
             about = (inner.__doc__ or "").strip()
             rows += [f"\n  [{prefix}{name}] {about}", settings_table(cast("type[Settings]", inner), f"{prefix}{name}.")]
@@ -80,7 +80,7 @@ def parse_changes(texts: tuple[str, ...]) -> dict[str, Any]:
         nested: Any = toml_value(value)
         for part in reversed(key.strip().split(".")):
             nested = {part: nested}
-        changes = changed(changes, nested)
+        changes = deep_merge(changes, nested)
     return changes
 
 

@@ -68,48 +68,48 @@ class AdapterConfig(Settings):
     each text encoder's."""
 
     @model_validator(mode="after")
-    def sensible(self) -> "AdapterConfig":
+    def check_combinations(self) -> "AdapterConfig":
         """Refuse settings that make no sense together, by name."""
-        for nonsense, sentence in NONSENSE:
+        for nonsense, sentence in INVALID_COMBINATIONS:
             if nonsense(self):
                 raise ValueError(sentence.format(kind=self.kind, start=self.start))
         return self
 
     @model_validator(mode="after")
-    def as_the_file_is(self) -> "AdapterConfig":
+    def check_init_from(self) -> "AdapterConfig":
         """Refuse what a file to go on from says itself."""
-        told = [name for name in OF_THE_FILE if getattr(self, name) != default_of(name)]
+        told = [name for name in SETTINGS_OF_FILE if getattr(self, name) != default_value(name)]
         if self.begin_with is not None and told:
             raise ValueError(f"begin_with goes on as the file is; leave out {' and '.join(told)}")
         return self
 
     @model_validator(mode="after")
-    def nothing_idle(self) -> "AdapterConfig":
+    def check_unused_settings(self) -> "AdapterConfig":
         """Refuse a setting of a kind that is not chosen."""
         for field, kind in KIND_OF.items():
-            if self.kind != kind and getattr(self, field) != default_of(field):
+            if self.kind != kind and getattr(self, field) != default_value(field):
                 raise ValueError(f"{field} belongs to kind '{kind}'; '{self.kind}' has no use for it")
         return self
 
     @property
-    def text_learns(self) -> bool:
+    def trains_text_encoder(self) -> bool:
         """Whether modules of text encoders may be trained."""
         return bool(self.text_encoder_targets) or any(not each.startswith("unet.") for each in self.full_targets)
 
 
-def default_of(name: str) -> object:
+def default_value(name: str) -> object:
     """Of a setting."""
     return AdapterConfig.model_fields[name].get_default(call_default_factory=True)
 
 
-OF_THE_FILE = (
+SETTINGS_OF_FILE = (
     *("kind", "rank", "alpha", "scaling", "ranks", "alphas", "dora", "freeze_down", "start"),
     *("unet_targets", "full_targets"),
 )
 """Settings that an adapter to go on from brings."""
-PRODUCTS = ("lora", "vera", "adalora", "dylora", "sparse", "t-lora")
+PRODUCT_KINDS = ("lora", "vera", "adalora", "dylora", "sparse", "t-lora")
 """Kinds whose delta is the product of two factors."""
-FACTORED = ("lora", "dylora", "t-lora")
+FACTORED_KINDS = ("lora", "dylora", "t-lora")
 """Kinds whose delta is that of two factors `down` and `up` and of nothing else."""
 KIND_OF = {
     "sparse_l1": "sparse",
@@ -119,11 +119,11 @@ KIND_OF = {
     "adalora_start": "adalora",
 }
 """Settings that one kind alone has."""
-CUT = ("adalora", "sparse")
+PRUNING_KINDS = ("adalora", "sparse")
 """Kinds that take directions away as a run goes on."""
-TIMED = ("t-lora",)
+TIMESTEP_KINDS = ("t-lora",)
 """Kinds that change with the timestep, which a text encoder does not know."""
-NONSENSE: tuple[tuple[Callable[[AdapterConfig], bool], str], ...] = (
+INVALID_COMBINATIONS: tuple[tuple[Callable[[AdapterConfig], bool], str], ...] = (
     (
         lambda c: c.dora and c.kind not in ("lora", "loha", "lokr"),
         "dora and kind '{kind}' do not go together, as the magnitude needs a delta of its own; set dora to false, or "
@@ -159,7 +159,7 @@ NONSENSE: tuple[tuple[Callable[[AdapterConfig], bool], str], ...] = (
         "rank_dropout and module_dropout to 0",
     ),
     (
-        lambda c: c.max_norm is not None and (c.kind not in FACTORED or c.dora or c.start == "pissa"),
+        lambda c: c.max_norm is not None and (c.kind not in FACTORED_KINDS or c.dora or c.start == "pissa"),
         "max_norm scales plain factors, which kind '{kind}' with these settings has not; leave it out",
     ),
     (
@@ -167,12 +167,12 @@ NONSENSE: tuple[tuple[Callable[[AdapterConfig], bool], str], ...] = (
         "max_norm shrinks both factors, and freeze_down or full_targets leave none or one that may; leave one out",
     ),
     (
-        lambda c: c.kind in TIMED and c.text_learns,
+        lambda c: c.kind in TIMESTEP_KINDS and c.trains_text_encoder,
         "kind '{kind}' and text_encoder_targets do not go together, as text is read before there is a timestep; set "
         "text_encoder_targets to [], and begin each of full_targets with `unet.`",
     ),
     (
-        lambda c: c.kind in TIMED and c.least_rank > c.rank,
+        lambda c: c.kind in TIMESTEP_KINDS and c.least_rank > c.rank,
         "least_rank and rank of kind '{kind}' do not go together, as more directions would begin than there are; lower "
         "least_rank",
     ),

@@ -15,7 +15,7 @@ Sources: the HF DreamBooth study and SDXL advanced script, kohya's documentation
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from lora_diffusion.config.settings import changed
+from lora_diffusion.config.settings import deep_merge
 
 Purpose = Literal["style", "dreambooth"]
 
@@ -79,12 +79,12 @@ def default_settings(purpose: Purpose, family: str) -> dict[str, Any]:
     """The settings of a `TrainConfig` but for data and output; `family` is the base's."""
     table = {**FAMILIES[family], "steps": STEPS[purpose][family]}
     if purpose == "dreambooth":
-        table = changed(table, SUBJECT)
+        table = deep_merge(table, SUBJECT)
         if family in ("sd1", "sd2"):
-            table = changed(table, SUBJECT_WORD)
+            table = deep_merge(table, SUBJECT_WORD)
     return table
 
 
 def with_precision(table: Mapping[str, Any], *, on_gpu: bool) -> dict[str, Any]:
     """Half precision where there is a GPU to gain from it."""
-    return changed(table, {"compute": {"mixed_precision": "bf16" if on_gpu else "no"}})
+    return deep_merge(table, {"compute": {"mixed_precision": "bf16" if on_gpu else "no"}})

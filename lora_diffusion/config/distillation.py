@@ -10,7 +10,7 @@ from pydantic import Field
 from lora_diffusion.config.settings import Positive, Settings
 
 
-class DistilConfig(Settings):
+class DistillConfig(Settings):
     """One distillation of a blend into one adapter; see `training/distillation/distill.py`."""
 
     rank: Positive = 8

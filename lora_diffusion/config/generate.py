@@ -36,7 +36,7 @@ class GenerateConfig(Settings):
     """Number of pictures."""
 
     @model_validator(mode="after")
-    def nothing_idle(self) -> Self:
+    def check_unused_settings(self) -> Self:
         """Refuse a seed of a variation that is not made."""
         if self.variation_seed and not self.variation:
             raise ValueError("variation_seed does nothing at a variation of 0; set variation, e.g. to 0.2")

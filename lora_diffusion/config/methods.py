@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_diffusion.config.settings import changed
+from lora_diffusion.config.settings import deep_merge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,20 +29,20 @@ class Method:
         """The settings as the command line has them: `adapter.dora=true`."""
         found: list[str] = []
         for section, values in self.settings.items():
-            found += [f"{section}.{key}={toml(value)}" for key, value in values.items()]
+            found += [f"{section}.{key}={format_toml(value)}" for key, value in values.items()]
         return tuple(found)
 
 
-def toml(value: Any) -> str:
+def format_toml(value: Any) -> str:
     """A value as TOML writes it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
         return f'"{value}"'
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(toml, value))}]"
+        return f"[{', '.join(map(format_toml, value))}]"
     if isinstance(value, Mapping):
-        return f"{{ {', '.join(f'{toml(key)} = {toml(each)}' for key, each in value.items())} }}"
+        return f"{{ {', '.join(f'{format_toml(key)} = {format_toml(each)}' for key, each in value.items())} }}"
     return str(value)
 
 
@@ -201,7 +201,7 @@ METHODS: tuple[Method, ...] = (
 """In the order in which they are listed."""
 
 
-def method(name: str) -> Method:
+def get_method(name: str) -> Method:
     """Raises KeyError for a name that is not there."""
     return {each.name: each for each in METHODS}[name]
 
@@ -213,4 +213,4 @@ def with_method(table: Mapping[str, Any], chosen: Method) -> dict[str, Any]:
     if "words" in chosen.settings:
         rates["word_learning_rate"] = told.get("word_learning_rate", 5e-3)
     suited = {"optimizer": {key: value * chosen.rate for key, value in rates.items()}}
-    return changed(changed(dict(table), suited), chosen.settings)
+    return deep_merge(deep_merge(dict(table), suited), chosen.settings)

@@ -9,7 +9,7 @@ from lora_diffusion.config.settings import Positive, Settings
 
 Count = Annotated[int, Field(ge=0)]
 
-SUITED: dict[str, dict[str, Any]] = {
+KIND_DEFAULTS: dict[str, dict[str, Any]] = {
     "prodigy": {"learning_rate": 1.0, "word_learning_rate": 1.0},
     "schedule-free": {"schedule": "constant"},
 }
@@ -51,13 +51,13 @@ class OptimizerConfig(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def suited_to_kind(cls, value: Any) -> Any:
+    def apply_kind_defaults(cls, value: Any) -> Any:
         """Defaults of a kind for what is left out, so that the record of a run has what it ran with."""
         kind = value.get("kind") if isinstance(value, dict) else None
-        return {**SUITED.get(kind, {}), **value} if isinstance(kind, str) else value
+        return {**KIND_DEFAULTS.get(kind, {}), **value} if isinstance(kind, str) else value
 
     @model_validator(mode="after")
-    def one_owner_of_rates(self) -> "OptimizerConfig":
+    def check_rates(self) -> "OptimizerConfig":
         """The rate of the second factor is said once."""
         ends = [pattern for pattern in self.rates if pattern.endswith(".up")]
         if self.up_rate != 1 and ends:
@@ -69,7 +69,7 @@ class OptimizerConfig(Settings):
         return self
 
     @model_validator(mode="after")
-    def averaged_once(self) -> "OptimizerConfig":
+    def check_averaging(self) -> "OptimizerConfig":
         """Schedule-free optimizers take no second schedule and no second mean."""
         if self.kind == "schedule-free" and (self.schedule != "constant" or self.ema_decay):
             raise ValueError(

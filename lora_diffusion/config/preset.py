@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from lora_diffusion.config.generate import GenerateConfig
-from lora_diffusion.config.settings import EMBEDDED_BASE, Finite, Positive, Settings, describe
+from lora_diffusion.config.settings import EMBEDDED_BASE, Finite, Positive, Settings, format_validation_error
 from lora_diffusion.errors import ConfigError
 
 Curve = Literal["hold", "linear", "cosine"]
@@ -28,7 +28,7 @@ class Schedule(Settings):
     """Between points: `hold` the earlier factor, or go over to the later one, `linear` or by a half `cosine`."""
 
     @model_validator(mode="after")
-    def ascending(self) -> Self:
+    def check_ascending(self) -> Self:
         """Refuse points that go back."""
         positions = [position for position, _ in self.points]
         if positions != sorted(positions):
@@ -72,7 +72,7 @@ class Region(Settings):
     """Width of the soft edge, as a fraction of the picture's sides."""
 
     @model_validator(mode="after")
-    def one_way(self) -> Self:
+    def check_shape(self) -> Self:
         """Refuse a region that is given twice, not at all, or empty."""
         if (self.box is None) == (not self.mask):
             raise ValueError("a region is a box or a mask; give one of them")
@@ -104,7 +104,7 @@ class Composition(Settings):
     """Keep a branch beside the weights instead of adding to them, which a half-precision base may round away."""
 
     @model_validator(mode="after")
-    def nothing_idle(self) -> Self:
+    def check_unused_settings(self) -> Self:
         """Refuse a setting of a mode that is not chosen."""
         for field, mode in MODE_OF.items():
             if self.mode != mode and getattr(self, field) != type(self).model_fields[field].default:
@@ -155,4 +155,4 @@ class BlendPreset(Settings):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            raise ConfigError(f"{source}: {describe(error, cls)}") from None
+            raise ConfigError(f"{source}: {format_validation_error(error, cls)}") from None

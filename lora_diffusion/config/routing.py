@@ -42,6 +42,6 @@ class RouteConfig(Settings):
 
     @field_validator("data", mode="before")
     @classmethod
-    def one_or_more(cls, value: object) -> object:
+    def accept_one_folder(cls, value: object) -> object:
         """Take a lone folder as a list of one."""
         return (value,) if isinstance(value, str | Path) else value

@@ -18,7 +18,7 @@ from lora_diffusion.errors import ConfigError
 
 Precision = Literal["no", "fp16", "bf16"]
 Dialect = Literal["native", "kohya", "embedding"]
-Codes = Literal["none", "nf4", "fp4", "int8"]
+Quantization = Literal["none", "nf4", "fp4", "int8"]
 """How a frozen base's linear layers are kept: as they are, in four bits or in eight."""
 Positive = Annotated[int, Field(gt=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -52,17 +52,17 @@ def read_toml(path: Path, kind: type[Model], changes: Mapping[str, Any] | None =
     ConfigError with all mistakes at once.
     """
     changes = changes or {}
-    table = anchored(read_table(path), kind, path.parent)
-    return validate(kind, changed(table, changes), source=f"{path} with changes" if changes else str(path))
+    table = resolve_paths(read_table(path), kind, path.parent)
+    return validate(kind, deep_merge(table, changes), source=f"{path} with changes" if changes else str(path))
 
 
-def changed(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def deep_merge(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """`table` with `changes` over it, sections within sections."""
     result = dict(table)
     for key, value in changes.items():
         inner = result.get(key)
         both = isinstance(inner, Mapping) and isinstance(value, Mapping)
-        result[key] = changed(cast("Mapping[str, Any]", inner), cast("Mapping[str, Any]", value)) if both else value
+        result[key] = deep_merge(cast("Mapping[str, Any]", inner), cast("Mapping[str, Any]", value)) if both else value
     return result
 
 
@@ -83,36 +83,36 @@ def validate(kind: type[Model], table: Mapping[str, Any], *, source: str) -> Mod
     try:
         return kind.model_validate(dict(table))
     except ValidationError as error:
-        raise ConfigError(f"{source}: {describe(error, kind)}") from None
+        raise ConfigError(f"{source}: {format_validation_error(error, kind)}") from None
 
 
-def anchored(table: Mapping[str, Any], kind: type[BaseModel], folder: Path) -> dict[str, Any]:
+def resolve_paths(table: Mapping[str, Any], kind: type[BaseModel], folder: Path) -> dict[str, Any]:
     """The table with the values of path settings, or of lists of paths, joined to `folder`, sections included.
 
     Of a table by path, the paths.
     """
 
-    def joined(value: Any) -> Any:
+    def resolve(value: Any) -> Any:
         if isinstance(value, list):
-            return [joined(item) for item in cast("list[Any]", value)]
+            return [resolve(item) for item in cast("list[Any]", value)]
         if isinstance(value, Mapping):
-            return {joined(path): given for path, given in cast("Mapping[Any, Any]", value).items()}
+            return {resolve(path): given for path, given in cast("Mapping[Any, Any]", value).items()}
         return os.path.normpath(folder / value) if isinstance(value, str) else value
 
-    def placed(key: str, value: Any) -> Any:
-        inner = section(kind, key)
+    def resolve_setting(key: str, value: Any) -> Any:
+        inner = nested_model(kind, key)
         if inner is None:
-            return joined(value) if key in paths else value
+            return resolve(value) if key in paths else value
         if not isinstance(value, Mapping):
             value = {getattr(inner, "shorthand", key): value}
-        return anchored(cast("Mapping[str, Any]", value), inner, folder)
+        return resolve_paths(cast("Mapping[str, Any]", value), inner, folder)
 
     holders: tuple[Any, ...] = (Path, Path | None, tuple[Path, ...], dict[Path, float])
     paths = {name for name, info in kind.model_fields.items() if info.annotation in holders}
-    return {key: placed(key, value) for key, value in table.items()}
+    return {key: resolve_setting(key, value) for key, value in table.items()}
 
 
-def section(kind: type[BaseModel], name: str) -> type[BaseModel] | None:
+def nested_model(kind: type[BaseModel], name: str) -> type[BaseModel] | None:
     """The type of a setting that has settings of its own; None for any other."""
     info = kind.model_fields.get(name)
     annotation = info.annotation if info else None
@@ -123,25 +123,25 @@ def dotted_names(kind: type[BaseModel]) -> list[str]:
     """All settings, those of sections as `section.setting`."""
     names: list[str] = []
     for name in kind.model_fields:
-        inner = section(kind, name)
+        inner = nested_model(kind, name)
         names += [name] if inner is None else [f"{name}.{leaf}" for leaf in dotted_names(inner)]
     return names
 
 
-def describe(error: ValidationError, kind: type[BaseModel]) -> str:
+def format_validation_error(error: ValidationError, kind: type[BaseModel]) -> str:
     """All mistakes of a validation in one sentence each; of a setting of several types, what the first of them says."""
     found: dict[tuple[Any, ...], str] = {}
     for item in error.errors():
         names = tuple(part for part in item["loc"] if not TYPE_TAG.fullmatch(str(part)))
         place = names if names != item["loc"] else (*names, item["msg"])
-        found.setdefault(place, describe_one({**item, "loc": names}, kind))
+        found.setdefault(place, format_mistake({**item, "loc": names}, kind))
     return "; ".join(found.values())
 
 
-def describe_one(item: Mapping[str, Any], kind: type[BaseModel]) -> str:
+def format_mistake(item: Mapping[str, Any], kind: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return f"unknown key {key!r}; {hint(key, kind)}"
+        return f"unknown key {key!r}; {suggest_key(key, kind)}"
     if item["type"] == "missing":
         return f"{key!r} is missing; it has no default"
     reason = f"{item['msg'][0].lower()}{item['msg'][1:]}"
@@ -151,7 +151,7 @@ def describe_one(item: Mapping[str, Any], kind: type[BaseModel]) -> str:
     return f"{key!r} is {item['input']!r}: {reason}" if key else reason
 
 
-def hint(key: str, kind: type[BaseModel]) -> str:
+def suggest_key(key: str, kind: type[BaseModel]) -> str:
     """The nearest setting, whatever section it is in; or all of them, of the key's own section."""
     known = dotted_names(kind)
     leaves = {name.rpartition(".")[2]: name for name in known}

@@ -8,7 +8,7 @@ from lora_diffusion.config.adapter import AboveZero, Share
 from lora_diffusion.config.settings import Settings
 
 
-class WordsConfig(Settings):
+class TextualInversionConfig(Settings):
     """Words whose vectors are learned: textual inversion, alone or before an adapter (pivotal tuning)."""
 
     words: tuple[str, ...] = ()
@@ -23,9 +23,9 @@ class WordsConfig(Settings):
     """Share of the run after which the words stay as they are."""
 
     @model_validator(mode="after")
-    def something_learns(self) -> "WordsConfig":
+    def check_schedule(self) -> "TextualInversionConfig":
         """Refuse what would train nothing, or say something of no words."""
-        if not self.words and self != WordsConfig.model_construct(words=()):
+        if not self.words and self != TextualInversionConfig.model_construct(words=()):
             raise ValueError("vectors, begin_as, alone and until say something of words; name them in words.words")
         if self.until < self.alone:
             raise ValueError(f"until is {self.until} and alone {self.alone}; nothing would learn in between")
@@ -47,7 +47,7 @@ class SliderConfig(Settings):
     """How far weight 1 goes along the difference of the two."""
 
     @model_validator(mode="after")
-    def two_ends(self) -> "SliderConfig":
+    def check_ends(self) -> "SliderConfig":
         """A slider has two different ends."""
         if (self.negative or self.target) and not self.positive:
             raise ValueError("negative and target are of a slider; name what is more of it in positive")

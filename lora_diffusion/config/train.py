@@ -10,10 +10,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lora_diffusion.config.adapter import CUT, PRODUCTS, AboveZero, AdapterConfig, NotNegative, Share
+from lora_diffusion.config.adapter import PRODUCT_KINDS, PRUNING_KINDS, AboveZero, AdapterConfig, NotNegative, Share
 from lora_diffusion.config.optimizer import OptimizerConfig
-from lora_diffusion.config.settings import EMBEDDED_BASE, Codes, Positive, Precision, Settings
-from lora_diffusion.config.textual_inversion import SliderConfig, WordsConfig
+from lora_diffusion.config.settings import EMBEDDED_BASE, Positive, Precision, Quantization, Settings
+from lora_diffusion.config.textual_inversion import SliderConfig, TextualInversionConfig
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -78,7 +78,7 @@ class CaptionConfig(Settings):
 
     @field_validator("template")
     @classmethod
-    def known_blanks(cls, template: str) -> str:
+    def check_placeholders(cls, template: str) -> str:
         """Only blanks that are filled."""
         unknown = sorted(set(re.findall(r"{[^{}]*}", template)) - {"{caption}", "{trigger}"})
         if unknown:
@@ -190,7 +190,7 @@ class ComputeConfig(Settings):
     shard: bool = False
     """Share out the frozen UNet's weights among the processes of `accelerate launch`, for a base too large for one GPU;
     each block is gathered as it works, which costs time."""
-    quantize: Codes = "none"
+    quantize: Quantization = "none"
     """Keep the frozen UNet's linear layers in four or eight bits [QLoRA, arXiv 2305.14314]: a quarter or half of their
     memory, at the price of time and of some of the base's precision. Needs bitsandbytes."""
     compile: bool = False
@@ -242,7 +242,7 @@ class TrainConfig(Settings):
     data: DataConfig
     captions: CaptionConfig = Field(default_factory=CaptionConfig)  # made when asked for, which help never does
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
-    words: WordsConfig = Field(default_factory=WordsConfig)
+    words: TextualInversionConfig = Field(default_factory=TextualInversionConfig)
     slider: SliderConfig = Field(default_factory=SliderConfig)
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
     prior: PriorConfig = Field(default_factory=PriorConfig)
@@ -253,16 +253,16 @@ class TrainConfig(Settings):
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
     @model_validator(mode="after")
-    def slider_by_factors(self) -> "TrainConfig":
+    def check_slider(self) -> "TrainConfig":
         """Refuse a slider where its sign or its frozen prompts have no meaning."""
         if not self.slider.positive:
             return self
-        if self.captions_learn:
+        if self.trains_captions:
             raise ValueError(
                 "slider and text encoders or words that learn do not go together, as frozen ones read its prompts; "
                 "empty adapter.text_encoder_targets and words.words"
             )
-        plain = self.adapter.kind in PRODUCTS and not self.adapter.dora and not self.adapter.full_targets
+        plain = self.adapter.kind in PRODUCT_KINDS and not self.adapter.dora and not self.adapter.full_targets
         if not plain or self.adapter.begin_with:
             raise ValueError(
                 "slider weighs a product of factors with a sign; set adapter.kind to lora, and leave out dora, "
@@ -285,9 +285,9 @@ class TrainConfig(Settings):
         return self
 
     @model_validator(mode="after")
-    def edits_last(self) -> "TrainConfig":
+    def check_parameter_edits(self) -> "TrainConfig":
         """Refuse means over steps, and a late start, where a method edits its parameters as it goes."""
-        optimizer, cut = self.optimizer, self.adapter.kind in CUT
+        optimizer, cut = self.optimizer, self.adapter.kind in PRUNING_KINDS
         editing = {
             f"adapter.kind '{self.adapter.kind}'": cut,
             "adapter.max_norm": self.adapter.max_norm is not None,
@@ -304,7 +304,7 @@ class TrainConfig(Settings):
                 f"optimizer.ema_decay and adapter.kind '{self.adapter.kind}' do not go together, as directions that "
                 "are taken away live on in a mean; set ema_decay to 0"
             )
-        if self.words.alone and cut and not self.words_only:
+        if self.words.alone and cut and not self.trains_embeddings_only:
             raise ValueError(
                 f"words.alone and adapter.kind '{self.adapter.kind}' do not go together, as both own the beginning of "
                 "the run; set words.alone to 0, or adapter.kind to lora"
@@ -312,14 +312,14 @@ class TrainConfig(Settings):
         return self
 
     @model_validator(mode="after")
-    def whole_weights_where_needed(self) -> "TrainConfig":
-        """Refuse codes in place of weights that a method needs in full."""
-        adapter, codes = self.adapter, self.compute.quantize
-        if codes == "none":
+    def check_quantization(self) -> "TrainConfig":
+        """Refuse quantized weights for a method that needs the full ones."""
+        adapter, quantization = self.adapter, self.compute.quantize
+        if quantization == "none":
             return self
         needs = {
             "adapter.dora": adapter.dora,
-            f"adapter.kind '{adapter.kind}'": adapter.kind not in PRODUCTS,
+            f"adapter.kind '{adapter.kind}'": adapter.kind not in PRODUCT_KINDS,
             f"adapter.start '{adapter.start}'": adapter.start == "pissa",
             "adapter.full_targets": bool(adapter.full_targets),
             "adapter.begin_with": adapter.begin_with is not None,
@@ -328,21 +328,22 @@ class TrainConfig(Settings):
         wanted = [name for name, given in needs.items() if given]
         if wanted:
             raise ValueError(
-                f"compute.quantize '{codes}' keeps weights in codes, and {wanted[0]} needs them in full; leave one out"
+                f"compute.quantize '{quantization}' quantizes the base's weights, and {wanted[0]} needs them "
+                "unquantized; leave one out"
             )
         return self
 
     @property
-    def captions_learn(self) -> bool:
+    def trains_captions(self) -> bool:
         """Whether what captions become changes from step to step."""
-        return bool(self.adapter.text_learns or self.words.words)
+        return bool(self.adapter.trains_text_encoder or self.words.words)
 
     @property
-    def words_only(self) -> bool:
+    def trains_embeddings_only(self) -> bool:
         """Whether there is no adapter beside the words."""
         return bool(self.words.words) and self.words.alone == 1
 
     @field_validator("data", mode="before")
     @classmethod
-    def folder_alone(cls, value: object) -> object:
+    def accept_folder(cls, value: object) -> object:
         return {DataConfig.shorthand: value} if isinstance(value, str | Path) else value

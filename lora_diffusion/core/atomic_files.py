@@ -15,28 +15,28 @@ from lora_diffusion.errors import OutputError
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; what is written there takes `path`'s place if the block ends well.
 
     Raises OutputError if the place cannot be written.
     """
-    with beside(path) as folder:
+    with scratch_folder(path) as folder:
         if path.is_dir():
             raise OutputError(f"{path}: is a folder; expected the path of a file to write")
         part = folder / path.name
         yield part
-        sync(part)
+        sync_to_disk(part)
         part.replace(path)
-        sync(path.parent)
+        sync_to_disk(path.parent)
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """The same for a folder; a folder that is there already must be empty.
 
     Raises OutputError if the place cannot be written, or if something is in it.
     """
-    with beside(path) as folder:
+    with scratch_folder(path) as folder:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise OutputError(f"{path}: already there and not an empty folder; remove it or give another output")
         part = folder / path.name
@@ -44,15 +44,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
         yield part
         for file in part.rglob("*"):
             if file.is_file():
-                sync(file)
+                sync_to_disk(file)
         if path.exists():
             path.rmdir()
         part.replace(path)
-        sync(path.parent)
+        sync_to_disk(path.parent)
 
 
 @contextlib.contextmanager
-def beside(path: Path) -> Iterator[Path]:
+def scratch_folder(path: Path) -> Iterator[Path]:
     """A scratch folder in `path`'s folder, removed afterwards, with the system's refusals turned into OutputError.
 
     Parent folders are made as needed and removed again if nothing came into them. A refusal that names a file
@@ -105,7 +105,7 @@ def is_running(process: int) -> bool:
     return True
 
 
-def sync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
     """Ask the system to put a file's or folder's bytes on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -116,7 +116,7 @@ def sync(path: Path) -> None:
 
 def check_writable(path: Path) -> None:
     """Raise OutputError now, rather than after an hour's work, if nothing can be written at `path`."""
-    with beside(path):
+    with scratch_folder(path):
         pass
 
 
@@ -135,22 +135,22 @@ def check_output(output: Path, inputs: Iterable[Path], *, force: bool) -> None:
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes, remembered for as long as size and time of change stay. Raises OSError."""
     status = path.stat()
-    return hash_as_of(path, status.st_size, status.st_mtime_ns)
+    return hash_unchanged_file(path, status.st_size, status.st_mtime_ns)
 
 
 @cache
-def hash_as_of(path: Path, size: int, changed_ns: int) -> str:  # noqa: ARG001 (they make a changed file a new key)
+def hash_unchanged_file(path: Path, size: int, changed_ns: int) -> str:  # noqa: ARG001 (they make a changed file a new key)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sample_data() -> Path:
+def sample_data_folder() -> Path:
     """Where the embedded base and its adapters lie: inside an installed package, or at the checkout's top."""
     inside = Path(__file__).parents[1] / "sample_data"
     return inside if inside.is_dir() else Path(__file__).parents[2] / "sample_data"
 
 
-def size_of(path: Path) -> int:
+def count_bytes(path: Path) -> int:
     """Bytes of a file, or of all files in a PEFT folder."""
     files = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
     return sum(file.stat().st_size for file in files)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-class WriteBehind:
+class BackgroundWriter:
     """What is written goes to a thread, one piece ahead at most; errors there come up at the next call."""
 
     def __init__(self, file: BinaryIO, threads: ThreadPoolExecutor) -> None:
@@ -38,9 +38,9 @@ class WriteBehind:
 
 
 @contextmanager
-def write_behind(path: Path) -> Iterator[WriteBehind]:
+def background_writer(path: Path) -> Iterator[BackgroundWriter]:
     """A new file to write to; complete, but not all on disk, when the block ends. Raises OSError."""
     with path.open("wb") as file, ThreadPoolExecutor(2) as threads:
-        behind = WriteBehind(file, threads)
+        behind = BackgroundWriter(file, threads)
         yield behind
         behind.wait()

@@ -15,7 +15,7 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def machine() -> str:
+def describe_machine() -> str:
     """Architecture, GPU and threads, for a report."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     count = torch.get_num_threads()

@@ -4,10 +4,10 @@ import torch
 from torch import Generator
 
 from lora_diffusion.config.train import CaptionConfig
-from lora_diffusion.prompts.emphasis import ReadText, plain, weighted
+from lora_diffusion.prompts.emphasis import ReadText, parse_emphasis, parse_literal
 
 
-def caption_text(caption: str, config: CaptionConfig, trigger_words: tuple[str, ...], rng: Generator) -> str:
+def augment_caption(caption: str, config: CaptionConfig, trigger_words: tuple[str, ...], rng: Generator) -> str:
     """The caption for one sample. Draws the same number of random numbers whatever comes of them."""
     dropped = bool(torch.rand((), generator=rng) < config.dropout)
     parts = [part.strip() for part in caption.split(config.separator)]
@@ -23,12 +23,12 @@ def caption_text(caption: str, config: CaptionConfig, trigger_words: tuple[str, 
     return "" if dropped else filled.strip()
 
 
-def whole_caption(caption: str, config: CaptionConfig, trigger_words: tuple[str, ...]) -> str:
+def format_caption(caption: str, config: CaptionConfig, trigger_words: tuple[str, ...]) -> str:
     """The caption with nothing left to chance: all its parts, in their order."""
     unchanged = config.model_copy(update={"dropout": 0.0, "part_dropout": 0.0, "shuffle": False})
-    return caption_text(caption, unchanged, trigger_words, Generator())
+    return augment_caption(caption, unchanged, trigger_words, Generator())
 
 
-def reader_of(config: CaptionConfig) -> ReadText:
+def caption_parser(config: CaptionConfig) -> ReadText:
     """What notation captions are in."""
-    return weighted if config.weights else plain
+    return parse_emphasis if config.weights else parse_literal

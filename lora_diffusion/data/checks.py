@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_diffusion.config.train import DataConfig
 from lora_diffusion.data.buckets import Bucket, bucket_sizes, nearest_bucket
-from lora_diffusion.data.duplicates import hash_of, near_twins
+from lora_diffusion.data.duplicates import find_near_duplicates, hash_file
 from lora_diffusion.data.folder import Example, read_dataset
 from lora_diffusion.data.images import read_size
 
@@ -35,12 +35,12 @@ class DatasetReport:
     """Captions without the trigger word."""
 
     @property
-    def shown_per_pass(self) -> int:
+    def samples_per_epoch(self) -> int:
         """Pictures in one pass over the data, repeats included."""
         return sum(example.repeats for example in self.examples)
 
     @property
-    def one_caption(self) -> bool:
+    def has_single_caption(self) -> bool:
         """Whether all pictures have the same caption."""
         return len({example.caption for example in self.examples}) == 1
 
@@ -51,7 +51,7 @@ def check_dataset(
     """Read a folder and look at it. Raises DatasetError for what training would refuse."""
     examples = read_dataset(config)
     sizes = [read_size(example.picture) for example in examples]
-    buckets = buckets_of(sizes, config, size_px)
+    buckets = assign_buckets(sizes, config, size_px)
     counts = [(example.picture, count_chunks(example.caption)) for example in examples]
     return DatasetReport(
         examples=examples,
@@ -61,14 +61,14 @@ def check_dataset(
             for example, (width, height), bucket in zip(examples, sizes, buckets, strict=True)
             if width < bucket.width or height < bucket.height
         ),
-        twins=near_twins({example.picture: hash_of(example.picture) for example in examples}),
+        twins=find_near_duplicates({example.picture: hash_file(example.picture) for example in examples}),
         long=tuple((picture, count) for picture, count in counts if count > 1),
         notation=tuple(e.picture for e in examples if NOTATION.search(e.caption)),
         untriggered=tuple(e.picture for e in examples if trigger and trigger not in e.caption),
     )
 
 
-def buckets_of(sizes: Sequence[tuple[int, int]], config: DataConfig, size_px: int) -> tuple[Bucket, ...]:
+def assign_buckets(sizes: Sequence[tuple[int, int]], config: DataConfig, size_px: int) -> tuple[Bucket, ...]:
     """The bucket of each picture of those widths and heights."""
     if not config.buckets:
         return (Bucket(size_px, size_px),) * len(sizes)
@@ -77,11 +77,11 @@ def buckets_of(sizes: Sequence[tuple[int, int]], config: DataConfig, size_px: in
     return tuple(nearest_bucket(known, *size) for size in sizes)
 
 
-def described(report: DatasetReport) -> str:
+def format_report(report: DatasetReport) -> str:
     """The report as lines of text: what is there, then what to look at."""
     kinds = sorted(Counter(report.buckets).items())
     lines = [
-        f"{len(report.examples)} pictures, {report.shown_per_pass} shown in a pass; "
+        f"{len(report.examples)} pictures, {report.samples_per_epoch} shown in a pass; "
         + ", ".join(f"{count} as {bucket.width}x{bucket.height}" for bucket, count in kinds)
     ]
     lines += [f"look the same: {a.name} and {b.name}; keep one, or both learn as twice" for a, b in report.twins]
@@ -92,21 +92,21 @@ def described(report: DatasetReport) -> str:
         for path in report.notation
     ]
     lines += [f"caption lacks the trigger word: {path.name}" for path in report.untriggered]
-    if report.one_caption and len(report.examples) > 1:
+    if report.has_single_caption and len(report.examples) > 1:
         lines.append("all captions are the same: right for a subject, but a style learns better from what differs")
     return "\n".join(lines if len(lines) > 1 else [*lines, "nothing to complain of"])
 
 
-def facts_of(report: DatasetReport) -> dict[str, object]:
+def to_json(report: DatasetReport) -> dict[str, object]:
     """The same as plain values, ready for JSON."""
     return {
         "pictures": len(report.examples),
-        "shown_per_pass": report.shown_per_pass,
+        "shown_per_pass": report.samples_per_epoch,
         "buckets": {f"{b.width}x{b.height}": count for b, count in sorted(Counter(report.buckets).items())},
         "twins": [[str(a), str(b)] for a, b in report.twins],
         "enlarged": [str(path) for path in report.enlarged],
         "long_captions": {str(path): count for path, count in report.long},
         "notation": [str(path) for path in report.notation],
         "without_trigger": [str(path) for path in report.untriggered],
-        "one_caption": report.one_caption,
+        "one_caption": report.has_single_caption,
     }

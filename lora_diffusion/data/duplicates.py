@@ -23,12 +23,12 @@ def difference_hash(picture: Image.Image) -> int:
     return int("".join("1" if bit else "0" for bit in bits), 2)
 
 
-def near_twins(hashes: Mapping[Path, int], distance: int = NEAR) -> tuple[tuple[Path, Path], ...]:
+def find_near_duplicates(hashes: Mapping[Path, int], distance: int = NEAR) -> tuple[tuple[Path, Path], ...]:
     """Pairs of pictures whose hashes differ in at most so many bits."""
     pairs = combinations(hashes.items(), 2)
     return tuple((a, b) for (a, first), (b, second) in pairs if (first ^ second).bit_count() <= distance)
 
 
-def hash_of(path: Path) -> int:
+def hash_file(path: Path) -> int:
     """Of a picture file. Raises DatasetError."""
     return difference_hash(read_picture(path))

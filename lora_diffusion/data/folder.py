@@ -39,7 +39,7 @@ def read_dataset(config: DataConfig) -> tuple[Example, ...]:
     picture without caption, a caption without picture, a picture of a kind that is not read, a mask that is missing.
     """
     folder = config.folder
-    inner = [path for path in entries(folder) if path.is_dir() and REPEATED.fullmatch(path.name)]
+    inner = [path for path in list_entries(folder) if path.is_dir() and REPEATED.fullmatch(path.name)]
     if not inner and (folder / "train").is_dir():
         inner = [folder / "train"]
     examples = [example for place in (folder, *inner) for example in read_folder(place, config)]
@@ -51,7 +51,7 @@ def read_dataset(config: DataConfig) -> tuple[Example, ...]:
     return tuple(sorted(examples, key=lambda example: example.picture))
 
 
-def entries(folder: Path) -> list[Path]:
+def list_entries(folder: Path) -> list[Path]:
     """What is in a folder, sorted, hidden files left out. Raises DatasetError."""
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
@@ -65,9 +65,9 @@ def entries(folder: Path) -> list[Path]:
 
 def read_folder(folder: Path, config: DataConfig) -> list[Example]:
     """The pictures of one folder."""
-    files = [path for path in entries(folder) if path.is_file()]
+    files = [path for path in list_entries(folder) if path.is_file()]
     pictures = [p for p in files if p.suffix.lower() in FORMATS and not is_mask(p)]
-    refuse_passed_over(files, pictures)
+    check_no_ignored_files(files, pictures)
     listed = read_metadata(folder, pictures) if (folder / METADATA).is_file() else {}
     named = REPEATED.fullmatch(folder.name)
     repeats, words = (int(named[1]), named[2]) if named else (1, "")
@@ -77,15 +77,15 @@ def read_folder(folder: Path, config: DataConfig) -> list[Example]:
     return [
         Example(
             picture=picture,
-            caption=listed.get(picture.name) or caption_of(picture, fallback),
+            caption=listed.get(picture.name) or read_caption(picture, fallback),
             repeats=repeats,
-            mask=mask_of(picture, config),
+            mask=find_mask(picture, config),
         )
         for picture in pictures
     ]
 
 
-def refuse_passed_over(files: Sequence[Path], pictures: Sequence[Path]) -> None:
+def check_no_ignored_files(files: Sequence[Path], pictures: Sequence[Path]) -> None:
     """Raise DatasetError for files that would be left out in silence."""
     foreign = [p for p in files if p.suffix.lower() in OTHER_SUFFIXES]
     if foreign:
@@ -112,7 +112,7 @@ def is_mask(path: Path) -> bool:
     return Path(path.stem).suffix.lower() == ".mask"
 
 
-def caption_of(picture: Path, fallback: str) -> str:
+def read_caption(picture: Path, fallback: str) -> str:
     """From the file beside the picture, white space folded. Raises DatasetError for none, two, or an empty one."""
     found = [path for suffix in CAPTION_SUFFIXES if (path := picture.with_suffix(suffix)).is_file()]
     texts = {path: read_text(path) for path in found}
@@ -158,7 +158,7 @@ def read_metadata(folder: Path, pictures: Iterable[Path]) -> dict[str, str]:
     return captions
 
 
-def mask_of(picture: Path, config: DataConfig) -> Path | None:
+def find_mask(picture: Path, config: DataConfig) -> Path | None:
     """Where the picture's mask is. Raises DatasetError if it should have one and has not."""
     if config.masks == "none":
         return None

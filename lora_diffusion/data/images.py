@@ -26,7 +26,7 @@ ROTATED = range(5, 9)
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
+def open_image(path: Path) -> Iterator[Image.Image]:
     """A picture file, its header read. Raises DatasetError for one that cannot be decoded, or has several frames."""
     try:
         with warnings.catch_warnings(), Image.open(path, formats=tuple(dict.fromkeys(FORMATS.values()))) as picture:
@@ -45,7 +45,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
 
 def read_size(path: Path) -> tuple[int, int]:
     """Width and height upright, from the header alone."""
-    with opened(path) as picture:
+    with open_image(path) as picture:
         width, height = picture.size
         turned = picture.getexif().get(0x0112) in ROTATED
     return (height, width) if turned else (width, height)
@@ -53,21 +53,21 @@ def read_size(path: Path) -> tuple[int, int]:
 
 def read_picture(path: Path) -> Image.Image:
     """RGB, upright: transparency on white, 16-bit gray scaled rather than clipped, colors turned into sRGB."""
-    with opened(path) as picture:
+    with open_image(path) as picture:
         picture.load()
         return to_rgb(ImageOps.exif_transpose(picture))
 
 
 def read_alpha(path: Path) -> Image.Image:
     """The picture's own transparency, upright, 255 where it is opaque."""
-    with opened(path) as picture:
+    with open_image(path) as picture:
         picture.load()
         return ImageOps.exif_transpose(picture).convert("RGBA").getchannel("A")
 
 
 def read_mask(path: Path) -> Image.Image:
     """A mask as 8-bit gray, upright."""
-    with opened(path) as picture:
+    with open_image(path) as picture:
         picture.load()
         return ImageOps.exif_transpose(picture).convert("L")
 
@@ -82,10 +82,10 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         picture = Image.alpha_composite(ground, layer).convert("RGB")
     if picture.mode not in ("CMYK", "L"):
         picture = picture.convert("RGB")
-    return in_srgb(picture, profile)
+    return to_srgb(picture, profile)
 
 
-def in_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
+def to_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
     """RGB by a color profile, if there is one that can be read for the picture's mode, as CMYK from print has."""
     if profile:
         try:

@@ -8,7 +8,7 @@ from torch import Generator
 from lora_diffusion.data.buckets import Bucket
 
 
-def step_batches(
+def plan_batches(
     sizes: Sequence[Bucket], repeats: Sequence[int], *, per_step: int, steps: int, seed: int
 ) -> tuple[tuple[int, ...], ...]:
     """`per_step` example numbers for each optimizer step, all of one bucket; the first steps do not depend on `steps`.
@@ -19,7 +19,7 @@ def step_batches(
     """
     names = sorted(set(sizes))
     members = {name: [i for i, size in enumerate(sizes) if size == name for _ in range(repeats[i])] for name in names}
-    streams = {name: endless(members[name], seed + place) for place, name in enumerate(names)}
+    streams = {name: repeat_shuffled(members[name], seed + place) for place, name in enumerate(names)}
     total, given = sum(map(len, members.values())), dict.fromkeys(names, 0)
     result: list[tuple[int, ...]] = []
     for step in range(1, steps + 1):
@@ -29,7 +29,7 @@ def step_batches(
     return tuple(result)
 
 
-def endless(numbers: Sequence[int], seed: int) -> Iterator[int]:
+def repeat_shuffled(numbers: Sequence[int], seed: int) -> Iterator[int]:
     """Permutations of the numbers, one after another."""
     rng = Generator().manual_seed(seed)
     while True:

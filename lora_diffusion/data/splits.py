@@ -7,7 +7,9 @@ from lora_diffusion.data.folder import Example
 from lora_diffusion.errors import DatasetError
 
 
-def held_out(examples: Sequence[Example], share: float, seed: int) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+def split_validation(
+    examples: Sequence[Example], share: float, seed: int
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """Those to train on and those held out, at least one of each; by content, whatever names and order.
 
     Raises DatasetError for fewer than two examples.
@@ -17,7 +19,7 @@ def held_out(examples: Sequence[Example], share: float, seed: int) -> tuple[tupl
     if len(examples) < 2:
         raise DatasetError("one picture cannot be trained on and held out; give more, or set validation.share to 0")
     count = min(len(examples) - 1, max(1, round(share * len(examples))))
-    ranked = sorted(examples, key=lambda example: lot(example, seed))
+    ranked = sorted(examples, key=lambda example: split_key(example, seed))
     chosen = {example.picture for example in ranked[:count]}
     return (
         tuple(example for example in examples if example.picture not in chosen),
@@ -25,5 +27,5 @@ def held_out(examples: Sequence[Example], share: float, seed: int) -> tuple[tupl
     )
 
 
-def lot(example: Example, seed: int) -> bytes:
+def split_key(example: Example, seed: int) -> bytes:
     return hashlib.sha256(f"{seed}".encode() + example.picture.read_bytes()).digest()

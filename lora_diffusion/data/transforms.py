@@ -32,7 +32,7 @@ class View:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
+class Crop:
     """How a picture is scaled, where it is cut, and what else becomes of it."""
 
     scaled: tuple[int, int]
@@ -43,27 +43,30 @@ class Cut:
     """Factors of brightness, contrast and saturation."""
 
 
-def view(example: Example, bucket: Bucket, config: DataConfig, *, seed: int, variant: int) -> View:
+def make_view(example: Example, bucket: Bucket, config: DataConfig, *, seed: int, variant: int) -> View:
     """The same arguments give the same bits. Raises DatasetError for a picture or mask that cannot be read."""
     picture = read_picture(example.picture)
-    cut = cut_of(picture.size, bucket, config, seed=seed, variant=variant)
-    shown = shaped(picture, bucket, cut, Image.Resampling.LANCZOS)
+    cut = draw_crop(picture.size, bucket, config, seed=seed, variant=variant)
+    shown = apply_crop(picture, bucket, cut, Image.Resampling.LANCZOS)
     for enhancer, factor in zip(ENHANCERS, cut.colors, strict=False):
         shown = enhancer(shown).enhance(factor)
     pixels = torch.from_numpy(np.array(shown, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
     return View(
-        pixels=pixels, mask=mask_of(example, bucket, cut, config), original_size=picture.size, crop=(cut.top, cut.left)
+        pixels=pixels,
+        mask=make_mask(example, bucket, cut, config),
+        original_size=picture.size,
+        crop=(cut.top, cut.left),
     )
 
 
-def view_key(example: Example, bucket: Bucket, config: DataConfig, *, seed: int, variant: int) -> str:
+def make_view_key(example: Example, bucket: Bucket, config: DataConfig, *, seed: int, variant: int) -> str:
     """All that decides a view: hashes of picture and mask, and what is done to them. Decodes nothing."""
-    cut = cut_of(read_size(example.picture), bucket, config, seed=seed, variant=variant)
+    cut = draw_crop(read_size(example.picture), bucket, config, seed=seed, variant=variant)
     mask = (config.masks, config.mask_floor, file_hash(example.mask)) if example.mask else None
     return repr((file_hash(example.picture), mask, bucket, cut))
 
 
-def cut_of(size: tuple[int, int], bucket: Bucket, config: DataConfig, *, seed: int, variant: int) -> Cut:
+def draw_crop(size: tuple[int, int], bucket: Bucket, config: DataConfig, *, seed: int, variant: int) -> Crop:
     """Scaled so that it covers the bucket; every draw is made, used or not, so that settings do not mix."""
     rng = Generator().manual_seed(seed + variant)
     zoom, down, right, *shifts = torch.rand(6, generator=rng, dtype=torch.float64).tolist()
@@ -75,19 +78,19 @@ def cut_of(size: tuple[int, int], bucket: Bucket, config: DataConfig, *, seed: i
     top, left = (int(down * (room[0] + 1)), int(right * (room[1] + 1))) if random else (room[0] // 2, room[1] // 2)
     jitter = config.color_jitter
     colors = tuple(1 + jitter * (2 * shift - 1) for shift in shifts) if jitter else ()
-    return Cut(scaled=scaled, top=top, left=left, mirrored=config.flip and variant % 2 == 1, colors=colors)
+    return Crop(scaled=scaled, top=top, left=left, mirrored=config.flip and variant % 2 == 1, colors=colors)
 
 
-def shaped(picture: Image.Image, bucket: Bucket, cut: Cut, how: Image.Resampling) -> Image.Image:
+def apply_crop(picture: Image.Image, bucket: Bucket, cut: Crop, how: Image.Resampling) -> Image.Image:
     box = (cut.left, cut.top, cut.left + bucket.width, cut.top + bucket.height)
     shown = picture.resize(cut.scaled, how).crop(box)
     return ImageOps.mirror(shown) if cut.mirrored else shown
 
 
-def mask_of(example: Example, bucket: Bucket, cut: Cut, config: DataConfig) -> Tensor | None:
+def make_mask(example: Example, bucket: Bucket, cut: Crop, config: DataConfig) -> Tensor | None:
     if example.mask is None:
         return None
     mask = read_alpha(example.mask) if config.masks == "alpha" else read_mask(example.mask)
-    shown = shaped(mask, bucket, cut, Image.Resampling.BOX)
+    shown = apply_crop(mask, bucket, cut, Image.Resampling.BOX)
     counted = torch.from_numpy(np.array(shown, dtype=np.float32)) / 255
     return config.mask_floor + (1 - config.mask_floor) * counted

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from lora_diffusion.core.atomic_files import whole_file
+from lora_diffusion.core.atomic_files import atomic_file
 
 GROUND, INK, PALE = (250, 250, 248), (30, 32, 40), (110, 114, 124)
 MARGIN_PX, HEADER_PX, LABEL_PX = 10, 44, 190
 
 
-def grid(
+def draw_image_grid(
     rows: Sequence[Sequence[Image.Image]],
     *,
     columns: Sequence[str],
@@ -46,5 +46,5 @@ def grid(
 
 def save_grid(sheet: Image.Image, path: Path) -> None:
     """Write as PNG, whole or not at all."""
-    with whole_file(path) as part:
+    with atomic_file(path) as part:
         sheet.save(part, format="PNG", optimize=True)

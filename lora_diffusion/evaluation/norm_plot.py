@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from lora_diffusion.core.atomic_files import whole_file
+from lora_diffusion.core.atomic_files import atomic_file
 
 
 def save_norm_plot(norms: Mapping[str, Mapping[str, float]], path: Path, *, title: str) -> None:
@@ -20,5 +20,5 @@ def save_norm_plot(norms: Mapping[str, Mapping[str, float]], path: Path, *, titl
     axes.set_title(title)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    with whole_file(path) as part:
+    with atomic_file(path) as part:
         figure.savefig(part, format="png", dpi=120)

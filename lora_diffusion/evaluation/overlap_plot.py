@@ -8,12 +8,12 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.evaluation.plot_style import (
-    figure_of,
-    heat_map,
+    draw_heat_map,
+    label_cells,
+    new_figure,
     save_figure,
-    shown_block,
-    shown_name,
-    write_in_cells,
+    shorten_block,
+    shorten_name,
 )
 
 if TYPE_CHECKING:
@@ -31,35 +31,35 @@ def save_overlap_plot(facts: Mapping[str, Any], path: Path) -> None:
     """Two matrices over all adapters, cosine of the deltas and shared energy, with numbers. Raises OutputError."""
     names = facts["names"]
     side = max(0.75 * len(names), 2.2)
-    figure = figure_of(2 * side + 4.6, side + 1.6)
+    figure = new_figure(2 * side + 4.6, side + 1.6)
     left, right = figure.subplots(1, 2, gridspec_kw={"wspace": 0.08})
-    cosines, shares = off_diagonal(facts["cosine"], 1), off_diagonal(facts["shared"], 100)
-    reach = max(largest(cosines), FULL_COSINE)
-    image = heat_map(left, cosines, colors="RdBu_r", low=-reach, high=reach)
-    write_in_cells(left, image, texts(cosines, 3))
-    finish(figure, left, image, names, "cosine of the deltas", "−1 opposite, 0 unrelated, 1 the same")
+    cosines, shares = clear_diagonal(facts["cosine"], 1), clear_diagonal(facts["shared"], 100)
+    reach = max(largest_magnitude(cosines), FULL_COSINE)
+    image = draw_heat_map(left, cosines, colors="RdBu_r", low=-reach, high=reach)
+    label_cells(left, image, format_cells(cosines, 3))
+    finish_matrix(figure, left, image, names, "cosine of the deltas", "−1 opposite, 0 unrelated, 1 the same")
     chance = 100 * fmean(pair["chance"] for pair in facts["pairs"])
-    image = heat_map(right, shares, colors="Blues", low=0, high=max(largest(shares), FULL_SHARE))
-    write_in_cells(right, image, texts(shares, 1))
-    finish(figure, right, image, names, f"shared energy (random: {chance:.1f} %)", SHARED)
+    image = draw_heat_map(right, shares, colors="Blues", low=0, high=max(largest_magnitude(shares), FULL_SHARE))
+    label_cells(right, image, format_cells(shares, 1))
+    finish_matrix(figure, right, image, names, f"shared energy (random: {chance:.1f} %)", SHARED)
     save_figure(figure, path)
 
 
-def off_diagonal(matrix: Sequence[Sequence[float]], factor: float) -> list[list[float]]:
+def clear_diagonal(matrix: Sequence[Sequence[float]], factor: float) -> list[list[float]]:
     """The matrix times a factor, without what an adapter has in common with itself."""
     return [[NOTHING if x == y else factor * value for x, value in enumerate(row)] for y, row in enumerate(matrix)]
 
 
-def largest(values: Sequence[Sequence[float]]) -> float:
+def largest_magnitude(values: Sequence[Sequence[float]]) -> float:
     return max((abs(value) for row in values for value in row if value == value), default=0.0)
 
 
-def texts(values: Sequence[Sequence[float]], decimals: int) -> list[list[str]]:
+def format_cells(values: Sequence[Sequence[float]], decimals: int) -> list[list[str]]:
     return [["" if value != value else f"{value:z.{decimals}f}" for value in row] for row in values]
 
 
-def finish(figure: Figure, axes: Axes, image: Any, names: Sequence[str], title: str, unit: str) -> None:
-    labels = [shown_name(name, 16) for name in names]
+def finish_matrix(figure: Figure, axes: Axes, image: Any, names: Sequence[str], title: str, unit: str) -> None:
+    labels = [shorten_name(name, 16) for name in names]
     axes.set_xticks(range(len(names)), labels, rotation=35, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(names)), labels)
     axes.set_title(title, fontsize=11)
@@ -79,13 +79,13 @@ def save_block_overlap_plot(pairs: Sequence[Mapping[str, Any]], path: Path) -> N
     shares = [
         [100 * pair["blocks"][b]["shared"] if b in pair["blocks"] else NOTHING for pair in chosen] for b in blocks
     ]
-    figure = figure_of(0.85 * len(chosen) + 3.6, 0.42 * len(blocks) + 2.2)
+    figure = new_figure(0.85 * len(chosen) + 3.6, 0.42 * len(blocks) + 2.2)
     axes = figure.add_subplot()
-    image = heat_map(axes, shares, colors="Blues", low=0, high=max(largest(shares), FULL_SHARE))
-    write_in_cells(axes, image, texts(shares, 1))
-    labels = [f"{shown_name(pair['first'], 16)} + {shown_name(pair['second'], 16)}" for pair in chosen]
+    image = draw_heat_map(axes, shares, colors="Blues", low=0, high=max(largest_magnitude(shares), FULL_SHARE))
+    label_cells(axes, image, format_cells(shares, 1))
+    labels = [f"{shorten_name(pair['first'], 16)} + {shorten_name(pair['second'], 16)}" for pair in chosen]
     axes.set_xticks(range(len(chosen)), labels, rotation=35, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(blocks)), [shown_block(block) for block in blocks])
+    axes.set_yticks(range(len(blocks)), [shorten_block(block) for block in blocks])
     axes.set_title("shared energy by block", fontsize=11)
     add_bar(figure, axes, image, SHARED)
     save_figure(figure, path)

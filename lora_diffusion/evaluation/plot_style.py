@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_diffusion.core.atomic_files import whole_file
+from lora_diffusion.core.atomic_files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +18,7 @@ INK, PALE = "#1f2430", "#d5d8de"
 DPI = 140
 
 
-def figure_of(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """An empty figure of a size in inches."""
     from matplotlib.figure import Figure  # slow to import, and only plots need it
 
@@ -27,28 +27,28 @@ def figure_of(width: float, height: float) -> Figure:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write as PNG, whole or not at all. Raises OutputError."""
-    with whole_file(path) as part:
+    with atomic_file(path) as part:
         figure.savefig(part, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.15)
 
 
-def shown_name(name: str, longest: int = 24) -> str:
+def shorten_name(name: str, longest: int = 24) -> str:
     """A user's name, cut to a length; a dollar sign is one, and opens no formula."""
     cut = name if len(name) <= longest else f"{name[: longest - 1]}…"
     return cut.replace("$", r"\$")
 
 
-def shown_block(block: str) -> str:
+def shorten_block(block: str) -> str:
     """`unet.down_blocks.0` as `down 0`, `unet.mid_block` as `middle`, `text_encoder_2` as `text encoder 2`."""
     inner = block.removeprefix("unet.")
     return "middle" if inner == "mid_block" else inner.replace("_blocks.", " ").replace("_", " ")
 
 
-def bare(axes: Axes) -> None:
+def hide_spines(axes: Axes) -> None:
     """Take the frame's upper and right sides away."""
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def heat_map(axes: Axes, values: Any, *, colors: str, low: float, high: float) -> Any:
+def draw_heat_map(axes: Axes, values: Any, *, colors: str, low: float, high: float) -> Any:
     """Cells of (rows, columns) without a frame; NaN is pale."""
     import matplotlib
 
@@ -59,7 +59,7 @@ def heat_map(axes: Axes, values: Any, *, colors: str, low: float, high: float) -
     return image
 
 
-def write_in_cells(axes: Axes, image: Any, texts: Sequence[Sequence[str]]) -> None:
+def label_cells(axes: Axes, image: Any, texts: Sequence[Sequence[str]]) -> None:
     """One text in each cell, in ink on pale colors and white on dark ones."""
     values = image.get_array()
     for y, row in enumerate(texts):

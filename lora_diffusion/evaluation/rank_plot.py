@@ -8,11 +8,11 @@ from lora_diffusion.evaluation.plot_style import (
     COLORS,
     MARKERS,
     PALE,
-    bare,
-    figure_of,
+    hide_spines,
+    new_figure,
     save_figure,
-    shown_block,
-    shown_name,
+    shorten_block,
+    shorten_name,
 )
 
 
@@ -20,7 +20,7 @@ def save_rank_plot(adapters: Sequence[Mapping[str, Any]], path: Path) -> None:
     """A row for each block, a mark for each adapter at the median over its modules. Raises OutputError."""
     blocks = sorted({block for adapter in adapters for block in adapter["blocks"]})
     height = 0.3 + 0.045 * len(adapters)
-    figure = figure_of(8, height * len(blocks) + 1.2)
+    figure = new_figure(8, height * len(blocks) + 1.2)
     axes = figure.add_subplot()
     step = 0.6 / len(adapters)
     for i, adapter in enumerate(adapters):
@@ -28,9 +28,9 @@ def save_rank_plot(adapters: Sequence[Mapping[str, Any]], path: Path) -> None:
         rows = [y + step * (i - (len(adapters) - 1) / 2) for y, block in enumerate(blocks) if block in found]
         values = [found[block] for block in blocks if block in found]
         color, marker = COLORS[i % len(COLORS)], MARKERS[i // len(COLORS) % len(MARKERS)]
-        label = f"{shown_name(adapter['name'])} (rank {adapter['whole']['rank']:g})"
+        label = f"{shorten_name(adapter['name'])} (rank {adapter['whole']['rank']:g})"
         axes.plot(values, rows, marker, color=color, ms=6, label=label)
-    axes.set_yticks(range(len(blocks)), [shown_block(block) for block in blocks])
+    axes.set_yticks(range(len(blocks)), [shorten_block(block) for block in blocks])
     axes.set_ylim(len(blocks) - 0.5, -0.5)
     axes.set_xlim(0, 1.02 * max(facts["rank"] for adapter in adapters for facts in adapter["blocks"].values()))
     axes.hlines([y + 0.5 for y in range(len(blocks) - 1)], 0, 1, PALE, lw=0.6, transform=axes.get_yaxis_transform())
@@ -39,5 +39,5 @@ def save_rank_plot(adapters: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.set_xlabel("effective rank of the delta (median over modules)")
     axes.tick_params(axis="y", length=0)
     figure.legend(loc="outside right upper", frameon=False)
-    bare(axes)
+    hide_spines(axes)
     save_figure(figure, path)

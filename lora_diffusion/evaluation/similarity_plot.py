@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_diffusion.evaluation.plot_style import figure_of, heat_map, save_figure, shown_name
+from lora_diffusion.evaluation.plot_style import draw_heat_map, new_figure, save_figure, shorten_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,16 +26,17 @@ def save_similarity_plot(pair: Mapping[str, Any], path: Path) -> None:
     """
     grids = [pair[side][what] for side, what, _ in PANELS]
     highest = max(value for grid in grids for row in grid for value in row)
-    figure = figure_of(7.6, 6.8)
+    figure = new_figure(7.6, 6.8)
     panels: list[Axes] = list(figure.subplots(2, 2, sharex=True, sharey=True).flat)
     images = [
-        heat_map(axes, grid, colors="viridis", low=0, high=highest) for axes, grid in zip(panels, grids, strict=True)
+        draw_heat_map(axes, grid, colors="viridis", low=0, high=highest)
+        for axes, grid in zip(panels, grids, strict=True)
     ]
     for axes, (_, _, title), grid in zip(panels, PANELS, grids, strict=True):
         axes.set_title(title, fontsize=11)
         label_directions(axes, grid)
-    figure.supxlabel(f"first j directions of {shown_name(pair['second'])}", fontsize=10)
-    figure.supylabel(f"first i directions of {shown_name(pair['first'])}", fontsize=10)
+    figure.supxlabel(f"first j directions of {shorten_name(pair['second'])}", fontsize=10)
+    figure.supylabel(f"first i directions of {shorten_name(pair['first'])}", fontsize=10)
     bar = figure.colorbar(images[0], ax=panels, shrink=0.7, aspect=28)
     bar.set_label("φ(i, j): 0 orthogonal, 1 one inside the other (mean over modules)")
     bar.outline.set_visible(False)

@@ -7,7 +7,15 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_diffusion.evaluation.plot_style import INK, PALE, bare, figure_of, save_figure, shown_block, shown_name
+from lora_diffusion.evaluation.plot_style import (
+    INK,
+    PALE,
+    hide_spines,
+    new_figure,
+    save_figure,
+    shorten_block,
+    shorten_name,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +27,7 @@ def save_spectrum_plot(adapters: Sequence[Mapping[str, Any]], path: Path) -> Non
     """A panel for each adapter, a line for each block: medians over its modules, on a log scale. Raises OutputError."""
     columns = min(len(adapters), MOST_COLUMNS)
     rows = ceil(len(adapters) / columns)
-    figure = figure_of(3.4 * columns + 1.9, 3.1 * rows + 0.4)
+    figure = new_figure(3.4 * columns + 1.9, 3.1 * rows + 0.4)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     flat: list[Axes] = list(panels.flat)
     colors = block_colors(sorted({block for adapter in adapters for block in adapter["blocks"]}))
@@ -30,8 +38,8 @@ def save_spectrum_plot(adapters: Sequence[Mapping[str, Any]], path: Path) -> Non
     for axes in flat[max(len(adapters) - columns, 0) : len(adapters)]:
         axes.tick_params(labelbottom=True)
     handles = {line.get_label(): line for axes in flat for line in axes.get_lines()}
-    shown = [block for block in colors if shown_block(block) in handles]
-    labels = [shown_block(block) for block in shown]
+    shown = [block for block in colors if shorten_block(block) in handles]
+    labels = [shorten_block(block) for block in shown]
     figure.legend([handles[label] for label in labels], labels, loc="outside right upper", frameon=False, title="block")
     figure.supxlabel("direction, strongest first", fontsize=10)
     figure.supylabel("singular value of the delta (median over modules)", fontsize=10)
@@ -56,12 +64,12 @@ def draw_spectra(axes: Axes, adapter: Mapping[str, Any], colors: Mapping[str, An
         style = "-" if block.startswith("unet.") else "--"
         marker = "o" if len(values) <= 16 else ""
         numbers = range(1, len(values) + 1)
-        axes.plot(numbers, values, style, marker=marker, ms=3, lw=1.4, color=colors[block], label=shown_block(block))
+        axes.plot(numbers, values, style, marker=marker, ms=3, lw=1.4, color=colors[block], label=shorten_block(block))
     axes.set_yscale("log")
     axes.set_xlim(left=0.5)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title(shown_name(adapter["name"]), fontsize=11)
+    axes.set_title(shorten_name(adapter["name"]), fontsize=11)
     axes.grid(axis="y", color=PALE, lw=0.6)
     axes.set_axisbelow(True)
-    bare(axes)
+    hide_spines(axes)

@@ -31,7 +31,7 @@ def style_features(base: Base, pictures: Sequence[Image.Image]) -> list[Tensor]:
         block.register_forward_hook(lambda _m, _i, out: levels.append(channel_statistics(out))) for block in blocks
     ]
     try:
-        encoder(stacked(pictures, base.size_px).to(base.pipe.vae.device, base.pipe.vae.dtype))
+        encoder(stack_images(pictures, base.size_px).to(base.pipe.vae.device, base.pipe.vae.dtype))
     finally:
         for hook in hooks:
             hook.remove()
@@ -44,7 +44,7 @@ def channel_statistics(features: Tensor) -> Tensor:
     return torch.cat([flat.mean(dim=2), flat.std(dim=2)], dim=1).mean(dim=0)
 
 
-def stacked(pictures: Sequence[Image.Image], size_px: int) -> Tensor:
+def stack_images(pictures: Sequence[Image.Image], size_px: int) -> Tensor:
     """(n, 3, size, size) in -1..1."""
     arrays = [
         np.array(p.convert("RGB").resize((size_px, size_px), Image.Resampling.LANCZOS), dtype=np.float32)
@@ -59,6 +59,6 @@ def style_distance(base: Base, pictures: Sequence[Image.Image], style: Sequence[
     return float(np.mean([float((a - b).norm() / b.norm()) for a, b in pairs]))
 
 
-def style_pictures(folder: Path) -> list[Image.Image]:
+def list_style_images(folder: Path) -> list[Image.Image]:
     """The PNG pictures of a training set."""
     return [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))]

@@ -12,7 +12,7 @@ from lora_diffusion.errors import AdapterFormatError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outline:
+class MetaTensor:
     """Shape and type of a tensor, and the value if it is a single number that was read with the header."""
 
     shape: tuple[int, ...]
@@ -30,14 +30,14 @@ class Outline:
     def is_floating_point(self) -> bool:
         return "float" in self.dtype
 
-    def reshape(self, *shape: int) -> Outline:
+    def reshape(self, *shape: int) -> MetaTensor:
         known = math.prod(side for side in shape if side != -1)
         return replace(self, shape=tuple(self.numel() // known if side == -1 else side for side in shape))
 
-    def float(self) -> Outline:
+    def float(self) -> MetaTensor:
         return replace(self, dtype="float32")
 
-    def __mul__(self, factor: float) -> Outline:
+    def __mul__(self, factor: float) -> MetaTensor:
         return replace(self, value=None if self.value is None else self.value * factor)
 
     def __float__(self) -> float:

@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
-from lora_diffusion.core.atomic_files import whole_file
+from lora_diffusion.core.atomic_files import atomic_file
 from lora_diffusion.core.dtypes import dtype_name, tensor_bytes, torch_dtype
 from lora_diffusion.errors import AdapterFormatError
-from lora_diffusion.formats.meta_tensor import Outline
+from lora_diffusion.formats.meta_tensor import MetaTensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +53,7 @@ MOST_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Slot:
+class TensorInfo:
     """Where a tensor lies: type, shape, and first and last byte after the header."""
 
     dtype: str
@@ -66,7 +66,7 @@ class Slot:
 class Header:
     """What a file says of itself, checked against its length."""
 
-    slots: Mapping[str, Slot]
+    tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
     data_start: int
     data_bytes: int
@@ -77,11 +77,11 @@ def read_header(path: Path) -> Header:
 
     Raises AdapterFormatError for anything but a whole, consistent safetensors file.
     """
-    with opened(path) as file:
-        return header_of(file, path)
+    with open_file(path) as file:
+        return parse_file_header(file, path)
 
 
-def opened(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BinaryIO:
     """The file, ready to be read. Raises AdapterFormatError."""
     if path.is_dir():
         raise AdapterFormatError(f"{path}: is a folder; give the path of a .safetensors adapter")
@@ -93,7 +93,7 @@ def opened(path: Path) -> BinaryIO:
         raise AdapterFormatError(f"{path}: cannot be read ({error.strerror}); expected a .safetensors file") from None
 
 
-def header_of(file: BinaryIO, path: Path) -> Header:
+def parse_file_header(file: BinaryIO, path: Path) -> Header:
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if size < 8:
@@ -102,20 +102,20 @@ def header_of(file: BinaryIO, path: Path) -> Header:
         raise not_safetensors(path, f"its header should have {length:,} bytes, the file has {size:,}")
     if length > MOST_HEADER_BYTES:
         raise not_safetensors(path, f"its header of {length:,} bytes is beyond the format's {MOST_HEADER_BYTES:,}")
-    table = parsed(file.read(length), path)
+    table = parse_json(file.read(length), path)
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise not_safetensors(path, "its __metadata__ is no table of texts")
-    slots = {key: slot_of(key, entry, path) for key, entry in table.items()}
+    slots = {key: parse_entry(key, entry, path) for key, entry in table.items()}
     check_layout(slots, size - 8 - length, path)
-    return Header(slots=slots, metadata=metadata, data_start=8 + length, data_bytes=size - 8 - length)
+    return Header(tensors=slots, metadata=metadata, data_start=8 + length, data_bytes=size - 8 - length)
 
 
 def not_safetensors(path: Path, reason: str) -> AdapterFormatError:
     return AdapterFormatError(f"{path}: not a safetensors file ({reason}); expected a file saved as .safetensors")
 
 
-def parsed(text: bytes, path: Path) -> dict[str, Any]:
+def parse_json(text: bytes, path: Path) -> dict[str, Any]:
     """The header's JSON object; a key that is there twice is refused, because readers would disagree on it."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def parsed(text: bytes, path: Path) -> dict[str, Any]:
     return table
 
 
-def slot_of(key: str, entry: Any, path: Path) -> Slot:
+def parse_entry(key: str, entry: Any, path: Path) -> TensorInfo:
     """One tensor's entry. Raises AdapterFormatError that names the key."""
     try:
         name, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -150,14 +150,14 @@ def slot_of(key: str, entry: Any, path: Path) -> Slot:
     dtype, item_bytes = DTYPES_BY_NAME[name]
     if end - start != math.prod(shape) * item_bytes:
         raise not_safetensors(path, f"{key!r} of shape {shape} does not fill its {end - start} bytes")
-    return Slot(dtype=dtype, shape=tuple(shape), start=start, end=end)
+    return TensorInfo(dtype=dtype, shape=tuple(shape), start=start, end=end)
 
 
 def is_size(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def check_layout(slots: Mapping[str, Slot], data_bytes: int, path: Path) -> None:
+def check_layout(slots: Mapping[str, TensorInfo], data_bytes: int, path: Path) -> None:
     """Every byte after the header belongs to exactly one tensor."""
     reached = 0
     for key, slot in sorted(slots.items(), key=lambda item: (item[1].start, item[1].end)):
@@ -173,34 +173,34 @@ def check_layout(slots: Mapping[str, Slot], data_bytes: int, path: Path) -> None
 
 def tensor_kinds(path: Path) -> dict[str, TensorKind]:
     """Type and shape of every tensor, from the header alone. Raises AdapterFormatError."""
-    return {key: (slot.dtype, slot.shape) for key, slot in read_header(path).slots.items()}
+    return {key: (slot.dtype, slot.shape) for key, slot in read_header(path).tensors.items()}
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header metadata, read in one piece. Raises AdapterFormatError if the file is not safetensors."""
     import torch
 
-    with opened(path) as file:
-        header = header_of(file, path)
+    with open_file(path) as file:
+        header = parse_file_header(file, path)
         data = torch.empty(header.data_bytes, dtype=torch.uint8)
         if cast(Any, file).readinto(data.numpy()) != header.data_bytes:
             raise not_safetensors(path, "it became shorter while it was read")
-    return {key: view(data, slot) for key, slot in header.slots.items()}, dict(header.metadata)
+    return {key: view_tensor(data, slot) for key, slot in header.tensors.items()}, dict(header.metadata)
 
 
-def read_slot(path: Path, slot: Slot, data_start: int) -> Tensor:
+def read_tensor(path: Path, slot: TensorInfo, data_start: int) -> Tensor:
     """One tensor, read from its place in the file into memory of its own. Raises AdapterFormatError."""
     import torch
 
     data = torch.empty(slot.end - slot.start, dtype=torch.uint8)
-    with opened(path) as file:
+    with open_file(path) as file:
         file.seek(data_start + slot.start)
         if cast(Any, file).readinto(data.numpy()) != slot.end - slot.start:
             raise not_safetensors(path, "it became shorter while it was read")
     return data.view(torch_dtype(slot.dtype)).reshape(slot.shape)
 
 
-def view(data: Tensor, slot: Slot) -> Tensor:
+def view_tensor(data: Tensor, slot: TensorInfo) -> Tensor:
     """A tensor as a part of the file's bytes; copied only where those do not lie as its type needs."""
     part = data[slot.start : slot.end]
     if slot.start % ITEM_BYTES[slot.dtype]:
@@ -218,19 +218,19 @@ def map_safetensors(path: Path) -> dict[str, Tensor]:
     header = read_header(path)
     size = header.data_start + header.data_bytes
     data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[header.data_start :]
-    return {key: view(data, slot) for key, slot in header.slots.items()}
+    return {key: view_tensor(data, slot) for key, slot in header.tensors.items()}
 
 
-def read_outline(path: Path) -> tuple[dict[str, Outline], dict[str, str]]:
+def read_meta_tensors(path: Path) -> tuple[dict[str, MetaTensor], dict[str, str]]:
     """The same without the numbers, but for single ones, such as a layer's alpha. Does not import torch."""
-    with opened(path) as file:
-        header = header_of(file, path)
-        tensors = {key: outline(file, header, slot) for key, slot in header.slots.items()}
+    with open_file(path) as file:
+        header = parse_file_header(file, path)
+        tensors = {key: read_meta_tensor(file, header, slot) for key, slot in header.tensors.items()}
     return tensors, dict(header.metadata)
 
 
-def outline(file: BinaryIO, header: Header, slot: Slot) -> Outline:
-    plain = Outline(shape=slot.shape, dtype=slot.dtype)
+def read_meta_tensor(file: BinaryIO, header: Header, slot: TensorInfo) -> MetaTensor:
+    plain = MetaTensor(shape=slot.shape, dtype=slot.dtype)
     if plain.numel() != 1:
         return plain
     file.seek(header.data_start + slot.start)
@@ -241,14 +241,14 @@ def outline(file: BinaryIO, header: Header, slot: Slot) -> Outline:
     return replace(plain, value=float(struct.unpack(code, data)[0])) if code else plain
 
 
-def kind_of(tensor: Tensor) -> TensorKind:
+def tensor_type(tensor: Tensor) -> TensorKind:
     return dtype_name(tensor.dtype), tuple(tensor.shape)
 
 
 def payload_hash(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over the bytes after the header, as ModelSpec's `hash_sha256` wants it."""
     digest = hashlib.sha256()
-    for key in storage_order({key: kind_of(tensor) for key, tensor in tensors.items()}):
+    for key in storage_order({key: tensor_type(tensor) for key, tensor in tensors.items()}):
         digest.update(tensor_bytes(tensors[key]))
     return digest.hexdigest()
 
@@ -303,13 +303,13 @@ def stream_safetensors(
     file.write(header_bytes(kinds, metadata))
     for key in storage_order(kinds):
         value = tensor(key)
-        if kind_of(value) != kinds[key]:
+        if tensor_type(value) != kinds[key]:
             raise ValueError(f"{key}: {value.dtype} {tuple(value.shape)} where the header says {kinds[key]}")
         file.write(tensor_bytes(value))
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors and metadata, the same bytes for the same content, whole or not at all. Raises OutputError."""
-    kinds = {key: kind_of(value) for key, value in tensors.items()}
-    with whole_file(path) as part, part.open("wb") as file:
+    kinds = {key: tensor_type(value) for key, value in tensors.items()}
+    with atomic_file(path) as part, part.open("wb") as file:
         stream_safetensors(file, kinds, metadata, lambda key: tensors[key])

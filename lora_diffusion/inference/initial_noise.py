@@ -19,10 +19,10 @@ def variation_noise(
         torch.randn(shape, generator=each, dtype=dtype)
         for each in (generator, torch.Generator("cpu").manual_seed(other_seed))
     )
-    return spherical(own.float(), other.float(), share).to(dtype)
+    return slerp_columns(own.float(), other.float(), share).to(dtype)
 
 
-def spherical(start: Tensor, end: Tensor, share: float) -> Tensor:
+def slerp_columns(start: Tensor, end: Tensor, share: float) -> Tensor:
     """Between two tensors (..., h, w) along the arc that each pair of columns spans (Shoemake 1985)."""
     cosine = torch.nn.functional.cosine_similarity(start, end, dim=-2).unsqueeze(-2)
     angle = cosine.clamp(-1, 1).acos()

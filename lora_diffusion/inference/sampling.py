@@ -15,30 +15,30 @@ from torch import Tensor
 from torch.nn import functional
 
 from lora_diffusion.adapters.blend import Blend
-from lora_diffusion.adapters.coefficients import Moment
+from lora_diffusion.adapters.coefficients import DenoisingStep
 from lora_diffusion.config.generate import GenerateConfig, Scheduler
 from lora_diffusion.config.preset import Composition
 from lora_diffusion.config.settings import validate
 from lora_diffusion.core.dtypes import dtype_name
 from lora_diffusion.errors import ConfigError, SamplingError
-from lora_diffusion.inference.composition import BeforeStep, composed
+from lora_diffusion.inference.composition import BeforeStep, composition_context
 from lora_diffusion.inference.in_place import Backup
 from lora_diffusion.inference.initial_noise import variation_noise
 from lora_diffusion.library.recipe import Recipe, blend_entries, library_versions, write_png
 from lora_diffusion.models.load import Base, new_scheduler, quiet_libraries
 from lora_diffusion.models.text_encoding import (
     TextContext,
-    chunk_count,
+    concatenate_contexts,
+    count_chunks,
     encode_prompts,
-    joined_contexts,
     negative_context,
 )
-from lora_diffusion.models.textual_inversion import learned_words
-from lora_diffusion.prompts.emphasis import weighted
+from lora_diffusion.models.textual_inversion import learned_tokens
+from lora_diffusion.prompts.emphasis import parse_emphasis
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
+class GeneratedImage:
     """An image and the recipe that makes it again."""
 
     image: Image.Image
@@ -54,7 +54,7 @@ def single_settings(base: Base, config: GenerateConfig) -> list[GenerateConfig]:
     tagged = next((text for text in (config.prompt, config.negative_prompt) if "<lora:" in text), "")
     if tagged:
         raise ConfigError(
-            f"the prompt {tagged!r} has a tag in it; `take_tags` and `tagged_entries` turn it into a blend"
+            f"the prompt {tagged!r} has a tag in it; `extract_tags` and `resolve_tags` turn it into a blend"
         )
     most = int(base.pipe.scheduler.config.num_train_timesteps)
     if config.steps > most:
@@ -81,7 +81,7 @@ def pipeline_with(base: Base, scheduler: Scheduler) -> Any:
     return pipe
 
 
-OnStep = Callable[[Moment, Tensor], None]
+OnStep = Callable[[DenoisingStep, Tensor], None]
 """Told of each denoising step that was taken, with the latents (1, c, h, w) after it; what it raises ends sampling."""
 
 
@@ -96,21 +96,21 @@ def sample(
     pipe = pipeline_with(base, settings.scheduler)
     before_step = before_step or (lambda _, __: None)
 
-    def read() -> Tensor:
-        return joined_contexts(contexts_of(base, settings)).hidden
+    def encode() -> Tensor:
+        return concatenate_contexts(encode_contexts(base, settings)).hidden
 
-    before_step(Moment(step=0, steps=settings.steps), read)
-    arguments = prompt_arguments(contexts_of(base, settings))
+    before_step(DenoisingStep(index=0, total=settings.steps), encode)
+    arguments = prompt_arguments(encode_contexts(base, settings))
 
     def after_step(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
         calls = len(pipe.scheduler.timesteps)  # some schedulers take more than one to a step
         if on_step:
-            on_step(Moment(step=step * settings.steps // calls, steps=settings.steps), tensors["latents"])
+            on_step(DenoisingStep(index=step * settings.steps // calls, total=settings.steps), tensors["latents"])
         if step + 1 < calls:
-            before_step(Moment(step=(step + 1) * settings.steps // calls, steps=settings.steps), read)
+            before_step(DenoisingStep(index=(step + 1) * settings.steps // calls, total=settings.steps), encode)
         return {}
 
-    with own_precision(pipe.vae):
+    with kept_vae_dtype(pipe.vae):
         result = pipe(
             **arguments,
             num_inference_steps=settings.steps,
@@ -141,7 +141,7 @@ def noise_arguments(base: Base, settings: GenerateConfig, dtype: torch.dtype) ->
 
 
 @torch.no_grad()
-def preview(base: Base, latents: Tensor, most: int = 32) -> Image.Image:
+def decode_preview(base: Base, latents: Tensor, most: int = 32) -> Image.Image:
     """What latents (1, c, h, w) look like, quickly: shrunk to at most `most` on a side before they are decoded."""
     share = min(1.0, most / max(latents.shape[2:]))
     small = functional.interpolate(latents.float(), scale_factor=share, mode="area") if share < 1 else latents
@@ -152,11 +152,11 @@ def preview(base: Base, latents: Tensor, most: int = 32) -> Image.Image:
 
 
 @torch.no_grad()
-def contexts_of(base: Base, settings: GenerateConfig) -> list[TextContext]:
+def encode_contexts(base: Base, settings: GenerateConfig) -> list[TextContext]:
     """What the UNet is told, equally long: the negative prompt comes first if there is guidance, then the prompt."""
     guided = settings.guidance > 1 and base.pipe.unet.config.time_cond_proj_dim is None
     texts = [settings.negative_prompt] * guided + [settings.prompt]
-    chunks = chunk_count(base, [weighted(text) for text in texts])
+    chunks = count_chunks(base, [parse_emphasis(text) for text in texts])
     prompt = encode_prompts(base, [settings.prompt], size_px=base.size_px, chunks=chunks)
     if not guided:
         return [prompt]
@@ -174,7 +174,7 @@ def prompt_arguments(contexts: Sequence[TextContext]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def own_precision(vae: Any) -> Iterator[None]:
+def kept_vae_dtype(vae: Any) -> Iterator[None]:
     """Give the autoencoder its type back: diffusers widens SDXL's to decode, and leaves it so after a Ctrl-C."""
     dtype = vae.dtype
     try:
@@ -191,9 +191,9 @@ def generate(
     *,
     composition: Composition | None = None,
     backup: Backup = "memory",
-    on_picture: Callable[[Picture], None] | None = None,
+    on_picture: Callable[[GeneratedImage], None] | None = None,
     on_step: OnStep | None = None,
-) -> list[Picture]:
+) -> list[GeneratedImage]:
     """Pictures of all settings under one blend, each with its recipe.
 
     They are made one after another, so that none depends on its neighbors; `composition` says how the adapters come
@@ -202,24 +202,26 @@ def generate(
     belong to the base, AdapterFormatError for NaN, ConfigError, SamplingError.
     """
     blend, composition = blend or Blend(), composition or Composition()
-    pictures: list[Picture] = []
+    pictures: list[GeneratedImage] = []
     singles = [single for config in configs for single in single_settings(base, config)]
     for size, group in groupby(singles, key=partial(latent_size, base)):
         with (
-            composed(base, blend, composition, size, backup=backup) as before_step,
-            learned_words(base, blend) as rewrite,
+            composition_context(base, blend, composition, size, backup=backup) as before_step,
+            learned_tokens(base, blend) as rewrite,
         ):
             for settings in group:
-                recipe = recipe_of(base, blend, composition, settings)
+                recipe = make_recipe(base, blend, composition, settings)
                 pictures.append(
-                    Picture(image=sample(base, rewritten(settings, rewrite), before_step, on_step), recipe=recipe)
+                    GeneratedImage(
+                        image=sample(base, rewrite_prompts(settings, rewrite), before_step, on_step), recipe=recipe
+                    )
                 )
                 if on_picture:
                     on_picture(pictures[-1])
     return pictures
 
 
-def rewritten(settings: GenerateConfig, rewrite: Callable[[str], str]) -> GenerateConfig:
+def rewrite_prompts(settings: GenerateConfig, rewrite: Callable[[str], str]) -> GenerateConfig:
     """The settings with both prompts rewritten."""
     texts = {"prompt": rewrite(settings.prompt), "negative_prompt": rewrite(settings.negative_prompt)}
     return settings.model_copy(update=texts)
@@ -231,7 +233,7 @@ def latent_size(base: Base, settings: GenerateConfig) -> tuple[int, int]:
     return (settings.height or base.size_px) // factor, (settings.width or base.size_px) // factor
 
 
-def recipe_of(base: Base, blend: Blend, composition: Composition, settings: GenerateConfig) -> Recipe:
+def make_recipe(base: Base, blend: Blend, composition: Composition, settings: GenerateConfig) -> Recipe:
     """What it takes to make a picture again."""
     return Recipe(
         kind="image",
@@ -241,7 +243,7 @@ def recipe_of(base: Base, blend: Blend, composition: Composition, settings: Gene
         composition=composition,
         settings=settings,
         precision=dtype_name(base.pipe.unet.dtype),
-        codes=base.codes,
+        quantization=base.quantization,
         device=base.pipe.device.type,
         versions=library_versions(),
     )

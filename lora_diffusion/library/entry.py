@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import cast
 
 from lora_diffusion.errors import LoRADiffusionError
-from lora_diffusion.formats.adapters.load import FOLDER_CONFIG, FOLDER_FILE, OUTLINE, Content, read_adapter
+from lora_diffusion.formats.adapters.load import FOLDER_CONFIG, FOLDER_FILE, HEADER_ONLY, Content, read_adapter
 from lora_diffusion.formats.adapters.pickle import SUFFIXES, is_pickled
 
 ADAPTER_SUFFIXES = (".safetensors", *SUFFIXES)
@@ -71,16 +71,16 @@ class LibraryEntry:
     @property
     def stem(self) -> str:
         """The file's name without its suffix; the name of a folder."""
-        return stem_of(self.path)
+        return adapter_stem(self.path)
 
 
-def stem_of(path: Path) -> str:
+def adapter_stem(path: Path) -> str:
     """The name of a file without its suffix, or of a folder, whose dots are part of its name."""
     return path.stem if path.suffix.lower() in ADAPTER_SUFFIXES else path.name
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class AdapterLocation:
     """An adapter on disk and what lies beside it, before anything is read."""
 
     path: Path
@@ -91,13 +91,13 @@ class Place:
     context: str
 
 
-def look_around(folder: Path) -> tuple[list[Place], list[LibraryEntry]]:
+def scan_folder(folder: Path) -> tuple[list[AdapterLocation], list[LibraryEntry]]:
     """Every adapter below a folder, and what cannot even be looked at.
 
     Hidden files and folders are passed over: half-written files, trash and the like. A folder of PEFT's is one adapter.
     Folders that are reached twice, through links, are looked at once.
     """
-    places: list[Place] = []
+    places: list[AdapterLocation] = []
     errors: list[OSError] = []
     listed: dict[Path, Collection[str]] = {}
     seen: set[str] = set()
@@ -110,43 +110,43 @@ def look_around(folder: Path) -> tuple[list[Place], list[LibraryEntry]]:
         listed[here] = set(files)
         saved_by_peft = FOLDER_FILE in files and FOLDER_CONFIG in files
         if saved_by_peft:
-            places.append(place_at(here, folder, listed.get(here.parent, ())))
+            places.append(locate_adapter(here, folder, listed.get(here.parent, ())))
         for name in files:
             inside = saved_by_peft and name == FOLDER_FILE
             if name.lower().endswith(ADAPTER_SUFFIXES) and not name.startswith(".") and not inside:
-                places.append(place_at(here / name, folder, listed[here]))
-    refused = [unlisted(Path(error.filename), folder, f"cannot be listed ({error.strerror})") for error in errors]
+                places.append(locate_adapter(here / name, folder, listed[here]))
+    refused = [problem_entry(Path(error.filename), folder, f"cannot be listed ({error.strerror})") for error in errors]
     odd = [place for place in places if not is_text(place.relative)]
     refused += [
-        unlisted(place.path, folder, "its name has a line break or is not valid UTF-8; rename it") for place in odd
+        problem_entry(place.path, folder, "its name has a line break or is not valid UTF-8; rename it") for place in odd
     ]
     return [place for place in places if is_text(place.relative)], refused
 
 
-def place_at(path: Path, folder: Path, neighbors: Collection[str]) -> Place:
+def locate_adapter(path: Path, folder: Path, neighbors: Collection[str]) -> AdapterLocation:
     """An adapter with its sidecar and preview, which are among the names beside it."""
-    stem = stem_of(path)
+    stem = adapter_stem(path)
     sidecar = path.with_name(f"{stem}.json")
-    sidecar_stamp = stamp_of(sidecar) if sidecar.name in neighbors else ""
+    sidecar_stamp = file_stamp(sidecar) if sidecar.name in neighbors else ""
     pictures = (f"{stem}{middle}.{suffix}" for suffix in PICTURES for middle in ("", ".preview"))
     preview = next((path.with_name(name) for name in pictures if name in neighbors), None)
-    return Place(
+    return AdapterLocation(
         path=path,
         relative=path.relative_to(folder).as_posix(),
         sidecar=sidecar if sidecar_stamp else None,
         preview=preview,
-        stamp=stamp_of(path),
-        context=f"{own_version()} {sidecar_stamp}",
+        stamp=file_stamp(path),
+        context=f"{index_version()} {sidecar_stamp}",
     )
 
 
 @cache
-def own_version() -> str:
+def index_version() -> str:
     """A newer version may understand what an older one did not, so it reads every file once more."""
     return version("lora-diffusion")
 
 
-def stamp_of(path: Path) -> str:
+def file_stamp(path: Path) -> str:
     """Size and time of the last change of a file, or of both files of a PEFT folder.
 
     Empty if there is none, or something that is no file at all, such as a pipe, which nobody should try to read.
@@ -161,27 +161,29 @@ def stamp_of(path: Path) -> str:
 
 def is_text(name: str) -> bool:
     """Whether it can be printed and stored; Linux allows any bytes in a file's name."""
-    return plain(name) == name
+    return to_printable(name) == name
 
 
-def plain(text: str) -> str:
+def to_printable(text: str) -> str:
     """The text in one line, with a question mark for what no encoding can hold."""
     return " ".join(text.encode("utf-8", "replace").decode().splitlines())
 
 
-def unlisted(path: Path, folder: Path, reason: str) -> LibraryEntry:
+def problem_entry(path: Path, folder: Path, reason: str) -> LibraryEntry:
     """What stands for something that cannot even be looked at; it never goes into the index."""
     relative = path.relative_to(folder).as_posix()
-    return LibraryEntry(path=path, relative=relative, name=stem_of(path), problem=f"{plain(str(path))}: {reason}")
+    return LibraryEntry(
+        path=path, relative=relative, name=adapter_stem(path), problem=f"{to_printable(str(path))}: {reason}"
+    )
 
 
-def read_entry(place: Place) -> LibraryEntry:
+def read_entry(place: AdapterLocation) -> LibraryEntry:
     """What header and sidecar say. A pickled file is not opened: reading it would need torch, and all of the file."""
     beside = read_sidecar(place.sidecar) if place.sidecar else Sidecar()
     entry = LibraryEntry(
         path=place.path,
         relative=place.relative,
-        name=stem_of(place.path),
+        name=adapter_stem(place.path),
         trigger_words=beside.words,
         preview=place.preview,
         preferred_weight=beside.weight,
@@ -198,36 +200,36 @@ def read_entry(place: Place) -> LibraryEntry:
     try:
         return with_header(entry)
     except (LoRADiffusionError, OSError, ValueError) as error:
-        return replace(entry, problem=plain(str(error)))
+        return replace(entry, problem=to_printable(str(error)))
 
 
 def with_header(entry: LibraryEntry) -> LibraryEntry:
     """The entry with what the file's header says. Raises AdapterFormatError."""
     texts: dict[str, str] = {}
 
-    def noted(file: Path) -> Content:
-        tensors, entries = OUTLINE.file(file)
+    def with_notes(file: Path) -> Content:
+        tensors, entries = HEADER_ONLY.file(file)
         texts.update(entries)
         return tensors, entries
 
-    record, adapter = read_adapter(entry.path, replace(OUTLINE, file=noted), ())
+    record, adapter = read_adapter(entry.path, replace(HEADER_ONLY, file=with_notes), ())
     metadata = adapter.metadata
     claims = (texts.get(key, "").lower().removeprefix("0x") for key in CLAIMS)
     return replace(
         entry,
-        name=entry.stem if entry.path.is_dir() else plain(metadata.name).strip() or entry.stem,
+        name=entry.stem if entry.path.is_dir() else to_printable(metadata.name).strip() or entry.stem,
         family=metadata.family,
         variant=metadata.variant,
         dialect=metadata.source_format,
         kinds=adapter.kinds,
-        trigger_words=once(map(plain, (*metadata.trigger_words, *entry.trigger_words))),
-        learned_tokens=once(map(plain, adapter.tokens)),
+        trigger_words=unique(map(to_printable, (*metadata.trigger_words, *entry.trigger_words))),
+        learned_tokens=unique(map(to_printable, adapter.tokens)),
         content_hash=record.hash if record and SHA256.fullmatch(record.hash) else "",
-        claims=once(claim for claim in claims if SHA256.fullmatch(claim)),
+        claims=unique(claim for claim in claims if SHA256.fullmatch(claim)),
     )
 
 
-def once(texts: Iterable[str]) -> tuple[str, ...]:
+def unique(texts: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(texts))
 
 
@@ -249,26 +251,28 @@ def read_sidecar(file: Path) -> Sidecar:
     try:
         table = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = plain(str(error))[:80]
+        reason = to_printable(str(error))[:80]
         note = f"{file.name} cannot be read as JSON ({reason}); its trigger words and weight are left out"
         return Sidecar(notes=(note,))
     if not isinstance(table, dict):
         return Sidecar()
-    text, weight = table.get("activation text"), finite(table.get("preferred weight"))
-    words = (word.strip() for word in plain(text).split(",")) if isinstance(text, str) else ()
+    text, weight = table.get("activation text"), finite_or_none(table.get("preferred weight"))
+    words = (word.strip() for word in to_printable(text).split(",")) if isinstance(text, str) else ()
     return Sidecar(
-        words=once(word for word in words if word), weight=weight or None, range=range_of(table.get("weight range"))
+        words=unique(word for word in words if word),
+        weight=weight or None,
+        range=parse_range(table.get("weight range")),
     )
 
 
-def range_of(value: object) -> tuple[float, float] | None:
+def parse_range(value: object) -> tuple[float, float] | None:
     """Two rising numbers, or nothing."""
     if not isinstance(value, list) or len(cast("list[object]", value)) != 2:
         return None
-    least, most = map(finite, cast("list[object]", value))
+    least, most = map(finite_or_none, cast("list[object]", value))
     return (least, most) if least is not None and most is not None and least < most else None
 
 
-def finite(value: object) -> float | None:
+def finite_or_none(value: object) -> float | None:
     usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return float(cast(float, value)) if usable else None

@@ -18,7 +18,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 from tqdm import tqdm
 
-from lora_diffusion.library.entry import LibraryEntry, Place, look_around, read_entry
+from lora_diffusion.library.entry import AdapterLocation, LibraryEntry, read_entry, scan_folder
 
 SCHEMA = 2
 """To be raised when the table or the meaning of a field changes; an index of another number is made anew."""
@@ -29,16 +29,16 @@ DAMAGED = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 ENTRY = TypeAdapter(LibraryEntry)
 
 
-def refresh(folder: Path, index: Path) -> list[LibraryEntry]:
+def refresh_index(folder: Path, index: Path) -> list[LibraryEntry]:
     """The adapters below a folder; those that have not changed since they were last read come from the index."""
     known = load_entries(index)
     entries: dict[str, LibraryEntry] = {}
     changed: dict[str, LibraryEntry] = {}
-    places, refused = look_around(folder)
+    places, refused = scan_folder(folder)
     try:
         for place in tqdm(places, desc="reading", unit="file", delay=1, leave=False, disable=None):
             old = known.get(place.relative)
-            entry = up_to_date(place, old)
+            entry = refresh_entry(place, old)
             entries[place.relative] = entry
             if entry is not old and entry.stamp:
                 changed[place.relative] = entry
@@ -48,7 +48,7 @@ def refresh(folder: Path, index: Path) -> list[LibraryEntry]:
     return sorted([*entries.values(), *refused], key=lambda entry: entry.relative)
 
 
-def up_to_date(place: Place, old: LibraryEntry | None) -> LibraryEntry:
+def refresh_entry(place: AdapterLocation, old: LibraryEntry | None) -> LibraryEntry:
     """The known entry if it still holds; else the file is read, and its hashes are kept if only a sidecar changed."""
     same_file = old is not None and old.stamp == place.stamp != ""
     if old is None or not same_file:
@@ -74,13 +74,13 @@ def load_entries(index: Path) -> dict[str, LibraryEntry]:
         return {}
     try:
         with closing(sqlite3.connect(index, timeout=BUSY_SECONDS)) as db:
-            if schema_of(db) != SCHEMA:
+            if read_schema(db) != SCHEMA:
                 return {}
             rows = db.execute("SELECT path, entry FROM entries").fetchall()
         return {path: ENTRY.validate_json(text) for path, text in rows}
     except (sqlite3.Error, ValueError) as error:
         if is_damage(error):
-            remove(index)
+            remove_index(index)
         return {}
 
 
@@ -96,11 +96,11 @@ def save_entries(index: Path, changed: Mapping[str, LibraryEntry], gone: Collect
             rows = [(path, ENTRY.dump_json(entry).decode()) for path, entry in changed.items()]
             index.parent.mkdir(parents=True, exist_ok=True)
             with closing(sqlite3.connect(index, timeout=BUSY_SECONDS, isolation_level=None)) as db:
-                return write(db, rows, gone)
+                return write_rows(db, rows, gone)
         except sqlite3.Error as error:
             if not is_damage(error):
                 return
-            remove(index)
+            remove_index(index)
         except (OSError, ValueError):  # no folder for it, or a folder of adapters whose name is not valid UTF-8
             return
 
@@ -110,17 +110,17 @@ def is_damage(error: Exception) -> bool:
     return isinstance(error, ValueError) or getattr(error, "sqlite_errorcode", 0) & 0xFF in DAMAGED
 
 
-def remove(index: Path) -> None:
+def remove_index(index: Path) -> None:
     """An index and its journal, which would be applied to the next one."""
     for path in (index, index.with_name(f"{index.name}-journal")):
         with suppress(OSError):
             path.unlink()
 
 
-def write(db: sqlite3.Connection, rows: Collection[tuple[str, str]], gone: Collection[str]) -> None:
+def write_rows(db: sqlite3.Connection, rows: Collection[tuple[str, str]], gone: Collection[str]) -> None:
     """One transaction; closing the connection before its end takes everything back."""
     db.execute("BEGIN IMMEDIATE")
-    if schema_of(db) != SCHEMA:
+    if read_schema(db) != SCHEMA:
         db.execute("DROP TABLE IF EXISTS entries")
         db.execute("CREATE TABLE entries (path TEXT PRIMARY KEY, entry TEXT NOT NULL) WITHOUT ROWID")
         db.execute(f"PRAGMA user_version = {SCHEMA}")
@@ -129,5 +129,5 @@ def write(db: sqlite3.Connection, rows: Collection[tuple[str, str]], gone: Colle
     db.execute("COMMIT")
 
 
-def schema_of(db: sqlite3.Connection) -> int:
+def read_schema(db: sqlite3.Connection) -> int:
     return int(db.execute("PRAGMA user_version").fetchone()[0])

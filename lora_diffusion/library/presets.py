@@ -4,10 +4,10 @@ from pathlib import Path
 
 from lora_diffusion.adapters.blend import Blend
 from lora_diffusion.config.preset import BlendPreset, Region
-from lora_diffusion.core.atomic_files import whole_file
+from lora_diffusion.core.atomic_files import atomic_file
 from lora_diffusion.errors import ConfigError, OutputError
-from lora_diffusion.library.references import references
-from lora_diffusion.prompts.tags import weight_text
+from lora_diffusion.library.references import make_references
+from lora_diffusion.prompts.tags import format_weight
 
 
 def read_preset(path: Path) -> BlendPreset:
@@ -26,8 +26,8 @@ def save_preset(preset: BlendPreset, path: Path, blend: Blend, *, force: bool = 
     """
     if path.exists() and not force:
         raise OutputError(f"{path}: already there; give another file, or --force to replace it")
-    whole = preset.model_copy(update={"adapters": references(blend, path.parent)})
-    with whole_file(path) as part:
+    whole = preset.model_copy(update={"adapters": make_references(blend, path.parent)})
+    with atomic_file(path) as part:
         part.write_text(whole.model_dump_json(indent=2, exclude_defaults=True) + "\n", encoding="utf-8")
     return whole
 
@@ -49,14 +49,16 @@ def describe_preset(preset: BlendPreset) -> str:
     """A preset as aligned lines of text."""
     lines = [f"{'name':<14}{preset.name}", f"{'base':<14}{preset.base}"]
     lines += [f"{'description':<14}{preset.description}"] * bool(preset.description)
-    lines += [f"{'adapter':<14}{e.name or e.path}:{weight_text(e.weight)}{placed(e.region)}" for e in preset.adapters]
+    lines += [
+        f"{'adapter':<14}{e.name or e.path}:{format_weight(e.weight)}{format_region(e.region)}" for e in preset.adapters
+    ]
     changed = preset.composition.model_dump(exclude_defaults=True)
     lines += [f"{key.replace('_', ' '):<14}{value}" for key, value in changed.items()]
     kept = preset.settings.model_dump(exclude_defaults=True) if preset.settings else {}
     return "\n".join([*lines, *(f"{key.replace('_', ' '):<14}{value}" for key, value in kept.items())])
 
 
-def placed(region: Region | None) -> str:
+def format_region(region: Region | None) -> str:
     if region is None:
         return ""
     return f" in {region.mask or ', '.join(f'{side:g}' for side in region.box or ())}"

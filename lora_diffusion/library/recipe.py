@@ -9,14 +9,14 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from pydantic import ValidationError
 
 from lora_diffusion.adapters.blend import Blend
-from lora_diffusion.adapters.masks import known_region
+from lora_diffusion.adapters.masks import with_mask_hash
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendEntry, Composition
-from lora_diffusion.config.settings import Codes, Settings, describe
-from lora_diffusion.core.atomic_files import whole_file
+from lora_diffusion.config.settings import Quantization, Settings, format_validation_error
+from lora_diffusion.core.atomic_files import atomic_file
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.prompts.infotext import quoted
-from lora_diffusion.prompts.tags import weight_text
+from lora_diffusion.prompts.infotext import quote_value
+from lora_diffusion.prompts.tags import format_weight
 
 PNG_KEY = "lora_diffusion"
 INFOTEXT_KEY = "parameters"
@@ -32,7 +32,7 @@ class Recipe(Settings):
     composition: Composition = Composition()
     settings: GenerateConfig | None = None
     precision: str = "float32"
-    codes: Codes = "none"
+    quantization: Quantization = "none"
     device: str = "cpu"
     versions: Mapping[str, str] = {}
 
@@ -51,13 +51,13 @@ def blend_entries(blend: Blend) -> tuple[BlendEntry, ...]:
             name=e.name,
             hash=e.hash,
             payload_hash=e.payload_hash,
-            region=e.region and known_region(e.region),
+            region=e.region and with_mask_hash(e.region),
         )
         for e in blend.entries
     )
 
 
-def differences(recipe: Recipe, *, device: str) -> list[str]:
+def list_differences(recipe: Recipe, *, device: str) -> list[str]:
     """What may change the pixels of a replay: another device or other versions than the recipe's."""
     found = [] if recipe.device == device else [f"made on {recipe.device}, replayed on {device}"]
     for name, own in library_versions().items():
@@ -66,12 +66,12 @@ def differences(recipe: Recipe, *, device: str) -> list[str]:
     return found
 
 
-def infotext(recipe: Recipe) -> str:
+def format_infotext(recipe: Recipe) -> str:
     """The recipe as other programs show it (the A1111 convention under the PNG key `parameters`)."""
     settings = recipe.settings
     if settings is None:
         return ""
-    tags = "".join(f" <lora:{e.name or Path(e.path).stem}:{weight_text(e.weight)}>" for e in recipe.adapters)
+    tags = "".join(f" <lora:{e.name or Path(e.path).stem}:{format_weight(e.weight)}>" for e in recipe.adapters)
     pairs = {
         "Steps": str(settings.steps),
         "Sampler": settings.scheduler,
@@ -90,15 +90,15 @@ def infotext(recipe: Recipe) -> str:
     if hashes:
         pairs["Lora hashes"] = hashes
     negative = [f"Negative prompt: {settings.negative_prompt}"] if settings.negative_prompt else []
-    return "\n".join([settings.prompt + tags, *negative, ", ".join(f"{k}: {quoted(v)}" for k, v in pairs.items())])
+    return "\n".join([settings.prompt + tags, *negative, ", ".join(f"{k}: {quote_value(v)}" for k, v in pairs.items())])
 
 
 def write_png(image: Image.Image, path: Path, recipe: Recipe) -> None:
     """Write the image with its recipe, whole or not at all. Raises OutputError."""
     texts = PngImagePlugin.PngInfo()
     texts.add_text(PNG_KEY, recipe.model_dump_json())
-    texts.add_text(INFOTEXT_KEY, infotext(recipe))
-    with whole_file(path) as part:
+    texts.add_text(INFOTEXT_KEY, format_infotext(recipe))
+    with atomic_file(path) as part:
         image.save(part, format="PNG", pnginfo=texts)
 
 
@@ -125,4 +125,4 @@ def read_recipe(path: Path) -> Recipe:
     try:
         return Recipe.model_validate_json(text)
     except ValidationError as error:
-        raise ConfigError(f"{path}: its recipe cannot be used: {describe(error, Recipe)}") from None
+        raise ConfigError(f"{path}: its recipe cannot be used: {format_validation_error(error, Recipe)}") from None

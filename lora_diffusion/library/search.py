@@ -22,13 +22,13 @@ from tqdm import tqdm
 
 from lora_diffusion.adapters.adapter import adapter_hash
 from lora_diffusion.architectures.families import FAMILIES, family_title
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import AdapterFormatError, ConfigError, LoRADiffusionError
 from lora_diffusion.formats.adapters.load import FOLDER_FILE, load_adapter
 from lora_diffusion.formats.adapters.pickle import is_pickled
 from lora_diffusion.formats.safetensors import read_header
-from lora_diffusion.library.entry import LibraryEntry, plain, stamp_of
-from lora_diffusion.library.index import ENTRY, index_file, load_entries, refresh, save_entries
+from lora_diffusion.library.entry import LibraryEntry, file_stamp, to_printable
+from lora_diffusion.library.index import ENTRY, index_file, load_entries, refresh_index, save_entries
 
 FOLDER_VARIABLE = "LORA_DIFFUSION_LIBRARY"
 DIGEST = re.compile(r"[0-9a-f]{8,64}")
@@ -51,7 +51,7 @@ class Library:
 def default_folder() -> Path:
     """The folder that LORA_DIFFUSION_LIBRARY names, or that of the package's own adapters."""
     named = os.environ.get(FOLDER_VARIABLE, "")
-    return Path(named) if named else sample_data() / "adapters"
+    return Path(named) if named else sample_data_folder() / "adapters"
 
 
 def open_library(folder: Path) -> Library:
@@ -65,10 +65,10 @@ def open_library(folder: Path) -> Library:
         reason = "is a file" if absolute.exists() else "no such folder"
         raise ConfigError(f"{folder}: {reason}; give a folder of adapters, or name one in {FOLDER_VARIABLE}")
     index = index_file(absolute)
-    return Library(folder=absolute, entries=tuple(refresh(absolute, index)), index=index)
+    return Library(folder=absolute, entries=tuple(refresh_index(absolute, index)), index=index)
 
 
-def find(library: Library, name: str) -> LibraryEntry:
+def find_adapter(library: Library, name: str) -> LibraryEntry:
     """The one adapter of that name.
 
     A name is, in this order: the path inside the library; the same without its suffix, or the file's name without it;
@@ -76,16 +76,16 @@ def find(library: Library, name: str) -> LibraryEntry:
     unknown or means several, AdapterFormatError for a file that cannot be used.
     """
     wanted = name.strip().removeprefix("./")
-    named = [(entry, names_of(entry)) for entry in library.entries]
+    named = [(entry, list_names(entry)) for entry in library.entries]
     for same in (str, str.casefold):
         for tier in range(3):
             found = [entry for entry, names in named if same(wanted) in map(same, names[tier])]
             if found:
-                return the_only(found, name, library)
-    raise ConfigError(f"no adapter called {name!r} in {library.folder}; {suggestion(library, wanted)}")
+                return require_one(found, name, library)
+    raise ConfigError(f"no adapter called {name!r} in {library.folder}; {suggest_name(library, wanted)}")
 
 
-def names_of(entry: LibraryEntry) -> tuple[tuple[str, ...], ...]:
+def list_names(entry: LibraryEntry) -> tuple[tuple[str, ...], ...]:
     """What an adapter may be called, in the order in which names count.
 
     The file's name comes before the header's, which the states of one training run have in common.
@@ -94,7 +94,7 @@ def names_of(entry: LibraryEntry) -> tuple[tuple[str, ...], ...]:
     return (entry.relative,), (f"{inside}/{entry.stem}" if inside else entry.stem, entry.stem), (entry.name,)
 
 
-def the_only(found: Sequence[LibraryEntry], name: str, library: Library) -> LibraryEntry:
+def require_one(found: Sequence[LibraryEntry], name: str, library: Library) -> LibraryEntry:
     """The one that was found. Raises ConfigError if there are several, AdapterFormatError if it cannot be used."""
     if len(found) > 1:
         paths = ", ".join(entry.relative for entry in found)
@@ -104,9 +104,9 @@ def the_only(found: Sequence[LibraryEntry], name: str, library: Library) -> Libr
     return found[0]
 
 
-def suggestion(library: Library, wanted: str) -> str:
+def suggest_name(library: Library, wanted: str) -> str:
     """The nearest name, or where to look for one."""
-    known = {name.casefold(): name for entry in library.entries for tier in names_of(entry)[1:] for name in tier}
+    known = {name.casefold(): name for entry in library.entries for tier in list_names(entry)[1:] for name in tier}
     near = difflib.get_close_matches(wanted.casefold(), known, n=1)
     if near:
         return f"did you mean {known[near[0]]!r}?"
@@ -124,11 +124,11 @@ def search(library: Library, text: str, family: str = "") -> tuple[LibraryEntry,
     return tuple(
         entry
         for entry in library.entries
-        if (not family or entry.family == family) and all(word in searched(entry) for word in words)
+        if (not family or entry.family == family) and all(word in search_text(entry) for word in words)
     )
 
 
-def searched(entry: LibraryEntry) -> str:
+def search_text(entry: LibraryEntry) -> str:
     return "\n".join((entry.name, *entry.trigger_words, *entry.learned_tokens, entry.relative)).casefold()
 
 
@@ -142,30 +142,30 @@ def find_by_hash(library: Library, digest: str) -> LibraryEntry | None:
     wanted = digest.strip().lower().removeprefix("0x")
     if not DIGEST.fullmatch(wanted):
         raise ConfigError(f"hash {digest!r}: expected 8 to 64 hexadecimal digits")
-    known = next((entry for entry in library.entries if fits(entry, wanted)), None)
+    known = next((entry for entry in library.entries if has_hash(entry, wanted)), None)
     if known:
         return known
     indexed = load_entries(library.index)
     later = [indexed.get(entry.relative, entry) for entry in library.entries]
     newest = [new if new.stamp == old.stamp else old for old, new in zip(library.entries, later, strict=True)]
-    known = next((entry for entry in newest if fits(entry, wanted)), None)
-    return known or hash_until(newest, wanted, library.index)
+    known = next((entry for entry in newest if has_hash(entry, wanted)), None)
+    return known or compute_hashes_until(newest, wanted, library.index)
 
 
-def fits(entry: LibraryEntry, wanted: str) -> bool:
+def has_hash(entry: LibraryEntry, wanted: str) -> bool:
     """Whether a known hash begins so, and the file is still the one that has it."""
     known = (entry.content_hash, entry.payload_hash, entry.file_hash)
     return any(digest.startswith(wanted) for digest in known) and is_unchanged(entry)
 
 
 def is_unchanged(entry: LibraryEntry) -> bool:
-    return stamp_of(entry.path) == entry.stamp != ""
+    return file_stamp(entry.path) == entry.stamp != ""
 
 
-def hash_until(entries: Sequence[LibraryEntry], wanted: str, index: Path) -> LibraryEntry | None:
+def compute_hashes_until(entries: Sequence[LibraryEntry], wanted: str, index: Path) -> LibraryEntry | None:
     """Compute what is missing until a hash fits; what has been computed by then goes into the index."""
     hashed: dict[str, LibraryEntry] = {}
-    usable = [entry for entry in likely_first(entries, wanted) if not entry.problem]
+    usable = [entry for entry in sort_by_likelihood(entries, wanted) if not entry.problem]
     steps: tuple[Callable[[LibraryEntry], LibraryEntry], ...] = (with_file_hashes, with_content_hash)
     try:
         for step in steps:
@@ -175,14 +175,14 @@ def hash_until(entries: Sequence[LibraryEntry], wanted: str, index: Path) -> Lib
                 if more is known or not is_unchanged(more):  # nothing new, or the file has changed meanwhile
                     continue
                 hashed[more.relative] = more
-                if fits(more, wanted):
+                if has_hash(more, wanted):
                     return more
     finally:
         save_entries(index, hashed, ())
     return None
 
 
-def likely_first(entries: Iterable[LibraryEntry], wanted: str) -> list[LibraryEntry]:
+def sort_by_likelihood(entries: Iterable[LibraryEntry], wanted: str) -> list[LibraryEntry]:
     """Files that claim the hash come first, though it is computed for them too; then small ones before large ones."""
     return sorted(entries, key=lambda e: (not any(claim.startswith(wanted) for claim in e.claims), e.bytes))
 
@@ -212,10 +212,10 @@ def with_content_hash(entry: LibraryEntry) -> LibraryEntry:
     try:
         return replace(entry, content_hash=adapter_hash(load_adapter(entry.path)))
     except LoRADiffusionError as error:
-        return replace(entry, problem=plain(str(error)))
+        return replace(entry, problem=to_printable(str(error)))
 
 
-def entry_facts(entry: LibraryEntry) -> dict[str, Any]:
+def entry_to_json(entry: LibraryEntry) -> dict[str, Any]:
     """An entry as plain values, ready for JSON."""
     return ENTRY.dump_python(entry, mode="json", exclude=INTERNAL)
 
@@ -223,27 +223,30 @@ def entry_facts(entry: LibraryEntry) -> dict[str, Any]:
 def describe_library(library: Library, entries: Sequence[LibraryEntry]) -> str:
     """An aligned table of the usable entries, and a line for each problem and note."""
     titles = ("name", "family", "kind", "weight", "triggers", "file")
-    rows = [titles, *(row_of(entry) for entry in entries if not entry.problem)]
+    rows = [titles, *(format_row(entry) for entry in entries if not entry.problem)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(titles))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     if len(rows) == 1:
-        lines = [f"no usable adapters found in {plain(str(library.folder))}"]
+        lines = [f"no usable adapters found in {to_printable(str(library.folder))}"]
     lines += [f"problem: {entry.problem}" for entry in entries if entry.problem]
     return "\n".join([*lines, *(f"note: {entry.relative}: {note}" for entry in entries for note in entry.notes)])
 
 
-def row_of(entry: LibraryEntry) -> tuple[str, ...]:
+def format_row(entry: LibraryEntry) -> tuple[str, ...]:
     weight = "" if entry.preferred_weight is None else f"{entry.preferred_weight:g}"
     words = ", ".join((*entry.trigger_words, *entry.learned_tokens))
     family = " ".join(filter(None, (family_title(entry.family), entry.variant)))
     cells = (entry.name, family, ", ".join(entry.kinds), weight, words)
-    return (*(cut(printable(cell)) for cell in cells), printable(entry.relative))
+    return (
+        *(truncate_cell(strip_control_characters(cell)) for cell in cells),
+        strip_control_characters(entry.relative),
+    )
 
 
-def printable(text: str) -> str:
+def strip_control_characters(text: str) -> str:
     """A text of another tool's without anything that a terminal would obey."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
-def cut(cell: str) -> str:
+def truncate_cell(cell: str) -> str:
     return cell if len(cell) <= WIDEST_CELL else f"{cell[: WIDEST_CELL - 1]}…"

@@ -6,18 +6,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_diffusion.adapters.blend import Blend, blend_sum
-from lora_diffusion.adapters.compatibility import same_weight
-from lora_diffusion.algebra.combine.exact_sum import united_words
+from lora_diffusion.adapters.compatibility import is_same_weight
+from lora_diffusion.algebra.combine.exact_sum import merge_tokens
 from lora_diffusion.config.merge import MergeConfig
 from lora_diffusion.config.preset import BaseTerm
 from lora_diffusion.errors import ConfigError, FamilyMismatchError, OutputError
 from lora_diffusion.formats.checkpoints.checkpoint import Checkpoint
 from lora_diffusion.library.recipe import blend_entries
-from lora_diffusion.merging.layout import output_plan
-from lora_diffusion.merging.recipe import RECIPE_FILE, MergeRecipe, card, find_merge_recipe, same_merge, touched_hash
-from lora_diffusion.merging.tensors import BaseChange, Merged
-from lora_diffusion.merging.textual_inversion import add_to_folder, save_beside, word_rows
-from lora_diffusion.merging.writer import OnShare, refuse_full_disk, sealed, with_rows, written
+from lora_diffusion.merging.layout import plan_output
+from lora_diffusion.merging.recipe import (
+    RECIPE_FILE,
+    MergeRecipe,
+    find_merge_recipe,
+    format_model_card,
+    is_same_merge,
+    touched_hash,
+)
+from lora_diffusion.merging.tensors import BaseChange, MergedTensors
+from lora_diffusion.merging.textual_inversion import add_to_folder, embedding_rows, save_beside
+from lora_diffusion.merging.writer import OnShare, check_disk_space, patch_header_hashes, with_rows, write_checkpoint
 from lora_diffusion.models.locate import check_fits_checkpoint, find_base, find_checkpoint
 
 PROBED = 24
@@ -62,9 +69,9 @@ def merge(  # noqa: PLR0913 (what a merge may be told)
     """
     config, single = config or MergeConfig(), output.suffix == ".safetensors"
     source = find_checkpoint(base)
-    changes, terms = loaded_terms(source, bases)
-    merged = merged_values(source, blend, changes, config, base_name=base, rows=not single)
-    words = united_words(blend)
+    changes, terms = open_terms(source, bases)
+    merged = make_merged_tensors(source, blend, changes, config, base_name=base, rows=not single)
+    words = merge_tokens(blend)
     if not (merged.total.names or changes or words):
         raise ConfigError("nothing to merge; give at least one adapter with a weight other than 0")
     touched = frozenset(source.parameters if changes else merged.total.names)
@@ -79,17 +86,19 @@ def merge(  # noqa: PLR0913 (what a merge may be told)
     if output.resolve() == source.path.resolve():
         raise OutputError(f"{output}: is the base itself; give another output")
     if not force:
-        refuse_twice(source, output, recipe)
+        check_not_merged_twice(source, output, recipe)
     lender = find_base(str(like)) if like else None
-    plan = with_rows(output_plan(source, single=single, like=lender, config=config), merged.appended)
-    refuse_full_disk(output, plan)
+    plan = with_rows(plan_output(source, single=single, like=lender, config=config), merged.appended)
+    check_disk_space(output, plan)
     with ThreadPoolExecutor(1) as reader:
-        hashes = reader.submit(recipe_hashes, source, touched)  # the base is read for them while it is being merged
-        with written(output, plan, merged, recipe, on_share) as part:
-            recipe = sealed(part, plan, recipe, hashes.result())
+        hashes = reader.submit(
+            compute_recipe_hashes, source, touched
+        )  # the base is read for them while it is being merged
+        with write_checkpoint(output, plan, merged, recipe, on_share) as part:
+            recipe = patch_header_hashes(part, plan, recipe, hashes.result())
             if not single:
                 (part / RECIPE_FILE).write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
-                (part / "README.md").write_text(card(recipe, merged.rounding_error), encoding="utf-8")
+                (part / "README.md").write_text(format_model_card(recipe, merged.rounding_error), encoding="utf-8")
                 add_to_folder(part, words, source)
     return MergeReport(
         output=output,
@@ -100,14 +109,14 @@ def merge(  # noqa: PLR0913 (what a merge may be told)
     )
 
 
-def estimated_rounding(base: str, blend: Blend, config: MergeConfig) -> float:
+def estimate_rounding(base: str, blend: Blend, config: MergeConfig) -> float:
     """The rounding error that a merge into a folder would report, from a few of its tensors; nothing is written.
 
     Raises FamilyMismatchError if a layer finds no tensor.
     """
     source = find_checkpoint(base)
-    merged = merged_values(source, blend, (), config, base_name=base, rows=False)
-    plan = output_plan(source, single=False, like=None, config=config)
+    merged = make_merged_tensors(source, blend, (), config, base_name=base, rows=False)
+    plan = plan_output(source, single=False, like=None, config=config)
     tensors = [tensor for file in plan.files for tensor in file.tensors.values()]
     touched = [tensor for tensor in tensors if any(part.name in merged.total.names for part in tensor.parts)]
     for tensor in touched[:: max(1, len(touched) // PROBED)]:
@@ -115,7 +124,7 @@ def estimated_rounding(base: str, blend: Blend, config: MergeConfig) -> float:
     return merged.rounding_error
 
 
-def merged_values(
+def make_merged_tensors(
     source: Checkpoint,
     blend: Blend,
     changes: tuple[BaseChange, ...],
@@ -123,17 +132,17 @@ def merged_values(
     *,
     base_name: str,
     rows: bool,
-) -> Merged:
+) -> MergedTensors:
     """What the tensors of a base become; with `rows`, learned words go into its embeddings.
 
     Raises FamilyMismatchError if a layer finds no tensor.
     """
     check_fits_checkpoint(blend, source, base_name)
-    appended = word_rows(united_words(blend), source) if rows else {}
-    return Merged(total=blend_sum(blend, source.anatomy), bases=changes, config=config, appended=appended)
+    appended = embedding_rows(merge_tokens(blend), source) if rows else {}
+    return MergedTensors(total=blend_sum(blend, source.layout), bases=changes, config=config, appended=appended)
 
 
-def loaded_terms(source: Checkpoint, bases: Sequence[BaseTerm]) -> tuple[tuple[BaseChange, ...], tuple[BaseTerm, ...]]:
+def open_terms(source: Checkpoint, bases: Sequence[BaseTerm]) -> tuple[tuple[BaseChange, ...], tuple[BaseTerm, ...]]:
     """The checkpoints to be blended in, and the terms with their hashes.
 
     Raises FamilyMismatchError for one of another family or shape, ConfigError if one is not what a recipe says.
@@ -141,15 +150,15 @@ def loaded_terms(source: Checkpoint, bases: Sequence[BaseTerm]) -> tuple[tuple[B
     changes: list[BaseChange] = []
     known: list[BaseTerm] = []
     for term in bases:
-        added = other_checkpoint(source, term.added, term.added_hash)
-        taken = other_checkpoint(source, term.taken, term.taken_hash) if term.taken else None
+        added = open_matching(source, term.added, term.added_hash)
+        taken = open_matching(source, term.taken, term.taken_hash) if term.taken else None
         changes.append(BaseChange(weight=term.weight, added=added, taken=taken))
         hashes = {"added_hash": added.hash, "taken_hash": taken.hash if taken else ""}
         known.append(term.model_copy(update=hashes))
     return tuple(changes), tuple(known)
 
 
-def other_checkpoint(source: Checkpoint, name: str, known_hash: str) -> Checkpoint:
+def open_matching(source: Checkpoint, name: str, known_hash: str) -> Checkpoint:
     """A checkpoint with every parameter of the base."""
     other = find_checkpoint(name)
     if known_hash and other.hash != known_hash:
@@ -158,7 +167,7 @@ def other_checkpoint(source: Checkpoint, name: str, known_hash: str) -> Checkpoi
         raise FamilyMismatchError(f"{name} is {other.family.title}, but {source.path} is {source.family.title}")
     for parameter, stored in source.parameters.items():
         shape = other.shapes.get(parameter)
-        if shape is None or not same_weight(shape, stored.kind[1]):
+        if shape is None or not is_same_weight(shape, stored.kind[1]):
             raise FamilyMismatchError(
                 f"{name}: {parameter} is {shape or 'missing'}, but {source.path} has {stored.kind[1]}; they cannot be "
                 "blended"
@@ -166,15 +175,15 @@ def other_checkpoint(source: Checkpoint, name: str, known_hash: str) -> Checkpoi
     return other
 
 
-def recipe_hashes(base: Checkpoint, touched: Iterable[str]) -> dict[str, str]:
+def compute_recipe_hashes(base: Checkpoint, touched: Iterable[str]) -> dict[str, str]:
     """What a recipe tells a base by: all of it, and the parameters that the merge changes."""
     return {"base_hash": base.hash, "touched_hash": touched_hash(base, touched)}
 
 
-def refuse_twice(source: Checkpoint, output: Path, recipe: MergeRecipe) -> None:
+def check_not_merged_twice(source: Checkpoint, output: Path, recipe: MergeRecipe) -> None:
     """Raise ConfigError for a base that has the merge in it already, OutputError for an output that is there."""
     found = find_merge_recipe(source.path)
-    if found and same_merge(found, recipe):
+    if found and is_same_merge(found, recipe):
         raise ConfigError(
             f"{source.path}: has this very merge in it already; merging twice doubles the weights, --force does it"
         )

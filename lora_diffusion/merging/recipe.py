@@ -10,12 +10,12 @@ from pydantic import ValidationError
 
 from lora_diffusion.config.merge import MergeConfig
 from lora_diffusion.config.preset import BaseTerm, BlendEntry
-from lora_diffusion.config.settings import Settings, describe
+from lora_diffusion.config.settings import Settings, format_validation_error
 from lora_diffusion.core.dtypes import tensor_bytes
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.checkpoints.checkpoint import Checkpoint
-from lora_diffusion.formats.checkpoints.diffusers import header_of_base, weight_files
-from lora_diffusion.prompts.tags import weight_text
+from lora_diffusion.formats.checkpoints.diffusers import read_base_header, weight_files
+from lora_diffusion.prompts.tags import format_weight
 
 RECIPE_FILE = "lora_diffusion_recipe.json"
 RECIPE_KEY = "lora_diffusion_recipe"
@@ -57,16 +57,16 @@ def find_merge_recipe(path: Path) -> MergeRecipe | None:
     Raises ConfigError for one that cannot be used, BaseModelError for a broken file.
     """
     file = path if path.is_file() else weight_files(path, "unet")[0]
-    text = header_of_base(file).metadata.get(RECIPE_KEY)
+    text = read_base_header(file).metadata.get(RECIPE_KEY)
     if text is None:
         return None
     try:
         return MergeRecipe.model_validate_json(text)
     except ValidationError as error:
-        raise ConfigError(f"{path}: its recipe cannot be used: {describe(error, MergeRecipe)}") from None
+        raise ConfigError(f"{path}: its recipe cannot be used: {format_validation_error(error, MergeRecipe)}") from None
 
 
-def merge_recipe(path: Path) -> MergeRecipe:
+def read_merge_recipe(path: Path) -> MergeRecipe:
     """The same. Raises ConfigError if there is none."""
     if not path.exists():
         raise ConfigError(f"{path}: no such file or folder; give a checkpoint that `lora-diffusion merge` wrote")
@@ -76,19 +76,19 @@ def merge_recipe(path: Path) -> MergeRecipe:
     return recipe
 
 
-def same_merge(first: MergeRecipe, second: MergeRecipe) -> bool:
+def is_same_merge(first: MergeRecipe, second: MergeRecipe) -> bool:
     """Whether two recipes blend in the same adapters and checkpoints at the same weights."""
-    return merged_things(first) == merged_things(second)
+    return list_merged(first) == list_merged(second)
 
 
-def merged_things(recipe: MergeRecipe) -> list[str]:
-    adapters = [f"{entry.hash} {weight_text(entry.weight)}" for entry in recipe.adapters]
+def list_merged(recipe: MergeRecipe) -> list[str]:
+    adapters = [f"{entry.hash} {format_weight(entry.weight)}" for entry in recipe.adapters]
     return sorted([*adapters, *(f"{term.added_hash} {term.taken_hash} {term.weight}" for term in recipe.bases)])
 
 
-def card(recipe: MergeRecipe, rounding_error: float) -> str:
+def format_model_card(recipe: MergeRecipe, rounding_error: float) -> str:
     """A README for the merged checkpoint."""
-    rows = [f"| {e.name or e.path} | {weight_text(e.weight)} | `{e.hash[:16]}` |" for e in recipe.adapters]
+    rows = [f"| {e.name or e.path} | {format_weight(e.weight)} | `{e.hash[:16]}` |" for e in recipe.adapters]
     rows += [
         f"| {term.added} minus {term.taken or recipe.base} | {term.weight:g} | `{term.added_hash[:16]}` |"
         for term in recipe.bases

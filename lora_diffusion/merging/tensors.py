@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from lora_diffusion.adapters.blend import BlendSum
-from lora_diffusion.adapters.deltas import blended_bias, blended_weight, check_range
-from lora_diffusion.algebra.combine.methods import generator_for
+from lora_diffusion.adapters.deltas import check_range, compute_blended_bias, compute_blended_weight
+from lora_diffusion.algebra.combine.methods import make_generator
 from lora_diffusion.config.merge import MergeConfig
 from lora_diffusion.core.dtypes import torch_dtype
 from lora_diffusion.formats.checkpoints.checkpoint import Checkpoint
-from lora_diffusion.merging.layout import OutputTensor, Part
+from lora_diffusion.merging.layout import OutputTensor, SourceTensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,7 +25,7 @@ class BaseChange:
 
 
 @dataclass(kw_only=True, eq=False)
-class Merged:
+class MergedTensors:
     """The values of a merge, one tensor at a time, and running sums of what rounding did to them."""
 
     total: BlendSum
@@ -39,21 +39,21 @@ class Merged:
     def value(self, tensor: OutputTensor) -> Tensor:
         """An output tensor. Raises ConfigError for a value beyond the range of its type."""
         dtype = torch_dtype(tensor.kind[0])
-        parts = [self.part(part, dtype) for part in tensor.parts]
+        parts = [self.merge_source(part, dtype) for part in tensor.parts]
         whole = torch.cat(parts) if len(parts) > 1 else parts[0]
         return (whole.T.contiguous() if tensor.transposed else whole).reshape(tensor.kind[1])
 
-    def part(self, part: Part, dtype: torch.dtype) -> Tensor:
+    def merge_source(self, part: SourceTensor, dtype: torch.dtype) -> Tensor:
         own = part.stored.read()
-        exact = self.exact(part.name, own)
+        exact = self.merge_parameter(part.name, own)
         if exact is None:
             return own.to(dtype)
-        value = rounded(exact, dtype, part.name, self.config)
+        value = round_checked(exact, dtype, part.name, self.config)
         self.error += squared_norm(torch.sub(value, exact))
         self.delta += squared_norm(torch.sub(own, exact)) if exact.shape == own.shape else 0.0
         return value
 
-    def exact(self, name: str, own: Tensor) -> Tensor | None:
+    def merge_parameter(self, name: str, own: Tensor) -> Tensor | None:
         """The merged parameter in float32; None if nothing changes it."""
         path, _, leaf = name.rpartition(".")
         layers = self.total.layers.get(path, ()) if leaf == "weight" else ()
@@ -64,8 +64,8 @@ class Merged:
         for change in self.bases:
             taken = own if change.taken is None else change.taken.parameters[name].read()
             value = value + change.weight * (change.added.parameters[name].read().float() - taken.float())
-        value = blended_weight(value, layers) if layers else value
-        value = blended_bias(value, biases) if biases else value
+        value = compute_blended_weight(value, layers) if layers else value
+        value = compute_blended_bias(value, biases) if biases else value
         return torch.cat([value, self.appended[name].float()]) if name in self.appended else value
 
     @property
@@ -79,7 +79,7 @@ def squared_norm(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor)) ** 2
 
 
-def rounded(exact: Tensor, dtype: torch.dtype, name: str, config: MergeConfig) -> Tensor:
+def round_checked(exact: Tensor, dtype: torch.dtype, name: str, config: MergeConfig) -> Tensor:
     """A float32 tensor in the output's type. Raises ConfigError if it does not fit, unless that is allowed."""
     if config.allow_overflow:
         limit = torch.finfo(dtype).max
@@ -87,10 +87,10 @@ def rounded(exact: Tensor, dtype: torch.dtype, name: str, config: MergeConfig) -
     check_range(exact, dtype, name)
     if config.stochastic_seed is None or dtype not in (torch.float16, torch.bfloat16):
         return exact.to(dtype)
-    return rounded_at_random(exact, dtype, generator_for(config.stochastic_seed, name))
+    return round_stochastically(exact, dtype, make_generator(config.stochastic_seed, name))
 
 
-def rounded_at_random(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+def round_stochastically(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Stochastic rounding: one of the two 16-bit neighbors, the nearer one more likely, so that the mean is exact."""
     nearest = exact.to(dtype)
     error = exact - nearest.float()

@@ -14,13 +14,13 @@ from lora_diffusion.formats.checkpoints.checkpoint import Checkpoint
 from lora_diffusion.models.textual_inversion import TOKENIZERS
 
 
-def word_rows(words: Mapping[str, Token], base: Checkpoint) -> dict[str, Tensor]:
+def embedding_rows(words: Mapping[str, Token], base: Checkpoint) -> dict[str, Tensor]:
     """The vectors to put below each table of embeddings, by its parameter's name.
 
     Raises ConfigError for a word that lacks one of the base's encoders or has vectors of another width.
     """
     rows: dict[str, Tensor] = {}
-    for component in base.anatomy.text_layers if words else ():
+    for component in base.layout.text_layers if words else ():
         name = f"{component}.text_model.embeddings.token_embedding.weight"
         width = base.parameters[name].kind[1][1]
         for word, token in words.items():
@@ -30,7 +30,7 @@ def word_rows(words: Mapping[str, Token], base: Checkpoint) -> dict[str, Tensor]
     return rows
 
 
-def token_names(words: Mapping[str, Token], component: str) -> list[str]:
+def list_token_names(words: Mapping[str, Token], component: str) -> list[str]:
     """A token for each vector, as diffusers expands a word of several: `word`, `word_1`, `word_2`."""
     return [
         word if i == 0 else f"{word}_{i}" for word, token in words.items() for i in range(token[component].shape[0])
@@ -44,11 +44,11 @@ def add_to_folder(part: Path, words: Mapping[str, Token], base: Checkpoint) -> N
     """
     from transformers import CLIPTokenizer  # slow to import, and only merges of learned words need it
 
-    for component, rows in ((name.partition(".")[0], rows) for name, rows in word_rows(words, base).items()):
+    for component, rows in ((name.partition(".")[0], rows) for name, rows in embedding_rows(words, base).items()):
         folder = part / TOKENIZERS[component]
         tokenizer = CLIPTokenizer.from_pretrained(folder)
         table = base.parameters[f"{component}.text_model.embeddings.token_embedding.weight"].kind[1][0]
-        names = token_names(words, component)
+        names = list_token_names(words, component)
         if len(tokenizer) != table or tokenizer.add_tokens(names) != len(names):
             raise ConfigError(f"{base.path}: its tokenizer has {', '.join(words)} already; merge without the words")
         tokenizer.save_pretrained(folder)

@@ -9,30 +9,30 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from lora_diffusion.core.atomic_files import whole_file, whole_folder
-from lora_diffusion.core.background_writer import write_behind
+from lora_diffusion.core.atomic_files import atomic_file, atomic_folder
+from lora_diffusion.core.background_writer import background_writer
 from lora_diffusion.errors import AdapterFormatError, BaseModelError, OutputError
 from lora_diffusion.formats.safetensors import header_bytes, stream_safetensors
 from lora_diffusion.merging.layout import OutputFile, OutputPlan, OutputTensor
 from lora_diffusion.merging.recipe import RECIPE_KEY, MergeRecipe, recipe_json
-from lora_diffusion.merging.tensors import Merged
+from lora_diffusion.merging.tensors import MergedTensors
 
 
 def with_rows(plan: OutputPlan, appended: Mapping[str, Tensor]) -> OutputPlan:
     """The plan with room for the rows that are put below some of its tensors."""
 
-    def grown(tensor: OutputTensor) -> OutputTensor:
+    def add_rows(tensor: OutputTensor) -> OutputTensor:
         more = sum(appended[part.name].shape[0] for part in tensor.parts if part.name in appended)
         dtype, shape = tensor.kind
         return replace(tensor, kind=(dtype, (shape[0] + more, *shape[1:]))) if more else tensor
 
-    def roomy(file: OutputFile) -> OutputFile:
-        return replace(file, tensors={key: grown(tensor) for key, tensor in file.tensors.items()})
+    def extend_file(file: OutputFile) -> OutputFile:
+        return replace(file, tensors={key: add_rows(tensor) for key, tensor in file.tensors.items()})
 
-    return replace(plan, files=tuple(roomy(file) for file in plan.files))
+    return replace(plan, files=tuple(extend_file(file) for file in plan.files))
 
 
-def refuse_full_disk(output: Path, plan: OutputPlan) -> None:
+def check_disk_space(output: Path, plan: OutputPlan) -> None:
     """Raise OutputError now if the weights do not fit on the disk."""
     folder = next(folder for folder in output.resolve().parents if folder.is_dir())
     free = shutil.disk_usage(folder).free
@@ -48,17 +48,17 @@ OnShare = Callable[[float], None]
 
 
 @contextmanager
-def written(
-    output: Path, plan: OutputPlan, merged: Merged, recipe: MergeRecipe | None, on_share: OnShare | None = None
+def write_checkpoint(
+    output: Path, plan: OutputPlan, merged: MergedTensors, recipe: MergeRecipe | None, on_share: OnShare | None = None
 ) -> Iterator[Path]:
     """A temporary file or folder with everything that is planned; it becomes the output if the block ends well.
 
     Raises OutputError, BaseModelError if the base is cut short, ConfigError for values beyond the type's range.
     """
     single = not plan.files[0].name
-    shares = rising(sum(len(file.tensors) for file in plan.files), on_share or (lambda _: None))
+    shares = progress_ticks(sum(len(file.tensors) for file in plan.files), on_share or (lambda _: None))
     try:
-        with (whole_file if single else whole_folder)(output) as part:
+        with (atomic_file if single else atomic_folder)(output) as part:
             for name, source in plan.copies.items():
                 (part / name).parent.mkdir(parents=True, exist_ok=True)
                 (shutil.copytree if source.is_dir() else shutil.copyfile)(source, part / name)
@@ -71,7 +71,7 @@ def written(
         raise BaseModelError(f"the base cannot be read in full ({error}); it is damaged") from None
 
 
-def rising(count: int, on_share: OnShare) -> Iterator[None]:
+def progress_ticks(count: int, on_share: OnShare) -> Iterator[None]:
     """Tells of one more of `count` things each time it is asked for the next."""
     for done in range(count):
         on_share((done + 1) / count)
@@ -79,11 +79,11 @@ def rising(count: int, on_share: OnShare) -> Iterator[None]:
 
 
 def write_weights(
-    path: Path, file: OutputFile, merged: Merged, recipe: MergeRecipe | None, shares: Iterator[None]
+    path: Path, file: OutputFile, merged: MergedTensors, recipe: MergeRecipe | None, shares: Iterator[None]
 ) -> None:
     """One weight file; holds two tensors at a time, the one that is computed and the one that is written."""
     kinds = {key: tensor.kind for key, tensor in file.tensors.items()}
-    with write_behind(path) as opened, tqdm(total=len(kinds), desc="merge", unit="tensor", leave=False) as bar:
+    with background_writer(path) as opened, tqdm(total=len(kinds), desc="merge", unit="tensor", leave=False) as bar:
 
         def value(key: str) -> Tensor:
             bar.update()
@@ -99,7 +99,7 @@ def metadata_with(file: OutputFile, recipe: MergeRecipe | None) -> dict[str, str
     return metadata | ({RECIPE_KEY: recipe_json(recipe)} if recipe else {})
 
 
-def sealed(part: Path, plan: OutputPlan, recipe: MergeRecipe, hashes: Mapping[str, str]) -> MergeRecipe:
+def patch_header_hashes(part: Path, plan: OutputPlan, recipe: MergeRecipe, hashes: Mapping[str, str]) -> MergeRecipe:
     """The recipe with its hashes, which take the place of the blank ones in each header that was written."""
     known = recipe.model_copy(update=hashes)
     for file in plan.files:

@@ -26,14 +26,14 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lora_diffusion.architectures.families import Family
-from lora_diffusion.architectures.module_paths import Anatomy, module_paths
+from lora_diffusion.architectures.module_paths import ModelLayout, module_paths
 from lora_diffusion.config.generate import Scheduler
-from lora_diffusion.config.settings import EMBEDDED_BASE, Codes
+from lora_diffusion.config.settings import EMBEDDED_BASE, Quantization
 from lora_diffusion.errors import BaseModelError
 from lora_diffusion.formats.checkpoints.diffusers import (
-    anatomy_of_folder,
     base_hash,
     read_json,
+    read_layout,
     weight_variant,
 )
 from lora_diffusion.models.locate import find_base, first_line
@@ -54,10 +54,10 @@ class Base:
     name: str
     folder: Path
     family: Family
-    anatomy: Anatomy
+    layout: ModelLayout
     merged: tuple[str, ...] = ()
     """Hashes and weights of adapters that were added to it for good."""
-    codes: Codes = "none"
+    quantization: Quantization = "none"
     """What the UNet's linear layers are kept in."""
 
     @property
@@ -74,7 +74,7 @@ class Base:
     @property
     def paths(self) -> tuple[str, ...]:
         """Every module that an adapter may change."""
-        return module_paths(self.anatomy)
+        return module_paths(self.layout)
 
     @property
     def size_px(self) -> int:
@@ -102,7 +102,7 @@ def load_base(
     Raises BaseModelError.
     """
     folder = find_base(name)
-    family, shape = anatomy_of_folder(folder)
+    family, shape = read_layout(folder)
     device = device or default_device()
     two_encoders = len(shape.text_layers) == 2
     arguments: dict[str, Any] = {"add_watermarker": False} if two_encoders else {"safety_checker": None}
@@ -121,7 +121,7 @@ def load_base(
     pipe.set_progress_bar_config(disable=True)
     for component in (*family.components, "vae"):
         getattr(pipe, component).requires_grad_(False).eval()
-    return Base(pipe=pipe, name=name, folder=folder, family=family, anatomy=shape)
+    return Base(pipe=pipe, name=name, folder=folder, family=family, layout=shape)
 
 
 @contextlib.contextmanager
@@ -141,7 +141,7 @@ def quiet_libraries() -> Iterator[None]:
         transformers.utils.logging.set_verbosity(levels[1])
 
 
-def live_path(model: nn.Module, path: str) -> str:
+def transformers_path(model: nn.Module, path: str) -> str:
     """A module path (without its component) as this version of transformers spells it."""
     return path if hasattr(model, "text_model") else path.removeprefix("text_model.")
 
@@ -151,7 +151,7 @@ def module_at(base: Base, path: str) -> nn.Module:
     component, inner = path.split(".", 1)
     model: nn.Module = getattr(base.pipe, component)
     try:
-        return model.get_submodule(live_path(model, inner))
+        return model.get_submodule(transformers_path(model, inner))
     except AttributeError:
         raise KeyError(path) from None
 

@@ -10,7 +10,7 @@ from lora_diffusion.adapters.blend import Blend
 from lora_diffusion.adapters.compatibility import check_fits
 from lora_diffusion.architectures.module_paths import changeable_paths
 from lora_diffusion.config.settings import EMBEDDED_BASE
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import BaseModelError
 from lora_diffusion.formats.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from lora_diffusion.formats.checkpoints.diffusers import check_is_stable_diffusion, check_pipeline_kind
@@ -21,7 +21,7 @@ def find_base(name: str) -> Path:
 
     Raises BaseModelError if there is none, or if it is not Stable Diffusion.
     """
-    folder = sample_data() / "tiny-sd" if name == EMBEDDED_BASE else Path(name)
+    folder = sample_data_folder() / "tiny-sd" if name == EMBEDDED_BASE else Path(name)
     if folder.is_file():
         raise BaseModelError(f"{name}: is a single file; this version reads folders in diffusers' layout and hub ids")
     if not folder.is_dir():
@@ -39,7 +39,7 @@ def find_checkpoint(name: str) -> Checkpoint:
     return open_checkpoint(path.resolve() if path.is_file() else find_base(name))
 
 
-def fitting_checkpoint(name: str, blend: Blend) -> Checkpoint:
+def find_matching_checkpoint(name: str, blend: Blend) -> Checkpoint:
     """The same, if everything in every adapter finds its tensor there. Raises FamilyMismatchError as well."""
     checkpoint = find_checkpoint(name)
     check_fits_checkpoint(blend, checkpoint, name)
@@ -52,7 +52,7 @@ def check_fits_checkpoint(blend: Blend, checkpoint: Checkpoint, name: str) -> No
         blend,
         base_name=name,
         family=checkpoint.family.name,
-        paths=frozenset(changeable_paths(checkpoint.anatomy)),
+        paths=frozenset(changeable_paths(checkpoint.layout)),
         shapes=checkpoint.shapes,
     )
 

@@ -9,12 +9,12 @@ from torch import nn
 from lora_diffusion.models.load import Base
 
 
-def idle_models(base: Base, *, text_encoders_learn: bool) -> list[str]:
+def list_idle_models(base: Base, *, text_encoders_learn: bool) -> list[str]:
     """What a step does not need while encoded pictures and captions come from the cache."""
-    return ["vae", *(() if text_encoders_learn else base.anatomy.text_layers)]
+    return ["vae", *(() if text_encoders_learn else base.layout.text_layers)]
 
 
-def send_away(base: Base, names: Sequence[str]) -> None:
+def offload(base: Base, names: Sequence[str]) -> None:
     """Move models off the device."""
     for name in names:
         getattr(base.pipe, name).to("cpu")
@@ -23,7 +23,7 @@ def send_away(base: Base, names: Sequence[str]) -> None:
 
 
 @contextmanager
-def at_work(base: Base, names: Sequence[str]) -> Iterator[None]:
+def on_device(base: Base, names: Sequence[str]) -> Iterator[None]:
     """Models on the base's device while the block runs, and where they were afterwards."""
     models: list[nn.Module] = [getattr(base.pipe, name) for name in names]
     away = [name for name, model in zip(names, models, strict=True) if next(model.parameters()).device != base.device]
@@ -33,4 +33,4 @@ def at_work(base: Base, names: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         if away:
-            send_away(base, away)
+            offload(base, away)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lora_diffusion.models.load import Base
-from lora_diffusion.prompts.emphasis import Prompt, ReadText, weighted
+from lora_diffusion.prompts.emphasis import Prompt, ReadText, parse_emphasis
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 Chunk = list[tuple[int, float]]
@@ -35,7 +35,7 @@ class TextContext:
 
 
 def encode_prompts(
-    base: Base, prompts: Sequence[str], *, size_px: int, read: ReadText = weighted, chunks: int = 1
+    base: Base, prompts: Sequence[str], *, size_px: int, read: ReadText = parse_emphasis, chunks: int = 1
 ) -> TextContext:
     """Encode prompts with every text encoder; gradients flow if the encoders have trainable parts.
 
@@ -43,10 +43,10 @@ def encode_prompts(
     and `chunks` long at least. Raises ConfigError for a prompt that cannot be read.
     """
     texts = [read(text) for text in prompts]
-    count = max(chunks, chunk_count(base, texts))
-    if len(base.anatomy.text_layers) == 1:
-        return TextContext(hidden=states_of(base, "text_encoder", texts, count)[0])
-    found = [states_of(base, component, texts, count) for component in base.anatomy.text_layers]
+    count = max(chunks, count_chunks(base, texts))
+    if len(base.layout.text_layers) == 1:
+        return TextContext(hidden=encode_with(base, "text_encoder", texts, count)[0])
+    found = [encode_with(base, component, texts, count) for component in base.layout.text_layers]
     pooled = found[-1][1]
     ids = torch.tensor([[size_px, size_px, 0, 0, size_px, size_px]] * len(texts), dtype=pooled.dtype)
     return TextContext(
@@ -64,7 +64,7 @@ def negative_context(base: Base, prompt: str, *, size_px: int, chunks: int = 1) 
     return TextContext(hidden=torch.zeros_like(context.hidden), added={**context.added, "text_embeds": pooled})
 
 
-def joined_contexts(contexts: Sequence[TextContext]) -> TextContext:
+def concatenate_contexts(contexts: Sequence[TextContext]) -> TextContext:
     """Of several prompts, equally long, for one batch."""
     added = [context.added for context in contexts if context.added is not None]
     return TextContext(
@@ -73,51 +73,51 @@ def joined_contexts(contexts: Sequence[TextContext]) -> TextContext:
     )
 
 
-def states_of(base: Base, component: str, prompts: Sequence[Prompt], count: int) -> tuple[Tensor, Tensor]:
+def encode_with(base: Base, component: str, prompts: Sequence[Prompt], count: int) -> tuple[Tensor, Tensor]:
     """One text encoder's hidden states (n, tokens of all chunks, width), and the first output of each first chunk."""
     encoder, tokenizer = getattr(base.pipe, component), getattr(base.pipe, TOKENIZERS[component])
-    alone = len(base.anatomy.text_layers) == 1
+    alone = len(base.layout.text_layers) == 1
 
-    def read(chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor]:
-        ids = torch.tensor([framed(tokenizer, [token for token, _ in chunk]) for chunk in chunks])
+    def encode_chunks(chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor]:
+        ids = torch.tensor([add_special_tokens(tokenizer, [token for token, _ in chunk]) for chunk in chunks])
         output = encoder(ids.to(encoder.device), output_hidden_states=not alone)
         return output.last_hidden_state if alone else output.hidden_states[-2], output[0]
 
-    chunks = [chunk for prompt in prompts for chunk in filled_up(chunks_of(tokenizer, prompt), count)]
-    hidden, first = read(chunks)
+    chunks = [chunk for prompt in prompts for chunk in pad_chunks(split_chunks(tokenizer, prompt), count)]
+    hidden, first = encode_chunks(chunks)
     weights = torch.ones(hidden.shape[:2], dtype=hidden.dtype)
     for row, chunk in zip(weights, chunks, strict=True):
         row[1 : len(chunk) + 1] = torch.tensor([weight for _, weight in chunk])
     if bool((weights != 1).any()):
-        empty, _ = read([[]])
+        empty, _ = encode_chunks([[]])
         hidden = torch.lerp(empty.expand_as(hidden), hidden, weights.to(hidden.device)[..., None])
     shape = len(prompts), count
     return hidden.unflatten(0, shape).flatten(1, 2), first.unflatten(0, shape)[:, 0]
 
 
-def chunk_count(base: Base, prompts: Sequence[Prompt]) -> int:
+def count_chunks(base: Base, prompts: Sequence[Prompt]) -> int:
     """In how many chunks the longest of some prompts is read."""
-    tokenizers = [getattr(base.pipe, TOKENIZERS[name]) for name in base.anatomy.text_layers]
-    return max(len(chunks_of(tokenizer, prompt)) for tokenizer in tokenizers for prompt in prompts)
+    tokenizers = [getattr(base.pipe, TOKENIZERS[name]) for name in base.layout.text_layers]
+    return max(len(split_chunks(tokenizer, prompt)) for tokenizer in tokenizers for prompt in prompts)
 
 
-def chunks_of(tokenizer: Any, prompt: Prompt) -> list[Chunk]:
+def split_chunks(tokenizer: Any, prompt: Prompt) -> list[Chunk]:
     """The tokens of a prompt, in chunks that the encoder can read; one at least."""
     room = tokenizer.model_max_length - 2
     sections = [
-        [(token, span.weight) for span in section for token in tokens_of(tokenizer, span.text)] for section in prompt
+        [(token, span.weight) for span in section for token in tokenize(tokenizer, span.text)] for section in prompt
     ]
-    return [chunk for section in sections for chunk in cut(tokenizer, section, room)]
+    return [chunk for section in sections for chunk in split_tokens(tokenizer, section, room)]
 
 
-def tokens_of(tokenizer: Any, text: str) -> list[int]:
+def tokenize(tokenizer: Any, text: str) -> list[int]:
     """A text's tokens, with all vectors of a word that the tokenizer has several for."""
-    for word, names in words_of_vectors(tokenizer).items():
+    for word, names in find_multi_vector_tokens(tokenizer).items():
         text = re.sub(rf"{re.escape(word)}(?!_\d)", lambda _, names=names: " ".join(names), text)
     return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
 
 
-def words_of_vectors(tokenizer: Any) -> dict[str, list[str]]:
+def find_multi_vector_tokens(tokenizer: Any) -> dict[str, list[str]]:
     """Words that are in the tokenizer as `word`, `word_1`, `word_2` and so on, as diffusers names their vectors."""
     added = tokenizer.get_added_vocab()
     found: dict[str, list[str]] = {}
@@ -128,16 +128,16 @@ def words_of_vectors(tokenizer: Any) -> dict[str, list[str]]:
     return found
 
 
-def cut(tokenizer: Any, tokens: Chunk, room: int) -> Iterator[Chunk]:
+def split_tokens(tokenizer: Any, tokens: Chunk, room: int) -> Iterator[Chunk]:
     """A section in chunks of at most `room` tokens."""
     while len(tokens) > room:
-        end = end_of_chunk(tokenizer, [token for token, _ in tokens[: room + 1]])
+        end = find_chunk_end(tokenizer, [token for token, _ in tokens[: room + 1]])
         yield tokens[:end]
         tokens = tokens[end:]
     yield tokens
 
 
-def end_of_chunk(tokenizer: Any, ids: Sequence[int]) -> int:
+def find_chunk_end(tokenizer: Any, ids: Sequence[int]) -> int:
     """How many of these, less the last, go into a chunk: up to a comma near its end, or else up to a word's end."""
     room = len(ids) - 1
     comma = tokenizer(",", add_special_tokens=False).input_ids[-1]
@@ -154,12 +154,12 @@ def end_of_chunk(tokenizer: Any, ids: Sequence[int]) -> int:
     return ends[-1] if ends else room
 
 
-def filled_up(chunks: Sequence[Chunk], count: int) -> list[Chunk]:
+def pad_chunks(chunks: Sequence[Chunk], count: int) -> list[Chunk]:
     """The chunks, and empty ones up to a number of them."""
     return [*chunks, *[[] for _ in range(count - len(chunks))]]
 
 
-def framed(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+def add_special_tokens(tokenizer: Any, ids: Sequence[int]) -> list[int]:
     """A chunk as the encoder reads it: between a start and an end, padded."""
     padding = tokenizer.model_max_length - 2 - len(ids)
     return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id, *[tokenizer.pad_token_id] * padding]

@@ -23,7 +23,7 @@ from lora_diffusion.models.text_encoding import TOKENIZERS
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Word:
+class LearnedToken:
     """A learned word of one adapter."""
 
     word: str
@@ -33,34 +33,34 @@ class Word:
     token: Token
 
 
-def words_of(blend: Blend) -> tuple[Word, ...]:
+def learned_tokens_of(blend: Blend) -> tuple[LearnedToken, ...]:
     """Every learned word of the adapters that are on."""
     adapters = {entry.hash: entry for entry in blend.active if entry.adapter.tokens}
     return tuple(
-        named(entry, number, word, token)
+        make_token_names(entry, number, word, token)
         for entry in adapters.values()
         for number, (word, token) in enumerate(sorted(entry.adapter.tokens.items()))
     )
 
 
-def named(entry: WeightedAdapter, number: int, word: str, token: Token) -> Word:
+def make_token_names(entry: WeightedAdapter, number: int, word: str, token: Token) -> LearnedToken:
     """Names without brackets or colons, which mean something in a prompt."""
     count = max(vectors.shape[0] for vectors in token.values())
     names = tuple(f"<{entry.hash[:8]}-{number}-{i}>" for i in range(count))
-    return Word(word=word, adapter=entry.name, names=names, token=token)
+    return LearnedToken(word=word, adapter=entry.name, names=names, token=token)
 
 
-def rewriter(words: tuple[Word, ...]) -> Callable[[str], str]:
+def prompt_rewriter(words: tuple[LearnedToken, ...]) -> Callable[[str], str]:
     """Turns the words of a prompt into their tokens' names.
 
     A word is also known as `adapter/word`. The returned function raises ConfigError for a word that several adapters
     have, where the prompt does not say whose is meant.
     """
-    named: dict[tuple[str, str], Word] = {}
+    named: dict[tuple[str, str], LearnedToken] = {}
     for word in words:
         if named.setdefault((word.adapter, word.word), word) is not word:
             raise ConfigError(f"two adapters are called {word.adapter!r} and have the word {word.word!r}; rename one")
-    owners: dict[str, list[Word]] = {}
+    owners: dict[str, list[LearnedToken]] = {}
     for word in words:
         owners.setdefault(word.word, []).append(word)
     table = {f"{word.adapter}/{word.word}": word for word in words}
@@ -78,26 +78,28 @@ def rewriter(words: tuple[Word, ...]) -> Callable[[str], str]:
 
 
 @contextmanager
-def learned_words(base: Base, blend: Blend) -> Iterator[Callable[[str], str]]:
+def learned_tokens(base: Base, blend: Blend) -> Iterator[Callable[[str], str]]:
     """The base with the blend's learned words in its text encoders; yields what rewrites a prompt to them.
 
     Everything is as it was afterwards, whatever happens inside. Raises FamilyMismatchError for vectors that are not as
     wide as the encoder's, ConfigError for a word that lacks one of the base's encoders.
     """
-    words = words_of(blend)
+    words = learned_tokens_of(blend)
     with ExitStack() as stack:
-        for component in base.anatomy.text_layers if words else ():
-            stack.enter_context(extended(base, component, {word: vectors_for(base, component, word) for word in words}))
-        yield rewriter(words)
+        for component in base.layout.text_layers if words else ():
+            stack.enter_context(
+                extended_vocabulary(base, component, {word: get_vectors(base, component, word) for word in words})
+            )
+        yield prompt_rewriter(words)
 
 
-def vectors_for(base: Base, component: str, word: Word) -> Tensor:
+def get_vectors(base: Base, component: str, word: LearnedToken) -> Tensor:
     """A word's vectors (n, width) for one text encoder."""
     vectors = word.token.get(component)
     if vectors is None:
         have = ", ".join(sorted(word.token))
         raise ConfigError(f"{word.adapter}: its word {word.word!r} has vectors for {have} and none for {component}")
-    width = embeddings(base, component).embedding_dim
+    width = embedding_table(base, component).embedding_dim
     if vectors.shape[1] != width:
         raise FamilyMismatchError(
             f"{word.adapter}: its word {word.word!r} has vectors of width {vectors.shape[1]}, but {component} of "
@@ -106,17 +108,17 @@ def vectors_for(base: Base, component: str, word: Word) -> Tensor:
     return vectors
 
 
-def embeddings(base: Base, component: str) -> nn.Embedding:
+def embedding_table(base: Base, component: str) -> nn.Embedding:
     table = getattr(base.pipe, component).get_input_embeddings()
     assert isinstance(table, nn.Embedding)
     return table
 
 
 @contextmanager
-def extended(base: Base, component: str, words: Mapping[Word, Tensor]) -> Iterator[None]:
+def extended_vocabulary(base: Base, component: str, words: Mapping[LearnedToken, Tensor]) -> Iterator[None]:
     """One text encoder and a copy of its tokenizer with more tokens."""
     attribute = TOKENIZERS[component]
-    own_tokenizer, table = getattr(base.pipe, attribute), embeddings(base, component)
+    own_tokenizer, table = getattr(base.pipe, attribute), embedding_table(base, component)
     own_weight, own_count = table.weight, table.num_embeddings
     tokenizer = copy.deepcopy(own_tokenizer)
     names = [name for word in words for name in word.names]
@@ -124,7 +126,7 @@ def extended(base: Base, component: str, words: Mapping[Word, Tensor]) -> Iterat
         known = ", ".join(word.word for word in words)
         raise ConfigError(f"{base.name}: its tokenizer has some of the words {known} already, under their full names")
     rows = torch.cat([vectors.to(own_weight.device, own_weight.dtype) for vectors in words.values()])
-    ends = end_tokens(getattr(base.pipe, component))
+    ends = eos_holders(getattr(base.pipe, component))
     try:
         weight = torch.cat([own_weight.data[: len(own_tokenizer)], rows])
         table.weight, table.num_embeddings = nn.Parameter(weight, requires_grad=False), weight.shape[0]
@@ -139,7 +141,7 @@ def extended(base: Base, component: str, words: Mapping[Word, Tensor]) -> Iterat
         table.weight, table.num_embeddings = own_weight, own_count
 
 
-def end_tokens(encoder: nn.Module) -> dict[Any, int]:
+def eos_holders(encoder: nn.Module) -> dict[Any, int]:
     """The modules that look for the end of a prompt, with the id that they look for.
 
     Old checkpoints say 2, at which transformers takes the largest id for the end, as it was before words were added.

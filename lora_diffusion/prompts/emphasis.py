@@ -29,37 +29,37 @@ PAIRS = {")": "(", "]": "["}
 
 
 @dataclass(frozen=True)
-class Span:
+class WeightedText:
     """Words that count equally."""
 
     text: str
     weight: float = 1.0
 
 
-Prompt = tuple[tuple[Span, ...], ...]
+Prompt = tuple[tuple[WeightedText, ...], ...]
 """Spans in order, in sections that `BREAK` divides."""
 ReadText = Callable[[str], Prompt]
 
 
-def plain(text: str) -> Prompt:
+def parse_literal(text: str) -> Prompt:
     """The text to the letter, brackets and all."""
-    return ((Span(text),),)
+    return ((WeightedText(text),),)
 
 
-def weighted(text: str) -> Prompt:
+def parse_emphasis(text: str) -> Prompt:
     """The text with its notation read. Raises ConfigError for brackets that do not pair and for what is not done."""
-    sections: list[list[Span]] = [[]]
+    sections: list[list[WeightedText]] = [[]]
     spans = sections[0]
     open_brackets: list[tuple[str, int]] = []
     for match in SIGNS.finditer(text):
         literal = match["literal"] or match["text"]
         if literal:
-            refuse_editing(text, literal, open_brackets)
-            spans.append(Span(literal))
+            check_no_prompt_editing(text, literal, open_brackets)
+            spans.append(WeightedText(literal))
         elif match["opens"]:
             open_brackets.append((match["opens"], len(spans)))
         elif match["section"]:
-            refuse_open(text, open_brackets)
+            check_brackets_closed(text, open_brackets)
             spans = []
             sections.append(spans)
         else:
@@ -69,18 +69,18 @@ def weighted(text: str) -> Prompt:
                 raise ConfigError(f"the prompt {text!r} closes a {closes!r} that is not open; write \\{closes} for it")
             factor = float(match["weight"] or (EMPHASIS if closes == ")" else 1 / EMPHASIS))
             spans[first:] = [replace(span, weight=span.weight * factor) for span in spans[first:]]
-    refuse_open(text, open_brackets)
-    return tuple(tuple(joined(spans)) for spans in sections)
+    check_brackets_closed(text, open_brackets)
+    return tuple(tuple(merge_spans(spans)) for spans in sections)
 
 
-def refuse_open(text: str, open_brackets: list[tuple[str, int]]) -> None:
+def check_brackets_closed(text: str, open_brackets: list[tuple[str, int]]) -> None:
     """Raise ConfigError if a bracket is not closed by the end of its section."""
     if open_brackets:
         sign = open_brackets[-1][0]
         raise ConfigError(f"the prompt {text!r} opens a {sign!r} and does not close it; close it, or write \\{sign}")
 
 
-def refuse_editing(text: str, piece: str, open_brackets: list[tuple[str, int]]) -> None:
+def check_no_prompt_editing(text: str, piece: str, open_brackets: list[tuple[str, int]]) -> None:
     """Raise ConfigError for what would change words from step to step."""
     if open_brackets and open_brackets[-1][0] == "[" and (":" in piece or "|" in piece):
         raise ConfigError(
@@ -89,12 +89,12 @@ def refuse_editing(text: str, piece: str, open_brackets: list[tuple[str, int]]) 
         )
 
 
-def joined(spans: list[Span]) -> list[Span]:
+def merge_spans(spans: list[WeightedText]) -> list[WeightedText]:
     """The same with neighbors of one weight as one, so that a text without weights stays in one piece."""
-    result: list[Span] = []
+    result: list[WeightedText] = []
     for span in spans:
         if result and result[-1].weight == span.weight:
             result[-1] = replace(span, text=result[-1].text + span.text)
         else:
             result.append(span)
-    return result or [Span("")]
+    return result or [WeightedText("")]

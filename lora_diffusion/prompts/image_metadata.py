@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.prompts.infotext import Infotext, lines_of, parse_infotext, settings_line
+from lora_diffusion.prompts.infotext import Infotext, find_settings_line, parse_infotext, split_lines
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,8 +21,8 @@ def read_infotext(path: Path) -> Infotext | None:
     try:
         # what PIL warns of, such as broken EXIF, ends in None
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as image:
-            text = png_text(image)
-            comment = "" if text.strip() else user_comment(image)
+            text = read_png_text(image)
+            comment = "" if text.strip() else read_user_comment(image)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; give a PNG, JPEG or WebP that A1111 or Forge wrote") from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -30,17 +30,17 @@ def read_infotext(path: Path) -> Infotext | None:
     if text.strip():
         return parse_infotext(text, source=str(path))
     # cameras write into the same place, so a comment without settings is no mistake
-    return None if settings_line(lines_of(comment)) is None else parse_infotext(comment, source=str(path))
+    return None if find_settings_line(split_lines(comment)) is None else parse_infotext(comment, source=str(path))
 
 
-def png_text(image: "Image.Image") -> str:
+def read_png_text(image: "Image.Image") -> str:
     if image.format == "PNG" and "parameters" not in image.info:
         image.load()  # some programs write their texts behind the pixels
     text = image.info.get("parameters", "")
     return text if isinstance(text, str) else ""
 
 
-def user_comment(image: "Image.Image") -> str:
+def read_user_comment(image: "Image.Image") -> str:
     """The EXIF UserComment as text, empty if there is none; Fooocus writes it one level too high."""
     from PIL import ExifTags
 
@@ -48,28 +48,28 @@ def user_comment(image: "Image.Image") -> str:
     tag = ExifTags.Base.UserComment
     value = exif.get_ifd(ExifTags.IFD.Exif).get(tag) or exif.get(tag)
     if isinstance(value, bytes):
-        return comment_text(value).rstrip("\0")  # padding
+        return decode_comment(value).rstrip("\0")  # padding
     return value if isinstance(value, str) else ""
 
 
-def comment_text(value: bytes) -> str:
+def decode_comment(value: bytes) -> str:
     """A UserComment by its first eight bytes, which name the coding; some programs leave them out."""
     head, body = value[:8], value[8:]
     if head == b"UNICODE\0":
-        return utf16(body)
-    return utf8(body if head in (b"ASCII\0\0\0", bytes(8)) else value)
+        return decode_utf16(body)
+    return decode_utf8(body if head in (b"ASCII\0\0\0", bytes(8)) else value)
 
 
-def utf16(body: bytes) -> str:
+def decode_utf16(body: bytes) -> str:
     """Text in either byte order, since the standard leaves it open; the one with more ASCII in it is meant."""
     if b"\0" not in body.rstrip(b"\0"):
-        return utf8(body)  # settings have digits, and those a zero byte: written as UTF-8 against the standard
+        return decode_utf8(body)  # settings have digits, and those a zero byte: written as UTF-8 against the standard
     whole = body[: len(body) // 2 * 2]
     texts = [whole.decode(order, errors="replace") for order in ("utf-16-be", "utf-16-le")]
     return max(texts, key=lambda text: sum(map(str.isascii, text))).removeprefix("\ufeff")
 
 
-def utf8(body: bytes) -> str:
+def decode_utf8(body: bytes) -> str:
     try:
         return body.decode("utf-8")
     except UnicodeDecodeError:

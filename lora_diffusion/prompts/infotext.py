@@ -93,37 +93,37 @@ def parse_infotext(text: str, *, source: str) -> Infotext:
 
     Raises ConfigError that names `source` if no settings line ends the text.
     """
-    lines = lines_of(text)
-    at = settings_line(lines)
+    lines = split_lines(text)
+    at = find_settings_line(lines)
     if at is None:
         raise ConfigError(
             f"{source}: its text has no line of settings; expected a last line such as 'Steps: 20, Sampler: Euler a, "
             "CFG scale: 7, Seed: 1, Size: 512x512', as A1111 and Forge write it (ComfyUI's JSON is not read)"
         )
-    prompt, negative = prompts(lines[:at])
-    settings = {**pairs(lines[at]), **templates(lines[at + 1 :])}
+    prompt, negative = parse_prompts(lines[:at])
+    settings = {**parse_pairs(lines[at]), **parse_templates(lines[at + 1 :])}
     return Infotext(
         prompt=prompt,
         negative_prompt=negative,
         settings=settings,
-        lora_hashes=hashes(settings.get("Lora hashes", "")),
-        ti_hashes=hashes(settings.get("TI hashes", "")),
+        lora_hashes=parse_hashes(settings.get("Lora hashes", "")),
+        ti_hashes=parse_hashes(settings.get("TI hashes", "")),
         model=settings.get("Model", ""),
         model_hash=settings.get("Model hash", ""),
     )
 
 
-def quoted(value: str) -> str:
+def quote_value(value: str) -> str:
     """The value as A1111 writes it: as a JSON string where it would not read back as it is."""
     plain = value == value.strip() != "" and not value.startswith('"') and not re.search("[,:\n]", value)
     return value if plain else json.dumps(value, ensure_ascii=False)
 
 
-def lines_of(text: str) -> list[str]:
+def split_lines(text: str) -> list[str]:
     return text.replace("\r\n", "\n").split("\n")
 
 
-def settings_line(lines: Sequence[str]) -> int | None:
+def find_settings_line(lines: Sequence[str]) -> int | None:
     """The number of the last line with three pairs or more, if it ends the text.
 
     The prompt extension of A1111 may write its templates below it; any other text there is a prompt, so that the line
@@ -132,7 +132,7 @@ def settings_line(lines: Sequence[str]) -> int | None:
     ends = True
     for at in range(len(lines) - 1, -1, -1):
         template = is_template(lines[at])
-        if ends and not template and len(pairs(lines[at])) >= FEWEST_PAIRS:
+        if ends and not template and len(parse_pairs(lines[at])) >= FEWEST_PAIRS:
             return at
         if lines[at].strip():
             ends = template
@@ -143,7 +143,7 @@ def is_template(line: str) -> bool:
     return line.startswith(tuple(f"{key}:" for key in TEMPLATES))
 
 
-def templates(lines: Sequence[str]) -> dict[str, str]:
+def parse_templates(lines: Sequence[str]) -> dict[str, str]:
     """Templates below the settings line, each up to the next one."""
     found: dict[str, str] = {}
     for line in lines:
@@ -155,7 +155,7 @@ def templates(lines: Sequence[str]) -> dict[str, str]:
     return {key: value.strip() for key, value in found.items()}
 
 
-def prompts(lines: Sequence[str]) -> tuple[str, str]:
+def parse_prompts(lines: Sequence[str]) -> tuple[str, str]:
     """The prompt and the negative prompt, which begins at its label and goes on to the end."""
     labeled = (at for at, line in enumerate(lines) if line.lstrip().startswith(NEGATIVE))
     start = next(labeled, len(lines))
@@ -163,7 +163,7 @@ def prompts(lines: Sequence[str]) -> tuple[str, str]:
     return "\n".join(lines[:start]), negative
 
 
-def pairs(line: str) -> dict[str, str]:
+def parse_pairs(line: str) -> dict[str, str]:
     """The `key: value` pairs of a line, separated by commas; of equal keys the last counts, as in A1111.
 
     A1111 looks for keys anywhere. Here they stand at the start or after a comma, so that emphasis such as
@@ -174,26 +174,26 @@ def pairs(line: str) -> dict[str, str]:
     while at < len(line):
         end = at
         if key := KEY.match(line, at):
-            found[key[1].strip()], end = value_at(line, key.end())
-        at = comma_from(line, end) + 1
+            found[key[1].strip()], end = read_value(line, key.end())
+        at = find_comma(line, end) + 1
     return found
 
 
-def value_at(line: str, start: int) -> tuple[str, int]:
+def read_value(line: str, start: int) -> tuple[str, int]:
     """The value that begins at `start`, without quotes, and where it ends."""
-    end = closing(line, start)
+    end = find_closing(line, start)
     if end is None or not VALUE_END.match(line, end):
-        end = comma_from(line, start)
-    return unquoted(line[start:end].strip()), end
+        end = find_comma(line, start)
+    return unquote_value(line[start:end].strip()), end
 
 
-def comma_from(line: str, start: int) -> int:
+def find_comma(line: str, start: int) -> int:
     """Where the next comma is, or the end of the line."""
     at = line.find(",", start)
     return len(line) if at < 0 else at
 
 
-def closing(line: str, start: int) -> int | None:
+def find_closing(line: str, start: int) -> int | None:
     """The end of the string, list or table at `start`, whose commas separate no pairs; CivitAI writes such tables."""
     if line.startswith('"', start):
         match = STRING.match(line, start)
@@ -206,7 +206,7 @@ def closing(line: str, start: int) -> int | None:
     return None
 
 
-def unquoted(text: str) -> str:
+def unquote_value(text: str) -> str:
     if not STRING.fullmatch(text):
         return text
     try:
@@ -215,7 +215,7 @@ def unquoted(text: str) -> str:
         return text
 
 
-def hashes(text: str) -> dict[str, str]:
+def parse_hashes(text: str) -> dict[str, str]:
     """Names and hashes in `a: 12hex, b: 12hex`; a name may hold commas and colons."""
     found: dict[str, str] = {}
     waiting: list[str] = []
@@ -229,7 +229,7 @@ def hashes(text: str) -> dict[str, str]:
     return found
 
 
-def generate_settings(info: Infotext, *, source: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+def convert_settings(info: Infotext, *, source: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     """What GenerateConfig has of it, tags still in the prompt, and one sentence on each thing that differs in a replay.
 
     Raises ConfigError that names every key whose value cannot be used.
@@ -240,19 +240,23 @@ def generate_settings(info: Infotext, *, source: str) -> tuple[dict[str, Any], t
     table |= {name: written[key.lower()] for name, key in plain.items() if key != "Size" and key.lower() in written}
     if table.get("variation", "0").strip("0.") == "":  # a strength of 0 says that there is none
         table = {name: value for name, value in table.items() if name not in VARIATION}
-    table |= size_of(written, source)
-    scheduler, notes = sampler_of(written)
+    table |= parse_size(written, source)
+    scheduler, notes = parse_sampler(written)
     if scheduler:
         table["scheduler"] = scheduler
     try:
         config = GenerateConfig.model_validate(table)
     except ValidationError as error:
-        mistakes = "; ".join(mistake(dict(item), written) for item in error.errors())
+        mistakes = "; ".join(describe_mistake(dict(item), written) for item in error.errors())
         raise ConfigError(f"{source}: {mistakes}") from None
-    return config.model_dump(include=set(table)), (*notes, *missing(written), *without_counterpart(info.settings))
+    return config.model_dump(include=set(table)), (
+        *notes,
+        *describe_missing(written),
+        *describe_unsupported(info.settings),
+    )
 
 
-def size_of(written: Mapping[str, str], source: str) -> dict[str, str]:
+def parse_size(written: Mapping[str, str], source: str) -> dict[str, str]:
     """Width and height as texts, or nothing if the picture does not say them. Raises ConfigError."""
     if "size" not in written:
         return {}
@@ -262,16 +266,16 @@ def size_of(written: Mapping[str, str], source: str) -> dict[str, str]:
     return {"width": match[1], "height": match[2]}
 
 
-def mistake(item: Mapping[str, Any], written: Mapping[str, str]) -> str:
+def describe_mistake(item: Mapping[str, Any], written: Mapping[str, str]) -> str:
     """One mistake of a validation, in the words of the text rather than of GenerateConfig."""
     name = str(item["loc"][0])
     key = {**FIELDS, **VARIATION}.get(name, name)
     about = f"{name} " if key == "Size" else ""
     reason = f"{item['msg'][0].lower()}{item['msg'][1:]}"
-    return f"{key!r} is {short(written.get(key.lower(), str(item['input'])))!r}: {about}{reason}"
+    return f"{key!r} is {shorten_value(written.get(key.lower(), str(item['input'])))!r}: {about}{reason}"
 
 
-def sampler_of(written: Mapping[str, str]) -> tuple[Scheduler | None, list[str]]:
+def parse_sampler(written: Mapping[str, str]) -> tuple[Scheduler | None, list[str]]:
     """The sampler if it exists here, and sentences on how its pictures differ from those of the other program."""
     name = written.get("sampler", "")
     kind, schedule = split_sampler(name)
@@ -279,14 +283,16 @@ def sampler_of(written: Mapping[str, str]) -> tuple[Scheduler | None, list[str]]
     scheduler = SAMPLERS.get(kind)
     notes: list[str] = []
     if name and not scheduler:
-        notes.append(f"Sampler: {short(name)}: does not exist here, so the base's own is used and the pixels differ.")
+        notes.append(
+            f"Sampler: {shorten_value(name)}: does not exist here, so the base's own is used and the pixels differ."
+        )
     if schedule.lower() not in OWN_SCHEDULES:
-        notes.append(f"Schedule: {short(schedule)}: the sampler's own steps are taken, so the pixels differ.")
+        notes.append(f"Schedule: {shorten_value(schedule)}: the sampler's own steps are taken, so the pixels differ.")
     # A1111 draws its noise on the GPU unless it says otherwise; ComfyUI and this toolkit, whose names of samplers are
     # spelled differently, draw it on the CPU.
     noise = written.get("rng", "CPU" if name == name.lower() else "GPU")
     if noise.upper() != "CPU":
-        notes.append(f"RNG: {short(noise)}: the starting noise is drawn on the CPU here, so the pixels differ.")
+        notes.append(f"RNG: {shorten_value(noise)}: the starting noise is drawn on the CPU here, so the pixels differ.")
     return scheduler, notes
 
 
@@ -299,26 +305,26 @@ def split_sampler(name: str) -> tuple[str, str]:
     return small, ""
 
 
-def missing(written: Mapping[str, str]) -> list[str]:
+def describe_missing(written: Mapping[str, str]) -> list[str]:
     keys = [key for key in dict.fromkeys([*FIELDS.values(), "Sampler"]) if key.lower() not in written]
     return [f"{key}: not said in the picture, so the default is used and the pixels may differ." for key in keys]
 
 
-def without_counterpart(settings: Mapping[str, str]) -> list[str]:
+def describe_unsupported(settings: Mapping[str, str]) -> list[str]:
     """A sentence on each setting that nothing here follows; those with the same first word share one."""
     known = {key.lower() for key in (*FIELDS.values(), *VARIATION.values())}.union(SILENT)
     groups: dict[str, list[str]] = {}
     for key, value in settings.items():
         # Clip skip 1 is A1111's way to say that no layer is skipped
         if key.lower() not in known and (key.lower(), value) != ("clip skip", "1"):
-            groups.setdefault(key.lower().split()[0], []).append(f"{key}: {short(value)}")
+            groups.setdefault(key.lower().split()[0], []).append(f"{key}: {shorten_value(value)}")
     return [
         f"{', '.join(group)}: {MEANINGS.get(word, 'nothing here does the same')}, so the pixels may differ."
         for word, group in groups.items()
     ]
 
 
-def short(value: str) -> str:
+def shorten_value(value: str) -> str:
     """A value for a message, on one line and not too long."""
     line = " ".join(value.split())
     return line if len(line) <= LONGEST_QUOTE else f"{line[:LONGEST_QUOTE]}…"

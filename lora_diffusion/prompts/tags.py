@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from lora_diffusion.adapters.coefficients import vector_of
+from lora_diffusion.adapters.coefficients import parse_vector
 from lora_diffusion.config.preset import BlendWeight, Curve, Region, Schedule, Weight
 from lora_diffusion.config.settings import validate
 from lora_diffusion.errors import ConfigError
@@ -46,7 +46,7 @@ class Tag:
     region: Region | None = None
 
 
-def take_tags(prompt: str) -> tuple[str, tuple[Tag, ...]]:
+def extract_tags(prompt: str) -> tuple[str, tuple[Tag, ...]]:
     """The prompt without its tags, and the adapters that they ask for.
 
     Raises ConfigError for a tag that cannot be read.
@@ -71,28 +71,28 @@ def parse_tag(text: str) -> Tag:
     if not name.strip():
         raise ConfigError(f"<lora:{text}>: has no name; write <lora:name:0.8>")
     source = f"<lora:{text}>"
-    rest, region = take_region(parts, source=source)
+    rest, region = extract_region(parts, source=source)
     return Tag(name=name.strip(), weight=parse_weight(rest, source=source), region=region)
 
 
-def in_our_order(prompt: str) -> str:
+def convert_a1111_tags(prompt: str) -> str:
     """A prompt of A1111 or Forge with its tags as this toolkit writes them.
 
     There two numbers are the text encoder's weight and then the UNet's, and a third, the dynamic rank, has no meaning
     here.
     """
 
-    def turned(match: re.Match[str]) -> str:
+    def convert(match: re.Match[str]) -> str:
         name, *parts = match[1].split(":")
         numbers = [part for part in parts if "=" not in part]
         first = [numbers[1], numbers[0]] if len(numbers) > 1 else numbers
         options = [part for part in parts if "=" in part and not part.startswith("dyn=")]
         return f"<lora:{':'.join([name, *first, *options])}>"
 
-    return TAG.sub(turned, prompt)
+    return TAG.sub(convert, prompt)
 
 
-def take_region(parts: Sequence[str], *, source: str) -> tuple[list[str], Region | None]:
+def extract_region(parts: Sequence[str], *, source: str) -> tuple[list[str], Region | None]:
     """The parts that are not about a region, and the region that the others describe. Raises ConfigError."""
     rest = [part for part in parts if part.partition("=")[0] not in REGION_OPTIONS]
     about = [part for part in parts if part not in rest]
@@ -102,7 +102,7 @@ def take_region(parts: Sequence[str], *, source: str) -> tuple[list[str], Region
     if len(table) < len(about) or "" in table.values():
         raise ConfigError(f"{source}: {':'.join(about)} is no region; write box=0,0,0.5,1 or mask=FILE, each once")
     if "box" in table:
-        table["box"] = vector_of(table["box"], source=f"{source}: box")
+        table["box"] = parse_vector(table["box"], source=f"{source}: box")
     return rest, validate(Region, table, source=source)
 
 
@@ -122,23 +122,23 @@ def parse_weight(parts: Sequence[str], *, source: str) -> Weight:
         raise ConfigError(f"{source}: write up to three numbers first, then options such as lbw=MIDD")
     if len(options) < len(parts) - len(numbers):
         raise ConfigError(f"{source}: has the same option twice")
-    values = [number(part, source) for part in numbers]
+    values = [parse_number(part, source) for part in numbers]
     if not options and len(values) < 2:
         return values[0] if values else 1.0
-    fields: dict[str, Any] = {"value": values[0] if values else 1.0, **read_options(options, source)}
+    fields: dict[str, Any] = {"value": values[0] if values else 1.0, **parse_options(options, source)}
     if len(values) > 1:
         encoders = {"text_encoder": values[1], "text_encoder_2": values[-1]}
         fields["components"] = {**encoders, **fields.get("components", {})}
     return validate(BlendWeight, fields, source=source)
 
 
-def number(text: str, source: str) -> float:
+def parse_number(text: str, source: str) -> float:
     if not is_number(text) or not abs(float(text)) < float("inf"):
         raise ConfigError(f"{source}: {text!r} is no finite number; write name:0.8, or the name alone for weight 1")
     return float(text)
 
 
-def read_options(options: Mapping[str, str], source: str) -> dict[str, Any]:
+def parse_options(options: Mapping[str, str], source: str) -> dict[str, Any]:
     """The options as fields of `BlendWeight`."""
     fields: dict[str, Any] = {}
     components: dict[str, float] = {}
@@ -146,15 +146,15 @@ def read_options(options: Mapping[str, str], source: str) -> dict[str, Any]:
     modules: list[tuple[str, float]] = []
     for key, text in options.items():
         if key in COMPONENTS:
-            components |= dict.fromkeys(COMPONENTS[key], number(text, source))
+            components |= dict.fromkeys(COMPONENTS[key], parse_number(text, source))
         elif key == "lbw" and not text:
             raise ConfigError(f"{source}: lbw= names no preset and no vector; write lbw=MIDD")
         elif key == "lbw":
-            fields["blocks"] = vector_of(text, source=source) if "," in text else text
+            fields["blocks"] = parse_vector(text, source=source) if "," in text else text
         elif BLOCK.fullmatch(key):
-            blocks[key] = number(text, source)
+            blocks[key] = parse_number(text, source)
         elif any(sign in key for sign in "*?["):
-            modules.append((key, number(text, source)))
+            modules.append((key, parse_number(text, source)))
         elif key not in OPTIONS:
             raise ConfigError(
                 f"{source}: unknown option {key!r}; known: {', '.join(OPTIONS)}, a block such as IN04=, "
@@ -164,61 +164,61 @@ def read_options(options: Mapping[str, str], source: str) -> dict[str, Any]:
         raise ConfigError(f"{source}: gives both lbw= and single blocks; write all of them one way")
     if blocks:
         fields["blocks"] = blocks
-    found = {"components": components, "modules": tuple(modules), "schedule": read_schedule(options, source)}
+    found = {"components": components, "modules": tuple(modules), "schedule": parse_schedule(options, source)}
     return fields | {key: value for key, value in found.items() if value}
 
 
-def read_schedule(options: Mapping[str, str], source: str) -> Schedule | None:
+def parse_schedule(options: Mapping[str, str], source: str) -> Schedule | None:
     """The schedule that the options ask for, one way only. Raises ConfigError."""
     curves = [curve for curve in get_args(Curve) if curve in options]
     window = [key for key in ("start", "stop", "step") if key in options]
     if len(curves) + bool(window) > 1 or ("step" in window and len(window) > 1):
         raise ConfigError(f"{source}: says twice when it acts ({', '.join([*window, *curves])}); write one of them")
     if curves:
-        return read_curve(curves[0], options[curves[0]], source)
+        return parse_curve(curves[0], options[curves[0]], source)
     if not window:
         return None
     if "step" in options:
         start, _, stop = options["step"].partition("-")
     else:
         start, stop = options.get("start", ""), options.get("stop", "")
-    return acting(start, stop, source)
+    return step_window(start, stop, source)
 
 
-def acting(start: str, stop: str, source: str) -> Schedule:
+def step_window(start: str, stop: str, source: str) -> Schedule:
     """On from `start` until before `stop`; either may be left out."""
     ends = [text for text in (start, stop) if text]
-    unit = unit_of(ends, source)
-    points = [(0.0, 0.0 if start and number(start, source) > 0 else 1.0)]
-    if start and number(start, source) > 0:
-        points.append((number(start, source), 1.0))
+    unit = infer_unit(ends, source)
+    points = [(0.0, 0.0 if start and parse_number(start, source) > 0 else 1.0)]
+    if start and parse_number(start, source) > 0:
+        points.append((parse_number(start, source), 1.0))
     if stop:
-        points.append((number(stop, source), 0.0))
+        points.append((parse_number(stop, source), 0.0))
     return validate(Schedule, {"points": points, "unit": unit, "curve": "hold"}, source=source)
 
 
-def read_curve(curve: str, text: str, source: str) -> Schedule:
+def parse_curve(curve: str, text: str, source: str) -> Schedule:
     """`0@0.2,1@0.8`: factors at positions."""
     pairs = [part.partition("@") for part in text.split(",")]
     if not all(at for _, at, _ in pairs):
         raise ConfigError(f"{source}: {curve}={text} is no list of factor@position; write {curve}=0@0.2,1@0.8")
-    unit = unit_of([position for _, _, position in pairs], source)
-    points = [(number(position, source), number(factor, source)) for factor, _, position in pairs]
+    unit = infer_unit([position for _, _, position in pairs], source)
+    points = [(parse_number(position, source), parse_number(factor, source)) for factor, _, position in pairs]
     return validate(Schedule, {"points": points, "unit": unit, "curve": curve}, source=source)
 
 
-def unit_of(positions: Sequence[str], source: str) -> str:
+def infer_unit(positions: Sequence[str], source: str) -> str:
     """Fractions have a point, steps have none; 0 is both."""
     told = [position for position in positions if position.strip() != "0"]
     fractions = ["." in position for position in told]
     if len(set(fractions)) > 1:
         raise ConfigError(f"{source}: mixes fractions and steps; write 0.2 and 1.0, or 4 and 20")
-    if any(fractions) and any(number(position, source) > 1 for position in told):
+    if any(fractions) and any(parse_number(position, source) > 1 for position in told):
         raise ConfigError(f"{source}: a fraction of the run is at most 1.0; write whole numbers for steps")
     return "fraction" if any(fractions) else "step"
 
 
-def weight_text(weight: Weight) -> str:
+def format_weight(weight: Weight) -> str:
     """The weight as `parse_weight` reads it, without the name; what has no short form is in the recipe alone."""
     if not isinstance(weight, BlendWeight):
         return f"{weight:g}"
@@ -233,11 +233,11 @@ def weight_text(weight: Weight) -> str:
         parts += [f"{block}={f:g}" for block, f in weight.blocks.items() if not isinstance(f, Schedule)]
     parts += [f"{pattern}={factor:g}" for pattern, factor in weight.modules]
     if weight.schedule:
-        parts.append(schedule_text(weight.schedule))
+        parts.append(format_schedule(weight.schedule))
     return ":".join(parts)
 
 
-def schedule_text(schedule: Schedule) -> str:
+def format_schedule(schedule: Schedule) -> str:
     fraction = schedule.unit == "fraction"
     points = ",".join(f"{factor:g}@{position if fraction else int(position)}" for position, factor in schedule.points)
     return f"{schedule.curve}={points}"

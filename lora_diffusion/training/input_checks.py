@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from lora_diffusion.config.train import TrainConfig
-from lora_diffusion.data.captions import reader_of, whole_caption
+from lora_diffusion.data.captions import caption_parser, format_caption
 from lora_diffusion.data.folder import Example
 from lora_diffusion.errors import ConfigError, DatasetError
 
@@ -18,9 +18,9 @@ def check_views(config: TrainConfig) -> None:
 
 def check_captions(examples: Sequence[Example], config: TrainConfig) -> None:
     """Raise DatasetError for a caption, or a part of it that may come alone, that cannot be read."""
-    read, divided = reader_of(config.captions), config.captions.shuffle or config.captions.part_dropout
+    read, divided = caption_parser(config.captions), config.captions.shuffle or config.captions.part_dropout
     for example in examples:
-        text = whole_caption(example.caption, config.captions, config.trigger_words)
+        text = format_caption(example.caption, config.captions, config.trigger_words)
         try:
             for part in text.split(config.captions.separator) if divided else [text]:
                 read(part)
@@ -28,9 +28,9 @@ def check_captions(examples: Sequence[Example], config: TrainConfig) -> None:
             raise DatasetError(f"{example.picture}: its caption cannot be read as a prompt: {error}") from None
 
 
-def check_words(examples: Sequence[Example], config: TrainConfig) -> None:
+def check_learned_tokens(examples: Sequence[Example], config: TrainConfig) -> None:
     """Raise ConfigError for a word that is to be learned and stands in no caption."""
-    texts = " ".join(whole_caption(example.caption, config.captions, config.trigger_words) for example in examples)
+    texts = " ".join(format_caption(example.caption, config.captions, config.trigger_words) for example in examples)
     for word in config.words.words:
         if not re.search(rf"(?<![\w/]){re.escape(word)}(?![\w/])", texts):
             raise ConfigError(

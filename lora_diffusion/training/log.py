@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.core.atomic_files import whole_file
+from lora_diffusion.core.atomic_files import atomic_file
 
 LOG = "log.jsonl"
 
@@ -26,7 +26,7 @@ class RunLog:
         """Forget what comes after a step that a run goes on from, or everything at 0."""
         if self.active and self.path.is_file():
             kept = [line for line in read_log(self.path) if line["step"] <= step and step > 0]
-            with whole_file(self.path) as part:
+            with atomic_file(self.path) as part:
                 part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 

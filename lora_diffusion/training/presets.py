@@ -4,18 +4,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.config.adapter import OF_THE_FILE
+from lora_diffusion.config.adapter import SETTINGS_OF_FILE
 from lora_diffusion.config.defaults import Purpose, default_settings, memory_settings, with_precision
-from lora_diffusion.config.optimizer import SUITED
-from lora_diffusion.config.settings import changed, validate
+from lora_diffusion.config.optimizer import KIND_DEFAULTS
+from lora_diffusion.config.settings import deep_merge, validate
 from lora_diffusion.config.train import TrainConfig
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.formats.checkpoints.diffusers import anatomy_of_folder
+from lora_diffusion.formats.checkpoints.diffusers import read_layout
 from lora_diffusion.models.load import default_device
 from lora_diffusion.models.locate import find_base
 
 
-def settings_for(
+def make_settings(
     purpose: Purpose,
     told: Mapping[str, Any],
     changes: Mapping[str, Any] | None = None,
@@ -29,27 +29,27 @@ def settings_for(
 
     Raises BaseModelError, and ConfigError with all mistakes at once.
     """
-    family, _ = anatomy_of_folder(find_base(base))
+    family, _ = read_layout(find_base(base))
     table = with_precision(default_settings(purpose, family.name), on_gpu=default_device().type != "cpu")
     if gigabytes is not None:
-        table = changed(table, memory_settings(family.name, gigabytes))
-    said = changed(told, changes or {})
-    table = changed({**without_what_gives_way(table, said), "base": base}, said)
+        table = deep_merge(table, memory_settings(family.name, gigabytes))
+    said = deep_merge(told, changes or {})
+    table = deep_merge({**drop_overridden_defaults(table, said), "base": base}, said)
     config = validate(TrainConfig, table, source=f"train {purpose}")
-    if "text_encoder_learning_rate" in said.get("optimizer", {}) or config.adapter.text_learns:
+    if "text_encoder_learning_rate" in said.get("optimizer", {}) or config.adapter.trains_text_encoder:
         return config
     optimizer = config.optimizer.model_copy(update={"text_encoder_learning_rate": None})  # of nothing that is trained
     return config.model_copy(update={"optimizer": optimizer})
 
 
-def without_what_gives_way(table: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+def drop_overridden_defaults(table: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
     """The family's defaults less those that do not go with what is said: what an optimizer finds or has of its own,
     what a file to go on from brings, and the pull that a slider has anyway."""
     gives_way: dict[str, set[str]] = {}
-    if "learning_rate" in SUITED.get(said.get("optimizer", {}).get("kind", ""), {}):
+    if "learning_rate" in KIND_DEFAULTS.get(said.get("optimizer", {}).get("kind", ""), {}):
         gives_way["optimizer"] = {"learning_rate", "text_encoder_learning_rate"}
     if "begin_with" in said.get("adapter", {}):
-        gives_way["adapter"] = {*OF_THE_FILE}
+        gives_way["adapter"] = {*SETTINGS_OF_FILE}
     if said.get("slider"):
         gives_way["prior"] = {"mode", "weight"}
     kept = {
@@ -59,7 +59,7 @@ def without_what_gives_way(table: Mapping[str, Any], said: Mapping[str, Any]) ->
     return {**table, **kept}
 
 
-def subject(data: Path, output: Path, *, instance: str, class_prompt: str) -> dict[str, Any]:
+def subject_settings(data: Path, output: Path, *, instance: str, class_prompt: str) -> dict[str, Any]:
     """What is told of a subject: `photo of sks dog`, of the class `photo of a dog`.
 
     Raises ConfigError without an instance prompt.

@@ -14,10 +14,10 @@ from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.merge import MergeConfig, WeightType
 from lora_diffusion.config.settings import read_toml
 from lora_diffusion.config.train import TrainConfig
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import OutputError
-from lora_diffusion.evaluation.image_grid import grid, save_grid
-from lora_diffusion.evaluation.style_distance import style_distance, style_pictures
+from lora_diffusion.evaluation.image_grid import draw_image_grid, save_grid
+from lora_diffusion.evaluation.style_distance import list_style_images, style_distance
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.merging.merge import merge
@@ -68,12 +68,12 @@ def run_demo(output: Path, *, steps: int, say: Callable[[str], None]) -> DemoRes
     started = time.perf_counter()
     clear(output)
     style_file = train_style(output, steps=steps, say=say)
-    subject_file = sample_data() / "adapters" / f"{SUBJECT}.safetensors"
+    subject_file = sample_data_folder() / "adapters" / f"{SUBJECT}.safetensors"
     base = load_base()
     columns = demo_columns(style_file, subject_file)
     say(f"Sampling {len(columns) * len(PROMPTS)} pictures ...")
     pictures = [[p.image for p in generate(base, settings(), column.blend)] for column in columns]
-    sheet = grid(
+    sheet = draw_image_grid(
         list(zip(*pictures, strict=True)),
         columns=[c.title for c in columns],
         labels=[prompt.format(style=STYLE_WORDS) for prompt in PROMPTS],
@@ -83,7 +83,7 @@ def run_demo(output: Path, *, steps: int, say: Callable[[str], None]) -> DemoRes
     say("Merging the blend into the checkpoint and sampling it again ...")
     exact = merged_difference(base, both, output / "merged-float32", "float32", pictures[-1])
     half = merged_difference(base, both, output / "merged", "keep", pictures[-1])
-    style_set = style_pictures(sample_data() / "styles" / STYLE)
+    style_set = list_style_images(sample_data_folder() / "styles" / STYLE)
     distances = {c.title: style_distance(base, p, style_set) for c, p in zip(columns, pictures, strict=True)}
     result = DemoResult(
         distances=distances, merged_exact=exact, merged_half=half, seconds=time.perf_counter() - started
@@ -108,7 +108,7 @@ def clear(output: Path) -> None:
 
 def train_style(output: Path, *, steps: int, say: Callable[[str], None]) -> Path:
     changes: dict[str, object] = {"output": output / f"{STYLE}.safetensors", "steps": steps or STYLE_STEPS}
-    config = read_toml(sample_data() / "configs" / f"{STYLE}.toml", TrainConfig, changes)
+    config = read_toml(sample_data_folder() / "configs" / f"{STYLE}.toml", TrainConfig, changes)
     say(f"Training the {STYLE} style for {config.steps} steps on {config.data.folder} ...")
     result = train(config)
     say(f"  loss {result.first_loss:.3f} -> {result.last_loss:.3f}, saved to {result.path}")

@@ -7,10 +7,10 @@ from lora_diffusion.config.merge import MergeConfig
 from lora_diffusion.config.preset import BaseTerm, BlendEntry
 from lora_diffusion.errors import ConfigError, LoRADiffusionError
 from lora_diffusion.library.presets import read_preset
-from lora_diffusion.library.references import anchored_entries, load_blend
+from lora_diffusion.library.references import load_blend, resolve_entry_paths
 from lora_diffusion.merging.merge import MergeReport, merge
-from lora_diffusion.merging.recipe import merge_recipe
-from lora_diffusion.merging.undo import base_at_hand, copy_base, take_out
+from lora_diffusion.merging.recipe import read_merge_recipe
+from lora_diffusion.merging.undo import copy_base, find_original_base, subtract_blend
 from lora_diffusion.merging.writer import OnShare
 from lora_diffusion.models.locate import find_checkpoint
 from lora_diffusion.workflows.images.generate import Means, prepared_blend
@@ -36,12 +36,12 @@ def preset_entries(path: Path) -> tuple[str, tuple[BlendEntry, ...]]:
     mode = preset.composition.mode if preset.composition else "sum"
     if mode != "sum":
         raise ConfigError(f"{path}: blends by {mode}, which no weights can hold; `lora-diffusion distil` comes near it")
-    return preset.base, anchored_entries(preset.adapters, path.parent)
+    return preset.base, resolve_entry_paths(preset.adapters, path.parent)
 
 
 def merge_replay(path: Path, *, base: str, force: bool) -> MergePlan:
     """The plan that made a merged checkpoint. Raises ConfigError if it carries no recipe."""
-    recipe = merge_recipe(path)
+    recipe = read_merge_recipe(path)
     return MergePlan(
         base=base or recipe.base,
         entries=recipe.adapters,
@@ -83,18 +83,18 @@ def undo_files(merged: Path, output: Path, *, base: str, means: Means | None = N
 
     Raises ConfigError if neither the base nor the adapters give it back.
     """
-    recipe = merge_recipe(merged)
-    own = base_at_hand(recipe, base)
+    recipe = read_merge_recipe(merged)
+    own = find_original_base(recipe, base)
     if own is not None:
         copy_base(own, output)
         return f"copied from {own.path}"
     means = means or Means()
     try:
-        found = load_blend(recipe.adapters, means.shelf, ignore=means.ignore)
+        found = load_blend(recipe.adapters, means.resolver, ignore=means.ignore)
     except LoRADiffusionError as error:
         raise ConfigError(
             f"{merged}: its base {recipe.base!r} (hash {recipe.base_hash[:12]}) is not at hand, and neither are all "
             f"adapters ({error}); give the base with --base"
         ) from None
-    take_out(merged, recipe, found.blend, output)
+    subtract_blend(merged, recipe, found.blend, output)
     return "the adapters were subtracted; every changed weight is the base's own"

@@ -8,21 +8,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_diffusion.adapters.coefficients import (
-    Moment,
+    DenoisingStep,
     block_factors,
     coefficients,
+    expand_block_preset,
     read_block_presets,
     schedule_factor,
-    spelled_out,
     stock_presets,
 )
-from lora_diffusion.architectures.blocks import block_layouts, block_name
-from lora_diffusion.architectures.module_paths import ANATOMIES, module_paths
+from lora_diffusion.architectures.blocks import block_name, vector_block_names
+from lora_diffusion.architectures.module_paths import LAYOUTS, module_paths
 from lora_diffusion.config.preset import BlendWeight, Schedule
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.prompts.tags import Tag, parse_weight, take_tags, weight_text
+from lora_diffusion.prompts.tags import Tag, extract_tags, format_weight, parse_weight
 
-SD1, SDXL = ANATOMIES["sd1"], ANATOMIES["sdxl"]
+SD1, SDXL = LAYOUTS["sd1"], LAYOUTS["sdxl"]
 STOCK_SD1 = {
     "INS": "1,1,1,1,0,0,0,0,0,0,0,0,0,0,0,0,0",
     "IND": "1,0,0,0,1,1,1,0,0,0,0,0,0,0,0,0,0",
@@ -39,8 +39,8 @@ STOCK_SD1 = {
 STEPS = st.integers(1, 60).flatmap(lambda steps: st.tuples(st.integers(0, steps - 1), st.just(steps)))
 
 
-def at(weight: object, path: str, moment: Moment | None = None, anatomy: object = SD1) -> float:
-    return coefficients(weight, [path], anatomy, moment)[path]  # type: ignore[arg-type]
+def at(weight: object, path: str, denoising_step: DenoisingStep | None = None, layout: object = SD1) -> float:
+    return coefficients(weight, [path], layout, denoising_step)[path]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", STOCK_SD1)
@@ -60,8 +60,8 @@ def test_stock_presets_are_the_ones_that_everybody_uses(name: str) -> None:
 def test_blocks_hold_the_modules_that_other_tools_count_there(
     family: str, lengths: tuple[int, int], modules: dict[str, int]
 ) -> None:
-    shape = ANATOMIES[family]
-    assert tuple(map(len, block_layouts(shape))) == lengths
+    shape = LAYOUTS[family]
+    assert tuple(map(len, vector_block_names(shape))) == lengths
     attention = [p for p in module_paths(shape) if ".attentions." in p]
     for block, count in modules.items():
         assert sum(block_name(path, shape) == block for path in attention) == count
@@ -123,7 +123,7 @@ def test_an_lbwpresets_file_is_read(tmp_path: Path) -> None:
     assert {name: [len(v) for v in vectors] for name, vectors in presets.items()} == {"EYES": [17, 12]}
     assert set(block_factors("EYES", SD1, presets).values()) == {1.0}
     assert set(block_factors("EYES", SDXL, presets).values()) == {0.0}
-    spelled = spelled_out(BlendWeight(blocks="EYES"), SDXL, presets)
+    spelled = expand_block_preset(BlendWeight(blocks="EYES"), SDXL, presets)
     assert isinstance(spelled, BlendWeight) and dict(spelled.blocks)["IN04"] == 0.0  # type: ignore[arg-type]
 
 
@@ -139,9 +139,9 @@ def test_start_and_stop_take_the_steps_whose_middle_lies_between(when: tuple[int
     start, stop = sorted((round(a, 3), round(b, 3)))
     weight = parse_weight(["1", f"start={start:.3f}", f"stop={stop:.3f}"], source="x")
     assert isinstance(weight, BlendWeight) and weight.schedule
-    moment = Moment(step=when[0], steps=when[1])
+    denoising_step = DenoisingStep(index=when[0], total=when[1])
     middle = (when[0] + 0.5) / when[1]
-    assert schedule_factor(weight.schedule, moment) == float(start <= middle < stop)
+    assert schedule_factor(weight.schedule, denoising_step) == float(start <= middle < stop)
 
 
 @given(STEPS, st.integers(0, 60), st.integers(0, 60))
@@ -149,21 +149,23 @@ def test_whole_numbers_are_steps(when: tuple[int, int], a: int, b: int) -> None:
     start, stop = sorted((a, b))
     weight = parse_weight([f"step={start}-{stop}"], source="x")
     assert isinstance(weight, BlendWeight) and weight.schedule
-    assert schedule_factor(weight.schedule, Moment(step=when[0], steps=when[1])) == float(start <= when[0] < stop)
+    assert schedule_factor(weight.schedule, DenoisingStep(index=when[0], total=when[1])) == float(
+        start <= when[0] < stop
+    )
 
 
 def test_curves_go_through_their_points() -> None:
     for curve, quarter in (("linear", 0.25), ("cosine", (1 - math.cos(math.pi / 4)) / 2), ("hold", 0.0)):
         schedule = Schedule(points=((0, 0.0), (8, 1.0)), unit="step", curve=curve)  # type: ignore[arg-type]
-        values = [schedule_factor(schedule, Moment(step=step, steps=20)) for step in (0, 2, 8, 15)]
+        values = [schedule_factor(schedule, DenoisingStep(index=step, total=20)) for step in (0, 2, 8, 15)]
         assert values == pytest.approx([0.0, quarter, 1.0, 1.0])
 
 
 def test_a_schedule_leaves_text_encoders_alone_and_has_no_meaning_without_steps() -> None:
     weight = BlendWeight(schedule=Schedule(points=((0.0, 0.0),)))
-    moment = Moment(step=0, steps=4)
-    assert at(weight, "unet.conv_in", moment) == 0.0
-    assert at(weight, "text_encoder.text_model.encoder.layers.0.self_attn.q_proj", moment) == 1.0
+    denoising_step = DenoisingStep(index=0, total=4)
+    assert at(weight, "unet.conv_in", denoising_step) == 0.0
+    assert at(weight, "text_encoder.text_model.encoder.layers.0.self_attn.q_proj", denoising_step) == 1.0
     with pytest.raises(ConfigError, match="schedule over steps has no meaning here"):
         at(weight, "unet.conv_in")
 
@@ -171,19 +173,19 @@ def test_a_schedule_leaves_text_encoders_alone_and_has_no_meaning_without_steps(
 def test_blocks_may_have_schedules_of_their_own() -> None:
     late = Schedule(points=((0.0, 0.0), (0.5, 1.0)))
     weight = BlendWeight(blocks={"M00": late})
-    values = [at(weight, "unet.mid_block.attentions.0.proj_in", Moment(step=s, steps=4)) for s in range(4)]
+    values = [at(weight, "unet.mid_block.attentions.0.proj_in", DenoisingStep(index=s, total=4)) for s in range(4)]
     assert values == [0.0, 0.0, 1.0, 1.0]
-    assert at(weight, "unet.conv_in", Moment(step=0, steps=4)) == 1.0
+    assert at(weight, "unet.conv_in", DenoisingStep(index=0, total=4)) == 1.0
 
 
 def test_tags_are_taken_out_of_the_prompt() -> None:
-    prompt, tags = take_tags("a cat <lora:neon:0.8>, at night <lora:gloop:0.7:0.2:lbw=MIDD:start=0.2:stop=0.8>")
+    prompt, tags = extract_tags("a cat <lora:neon:0.8>, at night <lora:gloop:0.7:0.2:lbw=MIDD:start=0.2:stop=0.8>")
     assert prompt == "a cat, at night"
     assert tags[0] == Tag(name="neon", weight=0.8)
     weight = tags[1].weight
     assert isinstance(weight, BlendWeight)
     assert (weight.value, weight.components["text_encoder"], weight.blocks) == (0.7, 0.2, "MIDD")
-    assert take_tags("no tags,  two spaces") == ("no tags,  two spaces", ())
+    assert extract_tags("no tags,  two spaces") == ("no tags,  two spaces", ())
 
 
 @pytest.mark.parametrize(
@@ -206,7 +208,7 @@ def test_tags_are_taken_out_of_the_prompt() -> None:
 )
 def test_a_tag_that_cannot_be_read_says_why(prompt: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        take_tags(f"a cat {prompt}")
+        extract_tags(f"a cat {prompt}")
 
 
 numbers = st.floats(-4, 4).map(lambda x: round(x, 2) + 0.0)
@@ -225,6 +227,6 @@ def written_weights(draw: st.DrawFn) -> str:
 @given(written_weights())
 def test_a_weight_reads_back_from_its_own_text(text: str) -> None:
     weight = parse_weight(text.split(":"), source="x")
-    assert parse_weight(weight_text(weight).split(":"), source="x") == weight
+    assert parse_weight(format_weight(weight).split(":"), source="x") == weight
     if isinstance(weight, BlendWeight):
         assert BlendWeight.model_validate_json(weight.model_dump_json()) == weight

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, cast
+from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, cast_adapter
 from lora_diffusion.adapters.blend import Blend, BlendSum, WeightedAdapter
 from lora_diffusion.adapters.layers import DoRALayer, FullLayer, Layer, LoHaLayer, LoKrLayer, LoRALayer
 from lora_diffusion.algebra.combine.exact_sum import combine, joint_sum
 from lora_diffusion.algebra.metrics.quantization_error import rounding_error
 from lora_diffusion.algebra.reduce.resize import compress
-from lora_diffusion.algebra.svd.rank_selection import RankRule, count
-from lora_diffusion.architectures.blocks import block_of
+from lora_diffusion.algebra.svd.rank_selection import RankRule, select_rank
+from lora_diffusion.architectures.blocks import block_prefix
 from lora_diffusion.config.preset import BlendEntry
 from lora_diffusion.errors import ConfigError, FamilyMismatchError
 from lora_diffusion.formats.adapters.load import load_adapter
@@ -175,7 +175,7 @@ def test_losses_add_up_by_block_as_parts_of_one_vector() -> None:
         joint_sum(blend_of((1.0, Adapter(layers=layers)))), RankRule(rank=1, at_most=3), AdapterMetadata()
     )
     deltas = {path: dense(layer) for path, layer in layers.items()}
-    blocks = report.by(block_of)
+    blocks = report.by_group(block_prefix)
     assert set(blocks) == {"unet.down_blocks.1", "unet.down_blocks.2", "unet.mid_block"}
     both = [deltas[path] for path in paths if "down_blocks.1" in path]
     expected = math.sqrt(sum(tail(x, 1) ** 2 for x in both)) / float(torch.cat(both).norm())
@@ -200,7 +200,7 @@ def fewest_by_hand(values: list[int], way: str, goal: Fraction) -> int:
 )
 def test_a_share_is_met_by_the_fewest_values(values: list[int], way: str, goal: Fraction) -> None:
     rule = RankRule(**{way: float(goal)})
-    assert count(rule, torch.tensor(values, dtype=torch.float32)) == fewest_by_hand(values, way, goal)
+    assert select_rank(rule, torch.tensor(values, dtype=torch.float32)) == fewest_by_hand(values, way, goal)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_a_share_is_met_by_the_fewest_values(values: list[int], way: str, goal: 
     ],
 )
 def test_counts_are_exact(rule: dict[str, Any], values: list[float], expected: int) -> None:
-    assert count(RankRule(**rule), torch.tensor(values, dtype=torch.float32)) == expected
+    assert select_rank(RankRule(**rule), torch.tensor(values, dtype=torch.float32)) == expected
 
 
 @pytest.mark.parametrize("way", ["rank", "keep", "ratio", "frobenius", "cumulative"])
@@ -388,7 +388,7 @@ def test_adapters_of_different_bases_are_refused() -> None:
 
 def test_rounding_is_measured_on_the_delta_and_not_on_the_larger_factor() -> None:
     layer = LoRALayer(down=100 * torch.randn(2, 10), up=1e-6 * torch.randn(12, 2), alpha=2.0)
-    half = cast(at(layer), torch.float16)
+    half = cast_adapter(at(layer), torch.float16)
     expected = float((dense(half.layers[LINEAR]) - dense(layer)).norm() / dense(layer).norm())
     assert expected > 0.005
     assert rounding_error(at(layer), half) == pytest.approx(expected, rel=1e-5)

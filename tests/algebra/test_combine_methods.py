@@ -14,12 +14,12 @@ from torch import Generator, Tensor
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter, blend_sum
-from lora_diffusion.adapters.deltas import delta_of
+from lora_diffusion.adapters.deltas import sum_deltas
 from lora_diffusion.adapters.layers import LoHaLayer, LoRALayer
-from lora_diffusion.algebra.combine.core_space import core_space, knots_space, layer_of
-from lora_diffusion.algebra.combine.methods import METHODS, ConsensusConfig, Method, consensus
+from lora_diffusion.algebra.combine.core_space import build_core_space, build_knots_space, layer_from_core
+from lora_diffusion.algebra.combine.methods import METHODS, ConsensusConfig, Method, combine_by_consensus
 from lora_diffusion.algebra.combine.ties_dare_della import dare, della, magnitude, median, slerp, ties
-from lora_diffusion.algebra.combine.ziplora import solved, zip_coefficients, zipped
+from lora_diffusion.algebra.combine.ziplora import solve_coefficients, zip_coefficients, zip_layers
 from lora_diffusion.errors import ConfigError, FamilyMismatchError
 
 PATH = "unet.mid_block.attentions.0.proj_in"
@@ -56,7 +56,7 @@ def blend_of(layers: Sequence[LoRALayer], weights: Sequence[float]) -> Blend:
 
 def merged(blend: Blend, how: ConsensusConfig) -> Tensor:
     """The delta that a method makes of a blend at one module, flat, float64."""
-    layer = consensus(blend, how, AdapterMetadata()).layers[PATH]
+    layer = combine_by_consensus(blend, how, AdapterMetadata()).layers[PATH]
     assert isinstance(layer, LoRALayer)
     return delta64(layer)
 
@@ -104,28 +104,28 @@ def paper_ties(matrices: Sequence[Tensor], weights: Sequence[float], density: fl
 )
 def test_core_space_loses_nothing(ranks: list[int], inner: tuple[int, ...], seed: int) -> None:
     layers = [lora(seed + i, rank=rank, inner=inner, alpha=1.5 + i) for i, rank in enumerate(ranks)]
-    space = core_space(layers)
+    space = build_core_space(layers)
     for layer, core in zip(layers, space.cores, strict=True):
-        back = layer_of(space, core)
+        back = layer_from_core(space, core)
         assert back.weight_shape == layer.weight_shape
         assert back.rank <= layer.rank
         assert close(delta64(back), delta64(layer))
     together = torch.stack([delta64(layer) for layer in layers]).sum(0)
-    assert close(delta64(layer_of(space, space.cores.sum(0))), together)
+    assert close(delta64(layer_from_core(space, space.cores.sum(0))), together)
     p, q = space.cores.shape[1:]
     assert p == torch.linalg.matrix_rank(torch.cat([delta64(x) for x in layers], dim=1))
     assert q == torch.linalg.matrix_rank(torch.cat([delta64(x) for x in layers], dim=0))
 
 
 def test_the_bases_of_core_space_are_orthonormal() -> None:
-    space = core_space([lora(1, rank=2), lora(2, rank=4)])
+    space = build_core_space([lora(1, rank=2), lora(2, rank=4)])
     assert space.right is not None
     assert close(space.left.T @ space.left, torch.eye(6, dtype=torch.float64), 1e-12)
     assert close(space.right @ space.right.T, torch.eye(6, dtype=torch.float64), 1e-12)
 
 
 def test_a_layer_beside_itself_needs_no_more_room() -> None:
-    space = core_space([lora(1), replace(lora(1), alpha=5.0)])
+    space = build_core_space([lora(1), replace(lora(1), alpha=5.0)])
     assert space.cores.shape == (2, 3, 3)
 
 
@@ -182,7 +182,7 @@ def test_magnitude_pruning_keeps_the_largest() -> None:
 def test_density_1_is_the_blend_with_every_alpha_and_rank(method: Method) -> None:
     blend = blend_of([lora(1, rank=2, alpha=8.0), lora(2, rank=5, alpha=1.0), lora(3)], [0.7, -0.4, 1.0])
     result = merged(blend, ConsensusConfig(method=method, density=1.0))
-    assert close(result, delta_of(blend_sum(blend).layers[PATH]))
+    assert close(result, sum_deltas(blend_sum(blend).layers[PATH]))
 
 
 def test_what_dare_keeps_is_rescaled_and_its_mean_over_seeds_is_the_sum() -> None:
@@ -236,8 +236,8 @@ def test_knots_is_ties_on_the_parts_of_the_svd_of_whole_matrices_side_by_side(se
 
 def test_the_space_of_knots_loses_nothing() -> None:
     layers = [lora(1, inner=(3, 3, 3)), lora(2, rank=5, inner=(3, 3, 3))]
-    space = knots_space(layers)
-    back = layer_of(space, space.cores.sum(0))
+    space = build_knots_space(layers)
+    back = layer_from_core(space, space.cores.sum(0))
     assert back.weight_shape == (12, 3, 3, 3)
     assert close(delta64(back), delta64(layers[0]) + delta64(layers[1]))
 
@@ -368,28 +368,31 @@ def entries(*adapters: Adapter) -> Blend:
 def test_the_order_of_adapters_changes_no_bit(method: Method) -> None:
     blend = entries(two_modules(1, PATH, OTHER), two_modules(5, PATH, OTHER))
     how = ConsensusConfig(method=method)
-    one, turned = (consensus(b, how, AdapterMetadata()) for b in (blend, Blend(entries=blend.entries[::-1])))
+    one, turned = (combine_by_consensus(b, how, AdapterMetadata()) for b in (blend, Blend(entries=blend.entries[::-1])))
     assert one.hash == turned.hash
 
 
 @pytest.mark.parametrize("method", SEEDED)
 def test_a_seed_gives_the_same_again_and_another_seed_does_not(method: Method) -> None:
     blend = entries(two_modules(1, PATH, OTHER), two_modules(5, PATH, OTHER))
-    made = [consensus(blend, ConsensusConfig(method=method, seed=seed), AdapterMetadata()).hash for seed in (7, 7, 8)]
+    made = [
+        combine_by_consensus(blend, ConsensusConfig(method=method, seed=seed), AdapterMetadata()).hash
+        for seed in (7, 7, 8)
+    ]
     assert made[0] == made[1] != made[2]
 
 
 @pytest.mark.parametrize("method", SEEDED)
 def test_modules_draw_different_numbers(method: Method) -> None:
     one, two = (Adapter(layers=dict.fromkeys((PATH, OTHER), lora(seed))) for seed in (1, 2))
-    layers = consensus(entries(one, two), ConsensusConfig(method=method), AdapterMetadata()).layers
+    layers = combine_by_consensus(entries(one, two), ConsensusConfig(method=method), AdapterMetadata()).layers
     assert not torch.allclose(layers[PATH].delta(), layers[OTHER].delta())
 
 
 @pytest.mark.parametrize("method", ALL)
 def test_a_module_of_one_adapter_keeps_its_layer_times_the_weight(method: Method) -> None:
     one, two = two_modules(1, PATH, OTHER), two_modules(5, PATH)
-    result = consensus(entries(one, two), ConsensusConfig(method=method), AdapterMetadata(name="x"))
+    result = combine_by_consensus(entries(one, two), ConsensusConfig(method=method), AdapterMetadata(name="x"))
     assert result.metadata.name == "x"
     assert set(result.layers) == {PATH, OTHER}
     assert torch.allclose(result.layers[OTHER].delta(), 0.8 * one.layers[OTHER].delta(), atol=1e-6)
@@ -398,7 +401,9 @@ def test_a_module_of_one_adapter_keeps_its_layer_times_the_weight(method: Method
 @pytest.mark.parametrize("method", ALL)
 def test_convolutions_keep_their_kernels(method: Method) -> None:
     layers = [lora(1, inner=(4, 3, 3)), lora(2, rank=2, inner=(4, 3, 3))]
-    result = consensus(blend_of(layers, [1.0, 0.5]), ConsensusConfig(method=method), AdapterMetadata()).layers[PATH]
+    result = combine_by_consensus(
+        blend_of(layers, [1.0, 0.5]), ConsensusConfig(method=method), AdapterMetadata()
+    ).layers[PATH]
     assert result.weight_shape == (12, 4, 3, 3)
     assert bool(result.delta().isfinite().all())
     assert float(result.delta().norm()) > 0
@@ -408,9 +413,11 @@ def test_biases_go_through_the_method_as_a_column() -> None:
     bias = torch.randn(12, generator=generator(1))
     one, two = (Adapter(layers={PATH: lora(1)}, biases={PATH: b}) for b in (bias, -2 * bias))
     blend = entries(one, two)
-    result = consensus(blend, ConsensusConfig(method="ties", density=1.0), AdapterMetadata()).biases[PATH]
+    result = combine_by_consensus(blend, ConsensusConfig(method="ties", density=1.0), AdapterMetadata()).biases[PATH]
     assert torch.allclose(result, 0.6 * -2 * bias, atol=1e-5)  # the sum of masses is on the second's side
-    single = consensus(entries(one, two_modules(5, OTHER)), ConsensusConfig(method="median"), AdapterMetadata())
+    single = combine_by_consensus(
+        entries(one, two_modules(5, OTHER)), ConsensusConfig(method="median"), AdapterMetadata()
+    )
     assert torch.allclose(single.biases[PATH], 0.8 * bias)
 
 
@@ -461,7 +468,7 @@ def test_zip_leaves_orthogonal_columns_as_they_are() -> None:
     first, second = (
         replace(x, up=torch.cat([x.up[:6] * (i == 0), x.up[6:] * (i == 1)])) for i, x in enumerate((first, second))
     )
-    result = zipped([(0.7, first), (-0.4, second)], 0.9)
+    result = zip_layers([(0.7, first), (-0.4, second)], 0.9)
     assert close(delta64(result), 0.7 * delta64(first) - 0.4 * delta64(second), 1e-6)
     assert result.rank == 4
 
@@ -479,9 +486,9 @@ def test_zip_without_penalty_is_the_sum() -> None:
 
 def test_zip_gives_an_input_to_the_far_longer_of_two_columns_that_point_the_same_way() -> None:
     one = torch.ones(1).double()
-    first, second = solved(one, 100 * one, 9 * one)  # lengths 1 and 10, cosine 1, penalty 0.9
+    first, second = solve_coefficients(one, 100 * one, 9 * one)  # lengths 1 and 10, cosine 1, penalty 0.9
     assert (float(first), float(second)) == (0.0, 1.0)
-    assert [float(x) for x in solved(0 * one, one, 0 * one)] == [1.0, 1.0]  # a column of zeros
+    assert [float(x) for x in solve_coefficients(0 * one, one, 0 * one)] == [1.0, 1.0]  # a column of zeros
 
 
 # Refusals
@@ -500,7 +507,7 @@ def test_layers_other_than_plain_lora_are_refused_by_name(method: Method) -> Non
     blend = entries(Adapter(layers={PATH: lora(1)}), odd)
     message = rf"odd: 1 of 1 layers are LoHa and no plain LoRA \(first: {PATH}\); `lora-diffusion resize` writes"
     with pytest.raises(ConfigError, match=message):
-        consensus(blend, ConsensusConfig(method=method), AdapterMetadata())
+        combine_by_consensus(blend, ConsensusConfig(method=method), AdapterMetadata())
 
 
 @pytest.mark.parametrize(
@@ -529,11 +536,13 @@ def test_a_method_for_two_refuses_three_and_project_one() -> None:
     blend = blend_of([lora(1), lora(2), lora(3)], [1.0, 1.0, 1.0])
     for method in ("slerp", "zip"):
         with pytest.raises(ConfigError, match=f"{method} merges two adapters; this blend has 3"):
-            consensus(blend, ConsensusConfig(method=method), AdapterMetadata())
+            combine_by_consensus(blend, ConsensusConfig(method=method), AdapterMetadata())
     with pytest.raises(ConfigError, match="project needs a subject and, after it, at least one style"):
-        consensus(blend_of([lora(1)], [1.0]), ConsensusConfig(method="project"), AdapterMetadata())
+        combine_by_consensus(blend_of([lora(1)], [1.0]), ConsensusConfig(method="project"), AdapterMetadata())
 
 
 def test_adapters_of_different_shapes_are_refused() -> None:
     with pytest.raises(FamilyMismatchError, match="combine adapters of one base"):
-        consensus(blend_of([lora(1), lora(2, out=13)], [1.0, 1.0]), ConsensusConfig(method="ties"), AdapterMetadata())
+        combine_by_consensus(
+            blend_of([lora(1), lora(2, out=13)], [1.0, 1.0]), ConsensusConfig(method="ties"), AdapterMetadata()
+        )

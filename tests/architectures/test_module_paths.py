@@ -6,10 +6,10 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lora_diffusion.architectures.families import FAMILIES, SD1, SDXL, TINY_SD, recognize
-from lora_diffusion.architectures.module_paths import anatomy_of, module_paths
+from lora_diffusion.architectures.families import FAMILIES, SD1, SDXL, TINY_SD, detect_family
+from lora_diffusion.architectures.module_paths import layout_from_configs, module_paths
 from lora_diffusion.errors import BaseModelError
-from lora_diffusion.models.load import Base, live_path
+from lora_diffusion.models.load import Base, transformers_path
 
 SD_BLOCKS = {
     "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
@@ -48,7 +48,7 @@ def weighted_modules(model: nn.Module) -> set[str]:
 def test_unet_paths_are_exactly_the_modules_of_the_full_size_unet(name: str) -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel(**FULL_SIZE[name])
-    paths = [p.removeprefix("unet.") for p in module_paths(anatomy_of(FULL_SIZE[name], {}))]
+    paths = [p.removeprefix("unet.") for p in module_paths(layout_from_configs(FULL_SIZE[name], {}))]
     assert len(paths) == len(set(paths))
     assert set(paths) == weighted_modules(unet)
 
@@ -56,9 +56,9 @@ def test_unet_paths_are_exactly_the_modules_of_the_full_size_unet(name: str) -> 
 def test_text_encoder_paths_are_exactly_the_modules_of_clip() -> None:
     with torch.device("meta"):
         encoder = CLIPTextModel(CLIPTextConfig(num_hidden_layers=12))
-    shape = anatomy_of(FULL_SIZE["SD 1.5"], {"text_encoder": {"num_hidden_layers": 12}})
+    shape = layout_from_configs(FULL_SIZE["SD 1.5"], {"text_encoder": {"num_hidden_layers": 12}})
     paths = {p.removeprefix("text_encoder.") for p in module_paths(shape) if p.startswith("text_encoder.")}
-    assert {live_path(encoder, p) for p in paths} == weighted_modules(encoder)
+    assert {transformers_path(encoder, p) for p in paths} == weighted_modules(encoder)
 
 
 def test_paths_of_both_random_bases_are_their_modules(sd: Base, sdxl: Base) -> None:
@@ -69,19 +69,19 @@ def test_paths_of_both_random_bases_are_their_modules(sd: Base, sdxl: Base) -> N
             for name in weighted_modules(getattr(base.pipe, component))
         }
         spelled = {
-            f"{p.split('.', 1)[0]}.{live_path(getattr(base.pipe, p.split('.', 1)[0]), p.split('.', 1)[1])}"
+            f"{p.split('.', 1)[0]}.{transformers_path(getattr(base.pipe, p.split('.', 1)[0]), p.split('.', 1)[1])}"
             for p in base.paths
         }
         assert spelled == live
 
 
 def test_widths_name_the_family() -> None:
-    assert recognize(768, two_encoders=False) is SD1
-    assert recognize(2048, two_encoders=True) is SDXL
-    assert recognize(128, two_encoders=False) is TINY_SD
+    assert detect_family(768, two_encoders=False) is SD1
+    assert detect_family(2048, two_encoders=True) is SDXL
+    assert detect_family(128, two_encoders=False) is TINY_SD
     assert set(FAMILIES) == {"sd1", "sd2", "sdxl", "tiny-sd", "tiny-sdxl"}
 
 
 def test_a_width_with_the_wrong_number_of_encoders_is_refused() -> None:
     with pytest.raises(BaseModelError, match=r"SDXL, which does not have one text encoder"):
-        recognize(2048, two_encoders=False)
+        detect_family(2048, two_encoders=False)

@@ -16,8 +16,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_diffusion.core.malloc import keep_freed_memory
-from lora_diffusion.inference.in_place import patching
-from lora_diffusion.inference.parallel import branching
+from lora_diffusion.inference.in_place import weight_patch
+from lora_diffusion.inference.parallel import parallel_patch
 from lora_diffusion.models.load import Base, load_base, module_at
 from tests.benchmarks.full_size import (
     RANK,
@@ -74,11 +74,11 @@ def operations_group() -> Group:
             theirs[number] = count(peer.base.pipe.unet)
         wrapped = peft_model(twin(base), SAMPLES)
         per_sample = count(wrapped, adapter_names=list(SAMPLES))
-        with patching(base) as patch:
+        with weight_patch(base) as patch:
             for number in (1, 8, 32):
                 patch.apply(blend_of(adapters, [0.1] * number))
                 add(f"a forward, {number} in place", ours=count(base.pipe.unet))
-        with branching(base) as branch:
+        with parallel_patch(base) as branch:
             for number in (1, 8):
                 branch.apply([blend_of(adapters, [0.1] * number)])
                 add(f"a forward, branch of {number}", ours=count(base.pipe.unet), peer=theirs[number])
@@ -101,7 +101,7 @@ def projections_group() -> Group:
             module_at(place, path)(inputs[width], **more)
 
     rounds = Rounds()
-    with tempfile.TemporaryDirectory() as scratch, torch.no_grad(), branching(base) as branch:
+    with tempfile.TemporaryDirectory() as scratch, torch.no_grad(), parallel_patch(base) as branch:
         peer = Peer(twin(base), write_adapters(base, Path(scratch), 8))
         peer.load_all()
         wrapped = twin(base)
@@ -145,7 +145,7 @@ def compile_group() -> Group:
 
     first, other, larger = new_adapter(base, 0), new_adapter(base, 1), new_adapter(base, 2, 2 * RANK)
     ours: dict[str, int] = {}
-    with tempfile.TemporaryDirectory() as scratch, torch.no_grad(), patching(base) as patch:
+    with tempfile.TemporaryDirectory() as scratch, torch.no_grad(), weight_patch(base) as patch:
         model = torch.compile(base.pipe.unet, backend="eager")
         graphs = new_graphs(model)
         assert graphs > 0 and new_graphs(model) == 0

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from lora_diffusion.formats.adapters.load import load_adapter
-from lora_diffusion.inference.in_place import Backup, patching
-from lora_diffusion.library.search import find, open_library
+from lora_diffusion.inference.in_place import Backup, weight_patch
+from lora_diffusion.library.search import find_adapter, open_library
 from lora_diffusion.models.load import Base, load_base, quiet_libraries
 from tests.benchmarks.full_size import (
     Peer,
@@ -65,7 +65,7 @@ def memory_of(mode: str, weights: str, folder: str) -> dict[str, float]:
             peer.fuse()
         return found
     backup: Backup = "file" if mode == "file" else "memory"
-    with torch.no_grad(), patching(base, backup=backup) as patch, peak_growth("RssAnon", found):
+    with torch.no_grad(), weight_patch(base, backup=backup) as patch, peak_growth("RssAnon", found):
         patch.apply(blend_of([load_adapter(file) for file in files], [0.25] * 4))
     return found
 
@@ -112,13 +112,13 @@ def switch_times(base: Base, folder: Path, count: int) -> dict[str, list[float]]
             (folder / str(size) / file.name).hardlink_to(file)
     libraries = {size: open_library(folder / str(size)) for size in sizes}
     rng = torch.Generator().manual_seed(0)
-    with torch.no_grad(), patching(base) as patch:
+    with torch.no_grad(), weight_patch(base) as patch:
         patch.apply(blend_of([load_adapter(files[0])], [1.0]))
         for _ in range(count):
             for size, library in libraries.items():
                 name = files[int(torch.randint(size, (1,), generator=rng))].stem
                 started = time.perf_counter()
-                patch.apply(blend_of([load_adapter(find(library, name).path)], [1.0]))
+                patch.apply(blend_of([load_adapter(find_adapter(library, name).path)], [1.0]))
                 times[str(size)].append(1000 * (time.perf_counter() - started))
     return times
 
@@ -141,7 +141,7 @@ def sdxl_group() -> Group:
     """Switches on a UNet of SDXL's size in float16; copies are of its own touched weights."""
     base = base_around(new_unet("sdxl", torch.float16), "sdxl")
     rounds, wall = Rounds(), []
-    with tempfile.TemporaryDirectory() as scratch, torch.no_grad(), patching(base) as patch:
+    with tempfile.TemporaryDirectory() as scratch, torch.no_grad(), weight_patch(base) as patch:
         files = write_adapters(base, Path(scratch), 3)
         live = attention_weights(base)
         own, spare = ([weight.clone() for weight in live] for _ in range(2))

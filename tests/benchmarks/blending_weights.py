@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lora_diffusion.adapters.adapter import Adapter
-from lora_diffusion.formats.adapters.load import load_adapter, outline_adapter
-from lora_diffusion.inference.in_place import patching
+from lora_diffusion.formats.adapters.load import load_adapter, load_meta_adapter
+from lora_diffusion.inference.in_place import weight_patch
 from lora_diffusion.models.load import Base
 from tests.benchmarks.full_size import (
     RANK,
@@ -36,7 +36,7 @@ def weights_group() -> Group:
     """Apply, switch, new weights, undo and registering."""
     base = base_around(new_unet("sd1"), "sd1")
     rounds, changed, growth = Rounds(), dict[str, float](), 0.0
-    with tempfile.TemporaryDirectory() as scratch, torch.no_grad(), patching(base) as patch:
+    with tempfile.TemporaryDirectory() as scratch, torch.no_grad(), weight_patch(base) as patch:
         files = write_adapters(base, Path(scratch), 50)
         adapters = [load_adapter(file) for file in files[: COUNTS[-1]]]
         peer = Peer(twin(base), files[: COUNTS[-1]])
@@ -49,7 +49,7 @@ def weights_group() -> Group:
                 changed |= own_round(patch, adapters, files, rounds, hand, OWN_ROUNDS * i + j)
             before = status_mb("VmRSS")
             for number, file in enumerate(files, 1):
-                rounds.time(f"ours register {number}", lambda file=file: registered.append(outline_adapter(file)))
+                rounds.time(f"ours register {number}", lambda file=file: registered.append(load_meta_adapter(file)))
             growth = status_mb("VmRSS") - before
             changed |= peer_round(peer, own, rounds, i)
     rows = [rounds.row(f"apply {n} read already", f"apply {n}") for n in COUNTS]
@@ -160,7 +160,7 @@ def rounding_group() -> Group:
 def in_half(dtype: torch.dtype) -> tuple[Rounds, dict[str, float]]:
     base = base_around(new_unet("sd1", dtype), "sd1")
     rounds, weights, fused = Rounds(), [0.3] * 5, list[Tensor]()
-    with tempfile.TemporaryDirectory() as scratch, torch.no_grad(), patching(base) as patch:
+    with tempfile.TemporaryDirectory() as scratch, torch.no_grad(), weight_patch(base) as patch:
         files = write_adapters(base, Path(scratch), 5)
         adapters = [load_adapter(file) for file in files]
         peer = Peer(twin(base), files)

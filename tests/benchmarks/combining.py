@@ -22,14 +22,14 @@ from torch import Tensor
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
-from lora_diffusion.adapters.deltas import delta_of
+from lora_diffusion.adapters.deltas import sum_deltas
 from lora_diffusion.adapters.factor_stack import Term
 from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.algebra.combine.exact_sum import combine, joint_sum
 from lora_diffusion.algebra.reduce.resize import compress
 from lora_diffusion.algebra.svd.rank_selection import RankRule
 from lora_diffusion.algebra.svd.svd import spectrum_of
-from lora_diffusion.architectures.module_paths import ANATOMIES, ATTENTION_LEAVES, module_paths
+from lora_diffusion.architectures.module_paths import ATTENTION_LEAVES, LAYOUTS, module_paths
 from lora_diffusion.models.load import quiet_libraries
 from tests.benchmarks.full_size import CONFIGS
 from tests.benchmarks.goals import at_least, at_most, not_below, write_report
@@ -56,7 +56,7 @@ def attention_shapes() -> dict[str, tuple[int, int]]:
     with torch.device("meta"), quiet_libraries():
         unet: Any = UNet2DConditionModel(**CONFIGS["sdxl"])
     leaves = tuple(f".{leaf}" for leaf in ATTENTION_LEAVES)
-    paths = [path for path in module_paths(ANATOMIES["sdxl"]) if path.startswith("unet.") and path.endswith(leaves)]
+    paths = [path for path in module_paths(LAYOUTS["sdxl"]) if path.startswith("unet.") and path.endswith(leaves)]
     return {path: tuple(unet.get_submodule(path.removeprefix("unet.")).weight.shape) for path in paths}
 
 
@@ -81,7 +81,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 def whole_svd(terms: tuple[Term, ...]) -> tuple[float, float]:
     """CPU seconds of the SVD of the dense delta, and the norm of what lies beyond the rank."""
-    delta = delta_of(terms)
+    delta = sum_deltas(terms)
     seconds, (_, values, _) = timed(lambda: torch.linalg.svd(delta, full_matrices=False))
     return seconds, float(values[RANK:].double().norm())
 

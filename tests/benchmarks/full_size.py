@@ -15,7 +15,7 @@ from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.architectures.families import FAMILIES
-from lora_diffusion.architectures.module_paths import ANATOMIES, ATTENTION_LEAVES, module_paths
+from lora_diffusion.architectures.module_paths import ATTENTION_LEAVES, LAYOUTS, module_paths
 from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.models.load import Base, load_base, module_at, quiet_libraries
 
@@ -54,13 +54,13 @@ def new_unet(family: str, dtype: torch.dtype = torch.float32) -> UNet2DCondition
 
 def base_around(unet: UNet2DConditionModel, family: str) -> Base:
     pipe = SimpleNamespace(unet=unet)
-    return Base(pipe=pipe, name=family, folder=Path(), family=FAMILIES[family], anatomy=ANATOMIES[family])
+    return Base(pipe=pipe, name=family, folder=Path(), family=FAMILIES[family], layout=LAYOUTS[family])
 
 
 def attention_paths(base: Base) -> list[str]:
     """The UNet's attention projections."""
     leaves = tuple(f".{leaf}" for leaf in ATTENTION_LEAVES)
-    return [path for path in module_paths(base.anatomy) if path.startswith("unet.") and path.endswith(leaves)]
+    return [path for path in module_paths(base.layout) if path.startswith("unet.") and path.endswith(leaves)]
 
 
 def attention_weights(base: Base) -> list[Tensor]:

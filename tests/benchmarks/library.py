@@ -42,13 +42,13 @@ GOALS = {
 
 def write_adapters(folder: Path) -> int:
     """The files; returns how many."""
-    from lora_diffusion.core.atomic_files import sample_data
+    from lora_diffusion.core.atomic_files import sample_data_folder
     from lora_diffusion.formats.adapters.kohya import save_kohya
     from lora_diffusion.formats.adapters.load import load_adapter
     from lora_diffusion.formats.adapters.native import save_adapter
 
     count = 0
-    for source in sorted((sample_data() / "adapters").glob("*.safetensors")):
+    for source in sorted((sample_data_folder() / "adapters").glob("*.safetensors")):
         adapter = load_adapter(source)
         path, layer = next((p, layer) for p, layer in adapter.layers.items() if layer.kind == "LoRA")
         for dialect, save in (("native", save_adapter), ("kohya", save_kohya)):
@@ -76,14 +76,20 @@ def median_seconds(work: Callable[[], Any]) -> float:
 
 def measure_here(folder: Path) -> None:
     """Print the figures; the index is empty at the start."""
-    from lora_diffusion.library.search import find, find_by_hash, open_library, with_content_hash, with_file_hashes
+    from lora_diffusion.library.search import (
+        find_adapter,
+        find_by_hash,
+        open_library,
+        with_content_hash,
+        with_file_hashes,
+    )
 
     first = seconds(lambda: open_library(folder))
     figures: dict[str, Any] = {"refresh": {"first": first, "second": median_seconds(lambda: open_library(folder))}}
     library = open_library(folder)
-    figures["find_name"] = median_seconds(lambda: find(library, "neon kohya 050"))
+    figures["find_name"] = median_seconds(lambda: find_adapter(library, "neon kohya 050"))
     figures["torch_imported_so_far"] = "torch" in sys.modules
-    ours, theirs = find(library, "neon native 050"), with_file_hashes(find(library, "neon kohya 050"))
+    ours, theirs = find_adapter(library, "neon native 050"), with_file_hashes(find_adapter(library, "neon kohya 050"))
     last = with_file_hashes(max(library.entries, key=lambda entry: entry.bytes))
     digests = {
         "content_of_native_file": ours.content_hash,

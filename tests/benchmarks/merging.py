@@ -24,7 +24,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
-from lora_diffusion.core.atomic_files import sync
+from lora_diffusion.core.atomic_files import sync_to_disk
 from lora_diffusion.core.malloc import keep_freed_memory
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.merging.merge import merge
@@ -97,7 +97,7 @@ def measured(way: str, folder: Path) -> dict[str, float]:
         WAYS[way](folder, output)
         for file in output.rglob("*"):
             if file.is_file():
-                sync(file)
+                sync_to_disk(file)
         return {"seconds": time.perf_counter() - started, "mb": status_mb("VmHWM") - before}
 
 

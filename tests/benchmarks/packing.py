@@ -19,7 +19,7 @@ import torch
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
 from lora_diffusion.adapters.layers import LoRALayer
-from lora_diffusion.algebra.reduce.shared_basis import member, shared
+from lora_diffusion.algebra.reduce.shared_basis import extract_member, share_bases
 from lora_diffusion.algebra.svd.svd import spectrum_of
 from lora_diffusion.formats.adapters.pack import load_pack, save_pack
 from tests.benchmarks.goals import not_above, write_report
@@ -94,11 +94,11 @@ def measured(adapters: Mapping[str, Adapter], spectra: Spectra, rank: int, scrat
     path = scratch / "pack.safetensors"
     before = 2 * sum(adapter.num_parameters for adapter in adapters.values())
     started = time.process_time()
-    packed = shared(adapters, rank, torch.float16)
+    packed = share_bases(adapters, rank, torch.float16)
     seconds = time.process_time() - started
     save_pack(packed, path)
     started = time.process_time()
-    member(load_pack(path, ["0500"]), "0500")
+    extract_member(load_pack(path, ["0500"]), "0500")
     one_member = time.process_time() - started
     errors = [part.error for part in packed.members.values()]
     share = path.stat().st_size / before

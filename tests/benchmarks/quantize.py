@@ -25,7 +25,7 @@ from lora_diffusion.architectures.module_paths import trainable_paths
 from lora_diffusion.architectures.targets import resolve_targets
 from lora_diffusion.config.adapter import AdapterConfig
 from lora_diffusion.models.load import Base, default_device, load_base
-from lora_diffusion.models.quantize import quantize
+from lora_diffusion.models.quantize import quantize_base
 from lora_diffusion.training.methods.injection import inject
 from tests.benchmarks.full_size import base_around, new_unet
 from tests.benchmarks.goals import not_above, write_report
@@ -98,7 +98,7 @@ def peak_mb(device: torch.device) -> float:
 def into_codes(base: Base, codes: Any, device: torch.device, dtype: torch.dtype) -> float:
     """Put the UNet into codes; returns how far its output moves, relative to its size."""
     wanted = predicted(base.pipe.unet, torch.device("cpu"), torch.bfloat16)
-    quantize(base, codes, device)
+    quantize_base(base, codes, device)
     return float((predicted(base.pipe.unet, device, dtype).cpu() - wanted).norm() / wanted.norm())
 
 
@@ -114,7 +114,7 @@ def measured(family: str, kind: str) -> dict[str, float]:
     error = 0.0 if kind == "half" else into_codes(base, kind, device, dtype)
     unet.to(device)
     held = held_mb(unet)
-    paths = resolve_targets(trainable_paths(base.anatomy), unet=("attention", "feed-forward"), text_encoders=())
+    paths = resolve_targets(trainable_paths(base.layout), unet=("attention", "feed-forward"), text_encoders=())
     inject(base, paths, AdapterConfig(rank=RANK), seed=0)
     for _ in range(2):
         now_mb(device)

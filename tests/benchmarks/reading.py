@@ -23,16 +23,16 @@ import torch
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
 from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.architectures.detection import block_channels
-from lora_diffusion.architectures.module_paths import ANATOMIES, module_paths
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.architectures.module_paths import LAYOUTS, module_paths
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.formats.adapters.kohya import save_kohya
-from lora_diffusion.formats.adapters.load import load_adapter, outline_adapter
+from lora_diffusion.formats.adapters.load import load_adapter, load_meta_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.workflows.adapters.convert import Conversion, convert
 from tests.benchmarks.goals import not_above, not_below, write_report
 
 RANK, LARGE_RANK, RUNS, FOLDER = 64, 1400, 5, 100
-READERS = ("bytes", "load_adapter", "outline_adapter", "diffusers")
+READERS = ("bytes", "load_adapter", "load_meta_adapter", "diffusers")
 LEAVES = (".to_q", ".to_k", ".to_v", ".to_out.0", ".ff.net.0.proj", ".ff.net.2")
 GOALS = {
     **{
@@ -54,7 +54,7 @@ def full_size_adapter(rank: int) -> Adapter:
     """Random factors for SD 1.5's attention and feed-forward."""
     rng = torch.Generator().manual_seed(0)
     layers: dict[str, LoRALayer] = {}
-    for path in module_paths(ANATOMIES["sd1"]):
+    for path in module_paths(LAYOUTS["sd1"]):
         width = block_channels(path.removeprefix("unet."), "sd1") if path.endswith(LEAVES) else None
         if not path.startswith("unet.") or not width:
             continue
@@ -88,7 +88,7 @@ def diffusers_loader() -> Callable[[Path], Any]:
 def reader(name: str) -> Callable[[Path], Any]:
     if name == "diffusers":
         return diffusers_loader()
-    return {"bytes": Path.read_bytes, "load_adapter": load_adapter, "outline_adapter": outline_adapter}[name]
+    return {"bytes": Path.read_bytes, "load_adapter": load_adapter, "load_meta_adapter": load_meta_adapter}[name]
 
 
 def measure_here(name: str, path: Path) -> None:
@@ -138,7 +138,7 @@ def inspect_seconds(path: Path) -> float:
 
 def conversions_per_second(folder: Path) -> float:
     """A folder of copies of a ready adapter (1.4 MB), native to kohya."""
-    source = sample_data() / "adapters" / "neon.safetensors"
+    source = sample_data_folder() / "adapters" / "neon.safetensors"
     files = [Path(shutil.copy(source, folder / f"{i:03d}.safetensors")) for i in range(FOLDER)]
     (folder / "out").mkdir()
     started = time.perf_counter()

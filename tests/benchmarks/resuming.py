@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from lora_diffusion.adapters.adapter import adapter_hash
-from lora_diffusion.config.settings import changed
+from lora_diffusion.config.settings import deep_merge
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.training.loop import train
 from tests.benchmarks.goals import at_least, write_report
@@ -33,7 +33,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         base, pictures = write_random_sd(folder / "base"), write_pictures(folder / "pictures")
-        changes = changed(EVERYTHING, {"data": {"folder": str(pictures)}})
+        changes = deep_merge(EVERYTHING, {"data": {"folder": str(pictures)}})
         whole = train(settings(pictures, base, changes, steps=STEPS, save_precision="float32"))
         output = folder / "again" / "style.safetensors"
         config = settings(pictures, base, changes, steps=STEPS, save_precision="float32", output=output, state_every=1)

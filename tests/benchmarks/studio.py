@@ -18,12 +18,12 @@ from typing import Any
 from gradio_client import Client
 from playwright.sync_api import sync_playwright
 
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from tests.benchmarks.goals import at_most, not_above, write_report
 from tests.benchmarks.measuring import machine
 from tests.browser.test_studio_browser import CHROMIUM, lay, say
 
-ADAPTERS = [path.stem for path in sorted((sample_data() / "adapters").glob("*.safetensors"))] * 2
+ADAPTERS = [path.stem for path in sorted((sample_data_folder() / "adapters").glob("*.safetensors"))] * 2
 """Ten, each of the ready ones twice."""
 GOALS = {
     "seconds/page_usable": at_most(3),

@@ -26,7 +26,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.models.load import quiet_libraries
 from tests.benchmarks.full_size import new_unet
 from tests.benchmarks.goals import at_least, at_most, write_report
@@ -45,7 +45,7 @@ GOALS = {
 
 def write_sd1(folder: Path) -> Path:
     """A base of SD 1.5's size with random weights, and the embedded base's tokenizer and scheduler."""
-    tiny = sample_data() / "tiny-sd"
+    tiny = sample_data_folder() / "tiny-sd"
     tokenizer: Any = CLIPTokenizer.from_pretrained(tiny / "tokenizer", model_max_length=77)
     with quiet_libraries():
         text = CLIPTextConfig(
@@ -154,10 +154,10 @@ def main() -> None:
         folder = Path(scratch)
         pictures = folder / "pictures"
         pictures.mkdir()
-        for path in sorted((sample_data() / "styles" / "neon").glob("*.png"))[:PICTURES]:
+        for path in sorted((sample_data_folder() / "styles" / "neon").glob("*.png"))[:PICTURES]:
             for each in (path, path.with_suffix(".txt")):
                 shutil.copy(each, pictures)
-        facts["tiny"] = compared(script, sample_data() / "tiny-sd", "tiny", pictures, folder)
+        facts["tiny"] = compared(script, sample_data_folder() / "tiny-sd", "tiny", pictures, folder)
         print(json.dumps(facts["tiny"]), flush=True)
         facts["sd1"] = compared(script, write_sd1(folder / "sd1"), "sd1", pictures, folder)
     sys.exit(write_report(Path(__file__).with_suffix(".json"), facts, GOALS))

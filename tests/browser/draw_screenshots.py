@@ -11,12 +11,12 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion_studio.app import serve
 from lora_diffusion_studio.studio import Places, Studio, own_library
 from tests.browser.test_studio_browser import CHROMIUM, open_tab
 
-FOLDER = sample_data() / "studio"
+FOLDER = sample_data_folder() / "studio"
 
 
 def blend(page: Any) -> None:
@@ -61,7 +61,7 @@ def merge(page: Any) -> None:
 def train(page: Any) -> None:
     open_tab(page, "Train")
     page.get_by_label("Name of the run").fill("my ink")
-    source = sample_data() / "styles" / "ink"
+    source = sample_data_folder() / "styles" / "ink"
     page.locator("input[type=file][multiple]").first.set_input_files(sorted(source.glob("0[0-5].*")))
     page.get_by_label("Trigger word").fill("sks")
     page.wait_for_timeout(2000)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.library.recipe import read_recipe
 from lora_diffusion_studio.studio import Places, Studio, own_library
 from tests.helpers.server_end import close_quietly, collect_quietly
@@ -319,7 +319,7 @@ def test_the_table_is_merged(page: Any, served: tuple[str, Path]) -> None:
 def test_a_short_training_is_run_and_its_adapter_blended(page: Any) -> None:
     open_tab(page, "Train")
     page.get_by_label("Name of the run").fill("tiny ink")
-    source = sample_data() / "styles" / "ink"
+    source = sample_data_folder() / "styles" / "ink"
     page.locator("input[type=file][multiple]").first.set_input_files(sorted(source.glob("0[0-3].*")))
     page.get_by_text("03.png").locator("visible=true").first.wait_for()
     page.get_by_label("Trigger word").fill("sks")

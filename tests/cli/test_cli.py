@@ -11,7 +11,7 @@ from PIL import Image
 
 from lora_diffusion.cli import main
 from lora_diffusion.cli.blend_flags import parse_adapter
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.library.recipe import INFOTEXT_KEY, library_versions, read_recipe, write_png
@@ -189,7 +189,7 @@ def test_a_pipeline_that_is_not_stable_diffusion_is_named(tmp_path: Path, capsys
 
 
 def test_help_and_inspect_come_without_any_heavy_library() -> None:
-    file = sample_data() / "adapters" / "gloop.safetensors"
+    file = sample_data_folder() / "adapters" / "gloop.safetensors"
     code = (
         "import sys; from lora_diffusion.cli import main\n"
         f"main(['inspect', {str(file)!r}])\n"

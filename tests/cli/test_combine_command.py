@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, cast
+from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, cast_adapter
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.adapters.layers import DoRALayer, Layer, LoRALayer
-from lora_diffusion.algebra.combine.methods import ConsensusConfig, consensus
+from lora_diffusion.algebra.combine.methods import ConsensusConfig, combine_by_consensus
 from lora_diffusion.algebra.svd.rank_selection import RankRule
 from lora_diffusion.cli import main
 from lora_diffusion.config.preset import BlendEntry
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import LoRADiffusionError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
-from lora_diffusion.inference.in_place import blended, weight_at
+from lora_diffusion.inference.in_place import blended_weights, weight_at
 from lora_diffusion.library.references import load_blend
 from lora_diffusion.models.load import Base
 from lora_diffusion.workflows.adapters.combine import Combination, combine_files
@@ -90,7 +90,7 @@ def test_a_resized_file_reports_its_true_error(
 
 def test_the_type_is_that_of_the_inputs_unless_they_differ(files: list[Path], tmp_path: Path) -> None:
     half = tmp_path / "half.safetensors"
-    save_adapter(cast(load_adapter(files[0]), torch.float16), half)
+    save_adapter(cast_adapter(load_adapter(files[0]), torch.float16), half)
     entries = [BlendEntry(path=str(path)) for path in (half, half, files[1])]
     for count_, dtype in ((2, torch.float16), (3, torch.float32)):
         done = combine_files(entries[:count_], tmp_path / f"{count_}.safetensors", Combination())
@@ -147,14 +147,14 @@ def test_an_adapter_of_another_family_is_refused(sdxl: Base, files: list[Path], 
 def test_a_consensus_is_written_and_said_and_settings_without_a_method_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    inputs = [str(sample_data() / "adapters" / f"{name}.safetensors") for name in ("ink", "neon")]
+    inputs = [str(sample_data_folder() / "adapters" / f"{name}.safetensors") for name in ("ink", "neon")]
     output = tmp_path / "ties.safetensors"
     assert main(["combine", *inputs, str(output), "--method", "ties", "--density", "0.3"]) == 0
     assert "made by ties" in capsys.readouterr().out
     found = load_adapter(output)
     assert found.metadata.training["combination"]["consensus"]["density"] == 0.3
     blend = Blend(entries=tuple(WeightedAdapter(adapter=load_adapter(Path(path))) for path in inputs))
-    wanted = consensus(blend, ConsensusConfig(method="ties", density=0.3), AdapterMetadata())
+    wanted = combine_by_consensus(blend, ConsensusConfig(method="ties", density=0.3), AdapterMetadata())
     path = next(iter(wanted.layers))
     assert torch.allclose(found.layers[path].delta(), wanted.layers[path].delta(), atol=1e-2, rtol=1e-2)
     assert main(["combine", *inputs, str(tmp_path / "no.safetensors"), "--density", "0.3"]) == 2
@@ -182,9 +182,9 @@ def test_dora_is_combined_against_its_base(sd: Base, tmp_path: Path, capsys: pyt
     whole = combine_files(
         entries, tmp_path / "whole.safetensors", Combination(rule=RankRule(rank=999), base=str(sd.folder))
     )
-    with blended(sd, load_blend(entries).blend):
+    with blended_weights(sd, load_blend(entries).blend):
         expected = {path: weight_at(sd, path).clone() for path in whole.adapter.layers}
-    with blended(sd, Blend(entries=(WeightedAdapter(adapter=whole.adapter),))):
+    with blended_weights(sd, Blend(entries=(WeightedAdapter(adapter=whole.adapter),))):
         for path, weight in expected.items():
             assert (weight_at(sd, path) - weight).norm() < 1e-5 * weight.norm(), path
     arguments = [f"{files[0]}:0.7", f"{files[1]}:-0.5", str(tmp_path / "out.safetensors"), "--rank", "3"]

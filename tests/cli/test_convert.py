@@ -7,14 +7,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lora_diffusion.adapters.adapter import adapter_hash, cast
+from lora_diffusion.adapters.adapter import adapter_hash, cast_adapter
 from lora_diffusion.cli import main
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.workflows.adapters.inspect import inspect_adapter
 from tests.helpers.read_counter import count_bytes_read
 
-READY = sample_data() / "adapters"
+READY = sample_data_folder() / "adapters"
 NEON = READY / "neon.safetensors"
 READ_AHEAD = 2**20
 """Bytes that buffered files may read beyond what they are asked for."""
@@ -41,7 +41,7 @@ def test_many_at_once_into_a_folder_and_never_over_a_file(tmp_path: Path, capsys
     assert "already there" in capsys.readouterr().err
     assert main([*command, "--force"]) == 0
     half = load_adapter(tmp_path / "all" / "neon.safetensors")
-    assert adapter_hash(half) == adapter_hash(cast(load_adapter(NEON), torch.bfloat16))
+    assert adapter_hash(half) == adapter_hash(cast_adapter(load_adapter(NEON), torch.bfloat16))
 
 
 def test_a_card_for_the_hub(tmp_path: Path) -> None:

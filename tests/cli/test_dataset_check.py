@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from lora_diffusion.cli import main
-from lora_diffusion.core.atomic_files import sample_data
-from lora_diffusion.data.duplicates import difference_hash, near_twins
+from lora_diffusion.core.atomic_files import sample_data_folder
+from lora_diffusion.data.duplicates import difference_hash, find_near_duplicates
 
 
 def drawing(seed: int, size: int = 80) -> Image.Image:
@@ -44,12 +44,12 @@ def test_scaling_and_compressing_hardly_move_a_hash_and_other_pictures_do(seed: 
 
 def test_twins_are_pairs_within_the_distance() -> None:
     hashes = {Path("a"): 0b0000, Path("b"): 0b0001, Path("c"): 0b0111}
-    assert near_twins(hashes, 1) == ((Path("a"), Path("b")),)
-    assert near_twins(hashes, 2) == ((Path("a"), Path("b")), (Path("b"), Path("c")))
+    assert find_near_duplicates(hashes, 1) == ((Path("a"), Path("b")),)
+    assert find_near_duplicates(hashes, 2) == ((Path("a"), Path("b")), (Path("b"), Path("c")))
 
 
 def test_a_sound_folder_has_nothing_to_complain_of(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["dataset", "check", str(sample_data() / "styles" / "neon"), "--trigger", "zwx"]) == 0
+    assert main(["dataset", "check", str(sample_data_folder() / "styles" / "neon"), "--trigger", "zwx"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "20 pictures, 20 shown in a pass; 20 as 64x64",
         "nothing to complain of",

@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pytest
 import tyro
+from lora_diffusion.workflows.images.plan import Plan
 
 from lora_diffusion.adapters.adapter import AdapterMetadata
 from lora_diffusion.cli.commands.distill import Distil
-from lora_diffusion.config.distillation import DistilConfig
+from lora_diffusion.config.distillation import DistillConfig
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendEntry, BlendPreset
 from lora_diffusion.errors import ConfigError, DatasetError, LoRADiffusionError, OutputError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.models.load import Base
-from lora_diffusion.training.distillation.distill import DistilResult
+from lora_diffusion.training.distillation.distill import DistillResult
 from lora_diffusion.workflows.images.generate import Means
-from lora_diffusion.workflows.images.plan import Plan
 from lora_diffusion.workflows.training.distill import PromptSource, distil_file, read_prompts, scenes_with_words
 from tests.conftest import random_adapter
 from tests.inference.test_in_place import blend_of
@@ -42,7 +42,7 @@ def files(tmp_path: Path, sd: Base) -> Path:
     return tmp_path
 
 
-def made(files: Path, output: str, config: DistilConfig) -> DistilResult:
+def made(files: Path, output: str, config: DistillConfig) -> DistillResult:
     entries = tuple(BlendEntry(path=str(files / f"{name}.safetensors")) for name in ("one", "two"))
     base = json.loads((files / "both.json").read_text())["base"]
     plan = Plan(base=base, entries=entries, settings=GenerateConfig(prompt=""), composition=SWITCH)

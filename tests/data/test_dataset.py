@@ -10,12 +10,12 @@ from PIL import Image, ImageCms
 
 from lora_diffusion.config.train import CaptionConfig, DataConfig
 from lora_diffusion.data.buckets import Bucket, bucket_sizes, nearest_bucket
-from lora_diffusion.data.captions import caption_text
+from lora_diffusion.data.captions import augment_caption
 from lora_diffusion.data.folder import Example, data_hash, read_dataset
 from lora_diffusion.data.images import read_picture, read_size
-from lora_diffusion.data.sampler import step_batches
-from lora_diffusion.data.splits import held_out
-from lora_diffusion.data.transforms import view, view_key
+from lora_diffusion.data.sampler import plan_batches
+from lora_diffusion.data.splits import split_validation
+from lora_diffusion.data.transforms import make_view, make_view_key
 from lora_diffusion.errors import DatasetError
 from tests.helpers.picture_folders import write_pictures
 
@@ -125,7 +125,7 @@ def test_every_mode_becomes_plain_rgb(tmp_path: Path, mode: str, color: object, 
 
 def seen(path: Path, bucket: Bucket) -> torch.Tensor:
     config = DataConfig(folder=path.parent)
-    return view(Example(picture=path, caption="x"), bucket, config, seed=0, variant=0).pixels
+    return make_view(Example(picture=path, caption="x"), bucket, config, seed=0, variant=0).pixels
 
 
 def swapped_profile() -> bytes:
@@ -203,8 +203,8 @@ def test_every_example_comes_as_often_as_it_should(
 ) -> None:
     sizes, repeats = [size for size, _ in examples], [count for _, count in examples]
     steps = 4 * sum(repeats)
-    batches = step_batches(sizes, repeats, per_step=per_step, steps=steps, seed=seed)
-    assert batches[:7] == step_batches(sizes, repeats, per_step=per_step, steps=min(7, steps), seed=seed)[:7]
+    batches = plan_batches(sizes, repeats, per_step=per_step, steps=steps, seed=seed)
+    assert batches[:7] == plan_batches(sizes, repeats, per_step=per_step, steps=min(7, steps), seed=seed)[:7]
     assert all(len({sizes[i] for i in batch}) == 1 and len(batch) == per_step for batch in batches)
     for bucket in set(sizes):
         members = [i for i, size in enumerate(sizes) if size == bucket]
@@ -224,22 +224,22 @@ def test_views_depend_on_seed_and_variant_alone_and_keys_tell_them_apart(tmp_pat
     config = DataConfig(folder=tmp_path, crop="random", crop_zoom=1.5, flip=True, color_jitter=0.2)
     made = {
         (seed, variant): (
-            view(example, bucket, config, seed=seed, variant=variant),
-            view_key(example, bucket, config, seed=seed, variant=variant),
+            make_view(example, bucket, config, seed=seed, variant=variant),
+            make_view_key(example, bucket, config, seed=seed, variant=variant),
         )
         for seed in (0, 7)
         for variant in (0, 1, 2)
     }
     assert len({key for _, key in made.values()}) == len(made)
     for (seed, variant), (shown, key) in made.items():
-        again = view(example, bucket, config, seed=seed, variant=variant)
+        again = make_view(example, bucket, config, seed=seed, variant=variant)
         assert torch.equal(again.pixels, shown.pixels)
-        assert view_key(example, bucket, config, seed=seed, variant=variant) == key
+        assert make_view_key(example, bucket, config, seed=seed, variant=variant) == key
     plain = DataConfig(folder=tmp_path)
-    keys = {view_key(example, bucket, plain, seed=seed, variant=variant) for seed in (0, 7) for variant in (0, 1)}
+    keys = {make_view_key(example, bucket, plain, seed=seed, variant=variant) for seed in (0, 7) for variant in (0, 1)}
     assert len(keys) == 1, "what is not random is cached once"
     mirrored = DataConfig(folder=tmp_path, flip=True)
-    straight, turned = (view(example, bucket, mirrored, seed=0, variant=variant).pixels for variant in (0, 1))
+    straight, turned = (make_view(example, bucket, mirrored, seed=0, variant=variant).pixels for variant in (0, 1))
     assert torch.equal(straight.flip(2), turned)
 
 
@@ -255,7 +255,9 @@ def test_a_mask_is_cut_and_turned_with_its_picture(masks: str, tmp_path: Path) -
     config = DataConfig.model_validate(
         {"folder": tmp_path, "masks": masks, "mask_floor": 0.25, "flip": True, "crop": "random", "crop_zoom": 1.3}
     )
-    shown = view(Example(picture=tmp_path / "a.png", caption="x", mask=mask), Bucket(32, 32), config, seed=3, variant=1)
+    shown = make_view(
+        Example(picture=tmp_path / "a.png", caption="x", mask=mask), Bucket(32, 32), config, seed=3, variant=1
+    )
     assert shown.mask is not None
     assert (float(shown.mask.min()), float(shown.mask.max())) == (0.25, 1.0)
     white = shown.pixels[0] > 0.99
@@ -265,7 +267,7 @@ def test_a_mask_is_cut_and_turned_with_its_picture(masks: str, tmp_path: Path) -
 
 def words(caption: str, seed: int = 0, triggers: tuple[str, ...] = (), **changes: object) -> str:
     config = CaptionConfig.model_validate({"dropout": 0.0, **changes})
-    return caption_text(caption, config, triggers, torch.Generator().manual_seed(seed))
+    return augment_caption(caption, config, triggers, torch.Generator().manual_seed(seed))
 
 
 def test_a_plain_caption_is_left_as_it_is() -> None:
@@ -293,11 +295,11 @@ def test_dropout_comes_as_often_as_it_says() -> None:
 
 
 def test_what_is_held_out_goes_by_content(folder: Path) -> None:
-    train, validation = held_out(read(folder), 0.25, seed=1)
+    train, validation = split_validation(read(folder), 0.25, seed=1)
     assert (len(train), len(validation)) == (3, 1)
     (chosen,) = validation
     chosen.picture.rename(folder / "z.png")
     chosen.picture.with_suffix(".txt").rename(folder / "z.txt")
-    assert held_out(read(folder), 0.25, seed=1)[1][0].picture.name == "z.png"
+    assert split_validation(read(folder), 0.25, seed=1)[1][0].picture.name == "z.png"
     with pytest.raises(DatasetError, match="one picture cannot be trained on and held out"):
-        held_out(train[:1], 0.5, seed=0)
+        split_validation(train[:1], 0.5, seed=0)

@@ -16,7 +16,7 @@ from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, adapter_ha
 from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.errors import AdapterFormatError
 from lora_diffusion.formats.adapters.kohya import save_kohya
-from lora_diffusion.formats.adapters.load import load_adapter, outline_adapter
+from lora_diffusion.formats.adapters.load import load_adapter, load_meta_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
 
 NAME = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -59,7 +59,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
 }
 
 
-@pytest.mark.parametrize("read", [load_adapter, outline_adapter])
+@pytest.mark.parametrize("read", [load_adapter, load_meta_adapter])
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_container_is_one_typed_error(case: str, read: Callable[[Path], Adapter], tmp_path: Path) -> None:
     content, words = BROKEN[case]

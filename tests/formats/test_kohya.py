@@ -15,14 +15,20 @@ from torch import nn
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, adapter_hash
 from lora_diffusion.adapters.layers import DoRALayer, FullLayer, Layer, LoHaLayer, LoKrLayer, LoRALayer
 from lora_diffusion.architectures.families import FAMILIES
-from lora_diffusion.architectures.module_paths import ANATOMIES, anatomy_of, changeable_paths, module_paths, norm_paths
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.architectures.module_paths import (
+    LAYOUTS,
+    changeable_paths,
+    layout_from_configs,
+    module_paths,
+    norm_paths,
+)
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import AdapterFormatError
 from lora_diffusion.formats.adapters.kohya import save_kohya
-from lora_diffusion.formats.adapters.kohya_keys import kohya_name, kohya_names, spellings
-from lora_diffusion.formats.adapters.load import load_adapter, outline_adapter
+from lora_diffusion.formats.adapters.kohya_keys import kohya_name, kohya_names, kohya_spellings
+from lora_diffusion.formats.adapters.load import load_adapter, load_meta_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
-from lora_diffusion.formats.checkpoints.diffusers import anatomy_of_folder
+from lora_diffusion.formats.checkpoints.diffusers import read_layout
 from lora_diffusion.formats.safetensors import read_header
 
 UNETS: dict[str, dict[str, Any]] = {
@@ -54,14 +60,14 @@ def test_the_table_is_the_full_size_model(family: str) -> None:
         unet = UNet2DConditionModel(**UNETS[family])
     live = {f"unet.{n}" for n, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     norms = {f"unet.{n}" for n, m in unet.named_modules() if isinstance(m, nn.GroupNorm | nn.LayerNorm)}
-    shape = ANATOMIES[family]
+    shape = LAYOUTS[family]
     assert live == {path for path in module_paths(shape) if path.startswith("unet.")}
     assert norms == {path for path in norm_paths(shape) if path.startswith("unet.")}
 
 
 @pytest.mark.parametrize("family", UNETS)
 def test_kohyas_counts(family: str) -> None:
-    paths = module_paths(ANATOMIES[family])
+    paths = module_paths(LAYOUTS[family])
     unet = [path for path in paths if path.startswith("unet.") and not TOP.match(path)]
     assert sum(BLOCK_LEAVES.search(path) is not None for path in unet) == ATTENTION_COUNTS[family]
     assert len(unet) == CONV_COUNTS[family]
@@ -70,13 +76,13 @@ def test_kohyas_counts(family: str) -> None:
     assert text == TEXT_COUNTS[family]
 
 
-@pytest.mark.parametrize("family", ANATOMIES)
+@pytest.mark.parametrize("family", LAYOUTS)
 def test_every_path_maps_to_kohyas_name_and_back(family: str) -> None:
-    paths, table = changeable_paths(ANATOMIES[family]), kohya_names(family)
+    paths, table = changeable_paths(LAYOUTS[family]), kohya_names(family)
     assert len({kohya_name(path, family) for path in paths}) == len(paths)
     owners: dict[str, set[str]] = {}
     for path in paths:
-        for name in spellings(path, family):
+        for name in kohya_spellings(path, family):
             assert table[name] == path
             owners.setdefault(name, set()).add(path)
     assert all(len(found) == 1 for found in owners.values())
@@ -101,9 +107,9 @@ def test_sdxls_names_are_the_published_ones(path: str, name: str) -> None:
 
 
 def test_the_embedded_bases_table_is_its_own() -> None:
-    assert anatomy_of_folder(sample_data() / "tiny-sd")[1] == ANATOMIES["tiny-sd"]
+    assert read_layout(sample_data_folder() / "tiny-sd")[1] == LAYOUTS["tiny-sd"]
     assert (
-        anatomy_of(
+        layout_from_configs(
             {
                 "down_block_types": ["DownBlock2D"],
                 "up_block_types": ["UpBlock2D"],
@@ -187,7 +193,7 @@ def test_writing_and_reading_give_the_same_deltas_to_the_bit(
     for name, layer in adapter.layers.items():
         weight = torch.randn(layer.weight_shape)
         assert torch.equal(back.layers[name].delta(weight), layer.delta(weight))
-    outline = outline_adapter(path)
+    outline = load_meta_adapter(path)
     assert {p: x.weight_shape for p, x in outline.layers.items()} == {p: x.weight_shape for p, x in back.layers.items()}
     assert outline.kinds == back.kinds
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
 from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.architectures.detection import block_channels
-from lora_diffusion.architectures.module_paths import ANATOMIES, module_paths
+from lora_diffusion.architectures.module_paths import LAYOUTS, module_paths
 from lora_diffusion.errors import AdapterFormatError
 from lora_diffusion.formats.adapters.cloneofsimo import NEW_ORDER, OLD_ORDER, TEXT_ORDER
 from lora_diffusion.formats.adapters.load import load_adapter
@@ -24,7 +24,7 @@ REAL = Path(__file__).parents[3] / "shared" / "adapters" / "analog_svd_rank4.saf
 
 def order_keyed(order: tuple[str, ...], family: str = "sd1") -> dict[str, torch.Tensor]:
     """A rank-1 file of SD 1.x whose every `up` holds its position, written by the format's published rule."""
-    blocks = [p.removesuffix("attn1.to_q") for p in module_paths(ANATOMIES[family]) if p.endswith(".attn1.to_q")]
+    blocks = [p.removesuffix("attn1.to_q") for p in module_paths(LAYOUTS[family]) if p.endswith(".attn1.to_q")]
     walk = [b for side in ("down", "up", "mid") for b in blocks if b.startswith(f"unet.{side}_block")]
     tensors: dict[str, torch.Tensor] = {}
     for i, path in enumerate(block + leaf for block in walk for leaf in order):

@@ -16,8 +16,8 @@ from lora_diffusion.config.preset import BaseTerm
 from lora_diffusion.errors import BaseModelError, ConfigError, FamilyMismatchError, OutputError
 from lora_diffusion.formats.checkpoints.checkpoint import open_checkpoint
 from lora_diffusion.merging.merge import merge
-from lora_diffusion.merging.recipe import merge_recipe
-from lora_diffusion.merging.undo import base_at_hand, copy_base, take_out
+from lora_diffusion.merging.recipe import read_merge_recipe
+from lora_diffusion.merging.undo import copy_base, find_original_base, subtract_blend
 from lora_diffusion.models.load import Base, load_base, quiet_libraries
 from tests.helpers.random_bases import byte_tokenizer, random_scheduler, random_vae, text_config
 from tests.merging.test_merge import two
@@ -75,7 +75,7 @@ def test_every_parameter_of_a_single_file_is_found_under_its_own_name(
 ) -> None:
     base: Base = request.getfixturevalue(family)
     folder, single = open_checkpoint(base.folder), open_checkpoint(as_single(base, tmp_path / "one.safetensors"))
-    assert (single.family, single.anatomy) == (folder.family, folder.anatomy)
+    assert (single.family, single.layout) == (folder.family, folder.layout)
     assert single.shapes == folder.shapes
     assert all(torch.equal(stored.read(), folder.parameters[name].read()) for name, stored in single.parameters.items())
 
@@ -159,7 +159,7 @@ def test_the_same_recipe_gives_the_same_bytes(sd: Base, tmp_path: Path) -> None:
 def test_undo_gives_the_base_back_bit_for_bit_from_the_base(sd: Base, tmp_path: Path) -> None:
     single = as_single(sd, tmp_path / "one.safetensors")
     merge(str(single), two(sd), tmp_path / "merged.safetensors")
-    base = base_at_hand(merge_recipe(tmp_path / "merged.safetensors"))
+    base = find_original_base(read_merge_recipe(tmp_path / "merged.safetensors"))
     assert base is not None
     copy_base(base, tmp_path / "back.safetensors")
     assert (tmp_path / "back.safetensors").read_bytes() == single.read_bytes()
@@ -171,12 +171,12 @@ def test_undo_subtracts_where_that_is_exact_and_refuses_where_it_is_not(sd: Base
     wide, narrow = tmp_path / "wide.safetensors", tmp_path / "narrow.safetensors"
     merge(str(half), two(sd), wide, MergeConfig(precision="float32"))
     merge(str(half), two(sd), narrow)
-    take_out(wide, merge_recipe(wide), two(sd), tmp_path / "back.safetensors")
+    subtract_blend(wide, read_merge_recipe(wide), two(sd), tmp_path / "back.safetensors")
     own, back = load_file(half), load_file(tmp_path / "back.safetensors")
     assert own.keys() == back.keys()
     assert all(torch.equal(own[key], back[key]) for key in own)
     with pytest.raises(ConfigError, match="rounding has taken bits"):
-        take_out(narrow, merge_recipe(narrow), two(sd), tmp_path / "no.safetensors")
+        subtract_blend(narrow, read_merge_recipe(narrow), two(sd), tmp_path / "no.safetensors")
     assert not (tmp_path / "no.safetensors").exists()
 
 
@@ -237,7 +237,7 @@ def test_mistakes_are_refused_and_nothing_is_written(sd: Base, sdxl: Base, tmp_p
     with pytest.raises(BaseModelError, match=r"is no \.safetensors file"):
         open_checkpoint(Path(__file__))
     with pytest.raises(ConfigError, match="carries no recipe"):
-        merge_recipe(sd.folder)
+        read_merge_recipe(sd.folder)
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {"one.safetensors", "merged.safetensors", "other.safetensors"}
 

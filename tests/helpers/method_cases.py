@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_diffusion.adapters.coefficients import Moment
+from lora_diffusion.adapters.coefficients import DenoisingStep
 from lora_diffusion.adapters.layers import DoRALayer, LoHaLayer, LoKrLayer, LoRALayer
 from lora_diffusion.architectures.module_paths import changeable_paths, trainable_paths
-from lora_diffusion.architectures.targets import resolve_full, resolve_targets
+from lora_diffusion.architectures.targets import resolve_modules_to_save, resolve_targets
 from lora_diffusion.config.adapter import AdapterConfig
 from lora_diffusion.models.load import Base
 from lora_diffusion.training.methods.injection import inject
@@ -32,7 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "t-lora": {"kind": "t-lora", "start": "orthogonal"},
     "mixed": {"full_targets": ("unet.conv_in", "unet.*.norm1")},
 }
-MOMENT = Moment(step=6, steps=10)
+MOMENT = DenoisingStep(index=6, total=10)
 """Of the timestep that `predicted` asks about, of a thousand."""
 CONVOLUTIONS = {"unet_targets": ("attention", "convolutions")}
 KINDS = {"lora": LoRALayer, "loha": LoHaLayer, "lokr": LoKrLayer, "dora": DoRALayer, "dora on lokr": DoRALayer}
@@ -56,8 +56,8 @@ def predicted(base: Base) -> Tensor:
 
 def injected(base: Base, config: AdapterConfig, seed: int = 0) -> tuple[list[str], Any]:
     """Paths of attention and convolutions with updates on them, and what came of it."""
-    paths = resolve_targets(trainable_paths(base.anatomy), unet=config.unet_targets, text_encoders=())
-    full = resolve_full(changeable_paths(base.anatomy), config.full_targets, paths)
+    paths = resolve_targets(trainable_paths(base.layout), unet=config.unet_targets, text_encoders=())
+    full = resolve_modules_to_save(changeable_paths(base.layout), config.full_targets, paths)
     return [*paths, *full], inject(base, paths, config, seed, full=full, steps=20)
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from lora_diffusion.config.settings import changed, validate
+from lora_diffusion.config.settings import deep_merge, validate
 from lora_diffusion.config.train import TrainConfig
 from lora_diffusion.training.loop import train
 from lora_diffusion.training.setup import set_up
-from lora_diffusion.training.validation import validated
+from lora_diffusion.training.validation import validate as run_validation
 
 TABLE: dict[str, Any] = {
     "steps": 6,
@@ -30,7 +30,7 @@ def settings(pictures: Path, base: Path, changes: Mapping[str, Any] | None = Non
     """Six steps on a random base, every part of the adapter trained."""
     output = pictures.parent / "out" / "style.safetensors"
     table = {"data": {"folder": pictures}, "output": output, "base": str(base), **TABLE}
-    return TrainConfig.model_validate(changed({**table, **top}, changes or {}))
+    return TrainConfig.model_validate(deep_merge({**table, **top}, changes or {}))
 
 
 def short_run(pictures: Path, output: Path, steps: int, changes: Mapping[str, Any] | None = None) -> TrainConfig:
@@ -45,7 +45,7 @@ def short_run(pictures: Path, output: Path, steps: int, changes: Mapping[str, An
         "validation": {"folder": pictures, "every": steps, "draws": 4},
         "tracking": {"trackers": []},
     }
-    return validate(TrainConfig, changed(table, changes or {}), source="test")
+    return validate(TrainConfig, deep_merge(table, changes or {}), source="test")
 
 
 def interrupted(config: TrainConfig) -> None:
@@ -63,4 +63,4 @@ def loss_before(config: TrainConfig) -> float:
     """What validation says before the first step."""
     run = set_up(config)
     assert run.held_out
-    return validated(run.denoiser, run.captions, run.held_out, config).loss
+    return run_validation(run.denoiser, run.captions, run.held_out, config).loss

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
-from lora_diffusion.adapters.coefficients import Moment
+from lora_diffusion.adapters.coefficients import DenoisingStep
 from lora_diffusion.adapters.layers import LoRALayer
-from lora_diffusion.adapters.masks import region_mask, scaled_mask, token_grid
-from lora_diffusion.algebra.combine.np_lora import main_directions, project_out
+from lora_diffusion.adapters.masks import infer_token_grid, region_mask, resize_mask
+from lora_diffusion.algebra.combine.np_lora import find_main_directions, project_out
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendWeight, Composition, Region
 from lora_diffusion.config.settings import validate
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.inference.composition import composed
-from lora_diffusion.inference.in_place import blended, weight_at
+from lora_diffusion.inference.composition import composition_context
+from lora_diffusion.inference.in_place import blended_weights, weight_at
 from lora_diffusion.inference.regional import PLACELESS
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import Base
@@ -50,13 +50,13 @@ def normal_layer(rng: torch.Generator, rank: int, inner: int, out: int) -> LoRAL
 
 
 def at_step(base: Base, blend: Blend, composition: Composition, step: int, steps: int = 10) -> dict[str, Tensor]:
-    with composed(base, blend, composition, SIZE) as before_step:
-        before_step(Moment(step=step, steps=steps), no_prompt)
+    with composition_context(base, blend, composition, SIZE) as before_step:
+        before_step(DenoisingStep(index=step, total=steps), no_prompt)
         return parameters(base)
 
 
 def fresh(base: Base, blend: Blend) -> dict[str, Tensor]:
-    with blended(base, blend):
+    with blended_weights(base, blend):
         return parameters(base)
 
 
@@ -81,11 +81,11 @@ def test_composite_is_the_mean_of_what_each_adapter_predicts(family: str, reques
     weights = (1.0, 0.5, -0.7)
     expected = []
     for adapter, weight in zip(adapters, weights, strict=True):
-        with blended(base, blend_of((adapter, weight))):
+        with blended_weights(base, blend_of((adapter, weight))):
             expected.append(predict(base))
     blend = blend_of(*zip(adapters, weights, strict=True))
-    with composed(base, blend, Composition(mode="composite"), SIZE) as before_step:
-        before_step(Moment(step=0, steps=2), no_prompt)
+    with composition_context(base, blend, Composition(mode="composite"), SIZE) as before_step:
+        before_step(DenoisingStep(index=0, total=2), no_prompt)
         found = predict(base)
     assert torch.allclose(found, torch.stack(expected).mean(0), atol=1e-4)
     assert (expected[0] - expected[1]).abs().max() > 0.01
@@ -97,10 +97,10 @@ def test_a_region_that_is_the_whole_picture_is_no_region(family: str, request: p
     adapter = everywhere(base, 1)
     layers = {path: layer for path, layer in adapter.layers.items() if not PLACELESS.search(path)}
     whole = Adapter(layers=layers, biases=adapter.biases, metadata=adapter.metadata)
-    with blended(base, blend_of((whole, 0.5))):
+    with blended_weights(base, blend_of((whole, 0.5))):
         expected = predict(base)
-    with composed(base, placed(whole, WHOLE_PICTURE, 0.5), Composition(), SIZE) as before_step:
-        before_step(Moment(step=0, steps=2), lambda: encode_prompts(base, PROMPTS, size_px=32).hidden)
+    with composition_context(base, placed(whole, WHOLE_PICTURE, 0.5), Composition(), SIZE) as before_step:
+        before_step(DenoisingStep(index=0, total=2), lambda: encode_prompts(base, PROMPTS, size_px=32).hidden)
         assert torch.allclose(predict(base), expected, atol=2e-4)
 
 
@@ -128,12 +128,12 @@ def test_a_region_reads_the_prompt_with_its_own_text_encoder(sd: Base) -> None:
         return encode_prompts(sd, ["a cat"], size_px=32).hidden
 
     own = read()
-    with blended(sd, blend_of((adapter, 1.0))):
+    with blended_weights(sd, blend_of((adapter, 1.0))):
         changed = read()
     with torch.no_grad():
         halves = [module(x, encoder_hidden_states=states).reshape(16, 16, width) for states in (changed, own)]
-        with composed(sd, placed(adapter, LEFT), Composition(), SIZE) as before_step:
-            before_step(Moment(step=0, steps=2), read)
+        with composition_context(sd, placed(adapter, LEFT), Composition(), SIZE) as before_step:
+            before_step(DenoisingStep(index=0, total=2), read)
             found = module(x, encoder_hidden_states=changed).reshape(16, 16, width)
     assert torch.allclose(found[:, :8], halves[0][:, :8], atol=1e-5)
     assert torch.allclose(found[:, 8:], halves[1][:, 8:], atol=1e-5)
@@ -150,8 +150,8 @@ def test_an_adapter_acts_in_its_region_and_nowhere_else(sd: Base) -> None:
     )
     bare = predict(sd)
     blend = placed(Adapter(layers={path: layer}), LEFT)
-    with composed(sd, blend, Composition(), SIZE) as before_step:
-        before_step(Moment(step=0, steps=2), no_prompt)
+    with composition_context(sd, blend, Composition(), SIZE) as before_step:
+        before_step(DenoisingStep(index=0, total=2), no_prompt)
         change = (predict(sd) - bare).abs().amax(dim=(0, 1))
     assert bool((change[:, :8] > 0).all())
     assert float(change[:, 8:].max()) == 0
@@ -177,12 +177,12 @@ def test_two_regions_meet_without_touching_each_other(sd: Base) -> None:
     right = Region(box=(0.5, 0, 1, 1), feather=0)
     entries = (WeightedAdapter(adapter=one, region=LEFT), WeightedAdapter(adapter=two, region=right))
     with torch.no_grad():
-        with composed(sd, Blend(entries=entries), Composition(), SIZE) as before_step:
-            before_step(Moment(step=0, steps=2), no_prompt)
+        with composition_context(sd, Blend(entries=entries), Composition(), SIZE) as before_step:
+            before_step(DenoisingStep(index=0, total=2), no_prompt)
             found = module(x, encoder_hidden_states=context).reshape(16, 16, out)
         halves = []
         for adapter in (one, two):
-            with blended(sd, blend_of((adapter, 1.0))):
+            with blended_weights(sd, blend_of((adapter, 1.0))):
                 halves.append(module(x, encoder_hidden_states=context).reshape(16, 16, out))
     assert torch.allclose(found[:, :8], halves[0][:, :8], atol=1e-5)
     assert torch.allclose(found[:, 8:], halves[1][:, 8:], atol=1e-5)
@@ -192,9 +192,11 @@ def test_two_regions_meet_without_touching_each_other(sd: Base) -> None:
 def test_what_has_no_place_in_a_picture_cannot_be_in_a_region(sd: Base) -> None:
     with (
         pytest.raises(ConfigError, match="acts on the whole picture"),
-        composed(sd, placed(everywhere(sd, 1), Region(box=(0, 0, 0.5, 1))), Composition(), SIZE) as before_step,
+        composition_context(
+            sd, placed(everywhere(sd, 1), Region(box=(0, 0, 0.5, 1))), Composition(), SIZE
+        ) as before_step,
     ):
-        before_step(Moment(step=0, steps=2), no_prompt)
+        before_step(DenoisingStep(index=0, total=2), no_prompt)
     assert not any("forward" in vars(module) for module in sd.pipe.unet.modules())
 
 
@@ -205,10 +207,10 @@ def test_masks_are_drawn_or_boxes_and_soft_at_the_edge(tmp_path: object) -> None
     soft = region_mask(Region(box=(0.25, 0, 0.75, 1), feather=0.2))
     assert soft[256, 256] > 0.95
     assert 0.4 < float(soft[256, 128]) < 0.6
-    assert scaled_mask(hard, 8, 8)[0].tolist() == [0, 0, 1, 1, 1, 1, 0, 0]
+    assert resize_mask(hard, 8, 8)[0].tolist() == [0, 0, 1, 1, 1, 1, 0, 0]
     file = f"{tmp_path}/mask.png"
     Image.frombytes("L", (4, 2), bytes([255, 255, 0, 0] * 2)).save(file)
-    drawn = scaled_mask(region_mask(Region(mask=file, feather=0)), 2, 4)
+    drawn = resize_mask(region_mask(Region(mask=file, feather=0)), 2, 4)
     assert drawn[:, 0].min() > 0.9
     assert drawn[:, 3].max() < 0.1
     with pytest.raises(ConfigError, match="not the mask that the recipe was made with"):
@@ -220,7 +222,7 @@ def test_tokens_have_their_places_at_every_scale(height: int, width: int, halvin
     rows, columns = height, width
     for _ in range(halvings):
         rows, columns = (rows + 1) // 2, (columns + 1) // 2
-    found = token_grid(rows * columns, height, width)
+    found = infer_token_grid(rows * columns, height, width)
     assert found[0] * found[1] == rows * columns
     if halvings == 0:
         assert found == (height, width)
@@ -256,7 +258,7 @@ def test_a_projection_damps_exactly_the_styles_main_directions(seed: int, streng
     )
     path = "unet.conv_in"
     moved = project_out(Adapter(layers={path: subject}), Adapter(layers={path: style}), strength).layers[path]
-    directions = main_directions(style).double()
+    directions = find_main_directions(style).double()
     assert torch.allclose(directions.T @ directions, torch.eye(directions.shape[1], dtype=torch.float64), atol=1e-5)
     before, after = subject.delta().double(), moved.delta().double()
     kept = before @ (torch.eye(24, dtype=torch.float64) - directions @ directions.T)
@@ -289,7 +291,7 @@ def test_a_mode_that_the_blend_cannot_have_is_refused(
     sd: Base, composition: Composition, count: int, message: str
 ) -> None:
     blend = blend_of(*((unet_only(sd, seed), 1.0) for seed in range(count)))
-    with pytest.raises(ConfigError, match=message), composed(sd, blend, composition, SIZE):
+    with pytest.raises(ConfigError, match=message), composition_context(sd, blend, composition, SIZE):
         pass
 
 
@@ -339,10 +341,10 @@ def test_what_is_transparent_or_dark_in_a_mask_does_not_act(tmp_path: Path) -> N
     clear = Image.new("RGBA", (4, 4), (255, 255, 255, 0))
     clear.paste((255, 255, 255, 255), (0, 0, 2, 4))
     clear.save(tmp_path / "clear.png")
-    assert scaled_mask(region_mask(Region(mask=str(tmp_path / "clear.png"), feather=0)), 1, 4)[0, 3] < 0.1
+    assert resize_mask(region_mask(Region(mask=str(tmp_path / "clear.png"), feather=0)), 1, 4)[0, 3] < 0.1
     deep = Image.fromarray(np.array([[0, 65535], [0, 65535]], dtype=np.uint16))
     deep.save(tmp_path / "deep.png")
-    found = scaled_mask(region_mask(Region(mask=str(tmp_path / "deep.png"), feather=0)), 1, 4)[0]
+    found = resize_mask(region_mask(Region(mask=str(tmp_path / "deep.png"), feather=0)), 1, 4)[0]
     assert found[0] < 0.1 < 0.9 < found[3]
     Image.new("L", (4, 4), 0).save(tmp_path / "black.png")
     with pytest.raises(ConfigError, match="is empty"):

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter, blend_sum
-from lora_diffusion.adapters.coefficients import Moment
-from lora_diffusion.adapters.deltas import delta_of
+from lora_diffusion.adapters.coefficients import DenoisingStep
+from lora_diffusion.adapters.deltas import sum_deltas
 from lora_diffusion.adapters.layers import DoRALayer, FullLayer, LoHaLayer, LoKrLayer, LoRALayer
 from lora_diffusion.algebra.combine.exact_sum import combine
 from lora_diffusion.architectures.module_paths import changeable_paths
@@ -23,7 +23,14 @@ from lora_diffusion.config.preset import BlendWeight, Region, Schedule, Weight
 from lora_diffusion.errors import AdapterFormatError, ConfigError, LoRADiffusionError
 from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.inference.composition import ReadPrompt
-from lora_diffusion.inference.in_place import Patch, blended, live_shapes, parameter_at, patching, weight_at
+from lora_diffusion.inference.in_place import (
+    WeightPatch,
+    blended_weights,
+    live_shapes,
+    parameter_at,
+    weight_at,
+    weight_patch,
+)
 from lora_diffusion.inference.sampling import generate, sample
 from lora_diffusion.models.load import Base, load_base
 from tests.conftest import random_adapter
@@ -34,7 +41,7 @@ ONE, TWO = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj", PATH
 
 def parameters(base: Base) -> dict[str, Tensor]:
     """Copies of every parameter that an adapter may change."""
-    names = [f"{path}.{leaf}" for path in changeable_paths(base.anatomy) for leaf in ("weight", "bias")]
+    names = [f"{path}.{leaf}" for path in changeable_paths(base.layout) for leaf in ("weight", "bias")]
     return {name: parameter_at(base, name).clone() for name in live_shapes(base, names)}
 
 
@@ -80,8 +87,8 @@ def blend_of(*pairs: tuple[Adapter, Weight]) -> Blend:
     return Blend(entries=tuple(WeightedAdapter(adapter=adapter, weight=weight) for adapter, weight in pairs))
 
 
-def fresh(base: Base, blend: Blend, moment: Moment | None = None) -> dict[str, Tensor]:
-    with blended(base, blend, moment):
+def fresh(base: Base, blend: Blend, denoising_step: DenoisingStep | None = None) -> dict[str, Tensor]:
+    with blended_weights(base, blend, denoising_step):
         return parameters(base)
 
 
@@ -90,7 +97,7 @@ def test_every_kind_of_layer_is_base_plus_delta(sd: Base, before: dict[str, Tens
     live = fresh(sd, blend)
     for path, terms in blend_sum(blend).layers.items():
         own = before[f"{path}.weight"]
-        assert torch.allclose(live[f"{path}.weight"], own + delta_of(terms, own), atol=1e-6)
+        assert torch.allclose(live[f"{path}.weight"], own + sum_deltas(terms, own), atol=1e-6)
     own = before[f"{PATH}.bias"]
     biases = [entry.adapter.biases[PATH] for entry in blend.entries]
     assert torch.allclose(live[f"{PATH}.bias"], own + 0.7 * biases[0] - 0.4 * biases[1], atol=1e-6)
@@ -103,7 +110,7 @@ def test_after_200_random_blends_failures_included_the_base_is_bit_identical(sd:
     broken = Adapter(layers={PATH: LoRALayer(down=torch.full((1, 64), torch.nan), up=torch.ones(64, 1), alpha=1.0)})
     stranger = Adapter(layers={"unet.nowhere": LoRALayer(down=torch.ones(1, 4), up=torch.ones(4, 1), alpha=1.0)})
     failures = 0
-    with patching(sd) as patch:
+    with weight_patch(sd) as patch:
         for _ in range(200):
             chosen = rng.sample([*good, broken, stranger], rng.randint(0, 3))
             blend = blend_of(*((adapter, rng.choice([-1.5, 0.0, 0.3, 1.0])) for adapter in chosen))
@@ -123,7 +130,7 @@ def test_after_200_random_blends_failures_included_the_base_is_bit_identical(sd:
 @pytest.mark.usefixtures("before")
 def test_new_weights_give_bit_for_bit_what_a_fresh_application_gives(sd: Base) -> None:
     adapters = [mixed_adapter(sd, seed) for seed in range(4)]
-    with patching(sd) as patch:
+    with weight_patch(sd) as patch:
         patch.apply(blend_of(*((adapter, 1.0) for adapter in adapters)))
         stacks = dict(patch.stacks)
         moved = blend_of(*zip(adapters, (0.3, 1.0, -2.0, 0.7), strict=True))
@@ -136,7 +143,7 @@ def test_new_weights_give_bit_for_bit_what_a_fresh_application_gives(sd: Base) -
 @pytest.mark.usefixtures("before")
 def test_switching_touches_only_what_differs(sd: Base) -> None:
     first, second = random_adapter(sd, seed=1), random_adapter(sd, seed=2, text_encoders=())
-    with patching(sd) as patch:
+    with weight_patch(sd) as patch:
         patch.apply(blend_of((first, 1.0)))
         versions = {name: tensor._version for name, tensor in patch.live.items()}
         patch.apply(blend_of((second, 0.5), (first, 1.0)))
@@ -146,22 +153,22 @@ def test_switching_touches_only_what_differs(sd: Base) -> None:
 
 @pytest.mark.usefixtures("before")
 def test_ctrl_c_leaves_the_base_as_it_was(sd: Base) -> None:
-    with pytest.raises(KeyboardInterrupt), blended(sd, blend_of((mixed_adapter(sd, 1), 1.0))):
+    with pytest.raises(KeyboardInterrupt), blended_weights(sd, blend_of((mixed_adapter(sd, 1), 1.0))):
         raise KeyboardInterrupt
 
 
 def test_an_interruption_in_the_middle_of_writing_is_undone(
     sd: Base, before: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written = Patch.write_weight
+    written = WeightPatch.write_weight
 
-    def interrupted(self: Patch, path: str, terms: tuple[tuple[float, LoRALayer], ...]) -> None:
+    def interrupted(self: WeightPatch, path: str, terms: tuple[tuple[float, LoRALayer], ...]) -> None:
         written(self, path, terms)
         if path == PATH:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Patch, "write_weight", interrupted)
-    with patching(sd) as patch:
+    monkeypatch.setattr(WeightPatch, "write_weight", interrupted)
+    with weight_patch(sd) as patch:
         with pytest.raises(KeyboardInterrupt):
             patch.apply(blend_of((random_adapter(sd, seed=1, unet=("all",)), 1.0)))
         assert same(before, parameters(sd))
@@ -173,7 +180,7 @@ def test_a_nan_adapter_is_refused_and_poisons_nothing(sd: Base) -> None:
     layer = good.layers[ONE]
     assert isinstance(layer, LoRALayer)
     bad = Adapter(layers={**good.layers, ONE: replace(layer, up=torch.full_like(layer.up, torch.nan))})
-    with patching(sd) as patch:
+    with weight_patch(sd) as patch:
         patch.apply(blend_of((good, 1.0)))
         held = parameters(sd)
         with pytest.raises(AdapterFormatError, match="holds NaN or infinity"):
@@ -184,7 +191,7 @@ def test_a_nan_adapter_is_refused_and_poisons_nothing(sd: Base) -> None:
 def test_a_half_precision_base_that_overflows_is_given_back(sd_folder: Path) -> None:
     base = load_base(str(sd_folder), device=torch.device("cpu"), precision=torch.float16)
     kept = parameters(base)
-    with patching(base) as patch:
+    with weight_patch(base) as patch:
         with pytest.raises(ConfigError, match=r"beyond the range of torch\.float16; lower the weights"):
             patch.apply(blend_of((random_adapter(base, seed=1), 1e6)))
         assert same(kept, parameters(base))
@@ -196,10 +203,10 @@ def test_a_half_precision_base_that_overflows_is_given_back(sd_folder: Path) -> 
 def test_in_half_precision_the_blend_is_rounded_once(sd: Base, sd_folder: Path, precision: torch.dtype) -> None:
     base = load_base(str(sd_folder), device=torch.device("cpu"), precision=precision)
     blend = blend_of(*((random_adapter(base, seed=seed), 0.2) for seed in range(5)))
-    with blended(base, blend):
+    with blended_weights(base, blend):
         for path, terms in blend_sum(blend).layers.items():
             own = weight_at(sd, path).to(precision)
-            exact = own.double() + delta_of(terms).double().reshape(own.shape)
+            exact = own.double() + sum_deltas(terms).double().reshape(own.shape)
             spacing = torch.finfo(precision).eps * exact.abs().clamp(min=torch.finfo(precision).tiny)
             assert bool(((weight_at(base, path).double() - exact).abs() <= 0.51 * spacing).all())
 
@@ -209,7 +216,7 @@ def test_the_base_file_can_be_the_backup(sd_folder: Path, precision: torch.dtype
     base = load_base(str(sd_folder), device=torch.device("cpu"), precision=precision)
     kept = parameters(base)
     blend = blend_of((mixed_adapter(base, 1), 0.5))
-    with blended(base, blend, backup="file"):
+    with blended_weights(base, blend, backup="file"):
         from_file = parameters(base)
     assert same(kept, parameters(base))
     assert same(from_file, fresh(base, blend))
@@ -220,7 +227,7 @@ def test_a_base_that_was_changed_after_loading_has_no_backup_on_disk(sd_folder: 
     weight_at(base, ONE).add_(1)
     with (
         pytest.raises(ConfigError, match="keep the backup in memory instead"),
-        blended(base, blend_of((random_adapter(base, seed=1), 1.0)), backup="file"),
+        blended_weights(base, blend_of((random_adapter(base, seed=1), 1.0)), backup="file"),
     ):
         pass
 
@@ -242,21 +249,21 @@ def fading() -> BlendWeight:
 def test_a_schedule_gives_at_each_step_exactly_the_blend_of_that_step(sd: Base) -> None:
     scheduled, steady = random_adapter(sd, seed=1), random_adapter(sd, seed=2, unet=(), text_encoders=("attention",))
     blend, seen = blend_of((scheduled, fading()), (steady, 0.5)), []
-    with patching(sd) as patch:
+    with weight_patch(sd) as patch:
 
-        def look(moment: Moment, _read: ReadPrompt) -> None:
-            patch.apply(blend, moment)
-            seen.append((moment, parameters(sd)))
+        def look(denoising_step: DenoisingStep, _read: ReadPrompt) -> None:
+            patch.apply(blend, denoising_step)
+            seen.append((denoising_step, parameters(sd)))
 
         sample(sd, GenerateConfig(prompt="a cat", steps=4, width=32, height=32), look)
-    assert [moment.step for moment, _ in seen] == [0, 1, 2, 3]
-    for moment, live in seen:
-        middle = (moment.step + 0.5) / 4
+    assert [denoising_step.step for denoising_step, _ in seen] == [0, 1, 2, 3]
+    for denoising_step, live in seen:
+        middle = (denoising_step.step + 0.5) / 4
         factor = 2 * middle if middle <= 0.5 else 1 - 3 * (middle - 0.5)
         plain = BlendWeight(value=0.9 * factor, components={"text_encoder": 0.9})
         expected = fresh(sd, blend_of((scheduled, plain), (steady, 0.5)))
         assert all(torch.allclose(live[name], value, atol=1e-6) for name, value in expected.items())
-        assert same(live, fresh(sd, blend, moment))
+        assert same(live, fresh(sd, blend, denoising_step))
 
 
 @pytest.mark.usefixtures("before")
@@ -265,11 +272,11 @@ def test_a_schedule_writes_only_where_and_when_it_changes(sd: Base) -> None:
     steady = random_adapter(sd, seed=2, unet=(), text_encoders=("attention",))
     on_later = BlendWeight(schedule=Schedule(points=((0.0, 0.0), (0.5, 1.0))))
     blend = blend_of((late, on_later), (steady, 1.0))
-    with patching(sd) as patch:
+    with weight_patch(sd) as patch:
         written = []
         for step in range(4):
             versions = {name: tensor._version for name, tensor in patch.live.items()}
-            patch.apply(blend, Moment(step=step, steps=4))
+            patch.apply(blend, DenoisingStep(index=step, total=4))
             written.append({name for name, tensor in patch.live.items() if tensor._version != versions.get(name)})
     assert [len(names) for names in written] == [len(steady.layers), 0, len(late.layers), 0]
 
@@ -292,7 +299,7 @@ def test_pictures_follow_the_schedule(sd: Base) -> None:
 @contextmanager
 def peft_pipeline(base: Base, files: list[Path], weights: list[float]) -> Iterator[object]:
     """The same base and adapters as diffusers and PEFT put them together."""
-    kind = StableDiffusionXLPipeline if len(base.anatomy.text_layers) == 2 else StableDiffusionPipeline
+    kind = StableDiffusionXLPipeline if len(base.layout.text_layers) == 2 else StableDiffusionPipeline
     pipe = kind.from_pretrained(base.folder, safety_checker=None) if kind is StableDiffusionPipeline else None
     pipe = pipe or kind.from_pretrained(base.folder, add_watermarker=False)
     for file in files:
@@ -314,7 +321,7 @@ def test_pixels_are_those_of_peft_with_set_adapters(
     options = {"prompt": "a cat", "num_inference_steps": 2, "output_type": "np", "width": 32, "height": 32}
     with peft_pipeline(base, files, [0.7, -0.4]) as pipe:
         theirs = pipe(**options, generator=torch.Generator().manual_seed(0)).images  # type: ignore[operator]
-    with blended(base, blend_of((adapters[0], 0.7), (adapters[1], -0.4))):
+    with blended_weights(base, blend_of((adapters[0], 0.7), (adapters[1], -0.4))):
         ours = base.pipe(**options, generator=torch.Generator().manual_seed(0)).images
     assert abs(theirs - ours).max() < 1e-4
 
@@ -322,19 +329,19 @@ def test_pixels_are_those_of_peft_with_set_adapters(
 def test_ctrl_c_during_undo_comes_through_after_it(
     sd: Base, before: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    restore, calls = Patch.restore, []
+    restore, calls = WeightPatch.restore, []
 
-    def interrupted(self: Patch, name: str) -> None:
+    def interrupted(self: WeightPatch, name: str) -> None:
         calls.append(name)
         if len(calls) == 5:
             raise KeyboardInterrupt
         restore(self, name)
 
-    monkeypatch.setattr(Patch, "restore", interrupted)
-    with pytest.raises(KeyboardInterrupt), blended(sd, blend_of((random_adapter(sd, seed=1), 1.0))):
+    monkeypatch.setattr(WeightPatch, "restore", interrupted)
+    with pytest.raises(KeyboardInterrupt), blended_weights(sd, blend_of((random_adapter(sd, seed=1), 1.0))):
         pass
     assert same(before, parameters(sd))
-    with blended(sd, Blend()):
+    with blended_weights(sd, Blend()):
         pass
 
 
@@ -360,7 +367,7 @@ def test_adapters_stored_in_different_types_sum(sd: Base) -> None:
 
 def test_weights_hold_no_region(sd: Base) -> None:
     entry = WeightedAdapter(adapter=random_adapter(sd, seed=1), region=Region(box=(0, 0, 0.5, 1)))
-    with pytest.raises(ConfigError, match="acts in a region"), blended(sd, Blend(entries=(entry,))):
+    with pytest.raises(ConfigError, match="acts in a region"), blended_weights(sd, Blend(entries=(entry,))):
         pass
 
 
@@ -385,7 +392,7 @@ def test_a_scheduler_with_more_calls_than_steps_is_told_the_step_it_is_in(sd: Ba
     seen: list[int] = []
     try:
         settings = GenerateConfig(prompt="a cat", steps=10, width=32, height=32)
-        sample(sd, settings, lambda moment, _: seen.append(moment.step))
+        sample(sd, settings, lambda denoising_step, _: seen.append(denoising_step.index))
     finally:
         sd.pipe.scheduler = own
     assert len(seen) == 11

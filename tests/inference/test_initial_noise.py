@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.settings import validate
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.inference.initial_noise import spherical, variation_noise
+from lora_diffusion.inference.initial_noise import slerp_columns, variation_noise
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import load_base
 from lora_diffusion.prompts.image_metadata import read_infotext
-from lora_diffusion.prompts.infotext import generate_settings, parse_infotext
+from lora_diffusion.prompts.infotext import convert_settings, parse_infotext
 
 SHAPE = (1, 4, 32, 32)
 
@@ -38,7 +38,7 @@ def test_the_ends_are_the_two_seeds_own() -> None:
 def test_between_equal_or_opposite_directions_nothing_is_lost_in_a_division() -> None:
     start = torch.randn(SHAPE)
     for end in (start, -start, start * 2):
-        assert torch.isfinite(spherical(start, end, 0.3)).all()
+        assert torch.isfinite(slerp_columns(start, end, 0.3)).all()
 
 
 def picture(**settings: object) -> np.ndarray:
@@ -63,7 +63,7 @@ def test_further_pictures_are_further_variations_and_each_is_made_again(tmp_path
     made[1].save(tmp_path / "a.png")
     info = read_infotext(tmp_path / "a.png")
     assert info
-    table, _ = generate_settings(info, source="a.png")
+    table, _ = convert_settings(info, source="a.png")
     assert (table["variation"], table["variation_seed"]) == (0.3, 8)
     again = generate(load_base(), [s for s in settings if s][1:])[0]
     assert again.image.tobytes() == made[1].image.tobytes()
@@ -73,11 +73,11 @@ def test_a_strength_of_nothing_is_no_variation() -> None:
     line = (
         "a\nSteps: 2, Sampler: euler, CFG scale: 4, Seed: 1, Size: 64x64, Variation seed: 9, Variation seed strength: "
     )
-    table, notes = generate_settings(parse_infotext(f"{line}0.0", source="it"), source="it")
+    table, notes = convert_settings(parse_infotext(f"{line}0.0", source="it"), source="it")
     assert "variation_seed" not in table
     assert not any("ariation" in note for note in notes)
     with pytest.raises(ConfigError, match="Variation seed strength"):
-        generate_settings(parse_infotext(f"{line}2", source="it"), source="it")
+        convert_settings(parse_infotext(f"{line}2", source="it"), source="it")
 
 
 def test_an_idle_seed_is_refused() -> None:

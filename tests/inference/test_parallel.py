@@ -5,24 +5,24 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lora_diffusion.workflows.images.plan import Plan
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.adapters.blend import Blend, blend_sum
-from lora_diffusion.adapters.coefficients import Moment
-from lora_diffusion.adapters.deltas import delta_of
+from lora_diffusion.adapters.coefficients import DenoisingStep
+from lora_diffusion.adapters.deltas import sum_deltas
 from lora_diffusion.adapters.layers import DoRALayer, FullLayer, LoHaLayer, LoRALayer
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendWeight, Composition, Schedule
 from lora_diffusion.errors import AdapterFormatError, ConfigError
-from lora_diffusion.inference.in_place import blended, patching, rounding_loss, weight_at
-from lora_diffusion.inference.parallel import branched, branching
+from lora_diffusion.inference.in_place import blended_weights, rounding_loss, weight_at, weight_patch
+from lora_diffusion.inference.parallel import parallel_blend, parallel_patch
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import Base, load_base, module_at
 from lora_diffusion.models.text_encoding import encode_prompts
 from lora_diffusion.workflows.images.generate import rounding_notes
-from lora_diffusion.workflows.images.plan import Plan
 from tests.conftest import random_adapter
 from tests.inference.test_in_place import PATH, blend_of, mixed_adapter, parameters, same
 
@@ -62,9 +62,9 @@ def test_a_branch_agrees_with_the_weights_in_place(family: str, request: pytest.
     base: Base = request.getfixturevalue(family)
     blend = blend_of((everywhere(base, 1), 0.6), (everywhere(base, 2), -0.3), (random_adapter(base, seed=3), 1.2))
     bare = predict(base)
-    with blended(base, blend):
+    with blended_weights(base, blend):
         in_place = predict(base)
-    with branched(base, blend):
+    with parallel_blend(base, blend):
         beside = predict(base)
     assert (in_place - bare).abs().max() > 0.05
     assert torch.allclose(beside, in_place, atol=1e-4)
@@ -74,31 +74,31 @@ def test_a_branch_agrees_with_the_weights_in_place(family: str, request: pytest.
 def test_each_sample_of_a_batch_has_its_own_blend(sd: Base) -> None:
     one, two, three = everywhere(sd, 1), everywhere(sd, 2), random_adapter(sd, seed=3, rank=7)
     blends = [blend_of((one, 1.0)), blend_of((two, 0.5), (three, -1.0)), Blend(), blend_of((one, -0.4), (two, 0.2))]
-    with branched(sd, *blends):
+    with parallel_blend(sd, *blends):
         together = predict(sd)
     for row, blend in enumerate(blends):
-        with blended(sd, blend):
+        with blended_weights(sd, blend):
             assert torch.allclose(predict(sd, slice(row, row + 1)), together[row : row + 1], atol=1e-4)
 
 
 def test_two_blends_share_a_batch_of_four_in_turn(sd: Base) -> None:
     """Guidance puts the unconditional samples before the others, so that blend i is at i and at i + n."""
     first, second = blend_of((random_adapter(sd, seed=1), 1.0)), blend_of((random_adapter(sd, seed=2), 1.0))
-    with branched(sd, first, second):
+    with parallel_blend(sd, first, second):
         two = predict(sd)
-    with branched(sd, first, second, first, second):
+    with parallel_blend(sd, first, second, first, second):
         assert torch.allclose(two, predict(sd), atol=1e-5)
 
 
 def test_a_batch_that_the_blends_do_not_divide_is_refused(sd: Base) -> None:
     blends = [blend_of((random_adapter(sd, seed=seed), 1.0)) for seed in range(3)]
-    with pytest.raises(ConfigError, match="3 blends for a batch of 4"), branched(sd, *blends):
+    with pytest.raises(ConfigError, match="3 blends for a batch of 4"), parallel_blend(sd, *blends):
         predict(sd)
 
 
 def test_the_weights_are_never_touched_and_nothing_is_left(sd: Base) -> None:
     before, forwards = parameters(sd), [id(m.forward.__func__) for m in sd.pipe.unet.modules()]
-    with pytest.raises(RuntimeError, match="inside"), branched(sd, blend_of((everywhere(sd, 1), 1.0))):
+    with pytest.raises(RuntimeError, match="inside"), parallel_blend(sd, blend_of((everywhere(sd, 1), 1.0))):
         assert same(before, parameters(sd))
         raise RuntimeError("inside")
     assert same(before, parameters(sd))
@@ -109,7 +109,7 @@ def test_the_weights_are_never_touched_and_nothing_is_left(sd: Base) -> None:
 def test_a_broken_adapter_changes_nothing(sd: Base) -> None:
     broken = Adapter(layers={PATH: LoRALayer(down=torch.full((1, 64), torch.nan), up=torch.ones(64, 1), alpha=1.0)})
     good = blend_of((random_adapter(sd, seed=1), 1.0))
-    with branching(sd) as branch:
+    with parallel_patch(sd) as branch:
         branch.apply([good])
         held = predict(sd)
         with pytest.raises(AdapterFormatError, match="NaN"):
@@ -119,11 +119,11 @@ def test_a_broken_adapter_changes_nothing(sd: Base) -> None:
 
 def test_going_from_blend_to_blend_gives_the_last_one(sd: Base) -> None:
     one, two = everywhere(sd, 1), random_adapter(sd, seed=2)
-    with branching(sd) as branch:
+    with parallel_patch(sd) as branch:
         for blend in (blend_of((one, 1.0)), blend_of((two, 0.5)), Blend(), blend_of((one, 0.3), (two, 0.5))):
             branch.apply([blend])
             live = predict(sd)
-    with branched(sd, blend_of((one, 0.3), (two, 0.5))):
+    with parallel_blend(sd, blend_of((one, 0.3), (two, 0.5))):
         assert torch.equal(live, predict(sd))
 
 
@@ -131,11 +131,14 @@ def test_a_schedule_acts_in_a_branch_too(sd: Base) -> None:
     adapter = random_adapter(sd, seed=1, text_encoders=())
     late = BlendWeight(schedule=Schedule(points=((0.0, 0.0), (0.5, 1.0))))
     bare = predict(sd)
-    with branched(sd, blend_of((adapter, late)), moment=Moment(step=0, steps=4)):
+    with parallel_blend(sd, blend_of((adapter, late)), denoising_step=DenoisingStep(index=0, total=4)):
         assert torch.equal(predict(sd), bare)
-    with branched(sd, blend_of((adapter, late)), moment=Moment(step=3, steps=4)), patching(sd):
+    with (
+        parallel_blend(sd, blend_of((adapter, late)), denoising_step=DenoisingStep(index=3, total=4)),
+        weight_patch(sd),
+    ):
         later = predict(sd)
-    with branched(sd, blend_of((adapter, 1.0))):
+    with parallel_blend(sd, blend_of((adapter, 1.0))):
         assert torch.equal(predict(sd), later)
 
 
@@ -160,9 +163,9 @@ def test_operations_do_not_grow_with_the_number_of_adapters(sd: Base) -> None:
     adapters = [random_adapter(sd, seed=seed) for seed in range(8)]
     counts = []
     for number in (1, 8):
-        with branched(sd, blend_of(*((adapter, 0.1) for adapter in adapters[:number]))):
+        with parallel_blend(sd, blend_of(*((adapter, 0.1) for adapter in adapters[:number]))):
             counts.append(operations(sd))
-        with blended(sd, blend_of(*((adapter, 0.1) for adapter in adapters[:number]))):
+        with blended_weights(sd, blend_of(*((adapter, 0.1) for adapter in adapters[:number]))):
             assert operations(sd) == bare
     assert counts[0] == counts[1] <= 1.6 * bare
 
@@ -193,7 +196,7 @@ def test_a_quantized_base_takes_a_branch_and_refuses_to_be_written_to(sd: Base, 
     quantize(base)
     blend = blend_of((random_adapter(sd, seed=1), 0.8))
     bare = predict(base)
-    with branched(base, blend):
+    with parallel_blend(base, blend):
         moved = predict(base)
     for path in (p for p in blend.entries[0].adapter.layers if p.startswith("unet.")):
         module = module_at(base, path)
@@ -203,7 +206,7 @@ def test_a_quantized_base_takes_a_branch_and_refuses_to_be_written_to(sd: Base, 
         whole.bias = module.bias
         parent, _, leaf = path.removeprefix("unet.").rpartition(".")
         setattr(base.pipe.unet.get_submodule(parent), leaf, whole)
-    with branched(base, blend):
+    with parallel_blend(base, blend):
         assert torch.allclose(predict(base), moved, atol=1e-5)
     assert (moved - bare).abs().max() > 0.01
 
@@ -211,7 +214,10 @@ def test_a_quantized_base_takes_a_branch_and_refuses_to_be_written_to(sd: Base, 
 def test_a_quantized_base_is_not_patched(sd: Base, sd_folder: object) -> None:
     base = load_base(str(sd_folder), device=torch.device("cpu"))
     quantize(base)
-    with pytest.raises(ConfigError, match="quantized"), blended(base, blend_of((random_adapter(sd, seed=1), 0.8))):
+    with (
+        pytest.raises(ConfigError, match="quantized"),
+        blended_weights(base, blend_of((random_adapter(sd, seed=1), 0.8))),
+    ):
         pass
     plain = random_adapter(sd, seed=1)
     path = next(path for path in plain.layers if path.startswith("unet."))
@@ -219,7 +225,10 @@ def test_a_quantized_base_is_not_patched(sd: Base, sd_folder: object) -> None:
     assert isinstance(layer, LoRALayer)
     dora = DoRALayer(inner=layer, magnitude=torch.ones(layer.up.shape[0], 1))
     adapter = Adapter(layers={path: dora}, metadata=plain.metadata)
-    with pytest.raises(ConfigError, match="DoRA needs the base's own weight"), branched(base, blend_of((adapter, 1.0))):
+    with (
+        pytest.raises(ConfigError, match="DoRA needs the base's own weight"),
+        parallel_blend(base, blend_of((adapter, 1.0))),
+    ):
         pass
 
 
@@ -228,7 +237,7 @@ def test_bfloat16_keeps_in_a_branch_what_rounding_the_weights_would_swallow(sd: 
     blend = blend_of((random_adapter(sd, seed=1, text_encoders=()), 0.004))
     path = next(iter(blend.entries[0].adapter.layers))
     bare = weight_at(base, path).clone()
-    with blended(base, blend):
+    with blended_weights(base, blend):
         swallowed = (weight_at(base, path) == bare).float().mean()
     assert swallowed > 0.3
     x = torch.randn(1, 8, bare.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -237,7 +246,7 @@ def test_bfloat16_keeps_in_a_branch_what_rounding_the_weights_would_swallow(sd: 
     exact = nn.functional.linear(x.float(), 0.004 * layer.delta())
     with torch.no_grad():
         plain = module(x).float()
-        with branched(base, blend):
+        with parallel_blend(base, blend):
             found = module(x).float() - plain
     spacing = 2.0**-8 * plain.abs().clamp(min=1e-3)
     assert bool(((found - exact).abs() <= 2 * spacing).all())
@@ -250,9 +259,9 @@ def test_in_half_precision_branch_and_weights_agree_to_its_rounding(
     base = load_base(str(sd_folder), device=torch.device("cpu"), precision=precision)
     blend = blend_of((random_adapter(base, seed=1), 0.6), (random_adapter(base, seed=2), -0.3))
     bare = predict(base)
-    with blended(base, blend):
+    with blended_weights(base, blend):
         in_place = predict(base)
-    with branched(base, blend):
+    with parallel_blend(base, blend):
         beside = predict(base)
     assert (in_place - bare).abs().max() > 4 * tolerance
     assert (beside - in_place).abs().max() < tolerance
@@ -265,10 +274,10 @@ def test_a_user_is_told_when_rounding_would_swallow_an_adapter(sd: Base, sd_fold
     for blend in (gentle, strong):
         total = blend_sum(blend)
         lost = delta = 0.0
-        with blended(base, blend):
+        with blended_weights(base, blend):
             for path, terms in total.layers.items():
                 own = weight_at(sd, path).bfloat16().double()
-                change = delta_of(terms).double().reshape(own.shape)
+                change = sum_deltas(terms).double().reshape(own.shape)
                 lost += float((weight_at(base, path).double() - own - change).square().sum())
                 delta += float(change.square().sum())
         assert rounding_loss(base, total) == pytest.approx((lost / delta) ** 0.5, rel=1e-3)
@@ -293,8 +302,8 @@ def test_a_second_branch_is_refused_and_other_tools_forwards_are_put_back(sd: Ba
 
     module.forward = hook  # type: ignore[method-assign]
     try:
-        with branched(sd, blend):
-            with pytest.raises(ConfigError, match="has a branch beside its weights already"), branched(sd, blend):
+        with parallel_blend(sd, blend):
+            with pytest.raises(ConfigError, match="has a branch beside its weights already"), parallel_blend(sd, blend):
                 pass
             with pytest.raises(ConfigError, match="unknown to any recipe"):
                 generate(sd, [GenerateConfig(prompt="a cat", steps=1, width=32, height=32)])
@@ -310,13 +319,16 @@ def test_a_quantized_text_encoder_is_not_patched_either(sd: Base, sd_folder: obj
         if type(module) is nn.Linear:
             parent, _, leaf = name.rpartition(".")
             setattr(encoder.get_submodule(parent), leaf, Int8Linear(module))
-    with pytest.raises(ConfigError, match="quantized"), blended(base, blend_of((random_adapter(sd, seed=1), 0.8))):
+    with (
+        pytest.raises(ConfigError, match="quantized"),
+        blended_weights(base, blend_of((random_adapter(sd, seed=1), 0.8))),
+    ):
         pass
 
 
 def test_a_branch_works_under_autocast(sd: Base) -> None:
     blend = blend_of((random_adapter(sd, seed=1), 0.8))
-    with branched(sd, blend):
+    with parallel_blend(sd, blend):
         plain = predict(sd)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert (predict(sd) - plain).abs().max() < 0.1

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, adapter_hash
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter, blend_sum
-from lora_diffusion.adapters.deltas import delta_of
+from lora_diffusion.adapters.deltas import sum_deltas
 from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.algebra.combine.exact_sum import combine
 from lora_diffusion.errors import AdapterFormatError, ConfigError, FamilyMismatchError
-from lora_diffusion.inference.in_place import blended, weight_at
+from lora_diffusion.inference.in_place import blended_weights, weight_at
 from lora_diffusion.models.load import Base
 from tests.conftest import random_adapter
 
@@ -48,7 +48,7 @@ def summed(blend: Blend) -> Tensor:
 
 
 def delta_at(blend: Blend, path: str) -> Tensor:
-    return delta_of(blend_sum(blend).layers[path])
+    return sum_deltas(blend_sum(blend).layers[path])
 
 
 @given(blends())
@@ -121,22 +121,22 @@ def two(base: Base, first: float, second: float) -> Blend:
 @given(first=weights, second=weights)
 def test_undo_gives_the_base_back_bit_for_bit(sd: Base, first: float, second: float) -> None:
     before = {path: weight_at(sd, path).clone() for path in sd.paths}
-    with blended(sd, two(sd, first, second)):
+    with blended_weights(sd, two(sd, first, second)):
         pass
     assert all(torch.equal(before[path], weight_at(sd, path)) for path in sd.paths)
 
 
 def test_undo_also_follows_an_exception(sd: Base, untouched: dict[str, Tensor]) -> None:
-    with pytest.raises(RuntimeError, match="inside"), blended(sd, two(sd, 1.0, -0.5)):
+    with pytest.raises(RuntimeError, match="inside"), blended_weights(sd, two(sd, 1.0, -0.5)):
         assert not torch.equal(weight_at(sd, PATH), untouched[PATH])
         raise RuntimeError("inside")
 
 
 def test_patched_weights_are_base_plus_delta(sd: Base, untouched: dict[str, Tensor]) -> None:
     blend = two(sd, 0.8, -0.4)
-    with blended(sd, blend):
+    with blended_weights(sd, blend):
         for path, terms in blend_sum(blend).layers.items():
-            expected = untouched[path].double() + delta_of(terms).double().reshape(untouched[path].shape)
+            expected = untouched[path].double() + sum_deltas(terms).double().reshape(untouched[path].shape)
             assert torch.allclose(weight_at(sd, path).double(), expected, atol=1e-6, rtol=1e-6)
 
 
@@ -149,7 +149,7 @@ def test_a_blend_runs_no_more_operations_than_the_base(sd: Base) -> None:
         return counter.get_total_flops()
 
     bare = flops()
-    with blended(sd, two(sd, 1.0, 1.0)):
+    with blended_weights(sd, two(sd, 1.0, 1.0)):
         assert flops() == bare
 
 
@@ -159,15 +159,18 @@ def test_an_adapter_of_another_family_is_refused_before_anything_changes(
     blend = Blend(entries=(WeightedAdapter(adapter=random_adapter(sdxl, seed=1)),))
     with (
         pytest.raises(FamilyMismatchError, match=r"adapter for tiny SDXL, but .* is tiny SD"),
-        blended(sd, blend),
+        blended_weights(sd, blend),
     ):
         pass
     assert torch.equal(weight_at(sd, PATH), untouched[PATH])
 
 
 def test_a_second_blend_into_the_same_base_is_refused(sd: Base, untouched: dict[str, Tensor]) -> None:
-    with blended(sd, two(sd, 1.0, 0.0)):
-        with pytest.raises(ConfigError, match="has a blend in its weights already"), blended(sd, two(sd, 0.5, 0.5)):
+    with blended_weights(sd, two(sd, 1.0, 0.0)):
+        with (
+            pytest.raises(ConfigError, match="has a blend in its weights already"),
+            blended_weights(sd, two(sd, 0.5, 0.5)),
+        ):
             pass
         assert not torch.equal(weight_at(sd, PATH), untouched[PATH])
 
@@ -188,7 +191,7 @@ def test_layers_without_a_module_are_counted_and_named(sd: Base) -> None:
     adapter = Adapter(layers={"unet.nowhere.to_q": layer, PATH: layer})
     with (
         pytest.raises(FamilyMismatchError, match=r"1 of 2 layers match no module .* first: unet\.nowhere\.to_q"),
-        blended(sd, Blend(entries=(WeightedAdapter(adapter=adapter),))),
+        blended_weights(sd, Blend(entries=(WeightedAdapter(adapter=adapter),))),
     ):
         pass
 

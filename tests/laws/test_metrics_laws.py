@@ -11,24 +11,24 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_diffusion.adapters.layers import FullLayer, Layer, LoHaLayer, LoKrLayer, LoRALayer
-from lora_diffusion.algebra.metrics.amplification import amplification
-from lora_diffusion.algebra.metrics.overlap import Overlap, overlap_of, summed
+from lora_diffusion.algebra.metrics.amplification import measure_amplification
+from lora_diffusion.algebra.metrics.overlap import Overlap, measure_overlap, sum_overlaps
 from lora_diffusion.algebra.metrics.spectra import (
-    block_facts,
     effective_rank,
     energy_shares,
+    measure_spectrum,
     rank_holding,
-    spectrum_facts,
     stable_rank,
+    summarize_block,
 )
 from lora_diffusion.algebra.metrics.subspace_similarity import (
-    directions_of,
     grassmann_distance,
+    leading_directions,
     mean_grid,
     random_similarity,
     subspace_similarity,
 )
-from lora_diffusion.algebra.svd.svd import spectrum_of, truncated
+from lora_diffusion.algebra.svd.svd import spectrum_of, truncate_spectrum
 
 seeds = st.integers(0, 2**31)
 few = settings(max_examples=15)
@@ -101,15 +101,15 @@ def test_energy_shares_rise_to_one_and_the_rank_that_holds_a_share_is_the_first(
 def test_a_dead_layer_has_no_directions_and_overlaps_with_nothing() -> None:
     living = lora(6, (5,), 2, seed=1)
     dead = replace(living, up=torch.zeros_like(living.up))
-    facts = spectrum_facts(spectrum_of([(1.0, dead)]))
+    facts = measure_spectrum(spectrum_of([(1.0, dead)]))
     assert (facts.rank, facts.norm, facts.effective_rank, facts.stable_rank, facts.rank_99) == (0, 0, 0, 0, 0)
-    both = overlap_of(spectrum_of([(1.0, dead)]), spectrum_of([(1.0, living)]))
+    both = measure_overlap(spectrum_of([(1.0, dead)]), spectrum_of([(1.0, living)]))
     assert (both.cosine, both.first_share, both.second_share) == (0, 0, 0)
 
 
 def test_a_block_is_the_median_of_its_modules_and_its_norm_that_of_all_together() -> None:
     layers = [lora(6, (5,), rank, seed=rank, alpha=rank * 2.0**rank) for rank in (1, 2, 4)]
-    block = block_facts([spectrum_facts(spectrum_of([(1.0, layer)])) for layer in layers])
+    block = summarize_block([measure_spectrum(spectrum_of([(1.0, layer)])) for layer in layers])
     norms = [float(dense(layer).norm()) for layer in layers]
     assert block.norm == pytest.approx(float(torch.cat([dense(layer).flatten() for layer in layers]).norm()), rel=1e-5)
     assert (block.median_norm, block.largest_norm) == pytest.approx((sorted(norms)[1], max(norms)), rel=1e-5)
@@ -129,19 +129,19 @@ FULL = FullLayer(diff=normal(12, 14))
 @pytest.mark.parametrize("layer", [LOHA, LOKR, FULL], ids=["LoHa", "LoKr", "full"])
 def test_other_kinds_are_measured_by_the_spectra_of_their_deltas(layer: Layer) -> None:
     values = torch.linalg.svdvals(dense(layer))
-    facts = spectrum_facts(spectrum_of([(1.0, layer)]))
+    facts = measure_spectrum(spectrum_of([(1.0, layer)]))
     rank = int(torch.linalg.matrix_rank(dense(layer), rtol=1e-5))
     assert facts.rank == rank
     assert facts.values == pytest.approx(values[:rank].tolist(), rel=1e-4)
     other = lora(12, (14,), 3, seed=0)
-    both = overlap_of(spectrum_of([(1.0, layer)]), spectrum_of([(1.0, other)]))
+    both = measure_overlap(spectrum_of([(1.0, layer)]), spectrum_of([(1.0, other)]))
     assert both.inner == pytest.approx(float((dense(layer) * dense(other)).sum()), abs=1e-5)
 
 
 @given(pairs())
 @few
 def test_phi_is_the_papers_formula_on_dense_deltas(both: tuple[LoRALayer, LoRALayer]) -> None:
-    found = [directions_of(spectrum_of([(1.0, layer)])) for layer in both]
+    found = [leading_directions(spectrum_of([(1.0, layer)])) for layer in both]
     exact = [dense_directions(dense(layer), layer.rank) for layer in both]
     for side in (0, 1):
         first, second = ((each.output, each.input)[side] for each in found)
@@ -157,8 +157,8 @@ def test_phi_is_the_papers_formula_on_dense_deltas(both: tuple[LoRALayer, LoRALa
 @few
 def test_an_adapter_is_like_itself_and_a_rank_of_it_lies_inside_a_higher_one(rank: int, seed: int) -> None:
     spectrum = spectrum_of([(1.0, lora(12, (14,), rank, seed))])
-    lower = spectrum_of([(1.0, truncated(spectrum, max(rank - 2, 1)))])
-    whole, part = directions_of(spectrum), directions_of(lower)
+    lower = spectrum_of([(1.0, truncate_spectrum(spectrum, max(rank - 2, 1)))])
+    whole, part = leading_directions(spectrum), leading_directions(lower)
     for first, second in ((whole.output, part.output), (whole.input, part.input), (whole.input, whole.input)):
         diagonal = subspace_similarity(first, second).diagonal()
         assert torch.allclose(diagonal, torch.ones_like(diagonal), atol=1e-5)
@@ -201,7 +201,7 @@ def test_a_mean_of_grids_takes_each_cell_from_those_that_have_it() -> None:
 def test_amplification_is_the_papers_formula_on_dense_matrices(both: tuple[LoRALayer, LoRALayer], seed: int) -> None:
     layer = both[0]
     weight = torch.randn(*layer.weight_shape, generator=torch.Generator().manual_seed(seed))
-    found = amplification(spectrum_of([(1.0, layer)]), weight)
+    found = measure_amplification(spectrum_of([(1.0, layer)]), weight)
     W = weight.double().flatten(1)
     U, V = dense_directions(dense(layer), layer.rank)
     projected = float((U.T @ W @ V).norm())
@@ -216,13 +216,13 @@ def test_amplification_is_the_papers_formula_on_dense_matrices(both: tuple[LoRAL
 def test_random_directions_hold_of_a_weight_what_is_stated() -> None:
     rng = torch.Generator().manual_seed(0)
     W = torch.randn(10, 16, generator=rng, dtype=torch.float64)
-    found = amplification(spectrum_of([(1.0, lora(10, (16,), 3, seed=2))]), W)
+    found = measure_amplification(spectrum_of([(1.0, lora(10, (16,), 3, seed=2))]), W)
     squares = [float((columns(10, 3, rng).T @ W @ columns(16, 3, rng)).square().sum()) for _ in range(1000)]
     assert found.random**2 == pytest.approx(np.mean(squares), rel=0.06)
 
 
 def test_a_weight_with_nothing_in_the_deltas_directions_has_no_factor() -> None:
-    assert amplification(spectrum_of([(1.0, lora(6, (5,), 2, seed=1))]), torch.zeros(6, 5)).factor is None
+    assert measure_amplification(spectrum_of([(1.0, lora(6, (5,), 2, seed=1))]), torch.zeros(6, 5)).factor is None
 
 
 @given(st.lists(pairs(), min_size=1, max_size=3))
@@ -230,7 +230,7 @@ def test_a_weight_with_nothing_in_the_deltas_directions_has_no_factor() -> None:
 def test_cosine_and_shares_over_modules_are_those_of_the_dense_deltas(
     modules: list[tuple[LoRALayer, LoRALayer]],
 ) -> None:
-    total = summed(overlap_of(spectrum_of([(1.0, a)]), spectrum_of([(1.0, b)])) for a, b in modules)
+    total = sum_overlaps(measure_overlap(spectrum_of([(1.0, a)]), spectrum_of([(1.0, b)])) for a, b in modules)
     first, second = (torch.cat([dense(pair[k]).flatten() for pair in modules]) for k in (0, 1))
     assert total.cosine == pytest.approx(float(first @ second / first.norm() / second.norm()), abs=1e-5)
     assert total.first_share == pytest.approx(dense_share(modules), abs=1e-5)
@@ -254,17 +254,17 @@ def test_overlap_is_symmetrical_and_knows_the_sign_but_not_the_strength(
     both: tuple[LoRALayer, LoRALayer], weight: float
 ) -> None:
     first, second = both
-    one = overlap_of(spectrum_of([(1.0, first)]), spectrum_of([(1.0, second)]))
-    other = overlap_of(spectrum_of([(1.0, second)]), spectrum_of([(weight, first)]))
+    one = measure_overlap(spectrum_of([(1.0, first)]), spectrum_of([(1.0, second)]))
+    other = measure_overlap(spectrum_of([(1.0, second)]), spectrum_of([(weight, first)]))
     assert other.cosine == pytest.approx(math.copysign(1, weight) * one.cosine, abs=1e-5)
-    assert other.shared == pytest.approx(one.shared, abs=1e-5)
-    opposite = overlap_of(spectrum_of([(1.0, first)]), spectrum_of([(weight, first)]))
-    assert (opposite.cosine, opposite.shared) == pytest.approx((math.copysign(1, weight), 1), abs=1e-5)
+    assert other.shared_energy == pytest.approx(one.shared_energy, abs=1e-5)
+    opposite = measure_overlap(spectrum_of([(1.0, first)]), spectrum_of([(weight, first)]))
+    assert (opposite.cosine, opposite.shared_energy) == pytest.approx((math.copysign(1, weight), 1), abs=1e-5)
 
 
 def test_a_module_of_one_adapter_alone_counts_as_energy_and_not_as_overlap() -> None:
     first, second = (spectrum_of([(1.0, lora(6, (5,), 2, seed, alpha=2.0))]) for seed in (1, 1))
-    total = summed([overlap_of(first, second), overlap_of(first, None)])
+    total = sum_overlaps([measure_overlap(first, second), measure_overlap(first, None)])
     assert total.first_share == pytest.approx(0.5)
     assert total.second_share == pytest.approx(1)
     assert total.cosine == pytest.approx(math.sqrt(0.5))
@@ -273,6 +273,6 @@ def test_a_module_of_one_adapter_alone_counts_as_energy_and_not_as_overlap() -> 
 
 def test_random_adapters_share_what_chance_says() -> None:
     drawn = [tuple(spectrum_of([(1.0, lora(12, (14,), r, 100 + 7 * n + r))]) for r in (3, 5)) for n in range(150)]
-    total = summed(overlap_of(*pair) for pair in drawn)
+    total = sum_overlaps(measure_overlap(*pair) for pair in drawn)
     assert total.chance == pytest.approx((5 * 5 + 3 * 3) / 2 / (12 * 14))
-    assert total.shared == pytest.approx(total.chance, rel=0.15)
+    assert total.shared_energy == pytest.approx(total.chance, rel=0.15)

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from lora_diffusion.cli import main
-from lora_diffusion.core.atomic_files import sample_data
-from lora_diffusion.library.search import default_folder, find, find_by_hash, open_library
+from lora_diffusion.core.atomic_files import sample_data_folder
+from lora_diffusion.library.search import default_folder, find_adapter, find_by_hash, open_library
 from tests.helpers.library_files import file_hash_of, kohya, native, payload_of, peft_folder
 from tests.helpers.read_counter import count_bytes_read
 
@@ -30,7 +30,7 @@ def test_the_second_look_at_a_library_reads_none_of_its_files(folder: Path) -> N
     assert counter.bytes > 200
     with count_bytes_read() as counter:
         again = open_library(folder)
-        assert find(again, "adapter 150").stem == "150"
+        assert find_adapter(again, "adapter 150").stem == "150"
     assert counter.bytes == 0
     assert again == first
 
@@ -84,7 +84,7 @@ def test_without_a_place_for_the_index_it_works_all_the_same(folder: Path, monke
     path = kohya(folder / "a.safetensors")
     monkeypatch.setenv("XDG_CACHE_HOME", str(path / "below a file"))
     library = open_library(folder)
-    assert find(library, "a").path == path
+    assert find_adapter(library, "a").path == path
     assert find_by_hash(library, file_hash_of(path)) is not None
     assert [p.name for p in folder.iterdir()] == ["a.safetensors"]
 
@@ -167,10 +167,10 @@ def test_the_command_prints_a_table(folder: Path, capsys: pytest.CaptureFixture[
 def test_the_command_takes_its_folder_from_the_environment_or_the_package(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert default_folder() == sample_data() / "adapters"
+    assert default_folder() == sample_data_folder() / "adapters"
     assert main(["library"]) == 0
     assert "watercolour.safetensors" in capsys.readouterr().out
-    shutil.copy(sample_data() / "adapters" / "ink.safetensors", folder / "only.safetensors")
+    shutil.copy(sample_data_folder() / "adapters" / "ink.safetensors", folder / "only.safetensors")
     monkeypatch.setenv("LORA_DIFFUSION_LIBRARY", str(folder))
     assert main(["library"]) == 0
     assert "only.safetensors" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from PIL import Image, PngImagePlugin
 
 from lora_diffusion.cli import main
 from lora_diffusion.config.preset import BlendPreset, BlendWeight, Region
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.formats.safetensors import file_payload_hash
 from lora_diffusion.library.recipe import INFOTEXT_KEY, read_recipe
@@ -209,5 +209,5 @@ def test_masks_travel_with_presets_by_path_and_hash(sd: Base, shelf: Path, tmp_p
 
 
 def test_the_presets_of_the_package_are_sound() -> None:
-    for path in sorted((sample_data() / "presets").glob("*.json")):
+    for path in sorted((sample_data_folder() / "presets").glob("*.json")):
         assert run("preset", "check", path) == 0

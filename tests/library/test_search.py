@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from lora_diffusion.adapters.adapter import adapter_hash
 from lora_diffusion.cli import main
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import AdapterFormatError, ConfigError
 from lora_diffusion.formats.adapters.load import load_adapter
-from lora_diffusion.library.search import find, find_by_hash, open_library, search
+from lora_diffusion.library.search import find_adapter, find_by_hash, open_library, search
 from tests.helpers.library_files import KOHYA, by_path, file_hash_of, in_place, kohya, native, payload_of, peft_folder
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -52,7 +52,9 @@ def test_sidecars_and_previews(folder: Path) -> None:
     (folder / "other.json").write_text('["of another tool"]')
     (folder / "plain.preview.png").touch()
     (folder / "off.webp").touch()
-    plain, off, broken, other = (find(open_library(folder), name) for name in ("plain", "off", "broken", "other"))
+    plain, off, broken, other = (
+        find_adapter(open_library(folder), name) for name in ("plain", "off", "broken", "other")
+    )
     assert (plain.trigger_words, plain.preferred_weight) == (("sks", "zwx", "glow"), 0.7)
     assert (plain.preview, off.preview, other.preview) == (folder / "plain.preview.png", folder / "off.webp", None)
     assert (off.preferred_weight, off.trigger_words, other.notes) == (None, ("sks",), ())
@@ -77,7 +79,7 @@ def test_names(name: str, relative: str, folder: Path) -> None:
     native(folder / "styles" / "neon.safetensors", name="bright lights")
     native(folder / "ink.safetensors", name="ink-step2")
     native(folder / "ink-step2.safetensors", name="blot")
-    assert find(open_library(folder), name).relative == relative
+    assert find_adapter(open_library(folder), name).relative == relative
 
 
 def test_a_name_of_several_is_refused_with_their_paths(folder: Path) -> None:
@@ -86,20 +88,20 @@ def test_a_name_of_several_is_refused_with_their_paths(folder: Path) -> None:
     library = open_library(folder)
     for name in ("neon", "last", "LAST"):
         with pytest.raises(ConfigError, match=r"means 2 adapters in .*: neon\.safetensors, old/neon\.safetensors;"):
-            find(library, name)
-    assert find(library, "old/neon").relative == "old/neon.safetensors"
-    assert find(library, "neon.safetensors").relative == "neon.safetensors"
+            find_adapter(library, name)
+    assert find_adapter(library, "old/neon").relative == "old/neon.safetensors"
+    assert find_adapter(library, "neon.safetensors").relative == "neon.safetensors"
 
 
 def test_an_unknown_name_is_refused_with_the_nearest(folder: Path) -> None:
     native(folder / "neon.safetensors", name="Bright Lights")
     library = open_library(folder)
     with pytest.raises(ConfigError, match=rf"^no adapter called 'neno' in {folder}; did you mean 'neon'\?$"):
-        find(library, "neno")
+        find_adapter(library, "neno")
     with pytest.raises(ConfigError, match="did you mean 'Bright Lights'"):
-        find(library, "bright light")
+        find_adapter(library, "bright light")
     with pytest.raises(ConfigError, match="lists the 1 that are there"):
-        find(library, "qqq")
+        find_adapter(library, "qqq")
 
 
 def test_files_that_cannot_be_used_stay_visible(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,11 +120,11 @@ def test_files_that_cannot_be_used_stay_visible(folder: Path, capsys: pytest.Cap
     assert "none of its 1 tensors is in a known layout" in found["llm"]
     assert "not valid UTF-8" in found[os.fsdecode(b"bad\xff")]
     with pytest.raises(AdapterFormatError, match="cut short"):
-        find(open_library(folder), "cut")
+        find_adapter(open_library(folder), "cut")
     assert main(["library", str(folder)]) == 0
     out = capsys.readouterr().out
     assert (out.count("\nproblem: "), out.count("\n")) == (5, 7)
-    assert not find(open_library(folder), "good").problem
+    assert not find_adapter(open_library(folder), "good").problem
 
 
 def test_links_in_a_ring_are_looked_at_once(folder: Path) -> None:
@@ -156,12 +158,12 @@ def test_what_lies_beside_a_file_is_noticed_and_its_hashes_stay_known(folder: Pa
     assert found is not None
     (folder / "a.json").write_text('{"preferred weight": 0.5}')
     (folder / "a.png").touch()
-    entry = find(open_library(folder), "a")
+    entry = find_adapter(open_library(folder), "a")
     assert (entry.preferred_weight, entry.preview) == (0.5, folder / "a.png")
     assert (entry.content_hash, entry.file_hash) == (found.content_hash, file_hash_of(path))
     (folder / "a.json").unlink()
     (folder / "a.png").unlink()
-    assert find(open_library(folder), "a") == replace(found, context=found.context)
+    assert find_adapter(open_library(folder), "a") == replace(found, context=found.context)
 
 
 def test_a_new_alpha_beside_peft_tensors_is_another_adapter(folder: Path) -> None:
@@ -227,7 +229,7 @@ def test_edited_metadata_does_not_change_content_and_payload(folder: Path) -> No
     library = open_library(folder)
     assert library.entries[0].name == "after"
     for digest in (content, payload):
-        assert find_by_hash(library, digest) == find(open_library(folder), "after")
+        assert find_by_hash(library, digest) == find_adapter(open_library(folder), "after")
     assert find_by_hash(library, whole) is None
 
 
@@ -282,7 +284,7 @@ def test_search_by_words_and_family(folder: Path) -> None:
     [("[-3, 3]", (-3.0, 3.0)), ("[1, 1]", None), ("[0]", None), ('["a", 1]', None), ("[0, 1e999]", None), ("7", None)],
 )
 def test_a_range_of_weights_is_read_where_it_is_one(tmp_path: Path, text: str, expected: object) -> None:
-    shutil.copy(sample_data() / "adapters" / "neon.safetensors", tmp_path)
+    shutil.copy(sample_data_folder() / "adapters" / "neon.safetensors", tmp_path)
     (tmp_path / "neon.json").write_text(f'{{"weight range": {text}, "preferred weight": 0.5}}')
     (entry,) = open_library(tmp_path).entries
     assert (entry.weight_range, entry.preferred_weight) == (expected, 0.5)

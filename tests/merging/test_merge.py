@@ -15,7 +15,7 @@ from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.merge import MergeConfig, WeightType
 from lora_diffusion.errors import ConfigError, FamilyMismatchError, LoRADiffusionError, OutputError
-from lora_diffusion.inference.in_place import blended, weight_at
+from lora_diffusion.inference.in_place import blended_weights, weight_at
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.merging.merge import MergeReport, merge
 from lora_diffusion.merging.recipe import RECIPE_FILE
@@ -43,7 +43,7 @@ def test_the_merged_checkpoint_holds_the_live_blends_weights(
     assert report.merged_modules == len(blend_sum(blend).layers)
     assert report.rounding_error == 0.0
     again = load_base(str(tmp_path / "merged"), device=torch.device("cpu"))
-    with blended(base, blend):
+    with blended_weights(base, blend):
         assert all(torch.equal(weight_at(again, path), weight_at(base, path)) for path in base.paths)
 
 
@@ -67,7 +67,7 @@ def test_half_precision_is_rounded_once_and_its_loss_reported(sd: Base, tmp_path
     blend = two(sd)
     report = merged(sd, blend, tmp_path / "merged", precision="float16")
     tensors = load_file(tmp_path / "merged" / "unet" / "diffusion_pytorch_model.safetensors")
-    with blended(sd, blend):
+    with blended_weights(sd, blend):
         for path in [p for p in blend_sum(blend).layers if p.startswith("unet.")]:
             assert torch.equal(tensors[f"{path.removeprefix('unet.')}.weight"], weight_at(sd, path).half())
     assert 0 < report.rounding_error < 0.01
@@ -99,7 +99,7 @@ def test_sharded_weights_are_merged_shard_by_shard(sd: Base, tmp_path: Path) -> 
     sharded = load_base(str(tmp_path / "sharded"), device=torch.device("cpu"))
     merged(sharded, two(sd), tmp_path / "merged")
     again = load_base(str(tmp_path / "merged"), device=torch.device("cpu"))
-    with blended(sd, two(sd)):
+    with blended_weights(sd, two(sd)):
         assert all(torch.equal(weight_at(again, path), weight_at(sd, path)) for path in sd.paths)
 
 

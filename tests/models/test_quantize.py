@@ -1,4 +1,4 @@
-"""A base in codes: an adapter trained on it (QLoRA), and pictures made with it."""
+"""A quantized base: an adapter trained on it (QLoRA), and pictures made with it."""
 
 import sys
 from importlib.util import find_spec
@@ -15,14 +15,14 @@ from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.cli import main
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.train import TrainConfig
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.load import load_adapter
-from lora_diffusion.inference.in_place import quantized
+from lora_diffusion.inference.in_place import is_quantized
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.library.recipe import read_recipe
 from lora_diffusion.models.load import load_base
-from lora_diffusion.models.quantize import fits, quantize
+from lora_diffusion.models.quantize import is_quantizable, quantize_base
 from lora_diffusion.training.log import LOG, read_log
 from lora_diffusion.training.loop import train
 from lora_diffusion.training.setup import set_up
@@ -40,7 +40,7 @@ def config_of(ink: Path, tmp_path: Path, codes: str = "nf4", **changes: Any) -> 
 @pytest.mark.parametrize("codes", ["nf4", "fp4", "int8"])
 def test_an_adapter_learns_on_a_base_in_codes_and_fits_the_plain_one(codes: str, ink: Path, tmp_path: Path) -> None:
     config = config_of(ink, tmp_path, codes)
-    assert quantized(set_up(config).base)
+    assert is_quantized(set_up(config).base)
     before = loss_before(config)
     result = train(config)
     assert read_log(tmp_path / "it-run" / LOG)[-1]["validation"]["loss"] < 0.97 * before
@@ -66,9 +66,9 @@ def test_codes_say_nearly_what_the_weights_said_in_a_part_of_the_bytes(codes: An
         with torch.no_grad():
             return base.pipe.unet(noise, 500, encoder_hidden_states=hidden).sample
 
-    before, linear = said(), [m for m in base.pipe.unet.modules() if type(m) is nn.Linear and fits(m)]
+    before, linear = said(), [m for m in base.pipe.unet.modules() if type(m) is nn.Linear and is_quantizable(m)]
     whole = sum(module.weight.numel() * 2 for module in linear)
-    assert quantize(base, codes, base.device).codes == codes
+    assert quantize_base(base, codes, base.device).quantization == codes
     error = float((said() - before).norm() / before.norm())
     assert 0 < error < most
     coded = [m for m in base.pipe.unet.modules() if isinstance(m, nn.Linear) and not m.weight.dtype.is_floating_point]
@@ -90,20 +90,22 @@ def test_a_method_that_needs_whole_weights_is_refused(
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         config_of(ink, tmp_path, adapter=adapter)
-    assert f"compute.quantize 'nf4' keeps weights in codes, and {named} needs them in full" in str(caught.value)
+    assert f"compute.quantize 'nf4' quantizes the base's weights, and {named} needs them unquantized" in str(
+        caught.value
+    )
 
 
 @needs_codes
 def test_pictures_are_made_on_a_base_in_codes_and_made_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    neon = sample_data() / "adapters" / "neon.safetensors"
+    neon = sample_data_folder() / "adapters" / "neon.safetensors"
     asked = ["generate", "--prompt", "a red house, in zwx style", "--steps", "4", "--output", str(tmp_path)]
     assert main([*asked, "--adapter", str(neon)]) == 0
     assert main([*asked, "--adapter", str(neon), "--quantize", "nf4"]) == 0
     assert main([*asked, "--quantize", "nf4"]) == 0
     whole, coded, bare = (tmp_path / f"0000{i}.png" for i in range(3))
-    assert [read_recipe(path).codes for path in (whole, coded, bare)] == ["none", "nf4", "nf4"]
+    assert [read_recipe(path).quantization for path in (whole, coded, bare)] == ["none", "nf4", "nf4"]
     assert 0 < difference(whole, coded) < 0.25 * difference(coded, bare)
     assert main(["generate", "--from", str(coded), "--output", str(tmp_path)]) == 0
     assert (tmp_path / "00003.png").read_bytes() == coded.read_bytes()
@@ -125,11 +127,11 @@ def test_a_base_that_cannot_be_held_in_codes_is_refused(sd_folder: Path) -> None
         if isinstance(module, nn.Linear):
             module.in_features = 33
     with pytest.raises(ConfigError, match="no linear layer"):
-        quantize(base, "nf4", base.device)
+        quantize_base(base, "nf4", base.device)
 
 
 def test_without_the_library_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setattr("lora_diffusion.models.quantize.find_spec", lambda _name: None)
     with pytest.raises(ConfigError, match=r"pip install 'lora-diffusion\[quantized\]'"):
-        quantize(load_base(), "nf4", torch.device("cpu"))
+        quantize_base(load_base(), "nf4", torch.device("cpu"))

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_diffusion.config.generate import GenerateConfig
-from lora_diffusion.inference.sampling import contexts_of, prompt_arguments, sample
+from lora_diffusion.inference.sampling import encode_contexts, prompt_arguments, sample
 from lora_diffusion.models.load import Base
-from lora_diffusion.models.text_encoding import chunk_count, chunks_of, encode_prompts
-from lora_diffusion.prompts.emphasis import plain, weighted
+from lora_diffusion.models.text_encoding import count_chunks, encode_prompts, split_chunks
+from lora_diffusion.prompts.emphasis import parse_emphasis, parse_literal
 from tests.helpers.random_bases import byte_tokenizer
 
 ROOM = 75
@@ -31,7 +31,7 @@ def base(family: str, request: pytest.FixtureRequest) -> Base:
 @BOTH
 @pytest.mark.parametrize("negative", ["", "blurry"])
 def test_a_short_prompt_is_what_diffusers_reads(base: Base, negative: str) -> None:
-    ours = prompt_arguments(contexts_of(base, GenerateConfig(prompt="a cat, red", negative_prompt=negative)))
+    ours = prompt_arguments(encode_contexts(base, GenerateConfig(prompt="a cat, red", negative_prompt=negative)))
     with torch.no_grad():
         found = base.pipe.encode_prompt(
             prompt="a cat, red",
@@ -49,9 +49,9 @@ def test_a_short_prompt_is_what_diffusers_reads(base: Base, negative: str) -> No
 @BOTH
 def test_a_long_prompt_is_its_chunks_one_after_another(base: Base) -> None:
     tokenizer = base.pipe.tokenizer
-    count = chunk_count(base, [plain(LONG)])
+    count = count_chunks(base, [parse_literal(LONG)])
     assert count == 2
-    texts = [tokenizer.decode([token for token, _ in chunk]) for chunk in chunks_of(tokenizer, plain(LONG))]
+    texts = [tokenizer.decode([token for token, _ in chunk]) for chunk in split_chunks(tokenizer, parse_literal(LONG))]
     parts = torch.cat([hidden(base, text) for text in texts], dim=1)
     assert torch.allclose(hidden(base, LONG), parts, atol=1e-5)
     context = encode_prompts(base, [LONG], size_px=32)
@@ -91,7 +91,7 @@ def test_a_chunk_ends_at_a_comma_near_its_end_else_at_a_word(sd: Base) -> None:
     tokenizer = sd.pipe.tokenizer
 
     def first(text: str) -> str:
-        return tokenizer.decode([token for token, _ in chunks_of(tokenizer, plain(text))[0]]).strip()
+        return tokenizer.decode([token for token, _ in split_chunks(tokenizer, parse_literal(text))[0]]).strip()
 
     assert first("x " * 60 + ", " + "y " * 40) == ("x " * 60).strip() + " ,"
     assert first(", " + "y " * 80) == ", " + ("y " * 74).strip()
@@ -102,7 +102,7 @@ def test_a_chunk_ends_at_a_comma_near_its_end_else_at_a_word(sd: Base) -> None:
 @given(st.text(alphabet="ab, c", max_size=400))
 def test_chunks_keep_every_token_in_order(text: str) -> None:
     tokenizer = byte_tokenizer()
-    chunks = chunks_of(tokenizer, plain(text))
+    chunks = split_chunks(tokenizer, parse_literal(text))
     assert [token for chunk in chunks for token, _ in chunk] == tokenizer(text, add_special_tokens=False).input_ids
     assert all(len(chunk) <= ROOM for chunk in chunks)
     assert len([chunk for chunk in chunks if not chunk]) <= 1
@@ -116,4 +116,4 @@ def test_the_end_of_a_long_prompt_is_in_the_picture(sd: Base) -> None:
     assert picture(f"{LONG} cat") != picture(f"{LONG} dog")
     assert picture("a cat", f"{LONG} cat") != picture("a cat", f"{LONG} dog")
     assert picture("a (cat:1.5)") != picture("a cat")
-    assert len(weighted(LONG)[0]) == 1
+    assert len(parse_emphasis(LONG)[0]) == 1

@@ -15,7 +15,7 @@ from lora_diffusion.errors import ConfigError, FamilyMismatchError
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import Base
 from lora_diffusion.models.text_encoding import encode_prompts
-from lora_diffusion.models.textual_inversion import embeddings, learned_words
+from lora_diffusion.models.textual_inversion import embedding_table, learned_tokens
 from tests.conftest import random_adapter
 
 WIDTHS = {"text_encoder": 32, "text_encoder_2": 40}
@@ -32,7 +32,7 @@ def worded(name: str, seed: int, word: str = "sks", components: tuple[str, ...] 
 
 @torch.no_grad()
 def encoded(base: Base, blend: Blend, prompt: str) -> Tensor:
-    with learned_words(base, blend) as rewrite:
+    with learned_tokens(base, blend) as rewrite:
         return encode_prompts(base, [rewrite(prompt)], size_px=32).hidden
 
 
@@ -52,14 +52,16 @@ def test_a_learned_word_means_what_diffusers_makes_of_it(sd: Base, tmp_path: Pat
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_encoders_and_tokenizers_are_put_back(family: str, request: pytest.FixtureRequest) -> None:
     base: Base = request.getfixturevalue(family)
-    components = tuple(base.anatomy.text_layers)
+    components = tuple(base.layout.text_layers)
     before = encoded(base, Blend(), "a sks cat")
-    own = [embeddings(base, component).weight for component in components]
+    own = [embedding_table(base, component).weight for component in components]
     tokenizer = base.pipe.tokenizer
     entry = worded("a", 1, components=components)
-    with pytest.raises(RuntimeError, match="inside"), learned_words(base, Blend(entries=(entry,))):
+    with pytest.raises(RuntimeError, match="inside"), learned_tokens(base, Blend(entries=(entry,))):
         raise RuntimeError("inside")
-    assert all(embeddings(base, component).weight is weight for component, weight in zip(components, own, strict=True))
+    assert all(
+        embedding_table(base, component).weight is weight for component, weight in zip(components, own, strict=True)
+    )
     assert base.pipe.tokenizer is tokenizer
     assert torch.equal(encoded(base, Blend(), "a sks cat"), before)
 

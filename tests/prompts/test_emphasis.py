@@ -5,14 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.prompts.emphasis import Prompt, Span, plain, weighted
+from lora_diffusion.prompts.emphasis import Prompt, WeightedText, parse_emphasis, parse_literal
 
 WORDS = st.text(alphabet="abc ,'é", min_size=1, max_size=8)
 WEIGHTS = st.floats(min_value=0.125, max_value=4).map(lambda weight: round(weight, 3))
 
 
 def spans(text: str) -> list[tuple[str, float]]:
-    return [(span.text, pytest.approx(span.weight)) for section in weighted(text) for span in section]
+    return [(span.text, pytest.approx(span.weight)) for section in parse_emphasis(text) for span in section]
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,10 @@ def test_the_notation_means_what_it_means_to_a1111(text: str, expected: list[tup
 
 
 def test_break_begins_a_section() -> None:
-    assert weighted("a cat BREAK (a dog:1.5)") == ((Span("a cat "),), (Span(" "), Span("a dog", 1.5)))
+    assert parse_emphasis("a cat BREAK (a dog:1.5)") == (
+        (WeightedText("a cat "),),
+        (WeightedText(" "), WeightedText("a dog", 1.5)),
+    )
 
 
 @pytest.mark.parametrize(
@@ -65,7 +68,7 @@ def test_break_begins_a_section() -> None:
 )
 def test_what_cannot_be_read_is_named(text: str, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        weighted(text)
+        parse_emphasis(text)
     assert words in str(caught.value)
     assert repr(text) in str(caught.value)
 
@@ -76,19 +79,19 @@ def test_weights_are_read_as_written(parts: list[tuple[str, float]]) -> None:
         return [(letter, span.weight) for section in prompt for span in section for letter in span.text]
 
     written = "".join(f"({text}:{weight})" for text, weight in parts)
-    assert by_letter(weighted(written)) == [(letter, weight) for text, weight in parts for letter in text]
+    assert by_letter(parse_emphasis(written)) == [(letter, weight) for text, weight in parts for letter in text]
 
 
 @given(st.text(alphabet="ab ()[]\\:.1|", max_size=20))
 def test_escaped_text_and_plain_text_mean_themselves(text: str) -> None:
     escaped = "".join(f"\\{letter}" if letter in "()[]\\" else letter for letter in text)
-    assert weighted(escaped) == plain(text)
+    assert parse_emphasis(escaped) == parse_literal(text)
 
 
 @given(st.text(alphabet="ab ()[]\\:.1|B", max_size=20))
 def test_any_text_is_read_or_refused(text: str) -> None:
     try:
-        read = weighted(text)
+        read = parse_emphasis(text)
     except ConfigError:
         return
     assert all(section for section in read)

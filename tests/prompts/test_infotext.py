@@ -11,14 +11,14 @@ from PIL import ExifTags, Image, PngImagePlugin
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendEntry
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.library.recipe import Recipe, infotext, write_png
-from lora_diffusion.prompts.image_metadata import comment_text, read_infotext
+from lora_diffusion.library.recipe import Recipe, format_infotext, write_png
+from lora_diffusion.prompts.image_metadata import decode_comment, read_infotext
 from lora_diffusion.prompts.infotext import (
     Infotext,
-    generate_settings,
-    hashes,
+    convert_settings,
+    parse_hashes,
     parse_infotext,
-    quoted,
+    quote_value,
 )
 
 FORGE = """a lighthouse, (stormy:1.2) <lora:ink:0.8>
@@ -45,12 +45,12 @@ def opens_negative(prompt: str) -> bool:
 
 
 def written(prompt: str, negative: str, table: dict[str, str]) -> str:
-    last = ", ".join(f"{key}: {quoted(value)}" for key, value in table.items())
+    last = ", ".join(f"{key}: {quote_value(value)}" for key, value in table.items())
     return f"{prompt}\nNegative prompt: {negative}\n{last}" if negative else f"{prompt}\n{last}"
 
 
 def replayed(changes: dict[str, str]) -> tuple[dict[str, object], tuple[str, ...]]:
-    return generate_settings(Infotext(prompt="a cat", settings={**PLAIN, **changes}), source="x.png")
+    return convert_settings(Infotext(prompt="a cat", settings={**PLAIN, **changes}), source="x.png")
 
 
 @given(texts.filter(lambda text: not opens_negative(text)), texts, tables)
@@ -62,7 +62,7 @@ def test_what_is_written_comes_back(prompt: str, negative: str, table: dict[str,
 @given(tables, tables)
 def test_of_equal_keys_the_last_counts(first: dict[str, str], second: dict[str, str]) -> None:
     pairs = [*first.items(), *((key, f"earlier {value}") for key, value in second.items()), *second.items()]
-    line = ", ".join(f"{key}: {quoted(value)}" for key, value in pairs)
+    line = ", ".join(f"{key}: {quote_value(value)}" for key, value in pairs)
     assert parse_infotext(f"a cat\n{line}", source="x.png").settings == {**first, **second}
 
 
@@ -80,9 +80,9 @@ def test_a_recipe_reads_back_from_its_infotext(table: dict[str, str], digest: st
     config = GenerateConfig(prompt="a cat", negative_prompt="rain\nfog", seed=7, guidance=6.5, width=64, height=32)
     entry = BlendEntry(path="x.safetensors", name="wet, ink: two", hash=digest + "ff")
     recipe = Recipe(kind="image", base=model, base_hash="0123456789abcdef", adapters=(entry,), settings=config)
-    info = parse_infotext(infotext(recipe), source="x.png")
+    info = parse_infotext(format_infotext(recipe), source="x.png")
     assert (info.model, info.model_hash, info.lora_hashes) == (model, "0123456789", {"wet, ink: two": digest})
-    again, notes = generate_settings(info, source="x.png")
+    again, notes = convert_settings(info, source="x.png")
     assert GenerateConfig(**again) == config.model_copy(update={"prompt": info.prompt})
     assert notes == ()
 
@@ -96,7 +96,7 @@ def test_forges_text_is_read_as_written() -> None:
     assert (info.model, info.model_hash) == ("v1-5-pruned", "6ce0161689")
     assert list(info.settings)[:3] == ["Steps", "Sampler", "CFG scale"]
     assert parse_infotext(FORGE.replace("\n", "\r\n") + "\r\n", source="x.png") == info
-    assert generate_settings(info, source="x.png") == (
+    assert convert_settings(info, source="x.png") == (
         {
             "prompt": info.prompt,
             "negative_prompt": info.negative_prompt,
@@ -166,12 +166,12 @@ def test_a_text_may_have_no_prompts() -> None:
     ],
 )
 def test_values_are_quoted_where_they_must_be(value: str, expected: str) -> None:
-    assert quoted(value) == expected
+    assert quote_value(value) == expected
 
 
 def test_what_is_no_hash_joins_the_name_after_it_or_nothing() -> None:
-    assert hashes("a: 12ab, b, c: d: 34CD, e: none") == {"a": "12ab", "b, c: d": "34CD"}
-    assert hashes("") == {}
+    assert parse_hashes("a: 12ab, b, c: d: 34CD, e: none") == {"a": "12ab", "b, c: d": "34CD"}
+    assert parse_hashes("") == {}
 
 
 @pytest.mark.parametrize(
@@ -220,13 +220,13 @@ def test_what_has_no_counterpart_is_said_once_for_each_kind() -> None:
 def test_a1111_draws_its_noise_on_the_gpu_unless_it_says_otherwise() -> None:
     without = {key: value for key, value in PLAIN.items() if key != "RNG"}
     said = "RNG: GPU: the starting noise is drawn on the CPU here, so the pixels differ."
-    assert generate_settings(Infotext(prompt="", settings=without), source="x")[1] == (said,)
+    assert convert_settings(Infotext(prompt="", settings=without), source="x")[1] == (said,)
     assert replayed({"RNG": "NV"})[1] == (said.replace("GPU", "NV", 1),)
-    assert generate_settings(Infotext(prompt="", settings={**without, "Sampler": "euler"}), source="x")[1] == ()
+    assert convert_settings(Infotext(prompt="", settings={**without, "Sampler": "euler"}), source="x")[1] == ()
 
 
 def test_what_is_not_said_takes_the_default_and_is_noted() -> None:
-    table, notes = generate_settings(Infotext(prompt="a cat", settings={"Steps": "9"}), source="x.png")
+    table, notes = convert_settings(Infotext(prompt="a cat", settings={"Steps": "9"}), source="x.png")
     assert table == {"prompt": "a cat", "negative_prompt": "", "steps": 9}
     assert [note.split(":")[0] for note in notes] == ["Seed", "CFG scale", "Size", "Sampler"]
 
@@ -355,4 +355,4 @@ def test_damaged_pictures_are_read_or_refused(
 
 @given(st.binary(max_size=80))
 def test_any_bytes_are_some_text(value: bytes) -> None:
-    assert isinstance(comment_text(value), str)
+    assert isinstance(decode_comment(value), str)

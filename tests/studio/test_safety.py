@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from lora_diffusion.cli import main
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import ConfigError
 from lora_diffusion_studio.api import row_from_text
 from lora_diffusion_studio.forms import Form
@@ -27,7 +27,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     folder = tmp_path_factory.mktemp("safe")
     (folder / "secret.txt").write_text("hidden words")
-    places = Places(library=sample_data() / "adapters", output=folder / "out", bases=("tiny-sd",))
+    places = Places(library=sample_data_folder() / "adapters", output=folder / "out", bases=("tiny-sd",))
     said: list[str] = []
     app = serve(Studio(places), block=False, say=said.append)
     yield urlsplit(said[0].split()[5]).netloc
@@ -105,7 +105,7 @@ def test_programs_get_the_pictures_of_the_library(tmp_path: Path) -> None:
 
     from lora_diffusion_studio.app import serve
 
-    places = Places(library=sample_data() / "adapters", output=tmp_path / "out", bases=("tiny-sd",))
+    places = Places(library=sample_data_folder() / "adapters", output=tmp_path / "out", bases=("tiny-sd",))
     studio, said = Studio(places), list[str]()
     app = serve(studio, api=True, block=False, say=said.append)
     clients = [Client(said[0].split()[5], verbose=False) for _ in range(2)]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from lora_diffusion.cli import main
 from lora_diffusion.config.preset import BlendEntry, BlendWeight, Schedule
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import ConfigError, LoRADiffusionError, OutputError
 from lora_diffusion.library.recipe import read_recipe
 from lora_diffusion.library.search import open_library
@@ -45,7 +45,7 @@ BOTH = (Row(name="neon.safetensors", weight=0.6), Row(name="gloop.safetensors", 
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shelf")
     for name in ("neon", "gloop"):
-        shutil.copy(sample_data() / "adapters" / f"{name}.safetensors", folder)
+        shutil.copy(sample_data_folder() / "adapters" / f"{name}.safetensors", folder)
     return folder
 
 
@@ -105,10 +105,10 @@ def test_a_picture_restores_the_form(studio: Studio) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes", "ignore::DeprecationWarning:bitsandbytes")
 def test_a_studio_in_codes_makes_the_pictures_of_its_command(shelf: Path, studio: Studio, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    coded = Studio(Places(library=shelf, output=tmp_path / "coded", bases=("tiny-sd",), codes="nf4"))
+    coded = Studio(Places(library=shelf, output=tmp_path / "coded", bases=("tiny-sd",), quantization="nf4"))
     form = Form(rows=BOTH, settings=PROMPT)
     made = next(event.path for event in coded.render(form) if isinstance(event, Made))
-    assert read_recipe(made).codes == "nf4"
+    assert read_recipe(made).quantization == "nf4"
     assert "--quantize nf4" in coded.command(form)
     assert "--quantize" not in studio.command(form)
     assert coded.restored(made)[1] == ()
@@ -153,7 +153,7 @@ def test_a_weight_that_no_tag_can_say_is_kept_whole(studio: Studio) -> None:
     region=st.sampled_from(["", "box=0,0,0.5,1"]),
 )
 def test_rows_and_entries_say_the_same(weight: float, unet: str | None, blocks: str, start: str, region: str) -> None:
-    library = open_library(sample_data() / "adapters")
+    library = open_library(sample_data_folder() / "adapters")
     row = told(Row(name="ink.safetensors", weight=weight, options=region), unet=unet, lbw=blocks, start=start)
     entry = entry_of(row, library)
     assert entry_of(row_of(entry, library), library) == entry
@@ -291,7 +291,7 @@ def test_seeds_of_the_next_picture() -> None:
 
 
 def test_a_card_has_a_picture_whatever_lies_beside_it(tmp_path: Path) -> None:
-    assert face("neon", None).size == face("neon", sample_data() / "adapters" / "neon.png").size
+    assert face("neon", None).size == face("neon", sample_data_folder() / "adapters" / "neon.png").size
     (tmp_path / "bad.png").write_bytes(b"no picture")
     assert face("neon", tmp_path / "bad.png").tobytes() == face("neon", None).tobytes()
     assert face("neon", tmp_path / "gone.png").tobytes() == face("neon", None).tobytes()

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from lora_diffusion.cli import main
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import ConfigError, DatasetError, OutputError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.library.presets import read_preset
@@ -37,7 +37,7 @@ def studio(tmp_path: Path) -> Studio:
     library = tmp_path / "library"
     library.mkdir()
     for name in ("neon", "gloop"):
-        shutil.copy(sample_data() / "adapters" / f"{name}.safetensors", library)
+        shutil.copy(sample_data_folder() / "adapters" / f"{name}.safetensors", library)
     return Studio(Places(library=library, output=tmp_path / "out", bases=("tiny-sd",)))
 
 
@@ -67,7 +67,7 @@ def test_presets_are_kept_renamed_and_removed(studio: Studio) -> None:
 
 
 def test_a_preset_of_another_place_is_brought_in_with_what_is_here(studio: Studio, tmp_path: Path) -> None:
-    table = json.loads((sample_data() / "presets" / "neon-gloop.json").read_text())
+    table = json.loads((sample_data_folder() / "presets" / "neon-gloop.json").read_text())
     (tmp_path / "theirs.json").write_text(json.dumps(table))
     kept = bring_in(studio, tmp_path / "theirs.json", "theirs")
     paths = [(kept.path.parent / entry.path).resolve() for entry in read_preset(kept.path).adapters]
@@ -238,7 +238,7 @@ def waited(trainer: Trainer, name: str, *, steps: int = 0) -> str:
 
 def test_a_run_is_started_stopped_gone_on_with_and_put_on_the_shelf(studio: Studio) -> None:
     trainer = Trainer(studio)
-    source = sample_data() / "styles" / "ink"
+    source = sample_data_folder() / "styles" / "ink"
     rows = trainer.add_pictures("my ink", [*sorted(source.glob("0[0-3].png")), *sorted(source.glob("0[0-2].txt"))])
     assert [caption == "" for _, caption in rows] == [False, False, False, True]
     with pytest.raises(DatasetError, match=r"03\.png"):
@@ -262,7 +262,7 @@ def test_a_run_is_started_stopped_gone_on_with_and_put_on_the_shelf(studio: Stud
 
 def test_a_run_that_fails_says_why_and_harms_nothing(studio: Studio) -> None:
     trainer = Trainer(studio)
-    trainer.add_pictures("bad", sorted((sample_data() / "styles" / "ink").glob("00.*")))
+    trainer.add_pictures("bad", sorted((sample_data_folder() / "styles" / "ink").glob("00.*")))
     trainer.start(Job(name="bad", base="tiny-sd", steps=2, extra="adapter.rank=-3"))
     assert "adapter.rank" in waited(trainer, "bad")
     for extra in ("output=/etc/x.safetensors", "data.cache_folder=/tmp", "optimizer.kind=os.system", "base=/etc"):

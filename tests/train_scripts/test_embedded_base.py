@@ -13,16 +13,16 @@ from lora_diffusion.adapters.adapter import adapter_hash
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendPreset
-from lora_diffusion.core.atomic_files import sample_data
-from lora_diffusion.evaluation.style_distance import style_distance, style_pictures
+from lora_diffusion.core.atomic_files import sample_data_folder
+from lora_diffusion.evaluation.style_distance import list_style_images, style_distance
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.inference.sampling import generate
-from lora_diffusion.library.references import anchored_entries, load_blend
+from lora_diffusion.library.references import load_blend, resolve_entry_paths
 from lora_diffusion.models.load import Base
 from train_scripts.tiny_world.reader import load_reader, read
 from train_scripts.tiny_world.scene import is_held_out
 
-DATA = sample_data()
+DATA = sample_data_folder()
 STYLES = ("ink", "watercolour", "neon")
 CHARACTERS = ("gloop", "zuki")
 Reader = Callable[[list[Image.Image]], list[str]]
@@ -72,7 +72,7 @@ def place(setting: str) -> str:
 
 @pytest.mark.parametrize("name", STYLES)
 def test_a_style_adapter_moves_pictures_towards_its_style(tiny: Base, name: str) -> None:
-    target = style_pictures(DATA / "styles" / name)
+    target = list_style_images(DATA / "styles" / name)
     texts = prompts(name)[:4]
     base, half, full = (
         style_distance(tiny, pictures(tiny, texts, adapters={name: weight}), target) for weight in (0.0, 0.5, 1.0)
@@ -99,7 +99,7 @@ def test_a_character_appears_in_settings_it_was_not_trained_in(tiny: Base, subje
 @pytest.mark.parametrize("path", sorted((DATA / "presets").glob("*.json")), ids=lambda p: p.stem)
 def test_presets_name_adapters_that_are_there_unchanged(tiny: Base, path: Path) -> None:
     preset = BlendPreset.from_json(path.read_text(), source=str(path))
-    blend = load_blend(anchored_entries(preset.adapters, path.parent)).blend
+    blend = load_blend(resolve_entry_paths(preset.adapters, path.parent)).blend
     assert len(blend.entries) == 2
     assert all(e.hash for e in preset.adapters)
     assert {e.adapter.metadata.base_hash for e in blend.entries} == {tiny.hash}

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter, blend_sum
-from lora_diffusion.adapters.coefficients import Moment
-from lora_diffusion.adapters.deltas import delta_of
+from lora_diffusion.adapters.coefficients import DenoisingStep
+from lora_diffusion.adapters.deltas import sum_deltas
 from lora_diffusion.adapters.layers import DoRALayer, LoRALayer
-from lora_diffusion.config.distillation import DistilConfig
+from lora_diffusion.config.distillation import DistillConfig
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendWeight, Composition, Region, Schedule
 from lora_diffusion.config.settings import validate
@@ -25,20 +25,20 @@ from lora_diffusion.errors import (
 )
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
-from lora_diffusion.inference.composition import composed
-from lora_diffusion.inference.in_place import blended, weight_at
+from lora_diffusion.inference.composition import composition_context
+from lora_diffusion.inference.in_place import blended_weights, weight_at
 from lora_diffusion.inference.sampling import generate, pipeline_with
 from lora_diffusion.models.load import Base, load_base
 from lora_diffusion.models.text_encoding import encode_prompts
-from lora_diffusion.training.distillation.distill import distil, teachings
-from lora_diffusion.training.distillation.mean_delta import mean_sum
-from lora_diffusion.training.distillation.trajectories import Run, recorded
+from lora_diffusion.training.distillation.distill import distill, record_teacher
+from lora_diffusion.training.distillation.mean_delta import record_mean_sum
+from lora_diffusion.training.distillation.trajectories import SamplingRun, record_runs
 from tests.conftest import random_adapter
 from tests.inference.test_in_place import blend_of, parameters
 from tests.inference.test_parallel import everywhere
 
 PROMPTS = ("a cat", "a red boat", "sks", "a house at night")
-CONFIG = DistilConfig(
+CONFIG = DistillConfig(
     rank=2,
     steps=8,
     learning_rate=5e-3,
@@ -73,8 +73,8 @@ def two(base: Base) -> Blend:
     return blend_of((random_adapter(base, seed=1), 0.8), (random_adapter(base, seed=2, rank=2), 0.6))
 
 
-def changed(**changes: Any) -> DistilConfig:
-    return validate(DistilConfig, {**CONFIG.model_dump(), **changes}, source="test")
+def changed(**changes: Any) -> DistillConfig:
+    return validate(DistillConfig, {**CONFIG.model_dump(), **changes}, source="test")
 
 
 def dora(base: Base) -> Blend:
@@ -101,17 +101,17 @@ def test_runs_are_those_of_the_pipeline(family: str, guidance: float, request: p
         found.append(tensors["latents"].clone())
         return tensors
 
-    with blended(base, blend):
+    with blended_weights(base, blend):
         pipe = pipeline_with(base, "ddim")
         generator = torch.Generator().manual_seed(7)
         options = {"guidance_scale": guidance, "num_inference_steps": 3, "output_type": "latent"}
         pipe(PROMPTS[0], width=16, height=16, generator=generator, callback_on_step_end=keep, **options)
-    with composed(base, blend, Composition(), SIZE) as before_step:
-        runs = (Run(prompt=PROMPTS[0], seed=7), Run(prompt=PROMPTS[1], seed=8))
-        pairs = recorded(base, before_step, runs, config)
+    with composition_context(base, blend, Composition(), SIZE) as before_step:
+        runs = (SamplingRun(prompt=PROMPTS[0], seed=7), SamplingRun(prompt=PROMPTS[1], seed=8))
+        pairs = record_runs(base, before_step, runs, config)
     rows = [i for i, text in enumerate(pairs.texts) if text == PROMPTS[0]]
     assert len(pairs) == (12 if guidance > 1 else 6)
-    ours = pairs.taken(rows).latents
+    ours = pairs.take(rows).latents
     for latents, own in zip(found[:2], ours[1:], strict=True):
         assert torch.allclose(own, latents[0], atol=1e-3)
     assert not torch.allclose(ours[1], ours[2], atol=1e-1)
@@ -127,10 +127,10 @@ def test_a_switching_blend_is_recorded_as_it_is_at_each_step(sd: Base) -> None:
     blend = blend_of((random_adapter(sd, seed=1, text_encoders=()), 0.8), (random_adapter(sd, seed=2), 0.6))
     text = replace(blend.entries[1].adapter, layers=text_layers(blend.entries[1].adapter))
     alone = [blend_of((blend.entries[0].adapter, 0.8), (text, 0.6)), blend_of((blend.entries[1].adapter, 0.6))]
-    with composed(sd, blend, SWITCH, SIZE) as before_step:
-        pairs = recorded(sd, before_step, [Run(prompt="a cat", seed=0)], CONFIG)
+    with composition_context(sd, blend, SWITCH, SIZE) as before_step:
+        pairs = record_runs(sd, before_step, [SamplingRun(prompt="a cat", seed=0)], CONFIG)
     for step in range(2):
-        with blended(sd, alone[step]):
+        with blended_weights(sd, alone[step]):
             expected = predict(sd, pairs.latents[step], pairs.timesteps[step], "a cat")
         assert torch.allclose(pairs.predictions[step], expected, atol=1e-4)
 
@@ -149,43 +149,43 @@ def test_the_mean_over_a_run_is_the_mean_of_the_weights_that_it_has(sd: Base, mo
     composition = Composition() if mode == "schedule" else Composition.model_validate({"mode": mode})
     own = parameters(sd)
     total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in own.items()}
-    with composed(sd, blend, composition, SIZE) as before_step:
+    with composition_context(sd, blend, composition, SIZE) as before_step:
         for step in range(8):
-            before_step(Moment(step=step, steps=8), lambda: torch.empty(0))
+            before_step(DenoisingStep(index=step, total=8), lambda: torch.empty(0))
             for name, value in parameters(sd).items():
                 total[name] += value.double() / 8
-    found = mean_sum(sd, blend, composition, 8)
+    found = record_mean_sum(sd, blend, composition, 8)
     for path, terms in found.layers.items():
         name = f"{path}.weight"
-        delta = delta_of(terms, own[name])
+        delta = sum_deltas(terms, own[name])
         assert torch.allclose(own[name].double() + delta.double(), total[name], atol=1e-5)
     assert {name for name in own if not torch.allclose(own[name].double(), total[name], atol=1e-6)} <= set(found.names)
 
 
 def test_the_mean_of_a_composite_is_that_of_taking_turns(sd: Base) -> None:
-    turns = mean_sum(sd, two(sd), Composition(mode="switch", switch_every=1), 4)
-    side_by_side = mean_sum(sd, two(sd), Composition(mode="composite"), 4)
+    turns = record_mean_sum(sd, two(sd), Composition(mode="switch", switch_every=1), 4)
+    side_by_side = record_mean_sum(sd, two(sd), Composition(mode="composite"), 4)
     assert turns.layers.keys() == side_by_side.layers.keys()
     for path, terms in turns.layers.items():
-        assert torch.allclose(delta_of(terms), delta_of(side_by_side.layers[path]), atol=1e-6)
+        assert torch.allclose(sum_deltas(terms), sum_deltas(side_by_side.layers[path]), atol=1e-6)
 
 
 def test_a_sum_at_full_rank_is_there_from_the_start_and_stays(sd: Base) -> None:
-    result = distil(sd, two(sd), Composition(), PROMPTS, changed(rank=6))
+    result = distill(sd, two(sd), Composition(), PROMPTS, changed(rank=6))
     report = result.report
     assert max(report.plain_error, report.start_error, report.error) < 1e-6
     for path, terms in blend_sum(two(sd)).layers.items():
-        assert torch.allclose(result.adapter.layers[path].delta(), delta_of(terms), atol=1e-5)
+        assert torch.allclose(result.adapter.layers[path].delta(), sum_deltas(terms), atol=1e-5)
 
 
 def test_every_kind_of_layer_norm_and_bias_is_in_the_one_adapter(sd: Base) -> None:
     blend = blend_of((everywhere(sd, 1), 0.7), (everywhere(sd, 2), -0.4))
-    report = distil(sd, blend, Composition(), PROMPTS, changed(rank=1000, steps=1)).report
+    report = distill(sd, blend, Composition(), PROMPTS, changed(rank=1000, steps=1)).report
     assert max(report.plain_error, report.start_error, report.error) < 1e-6
 
 
 def test_the_projection_is_a_sum_and_kept_at_full_rank(sd: Base) -> None:
-    report = distil(sd, two(sd), Composition(mode="np-lora"), PROMPTS, changed(rank=6)).report
+    report = distill(sd, two(sd), Composition(mode="np-lora"), PROMPTS, changed(rank=6)).report
     assert max(report.start_error, report.error) < 1e-6
     assert report.plain_error > 1e-3
 
@@ -199,7 +199,7 @@ def test_what_was_learned_is_closer_on_what_was_held_out(sd: Base, way: str) -> 
         blend = Blend(entries=(replace(blend.entries[0], weight=FADING), blend.entries[1]))
     elif way == "dora":
         blend = dora(sd)
-    result = distil(sd, blend, composition, PROMPTS, CONFIG)
+    result = distill(sd, blend, composition, PROMPTS, CONFIG)
     report = result.report
     assert report.error < 0.9 * report.start_error
     assert report.error < report.plain_error
@@ -208,11 +208,11 @@ def test_what_was_learned_is_closer_on_what_was_held_out(sd: Base, way: str) -> 
 
 def test_the_reported_error_is_that_of_the_file(sd: Base, tmp_path: Path) -> None:
     config = changed(save_precision="float16", steps=2)
-    result = distil(sd, two(sd), SWITCH, PROMPTS, config)
+    result = distill(sd, two(sd), SWITCH, PROMPTS, config)
     save_adapter(result.adapter, tmp_path / "one.safetensors")
     adapter = load_adapter(tmp_path / "one.safetensors")
     assert {factor.dtype for layer in adapter.layers.values() for factor in layer.factors.values()} == {torch.float16}
-    _, held_out = teachings(sd, two(sd), SWITCH, PROMPTS, config, "memory")
+    _, held_out = record_teacher(sd, two(sd), SWITCH, PROMPTS, config, "memory")
     rows = list(zip(held_out.latents, held_out.timesteps, held_out.texts, strict=True))
 
     def distance() -> float:
@@ -220,9 +220,9 @@ def test_the_reported_error_is_that_of_the_file(sd: Base, tmp_path: Path) -> Non
         return float((predictions - held_out.predictions).double().square().mean())
 
     own = distance()
-    with blended(sd, blend_of((adapter, 1.0))):
+    with blended_weights(sd, blend_of((adapter, 1.0))):
         assert result.report.error == pytest.approx(distance() / own, rel=1e-3)
-    with blended(sd, two(sd)):
+    with blended_weights(sd, two(sd)):
         assert distance() > 0
     settings = [GenerateConfig(prompt="a cat", steps=2, width=16, height=16)]
     both = blend_of((adapter, 1.0), (random_adapter(sd, seed=5), 0.5))
@@ -231,7 +231,7 @@ def test_the_reported_error_is_that_of_the_file(sd: Base, tmp_path: Path) -> Non
 
 def test_a_bfloat16_base_is_learned_from_in_float32(sd_folder: Path) -> None:
     base = load_base(str(sd_folder), device=torch.device("cpu"), precision=torch.bfloat16)
-    result = distil(base, two(base), SWITCH, PROMPTS[:2], changed(steps=4))
+    result = distill(base, two(base), SWITCH, PROMPTS[:2], changed(steps=4))
     assert {factor.dtype for layer in result.adapter.layers.values() for factor in layer.factors.values()} == {
         torch.float32
     }
@@ -240,7 +240,7 @@ def test_a_bfloat16_base_is_learned_from_in_float32(sd_folder: Path) -> None:
 
 
 def test_training_prompts_and_noise_are_not_those_that_are_measured_on(sd: Base) -> None:
-    training, held_out = teachings(sd, two(sd), Composition(), PROMPTS, changed(runs=2), "memory")
+    training, held_out = record_teacher(sd, two(sd), Composition(), PROMPTS, changed(runs=2), "memory")
     assert not set(training.texts) & set(held_out.texts)
     assert (len(training), len(held_out)) == (3 * 2 * 2, 2 * 2)
     starts = torch.cat([training.latents, held_out.latents])[torch.cat([training.timesteps, held_out.timesteps]) > 400]
@@ -277,4 +277,4 @@ def test_bad_blends_are_one_clear_error(sd: Base) -> None:
     for blend, changes, kind, message in refusals(sd):
         composition, prompts = changes.pop("composition", Composition()), changes.pop("prompts", PROMPTS)
         with pytest.raises(kind, match=message):
-            distil(sd, blend, composition, prompts, changed(**changes))
+            distill(sd, blend, composition, prompts, changed(**changes))

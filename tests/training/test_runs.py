@@ -18,14 +18,14 @@ from lora_diffusion.architectures.families import FAMILIES
 from lora_diffusion.cli import main
 from lora_diffusion.config.adapter import AdapterConfig
 from lora_diffusion.config.defaults import default_settings
-from lora_diffusion.config.methods import method
-from lora_diffusion.config.settings import changed, read_toml
+from lora_diffusion.config.methods import get_method
+from lora_diffusion.config.settings import deep_merge, read_toml
 from lora_diffusion.config.train import TrainConfig
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.models.load import load_base
 from lora_diffusion.training.loop import train
-from lora_diffusion.training.presets import settings_for
+from lora_diffusion.training.presets import make_settings
 from lora_diffusion.workflows.training.dry_run import tried
 from lora_diffusion.workflows.training.run import train_and_report
 from tests.helpers.short_runs import settings
@@ -85,26 +85,26 @@ def test_the_lines_of_a_method_that_trains_no_text_encoder_are_enough(name: str)
     if name == "b-lora":
         told: dict[str, Any] = {"adapter": {"unet_targets": ["up_blocks.0.*"], "text_encoder_targets": []}}
     else:
-        told = {section: dict(values) for section, values in method(name).settings.items()}
+        told = {section: dict(values) for section, values in get_method(name).settings.items()}
     files = {"data": {"folder": "x"}, "output": "x.safetensors"}
-    assert settings_for("style", files, told, base="tiny-sd").optimizer.text_encoder_learning_rate is None
+    assert make_settings("style", files, told, base="tiny-sd").optimizer.text_encoder_learning_rate is None
     kept = {**told, "optimizer": {"text_encoder_learning_rate": 1e-4}}
-    assert settings_for("style", files, kept, base="tiny-sd").optimizer.text_encoder_learning_rate == 1e-4
-    assert settings_for("style", files, base="tiny-sd").optimizer.text_encoder_learning_rate
+    assert make_settings("style", files, kept, base="tiny-sd").optimizer.text_encoder_learning_rate == 1e-4
+    assert make_settings("style", files, base="tiny-sd").optimizer.text_encoder_learning_rate
 
 
 def test_defaults_give_way_to_what_is_said() -> None:
     """A rate that an optimizer finds, what a file to go on from brings, and the pull that a slider has anyway."""
     files: dict[str, Any] = {"data": {"folder": "x", "instance_prompt": "a gloop"}, "output": "x.safetensors"}
-    found = settings_for("style", files, {"optimizer": {"kind": "prodigy"}}, base="tiny-sd").optimizer
+    found = make_settings("style", files, {"optimizer": {"kind": "prodigy"}}, base="tiny-sd").optimizer
     assert (found.learning_rate, found.text_encoder_learning_rate) == (1.0, None)
-    begun = settings_for("style", files, {"adapter": {"begin_with": "a.safetensors"}}, base="tiny-sd").adapter
+    begun = make_settings("style", files, {"adapter": {"begin_with": "a.safetensors"}}, base="tiny-sd").adapter
     assert (begun.rank, begun.unet_targets) == (AdapterConfig().rank, AdapterConfig().unet_targets)
     with pytest.raises(ConfigError, match="leave out rank"):
-        settings_for("style", files, {"adapter": {"begin_with": "a.safetensors", "rank": 2}}, base="tiny-sd")
-    slider = settings_for("dreambooth", files, {**method("slider").settings}, base="tiny-sd")
+        make_settings("style", files, {"adapter": {"begin_with": "a.safetensors", "rank": 2}}, base="tiny-sd")
+    slider = make_settings("dreambooth", files, {**get_method("slider").settings}, base="tiny-sd")
     assert slider.prior.mode == "none"
-    assert settings_for("dreambooth", files, base="tiny-sd").prior.mode == "prediction"
+    assert make_settings("dreambooth", files, base="tiny-sd").prior.mode == "prediction"
 
 
 def test_files_to_train_on_top_of_are_looked_for_beside_the_settings(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_a_frozen_base_shared_out_trains_the_same(pictures: Path, sd_folder: Pat
     alone = train(settings(pictures, sd_folder, changes, batch_size=2, **top))
     output = pictures.parent / "shared" / "style.safetensors"
     config = settings(
-        pictures, sd_folder, changed(changes, {"compute": {"shard": True}}), batch_size=1, output=output, **top
+        pictures, sd_folder, deep_merge(changes, {"compute": {"shard": True}}), batch_size=1, output=output, **top
     )
     size = sum(p.numel() for p in load_base(str(sd_folder)).pipe.unet.parameters())
     first, second, *ends = in_two_processes(config, pictures.parent, "kept")

@@ -9,15 +9,15 @@ import torch
 from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.config.generate import GenerateConfig
-from lora_diffusion.config.train import TrainConfig, WordsConfig
+from lora_diffusion.config.train import TextualInversionConfig, TrainConfig
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import Base, load_base
-from lora_diffusion.models.textual_inversion import embeddings, learned_words
+from lora_diffusion.models.textual_inversion import embedding_table, learned_tokens
 from lora_diffusion.training.log import LOG, read_log
 from lora_diffusion.training.loop import train
-from lora_diffusion.training.methods.textual_inversion import WordRules, put_in
+from lora_diffusion.training.methods.textual_inversion import TextualInversionCallbacks, add_learned_tokens
 from lora_diffusion.training.setup import set_up
 from tests.helpers.short_runs import UNET_ONLY, interrupted, loss_before, settings, short_run
 
@@ -36,7 +36,7 @@ def test_a_word_is_learned_on_the_embedded_base(words: dict[str, Any], ink: Path
     adapter = load_adapter(result.path)
     assert set(adapter.tokens) == {"sks"}
     assert adapter.tokens["sks"]["text_encoder"].shape[0] == config.words.vectors
-    assert bool(adapter.layers) is (not config.words_only)
+    assert bool(adapter.layers) is (not config.trains_embeddings_only)
     prompt = GenerateConfig(prompt="a white house in the snow, in sks style", steps=4)
     own, moved = (
         generate(tiny, [prompt], blend)[0].image.tobytes()
@@ -51,7 +51,7 @@ def test_only_these_rows_change_and_keep_their_length(pictures: Path, sd_folder:
     )
     run = set_up(config)
     assert run.words
-    table = embeddings(run.base, "text_encoder").weight.detach().clone()
+    table = embedding_table(run.base, "text_encoder").weight.detach().clone()
     (name,) = run.parameters
     start = run.parameters[name].detach().clone()
     result = train(config)
@@ -61,7 +61,7 @@ def test_only_these_rows_change_and_keep_their_length(pictures: Path, sd_folder:
     assert torch.allclose(learned.norm(dim=1), start.norm(dim=1), rtol=2e-3)
     fresh = load_base(str(sd_folder))
     assert torch.equal(
-        embeddings(fresh, "text_encoder").weight, table[: embeddings(fresh, "text_encoder").num_embeddings]
+        embedding_table(fresh, "text_encoder").weight, table[: embedding_table(fresh, "text_encoder").num_embeddings]
     )
 
 
@@ -78,17 +78,17 @@ def test_the_adapter_waits_for_the_words_and_then_they_for_it(pictures: Path, sd
 
 def test_a_learned_word_reads_in_training_as_it_does_in_sampling(sd_folder: Path) -> None:
     from lora_diffusion.models.text_encoding import encode_prompts
-    from lora_diffusion.prompts.emphasis import plain
+    from lora_diffusion.prompts.emphasis import parse_literal
 
     training, sampling = load_base(str(sd_folder)), load_base(str(sd_folder))
-    words = put_in(training, WordsConfig(words=("sks",), vectors=2), seed=3)
-    adapter = Adapter(layers={}, tokens=words.tokens(torch.float32))
+    words = add_learned_tokens(training, TextualInversionConfig(words=("sks",), vectors=2), seed=3)
+    adapter = Adapter(layers={}, tokens=words.extract_tokens(torch.float32))
     text = "a house in sks style"
     with torch.no_grad():
-        ours = encode_prompts(training, [text], size_px=64, read=words.reading(plain)).hidden
-        with learned_words(sampling, Blend(entries=(WeightedAdapter(adapter=adapter),))) as rewrite:
-            theirs = encode_prompts(sampling, [rewrite(text)], size_px=64, read=plain).hidden
-        other = encode_prompts(sampling, [text], size_px=64, read=plain).hidden
+        ours = encode_prompts(training, [text], size_px=64, read=words.wrap_parser(parse_literal)).hidden
+        with learned_tokens(sampling, Blend(entries=(WeightedAdapter(adapter=adapter),))) as rewrite:
+            theirs = encode_prompts(sampling, [rewrite(text)], size_px=64, read=parse_literal).hidden
+        other = encode_prompts(sampling, [text], size_px=64, read=parse_literal).hidden
     assert torch.equal(ours, theirs)
     assert not torch.equal(ours, other)
 
@@ -104,7 +104,9 @@ def test_a_stopped_run_with_words_goes_on_as_if_it_had_not(pictures: Path, sd_fo
 def test_lengths_hold_exactly_as_they_were() -> None:
     vectors = torch.nn.Parameter(torch.randn(3, 8))
     before = vectors.detach().norm(dim=1)
-    rules = WordRules({"text_encoder.words.a": vectors}, {}, WordsConfig(words=("a",)), steps=4)
+    rules = TextualInversionCallbacks(
+        {"text_encoder.words.a": vectors}, {}, TextualInversionConfig(words=("a",)), steps=4
+    )
     with torch.no_grad():
         vectors.mul_(5).add_(1)
     rules.after_step(0, lambda _vectors: 1e-3)
@@ -131,7 +133,9 @@ def test_what_cannot_be_learned_is_one_sentence(
 
 def test_what_rests_has_no_part_in_means_and_best_steps() -> None:
     words, others = ({name: torch.nn.Parameter(torch.ones(1, 2))} for name in ("text_encoder.words.a", "unet.x.up"))
-    rules = WordRules(words, others, WordsConfig(words=("a",), alone=0.5, until=0.75), steps=8)
-    assert [len([*rules.resting(step)]) for step in (0, 3, 4, 6)] == [1, 1, 0, 1]
-    assert [rules.settled(done) for done in (1, 4, 5)] == [False, False, True]
-    assert WordRules(words, {}, WordsConfig(words=("a",), alone=1.0), steps=8).settled(1)
+    rules = TextualInversionCallbacks(
+        words, others, TextualInversionConfig(words=("a",), alone=0.5, until=0.75), steps=8
+    )
+    assert [len([*rules.frozen_parameters(step)]) for step in (0, 3, 4, 6)] == [1, 1, 0, 1]
+    assert [rules.is_stable(done) for done in (1, 4, 5)] == [False, False, True]
+    assert TextualInversionCallbacks(words, {}, TextualInversionConfig(words=("a",), alone=1.0), steps=8).is_stable(1)

@@ -16,10 +16,10 @@ from torch import Tensor
 from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.adapters.blend import Blend
 from lora_diffusion.adapters.layers import DoRALayer, Layer, LoRALayer
-from lora_diffusion.algebra.svd.svd import spectrum_of, truncated
+from lora_diffusion.algebra.svd.svd import spectrum_of, truncate_spectrum
 from lora_diffusion.cli.commands.analyze import Analyze
 from lora_diffusion.config.preset import BaseTerm
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import BaseModelError, ConfigError, FamilyMismatchError, OutputError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
@@ -30,7 +30,7 @@ from lora_diffusion.workflows.adapters.analyze import analyze_files
 from lora_diffusion.workflows.adapters.analyze_report import describe_analysis
 from tests.conftest import random_adapter
 
-ADAPTERS = sample_data() / "adapters"
+ADAPTERS = sample_data_folder() / "adapters"
 Saved = Callable[..., Path]
 
 
@@ -101,7 +101,7 @@ def test_one_adapter_has_spectra_and_no_pairs(tmp_path: Path, capsys: pytest.Cap
 
 def test_a_lower_rank_of_a_training_lies_inside_the_whole(tmp_path: Path) -> None:
     neon = load_adapter(ADAPTERS / "neon.safetensors")
-    lower = {path: truncated(spectrum_of([(1.0, layer)]), 3) for path, layer in neon.layers.items()}
+    lower = {path: truncate_spectrum(spectrum_of([(1.0, layer)]), 3) for path, layer in neon.layers.items()}
     path = tmp_path / "lower.safetensors"
     save_adapter(replace(neon, layers=lower), path)
     facts = analyze_files([ADAPTERS / "neon.safetensors", path])

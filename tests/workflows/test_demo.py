@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import OutputError
 from lora_diffusion.models.load import load_base
 from lora_diffusion.workflows.demo import PROMPTS, SUBJECT_ROWS, run_demo
@@ -26,7 +26,7 @@ def test_the_story_in_short(tmp_path: Path) -> None:
         assert sheet.width > 900
     assert load_base(str(tmp_path / "demo" / "merged")).family.name == "tiny-sd"
     cells = full_style_cells(tmp_path / "demo" / "grid.png")
-    readings = read(load_reader(sample_data() / "tiny-world-reader"), cells)
+    readings = read(load_reader(sample_data_folder() / "tiny-world-reader"), cells)
     recognised = [r.subject in prompt.split() for r, prompt in zip(readings, PROMPTS, strict=False)]
     assert sum(recognised) >= 2, readings
 

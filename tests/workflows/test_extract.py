@@ -19,16 +19,16 @@ from torch import Tensor
 
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.adapters.layers import LoRALayer
-from lora_diffusion.algebra.reduce.extract import Approximation, approximate, extract
+from lora_diffusion.algebra.reduce.extract import Approximation, approximate_layers, extract_layers
 from lora_diffusion.algebra.reduce.resize import CompressionReport
-from lora_diffusion.algebra.svd.randomized_svd import Sketch, sketched_spectrum
-from lora_diffusion.algebra.svd.rank_selection import RankRule, count
+from lora_diffusion.algebra.svd.randomized_svd import Sketch, randomized_spectrum
+from lora_diffusion.algebra.svd.rank_selection import RankRule, select_rank
 from lora_diffusion.algebra.svd.svd import dense_spectrum
 from lora_diffusion.cli.commands.extract import Approximate, Extract
 from lora_diffusion.config.settings import EMBEDDED_BASE
 from lora_diffusion.errors import BaseModelError, ConfigError, FamilyMismatchError, OutputError
 from lora_diffusion.formats.adapters.load import load_adapter
-from lora_diffusion.inference.in_place import blended, weight_at
+from lora_diffusion.inference.in_place import blended_weights, weight_at
 from lora_diffusion.merging.merge import merge
 from lora_diffusion.models.load import Base
 from lora_diffusion.workflows.adapters.extract import Extracting, approximate_file, extract_file
@@ -58,7 +58,7 @@ def product(layer: LoRALayer) -> Tensor:
 
 
 def one(weight: Tensor, how: Approximation) -> tuple[LoRALayer, CompressionReport]:
-    found = approximate([(PATH, weight)], how)
+    found = approximate_layers([(PATH, weight)], how)
     return found.layers[PATH], found.report
 
 
@@ -105,9 +105,9 @@ def test_extracting_a_merged_adapter_gives_its_delta_back(
         assert (found.delta() - expected).norm() < 1e-4 * expected.norm(), path
     assert done.whole_error < 1e-4
     assert not done.left_out
-    with blended(base, Blend(entries=(WeightedAdapter(adapter=again),))):
+    with blended_weights(base, Blend(entries=(WeightedAdapter(adapter=again),))):
         live = {path: weight_at(base, path).clone() for path in base.paths}
-    with blended(base, blend):
+    with blended_weights(base, blend):
         assert all(torch.allclose(live[path], weight_at(base, path), atol=2e-5) for path in base.paths)
 
 
@@ -119,7 +119,7 @@ def test_no_layer_of_the_rank_is_closer(shape: tuple[int, ...], rank: int, seed:
     A backward stable decomposition errs by a small multiple of size * epsilon * the largest singular value.
     """
     base, weight = random_weight(shape, seed + 100), random_weight(shape, seed)
-    found = extract([(PATH, base, base + weight)], Approximation(rule=RankRule(rank=rank)))
+    found = extract_layers([(PATH, base, base + weight)], Approximation(rule=RankRule(rank=rank)))
     delta = (base + weight).double() - base.double()
     tail = torch.linalg.svdvals(delta.flatten(1))[rank:].square().sum().sqrt()
     rounding = min(delta.flatten(1).shape) * torch.finfo(torch.float32).eps * float(delta.norm())
@@ -178,11 +178,11 @@ def test_a_quantile_counts_the_values_above_it(quantile: float, seed: int) -> No
 
 def test_a_cap_and_numerical_zeros_hold_for_thresholds_and_quantiles() -> None:
     values = torch.tensor([4.0, 3.0, 2.0, 1.0, 1e-9, 1e-10])
-    assert count(RankRule(threshold=1.5), values) == 3
-    assert count(RankRule(threshold=1.5, at_most=2), values) == 2
-    assert count(RankRule(threshold=1e-12), values) == 4
-    assert count(RankRule(threshold=9.0), values) == 1
-    assert count(RankRule(quantile=0.5), values) == 2
+    assert select_rank(RankRule(threshold=1.5), values) == 3
+    assert select_rank(RankRule(threshold=1.5, at_most=2), values) == 2
+    assert select_rank(RankRule(threshold=1e-12), values) == 4
+    assert select_rank(RankRule(threshold=9.0), values) == 1
+    assert select_rank(RankRule(quantile=0.5), values) == 2
     assert str(RankRule(threshold=0.5, at_most=2)) == "threshold 0.5, at most 2"
 
 
@@ -209,7 +209,7 @@ def test_the_randomized_method_agrees_with_the_exact_one_on_a_falling_spectrum(
     """To 1e-3 in the values, and at most 0.1 % more is lost than by the best layer; over all that can be drawn here the
     worst are 4e-4 and 0.011 %."""
     weight = random_weight(shape, seed, fall=0.9)
-    exact, sketched = dense_spectrum(weight), sketched_spectrum(weight, 12, Sketch(seed=seed))
+    exact, sketched = dense_spectrum(weight), randomized_spectrum(weight, 12, Sketch(seed=seed))
     torch.testing.assert_close(sketched.values[:12], exact.values[:12], rtol=1e-3, atol=0)
     (best, best_report), (_, report) = (
         one(weight, Approximation(rule=RankRule(rank=12), sketch=s)) for s in (None, Sketch(seed=seed))
@@ -426,7 +426,7 @@ def test_the_low_rank_part_of_a_base_cannot_be_added_to_one(sd: Base, tmp_path: 
     assert "do not add it to a base" in adapter.metadata.description
     with (
         pytest.raises(FamilyMismatchError, match="is an adapter for low-rank part of tiny SD, but"),
-        blended(sd, Blend(entries=(WeightedAdapter(adapter=adapter),))),
+        blended_weights(sd, Blend(entries=(WeightedAdapter(adapter=adapter),))),
     ):
         pass
 

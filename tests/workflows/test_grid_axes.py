@@ -5,9 +5,10 @@ import string
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lora_diffusion.workflows.images.plan import Plan
 
 from lora_diffusion.adapters.coefficients import block_factors
-from lora_diffusion.architectures.blocks import block_layouts
+from lora_diffusion.architectures.blocks import vector_block_names
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendEntry, BlendWeight, Composition, Schedule
 from lora_diffusion.errors import ConfigError
@@ -23,9 +24,8 @@ from lora_diffusion.workflows.images.grid_axes import (
     place_of,
     without_blocks,
 )
-from lora_diffusion.workflows.images.plan import Plan
 
-ANATOMY = find_checkpoint("tiny-sd").anatomy
+LAYOUT = find_checkpoint("tiny-sd").layout
 SCHEDULE = Schedule(points=((0.0, 0.0), (0.5, 1.0)))
 ENTRIES = (
     BlendEntry(path="/shelf/neon.safetensors", weight=BlendWeight(value=0.6, blocks="OUTALL", schedule=SCHEDULE)),
@@ -98,13 +98,13 @@ def test_what_cannot_be_is_one_sentence(text: str, words: str) -> None:
 
 
 def test_each_block_is_left_out_once_and_the_rest_is_as_it_was() -> None:
-    plans = without_blocks(PLAN, "neon", ANATOMY)
+    plans = without_blocks(PLAN, "neon", LAYOUT)
     assert plans.pop("").entries == ENTRIES
-    assert list(plans) == list(block_layouts(ANATOMY)[1])
-    before = block_factors("OUTALL", ANATOMY)
+    assert list(plans) == list(vector_block_names(LAYOUT)[1])
+    before = block_factors("OUTALL", LAYOUT)
     for block, plan in plans.items():
         weight = plan.entries[0].weight
         assert isinstance(weight, BlendWeight)
-        assert block_factors(weight.blocks, ANATOMY) == {**before, block: 0.0}  # type: ignore[arg-type]
+        assert block_factors(weight.blocks, LAYOUT) == {**before, block: 0.0}  # type: ignore[arg-type]
         assert (weight.value, weight.schedule) == (0.6, SCHEDULE)
         assert plan.entries[1] == ENTRIES[1]

@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, adapter_hash, cast
+from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, adapter_hash, cast_adapter
 from lora_diffusion.adapters.layers import DoRALayer, LoHaLayer, LoRALayer
-from lora_diffusion.algebra.reduce.shared_basis import SharedFamily, member, shared
-from lora_diffusion.algebra.svd.svd import spectrum_of, truncated
+from lora_diffusion.algebra.reduce.shared_basis import SharedFamily, extract_member, share_bases
+from lora_diffusion.algebra.svd.svd import spectrum_of, truncate_spectrum
 from lora_diffusion.cli.commands.pack import Pack, Unpack
 from lora_diffusion.core.dtypes import tensor_bytes
 from lora_diffusion.errors import AdapterFormatError, ConfigError, FamilyMismatchError, OutputError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
-from lora_diffusion.formats.adapters.pack import PACK_KEY, load_pack, names_in, refuse_pack, save_pack
+from lora_diffusion.formats.adapters.pack import PACK_KEY, check_not_pack, list_members, load_pack, save_pack
 from lora_diffusion.formats.safetensors import read_header, read_safetensors, write_safetensors
 from lora_diffusion.workflows.adapters.pack import Packing, pack_files, unpack_file
 
@@ -74,9 +74,9 @@ families = st.builds(
 def test_the_error_is_the_true_one_rounding_included(
     adapters: dict[str, Adapter], rank: int, dtype: torch.dtype
 ) -> None:
-    family = shared(adapters, rank, dtype)
+    family = share_bases(adapters, rank, dtype)
     for name, adapter in adapters.items():
-        back = member(family, name)
+        back = extract_member(family, name)
         assert family.members[name].error == pytest.approx(true_error(adapter, back), abs=2e-6)
         for path, layer in adapter.layers.items():
             new = back.layers[path]
@@ -89,16 +89,16 @@ def test_the_error_is_the_true_one_rounding_included(
 @settings(max_examples=10)
 @given(families)
 def test_a_rank_of_all_ranks_together_is_exact(adapters: dict[str, Adapter]) -> None:
-    family = shared(adapters, sum(max(x.rank for x in a.layers.values()) for a in adapters.values()))  # type: ignore[attr-defined]
+    family = share_bases(adapters, sum(max(x.rank for x in a.layers.values()) for a in adapters.values()))  # type: ignore[attr-defined]
     for name, adapter in adapters.items():
-        assert true_error(adapter, member(family, name)) < 1e-5
+        assert true_error(adapter, extract_member(family, name)) < 1e-5
         assert family.members[name].error < 1e-5
 
 
 @settings(max_examples=10)
 @given(families)
 def test_bases_are_orthonormal_and_cores_are_the_projections(adapters: dict[str, Adapter]) -> None:
-    family = shared(adapters, 3)
+    family = share_bases(adapters, 3)
     for path, module in family.modules.items():
         left, right = module.left.double(), module.right.double()
         assert torch.allclose(left.T @ left, torch.eye(left.shape[1], dtype=torch.float64), atol=1e-5)
@@ -115,9 +115,9 @@ def test_bases_are_orthonormal_and_cores_are_the_projections(adapters: dict[str,
 @given(st.integers(0, 2**31), st.integers(1, 6))
 def test_a_pack_of_one_is_its_svd(seed: int, rank: int) -> None:
     adapters = new_family(seed, (4,))
-    back = member(shared(adapters, rank), "file-0")
+    back = extract_member(share_bases(adapters, rank), "file-0")
     for path, layer in adapters["file-0"].layers.items():
-        best = truncated(spectrum_of([(1.0, layer)]), rank)
+        best = truncate_spectrum(spectrum_of([(1.0, layer)]), rank)
         left, values, right = torch.linalg.svd(dense(layer), full_matrices=False)
         bound = left[:, :rank] * values[:rank] @ right[:rank]
         assert torch.allclose(dense(back.layers[path]), bound, atol=1e-4)
@@ -131,7 +131,7 @@ def squared_errors(family: SharedFamily) -> float:
 @settings(max_examples=10)
 @given(families)
 def test_the_error_falls_as_the_rank_grows(adapters: dict[str, Adapter]) -> None:
-    errors = [squared_errors(shared(adapters, rank)) for rank in (1, 2, 4, 8, 16)]
+    errors = [squared_errors(share_bases(adapters, rank)) for rank in (1, 2, 4, 8, 16)]
     assert all(after <= before + 1e-6 for before, after in itertools.pairwise(errors))
     assert errors[-1] < 1e-9
 
@@ -155,7 +155,7 @@ def test_more_rounds_would_find_no_better_bases() -> None:
         for path in SHAPES:
             deltas = [dense(a.layers[path]) / strengths[n] ** 0.5 for n, a in adapters.items() if path in a.layers]
             best += alternated_to_the_end(deltas, rank)
-        ours += squared_errors(shared(adapters, rank))
+        ours += squared_errors(share_bases(adapters, rank))
     assert ours <= 1.005 * best
 
 
@@ -168,13 +168,13 @@ def test_what_a_family_has_in_common_is_found() -> None:
         str(n): Adapter(layers={QUERY: LoRALayer(up=left @ first, down=second @ right, alpha=2.0)})
         for n, (first, second) in enumerate(mixings)
     }
-    assert max(part.error for part in shared(adapters, 4).members.values()) < 1e-5
-    assert min(part.error for part in shared(adapters, 2).members.values()) > 0.05
+    assert max(part.error for part in share_bases(adapters, 4).members.values()) < 1e-5
+    assert min(part.error for part in share_bases(adapters, 2).members.values()) > 0.05
 
 
 def test_each_adapter_counts_alike_however_strong_it_is() -> None:
-    even = shared(new_family(1, (3, 3, 3)), 3)
-    uneven = shared(new_family(1, (3, 3, 3), strengths=(1.5, 150.0, 0.015)), 3)
+    even = share_bases(new_family(1, (3, 3, 3)), 3)
+    uneven = share_bases(new_family(1, (3, 3, 3), strengths=(1.5, 150.0, 0.015)), 3)
     errors = {name: part.error for name, part in even.members.items()}
     assert {name: part.error for name, part in uneven.members.items()} == pytest.approx(errors, abs=1e-4)
 
@@ -182,10 +182,10 @@ def test_each_adapter_counts_alike_however_strong_it_is() -> None:
 def test_a_layer_of_zeros_is_no_trouble() -> None:
     adapters = new_family(2, (2, 2))
     still = {path: replace(x, up=torch.zeros_like(x.up)) for path, x in adapters["file-0"].layers.items()}  # type: ignore[attr-defined]
-    family = shared({**adapters, "file-0": Adapter(layers=still)}, 2)
+    family = share_bases({**adapters, "file-0": Adapter(layers=still)}, 2)
     assert family.members["file-0"].error == 0
     assert family.members["file-1"].error < 1e-5
-    assert all(float(dense(layer).norm()) == 0 for layer in member(family, "file-0").layers.values())
+    assert all(float(dense(layer).norm()) == 0 for layer in extract_member(family, "file-0").layers.values())
 
 
 def stored_bytes(family: SharedFamily, name: str) -> dict[str, bytes]:
@@ -203,43 +203,45 @@ def test_the_file_gives_every_adapter_back(
     tmp_path_factory: pytest.TempPathFactory, adapters: dict[str, Adapter], rank: int, dtype: torch.dtype
 ) -> None:
     path = tmp_path_factory.mktemp("packs") / "pack.safetensors"
-    family = shared(adapters, rank, dtype)
+    family = share_bases(adapters, rank, dtype)
     save_pack(family, path)
-    assert names_in(path) == tuple(adapters)
+    assert list_members(path) == tuple(adapters)
     whole = load_pack(path)
     for name, adapter in adapters.items():
         alone = load_pack(path, [name])
         assert list(alone.members) == [name]
         for read in (whole, alone):
             assert stored_bytes(read, name) == stored_bytes(family, name)
-            assert member(read, name).metadata == adapter.metadata
-            assert member(read, name).biases.keys() == adapter.biases.keys()
-            assert member(read, name).tokens.keys() == adapter.tokens.keys()
-            assert true_error(adapter, member(read, name)) == pytest.approx(family.members[name].error, abs=2e-6)
+            assert extract_member(read, name).metadata == adapter.metadata
+            assert extract_member(read, name).biases.keys() == adapter.biases.keys()
+            assert extract_member(read, name).tokens.keys() == adapter.tokens.keys()
+            assert true_error(adapter, extract_member(read, name)) == pytest.approx(
+                family.members[name].error, abs=2e-6
+            )
         assert alone.members[name].error == pytest.approx(family.members[name].error, abs=1e-12)
     last = list(adapters)[-1]
-    assert torch.equal(member(whole, last).biases[CONV], adapters[last].biases[CONV])
-    words = member(whole, last).tokens["<a.b>"]["text_encoder"]
+    assert torch.equal(extract_member(whole, last).biases[CONV], adapters[last].biases[CONV])
+    words = extract_member(whole, last).tokens["<a.b>"]["text_encoder"]
     assert torch.equal(words, adapters[last].tokens["<a.b>"]["text_encoder"])
 
 
 def test_a_learned_word_alone_can_be_packed(tmp_path: Path) -> None:
     adapters = new_family(3, (2,))
     adapters["word"] = Adapter(layers={}, tokens={"<w>": {"text_encoder": torch.ones(1, 16)}})
-    save_pack(shared(adapters, 2), tmp_path / "pack.safetensors")
-    back = member(load_pack(tmp_path / "pack.safetensors"), "word")
+    save_pack(share_bases(adapters, 2), tmp_path / "pack.safetensors")
+    back = extract_member(load_pack(tmp_path / "pack.safetensors"), "word")
     assert adapter_hash(back) == adapter_hash(adapters["word"])
 
 
 def test_one_adapter_is_read_without_the_others(tmp_path: Path) -> None:
     """The bytes of the others may be anything."""
     path = tmp_path / "pack.safetensors"
-    save_pack(shared(new_family(4, (2, 3)), 4), path)
-    expected = adapter_hash(member(load_pack(path), "file-1"))
+    save_pack(share_bases(new_family(4, (2, 3)), 4), path)
+    expected = adapter_hash(extract_member(load_pack(path), "file-1"))
     tensors, entries = read_safetensors(path)
     broken = {key: torch.zeros_like(x) if key.startswith("0.") else x for key, x in tensors.items()}
     write_safetensors(path, broken, entries)
-    assert adapter_hash(member(load_pack(path, ["file-1"]), "file-1")) == expected
+    assert adapter_hash(extract_member(load_pack(path, ["file-1"]), "file-1")) == expected
     with pytest.raises(AdapterFormatError, match=r"file-0: its record and its cores do not fit; the file is damaged"):
         load_pack(path)
 
@@ -247,44 +249,44 @@ def test_one_adapter_is_read_without_the_others(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rank", [0, -3])
 def test_a_rank_that_is_none_is_refused(rank: int) -> None:
     with pytest.raises(ConfigError, match="expected at least 1"):
-        shared(new_family(0, (2,)), rank)
+        share_bases(new_family(0, (2,)), rank)
 
 
 def test_families_shapes_and_kinds_that_cannot_share_are_refused_by_name() -> None:
     one = new_family(0, (2, 2))
     other = replace(one["file-1"], metadata=AdapterMetadata(family="sdxl"))
     with pytest.raises(FamilyMismatchError, match=r"file-0 is for SD 1.x and file-1 is for SDXL"):
-        shared({**one, "file-1": other}, 2)
+        share_bases({**one, "file-1": other}, 2)
     wide = Adapter(layers={QUERY: new_layer(torch.Generator(), (14, 12), 2, 1.0)})
     with pytest.raises(ConfigError, match=rf"{QUERY}: has the shape \(14, 11\) in file-0 and \(14, 12\) in wide"):
-        shared({**one, "wide": wide}, 2)
+        share_bases({**one, "wide": wide}, 2)
     with pytest.raises(ConfigError, match="no adapters"):
-        shared({}, 2)
+        share_bases({}, 2)
     a, b = torch.ones(4, 2), torch.ones(2, 4)
     loha = LoHaLayer(w1_a=a, w1_b=b, w2_a=a, w2_b=b, alpha=2.0)
     dora = DoRALayer(inner=LoRALayer(up=a, down=b, alpha=1.0), magnitude=torch.ones(4, 1))
     tucker = LoRALayer(up=a[..., None, None], down=b[..., None, None], mid=torch.ones(2, 2, 3, 3), alpha=1.0)
     for layer, words in ((loha, "a LoHa layer"), (dora, "a DoRA layer"), (tucker, "LoRA with a Tucker core")):
         with pytest.raises(ConfigError, match=f"odd: {MIDDLE} is {words}; only plain LoRA can share factors"):
-            shared({"odd": Adapter(layers={MIDDLE: layer})}, 2)
+            share_bases({"odd": Adapter(layers={MIDDLE: layer})}, 2)
 
 
 def test_a_pack_is_no_adapter_and_an_adapter_no_pack(tmp_path: Path) -> None:
     adapters = new_family(5, (2, 2))
-    save_pack(shared(adapters, 2), tmp_path / "pack.safetensors")
+    save_pack(share_bases(adapters, 2), tmp_path / "pack.safetensors")
     with pytest.raises(AdapterFormatError):
         load_adapter(tmp_path / "pack.safetensors")
     entries = read_header(tmp_path / "pack.safetensors").metadata
     with pytest.raises(AdapterFormatError, match=r"p: is a pack of 2 adapters .* `lora-diffusion library unpack`"):
-        refuse_pack(entries, "p")
+        check_not_pack(entries, "p")
     save_adapter(adapters["file-0"], tmp_path / "plain.safetensors")
-    refuse_pack(read_header(tmp_path / "plain.safetensors").metadata, "p")
+    check_not_pack(read_header(tmp_path / "plain.safetensors").metadata, "p")
     with pytest.raises(AdapterFormatError, match="is no pack of adapters"):
         load_pack(tmp_path / "plain.safetensors")
     with pytest.raises(ConfigError, match=r"none of its 2 adapters is 'file-x'; 'file-[01]' is one"):
         load_pack(tmp_path / "pack.safetensors", ["file-x"])
     with pytest.raises(ConfigError, match="no adapter called 'file-x'"):
-        member(load_pack(tmp_path / "pack.safetensors"), "file-x")
+        extract_member(load_pack(tmp_path / "pack.safetensors"), "file-x")
 
 
 def without(key: str) -> Any:
@@ -310,7 +312,7 @@ def cut(key: str) -> Any:
 )
 def test_damaged_packs_are_refused(tmp_path: Path, damage: Any, words: str) -> None:
     path = tmp_path / "pack.safetensors"
-    save_pack(shared(new_family(6, (2, 2)), 3), path)
+    save_pack(share_bases(new_family(6, (2, 2)), 3), path)
     tensors, entries = read_safetensors(path)
     damage(tensors, entries)
     write_safetensors(path, tensors, entries)
@@ -323,7 +325,7 @@ def files(tmp_path: Path) -> Path:
     """A folder with three adapters in float16, one of them in a folder of its own."""
     for name, adapter in new_family(7, (2, 3, 2)).items():
         inner = tmp_path / "in" / ("more" if name == "file-2" else "")
-        save_adapter(cast(adapter, torch.float16), inner / f"{name}.safetensors")
+        save_adapter(cast_adapter(adapter, torch.float16), inner / f"{name}.safetensors")
     return tmp_path / "in"
 
 
@@ -375,7 +377,7 @@ def test_files_are_not_replaced_unasked_and_inputs_never(files: Path, tmp_path: 
 @pytest.mark.parametrize("name", ["../out", "a/b", "..", "", "a\\b"])
 def test_a_pack_writes_to_no_other_folder(tmp_path: Path, name: str) -> None:
     pack = tmp_path / "pack.safetensors"
-    save_pack(shared({name: new_family(8, (2,))["file-0"]}, 2), pack)
+    save_pack(share_bases({name: new_family(8, (2,))["file-0"]}, 2), pack)
     with pytest.raises(ConfigError, match="which is no file name"):
         unpack_file(pack, tmp_path / "folder")
     assert list(tmp_path.iterdir()) == [pack]

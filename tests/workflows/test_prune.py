@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, adapter_hash, cast
+from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, adapter_hash, cast_adapter
 from lora_diffusion.adapters.layers import DoRALayer, FullLayer, LoHaLayer, LoRALayer
-from lora_diffusion.algebra.reduce.prune import Scope, sparse_deltas, sparse_factors, sparsity
+from lora_diffusion.algebra.reduce.prune import Scope, measure_sparsity, prune_deltas, prune_factors
 from lora_diffusion.errors import ConfigError, OutputError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
@@ -61,8 +61,8 @@ def true_errors(before: Adapter, after: Adapter) -> tuple[float, dict[str, float
 @settings(max_examples=20)
 @given(adapters(), st.floats(0.01, 1), scopes)
 def test_exactly_the_share_is_left_and_the_error_is_the_true_one(adapter: Adapter, keep: float, scope: Scope) -> None:
-    pruned = sparse_factors(adapter, keep, scope)
-    found = sparsity(adapter, pruned)
+    pruned = prune_factors(adapter, keep, scope)
+    found = measure_sparsity(adapter, pruned)
     sizes = [x.up.numel() + x.down.numel() for x in adapter.layers.values() if isinstance(x, LoRALayer)]
     expected = sum(round(keep * size) for size in sizes) if scope == "module" else round(keep * sum(sizes))
     nonzeros = sum(int((f != 0).sum()) for layer in pruned.layers.values() for f in layer.factors.values())
@@ -75,7 +75,7 @@ def test_exactly_the_share_is_left_and_the_error_is_the_true_one(adapter: Adapte
 @settings(max_examples=10)
 @given(adapters(), st.floats(0.01, 1), scopes)
 def test_what_is_left_is_as_it_was(adapter: Adapter, keep: float, scope: Scope) -> None:
-    pruned = sparse_factors(adapter, keep, scope)
+    pruned = prune_factors(adapter, keep, scope)
     for path, layer in adapter.layers.items():
         for name, factor in layer.factors.items():
             left = pruned.layers[path].factors[name]
@@ -89,11 +89,11 @@ def test_what_is_left_is_as_it_was(adapter: Adapter, keep: float, scope: Scope) 
 @settings(max_examples=10)
 @given(adapters(), scopes, st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
 def test_to_keep_all_is_the_identity_bit_for_bit(adapter: Adapter, scope: Scope, dtype: torch.dtype) -> None:
-    whole = cast(adapter, dtype)
-    pruned = sparse_factors(whole, 1.0, scope)
+    whole = cast_adapter(adapter, dtype)
+    pruned = prune_factors(whole, 1.0, scope)
     assert adapter_hash(pruned) == adapter_hash(whole)
-    assert sparsity(whole, pruned).error == 0
-    deltas = sparse_deltas(whole, 1.0, scope)
+    assert measure_sparsity(whole, pruned).error == 0
+    deltas = prune_deltas(whole, 1.0, scope)
     assert all(torch.equal(deltas.layers[path].delta(), layer.delta()) for path, layer in whole.layers.items())
 
 
@@ -107,8 +107,8 @@ def test_how_a_trainer_spread_the_size_over_the_factors_changes_nothing(
         for path, x in adapter.layers.items()
         if isinstance(x, LoRALayer)
     }
-    ours = sparse_factors(adapter, keep, scope)
-    theirs = sparse_factors(Adapter(layers=moved), keep, scope)
+    ours = prune_factors(adapter, keep, scope)
+    theirs = prune_factors(Adapter(layers=moved), keep, scope)
     assert all(torch.equal(ours.layers[path].delta(), theirs.layers[path].delta()) for path in moved)
 
 
@@ -118,7 +118,7 @@ def test_removing_one_entry_costs_what_it_was_scored_by(adapter: Adapter, keep: 
     """Every entry that goes would by itself cost no more than any that stays, in the Frobenius norm of the delta."""
     layer = adapter.layers[QUERY]
     assert isinstance(layer, LoRALayer)
-    pruned = sparse_factors(adapter, keep).layers[QUERY]
+    pruned = prune_factors(adapter, keep).layers[QUERY]
     cost: dict[bool, list[float]] = {True: [], False: []}
     for name, factor in layer.factors.items():
         for place in torch.cartesian_prod(*map(torch.arange, factor.shape)).tolist():
@@ -132,7 +132,7 @@ def test_removing_one_entry_costs_what_it_was_scored_by(adapter: Adapter, keep: 
 @settings(max_examples=15)
 @given(adapters(), st.floats(0.01, 1), scopes)
 def test_the_largest_entries_of_the_delta_are_left(adapter: Adapter, keep: float, scope: Scope) -> None:
-    pruned = sparse_deltas(adapter, keep, scope)
+    pruned = prune_deltas(adapter, keep, scope)
     before = {path: layer.delta() for path, layer in adapter.layers.items()}
     groups = [[path] for path in before] if scope == "module" else [list(before)]
     for group in groups:
@@ -143,7 +143,7 @@ def test_the_largest_entries_of_the_delta_are_left(adapter: Adapter, keep: float
         best = old.abs().sort(descending=True).values[:count].double().square().sum()
         assert float(new.double().square().sum()) == pytest.approx(float(best), rel=1e-9)
     total, each = true_errors(adapter, pruned)
-    found = sparsity(adapter, pruned)
+    found = measure_sparsity(adapter, pruned)
     assert found.error == pytest.approx(total, abs=1e-6)
     assert {path: found.error_over([path]) for path in each} == pytest.approx(each, abs=1e-6)
 
@@ -156,7 +156,7 @@ def test_the_whole_adapter_at_once_loses_less_than_every_module_by_itself() -> N
         for path, size in sizes.items()
     }
     adapter = Adapter(layers=layers)
-    errors = [sparsity(adapter, sparse_factors(adapter, 0.5, scope)).error for scope in ("adapter", "module")]
+    errors = [measure_sparsity(adapter, prune_factors(adapter, 0.5, scope)).error for scope in ("adapter", "module")]
     assert errors[0] < 0.8 * errors[1]
 
 
@@ -174,26 +174,26 @@ def other_kinds() -> dict[str, tuple[Adapter, str]]:
 @pytest.mark.parametrize(("adapter", "words"), other_kinds().values(), ids=other_kinds())
 def test_factors_of_other_kinds_are_refused_by_name(adapter: Adapter, words: str) -> None:
     with pytest.raises(ConfigError, match=f"{QUERY}: is .*{words}.*prune the delta"):
-        sparse_factors(adapter, 0.5)
+        prune_factors(adapter, 0.5)
 
 
 def test_deltas_of_other_kinds_are_pruned_but_not_dora() -> None:
     kinds = other_kinds()
     for name in ("LoHa layer", "LoRA with a Tucker core"):
         adapter = kinds[name][0]
-        pruned = sparse_deltas(adapter, 0.25)
+        pruned = prune_deltas(adapter, 0.25)
         total = adapter.layers[QUERY].delta().double()
         lost = total - pruned.layers[QUERY].delta().double()
-        assert sparsity(adapter, pruned).error == pytest.approx(float(lost.norm() / total.norm()), abs=1e-6)
-        assert sparsity(adapter, pruned).share == 0.25
+        assert measure_sparsity(adapter, pruned).error == pytest.approx(float(lost.norm() / total.norm()), abs=1e-6)
+        assert measure_sparsity(adapter, pruned).share == 0.25
     with pytest.raises(ConfigError, match="is DoRA, whose delta depends on the base"):
-        sparse_deltas(kinds["DoRA layer"][0], 0.5)
+        prune_deltas(kinds["DoRA layer"][0], 0.5)
 
 
 @pytest.mark.parametrize("keep", [0.0, -0.1, 1.01, float("nan")])
 def test_a_share_that_is_none_is_refused(keep: float) -> None:
     layer = LoRALayer(up=torch.ones(3, 1), down=torch.ones(1, 3), alpha=1.0)
-    for prune in (sparse_factors, sparse_deltas):
+    for prune in (prune_factors, prune_deltas):
         with pytest.raises(ConfigError, match=r"expected a share of the entries above 0 and at most 1"):
             prune(Adapter(layers={QUERY: layer}), keep)
 
@@ -206,7 +206,7 @@ def file(tmp_path: Path) -> Path:
         MIDDLE: LoRALayer(up=torch.randn(16, 2, generator=rng), down=torch.randn(2, 16, generator=rng), alpha=4.0),
     }
     adapter = Adapter(layers=layers, metadata=AdapterMetadata(name="a", family="sd1", trigger_words=("sks",)))
-    save_adapter(cast(adapter, torch.float16), tmp_path / "in.safetensors")
+    save_adapter(cast_adapter(adapter, torch.float16), tmp_path / "in.safetensors")
     return tmp_path / "in.safetensors"
 
 
@@ -235,7 +235,7 @@ def test_outputs_are_not_replaced_unasked_and_inputs_never(file: Path, tmp_path:
     with pytest.raises(OutputError, match="already there; give another output, or --force"):
         sparsify_file(file, output, Slimming(keep=0.5))
     sparsify_file(file, output, Slimming(keep=0.25, force=True))
-    assert sparsity(load_adapter(file), load_adapter(output)).share == 0.25
+    assert measure_sparsity(load_adapter(file), load_adapter(output)).share == 0.25
     with pytest.raises(OutputError, match="is one of the inputs"):
         sparsify_file(file, file, Slimming(keep=0.5, force=True))
     assert file.read_bytes() == before

@@ -6,28 +6,31 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lora_diffusion.adapters.coefficients import Moment, block_factors, schedule_factor
-from lora_diffusion.architectures.blocks import block_layouts
-from lora_diffusion.architectures.module_paths import Anatomy
+from lora_diffusion.adapters.coefficients import DenoisingStep, block_factors, schedule_factor
+from lora_diffusion.architectures.blocks import vector_block_names
+from lora_diffusion.architectures.module_paths import ModelLayout
 from lora_diffusion.config.preset import BlendWeight, Schedule, Weight
 
 BLUE, ORANGE, GREY = "#7c3aed", "#c05621", "#a0aec0"
 STEPS = 60
 
 
-def acting_picture(weight: Weight, anatomy: Anatomy) -> Image.Image:
+def acting_picture(weight: Weight, layout: ModelLayout) -> Image.Image:
     """Bars for the blocks and a curve for the steps, both times the weight. Raises ConfigError."""
     whole = weight if isinstance(weight, BlendWeight) else BlendWeight(value=weight)
-    every, _ = block_layouts(anatomy)
-    factors = block_factors(whole.blocks, anatomy) if whole.blocks else {}
+    every, _ = vector_block_names(layout)
+    factors = block_factors(whole.blocks, layout) if whole.blocks else {}
     figure = Figure(figsize=(6.4, 1.7), layout="constrained")
     blocks, steps = figure.subplots(1, 2, width_ratios=(3, 2))
     heights = [whole.value * first_factor(factors.get(name, 1.0)) for name in every]
     blocks.bar(range(len(every)), heights, color=BLUE, width=0.8)
     blocks.set_xticks(range(len(every)), every, rotation=90, fontsize=6)
     blocks.set_title("by block", fontsize=8)
-    x = [Moment(step=i, steps=STEPS) for i in range(STEPS)]
-    y = [whole.value * (schedule_factor(whole.schedule, moment) if whole.schedule else 1.0) for moment in x]
+    x = [DenoisingStep(index=i, total=STEPS) for i in range(STEPS)]
+    y = [
+        whole.value * (schedule_factor(whole.schedule, denoising_step) if whole.schedule else 1.0)
+        for denoising_step in x
+    ]
     steps.plot(np.linspace(0, 1, STEPS), y, color=ORANGE, linewidth=1.6)
     steps.set_title("over the steps", fontsize=8)
     for axes in (blocks, steps):
@@ -44,4 +47,4 @@ def first_factor(factor: float | Schedule) -> float:
     """A block's factor; of one that changes over the steps, the mean."""
     if not isinstance(factor, Schedule):
         return factor
-    return sum(schedule_factor(factor, Moment(step=i, steps=STEPS)) for i in range(STEPS)) / STEPS
+    return sum(schedule_factor(factor, DenoisingStep(index=i, total=STEPS)) for i in range(STEPS)) / STEPS

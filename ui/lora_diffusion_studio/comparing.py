@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_diffusion.adapters.coefficients import spelled_out
+from lora_diffusion.workflows.images.plan import Plan
+
+from lora_diffusion.adapters.coefficients import expand_block_preset
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.models.locate import find_checkpoint
 from lora_diffusion.workflows.images.grid import BlockEffect, save_sheet, strongest_first
 from lora_diffusion.workflows.images.grid_axes import NOTHING, Axis, axis_text, cells, without_blocks
-from lora_diffusion.workflows.images.plan import Plan
 from lora_diffusion_studio.forms import Form
 from lora_diffusion_studio.rendering import Halted
 from lora_diffusion_studio.studio import Event, Finished, Made, Step, Studio
@@ -52,9 +53,9 @@ def compared_form(form: Form, across: Axis, down: Axis) -> Form:
 
 def check_blocks(plan: Plan) -> None:
     """Raise ConfigError for a block preset that the base does not know."""
-    anatomy = find_checkpoint(plan.base).anatomy
+    layout = find_checkpoint(plan.base).layout
     for entry in plan.entries:
-        spelled_out(entry.weight, anatomy)
+        expand_block_preset(entry.weight, layout)
 
 
 def in_turn(studio: Studio, plans: dict[str, Plan], visitor: str) -> Iterator[Event]:
@@ -76,7 +77,7 @@ def block_effects(
     """Drop one block of an adapter at a time; the last event has all of them, the strongest first."""
     if not name:
         raise ConfigError("choose an adapter that is on the table")
-    plans = without_blocks(studio.plan(form), name, find_checkpoint(form.base).anatomy)
+    plans = without_blocks(studio.plan(form), name, find_checkpoint(form.base).layout)
     paths: list[Path] = []
     for event in in_turn(
         studio, {f"without {block}" if block else "whole": plan for block, plan in plans.items()}, visitor

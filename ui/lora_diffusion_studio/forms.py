@@ -7,12 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lora_diffusion.workflows.images.plan import Plan
+
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import Composition
 from lora_diffusion.config.settings import EMBEDDED_BASE, validate
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.library.search import Library, find
-from lora_diffusion.workflows.images.plan import Plan
+from lora_diffusion.library.search import Library, find_adapter
 from lora_diffusion_studio.rows import Row, entry_of, reference, row_of
 
 MOST = {"steps": 200, "width": 2048, "height": 2048, "count": 16}
@@ -104,5 +105,8 @@ def command_of(form: Form, library: Library, output: Path, command: str = "gener
 def adapter_words(rows: Sequence[Row], library: Library) -> list[str]:
     """The flags for those adapters that are on."""
     return [
-        word for row in rows if row.on for word in ("--adapter", f"{find(library, row.name).path}:{reference(row)}")
+        word
+        for row in rows
+        if row.on
+        for word in ("--adapter", f"{find_adapter(library, row.name).path}:{reference(row)}")
     ]

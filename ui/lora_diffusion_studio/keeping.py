@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.library.presets import list_presets, read_preset
-from lora_diffusion.prompts.tags import weight_text
+from lora_diffusion.prompts.tags import format_weight
 from lora_diffusion.workflows.images.generate import Means, save_plan
 from lora_diffusion_studio.forms import Form
 from lora_diffusion_studio.studio import Studio, checked_name, stock_presets_folder
@@ -41,7 +41,7 @@ def kept_one(path: Path, found: object, *, own: bool) -> Kept:
         return Kept(name=name, path=path, title=path.stem, about="", thumbnail=picture, own=own, problem=found)
     preset = read_preset(path)
     adapters = ", ".join(
-        f"{entry.name or Path(entry.path).stem}:{weight_text(entry.weight)}" for entry in preset.adapters
+        f"{entry.name or Path(entry.path).stem}:{format_weight(entry.weight)}" for entry in preset.adapters
     )
     about = "; ".join(filter(None, (preset.description, adapters)))
     return Kept(name=name, path=path, title=preset.name, about=about, thumbnail=picture, own=own)
@@ -74,7 +74,9 @@ def keep(studio: Studio, form: Form, name: str, description: str, picture: Path 
     file = studio.places.presets / f"{checked_name(name)}.json"
     prompted = form if str(form.settings.get("prompt", "")).strip() else with_prompt(form)
     plan = studio.plan(prompted)
-    saved = save_plan(plan, file, Means(shelf=studio.shelf), name=name.strip(), description=description, force=replace)
+    saved = save_plan(
+        plan, file, Means(resolver=studio.shelf), name=name.strip(), description=description, force=replace
+    )
     if picture and picture.is_file():
         shutil.copyfile(picture, file.with_suffix(".png"))
     return kept_one(file, saved.preset, own=True)

@@ -10,17 +10,18 @@ from math import prod
 from pathlib import Path
 from typing import get_args
 
+from lora_diffusion.workflows.images.plan import Plan
+
 from lora_diffusion.algebra.svd.rank_selection import RankRule
 from lora_diffusion.config.merge import MergeConfig, WeightType
 from lora_diffusion.config.settings import validate
 from lora_diffusion.core.dtypes import torch_dtype
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.formats.checkpoints.checkpoint import Stored
-from lora_diffusion.merging.merge import estimated_rounding
-from lora_diffusion.models.locate import fitting_checkpoint
+from lora_diffusion.formats.checkpoints.checkpoint import StoredTensor
+from lora_diffusion.merging.merge import estimate_rounding
+from lora_diffusion.models.locate import find_matching_checkpoint
 from lora_diffusion.workflows.adapters.combine import Combination, combine_files
 from lora_diffusion.workflows.images.generate import Means, prepared_blend
-from lora_diffusion.workflows.images.plan import Plan
 from lora_diffusion.workflows.merge import MergePlan, merge_files
 from lora_diffusion_studio.forms import Form, adapter_words
 from lora_diffusion_studio.rendering import Halted, Line, Waiting
@@ -90,27 +91,27 @@ def merge_plan(studio: Studio, form: Form) -> Plan:
 def summary(studio: Studio, form: Form, target: Target) -> str:
     """What merging would do, without doing it. Raises LoRADiffusionError's children."""
     plan, path = merge_plan(studio, form), output_of(studio, target)
-    blend = prepared_blend(plan.base, plan.entries, Means(shelf=studio.shelf)).blend
+    blend = prepared_blend(plan.base, plan.entries, Means(resolver=studio.shelf)).blend
     modules = len({module for entry in blend.active for module in entry.adapter.layers})
     names = ", ".join(f"{row.name.removesuffix('.safetensors')} at {row.weight:g}" for row in form.rows if row.on)
     if target.kind == "adapter":
         ranks = "the exact sum, whose ranks add up" if not target.rank else f"the closest of rank {target.rank}"
         return f"{names}: one adapter of {modules} modules, {ranks}, in {path.name}"
-    checkpoint = fitting_checkpoint(plan.base, blend)
+    checkpoint = find_matching_checkpoint(plan.base, blend)
     config = validate(MergeConfig, {"precision": target.precision}, source="merge")
     size = sum(bytes_of(stored, target.precision) for stored in checkpoint.parameters.values())
     seconds = COPIES * size / write_rate(studio.places.output)
     duration = f"about {seconds:.0f} s" if seconds >= 1 else "less than a second"
     return (
         f"{names} into {modules} modules of {plan.base}: {size / 1e6:,.0f} MB of weights, {duration}, in "
-        f"{path.name}; rounding would take about {estimated_rounding(plan.base, blend, config):.2%} of what is merged"
+        f"{path.name}; rounding would take about {estimate_rounding(plan.base, blend, config):.2%} of what is merged"
     )
 
 
-def bytes_of(stored: Stored, precision: str) -> int:
+def bytes_of(stored: StoredTensor, precision: str) -> int:
     """Of a parameter as it would be written."""
     count = prod(stored.kind[1])
-    own = (stored.slot.end - stored.slot.start) // max(1, prod(stored.slot.shape))
+    own = (stored.info.end - stored.info.start) // max(1, prod(stored.info.shape))
     return count * (own if precision == "keep" else torch_dtype(precision).itemsize)
 
 
@@ -145,7 +146,7 @@ def merged(
                 line.say(Writing(share))
 
         task = MergePlan(base=plan.base, entries=plan.entries, config=config)
-        report, notes = merge_files(task, path, Means(shelf=studio.shelf), on_share)
+        report, notes = merge_files(task, path, Means(resolver=studio.shelf), on_share)
         done = (
             f"{report.merged_modules} modules, {report.num_bytes / 1e6:,.0f} MB; rounding took "
             f"{report.rounding_error:.2%} of what was merged"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from lora_diffusion.core.atomic_files import whole_file
+from lora_diffusion.core.atomic_files import atomic_file
 from lora_diffusion.errors import ConfigError
 from lora_diffusion_studio.rows import Row, told
 from lora_diffusion_studio.studio import Studio
@@ -23,7 +23,7 @@ def kept_mask(studio: Studio, painted: Image.Image) -> Path:
     if mask.getextrema() == (0, 0):
         raise ConfigError("nothing is painted; paint where the adapter acts")
     path = studio.places.masks / f"{hashlib.sha256(mask.tobytes()).hexdigest()[:16]}.png"
-    with whole_file(path) as part:
+    with atomic_file(path) as part:
         mask.save(part, format="PNG")
     return path
 

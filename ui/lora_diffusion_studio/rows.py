@@ -9,8 +9,8 @@ from lora_diffusion.config.preset import BlendEntry, BlendWeight, Curve, Region
 from lora_diffusion.config.settings import validate
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.library.entry import LibraryEntry
-from lora_diffusion.library.search import Library, find, find_by_hash, with_content_hash
-from lora_diffusion.prompts.tags import parse_weight, take_region, weight_text
+from lora_diffusion.library.search import Library, find_adapter, find_by_hash, with_content_hash
+from lora_diffusion.prompts.tags import extract_region, format_weight, parse_weight
 
 LEAST, MOST = -2.0, 3.0
 """Range of the weight sliders, where an adapter has none of its own; a preset may hold any number."""
@@ -46,12 +46,12 @@ def reference(row: Row) -> str:
 def entry_of(row: Row, library: Library) -> BlendEntry:
     """The row as presets and recipes have it; a row that is off weighs nothing. Raises ConfigError."""
     source = f"{row.name}: {row.options}"
-    rest, region = take_region([part for part in reference(row).split(":") if part], source=source)
+    rest, region = extract_region([part for part in reference(row).split(":") if part], source=source)
     weight = parse_weight(rest, source=source)
     if row.full:
         whole = validate_weight(row.full, source=row.name)
         weight = whole.model_copy(update={"value": row.weight})
-    path = str(find(library, row.name).path)
+    path = str(find_adapter(library, row.name).path)
     return BlendEntry(path=path, weight=weight if row.on else 0.0, region=region)
 
 
@@ -72,7 +72,7 @@ def row_of(entry: BlendEntry, library: Library) -> Row:
     placed = region_text(entry.region)
     if not isinstance(entry.weight, BlendWeight):
         return Row(name=known.relative, weight=entry.weight, options=placed)
-    value, _, options = weight_text(entry.weight).partition(":")
+    value, _, options = format_weight(entry.weight).partition(":")
     row = Row(name=known.relative, weight=float(value), options=":".join(filter(None, (options, placed))))
     if entry_of(row, library).weight == entry.weight:
         return row
@@ -134,7 +134,7 @@ def with_curve(row: Row, curve: str) -> Row:
 
 def checked_options(options: str) -> str:
     """The options in one form. Raises ConfigError for one that does not exist."""
-    rest, region = take_region([part for part in options.split(":") if part], source=options)
+    rest, region = extract_region([part for part in options.split(":") if part], source=options)
     weight = validate(BlendWeight, {}, source=options) if not rest else parse_weight(["1", *rest], source=options)
-    text = "" if not isinstance(weight, BlendWeight) else weight_text(weight).partition(":")[2]
+    text = "" if not isinstance(weight, BlendWeight) else format_weight(weight).partition(":")[2]
     return ":".join(filter(None, (text, region_text(region))))

@@ -10,10 +10,10 @@ from typing import Any
 
 from PIL import Image
 
-from lora_diffusion.core.atomic_files import whole_file
+from lora_diffusion.core.atomic_files import atomic_file
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.evaluation.plots import save_analysis_plots
-from lora_diffusion.library.search import find
+from lora_diffusion.library.search import find_adapter
 from lora_diffusion.workflows.adapters.analyze import analyze_files
 from lora_diffusion.workflows.adapters.convert import Conversion, Dialect, convert
 from lora_diffusion.workflows.adapters.inspect import inspect_adapter
@@ -39,7 +39,7 @@ def file_of(studio: Studio, name: str) -> Path:
     """An adapter's file. Raises ConfigError for one that is not in the library."""
     if not name:
         raise ConfigError("choose an adapter first")
-    return find(studio.library(), name).path
+    return find_adapter(studio.library(), name).path
 
 
 def facts_of(studio: Studio, name: str) -> list[tuple[str, str]]:
@@ -114,7 +114,7 @@ def write_notes(studio: Studio, name: str, told: Notes) -> None:
     table.pop("weight range", None)
     if told.range != (LEAST, MOST):
         table["weight range"] = list(told.range)
-    with whole_file(path.with_suffix(".json")) as part:
+    with atomic_file(path.with_suffix(".json")) as part:
         part.write_text(json.dumps(table, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -134,7 +134,7 @@ def rename(studio: Studio, name: str, new: str) -> str:
 def set_preview(studio: Studio, name: str, picture: Path) -> None:
     """A picture beside the adapter, which cards show. Raises OutputError."""
     path = file_of(studio, name)
-    with Image.open(picture) as opened, whole_file(path.with_suffix(".png")) as part:
+    with Image.open(picture) as opened, atomic_file(path.with_suffix(".png")) as part:
         opened.convert("RGB").save(part, format="PNG")
 
 

@@ -12,21 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_diffusion.workflows.images.plan import Plan, preset_plan, replay_plan, with_tags
 from PIL import Image
 
-from lora_diffusion.adapters.coefficients import Moment, stock_presets
-from lora_diffusion.config.settings import EMBEDDED_BASE, Codes
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.adapters.coefficients import DenoisingStep, stock_presets
+from lora_diffusion.config.settings import EMBEDDED_BASE, Quantization
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.inference.sampling import preview
+from lora_diffusion.inference.sampling import decode_preview
 from lora_diffusion.library.presets import read_preset
-from lora_diffusion.library.references import Shelf
-from lora_diffusion.library.search import Library, find, open_library, search
+from lora_diffusion.library.references import AdapterResolver
+from lora_diffusion.library.search import Library, find_adapter, open_library, search
 from lora_diffusion.models.load import Base
 from lora_diffusion.models.locate import find_checkpoint
-from lora_diffusion.models.quantize import check_codes, load_in_codes
+from lora_diffusion.models.quantize import check_quantization_available, load_quantized_base
 from lora_diffusion.workflows.images.generate import Means, prepared_blend, write_pictures
-from lora_diffusion.workflows.images.plan import Plan, preset_plan, replay_plan, with_tags
 from lora_diffusion_studio.acting import acting_picture
 from lora_diffusion_studio.cards import Card, card_of
 from lora_diffusion_studio.forms import Form, command_of, form_of, plan_of
@@ -46,7 +46,7 @@ class Places:
     output: Path
     bases: tuple[str, ...]
     """Bases on offer: names, folders or hub ids."""
-    codes: Codes = "none"
+    quantization: Quantization = "none"
     """What their linear layers are kept in."""
 
     @property
@@ -90,7 +90,7 @@ class Studio:
     """Folders, and the base that was loaded last."""
 
     def __init__(self, places: Places) -> None:
-        check_codes(places.codes)
+        check_quantization_available(places.quantization)
         self.places = places
         self.loaded: Base | None = None
         self.device = Device()
@@ -106,7 +106,7 @@ class Studio:
         self.check_base(name)
         if self.loaded is None or self.loaded.name != name:
             self.loaded = None  # before the next is loaded, so that both are never there together
-            self.loaded = load_in_codes(name, self.places.codes)
+            self.loaded = load_quantized_base(name, self.places.quantization)
         return self.loaded
 
     def check_base(self, name: str) -> None:
@@ -122,17 +122,17 @@ class Studio:
 
     def card(self, name: str) -> Card:
         """One adapter. Raises ConfigError if it is not there."""
-        return card_of(find(self.library(), name))
+        return card_of(find_adapter(self.library(), name))
 
     def block_presets(self, base: str) -> list[str]:
         """Names of the stock block presets."""
         self.check_base(base)
-        return list(stock_presets(find_checkpoint(base).anatomy))
+        return list(stock_presets(find_checkpoint(base).layout))
 
     def acting(self, base: str, row: Row) -> Image.Image:
         """How an adapter on the table acts, by block and over the steps. Raises ConfigError."""
         self.check_base(base)
-        return acting_picture(entry_of(row, self.library()).weight, find_checkpoint(base).anatomy)
+        return acting_picture(entry_of(row, self.library()).weight, find_checkpoint(base).layout)
 
     def plan(self, form: Form) -> Plan:
         """What a form asks for. Raises ConfigError."""
@@ -143,12 +143,12 @@ class Studio:
 
     def command(self, form: Form, command: str = "generate", *more: str) -> str:
         """The command line that makes the same pictures. Raises ConfigError for weights that only a preset can say."""
-        codes = () if self.places.codes == "none" else ("--quantize", self.places.codes)
-        return command_of(form, self.library(), self.places.output, command, *more, *codes)
+        flags = () if self.places.quantization == "none" else ("--quantize", self.places.quantization)
+        return command_of(form, self.library(), self.places.output, command, *more, *flags)
 
     @property
-    def shelf(self) -> Shelf:
-        return Shelf(library_folder=self.places.library)
+    def shelf(self) -> AdapterResolver:
+        return AdapterResolver(library_folder=self.places.library)
 
     def check_masks(self, plan: Plan) -> None:
         """Raise ConfigError for a mask that was not painted here."""
@@ -171,18 +171,18 @@ class Studio:
 
     def rendered(self, plan: Plan, line: Line) -> Finished:
         started = last = time.monotonic()
-        means = Means(shelf=self.shelf)
+        means = Means(resolver=self.shelf)
         found = prepared_blend(plan.base, plan.entries, means)
         base = self.base(plan.base)
         done = 0
 
-        def on_step(moment: Moment, latents: Any) -> None:
+        def on_step(denoising_step: DenoisingStep, latents: Any) -> None:
             nonlocal last
             due = time.monotonic() - last > PREVIEW_SECONDS
-            share = (done + (moment.step + 1) / moment.steps) / plan.settings.count
-            picture = preview(base, latents) if due else None
+            share = (done + (denoising_step.index + 1) / denoising_step.total) / plan.settings.count
+            picture = decode_preview(base, latents) if due else None
             last = time.monotonic() if due else last
-            line.say(Step(text=progress_text(done, plan, moment, started, share), share=share, picture=picture))
+            line.say(Step(text=progress_text(done, plan, denoising_step, started, share), share=share, picture=picture))
 
         def on_picture(path: Path, _picture: object) -> None:
             nonlocal done
@@ -194,12 +194,12 @@ class Studio:
 
     def restored(self, picture: Path) -> tuple[Form, tuple[str, ...]]:
         """The form that a picture was made with; also what could not be restored. Raises ConfigError."""
-        plan = replay_plan(picture, base="", shelf=self.shelf)
+        plan = replay_plan(picture, base="", resolver=self.shelf)
         form, missing = form_of(with_tags(plan, self.shelf), self.library())
         if form.base not in self.places.bases:
             missing = (*missing, f"made with the base {form.base}, which this studio does not have")
-        if plan.recipe and plan.codes != self.places.codes:
-            missing = (*missing, f"made with quantize {plan.codes}; this studio has {self.places.codes}")
+        if plan.recipe and plan.quantization != self.places.quantization:
+            missing = (*missing, f"made with quantize {plan.quantization}; this studio has {self.places.quantization}")
         return form, (*plan.notes, *missing)
 
     def preset_form(self, path: Path) -> tuple[Form, tuple[str, ...]]:
@@ -209,11 +209,11 @@ class Studio:
         return form_of(plan, self.library())
 
 
-def progress_text(done: int, plan: Plan, moment: Moment, started: float, share: float) -> str:
+def progress_text(done: int, plan: Plan, denoising_step: DenoisingStep, started: float, share: float) -> str:
     """Where the work is, and how long it will take."""
     left = (time.monotonic() - started) * (1 - share) / max(share, 1e-6)
     which = f"picture {done + 1} of {plan.settings.count}, " if plan.settings.count > 1 else ""
-    return f"{which}step {moment.step + 1} of {moment.steps}, {left:.0f} s left"
+    return f"{which}step {denoising_step.index + 1} of {denoising_step.total}, {left:.0f} s left"
 
 
 def checked_name(name: str) -> str:
@@ -238,10 +238,12 @@ def own_library(output: Path) -> Path:
     """A library of the studio's own, which begins with the adapters that come with the package."""
     folder = output / "library"
     if not folder.is_dir():
-        shutil.copytree(sample_data() / "adapters", folder, ignore=lambda _, names: [n for n in names if n[0] == "."])
+        shutil.copytree(
+            sample_data_folder() / "adapters", folder, ignore=lambda _, names: [n for n in names if n[0] == "."]
+        )
     return folder
 
 
 def stock_presets_folder() -> Path:
     """The presets that come with the package."""
-    return sample_data() / "presets"
+    return sample_data_folder() / "presets"

@@ -16,8 +16,8 @@ from PIL import Image
 
 from lora_diffusion.config.defaults import default_settings
 from lora_diffusion.config.train import DataConfig
-from lora_diffusion.core.atomic_files import whole_file
-from lora_diffusion.data.checks import described
+from lora_diffusion.core.atomic_files import atomic_file
+from lora_diffusion.data.checks import format_report
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.models.locate import find_checkpoint
 from lora_diffusion.training.log import LOG, read_log
@@ -107,14 +107,14 @@ class Trainer:
         for picture, caption in rows:
             if picture not in known:
                 raise ConfigError(f"{picture}: is no picture of this run")
-            with whole_file((self.folder(name) / "pictures" / picture).with_suffix(".txt")) as part:
+            with atomic_file((self.folder(name) / "pictures" / picture).with_suffix(".txt")) as part:
                 part.write_text(f"{caption}\n", encoding="utf-8")
 
     def check(self, job: Job) -> str:
         """The dataset check for a run. Raises DatasetError, BaseModelError."""
         self.studio.check_base(job.base)
         data = DataConfig(folder=self.folder(job.name) / "pictures", instance_prompt=job.instance)
-        return described(checked(data, job.base, job.trigger if job.purpose == "style" else ""))
+        return format_report(checked(data, job.base, job.trigger if job.purpose == "style" else ""))
 
     def words(self, job: Job) -> list[str]:
         """The command line of a run. Raises ConfigError."""

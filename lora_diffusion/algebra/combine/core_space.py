@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_diffusion.adapters.factor_stack import joined_shape
+from lora_diffusion.adapters.factor_stack import common_weight_shape
 from lora_diffusion.adapters.layers import LoRALayer
-from lora_diffusion.algebra.svd.svd import Spectrum, decomposed, factored, truncated
+from lora_diffusion.algebra.svd.svd import Spectrum, qr_factors, thin_svd, truncate_spectrum
 
 RESOLUTION = 1e-6
 """Directions that are weaker than this share of the strongest are what rounding to float32 leaves; they are dropped."""
@@ -39,7 +39,7 @@ class CoreSpace:
     """Of the weight, (out, in[, kh, kw])."""
 
 
-def core_space(layers: Sequence[LoRALayer]) -> CoreSpace:
+def build_core_space(layers: Sequence[LoRALayer]) -> CoreSpace:
     """Core Space of the layers of one module [arXiv:2509.17786]; no layer has a Tucker core.
 
     p and q are the ranks of all deltas side by side and one below the other: at most the sum of the layers' ranks.
@@ -47,10 +47,10 @@ def core_space(layers: Sequence[LoRALayer]) -> CoreSpace:
     pairs = [scaled_factors(layer) for layer in layers]
     left, right = output_basis(pairs), output_basis([(down.T, up.T) for up, down in pairs]).T
     cores = torch.stack([(left.T @ up) @ (down @ right.T) for up, down in pairs])
-    return CoreSpace(left=left, right=right, cores=cores, shape=shape_of(layers))
+    return CoreSpace(left=left, right=right, cores=cores, shape=common_shape(layers))
 
 
-def knots_space(layers: Sequence[LoRALayer]) -> CoreSpace:
+def build_knots_space(layers: Sequence[LoRALayer]) -> CoreSpace:
     """The coordinates of KnOTS [arXiv:2410.19735]: U of [delta_1 ... delta_n] = U S [V_1^T ... V_n^T].
 
     Each core is S V_i^T (p x in), which keeps the inputs as they are: the part of V that belongs to the layer, with the
@@ -59,17 +59,17 @@ def knots_space(layers: Sequence[LoRALayer]) -> CoreSpace:
     pairs = [scaled_factors(layer) for layer in layers]
     left = output_basis(pairs)
     cores = torch.stack([(left.T @ up) @ down for up, down in pairs])
-    return CoreSpace(left=left, right=None, cores=cores, shape=shape_of(layers))
+    return CoreSpace(left=left, right=None, cores=cores, shape=common_shape(layers))
 
 
-def layer_of(space: CoreSpace, core: Tensor) -> LoRALayer:
+def layer_from_core(space: CoreSpace, core: Tensor) -> LoRALayer:
     """The layer whose delta is left @ core @ right: the core (p, q) by its SVD, of the core's own rank, scale 1."""
-    inner_left, values, inner_right = decomposed(core)
+    inner_left, values, inner_right = thin_svd(core)
     right = inner_right if space.right is None else inner_right @ space.right
     spectrum = Spectrum(
         left=(space.left @ inner_left).float(), values=values.float(), right=right.float(), shape=space.shape
     )
-    return truncated(spectrum, strong(values))
+    return truncate_spectrum(spectrum, count_significant(values))
 
 
 def scaled_factors(layer: LoRALayer) -> tuple[Tensor, Tensor]:
@@ -82,14 +82,14 @@ def output_basis(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
     With down_i^T = Q R, up_i @ R^T has the same left singular vectors and values as up_i @ down_i, in rank columns.
     """
-    left, values, _ = decomposed(torch.cat([up @ factored(down.T)[1].T for up, down in pairs], dim=1))
-    return left[:, : strong(values)]
+    left, values, _ = thin_svd(torch.cat([up @ qr_factors(down.T)[1].T for up, down in pairs], dim=1))
+    return left[:, : count_significant(values)]
 
 
-def strong(values: Tensor) -> int:
+def count_significant(values: Tensor) -> int:
     """How many singular values are more than rounding; at least 1, as no layer has rank 0."""
     return max(1, int((values > RESOLUTION * values[0]).sum()))
 
 
-def shape_of(layers: Sequence[LoRALayer]) -> tuple[int, ...]:
-    return joined_shape([(1.0, layer) for layer in layers])
+def common_shape(layers: Sequence[LoRALayer]) -> tuple[int, ...]:
+    return common_weight_shape([(1.0, layer) for layer in layers])

@@ -24,14 +24,14 @@ def median_shares(points: Tensor) -> Tensor:
             return torch.nn.functional.one_hot(torch.tensor(index), len(points)).to(points.dtype)
     shares = torch.full_like(squared[0], 1 / len(points))
     for _ in range(MOST_STEPS):
-        inverse = distances(squared, shares).reciprocal()
+        inverse = distances_to_mean(squared, shares).reciprocal()
         previous, shares = shares, inverse / inverse.sum()
         if (shares - previous).abs().sum() < TOLERANCE:
             break
     return shares
 
 
-def distances(squared: Tensor, shares: Tensor) -> Tensor:
+def distances_to_mean(squared: Tensor, shares: Tensor) -> Tensor:
     """From shares @ points to each point, by the points' squared distances (n, n)."""
     towards = squared @ shares
     return (towards - shares @ towards / 2).clamp(min=torch.finfo(squared.dtype).tiny).sqrt()

@@ -16,14 +16,14 @@ from tqdm import tqdm
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
 from lora_diffusion.adapters.blend import Blend
-from lora_diffusion.adapters.factor_stack import BiasTerm, is_joinable, joined_layer
+from lora_diffusion.adapters.factor_stack import BiasTerm, is_joinable, join_layers
 from lora_diffusion.adapters.layers import Layer, LoRALayer
-from lora_diffusion.algebra.combine.core_space import CoreSpace, core_space, knots_space, layer_of
-from lora_diffusion.algebra.combine.exact_sum import combine, joint_sum, united_words
-from lora_diffusion.algebra.combine.np_lora import projected
+from lora_diffusion.algebra.combine.core_space import CoreSpace, build_core_space, build_knots_space, layer_from_core
+from lora_diffusion.algebra.combine.exact_sum import combine, joint_sum, merge_tokens
+from lora_diffusion.algebra.combine.np_lora import project_entries
 from lora_diffusion.algebra.combine.ties_dare_della import Disjoint, dare, della, magnitude, median, slerp, ties
-from lora_diffusion.algebra.combine.ziplora import zipped
-from lora_diffusion.architectures.module_paths import Anatomy
+from lora_diffusion.algebra.combine.ziplora import zip_layers
+from lora_diffusion.architectures.module_paths import ModelLayout
 from lora_diffusion.errors import ConfigError
 
 Method = Literal["ties", "dare", "della", "knots", "magnitude", "median", "slerp", "zip", "project"]
@@ -85,15 +85,15 @@ ModuleMethod = Callable[[Terms, ConsensusConfig, Generator], LoRALayer]
 Rule = Callable[[Tensor, Tensor, ConsensusConfig, Generator], Tensor]
 
 
-def in_space(space_of: Callable[[Sequence[LoRALayer]], CoreSpace], rule: Rule) -> ModuleMethod:
+def make_core_method(space_of: Callable[[Sequence[LoRALayer]], CoreSpace], rule: Rule) -> ModuleMethod:
     """A rule on stacks of cores as a method on layers."""
 
-    def merged(terms: Terms, how: ConsensusConfig, generator: Generator) -> LoRALayer:
+    def merge(terms: Terms, how: ConsensusConfig, generator: Generator) -> LoRALayer:
         space = space_of([layer for _, layer in terms])
         weights = torch.tensor([weight for weight, _ in terms], dtype=torch.float64)
-        return layer_of(space, rule(space.cores, weights, how, generator))
+        return layer_from_core(space, rule(space.cores, weights, how, generator))
 
-    return merged
+    return merge
 
 
 def ties_rule(cores: Tensor, weights: Tensor, how: ConsensusConfig, _: Generator) -> Tensor:
@@ -109,73 +109,78 @@ def della_rule(cores: Tensor, weights: Tensor, how: ConsensusConfig, generator: 
 
 
 METHODS: Mapping[Method, ModuleMethod] = {
-    "ties": in_space(core_space, ties_rule),
-    "dare": in_space(core_space, dare_rule),
-    "della": in_space(core_space, della_rule),
-    "knots": in_space(knots_space, ties_rule),
-    "magnitude": in_space(core_space, lambda cores, weights, how, _: magnitude(cores, weights, density=how.density)),
-    "median": in_space(core_space, lambda cores, weights, _, __: median(cores, weights)),
-    "slerp": in_space(core_space, lambda cores, weights, _, __: slerp(cores, weights)),
-    "zip": lambda terms, how, _: zipped(terms, how.penalty),
+    "ties": make_core_method(build_core_space, ties_rule),
+    "dare": make_core_method(build_core_space, dare_rule),
+    "della": make_core_method(build_core_space, della_rule),
+    "knots": make_core_method(build_knots_space, ties_rule),
+    "magnitude": make_core_method(
+        build_core_space, lambda cores, weights, how, _: magnitude(cores, weights, density=how.density)
+    ),
+    "median": make_core_method(build_core_space, lambda cores, weights, _, __: median(cores, weights)),
+    "slerp": make_core_method(build_core_space, lambda cores, weights, _, __: slerp(cores, weights)),
+    "zip": lambda terms, how, _: zip_layers(terms, how.penalty),
 }
 """The methods that see one module at a time; `project` sees whole adapters, in the order in which they were given."""
 
 
-def consensus(blend: Blend, how: ConsensusConfig, metadata: AdapterMetadata, anatomy: Anatomy | None = None) -> Adapter:
+def combine_by_consensus(
+    blend: Blend, how: ConsensusConfig, metadata: AdapterMetadata, layout: ModelLayout | None = None
+) -> Adapter:
     """One adapter of the blend's, by a method of consensus instead of the sum; weights are those of the blend.
 
     A module that one adapter alone changes has nothing to agree on: it keeps that adapter's layer times its weight,
     whatever the method. Biases go through the method like a column of the weight. Learned words are united. The result
     depends on no order of adapters or modules, but for `project`, which takes the first adapter as the subject and all
     others as styles. Ranks are those of the merged cores, up to the sum of ranks; `compress` makes them smaller.
-    `anatomy` is needed for weights by block.
+    `layout` is needed for weights by block.
 
     Raises ConfigError for layers other than plain LoRA, and for a number of adapters that the method is not made for,
     and as `combine` does.
     """
-    check_blend(blend, how.method)
+    check_consensus_blend(blend, how.method)
     if how.method == "project":
         entries = tuple(entry for entry in blend.entries if entry in blend.active)
-        alone = Blend(entries=(projected(entries, how.strength), *entries[1:]))
-        return combine(alone, metadata, anatomy)
-    total = joint_sum(blend, anatomy)
+        alone = Blend(entries=(project_entries(entries, how.strength), *entries[1:]))
+        return combine(alone, metadata, layout)
+    total = joint_sum(blend, layout)
     progress = tqdm(total.layers.items(), desc=how.method, unit="module", leave=False, disable=None)
     return Adapter(
-        layers={path: agreed(f"{path}.weight", terms_of(terms), how) for path, terms in progress},
+        layers={path: combine_parameter(f"{path}.weight", as_lora_terms(terms), how) for path, terms in progress},
         biases={
-            path: agreed(f"{path}.bias", columns(terms), how).delta()[:, 0] for path, terms in total.biases.items()
+            path: combine_parameter(f"{path}.bias", biases_as_layers(terms), how).delta()[:, 0]
+            for path, terms in total.biases.items()
         },
-        tokens=united_words(blend),
+        tokens=merge_tokens(blend),
         metadata=metadata,
     )
 
 
-def agreed(name: str, terms: Terms, how: ConsensusConfig) -> LoRALayer:
+def combine_parameter(name: str, terms: Terms, how: ConsensusConfig) -> LoRALayer:
     """The weighted layers of one parameter as one."""
     if len(terms) == 1:
-        return joined_layer(terms)
-    return METHODS[how.method](terms, how, generator_for(how.seed, name))
+        return join_layers(terms)
+    return METHODS[how.method](terms, how, make_generator(how.seed, name))
 
 
-def generator_for(seed: int, name: str) -> Generator:
+def make_generator(seed: int, name: str) -> Generator:
     """Random numbers for one parameter that depend on no other, so that the order of modules changes nothing."""
     digest = hashlib.sha256(f"{seed}|{name}".encode()).digest()
     return Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def terms_of(terms: Sequence[tuple[float, Layer]]) -> Terms:
-    """The terms as plain LoRA, which `check_blend` has seen to."""
+def as_lora_terms(terms: Sequence[tuple[float, Layer]]) -> Terms:
+    """Narrow the terms to plain LoRA layers, which `check_consensus_blend` has checked."""
     return [(weight, layer) for weight, layer in terms if isinstance(layer, LoRALayer)]
 
 
-def columns(terms: Sequence[BiasTerm]) -> Terms:
+def biases_as_layers(terms: Sequence[BiasTerm]) -> Terms:
     """Biases as layers of rank 1 with a single input."""
     return [
         (weight, LoRALayer(up=bias[:, None], down=torch.ones_like(bias[:1, None]), alpha=1)) for weight, bias in terms
     ]
 
 
-def check_blend(blend: Blend, method: Method) -> None:
+def check_consensus_blend(blend: Blend, method: Method) -> None:
     """Raise ConfigError unless the method can merge what is in the blend."""
     count = len(blend.active)
     if method in ("slerp", "zip") and count > 2:

@@ -27,11 +27,11 @@ def project_out(subject: Adapter, style: Adapter, strength: float) -> Adapter:
     ConfigError for layers other than plain LoRA at shared modules.
     """
     shared = [path for path in subject.layers if path in style.layers]
-    layers = {path: damped(path, subject, style, strength / (1 + strength)) for path in shared}
+    layers = {path: damp_directions(path, subject, style, strength / (1 + strength)) for path in shared}
     return replace(subject, layers={**subject.layers, **layers})
 
 
-def projected(entries: Sequence[WeightedAdapter], strength: float) -> WeightedAdapter:
+def project_entries(entries: Sequence[WeightedAdapter], strength: float) -> WeightedAdapter:
     """The first of several adapters without the main directions of each other one."""
     subject = entries[0].adapter
     for style in entries[1:]:
@@ -39,19 +39,19 @@ def projected(entries: Sequence[WeightedAdapter], strength: float) -> WeightedAd
     return replace(entries[0], adapter=subject)
 
 
-def damped(path: str, subject: Adapter, style: Adapter, share: float) -> LoRALayer:
+def damp_directions(path: str, subject: Adapter, style: Adapter, share: float) -> LoRALayer:
     first, second = subject.layers[path], style.layers[path]
     if not (isinstance(first, LoRALayer) and isinstance(second, LoRALayer)) or not (
         is_joinable(first) and is_joinable(second)
     ):
         raise ConfigError(f"{path}: a projection needs plain LoRA in both adapters, not {first.kind} and {second.kind}")
-    directions = main_directions(second)
+    directions = find_main_directions(second)
     down = first.down.float().flatten(1)
     moved = down - share * (down @ directions) @ directions.T
     return replace(first, down=moved.reshape(first.down.shape))
 
 
-def main_directions(layer: LoRALayer) -> Tensor:
+def find_main_directions(layer: LoRALayer) -> Tensor:
     """The right singular vectors (in, k) of a layer's delta that hold its main part."""
     spectrum = spectrum_of([(1.0, layer)])
     energy = spectrum.values.square()

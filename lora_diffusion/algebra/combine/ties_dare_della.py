@@ -19,11 +19,11 @@ PARALLEL = 1e-6
 """Two matrices whose cosine is this close to 1 or -1 leave no arc to go along."""
 
 
-def weighted(stack: Tensor, weights: Tensor) -> Tensor:
+def apply_weights(stack: Tensor, weights: Tensor) -> Tensor:
     return weights[:, None, None] * stack
 
 
-def trimmed(stack: Tensor, density: float) -> Tensor:
+def trim_by_magnitude(stack: Tensor, density: float) -> Tensor:
     """Each matrix with only the share `density` of its entries that is largest in magnitude, at least one entry."""
     size = stack[0].numel()
     kept = max(1, round(density * size))
@@ -31,7 +31,7 @@ def trimmed(stack: Tensor, density: float) -> Tensor:
     return torch.where(stack.abs() >= lowest[:, None, None], stack, 0)
 
 
-def elected(stack: Tensor, disjoint: Disjoint) -> Tensor:
+def elect_signs(stack: Tensor, disjoint: Disjoint) -> Tensor:
     """The mean, or the sum, of those entries that have the sign of their sum over the stack; 0 where that is 0."""
     sign = stack.sum(0).sign()
     agreeing = torch.where(stack * sign > 0, stack, 0)
@@ -45,12 +45,12 @@ def ties(stack: Tensor, weights: Tensor, *, density: float, disjoint: Disjoint) 
     The disjoint mean is the paper's: where k matrices agree it is their mean, so that the result is as strong as one of
     them. The disjoint sum is as strong as their sum, and equals it at density 1 where all signs agree.
     """
-    return elected(weighted(trimmed(stack, density), weights), disjoint)
+    return elect_signs(apply_weights(trim_by_magnitude(stack, density), weights), disjoint)
 
 
 def magnitude(stack: Tensor, weights: Tensor, *, density: float) -> Tensor:
     """The weighted sum of the matrices, each without its smallest entries. Linear in the weights."""
-    return weighted(trimmed(stack, density), weights).sum(0)
+    return apply_weights(trim_by_magnitude(stack, density), weights).sum(0)
 
 
 def dare(stack: Tensor, weights: Tensor, *, density: float, generator: Generator) -> Tensor:
@@ -58,7 +58,7 @@ def dare(stack: Tensor, weights: Tensor, *, density: float, generator: Generator
 
     Its expectation is the weighted sum; linear in the weights.
     """
-    return weighted(dropped(stack, torch.full_like(stack, density), generator), weights).sum(0)
+    return apply_weights(drop_entries(stack, torch.full_like(stack, density), generator), weights).sum(0)
 
 
 def della(
@@ -71,17 +71,17 @@ def della(
     matrix; the paper ranks each output's row, but the rows of a core are no neurons.
     """
     room = spread * min(density, 1 - density)
-    keep = density + room * (2 * magnitude_positions(stack) - 1)
-    return elected(weighted(dropped(stack, keep, generator), weights), disjoint)
+    keep = density + room * (2 * rank_by_magnitude(stack) - 1)
+    return elect_signs(apply_weights(drop_entries(stack, keep, generator), weights), disjoint)
 
 
-def magnitude_positions(stack: Tensor) -> Tensor:
+def rank_by_magnitude(stack: Tensor) -> Tensor:
     """Where each entry stands among its matrix's, by magnitude: evenly from 0, the smallest, to 1, the largest."""
     ranks = stack.abs().flatten(1).argsort(dim=1).argsort(dim=1).to(stack.dtype)
     return (ranks / max(1, ranks.shape[1] - 1)).reshape(stack.shape)
 
 
-def dropped(stack: Tensor, keep: Tensor, generator: Generator) -> Tensor:
+def drop_entries(stack: Tensor, keep: Tensor, generator: Generator) -> Tensor:
     """Each entry kept with its own probability and divided by it, else 0."""
     draws = torch.rand(stack.shape, generator=generator, dtype=torch.float64)
     return torch.where(draws < keep, stack / keep, 0)
@@ -92,8 +92,8 @@ def median(stack: Tensor, weights: Tensor) -> Tensor:
 
     One that is far from all others hardly moves it. As strong as one matrix, not as their sum; of two it is the mean.
     """
-    points = weighted(stack, weights)
-    return weighted(points, median_shares(points.flatten(1))).sum(0)
+    points = apply_weights(stack, weights)
+    return apply_weights(points, median_shares(points.flatten(1))).sum(0)
 
 
 def slerp(stack: Tensor, weights: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def slerp(stack: Tensor, weights: Tensor) -> Tensor:
     product = lengths.prod()
     cosine = (first * second).sum() / product if product > 0 else torch.ones_like(product)
     if 1 - cosine.abs() < PARALLEL:
-        return weighted(stack, weights).sum(0)
+        return apply_weights(stack, weights).sum(0)
     angle = cosine.arccos()
     sizes = weights.abs()
     share = sizes[1] / sizes.sum()

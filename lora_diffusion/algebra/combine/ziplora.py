@@ -23,12 +23,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_diffusion.adapters.factor_stack import Term, joined_layer
+from lora_diffusion.adapters.factor_stack import Term, join_layers
 from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.algebra.combine.core_space import scaled_factors
 
 
-def zipped(terms: Sequence[tuple[float, LoRALayer]], penalty: float) -> LoRALayer:
+def zip_layers(terms: Sequence[tuple[float, LoRALayer]], penalty: float) -> LoRALayer:
     """Two weighted LoRA layers of one module as one; ranks add up. `penalty` is from 0, the plain sum, to below 1.
 
     Equal columns come to 2 / (1 + penalty) of one of them. Where two columns point much the same way and one is far
@@ -40,7 +40,7 @@ def zipped(terms: Sequence[tuple[float, LoRALayer]], penalty: float) -> LoRALaye
         (weight, replace(layer, down=(layer.down.double().flatten(1) * shares).reshape(layer.down.shape).float()))
         for (weight, layer), shares in zip(terms, coefficients, strict=True)
     ]
-    return joined_layer(scaled)
+    return join_layers(scaled)
 
 
 def zip_coefficients(
@@ -52,10 +52,10 @@ def zip_coefficients(
     """
     (up1, down1), (up2, down2) = weighted_factors(*first), weighted_factors(*second)
     own1, own2 = column_products(up1, down1, up1, down1), column_products(up2, down2, up2, down2)
-    return solved(own1, own2, penalty * column_products(up1, down1, up2, down2).abs())
+    return solve_coefficients(own1, own2, penalty * column_products(up1, down1, up2, down2).abs())
 
 
-def solved(own1: Tensor, own2: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
+def solve_coefficients(own1: Tensor, own2: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
     """The least of own1 (m1 - 1)^2 + own2 (m2 - 1)^2 + 2 shared m1 m2 over m1, m2 >= 0, for shared^2 < own1 own2.
 
     Its gradient is zero where own1 m1 + shared m2 = own1 and shared m1 + own2 m2 = own2. If that makes one coefficient

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_diffusion.algebra.metrics.subspace_similarity import directions_of
-from lora_diffusion.algebra.svd.svd import Spectrum, norm
+from lora_diffusion.algebra.metrics.subspace_similarity import leading_directions
+from lora_diffusion.algebra.svd.svd import Spectrum, spectrum_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +32,14 @@ class Amplification:
     """delta_norm / projected; None if W has nothing in these directions."""
 
 
-def amplification(spectrum: Spectrum, weight: Tensor) -> Amplification:
+def measure_amplification(spectrum: Spectrum, weight: Tensor) -> Amplification:
     """Norms of a delta and of the base's `weight`, (out, in[, kh, kw]), in its directions."""
     matrix = weight.double().flatten(1)
-    directions = directions_of(spectrum)
+    directions = leading_directions(spectrum)
     count = directions.output.shape[1]
     projected = float((directions.output.T @ matrix @ directions.input).square().sum().sqrt())
     base_norm = float(matrix.square().sum().sqrt())
-    delta_norm = norm(spectrum)
+    delta_norm = spectrum_norm(spectrum)
     return Amplification(
         directions=count,
         delta_norm=delta_norm,

@@ -18,13 +18,13 @@ def delta_norm(layer: Layer) -> float | None:
     if layer.kind == "DoRA":
         return None
     if not isinstance(layer, LoRALayer) or layer.mid is not None:
-        return finite(float(layer.delta().double().square().sum().sqrt()))
+        return none_unless_finite(float(layer.delta().double().square().sum().sqrt()))
     up, down = layer.up.double().flatten(1), layer.down.double().flatten(1)
     squared = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0)
-    return finite(abs(layer.scale) * float(squared.sqrt()))
+    return none_unless_finite(abs(layer.scale) * float(squared.sqrt()))
 
 
-def finite(norm: float) -> float | None:
+def none_unless_finite(norm: float) -> float | None:
     return norm if math.isfinite(norm) else None
 
 

@@ -10,8 +10,8 @@ from dataclasses import astuple, dataclass
 
 from torch import Tensor
 
-from lora_diffusion.algebra.metrics.subspace_similarity import Directions, directions_of
-from lora_diffusion.algebra.svd.svd import Spectrum, norm
+from lora_diffusion.algebra.metrics.subspace_similarity import Directions, leading_directions
+from lora_diffusion.algebra.svd.svd import Spectrum, spectrum_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,46 +38,47 @@ class Overlap:
     @property
     def first_share(self) -> float:
         """Share of the first delta's energy in the second's directions."""
-        return share(self.first_inside, self.first_energy)
+        return ratio(self.first_inside, self.first_energy)
 
     @property
     def second_share(self) -> float:
-        return share(self.second_inside, self.second_energy)
+        return ratio(self.second_inside, self.second_energy)
 
     @property
-    def shared(self) -> float:
+    def shared_energy(self) -> float:
         """Share of both adapters' energy in the other's directions, at equal strength: the mean of the two shares."""
         return (self.first_share + self.second_share) / 2
 
     @property
     def chance(self) -> float:
-        """What `shared` would be between random directions."""
-        return (share(self.first_chance, self.first_energy) + share(self.second_chance, self.second_energy)) / 2
+        """Expected `shared_energy` of random directions."""
+        return (ratio(self.first_chance, self.first_energy) + ratio(self.second_chance, self.second_energy)) / 2
 
 
-def share(part: float, whole: float) -> float:
+def ratio(part: float, whole: float) -> float:
     return min(part / whole, 1.0) if whole else 0.0
 
 
-def overlap_of(first: Spectrum | None, second: Spectrum | None) -> Overlap:
+def measure_overlap(first: Spectrum | None, second: Spectrum | None) -> Overlap:
     """The overlap at one module; None for an adapter that does not change it."""
     if first is None or second is None:
         return Overlap(
-            first_energy=norm(first) ** 2 if first else 0.0, second_energy=norm(second) ** 2 if second else 0.0
+            first_energy=spectrum_norm(first) ** 2 if first else 0.0,
+            second_energy=spectrum_norm(second) ** 2 if second else 0.0,
         )
     outputs = first.left.double().T @ second.left.double()
     inputs = first.right.double() @ second.right.double().T
     values = first.values.double()[:, None] * second.values.double()
-    first_energy, second_energy = norm(first) ** 2, norm(second) ** 2
-    one, two = directions_of(first), directions_of(second)
+    first_energy, second_energy = spectrum_norm(first) ** 2, spectrum_norm(second) ** 2
+    one, two = leading_directions(first), leading_directions(second)
     return Overlap(
         inner=float((values * outputs * inputs).sum()),
         first_energy=first_energy,
         second_energy=second_energy,
         first_inside=energy_inside(first, two),
         second_inside=energy_inside(second, one),
-        first_chance=first_energy * part_of_space(two),
-        second_chance=second_energy * part_of_space(one),
+        first_chance=first_energy * random_share(two),
+        second_chance=second_energy * random_share(one),
     )
 
 
@@ -88,13 +89,13 @@ def energy_inside(spectrum: Spectrum, directions: Directions) -> float:
     return float(((left * spectrum.values.double()) @ right).square().sum())
 
 
-def part_of_space(directions: Directions) -> float:
+def random_share(directions: Directions) -> float:
     """The share of a matrix's energy that random directions of these numbers hold on average."""
     count = directions.output.shape[1]
     return count**2 / (directions.output.shape[0] * directions.input.shape[0])
 
 
-def summed(overlaps: Iterable[Overlap]) -> Overlap:
+def sum_overlaps(overlaps: Iterable[Overlap]) -> Overlap:
     """The overlap of several modules together."""
     columns = zip(*(astuple(overlap) for overlap in overlaps), strict=True)
     return Overlap(**dict(zip(Overlap.__dataclass_fields__, map(sum, columns), strict=True)))

@@ -13,24 +13,29 @@ from lora_diffusion.algebra.metrics.norms import delta_norm
 
 def rounding_error(exact: Adapter, rounded: Adapter) -> float:
     """Norm of the change of all deltas and biases over the norm of all; of DoRA, the inner delta's."""
-    layers = [(inner(layer), inner(rounded.layers[path])) for path, layer in exact.layers.items()]
+    layers = [(inner_layer(layer), inner_layer(rounded.layers[path])) for path, layer in exact.layers.items()]
     biases = [(bias, rounded.biases[path]) for path, bias in exact.biases.items()]
-    lost = math.hypot(*(changed(*pair) for pair in layers), *(size(before - after) for before, after in biases))
-    whole = math.hypot(*(delta_norm(before) or 0.0 for before, _ in layers), *(size(before) for before, _ in biases))
+    lost = math.hypot(
+        *(delta_difference_norm(*pair) for pair in layers),
+        *(frobenius_norm(before - after) for before, after in biases),
+    )
+    whole = math.hypot(
+        *(delta_norm(before) or 0.0 for before, _ in layers), *(frobenius_norm(before) for before, _ in biases)
+    )
     return lost / whole if whole else 0.0
 
 
-def inner(layer: Layer) -> Layer:
+def inner_layer(layer: Layer) -> Layer:
     return layer.inner if isinstance(layer, DoRALayer) else layer
 
 
-def changed(before: Layer, after: Layer) -> float:
+def delta_difference_norm(before: Layer, after: Layer) -> float:
     """Frobenius norm of the difference of two deltas of one shape and rank.
 
     up down - up' down' = (up - up') down + up' (down - down'), which loses no digits where the two are close.
     """
     if not (isinstance(before, LoRALayer) and isinstance(after, LoRALayer) and is_joinable(before)):
-        return size(before.delta() - after.delta())
+        return frobenius_norm(before.delta() - after.delta())
     up, down, new_up, new_down = (factor.float() for factor in (before.up, before.down, after.up, after.down))
     both = LoRALayer(
         up=torch.cat([up - new_up, new_up], dim=1), down=torch.cat([down, down - new_down]), alpha=2 * before.alpha
@@ -38,5 +43,5 @@ def changed(before: Layer, after: Layer) -> float:
     return delta_norm(both) or 0.0
 
 
-def size(tensor: Tensor) -> float:
+def frobenius_norm(tensor: Tensor) -> float:
     return float(tensor.double().square().sum().sqrt())

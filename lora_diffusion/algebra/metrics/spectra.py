@@ -48,7 +48,7 @@ def rank_holding(values: Tensor, share: float) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpectrumFacts:
+class SpectrumStats:
     """One module's delta in numbers."""
 
     rank: int
@@ -67,10 +67,10 @@ class SpectrumFacts:
     """Share of the energy in the first 1, 2, ... directions."""
 
 
-def spectrum_facts(spectrum: Spectrum) -> SpectrumFacts:
+def measure_spectrum(spectrum: Spectrum) -> SpectrumStats:
     """The numbers of a delta; all 0 and empty if it is 0."""
     values = nonzero_values(spectrum)
-    return SpectrumFacts(
+    return SpectrumStats(
         rank=values.numel(),
         norm=float(values.square().sum().sqrt()),
         spectral_norm=float(values[:1].sum()),
@@ -78,17 +78,17 @@ def spectrum_facts(spectrum: Spectrum) -> SpectrumFacts:
         stable_rank=stable_rank(values),
         rank_90=rank_holding(values, 0.9),
         rank_99=rank_holding(values, 0.99),
-        values=listed(values[:MOST_DIRECTIONS]),
-        energy=listed(energy_shares(values)[:MOST_DIRECTIONS]),
+        values=to_list(values[:MOST_DIRECTIONS]),
+        energy=to_list(energy_shares(values)[:MOST_DIRECTIONS]),
     )
 
 
-def listed(values: Tensor) -> tuple[float, ...]:
+def to_list(values: Tensor) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockFacts:
+class BlockStats:
     """Several modules in numbers: medians over them, but for `norm` and `largest_norm`."""
 
     modules: int
@@ -105,12 +105,12 @@ class BlockFacts:
     """The k-th singular value; a module of lower rank counts as 0."""
 
 
-def block_facts(modules: Sequence[SpectrumFacts]) -> BlockFacts:
+def summarize_block(modules: Sequence[SpectrumStats]) -> BlockStats:
     """Medians and norms of at least one module."""
     norms = [module.norm for module in modules]
     longest = max(len(module.values) for module in modules)
     columns = ([module.values[k] if k < len(module.values) else 0.0 for module in modules] for k in range(longest))
-    return BlockFacts(
+    return BlockStats(
         modules=len(modules),
         norm=math.hypot(*norms),
         median_norm=median(norms),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_diffusion.algebra.metrics.spectra import MOST_DIRECTIONS, nonzero_values
-from lora_diffusion.algebra.svd.svd import Spectrum, decomposed
+from lora_diffusion.algebra.svd.svd import Spectrum, thin_svd
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,7 +24,7 @@ class Directions:
     """(in * kernel, k)."""
 
 
-def directions_of(spectrum: Spectrum) -> Directions:
+def leading_directions(spectrum: Spectrum) -> Directions:
     """The singular vectors whose values are no rounding, the first 128."""
     count = min(nonzero_values(spectrum).numel(), MOST_DIRECTIONS)
     return Directions(output=spectrum.left[:, :count].double(), input=spectrum.right[:count].T.double())
@@ -40,7 +40,9 @@ def subspace_similarity(first: Tensor, second: Tensor) -> Tensor:
     1 - d^2 / p [section 7.2 and appendix G].
     """
     sums = (first.T @ second).square().cumsum(0).cumsum(1)
-    return (sums / smaller_of(first.shape[1], second.shape[1])).clamp(0, 1)  # float32 vectors are a rounding too long
+    return (sums / smaller_index_grid(first.shape[1], second.shape[1])).clamp(
+        0, 1
+    )  # float32 vectors are a rounding too long
 
 
 def random_similarity(first: int, second: int, dim: int) -> Tensor:
@@ -49,10 +51,10 @@ def random_similarity(first: int, second: int, dim: int) -> Tensor:
     E ||U_i^T V_j||_F^2 = i j / dim, so that phi is max(i, j) / dim.
     """
     i, j = torch.arange(1, first + 1).double(), torch.arange(1, second + 1).double()
-    return i[:, None] * j[None] / dim / smaller_of(first, second)
+    return i[:, None] * j[None] / dim / smaller_index_grid(first, second)
 
 
-def smaller_of(first: int, second: int) -> Tensor:
+def smaller_index_grid(first: int, second: int) -> Tensor:
     """min(i, j) for i and j from 1, float64 (first, second)."""
     return torch.minimum(torch.arange(1, first + 1)[:, None], torch.arange(1, second + 1)[None]).double()
 
@@ -64,8 +66,8 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
     """
     larger, smaller = (first, second) if first.shape[1] >= second.shape[1] else (second, first)
     shadow = larger.T @ smaller
-    cosines = decomposed(shadow)[1]
-    sines = decomposed(smaller - larger @ shadow)[1].flip(0)
+    cosines = thin_svd(shadow)[1]
+    sines = thin_svd(smaller - larger @ shadow)[1].flip(0)
     return torch.atan2(sines, cosines)
 
 
@@ -78,7 +80,7 @@ def grassmann_distance(first: Tensor, second: Tensor) -> float:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Likeness:
+class SubspaceSimilarity:
     """How alike two adapters' directions are on one side of a module."""
 
     similarity: Tensor
@@ -91,10 +93,10 @@ class Likeness:
     """Of orthogonal ones: a right angle each."""
 
 
-def likeness(first: Tensor, second: Tensor) -> Likeness:
+def compare_subspaces(first: Tensor, second: Tensor) -> SubspaceSimilarity:
     """All measures of two sets of orthonormal columns, (dim, m) and (dim, n), none of which is empty."""
     m, n = first.shape[1], second.shape[1]
-    return Likeness(
+    return SubspaceSimilarity(
         similarity=subspace_similarity(first, second),
         random=random_similarity(m, n, first.shape[0]),
         distance=grassmann_distance(first, second),

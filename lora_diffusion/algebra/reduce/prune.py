@@ -12,7 +12,7 @@ from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.adapters.factor_stack import is_joinable
 from lora_diffusion.adapters.layers import FullLayer, Layer, LoRALayer
 from lora_diffusion.algebra.metrics.norms import delta_norm
-from lora_diffusion.algebra.metrics.quantization_error import changed
+from lora_diffusion.algebra.metrics.quantization_error import delta_difference_norm
 from lora_diffusion.errors import ConfigError
 
 Scope: TypeAlias = Literal["module", "adapter"]
@@ -51,7 +51,7 @@ class Sparsity:
         return lost / total if total else 0.0
 
 
-def sparse_factors(adapter: Adapter, keep: float, scope: Scope = "module") -> Adapter:
+def prune_factors(adapter: Adapter, keep: float, scope: Scope = "module") -> Adapter:
     """The same LoRA, of the same shapes, types and alphas, with a share `keep` of the entries of up and down left.
 
     An entry counts by what setting it alone to zero takes from the delta, in the Frobenius norm: its size times the
@@ -64,18 +64,22 @@ def sparse_factors(adapter: Adapter, keep: float, scope: Scope = "module") -> Ad
     scores: dict[str, list[Tensor]] = {}
     for path, layer in adapter.layers.items():
         if not isinstance(layer, LoRALayer) or not is_joinable(layer):
-            raise ConfigError(f"{path}: is {kind_text(layer)}, which has no pair of factors to prune; prune the delta")
-        scores[path] = factor_scores(layer)
-    masks = kept(scores, keep, scope)
+            raise ConfigError(
+                f"{path}: is {describe_kind(layer)}, which has no pair of factors to prune; prune the delta"
+            )
+        scores[path] = score_factors(layer)
+    masks = select_highest(scores, keep, scope)
     layers = {
-        path: layer.with_factors({"up": masked(layer.factors["up"], up), "down": masked(layer.factors["down"], down)})
+        path: layer.with_factors(
+            {"up": apply_mask(layer.factors["up"], up), "down": apply_mask(layer.factors["down"], down)}
+        )
         for path, layer in adapter.layers.items()
         for up, down in (masks[path],)
     }
     return replace(adapter, layers=layers)
 
 
-def sparse_deltas(adapter: Adapter, keep: float, scope: Scope = "module") -> Adapter:
+def prune_deltas(adapter: Adapter, keep: float, scope: Scope = "module") -> Adapter:
     """Every layer as a full difference, float32, with a share `keep` of the entries of the deltas left: the largest.
 
     Any kind but DoRA, whose delta depends on the base. A pruned delta is no longer low-rank and a full layer is stored
@@ -87,23 +91,23 @@ def sparse_deltas(adapter: Adapter, keep: float, scope: Scope = "module") -> Ada
         if layer.kind == "DoRA":
             raise ConfigError(f"{path}: is DoRA, whose delta depends on the base; merge it and extract a LoRA first")
     deltas = {path: layer.delta() for path, layer in adapter.layers.items()}
-    masks = kept({path: [delta.abs()] for path, delta in deltas.items()}, keep, scope)
-    layers = {path: FullLayer(diff=masked(delta, masks[path][0])) for path, delta in deltas.items()}
+    masks = select_highest({path: [delta.abs()] for path, delta in deltas.items()}, keep, scope)
+    layers = {path: FullLayer(diff=apply_mask(delta, masks[path][0])) for path, delta in deltas.items()}
     return replace(adapter, layers=layers)
 
 
-def sparsity(before: Adapter, after: Adapter) -> Sparsity:
+def measure_sparsity(before: Adapter, after: Adapter) -> Sparsity:
     """What pruning, and rounding if the types differ, left of an adapter's layers."""
     factors = [factor for layer in after.layers.values() for factor in layer.factors.values()]
     return Sparsity(
         nonzeros=sum(int(factor.count_nonzero()) for factor in factors),
         entries=sum(factor.numel() for factor in factors),
         norms={path: delta_norm(layer) or 0.0 for path, layer in before.layers.items()},
-        lost={path: changed(layer, after.layers[path]) for path, layer in before.layers.items()},
+        lost={path: delta_difference_norm(layer, after.layers[path]) for path, layer in before.layers.items()},
     )
 
 
-def factor_scores(layer: LoRALayer) -> list[Tensor]:
+def score_factors(layer: LoRALayer) -> list[Tensor]:
     """What each entry of up and of down is worth to the delta, in their shapes, float32."""
     up, down = layer.up.float(), layer.down.float()
     columns, rows = up.flatten(1).square().sum(0).sqrt(), down.flatten(1).square().sum(1).sqrt()
@@ -114,7 +118,7 @@ def factor_scores(layer: LoRALayer) -> list[Tensor]:
     ]
 
 
-def kept(scores: Mapping[str, list[Tensor]], keep: float, scope: Scope) -> dict[str, list[Tensor]]:
+def select_highest(scores: Mapping[str, list[Tensor]], keep: float, scope: Scope) -> dict[str, list[Tensor]]:
     """Masks of the entries with the highest scores, a share of those of each module or of all.
 
     Raises ConfigError for a share outside (0, 1].
@@ -122,12 +126,12 @@ def kept(scores: Mapping[str, list[Tensor]], keep: float, scope: Scope) -> dict[
     if not 0 < keep <= 1:
         raise ConfigError(f"keep {keep:g}: expected a share of the entries above 0 and at most 1")
     if scope == "module":
-        return {path: highest(parts, keep) for path, parts in scores.items()}
-    masks = iter(highest([part for parts in scores.values() for part in parts], keep))
+        return {path: highest_masks(parts, keep) for path, parts in scores.items()}
+    masks = iter(highest_masks([part for parts in scores.values() for part in parts], keep))
     return {path: [next(masks) for _ in parts] for path, parts in scores.items()}
 
 
-def highest(parts: list[Tensor], keep: float) -> list[Tensor]:
+def highest_masks(parts: list[Tensor], keep: float) -> list[Tensor]:
     """A mask for each part; together they have round(keep * entries) places."""
     flat = torch.cat([part.flatten() for part in parts])
     mask = torch.zeros_like(flat, dtype=torch.bool)
@@ -136,9 +140,9 @@ def highest(parts: list[Tensor], keep: float) -> list[Tensor]:
     return [piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True)]
 
 
-def masked(tensor: Tensor, mask: Tensor) -> Tensor:
+def apply_mask(tensor: Tensor, mask: Tensor) -> Tensor:
     return tensor.where(mask, torch.zeros_like(tensor))
 
 
-def kind_text(layer: Layer) -> str:
+def describe_kind(layer: Layer) -> str:
     return "LoRA with a Tucker core" if isinstance(layer, LoRALayer) else f"a {layer.kind} layer"

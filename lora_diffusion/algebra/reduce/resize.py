@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
 from lora_diffusion.adapters.blend import BlendSum
-from lora_diffusion.adapters.factor_stack import Term, joined_shape
+from lora_diffusion.adapters.factor_stack import Term, common_weight_shape
 from lora_diffusion.adapters.layers import Layer
-from lora_diffusion.algebra.combine.exact_sum import full_sum, summed_biases
-from lora_diffusion.algebra.svd.rank_selection import RankRule, count
-from lora_diffusion.algebra.svd.svd import lost_norm, norm, spectrum_of, truncated
+from lora_diffusion.algebra.combine.exact_sum import sum_biases, sum_full_layers
+from lora_diffusion.algebra.svd.rank_selection import RankRule, select_rank
+from lora_diffusion.algebra.svd.svd import lost_norm, spectrum_norm, spectrum_of, truncate_spectrum
 from lora_diffusion.errors import ConfigError
 
 LINALG: Any = torch.linalg  # whose own stub does not export its error
@@ -59,17 +59,17 @@ class CompressionReport:
 
     @property
     def total(self) -> Loss:
-        return together(tuple(self.modules.values()))
+        return sum_losses(tuple(self.modules.values()))
 
-    def by(self, group: Callable[[str], str]) -> dict[str, Loss]:
+    def by_group(self, group: Callable[[str], str]) -> dict[str, Loss]:
         """The same by groups of module paths, such as blocks."""
         groups: dict[str, list[ModuleLoss]] = {}
         for path, loss in self.modules.items():
             groups.setdefault(group(path), []).append(loss)
-        return {name: together(losses) for name, losses in groups.items()}
+        return {name: sum_losses(losses) for name, losses in groups.items()}
 
 
-def together(losses: Sequence[ModuleLoss]) -> Loss:
+def sum_losses(losses: Sequence[ModuleLoss]) -> Loss:
     """Several modules as one; their deltas are parts of one long vector, so that squared norms add up."""
     before, after = [loss.rank_before for loss in losses] or [0], [loss.rank_after for loss in losses] or [0]
     return Loss(
@@ -90,15 +90,15 @@ def compress(total: BlendSum, rule: RankRule, metadata: AdapterMetadata) -> tupl
     layers: dict[str, Layer] = {}
     losses: dict[str, ModuleLoss] = {}
     for path, terms in tqdm(total.layers.items(), desc="compress", unit="module", leave=False, disable=None):
-        if len(joined_shape(terms)) == 1:
-            layers[path] = full_sum(terms)
+        if len(common_weight_shape(terms)) == 1:
+            layers[path] = sum_full_layers(terms)
         else:
-            layers[path], losses[path] = compressed(path, terms, rule)
-    adapter = Adapter(layers=layers, biases=summed_biases(total), metadata=metadata)
+            layers[path], losses[path] = compress_layer(path, terms, rule)
+    adapter = Adapter(layers=layers, biases=sum_biases(total), metadata=metadata)
     return adapter, CompressionReport(modules=losses)
 
 
-def compressed(path: str, terms: Sequence[Term], rule: RankRule) -> tuple[Layer, ModuleLoss]:
+def compress_layer(path: str, terms: Sequence[Term], rule: RankRule) -> tuple[Layer, ModuleLoss]:
     """One module's layer, and what it lost."""
     if any(layer.kind == "DoRA" for _, layer in terms):
         raise ConfigError(f"{path}: the delta of a DoRA layer depends on the base's weight; name the base with --base")
@@ -106,9 +106,12 @@ def compressed(path: str, terms: Sequence[Term], rule: RankRule) -> tuple[Layer,
         spectrum = spectrum_of(terms)
     except LINALG.LinAlgError:
         raise ConfigError(f"{path}: the sum of deltas is beyond the range of float32; lower the weights") from None
-    spectrum = replace(spectrum, shape=joined_shape(terms))  # some terms may have their kernel flattened
-    rank = count(rule, spectrum.values)
+    spectrum = replace(spectrum, shape=common_weight_shape(terms))  # some terms may have their kernel flattened
+    rank = select_rank(rule, spectrum.values)
     loss = ModuleLoss(
-        rank_before=spectrum.values.numel(), rank_after=rank, norm=norm(spectrum), lost=lost_norm(spectrum, rank)
+        rank_before=spectrum.values.numel(),
+        rank_after=rank,
+        norm=spectrum_norm(spectrum),
+        lost=lost_norm(spectrum, rank),
     )
-    return truncated(spectrum, rank), loss
+    return truncate_spectrum(spectrum, rank), loss

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, Token
-from lora_diffusion.adapters.factor_stack import is_joinable, joined_layer
+from lora_diffusion.adapters.factor_stack import is_joinable, join_layers
 from lora_diffusion.adapters.layers import FullLayer, LoRALayer
 from lora_diffusion.algebra.metrics.norms import delta_norm
-from lora_diffusion.algebra.svd.svd import dense_spectrum, factored, spectrum_of, truncated
+from lora_diffusion.algebra.svd.svd import dense_spectrum, qr_factors, spectrum_of, truncate_spectrum
 from lora_diffusion.architectures.families import family_title
 from lora_diffusion.errors import ConfigError, FamilyMismatchError
 
@@ -43,7 +43,7 @@ class SharedModule:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Member:
+class FamilyMember:
     """What one adapter has to itself."""
 
     cores: Mapping[str, Core]
@@ -62,10 +62,10 @@ class SharedFamily:
     """Adapters by name, with the bases that they share by module path."""
 
     modules: Mapping[str, SharedModule]
-    members: Mapping[str, Member]
+    members: Mapping[str, FamilyMember]
 
 
-def shared(adapters: Mapping[str, Adapter], rank: int, dtype: torch.dtype = torch.float32) -> SharedFamily:
+def share_bases(adapters: Mapping[str, Adapter], rank: int, dtype: torch.dtype = torch.float32) -> SharedFamily:
     """Adapters of plain LoRA in bases of a rank, or of less where a module or all its layers together have less.
 
     Each adapter counts in proportion to its own strength, so that the sum of squared relative errors is what is made
@@ -77,7 +77,7 @@ def shared(adapters: Mapping[str, Adapter], rank: int, dtype: torch.dtype = torc
     """
     if rank < 1:
         raise ConfigError(f"rank {rank}: expected at least 1")
-    check_alike(adapters)
+    check_same_family(adapters)
     norms = {name: layer_norms(name, adapter) for name, adapter in adapters.items()}
     strengths = {name: math.hypot(*found.values()) for name, found in norms.items()}
     modules: dict[str, SharedModule] = {}
@@ -87,13 +87,13 @@ def shared(adapters: Mapping[str, Adapter], rank: int, dtype: torch.dtype = torc
     for path in sorted({path for adapter in adapters.values() for path in adapter.layers}):
         layers = {name: layer for name, x in adapters.items() if isinstance(layer := x.layers.get(path), LoRALayer)}
         check_shapes(path, layers)
-        modules[path] = shared_module(list(layers.values()), [strengths[name] for name in layers], rank, dtype)
+        modules[path] = fit_shared_module(list(layers.values()), [strengths[name] for name in layers], rank, dtype)
         for name, layer in layers.items():
-            core, rank_here = core_of(layer, modules[path])
+            core, rank_here = project_core(layer, modules[path])
             cores[name][path], ranks[name][path] = core, rank_here
-            lost[name].append(distance(layer, spread_out(core, modules[path], rank_here)))
+            lost[name].append(delta_distance(layer, expand_core(core, modules[path], rank_here)))
     members = {
-        name: Member(
+        name: FamilyMember(
             cores=cores[name],
             ranks=ranks[name],
             error=math.hypot(*lost[name]) / strengths[name] if strengths[name] else 0.0,
@@ -106,7 +106,7 @@ def shared(adapters: Mapping[str, Adapter], rank: int, dtype: torch.dtype = torc
     return SharedFamily(modules=modules, members=members)
 
 
-def member(family: SharedFamily, name: str) -> Adapter:
+def extract_member(family: SharedFamily, name: str) -> Adapter:
     """One adapter of a family as a plain LoRA, of its own rank or, where that is less, of the family's; scale 1.
 
     In the type of the bases. Raises ConfigError for a name that is not in the family.
@@ -115,14 +115,14 @@ def member(family: SharedFamily, name: str) -> Adapter:
         raise ConfigError(f"no adapter called {name!r} among the {len(family.members)} that share these factors")
     part = family.members[name]
     return Adapter(
-        layers={path: spread_out(core, family.modules[path], part.ranks[path]) for path, core in part.cores.items()},
+        layers={path: expand_core(core, family.modules[path], part.ranks[path]) for path, core in part.cores.items()},
         biases=part.biases,
         tokens=part.tokens,
         metadata=part.metadata,
     )
 
 
-def check_alike(adapters: Mapping[str, Adapter]) -> None:
+def check_same_family(adapters: Mapping[str, Adapter]) -> None:
     """Raise ConfigError for no adapters, FamilyMismatchError for several families."""
     if not adapters:
         raise ConfigError("no adapters to share factors; give at least one")
@@ -155,7 +155,7 @@ def check_shapes(path: str, layers: Mapping[str, LoRALayer]) -> None:
         raise ConfigError(f"{path}: has the shape {found}; adapters that share factors must be for one base")
 
 
-def shared_module(
+def fit_shared_module(
     layers: Sequence[LoRALayer], strengths: Sequence[float], rank: int, dtype: torch.dtype
 ) -> SharedModule:
     """The bases of one module, for layers of one shape, each divided by its adapter's strength."""
@@ -164,8 +164,8 @@ def shared_module(
     ]
     downs = [x.down.double().flatten(1) for x in layers]
     # An orthonormal basis of all columns first: the Gram matrices below are then no larger than the sum of ranks.
-    left_span, right_span = factored(torch.cat(ups, dim=1))[0], factored(torch.cat(downs).T)[0]
-    left, right = alternated([left_span.T @ up for up in ups], [down @ right_span for down in downs], rank)
+    left_span, right_span = qr_factors(torch.cat(ups, dim=1))[0], qr_factors(torch.cat(downs).T)[0]
+    left, right = fit_bases([left_span.T @ up for up in ups], [down @ right_span for down in downs], rank)
     return SharedModule(
         left=(left_span @ left).to(dtype),
         right=(right_span @ right).T.to(dtype).contiguous(),
@@ -173,25 +173,25 @@ def shared_module(
     )
 
 
-def alternated(ups: Sequence[Tensor], downs: Sequence[Tensor], rank: int) -> tuple[Tensor, Tensor]:
+def fit_bases(ups: Sequence[Tensor], downs: Sequence[Tensor], rank: int) -> tuple[Tensor, Tensor]:
     """Bases, as columns, of the outputs and the inputs, in which sum_i |left^T up_i down_i right|^2 is large.
 
     For a given right basis the best left one is known in closed form, and the other way round, so that no step loses.
     """
     flipped_ups, flipped_downs = [up.T for up in ups], [down.T for down in downs]
     energy = sum(float((up.T @ up).mul(down @ down.T).sum()) for up, down in zip(ups, downs, strict=True))
-    left, _ = leading(ups, downs, rank)
-    right, held = leading(flipped_downs, [up @ left for up in flipped_ups], rank)
+    left, _ = leading_columns(ups, downs, rank)
+    right, held = leading_columns(flipped_downs, [up @ left for up in flipped_ups], rank)
     for _ in range(MOST_ROUNDS):
-        left, _ = leading(ups, [down @ right for down in downs], rank)
-        right, now = leading(flipped_downs, [up @ left for up in flipped_ups], rank)
+        left, _ = leading_columns(ups, [down @ right for down in downs], rank)
+        right, now = leading_columns(flipped_downs, [up @ left for up in flipped_ups], rank)
         if now - held <= LEAST_GAIN * (energy - held):
             break
         held = now
     return left, right
 
 
-def leading(sides: Sequence[Tensor], inner: Sequence[Tensor], rank: int) -> tuple[Tensor, float]:
+def leading_columns(sides: Sequence[Tensor], inner: Sequence[Tensor], rank: int) -> tuple[Tensor, float]:
     """The main directions of all products side_i @ inner_i together, as columns, and the energy along them.
 
     From a Gram matrix in float64, whose eigenvalues are the squares of what is looked for: float32 would lose half of
@@ -203,7 +203,7 @@ def leading(sides: Sequence[Tensor], inner: Sequence[Tensor], rank: int) -> tupl
     return vectors[:, -rank:].flip(1), float(energies[-rank:].sum())
 
 
-def core_of(layer: LoRALayer, module: SharedModule) -> tuple[Core, int]:
+def project_core(layer: LoRALayer, module: SharedModule) -> tuple[Core, int]:
     """The layer in the shared coordinates, the closest that there is in them, and its rank there."""
     inside = LoRALayer(
         up=module.left.float().T @ layer.up.float().flatten(1),
@@ -212,7 +212,7 @@ def core_of(layer: LoRALayer, module: SharedModule) -> tuple[Core, int]:
     )
     rank, dtype = min(layer.rank, *inside.weight_shape), module.left.dtype
     if is_factored(rank, inside.weight_shape):
-        core = truncated(spectrum_of([(1.0, inside)]), rank)
+        core = truncate_spectrum(spectrum_of([(1.0, inside)]), rank)
         return core.with_factors({name: factor.to(dtype) for name, factor in core.factors.items()}), rank
     return FullLayer(diff=inside.delta().to(dtype)), rank
 
@@ -222,9 +222,9 @@ def is_factored(rank: int, shape: tuple[int, ...]) -> bool:
     return rank * sum(shape) <= math.prod(shape)
 
 
-def spread_out(core: Core, module: SharedModule, rank: int) -> LoRALayer:
+def expand_core(core: Core, module: SharedModule, rank: int) -> LoRALayer:
     """The layer that a core stands for, (out, in[, kh, kw]), in the type of the bases; both factors equally large."""
-    pair = core if isinstance(core, LoRALayer) else truncated(dense_spectrum(core.diff), rank)
+    pair = core if isinstance(core, LoRALayer) else truncate_spectrum(dense_spectrum(core.diff), rank)
     up, down = module.left.float() @ pair.up.float(), pair.down.float() @ module.right.float()
     ones = [1] * len(module.shape[2:])
     return LoRALayer(
@@ -234,6 +234,6 @@ def spread_out(core: Core, module: SharedModule, rank: int) -> LoRALayer:
     )
 
 
-def distance(layer: LoRALayer, other: LoRALayer) -> float:
+def delta_distance(layer: LoRALayer, other: LoRALayer) -> float:
     """Frobenius norm of the difference of two deltas."""
-    return delta_norm(joined_layer([(1.0, layer), (-1.0, other)])) or 0.0
+    return delta_norm(join_layers([(1.0, layer), (-1.0, other)])) or 0.0

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_diffusion.algebra.svd.svd import Spectrum, decomposed, factored
+from lora_diffusion.algebra.svd.svd import Spectrum, qr_factors, thin_svd
 
 WELL_BELOW = 4
 """The sketch pays where it has at most a quarter of the smaller side's columns."""
@@ -21,7 +21,7 @@ class Sketch:
     """How often the sketch goes through the matrix and back, which a slowly falling spectrum needs."""
     seed: int = 0
 
-    def pays(self, shape: tuple[int, ...], rank: int) -> bool:
+    def is_worthwhile(self, shape: tuple[int, ...], rank: int) -> bool:
         """Whether the rank is well below the smaller side of a weight, (out, in[, kh, kw])."""
         return WELL_BELOW * (rank + self.oversampling) <= smaller_side(shape)
 
@@ -31,7 +31,7 @@ def smaller_side(shape: tuple[int, ...]) -> int:
     return min(shape[0], torch.Size(shape[1:]).numel())
 
 
-def sketched_spectrum(delta: Tensor, rank: int, sketch: Sketch) -> Spectrum:
+def randomized_spectrum(delta: Tensor, rank: int, sketch: Sketch) -> Spectrum:
     """About the first rank + oversampling singular values and vectors of a whole matrix, (out, in[, kh, kw]).
 
     The randomized range finder with power iterations, orthonormal after every product [arXiv:0909.4061, algorithms 4.4
@@ -40,9 +40,9 @@ def sketched_spectrum(delta: Tensor, rank: int, sketch: Sketch) -> Spectrum:
     matrix = delta.float().reshape(delta.shape[0], -1)
     rng = torch.Generator(device="cpu").manual_seed(sketch.seed)
     probes = torch.randn(matrix.shape[1], rank + sketch.oversampling, generator=rng).to(matrix.device)
-    basis, _ = factored(matrix @ probes)
+    basis, _ = qr_factors(matrix @ probes)
     for _ in range(sketch.power_iterations):
-        rows, _ = factored(matrix.T @ basis)
-        basis, _ = factored(matrix @ rows)
-    left, values, right = decomposed(basis.T @ matrix)
+        rows, _ = qr_factors(matrix.T @ basis)
+        basis, _ = qr_factors(matrix @ rows)
+    left, values, right = thin_svd(basis.T @ matrix)
     return Spectrum(left=basis @ left, values=values, right=right, shape=tuple(delta.shape))

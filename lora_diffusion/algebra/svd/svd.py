@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_diffusion.adapters.deltas import delta_of
-from lora_diffusion.adapters.factor_stack import Term, joined_shape, parted, stacked
+from lora_diffusion.adapters.deltas import sum_deltas
+from lora_diffusion.adapters.factor_stack import Term, common_weight_shape, split_stackable, stack_factors
 from lora_diffusion.adapters.layers import LoRALayer
 
 
@@ -36,28 +36,30 @@ def spectrum_of(terms: Sequence[Term], base: Tensor | None = None) -> Spectrum:
 
     `base` is the module's own weight, which DoRA needs. Raises AdapterFormatError for DoRA without it.
     """
-    joinable, others = parted(terms)
+    joinable, others = split_stackable(terms)
     if others:
-        delta = delta_of(terms, base)
+        delta = sum_deltas(terms, base)
         return dense_spectrum(delta)
-    stack = stacked([layer for _, layer in joinable])
-    left, mixing_up = factored(stack.weighted_up(joinable))
-    right, mixing_down = factored(stack.down.T)
-    inner_left, values, inner_right = decomposed(mixing_up @ mixing_down.T)
-    return Spectrum(left=left @ inner_left, values=values, right=inner_right @ right.T, shape=joined_shape(joinable))
+    stack = stack_factors([layer for _, layer in joinable])
+    left, mixing_up = qr_factors(stack.weighted_up(joinable))
+    right, mixing_down = qr_factors(stack.down.T)
+    inner_left, values, inner_right = thin_svd(mixing_up @ mixing_down.T)
+    return Spectrum(
+        left=left @ inner_left, values=values, right=inner_right @ right.T, shape=common_weight_shape(joinable)
+    )
 
 
 def dense_spectrum(delta: Tensor) -> Spectrum:
     """The SVD of a whole matrix, (out, in[, kh, kw])."""
     matrix = delta.float().reshape(delta.shape[0], -1)
     if matrix.shape[0] < matrix.shape[1]:  # LAPACK takes four times as long for a wide matrix as for a tall one
-        right, values, left = decomposed(matrix.T.contiguous())
+        right, values, left = thin_svd(matrix.T.contiguous())
         return Spectrum(left=left.T, values=values, right=right.T, shape=tuple(delta.shape))
-    left, values, right = decomposed(matrix)
+    left, values, right = thin_svd(matrix)
     return Spectrum(left=left, values=values, right=right, shape=tuple(delta.shape))
 
 
-def truncated(spectrum: Spectrum, rank: int) -> LoRALayer:
+def truncate_spectrum(spectrum: Spectrum, rank: int) -> LoRALayer:
     """The closest layer of a rank, in the Frobenius norm [Eckart and Young 1936]; both factors are equally large.
 
     A rank above that of the spectrum gives the whole delta at the spectrum's rank. Scale is 1 (alpha = rank).
@@ -74,23 +76,23 @@ def truncated(spectrum: Spectrum, rank: int) -> LoRALayer:
 
 
 def lost_norm(spectrum: Spectrum, rank: int) -> float:
-    """Frobenius norm of what `truncated` leaves out."""
+    """Frobenius norm of what `truncate_spectrum` leaves out."""
     return float(spectrum.values[rank:].double().square().sum().sqrt())
 
 
-def norm(spectrum: Spectrum) -> float:
+def spectrum_norm(spectrum: Spectrum) -> float:
     """Frobenius norm of the delta."""
     return lost_norm(spectrum, 0)
 
 
-def factored(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def qr_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Its QR factors; torch's own stub says nothing of their type."""
     linalg: Any = torch.linalg
     basis, mixing = linalg.qr(matrix)
     return basis, mixing
 
 
-def decomposed(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Its thin SVD: left vectors as columns, values, right vectors as rows."""
     linalg: Any = torch.linalg
     left, values, right = linalg.svd(matrix, full_matrices=False)

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from lora_diffusion.cli.flags import Changes, parse_changes, quiet
-from lora_diffusion.config.settings import EMBEDDED_BASE, changed, validate
+from lora_diffusion.config.settings import EMBEDDED_BASE, deep_merge, validate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +31,14 @@ class Check:
     def run(self) -> None:
         from lora_diffusion.config.train import DataConfig
 
-        config = validate(DataConfig, changed({"folder": self.folder}, parse_changes(self.set)), source="dataset check")
+        config = validate(
+            DataConfig, deep_merge({"folder": self.folder}, parse_changes(self.set)), source="dataset check"
+        )
         with quiet():
-            from lora_diffusion.data.checks import described, facts_of
+            from lora_diffusion.data.checks import format_report, to_json
             from lora_diffusion.workflows.training.dataset_check import checked, save_sheet
 
             report = checked(config, self.base, self.trigger)
             if self.sheet:
                 save_sheet(report, config, self.sheet)
-        print(json.dumps(facts_of(report)) if self.json else described(report))
+        print(json.dumps(to_json(report)) if self.json else format_report(report))

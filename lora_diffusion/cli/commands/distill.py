@@ -17,12 +17,12 @@ from lora_diffusion.cli.blend_flags import (
     parse_adapters,
 )
 from lora_diffusion.cli.flags import optional_flags, quiet
-from lora_diffusion.config.distillation import DistilConfig
+from lora_diffusion.config.distillation import DistillConfig
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import Composition
 from lora_diffusion.config.settings import EMBEDDED_BASE, validate
 
-DistilFlags = optional_flags(DistilConfig)
+DistilFlags = optional_flags(DistillConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class Distil:
 
             plan = self.plan()
             sampling = {"sampler_steps": plan.settings.steps, "guidance": plan.settings.guidance}
-            config = validate(DistilConfig, {**sampling, **given(self.settings)}, source="distil")
+            config = validate(DistillConfig, {**sampling, **given(self.settings)}, source="distil")
             source = PromptSource(file=self.prompts, folder=self.data)
             done = distil_file(plan, source, config, self.output, self.where.means(), force=self.force)
         for note in done.notes:

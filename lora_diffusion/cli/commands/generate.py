@@ -20,7 +20,7 @@ from lora_diffusion.cli.blend_flags import (
 from lora_diffusion.cli.flags import quiet
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import Composition
-from lora_diffusion.config.settings import EMBEDDED_BASE, Codes, validate
+from lora_diffusion.config.settings import EMBEDDED_BASE, Quantization, validate
 from lora_diffusion.errors import ConfigError
 
 
@@ -42,7 +42,7 @@ class Generate:
     """Blend preset (JSON) whose base, adapters and settings are used."""
     from_: Annotated[Path | None, tyro.conf.arg(name="from", metavar="IMAGE", help_behavior_hint="")] = None
     """Picture to be made again: one of ours, or one of A1111 or Forge, whose adapters are found by their hashes."""
-    quantize: Annotated[Codes, tyro.conf.arg(metavar="none|nf4|fp4|int8")] = "none"
+    quantize: Annotated[Quantization, tyro.conf.arg(metavar="none|nf4|fp4|int8")] = "none"
     """Keep the base's linear layers in four or eight bits, for a GPU that cannot hold them; needs bitsandbytes."""
     output: Path = Path("outputs")
     """Folder for the PNGs."""
@@ -54,12 +54,12 @@ class Generate:
             from lora_diffusion.workflows.images.generate import generate_files
 
             means = self.where.means()
-            written = generate_files(self.plan(means.shelf), self.output, means)
+            written = generate_files(self.plan(means.resolver), self.output, means)
         for note in written.notes:
             print(f"note: {note}", file=sys.stderr)
         print(json.dumps([str(p) for p in written.paths]) if self.json else "\n".join(map(str, written.paths)))
 
-    def plan(self, shelf: Any) -> Any:
+    def plan(self, resolver: Any) -> Any:
         """What to make, from the flags."""
         from lora_diffusion.workflows.images.plan import Plan, preset_plan, replay_plan
 
@@ -69,18 +69,18 @@ class Generate:
             others = (settings, composition, adapters, self.preset, self.where.balance, self.quantize != "none")
             if any(others):
                 raise ConfigError("--from makes a picture again as it was; give only --base, --library and --output")
-            return replay_plan(self.from_, base=self.base, shelf=shelf)
+            return replay_plan(self.from_, base=self.base, resolver=resolver)
         if self.preset:
             plan = preset_plan(
                 self.preset, base=self.base, settings=settings, composition=composition, adapters=adapters
             )
-            return replace(plan, codes=self.quantize)
+            return replace(plan, quantization=self.quantize)
         return Plan(
             base=self.base or EMBEDDED_BASE,
             entries=adapters,
             settings=validate(GenerateConfig, settings, source="generate"),
             composition=validate(Composition, composition, source="generate"),
-            codes=self.quantize,
+            quantization=self.quantize,
         )
 
 
@@ -135,7 +135,7 @@ class Preset:
             settings=settings,
             composition=composition,
             adapters=parse_adapters(self.adapter),
-            shelf=means.shelf,
+            resolver=means.resolver,
         )
         saved = save_plan(plan, self.path, means, name=self.name, description=self.description, force=self.force)
         for note in saved.notes:
@@ -166,7 +166,7 @@ class Preset:
         from lora_diffusion.workflows.images.presets import check_preset
 
         means = self.where.means()
-        checks = check_preset(self.path, means.shelf, means.ignore)
+        checks = check_preset(self.path, means.resolver, means.ignore)
         if self.json:
             print(json.dumps([{"what": what, "problem": problem} for what, problem in checks]))
         else:

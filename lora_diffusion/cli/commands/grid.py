@@ -34,7 +34,7 @@ class Grid(Generate):
 
             means = self.where.means()
             across, down = axis_from(self.across), axis_from(self.down) if self.down else Axis()
-            drawn = draw_grid(self.plan(means.shelf), across, down, self.output, means)
+            drawn = draw_grid(self.plan(means.resolver), across, down, self.output, means)
         for note in drawn.notes:
             print(f"note: {note}", file=sys.stderr)
         print(json.dumps(str(drawn.path)) if self.json else drawn.path)
@@ -55,7 +55,7 @@ class Blocks(Generate):
             from lora_diffusion.workflows.images.grid import measure_blocks
 
             means = self.where.means()
-            effects = measure_blocks(self.plan(means.shelf), self.of, self.output, means)
+            effects = measure_blocks(self.plan(means.resolver), self.of, self.output, means)
         if self.json:
             print(json.dumps([{**asdict(effect), "path": str(effect.path)} for effect in effects]))
         else:

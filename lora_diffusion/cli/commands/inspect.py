@@ -131,10 +131,10 @@ class Library:
     """Print as JSON."""
 
     def run(self) -> int:
-        from lora_diffusion.library.search import default_folder, describe_library, entry_facts, open_library, search
+        from lora_diffusion.library.search import default_folder, describe_library, entry_to_json, open_library, search
 
         library = open_library(self.folder or default_folder())
         entries = search(library, self.search, self.family)
-        facts = [entry_facts(entry) for entry in entries] if self.json else []
+        facts = [entry_to_json(entry) for entry in entries] if self.json else []
         print(json.dumps(facts) if self.json else describe_library(library, entries))
         return 0

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from lora_diffusion.cli.flags import REPEATABLE, quiet
-from lora_diffusion.config.settings import Codes
+from lora_diffusion.config.settings import Quantization
 from lora_diffusion.errors import ConfigError
 
 
@@ -21,7 +21,7 @@ class Ui:
 
     base: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(help_behavior_hint=REPEATABLE)] = ()
     """Base to offer: `tiny-sd`, a folder in diffusers' layout, or a hub id; the embedded one if none is given."""
-    quantize: Annotated[Codes, tyro.conf.arg(metavar="none|nf4|fp4|int8")] = "none"
+    quantize: Annotated[Quantization, tyro.conf.arg(metavar="none|nf4|fp4|int8")] = "none"
     """Keep the bases' linear layers in four or eight bits, for a GPU that cannot hold them; needs bitsandbytes."""
     library: Annotated[
         Path | None,
@@ -56,7 +56,7 @@ class Ui:
                 library=self.library or own_library(self.output),
                 output=self.output,
                 bases=bases_on_offer(self.base),
-                codes=self.quantize,
+                quantization=self.quantize,
             )
             studio = Studio(places)
         serve(studio, host=self.host, port=self.port, share=self.share, password=self.password, api=self.api)

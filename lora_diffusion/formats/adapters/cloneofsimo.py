@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.architectures.detection import is_plausible
-from lora_diffusion.architectures.module_paths import ANATOMIES, module_paths
+from lora_diffusion.architectures.module_paths import LAYOUTS, module_paths
 from lora_diffusion.errors import AdapterFormatError
-from lora_diffusion.formats.adapters.parsed import Found
-from lora_diffusion.formats.adapters.textual_inversion import component_of, is_vectors, vectors
+from lora_diffusion.formats.adapters.parsed import ParsedFile
+from lora_diffusion.formats.adapters.textual_inversion import as_vectors, infer_component, is_vectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,37 +31,37 @@ TEXT_ORDER = ("k_proj", "v_proj", "q_proj", "out_proj")
 Pair: TypeAlias = "tuple[Tensor, Tensor]"
 
 
-def recognizes(keys: frozenset[str]) -> bool:
+def can_read(keys: frozenset[str]) -> bool:
     """Whether any key is a position."""
     return any(KEY.match(key) for key in keys)
 
 
-def read(tensors: Mapping[str, Tensor], entries: Mapping[str, str], source: str) -> Found:
+def parse_tensors(tensors: Mapping[str, Tensor], entries: Mapping[str, str], source: str) -> ParsedFile:
     """Layers by module path. Raises AdapterFormatError if positions are missing or shapes fit neither order."""
-    unet, text = pairs(tensors, "unet", source), pairs(tensors, "text_encoder", source)
+    unet, text = collect_pairs(tensors, "unet", source), collect_pairs(tensors, "text_encoder", source)
     words = {key: tensor for key, tensor in tensors.items() if entries.get(key) == "<embed>" and is_vectors(tensor)}
     if text and not unet:
         family = "sd1" if text[0][1].shape[-1] == 768 else "sd2"
     else:
-        family = next((name for name in ("sd1", "sd2") if fits(unet, name)), "")
+        family = next((name for name in ("sd1", "sd2") if is_family_match(unet, name)), "")
     if not family:
         raise AdapterFormatError(
             f"{source}: its {len(unet)} UNet positions are not SD 1.x's or SD 2.x's in either known order; expected "
             "the attention and feed-forward projections that the original trainer chose by default"
         )
     paths = [*unet_order(unet, family), *text_order(len(text), family, source)]
-    layers = {path: layer(pair, path, source) for path, pair in zip(paths, [*unet, *text], strict=True)}
+    layers = {path: layer_from_pair(pair, path, source) for path, pair in zip(paths, [*unet, *text], strict=True)}
     used = {key for key in tensors if KEY.match(key)} | set(words)
-    return Found(
+    return ParsedFile(
         dialect=DIALECT,
         layers=layers,
-        tokens={word: {component_of(tensor): vectors(tensor)} for word, tensor in words.items()},
+        tokens={word: {infer_component(tensor): as_vectors(tensor)} for word, tensor in words.items()},
         unmatched=tuple(key for key in tensors if key not in used),
         family=family,
     )
 
 
-def pairs(tensors: Mapping[str, Tensor], component: str, source: str) -> list[Pair]:
+def collect_pairs(tensors: Mapping[str, Tensor], component: str, source: str) -> list[Pair]:
     """(up, down) by position, without gaps."""
     numbers = sorted({int(m[2]) for key in tensors if (m := KEY.match(key)) and m[1] == component})
     found: list[Pair] = []
@@ -73,7 +73,7 @@ def pairs(tensors: Mapping[str, Tensor], component: str, source: str) -> list[Pa
     return found
 
 
-def order_of(unet: Sequence[Pair]) -> tuple[str, ...] | None:
+def detect_order(unet: Sequence[Pair]) -> tuple[str, ...] | None:
     """The order of each block, read off which position has the feed-forward's outputs; None if neither has."""
     rows = [up.shape[0] if up.ndim else 0 for up, _ in unet[:9]]
     if len(rows) < 9:
@@ -83,15 +83,13 @@ def order_of(unet: Sequence[Pair]) -> tuple[str, ...] | None:
 
 def unet_order(unet: Sequence[Pair], family: str) -> list[str]:
     """Module paths in the order of the walk; empty if the file has none or an unknown order."""
-    order = order_of(unet)
-    blocks = [
-        path.removesuffix("attn1.to_q") for path in module_paths(ANATOMIES[family]) if path.endswith(".attn1.to_q")
-    ]
+    order = detect_order(unet)
+    blocks = [path.removesuffix("attn1.to_q") for path in module_paths(LAYOUTS[family]) if path.endswith(".attn1.to_q")]
     walk = [b for side in ("down_blocks", "up_blocks", "mid_block") for b in blocks if b.startswith(f"unet.{side}")]
     return [block + leaf for block in walk for leaf in order] if order else []
 
 
-def fits(unet: Sequence[Pair], family: str) -> bool:
+def is_family_match(unet: Sequence[Pair], family: str) -> bool:
     """Whether number and shapes of the pairs are those of the family's modules."""
     paths = unet_order(unet, family)
     shapes = [(up.shape[0], down.shape[-1]) for up, down in unet if up.ndim and down.ndim]
@@ -100,14 +98,14 @@ def fits(unet: Sequence[Pair], family: str) -> bool:
 
 def text_order(count: int, family: str, source: str) -> list[str]:
     """Module paths of a text encoder's pairs."""
-    layers = ANATOMIES[family].text_layers["text_encoder"]
+    layers = LAYOUTS[family].text_layers["text_encoder"]
     if count not in (0, 4 * layers):
         raise AdapterFormatError(f"{source}: {count} text-encoder positions; expected {4 * layers}, four in each layer")
     prefix = "text_encoder.text_model.encoder.layers"
     return [f"{prefix}.{i}.self_attn.{leaf}" for i in range(count // 4) for leaf in TEXT_ORDER]
 
 
-def layer(pair: Pair, path: str, source: str) -> LoRALayer:
+def layer_from_pair(pair: Pair, path: str, source: str) -> LoRALayer:
     """A pair as a layer of scale 1."""
     try:
         return LoRALayer(up=pair[0], down=pair[1], alpha=float(pair[1].shape[0] if pair[1].ndim else 0))
@@ -115,7 +113,7 @@ def layer(pair: Pair, path: str, source: str) -> LoRALayer:
         raise AdapterFormatError(f"{source}: {path}: {error}") from None
 
 
-def from_list(tensors: Sequence[object]) -> dict[str, Tensor] | None:
+def tensors_from_list(tensors: Sequence[object]) -> dict[str, Tensor] | None:
     """The `.pt` form, [up, down, up, down, ...], under the keys of the other; None for any other list."""
     import torch
 

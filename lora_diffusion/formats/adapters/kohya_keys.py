@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 
 from lora_diffusion.architectures.families import FAMILIES, TWO_ENCODERS
-from lora_diffusion.architectures.module_paths import ANATOMIES, changeable_paths
-from lora_diffusion.formats.checkpoints.ldm_keys import original_unet_path
+from lora_diffusion.architectures.module_paths import LAYOUTS, changeable_paths
+from lora_diffusion.formats.checkpoints.ldm_keys import ldm_unet_path
 
 UNET_PREFIX = "lora_unet"
 
 
-def underscored(prefix: str, path: str) -> str:
+def join_kohya_name(prefix: str, path: str) -> str:
     return f"{prefix}_{path.replace('.', '_')}"
 
 
@@ -31,33 +31,33 @@ def kohya_name(path: str, family: str) -> str:
     """The name that kohya's own trainer gives the module at `path`. Raises KeyError for an unknown family."""
     component, inner = path.split(".", 1)
     if component != "unet":
-        return underscored(text_prefix(component, family), inner)
+        return join_kohya_name(text_prefix(component, family), inner)
     sgm = FAMILIES[family].components == TWO_ENCODERS
-    return underscored(UNET_PREFIX, original_unet_path(inner, ANATOMIES[family]) if sgm else inner)
+    return join_kohya_name(UNET_PREFIX, ldm_unet_path(inner, LAYOUTS[family]) if sgm else inner)
 
 
-def spellings(path: str, family: str) -> Iterator[str]:
+def kohya_spellings(path: str, family: str) -> Iterator[str]:
     """Every name under which files of this family hold the module at `path`, the common one first."""
     component, inner = path.split(".", 1)
     if component == "unet":
         yield kohya_name(path, family)
-        yield underscored(UNET_PREFIX, inner)
-        yield underscored(UNET_PREFIX, original_unet_path(inner, ANATOMIES[family]))
+        yield join_kohya_name(UNET_PREFIX, inner)
+        yield join_kohya_name(UNET_PREFIX, ldm_unet_path(inner, LAYOUTS[family]))
         return
     prefix = text_prefix(component, family)
     flat = inner.removeprefix("text_model.")  # written where transformers 5.6 or newer named the modules
     for name in (prefix, "lora_te1") if component == "text_encoder" else (prefix,):
-        yield underscored(name, inner)
-        yield underscored(name, flat)
+        yield join_kohya_name(name, inner)
+        yield join_kohya_name(name, flat)
 
 
 @cache
 def kohya_names(family: str) -> Mapping[str, str]:
     """Module paths by every kohya name of a family. Raises KeyError for a family without a table."""
-    return {name: path for path in changeable_paths(ANATOMIES[family]) for name in spellings(path, family)}
+    return {name: path for path in changeable_paths(LAYOUTS[family]) for name in kohya_spellings(path, family)}
 
 
-def module_of(key: str) -> tuple[str, str]:
+def split_key(key: str) -> tuple[str, str]:
     """A key's module name and the name of its tensor: `lora_unet_x.lora_up.weight` -> (`lora_unet_x`, ...)."""
     name, _, leaf = key.partition(".")
     return name, leaf

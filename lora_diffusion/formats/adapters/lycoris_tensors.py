@@ -40,7 +40,7 @@ ALPHA, MAGNITUDE = "alpha", "dora_scale"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Module:
+class ModuleTensors:
     """What a file holds for one module."""
 
     layer: Layer | None = None
@@ -51,7 +51,7 @@ class Module:
     """Whether the file has no alpha for it, so that the rank was taken."""
 
 
-def assemble(leaves: Mapping[str, Tensor]) -> Module:
+def layer_from_tensors(leaves: Mapping[str, Tensor]) -> ModuleTensors:
     """The layer that a module's leaves make. Raises AdapterFormatError for factors that are missing or do not fit."""
     bias_name = next((name for name in ("diff_b", "b_norm") if name in leaves), None)
     bias = leaves[bias_name] if bias_name else None
@@ -60,17 +60,17 @@ def assemble(leaves: Mapping[str, Tensor]) -> Module:
     used = {bias_name} if bias_name else set()
     for name in ("diff", "w_norm"):
         if name in leaves:
-            return Module(layer=FullLayer(diff=leaves[name]), bias=bias, used=frozenset({*used, name}))
+            return ModuleTensors(layer=FullLayer(diff=leaves[name]), bias=bias, used=frozenset({*used, name}))
     kind = next((kind for kind in LOW_RANK if any(leaf in leaves for leaf in LOW_RANK[kind].values())), None)
     if kind is None:
-        return Module(bias=bias, used=frozenset(used))
-    inner = low_rank(kind, leaves)
+        return ModuleTensors(bias=bias, used=frozenset(used))
+    inner = build_low_rank_layer(kind, leaves)
     used |= set(LOW_RANK[kind].values()) | {ALPHA, MAGNITUDE}
     layer = DoRALayer(inner=inner, magnitude=leaves[MAGNITUDE]) if MAGNITUDE in leaves else inner
-    return Module(layer=layer, bias=bias, used=frozenset(used & set(leaves)), assumed_alpha=ALPHA not in leaves)
+    return ModuleTensors(layer=layer, bias=bias, used=frozenset(used & set(leaves)), assumed_alpha=ALPHA not in leaves)
 
 
-def low_rank(kind: type[LowRank], leaves: Mapping[str, Tensor]) -> LowRank:
+def build_low_rank_layer(kind: type[LowRank], leaves: Mapping[str, Tensor]) -> LowRank:
     """One of the low-rank kinds, with the alpha that the tools which write these files would use."""
     table = LOW_RANK[kind]
     factors = {field: leaves[leaf] for field, leaf in table.items() if leaf in leaves}
@@ -81,10 +81,10 @@ def low_rank(kind: type[LowRank], leaves: Mapping[str, Tensor]) -> LowRank:
     layer = kind(**factors, alpha=1.0)
     if isinstance(layer, LoKrLayer) and layer.w1 is not None and layer.w2 is not None:
         return layer  # two whole matrices have scale 1, whatever alpha the file says
-    return with_alpha(layer, alpha_of(leaves.get(ALPHA), layer.rank))
+    return with_alpha(layer, resolve_alpha(leaves.get(ALPHA), layer.rank))
 
 
-def alpha_of(alpha: Tensor | None, rank: int) -> float:
+def resolve_alpha(alpha: Tensor | None, rank: int) -> float:
     """kohya's rule: no alpha, or an alpha of 0, means the rank."""
     if alpha is None:
         return float(rank)
@@ -93,8 +93,11 @@ def alpha_of(alpha: Tensor | None, rank: int) -> float:
     return float(alpha) or float(rank)
 
 
-def take_apart(layer: Layer | None, bias: Tensor | None) -> dict[str, Tensor]:
-    """The leaves for a module; `assemble` gives the same layer back if two whole Kronecker factors have scale 1."""
+def layer_to_tensors(layer: Layer | None, bias: Tensor | None) -> dict[str, Tensor]:
+    """Split a layer into the tensors of a file, the inverse of `layer_from_tensors`.
+
+    Two whole Kronecker factors give the same layer back only if their scale is 1.
+    """
     leaves: dict[str, Tensor] = {}
     norm = isinstance(layer, FullLayer) and layer.diff.ndim == 1
     if bias is not None:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, adapter_hash
 from lora_diffusion.architectures.families import FAMILIES
-from lora_diffusion.config.settings import Settings, describe
+from lora_diffusion.config.settings import Settings, format_validation_error
 from lora_diffusion.errors import AdapterFormatError
 from lora_diffusion.formats.safetensors import payload_hash
 
@@ -44,7 +44,7 @@ def read_record(entries: Mapping[str, str], source: str) -> Record | None:
         return Record.model_validate_json(entries[RECORD_KEY])
     except ValidationError as error:
         raise AdapterFormatError(
-            f"{source}: header entry {RECORD_KEY!r} cannot be read ({describe(error, Record)}); "
+            f"{source}: header entry {RECORD_KEY!r} cannot be read ({format_validation_error(error, Record)}); "
             "written by a newer version?"
         ) from None
 
@@ -85,8 +85,8 @@ def kohya_entries(adapter: Adapter) -> dict[str, str]:
         "ss_base_model_version": BASE_VERSIONS.get(metadata.family, "") + variant_suffix(metadata),
         "ss_v2": str(metadata.family == "sd2"),
         "ss_network_module": "lycoris.kohya" if lycoris else "networks.lora",
-        "ss_network_dim": one_or_dynamic(ranks),
-        "ss_network_alpha": one_or_dynamic(alphas),
+        "ss_network_dim": common_or_dynamic(ranks),
+        "ss_network_alpha": common_or_dynamic(alphas),
         "ss_sd_model_name": metadata.base_name,
         "ss_training_comment": metadata.description,
     }
@@ -97,38 +97,38 @@ def variant_suffix(metadata: AdapterMetadata) -> str:
     return "_v" if metadata.family == "sd2" and metadata.variant == "v-prediction" else ""
 
 
-def one_or_dynamic(values: list[Any]) -> str:
+def common_or_dynamic(values: list[Any]) -> str:
     """The common value, or kohya's word for a file of mixed ones."""
     if not values:
         return ""
     return f"{values[0]:g}" if len(set(values)) == 1 else "Dynamic"
 
 
-def foreign_metadata(entries: Mapping[str, str]) -> AdapterMetadata:
+def parse_foreign_metadata(entries: Mapping[str, str]) -> AdapterMetadata:
     """What another tool's header says, as far as it is known; odd values are left out rather than refused."""
-    family, variant = named_base(entries)
+    family, variant = parse_base(entries)
     triggers = entries.get("modelspec.trigger_phrase", "")
     return AdapterMetadata(
         name=entries.get("ss_output_name") or entries.get("modelspec.title") or "",
         family=family,
         variant=variant,
-        base_name=said(entries, "ss_sd_model_name"),
-        base_hash=said(entries, "ss_new_sd_model_hash"),
+        base_name=none_if_literal(entries, "ss_sd_model_name"),
+        base_hash=none_if_literal(entries, "ss_new_sd_model_hash"),
         trigger_words=tuple(word for part in triggers.split(",") if (word := part.strip())),
-        description=entries.get("modelspec.description") or said(entries, "ss_training_comment"),
+        description=entries.get("modelspec.description") or none_if_literal(entries, "ss_training_comment"),
         training={key: value for key, value in entries.items() if key.startswith("ss_")},
         created=entries.get("modelspec.date", ""),
         merged_from=tuple(part for part in entries.get("modelspec.merged_from", "").split(", ") if part),
     )
 
 
-def said(entries: Mapping[str, str], key: str) -> str:
+def none_if_literal(entries: Mapping[str, str], key: str) -> str:
     """A value of kohya's, who writes None as a text."""
     value = entries.get(key, "")
     return "" if value == "None" else value
 
 
-def named_base(entries: Mapping[str, str]) -> tuple[str, str]:
+def parse_base(entries: Mapping[str, str]) -> tuple[str, str]:
     """Family and variant that the header names; empty where it says nothing or something else."""
     version = entries.get("ss_base_model_version", "")
     architecture = entries.get("modelspec.architecture", "")

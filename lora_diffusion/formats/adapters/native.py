@@ -19,11 +19,11 @@ from lora_diffusion.adapters.adapter import Adapter, Token
 from lora_diffusion.adapters.layers import DoRALayer, LoRALayer
 from lora_diffusion.core.dtypes import dtype_name, tensor_bytes, torch_dtype
 from lora_diffusion.errors import AdapterFormatError
-from lora_diffusion.formats.adapters.lycoris_tensors import ALPHA, MAGNITUDE, take_apart
+from lora_diffusion.formats.adapters.lycoris_tensors import ALPHA, MAGNITUDE, layer_to_tensors
 from lora_diffusion.formats.adapters.metadata import modelspec_entries, record_entry
-from lora_diffusion.formats.adapters.parsed import refuse_unusable
+from lora_diffusion.formats.adapters.parsed import validate_adapter
 from lora_diffusion.formats.adapters.peft import MAGNITUDE_VECTOR, PEFT_KEY
-from lora_diffusion.formats.meta_tensor import Outline
+from lora_diffusion.formats.meta_tensor import MetaTensor
 from lora_diffusion.formats.safetensors import write_safetensors
 
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ def save_adapter(adapter: Adapter, path: Path) -> None:
 
     Raises AdapterFormatError for an adapter without layers or with NaN in them, OutputError if it cannot be written.
     """
-    refuse_unusable(adapter, str(path))
+    validate_adapter(adapter, str(path))
     tensors = native_tensors(adapter)
-    write_safetensors(path, tensors, header(adapter, tensors, title=adapter.metadata.name or path.stem))
+    write_safetensors(path, tensors, build_header(adapter, tensors, title=adapter.metadata.name or path.stem))
 
 
 def native_tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -48,20 +48,20 @@ def native_tensors(adapter: Adapter) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in adapter.paths:
         layer = adapter.layers.get(path)
-        leaves = take_apart(layer, adapter.biases.get(path))
+        leaves = layer_to_tensors(layer, adapter.biases.get(path))
         leaves.pop(ALPHA, None)
         if isinstance(layer, DoRALayer) and isinstance(layer.inner, LoRALayer) and layer.per_output:
-            leaves[MAGNITUDE_VECTOR] = vector(leaves.pop(MAGNITUDE))
+            leaves[MAGNITUDE_VECTOR] = magnitude_vector(leaves.pop(MAGNITUDE))
         tensors |= {f"{path}.{PEFT_LEAVES.get(leaf, leaf)}": tensor for leaf, tensor in leaves.items()}
     return tensors
 
 
-def vector(magnitude: Tensor) -> Tensor:
+def magnitude_vector(magnitude: Tensor) -> Tensor:
     """Magnitudes per output as PEFT holds them: (out,) for a linear module, (1, out, 1, 1) for a convolution."""
     return magnitude.flatten() if magnitude.ndim == 2 else magnitude.transpose(0, 1)
 
 
-def header(adapter: Adapter, tensors: Mapping[str, Tensor], *, title: str) -> dict[str, str]:
+def build_header(adapter: Adapter, tensors: Mapping[str, Tensor], *, title: str) -> dict[str, str]:
     """All header entries, as strings."""
     alpha = {p: float(a) for p, layer in adapter.layers.items() if (a := getattr(layer, "alpha", None)) is not None}
     entries = {
@@ -70,7 +70,9 @@ def header(adapter: Adapter, tensors: Mapping[str, Tensor], *, title: str) -> di
         **modelspec_entries(adapter, tensors, title=title),
     }
     if adapter.tokens:
-        entries[TOKENS_KEY] = json.dumps({w: written(token) for w, token in adapter.tokens.items()}, sort_keys=True)
+        entries[TOKENS_KEY] = json.dumps(
+            {w: encode_token(token) for w, token in adapter.tokens.items()}, sort_keys=True
+        )
     return entries
 
 
@@ -92,9 +94,9 @@ def peft_metadata(adapter: Adapter) -> dict[str, Any]:
         config = {
             "r": rank,
             "lora_alpha": alpha,
-            "target_modules": "|".join(either_spelling(p) for p in sorted(ranked)),
-            "rank_pattern": {f"^{either_spelling(p)}": r for p, r in ranks.items() if r != rank},
-            "alpha_pattern": {f"^{either_spelling(p)}": a for p, a in alphas.items() if a != alpha},
+            "target_modules": "|".join(module_regex(p) for p in sorted(ranked)),
+            "rank_pattern": {f"^{module_regex(p)}": r for p, r in ranks.items() if r != rank},
+            "alpha_pattern": {f"^{module_regex(p)}": a for p, a in alphas.items() if a != alpha},
         }
         dora = [isinstance(adapter.layers[f"{component}.{path}"], DoRALayer) for path in ranked]
         if all(dora):
@@ -103,13 +105,13 @@ def peft_metadata(adapter: Adapter) -> dict[str, Any]:
     return entries
 
 
-def either_spelling(path: str) -> str:
+def module_regex(path: str) -> str:
     """A regular expression for a module with or without the level `text_model` (see `peft.canonical_path`)."""
     inner = path.removeprefix("text_model.")
     return re.escape(path) if inner == path else rf"(text_model\.)?{re.escape(inner)}"
 
 
-def written(token: Token) -> dict[str, Any]:
+def encode_token(token: Token) -> dict[str, Any]:
     """A learned token as text: its vectors' type, shape and bytes, by component."""
     return {
         component: {
@@ -124,7 +126,7 @@ def written(token: Token) -> dict[str, Any]:
 def read_tokens(
     entries: Mapping[str, str], source: str, decode: Callable[[Mapping[str, Any]], Tensor]
 ) -> dict[str, Token]:
-    """The learned tokens in a header of ours, each vector `decoded` or `outlined`.
+    """The learned tokens in a header of ours, each vector read by `decode_token` or `token_meta`.
 
     Raises AdapterFormatError if they cannot be read.
     """
@@ -135,12 +137,12 @@ def read_tokens(
         raise AdapterFormatError(f"{source}: header entry {TOKENS_KEY!r} cannot be read ({error})") from None
 
 
-def outlined(entry: Mapping[str, Any]) -> Tensor:
+def token_meta(entry: Mapping[str, Any]) -> Tensor:
     """Shape and type alone, without torch."""
-    return cast("Tensor", Outline(shape=tuple(map(int, entry["shape"])), dtype=str(entry["dtype"])))
+    return cast("Tensor", MetaTensor(shape=tuple(map(int, entry["shape"])), dtype=str(entry["dtype"])))
 
 
-def decoded(entry: Mapping[str, Any]) -> Tensor:
+def decode_token(entry: Mapping[str, Any]) -> Tensor:
     import torch
 
     data = bytearray(base64.b64decode(entry["data"], validate=True))

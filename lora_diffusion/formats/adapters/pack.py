@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from lora_diffusion.adapters.adapter import AdapterMetadata, Token
-from lora_diffusion.config.settings import Settings, describe
+from lora_diffusion.config.settings import Settings, format_validation_error
 from lora_diffusion.core.dtypes import tensor_bytes
 from lora_diffusion.errors import AdapterFormatError, ConfigError
 from lora_diffusion.formats.safetensors import map_safetensors, read_header, write_safetensors
@@ -31,7 +31,7 @@ from lora_diffusion.formats.safetensors import map_safetensors, read_header, wri
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lora_diffusion.algebra.reduce.shared_basis import Core, Member, SharedFamily, SharedModule
+    from lora_diffusion.algebra.reduce.shared_basis import Core, FamilyMember, SharedFamily, SharedModule
 
 PACK_KEY = "lora_diffusion_pack"
 
@@ -67,7 +67,7 @@ def save_pack(family: SharedFamily, path: Path) -> None:
     write_safetensors(path, tensors, {PACK_KEY: record.model_dump_json()})
 
 
-def member_tensors(part: Member) -> dict[str, Tensor]:
+def member_tensors(part: FamilyMember) -> dict[str, Tensor]:
     """What one adapter adds to the file, under keys without its number."""
     import torch
 
@@ -82,7 +82,7 @@ def member_tensors(part: Member) -> dict[str, Tensor]:
     return tensors | words
 
 
-def refuse_pack(entries: Mapping[str, str], source: str) -> None:
+def check_not_pack(entries: Mapping[str, str], source: str) -> None:
     """Raise AdapterFormatError if a file that is to be read as one adapter is a pack of several."""
     if PACK_KEY in entries:
         count = len(read_pack_record(entries, source).names)
@@ -99,11 +99,11 @@ def read_pack_record(entries: Mapping[str, str], source: str) -> PackRecord:
     try:
         return PackRecord.model_validate_json(entries[PACK_KEY])
     except ValidationError as error:
-        reason = describe(error, PackRecord)
+        reason = format_validation_error(error, PackRecord)
         raise AdapterFormatError(f"{source}: header entry {PACK_KEY!r} cannot be read ({reason})") from None
 
 
-def names_in(path: Path) -> tuple[str, ...]:
+def list_members(path: Path) -> tuple[str, ...]:
     """The adapters of a pack, from its header alone. Raises AdapterFormatError for a file that is no pack."""
     return read_pack_record(read_header(path).metadata, str(path)).names
 
@@ -149,9 +149,9 @@ def read_module(tensors: Mapping[str, Tensor], module_path: str, record: PackRec
     return SharedModule(left=left, right=right, shape=(out, *inner))
 
 
-def read_member(tensors: Mapping[str, Tensor], modules: Mapping[str, SharedModule], source: str) -> Member:
+def read_member(tensors: Mapping[str, Tensor], modules: Mapping[str, SharedModule], source: str) -> FamilyMember:
     """One adapter of a pack, from its tensors without their number. Raises AdapterFormatError if it is damaged."""
-    from lora_diffusion.algebra.reduce.shared_basis import Member
+    from lora_diffusion.algebra.reduce.shared_basis import FamilyMember
 
     try:
         record = MemberRecord.model_validate_json(bytes(tensor_bytes(tensors["record"])))
@@ -163,7 +163,7 @@ def read_member(tensors: Mapping[str, Tensor], modules: Mapping[str, SharedModul
         if key.startswith("token."):
             _, component, word = key.split(".", 2)
             tokens.setdefault(word, {})[component] = tensor
-    return Member(
+    return FamilyMember(
         cores=cores,
         ranks=record.ranks,
         error=record.error,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class ParsedFile:
     """A file's content in our words; together with `unmatched` it accounts for every key of the file."""
 
     dialect: str
@@ -30,7 +30,7 @@ class Found:
     """What had to be assumed."""
 
 
-def refuse_unusable(adapter: Adapter, source: str) -> None:
+def validate_adapter(adapter: Adapter, source: str) -> None:
     """Raise AdapterFormatError for an adapter that holds nothing, or NaN or infinity."""
     count = sum(1 for _ in named_tensors(adapter))
     if not count:

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 from lora_diffusion.adapters.layers import DoRALayer, Layer, LoKrLayer, LoRALayer, LowRank, with_alpha
 from lora_diffusion.architectures.families import COMPONENTS
 from lora_diffusion.errors import AdapterFormatError
-from lora_diffusion.formats.adapters.lycoris_tensors import MAGNITUDE, Module, assemble
-from lora_diffusion.formats.adapters.parsed import Found
+from lora_diffusion.formats.adapters.lycoris_tensors import MAGNITUDE, ModuleTensors, layer_from_tensors
+from lora_diffusion.formats.adapters.parsed import ParsedFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +50,7 @@ TEXT_STARTS = ("text_model.", "encoder.layers.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
+class ParsedKey:
     """Where a key belongs: component (empty if the key leaves it open), module in it, and leaf."""
 
     component: str
@@ -60,7 +60,7 @@ class Place:
 
 
 @lru_cache(maxsize=2**16)
-def place_of(key: str) -> Place | None:
+def parse_key(key: str) -> ParsedKey | None:
     """Read one key; None if it is in none of the spellings. The same keys come with every adapter."""
     for ending, leaf, dialect in LEAVES:
         match = re.search(f"{ending}$", key)
@@ -76,12 +76,12 @@ def place_of(key: str) -> Place | None:
             component = ""
         else:
             return None
-        module += old_projection(key, component)
-        return Place(component=component, module=module, leaf=match.expand(leaf), dialect=dialect)
+        module += legacy_projection(key, component)
+        return ParsedKey(component=component, module=module, leaf=match.expand(leaf), dialect=dialect)
     return None
 
 
-def old_projection(key: str, component: str) -> str:
+def legacy_projection(key: str, component: str) -> str:
     """The projection that an old attention processor's key names: `.to_q`, or `.q_proj` of a text encoder."""
     match = OLD_PROJECTION.search(key)
     if match is None:
@@ -91,26 +91,26 @@ def old_projection(key: str, component: str) -> str:
     return f".{match[1]}_proj"
 
 
-def recognizes(keys: frozenset[str]) -> bool:
+def can_read(keys: frozenset[str]) -> bool:
     """Whether any key is in one of the spellings."""
-    return any(place_of(key) for key in keys)
+    return any(parse_key(key) for key in keys)
 
 
-def read(
+def parse_tensors(
     tensors: Mapping[str, Tensor],
     entries: Mapping[str, str],
     source: str,
     *,
     config: Mapping[str, Any] | None = None,
     alphas: Mapping[str, float] | None = None,
-) -> Found:
+) -> ParsedFile:
     """Layers by module path.
 
     `config` is a PEFT folder's `adapter_config.json`; `alphas` by module path, where given, win over everything else.
     Raises AdapterFormatError for a module whose tensors do not make a layer, or a configuration that cannot be applied.
     """
-    places = {key: place for key in tensors if (place := place_of(key))}
-    only = text_component(tensors, places)
+    places = {key: place for key in tensors if (place := parse_key(key))}
+    only = infer_text_component(tensors, places)
     grouped: dict[str, dict[str, tuple[str, Tensor]]] = {}
     for key, place in places.items():
         path = canonical_path(f"{place.component or only}.{place.module}")
@@ -121,12 +121,12 @@ def read(
     peft = peft_settings(entries, config, source)
     reader = ModuleReader(source=source, peft=peft, alphas=alphas)
     modules = {
-        path: reader.module(path, {leaf: t for leaf, (_, t) in leaves.items()}) for path, leaves in grouped.items()
+        path: reader.read_module(path, {leaf: t for leaf, (_, t) in leaves.items()}) for path, leaves in grouped.items()
     }
     used = {leaves[leaf][0] for path, leaves in grouped.items() for leaf in modules[path].used}
     assumed = sum(module.assumed_alpha and module.layer is not None for module in modules.values())
     dialects = {place.dialect for place in places.values()}
-    return Found(
+    return ParsedFile(
         dialect=DIALECT if dialects <= {DIALECT} else OLDER,
         layers={path: module.layer for path, module in modules.items() if module.layer is not None},
         biases={path: module.bias for path, module in modules.items() if module.bias is not None},
@@ -135,7 +135,7 @@ def read(
     )
 
 
-def text_component(tensors: Mapping[str, Tensor], places: Mapping[str, Place]) -> str:
+def infer_text_component(tensors: Mapping[str, Tensor], places: Mapping[str, ParsedKey]) -> str:
     """The text encoder that keys without a component are for, by the width of its factors: 1280 is SDXL's second."""
     widths = {
         tensors[key].shape[-1]
@@ -170,73 +170,73 @@ class ModuleReader:
     peft: Mapping[str, Any]
     alphas: Mapping[str, float] | None
 
-    def module(self, path: str, leaves: Mapping[str, Tensor]) -> Module:
+    def read_module(self, path: str, leaves: Mapping[str, Tensor]) -> ModuleTensors:
         """One module. Raises AdapterFormatError that names it."""
         try:
-            return self.scaled(path, leaves)
+            return self.read_layer(path, leaves)
         except AdapterFormatError as error:
             raise AdapterFormatError(f"{self.source}: {path}: {error}") from None
         except (ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
             raise AdapterFormatError(f"{self.source}: header entry {PEFT_KEY!r} cannot be applied ({error})") from None
 
-    def scaled(self, path: str, leaves: Mapping[str, Tensor]) -> Module:
+    def read_layer(self, path: str, leaves: Mapping[str, Tensor]) -> ModuleTensors:
         plain = {leaf: tensor for leaf, tensor in leaves.items() if leaf not in ("lora_up.bias", MAGNITUDE_VECTOR)}
         if MAGNITUDE_VECTOR in leaves:
-            plain[MAGNITUDE] = per_output(leaves[MAGNITUDE_VECTOR], leaves.get("lora_down.weight"))
-        found = assemble(plain)
+            plain[MAGNITUDE] = reshape_magnitude(leaves[MAGNITUDE_VECTOR], leaves.get("lora_down.weight"))
+        found = layer_from_tensors(plain)
         if MAGNITUDE_VECTOR in leaves:
             found = replace(found, used=found.used - {MAGNITUDE} | {MAGNITUDE_VECTOR})
         layer = found.layer
         low_rank = layer.inner if isinstance(layer, DoRALayer) else layer
         if not isinstance(low_rank, LowRank):
             return found
-        if isinstance(layer, LoRALayer) and self.setting(path, "use_dora"):
+        if isinstance(layer, LoRALayer) and self.get_setting(path, "use_dora"):
             raise AdapterFormatError("the header says DoRA, but the file has no magnitude for it; it is incomplete")
-        alpha = self.alpha(path, low_rank)
+        alpha = self.resolve_alpha(path, low_rank)
         if alpha is None:
             return self.with_bias(found, leaves, low_rank)
         scaled = with_alpha(low_rank, alpha)
         outer = replace(layer, inner=scaled) if isinstance(layer, DoRALayer) else scaled
         return self.with_bias(replace(found, layer=outer, assumed_alpha=False), leaves, scaled)
 
-    def with_bias(self, found: Module, leaves: Mapping[str, Tensor], layer: Layer) -> Module:
+    def with_bias(self, found: ModuleTensors, leaves: Mapping[str, Tensor], layer: Layer) -> ModuleTensors:
         """PEFT scales a bias of `up` like the layer itself."""
         bias = leaves.get("lora_up.bias")
         if bias is None or not isinstance(layer, LoRALayer):
             return found
         return replace(found, bias=bias.float() * layer.scale, used=found.used | {"lora_up.bias"})
 
-    def alpha(self, path: str, layer: Any) -> float | None:
+    def resolve_alpha(self, path: str, layer: Any) -> float | None:
         """Our own record's, else by PEFT's rules: patterns first, then the common value; None if nothing says."""
         if self.alphas is not None:
             if path not in self.alphas:
                 raise AdapterFormatError("the header has no alpha for it; the file is damaged")
             return self.alphas[path]
-        name = next((name for name in ("lora_alpha", "alpha") if self.has(path, name)), None)
-        if name is None and not self.has(path, "alpha_pattern"):
+        name = next((name for name in ("lora_alpha", "alpha") if self.has_setting(path, name)), None)
+        if name is None and not self.has_setting(path, "alpha_pattern"):
             return None
-        common = self.setting(path, name) if name else layer.rank
-        alpha = float(self.by_pattern(path, "alpha_pattern", common))
+        common = self.get_setting(path, name) if name else layer.rank
+        alpha = float(self.match_pattern(path, "alpha_pattern", common))
         if isinstance(layer, LoKrLayer) and layer.w1 is not None and layer.w2 is not None:
-            return alpha / float(self.by_pattern(path, "rank_pattern", self.setting(path, "r", 1)))
-        return alpha * math.sqrt(layer.rank) if self.setting(path, "use_rslora") else alpha
+            return alpha / float(self.match_pattern(path, "rank_pattern", self.get_setting(path, "r", 1)))
+        return alpha * math.sqrt(layer.rank) if self.get_setting(path, "use_rslora") else alpha
 
-    def has(self, path: str, name: str) -> bool:
+    def has_setting(self, path: str, name: str) -> bool:
         return f"{path.split('.', 1)[0]}.{name}" in self.peft or f".{name}" in self.peft
 
-    def setting(self, path: str, name: str, default: Any = None) -> Any:
+    def get_setting(self, path: str, name: str, default: Any = None) -> Any:
         component = path.split(".", 1)[0]
         return self.peft.get(f"{component}.{name}", self.peft.get(f".{name}", default))
 
-    def by_pattern(self, path: str, name: str, common: Any) -> Any:
+    def match_pattern(self, path: str, name: str, common: Any) -> Any:
         inner = path.split(".", 1)[1]
         spellings = (inner, inner.removeprefix("text_model."))
-        for pattern, value in (self.setting(path, name) or {}).items():
+        for pattern, value in (self.get_setting(path, name) or {}).items():
             if any(re.match(rf"(.*\.)?({pattern})$", spelling) for spelling in spellings):
                 return value
         return common
 
 
-def per_output(values: Tensor, down: Tensor | None) -> Tensor:
+def reshape_magnitude(values: Tensor, down: Tensor | None) -> Tensor:
     """PEFT's magnitudes, (out,) or (1, out, 1, 1), as (out, 1[, 1, 1])."""
     return values.reshape(-1, *[1] * (1 if down is None else down.ndim - 1))

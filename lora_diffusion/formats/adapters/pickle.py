@@ -26,7 +26,7 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     """The tensors in a pickled file. Raises AdapterFormatError for anything that is not plain tensors."""
     if not path.is_file():
         raise AdapterFormatError(f"{path}: no such file; give the path of an adapter")
-    refuse_bomb(path)
+    check_archive_size(path)
     import torch
 
     try:
@@ -40,13 +40,13 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
         ) from None
     except Exception as error:  # noqa: BLE001 (whatever a hostile pickle provokes in the loader means the same)
         raise AdapterFormatError(f"{path}: cannot be read as a pickled file ({str(error)[:120]})") from None
-    tensors = tensors_in(content, path.stem)
+    tensors = extract_tensors(content, path.stem)
     if not tensors:
         raise AdapterFormatError(f"{path}: holds no tensors by name; expected an adapter or a learned token")
     return tensors
 
 
-def refuse_bomb(path: Path) -> None:
+def check_archive_size(path: Path) -> None:
     """Raise AdapterFormatError for an archive that unpacks to more than it has on disk: torch compresses nothing."""
     if not zipfile.is_zipfile(path):
         return
@@ -62,17 +62,17 @@ def refuse_bomb(path: Path) -> None:
         )
 
 
-def tensors_in(content: object, stem: str) -> dict[str, Tensor]:
+def extract_tensors(content: object, stem: str) -> dict[str, Tensor]:
     """Tensors by key: a state dict, one inside `state_dict`, A1111's learned token, or a list of pairs."""
     import torch
 
     if isinstance(content, list | tuple):
-        return cloneofsimo.from_list(content) or {}
+        return cloneofsimo.tensors_from_list(content) or {}
     if not isinstance(content, dict):
         return {}
     inner = content.get("state_dict")
     if isinstance(inner, dict):
-        return tensors_in(inner, stem)
+        return extract_tensors(inner, stem)
     learned = content.get("string_to_param")
     if isinstance(learned, dict):
         name = content.get("name")

@@ -15,7 +15,7 @@ from lora_diffusion.adapters.adapter import Adapter, Token
 from lora_diffusion.architectures.families import FAMILIES
 from lora_diffusion.errors import AdapterFormatError
 from lora_diffusion.formats.adapters.metadata import modelspec_entries, record_entry
-from lora_diffusion.formats.adapters.parsed import Found
+from lora_diffusion.formats.adapters.parsed import ParsedFile
 from lora_diffusion.formats.safetensors import write_safetensors
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ ENCODER_KEYS = {component: key for key, component in ENCODERS.items()}
 WIDTHS = {width for family in FAMILIES.values() for width in family.text_widths.values()}
 
 
-def recognizes(tensors: Mapping[str, Tensor]) -> bool:
+def can_read(tensors: Mapping[str, Tensor]) -> bool:
     """Whether every tensor can be a learned word: vectors as wide as a text encoder, under a name without a path."""
     return bool(tensors) and all(is_vectors(tensor) and "lora" not in key for key, tensor in tensors.items())
 
@@ -37,28 +37,28 @@ def is_vectors(tensor: Tensor) -> bool:
     return tensor.ndim in (1, 2) and tensor.shape[-1] in WIDTHS and tensor.is_floating_point()
 
 
-def read(tensors: Mapping[str, Tensor], source: str) -> Found:
+def parse_tensors(tensors: Mapping[str, Tensor], source: str) -> ParsedFile:
     """Learned words; a file that does not name its word takes the file's own name."""
     stem = Path(source).stem
     if set(tensors) <= set(ENCODERS):
-        tokens: dict[str, Token] = {stem: {ENCODERS[key]: vectors(tensor) for key, tensor in tensors.items()}}
+        tokens: dict[str, Token] = {stem: {ENCODERS[key]: as_vectors(tensor) for key, tensor in tensors.items()}}
     else:
         names = {key: stem if key in ("emb_params", "*") else key for key in tensors}
-        tokens = {names[key]: {component_of(tensor): vectors(tensor)} for key, tensor in tensors.items()}
-    return Found(dialect=DIALECT, tokens=tokens)
+        tokens = {names[key]: {infer_component(tensor): as_vectors(tensor)} for key, tensor in tensors.items()}
+    return ParsedFile(dialect=DIALECT, tokens=tokens)
 
 
-def vectors(tensor: Tensor) -> Tensor:
+def as_vectors(tensor: Tensor) -> Tensor:
     """(n, width)."""
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def component_of(tensor: Tensor) -> str:
+def infer_component(tensor: Tensor) -> str:
     """The text encoder that vectors of this width belong to."""
     return "text_encoder_2" if tensor.shape[-1] == FAMILIES["sdxl"].text_widths["text_encoder_2"] else "text_encoder"
 
 
-def bundled_tokens(tensors: Mapping[str, Tensor], source: str) -> dict[str, Token]:
+def read_bundled_tokens(tensors: Mapping[str, Tensor], source: str) -> dict[str, Token]:
     """The learned words beside a file's layers."""
     tokens: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -70,12 +70,12 @@ def bundled_tokens(tensors: Mapping[str, Tensor], source: str) -> dict[str, Toke
                 f"{source}: {key} of shape {tuple(tensor.shape)} is no learned token; expected (vectors, width) with a "
                 f"width of {', '.join(map(str, sorted(WIDTHS)))}"
             )
-        component = ENCODERS[match["encoder"]] if match["encoder"] else component_of(tensor)
-        tokens.setdefault(match["token"], {})[component] = vectors(tensor)
+        component = ENCODERS[match["encoder"]] if match["encoder"] else infer_component(tensor)
+        tokens.setdefault(match["token"], {})[component] = as_vectors(tensor)
     return dict(tokens)
 
 
-def bundled(tokens: Mapping[str, Token]) -> dict[str, Tensor]:
+def bundle_tokens(tokens: Mapping[str, Token]) -> dict[str, Tensor]:
     """The same, to be written beside kohya's layers."""
     return {
         f"bundle_emb.{word}.{ENCODER_KEYS[component] if len(token) > 1 else 'string_to_param.*'}": tensor

@@ -34,24 +34,24 @@ MODELS: Table = (
 )
 
 
-def name_of(keys: Iterable[str]) -> str:
+def identify_kind(keys: Iterable[str]) -> str:
     """What other kind or model the keys speak of; empty if nothing known."""
     listed = list(keys)
     return first_match(KINDS, listed) or first_match(MODELS, listed)
 
 
-def model_of(keys: Iterable[str]) -> str:
+def identify_model(keys: Iterable[str]) -> str:
     """What other model the keys speak of; empty if none."""
     return first_match(MODELS, keys)
 
 
 def first_match(table: Table, keys: Iterable[str]) -> str:
     """The name that stands first in the table of those that the keys speak of."""
-    rows = {row for key in keys if (row := row_of(table, key)) is not None}
+    rows = {row for key in keys if (row := find_row(table, key)) is not None}
     return table[min(rows)][1] if rows else ""
 
 
 @lru_cache(maxsize=2**16)
-def row_of(table: Table, key: str) -> int | None:
+def find_row(table: Table, key: str) -> int | None:
     """The first row whose pattern is found in the key. The same keys come with every adapter."""
     return next((row for row, (pattern, _) in enumerate(table) if re.search(pattern, key)), None)

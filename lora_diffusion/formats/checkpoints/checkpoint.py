@@ -11,43 +11,43 @@ from pathlib import Path
 from torch import Tensor
 
 from lora_diffusion.architectures.families import Family
-from lora_diffusion.architectures.module_paths import Anatomy, changeable_paths
+from lora_diffusion.architectures.module_paths import ModelLayout, changeable_paths
 from lora_diffusion.core.atomic_files import file_hash
 from lora_diffusion.errors import BaseModelError
 from lora_diffusion.formats.checkpoints.diffusers import (
-    anatomy_of_folder,
     base_hash,
     find_parameters,
-    header_of_base,
+    read_base_header,
+    read_layout,
 )
-from lora_diffusion.formats.checkpoints.ldm_detection import original_anatomy
-from lora_diffusion.formats.checkpoints.ldm_keys import OriginalPlace, original_place
-from lora_diffusion.formats.safetensors import Slot, TensorKind, read_slot
+from lora_diffusion.formats.checkpoints.ldm_detection import detect_layout
+from lora_diffusion.formats.checkpoints.ldm_keys import LdmKey, ldm_key
+from lora_diffusion.formats.safetensors import TensorInfo, TensorKind, read_tensor
 
-WHOLE = OriginalPlace(key="")
+WHOLE = LdmKey(key="")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored:
+class StoredTensor:
     """Where a tensor of the pipeline lies in a file."""
 
     file: Path
-    slot: Slot
+    info: TensorInfo
     data_start: int
-    part: OriginalPlace = WHOLE
+    part: LdmKey = WHOLE
     """Which part of the file's tensor is meant."""
 
     @property
     def kind(self) -> TensorKind:
         """Type, and shape as the pipeline has it."""
-        shape = self.slot.shape
+        shape = self.info.shape
         if self.part.third is not None:
             shape = (shape[0] // 3, *shape[1:])
-        return self.slot.dtype, shape[::-1] if self.part.transposed else shape
+        return self.info.dtype, shape[::-1] if self.part.transposed else shape
 
     def read(self) -> Tensor:
         """The values, in memory of their own. Raises AdapterFormatError if the file has become shorter."""
-        tensor = read_slot(self.file, self.slot, self.data_start)
+        tensor = read_tensor(self.file, self.info, self.data_start)
         if self.part.third is not None:
             tensor = tensor.chunk(3)[self.part.third]
         return tensor.T.contiguous() if self.part.transposed else tensor
@@ -59,8 +59,8 @@ class Checkpoint:
 
     path: Path
     family: Family
-    anatomy: Anatomy
-    parameters: Mapping[str, Stored]
+    layout: ModelLayout
+    parameters: Mapping[str, StoredTensor]
     """Those of UNet and text encoders, by name: `<module path>.weight` and `.bias`."""
 
     @property
@@ -89,14 +89,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def open_folder(path: Path) -> Checkpoint:
-    family, shape = anatomy_of_folder(path)
+    family, shape = read_layout(path)
     found = find_parameters(path, parameter_names(shape))
-    headers = {file: header_of_base(file) for file in {place.file for place in found.values()}}
+    headers = {file: read_base_header(file) for file in {place.file for place in found.values()}}
     parameters = {
-        name: Stored(file=at.file, slot=headers[at.file].slots[at.key], data_start=headers[at.file].data_start)
+        name: StoredTensor(file=at.file, info=headers[at.file].tensors[at.key], data_start=headers[at.file].data_start)
         for name, at in found.items()
     }
-    return Checkpoint(path=path, family=family, anatomy=shape, parameters=parameters)
+    return Checkpoint(path=path, family=family, layout=shape, parameters=parameters)
 
 
 def open_single(path: Path) -> Checkpoint:
@@ -104,18 +104,18 @@ def open_single(path: Path) -> Checkpoint:
         raise BaseModelError(
             f"{path}: is no .safetensors file; convert it first, as other kinds of checkpoint can run code when opened"
         )
-    header = header_of_base(path)
-    family, shape = original_anatomy({key: slot.shape for key, slot in header.slots.items()}, str(path))
-    parameters: dict[str, Stored] = {}
+    header = read_base_header(path)
+    family, shape = detect_layout({key: slot.shape for key, slot in header.tensors.items()}, str(path))
+    parameters: dict[str, StoredTensor] = {}
     for name in parameter_names(shape):
-        place = original_place(name, family, shape)
-        if place is not None and place.key in header.slots:
-            slot = header.slots[place.key]
-            parameters[name] = Stored(file=path, slot=slot, data_start=header.data_start, part=place)
-    return Checkpoint(path=path, family=family, anatomy=shape, parameters=parameters)
+        place = ldm_key(name, family, shape)
+        if place is not None and place.key in header.tensors:
+            slot = header.tensors[place.key]
+            parameters[name] = StoredTensor(file=path, info=slot, data_start=header.data_start, part=place)
+    return Checkpoint(path=path, family=family, layout=shape, parameters=parameters)
 
 
-def parameter_names(shape: Anatomy) -> Iterator[str]:
+def parameter_names(shape: ModelLayout) -> Iterator[str]:
     """Every parameter that the UNet and the text encoders may have, whether this base has it or not."""
     yield from (f"{path}.{leaf}" for path in changeable_paths(shape) for leaf in ("weight", "bias"))
     for component in shape.text_layers:

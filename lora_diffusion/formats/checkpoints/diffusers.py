@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.architectures.families import Family, recognize
-from lora_diffusion.architectures.module_paths import Anatomy, anatomy_of, module_paths
+from lora_diffusion.architectures.families import Family, detect_family
+from lora_diffusion.architectures.module_paths import ModelLayout, layout_from_configs, module_paths
 from lora_diffusion.core.atomic_files import file_hash
 from lora_diffusion.errors import AdapterFormatError, BaseModelError
 from lora_diffusion.formats.safetensors import Header, read_header
@@ -45,7 +45,7 @@ def check_pipeline_kind(name: str, kind: object) -> None:
         raise BaseModelError(f"{name}: is a {kind}; expected {' or '.join(PIPELINES)} (SD 1.x, SD 2.x or SDXL)")
 
 
-def components_of(folder: Path) -> tuple[str, ...]:
+def list_components(folder: Path) -> tuple[str, ...]:
     """The parts of the pipeline that the folder holds, in the index's order."""
     index = read_json(folder / "model_index.json")
     return tuple(name for name, value in index.items() if isinstance(value, list) and value and value[0] is not None)
@@ -53,10 +53,10 @@ def components_of(folder: Path) -> tuple[str, ...]:
 
 def text_encoder_names(folder: Path) -> tuple[str, ...]:
     """The text encoders that the pipeline names, in order."""
-    return tuple(name for name in ("text_encoder", "text_encoder_2") if name in components_of(folder))
+    return tuple(name for name in ("text_encoder", "text_encoder_2") if name in list_components(folder))
 
 
-def anatomy_of_folder(folder: Path) -> tuple[Family, Anatomy]:
+def read_layout(folder: Path) -> tuple[Family, ModelLayout]:
     """Family and module layout, from the configuration files alone.
 
     Raises BaseModelError if they are missing, broken or not Stable Diffusion's.
@@ -64,8 +64,8 @@ def anatomy_of_folder(folder: Path) -> tuple[Family, Anatomy]:
     unet = read_json(folder / "unet" / "config.json")
     encoders = {name: read_json(folder / name / "config.json") for name in text_encoder_names(folder)}
     try:
-        family = recognize(unet["cross_attention_dim"], two_encoders=len(encoders) == 2)
-        shape = anatomy_of(unet, encoders)
+        family = detect_family(unet["cross_attention_dim"], two_encoders=len(encoders) == 2)
+        shape = layout_from_configs(unet, encoders)
         module_paths(shape)
         return family, shape
     except BaseModelError:
@@ -86,7 +86,7 @@ def weight_files(folder: Path, component: str) -> tuple[Path, ...]:
         for variant in ("", ".fp16"):
             index = part / f"{name}.safetensors.index{variant}.json"
             if index.is_file():
-                return shards(index)
+                return list_shards(index)
             single = part / f"{name}{variant}.safetensors"
             if single.is_file():
                 return (single,)
@@ -96,7 +96,7 @@ def weight_files(folder: Path, component: str) -> tuple[Path, ...]:
     )
 
 
-def shards(index: Path) -> tuple[Path, ...]:
+def list_shards(index: Path) -> tuple[Path, ...]:
     """The files that an index names, which lie beside it."""
     table = read_json(index).get("weight_map")
     names = sorted(set(table.values())) if isinstance(table, dict) else []
@@ -108,10 +108,10 @@ def shards(index: Path) -> tuple[Path, ...]:
 
 def stored_kinds(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Type and shape of every tensor of a base's weight file. Raises BaseModelError."""
-    return {key: (slot.dtype, slot.shape) for key, slot in header_of_base(file).slots.items()}
+    return {key: (slot.dtype, slot.shape) for key, slot in read_base_header(file).tensors.items()}
 
 
-def header_of_base(file: Path) -> Header:
+def read_base_header(file: Path) -> Header:
     """The header of a base's weight file. Raises BaseModelError."""
     try:
         return read_header(file)
@@ -140,7 +140,7 @@ def find_parameters(folder: Path, names: Iterable[str]) -> dict[str, StoredParam
     found: dict[str, StoredParameter] = {}
     for component in ("unet", *text_encoder_names(folder)):
         for file in weight_files(folder, component):
-            for key, slot in header_of_base(file).slots.items():
+            for key, slot in read_base_header(file).tensors.items():
                 if (component, key) in wanted:
                     found[wanted[component, key]] = StoredParameter(file=file, key=key, shape=slot.shape)
     return found

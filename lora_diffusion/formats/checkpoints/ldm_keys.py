@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from lora_diffusion.architectures.families import SD2, Family
-from lora_diffusion.architectures.module_paths import Anatomy
+from lora_diffusion.architectures.module_paths import ModelLayout
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 ONE_CLIP, ONE_OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
@@ -66,7 +66,7 @@ FUSED = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
-class OriginalPlace:
+class LdmKey:
     """A key of a single-file checkpoint, and which part of its tensor is meant."""
 
     key: str
@@ -76,7 +76,7 @@ class OriginalPlace:
     """Whether the file holds (in, out) where the pipeline has (out, in)."""
 
 
-def original_place(name: str, family: Family, shape: Anatomy, *, vae_blocks: int = 4) -> OriginalPlace | None:
+def ldm_key(name: str, family: Family, shape: ModelLayout, *, vae_blocks: int = 4) -> LdmKey | None:
     """The place of a tensor `<component>.<key in the component's own file>`; None if the layout has none for it.
 
     `vae_blocks` is the number of the autoencoder's blocks on each side, which the layout counts from the other end.
@@ -84,13 +84,13 @@ def original_place(name: str, family: Family, shape: Anatomy, *, vae_blocks: int
     component, _, inner = name.partition(".")
     if component == "unet":
         path, _, leaf = inner.rpartition(".")
-        return OriginalPlace(key=f"{UNET}{original_unet_path(path, shape)}.{leaf}")
+        return LdmKey(key=f"{UNET}{ldm_unet_path(path, shape)}.{leaf}")
     if component == "vae":
-        return OriginalPlace(key=VAE + original_vae_key(inner, vae_blocks))
+        return LdmKey(key=VAE + ldm_vae_key(inner, vae_blocks))
     inner = inner if inner.startswith("text_projection") else "text_model." + inner.removeprefix("text_model.")
     if is_open_clip(component, family):
-        return open_clip_place(ONE_OPEN_CLIP if family is SD2 else SECOND_OPEN_CLIP, inner)
-    return OriginalPlace(key=(FIRST_CLIP if len(family.components) > 2 else ONE_CLIP) + inner)
+        return open_clip_key(ONE_OPEN_CLIP if family is SD2 else SECOND_OPEN_CLIP, inner)
+    return LdmKey(key=(FIRST_CLIP if len(family.components) > 2 else ONE_CLIP) + inner)
 
 
 def is_open_clip(component: str, family: Family) -> bool:
@@ -98,7 +98,7 @@ def is_open_clip(component: str, family: Family) -> bool:
     return family is SD2 or component == "text_encoder_2"
 
 
-def original_vae_key(key: str, blocks: int) -> str:
+def ldm_vae_key(key: str, blocks: int) -> str:
     """A key of diffusers' autoencoder in the original spelling."""
     key = key.replace("conv_norm_out.", "norm_out.")
     if match := re.match(
@@ -108,55 +108,55 @@ def original_vae_key(key: str, blocks: int) -> str:
         level = int(block) if way == "down" else blocks - 1 - int(block)
         if kind != "resnets":
             return f"{side}.{way}.{level}.{way}sample.{rest}"
-        return f"{side}.{way}.{level}.block.{number}.{renamed(rest, VAE_RESNETS)}"
+        return f"{side}.{way}.{level}.block.{number}.{rename_module(rest, VAE_RESNETS)}"
     if match := re.match(r"(encoder|decoder)\.mid_block\.(resnets|attentions)\.(\d+)\.(.*)", key):
         side, kind, number, rest = match.groups()
         if kind == "attentions":
-            return f"{side}.mid.attn_1.{renamed(rest, VAE_ATTENTION)}"
-        return f"{side}.mid.block_{int(number) + 1}.{renamed(rest, VAE_RESNETS)}"
+            return f"{side}.mid.attn_1.{rename_module(rest, VAE_ATTENTION)}"
+        return f"{side}.mid.block_{int(number) + 1}.{rename_module(rest, VAE_RESNETS)}"
     return key
 
 
-def renamed(key: str, names: dict[str, str]) -> str:
+def rename_module(key: str, names: dict[str, str]) -> str:
     """A key `<module>.<leaf>` with its module under another name, if it has one."""
     module, _, leaf = key.rpartition(".")
     return f"{names.get(module, module)}.{leaf}"
 
 
-def open_clip_place(prefix: str, key: str) -> OriginalPlace | None:
+def open_clip_key(prefix: str, key: str) -> LdmKey | None:
     """The place of a tensor of an OpenCLIP text encoder; transformers' own buffers have none."""
     if key == "text_projection.weight":
-        return OriginalPlace(key=f"{prefix}text_projection", transposed=True)
+        return LdmKey(key=f"{prefix}text_projection", transposed=True)
     inner = key.removeprefix("text_model.")
     if inner in OPEN_CLIP_TOP:
-        return OriginalPlace(key=prefix + OPEN_CLIP_TOP[inner])
+        return LdmKey(key=prefix + OPEN_CLIP_TOP[inner])
     match = re.match(r"encoder\.layers\.(\d+)\.(.*)\.(weight|bias)$", inner)
     if match is None:
         return None
     block, module, leaf = f"{prefix}transformer.resblocks.{match[1]}", match[2], match[3]
     if module.rpartition(".")[2] in FUSED:
-        return OriginalPlace(key=f"{block}.attn.in_proj_{leaf}", third=FUSED[module.rpartition(".")[2]])
-    return OriginalPlace(key=f"{block}.{OPEN_CLIP_LAYER[module]}.{leaf}")
+        return LdmKey(key=f"{block}.attn.in_proj_{leaf}", third=FUSED[module.rpartition(".")[2]])
+    return LdmKey(key=f"{block}.{OPEN_CLIP_LAYER[module]}.{leaf}")
 
 
-def original_unet_path(path: str, shape: Anatomy) -> str:
+def ldm_unet_path(path: str, shape: ModelLayout) -> str:
     """A UNet module path (without its component) in the original checkpoint's spelling."""
     if path in TOP_NAMES:
         return TOP_NAMES[path]
     if path.startswith("mid_block."):
         kind, number, rest = path.removeprefix("mid_block.").split(".", 2)
-        return f"middle_block.{MIDDLE_NAMES[f'{kind}.{number}']}.{inner_name(kind, rest)}"
+        return f"middle_block.{MIDDLE_NAMES[f'{kind}.{number}']}.{ldm_inner_name(kind, rest)}"
     side, block, kind, number, rest = path.split(".", 4)
     i, j = int(block), int(number)
     per_block = shape.layers_per_block + 1
     if side == "down_blocks":
         if kind == "downsamplers":
             return f"input_blocks.{per_block * (i + 1)}.0.op"
-        return f"input_blocks.{per_block * i + j + 1}.{int(kind == 'attentions')}.{inner_name(kind, rest)}"
+        return f"input_blocks.{per_block * i + j + 1}.{int(kind == 'attentions')}.{ldm_inner_name(kind, rest)}"
     if kind == "upsamplers":
         return f"output_blocks.{per_block * (i + 1) - 1}.{1 + bool(shape.up_attention[i])}.conv"
-    return f"output_blocks.{per_block * i + j}.{int(kind == 'attentions')}.{inner_name(kind, rest)}"
+    return f"output_blocks.{per_block * i + j}.{int(kind == 'attentions')}.{ldm_inner_name(kind, rest)}"
 
 
-def inner_name(kind: str, rest: str) -> str:
+def ldm_inner_name(kind: str, rest: str) -> str:
     return RESNET_NAMES[rest] if kind == "resnets" else rest

@@ -12,19 +12,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, cast
+from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, cast_adapter
 from lora_diffusion.adapters.blend import Blend, BlendSum
-from lora_diffusion.config.distillation import DistilConfig
+from lora_diffusion.config.distillation import DistillConfig
 from lora_diffusion.config.preset import Composition
 from lora_diffusion.core.dtypes import torch_dtype
 from lora_diffusion.errors import ConfigError, TrainingError
-from lora_diffusion.inference.composition import check_composition, composed, in_unet
-from lora_diffusion.inference.in_place import Backup, check_blend, weight_shape
+from lora_diffusion.inference.composition import check_composition, composition_context, is_unet_path
+from lora_diffusion.inference.in_place import Backup, validate_blend, weight_shape
 from lora_diffusion.library.recipe import blend_entries, library_versions
 from lora_diffusion.models.load import Base, module_at, prediction_type
-from lora_diffusion.training.distillation.mean_delta import compressed, mean_sum, plain_sum
-from lora_diffusion.training.distillation.student import blend_distance, distance, trained
-from lora_diffusion.training.distillation.trajectories import Pairs, recorded, runs_of
+from lora_diffusion.training.distillation.mean_delta import compress_sum, plain_sum, record_mean_sum
+from lora_diffusion.training.distillation.student import adapter_error, mean_squared_error, train_student
+from lora_diffusion.training.distillation.trajectories import DistillationBatch, make_runs, record_runs
 from lora_diffusion.training.seeding import picture_order
 
 HELD_OUT_SHARE = 4
@@ -34,7 +34,7 @@ ROUNDING = 1e-10
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistilReport:
+class DistillReport:
     """How close one adapter comes to the blend on held-out prompts and noise.
 
     Errors are mean squared distances of predictions from the blend's, over those of the base from the blend's: 0 is the
@@ -54,23 +54,23 @@ class DistilReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistilResult:
+class DistillResult:
     """The adapter, how close it comes, and how long that took."""
 
     adapter: Adapter
-    report: DistilReport
+    report: DistillReport
     seconds: float
 
 
-def distil(
+def distill(
     base: Base,
     blend: Blend,
     composition: Composition,
     prompts: Sequence[str],
-    config: DistilConfig,
+    config: DistillConfig,
     *,
     backup: Backup = "memory",
-) -> DistilResult:
+) -> DistillResult:
     """One adapter that does what the composed blend does, at most of rank `config.rank`.
 
     Matrices of the UNet learn; what the adapters do to text encoders is compressed, and to norms and biases kept, as
@@ -80,34 +80,36 @@ def distil(
     """
     started = time.perf_counter()
     check_distillable(base, blend, composition, config)
-    whole, mean = plain_sum(base, blend), mean_sum(base, blend, composition, config.sampler_steps)
+    whole, mean = plain_sum(base, blend), record_mean_sum(base, blend, composition, config.sampler_steps)
     check_learnable(base, mean)
-    training, held_out = teachings(base, blend, composition, prompts, config, backup)
-    untouched = effect_of(base, held_out, config)
-    metadata = metadata_of(base, blend, composition)
-    plain, start = (compressed(base, total, config.rank, metadata) for total in (whole, mean))
-    factors = trained(base, start, training, untouched, config, backup)
-    learned = cast(factors, torch_dtype(config.save_precision))
-    errors = [
-        blend_distance(base, adapter, held_out, config, backup) / untouched for adapter in (plain, start, learned)
-    ]
-    report = DistilReport(
+    training, held_out = record_teacher(base, blend, composition, prompts, config, backup)
+    untouched = measure_effect(base, held_out, config)
+    metadata = make_metadata(base, blend, composition)
+    plain, start = (compress_sum(base, total, config.rank, metadata) for total in (whole, mean))
+    factors = train_student(base, start, training, untouched, config, backup)
+    learned = cast_adapter(factors, torch_dtype(config.save_precision))
+    errors = [adapter_error(base, adapter, held_out, config, backup) / untouched for adapter in (plain, start, learned)]
+    report = DistillReport(
         plain_error=errors[0],
         start_error=errors[1],
         error=errors[2],
         learned_from=len(training),
         measured_on=len(held_out),
     )
-    record = {**config.model_dump(mode="json"), **sources(blend, composition, training, held_out), **vars(report)}
-    return DistilResult(
+    record = {
+        **config.model_dump(mode="json"),
+        **describe_sources(blend, composition, training, held_out),
+        **vars(report),
+    }
+    return DistillResult(
         adapter=replace(learned, metadata=metadata.model_copy(update={"training": record})),
         report=report,
         seconds=time.perf_counter() - started,
     )
 
 
-def check_distillable(base: Base, blend: Blend, composition: Composition, config: DistilConfig) -> None:
-    """Raise what `distil` raises before it begins."""
+def check_distillable(base: Base, blend: Blend, composition: Composition, config: DistillConfig) -> None:
+    """Raise what `distill` raises before it begins."""
     if not blend.active:
         raise ConfigError("there is nothing to distil; give at least one adapter with a weight other than 0")
     placed = [entry.name for entry in blend.entries if entry.region]
@@ -116,7 +118,7 @@ def check_distillable(base: Base, blend: Blend, composition: Composition, config
     words = [word for entry in blend.active for word in entry.adapter.tokens]
     if words:
         raise ConfigError(f"the learned words {', '.join(words)} cannot be distilled; convert --without-tokens first")
-    check_blend(base, blend)
+    validate_blend(base, blend)
     check_composition(blend, composition)
     most = int(base.pipe.scheduler.config.num_train_timesteps)
     if config.sampler_steps > most:
@@ -125,19 +127,19 @@ def check_distillable(base: Base, blend: Blend, composition: Composition, config
 
 def check_learnable(base: Base, total: BlendSum) -> None:
     """Raise ConfigError unless there is a linear module or a convolution in the UNet whose LoRA could learn."""
-    if not any(in_unet(path) and len(weight_shape(module_at(base, path))) > 1 for path in total.layers):
+    if not any(is_unet_path(path) and len(weight_shape(module_at(base, path))) > 1 for path in total.layers):
         raise ConfigError("none of the adapters changes a matrix of the UNet; there is nothing to distil")
 
 
-def teachings(
-    base: Base, blend: Blend, composition: Composition, prompts: Sequence[str], config: DistilConfig, backup: Backup
-) -> tuple[Pairs, Pairs]:
+def record_teacher(
+    base: Base, blend: Blend, composition: Composition, prompts: Sequence[str], config: DistillConfig, backup: Backup
+) -> tuple[DistillationBatch, DistillationBatch]:
     """What the blend predicts along runs to learn from, and along runs to measure with."""
-    learned, held_out = parted_prompts(prompts, config)
+    learned, held_out = split_prompts(prompts, config)
     side = (config.resolution or base.size_px) // int(base.pipe.vae_scale_factor)
-    with composed(base, blend, composition, (side, side), backup=backup) as before_step:
+    with composition_context(base, blend, composition, (side, side), backup=backup) as before_step:
         training, testing = (
-            recorded(base, before_step, runs_of(texts, count=config.runs, seed=config.seed + i), config)
+            record_runs(base, before_step, make_runs(texts, count=config.runs, seed=config.seed + i), config)
             for i, texts in enumerate((learned, held_out))
         )
     if not bool(training.predictions.isfinite().all() and testing.predictions.isfinite().all()):
@@ -145,7 +147,7 @@ def teachings(
     return training, testing
 
 
-def parted_prompts(prompts: Sequence[str], config: DistilConfig) -> tuple[list[str], list[str]]:
+def split_prompts(prompts: Sequence[str], config: DistillConfig) -> tuple[list[str], list[str]]:
     """Prompts to learn from, and others to measure with, unless there is but one.
 
     Raises ConfigError if there is none, or one with a tag.
@@ -161,15 +163,15 @@ def parted_prompts(prompts: Sequence[str], config: DistilConfig) -> tuple[list[s
     return drawn[:-held_out] or drawn, drawn[-held_out:]
 
 
-def effect_of(base: Base, pairs: Pairs, config: DistilConfig) -> float:
+def measure_effect(base: Base, pairs: DistillationBatch, config: DistillConfig) -> float:
     """Mean square of what the blend adds to the base's own predictions. Raises ConfigError if that is nothing."""
-    effect = distance(base, pairs, config)
+    effect = mean_squared_error(base, pairs, config)
     if effect <= ROUNDING * float(pairs.predictions.square().mean()):
         raise ConfigError("the blend changes nothing that the base predicts; there is nothing to distil")
     return effect
 
 
-def metadata_of(base: Base, blend: Blend, composition: Composition) -> AdapterMetadata:
+def make_metadata(base: Base, blend: Blend, composition: Composition) -> AdapterMetadata:
     """What is known of the adapter before it is made. No date, as the same seed is to give the same file."""
     entries = [entry for entry in blend.entries if entry in blend.active]
     words = [word for entry in entries for word in entry.adapter.metadata.trigger_words]
@@ -185,7 +187,9 @@ def metadata_of(base: Base, blend: Blend, composition: Composition) -> AdapterMe
     )
 
 
-def sources(blend: Blend, composition: Composition, training: Pairs, held_out: Pairs) -> dict[str, Any]:
+def describe_sources(
+    blend: Blend, composition: Composition, training: DistillationBatch, held_out: DistillationBatch
+) -> dict[str, Any]:
     """What the adapter was made from, for its record."""
     return {
         "adapters": [entry.model_dump(mode="json", exclude={"path"}) for entry in blend_entries(blend)],

@@ -11,14 +11,14 @@ from typing import TypeVar
 import torch
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
-from lora_diffusion.adapters.blend import Blend, BlendSum, blend_sum, joined_sums, part_of
-from lora_diffusion.adapters.coefficients import Moment, without_schedules
-from lora_diffusion.adapters.deltas import blended_bias, delta_of
+from lora_diffusion.adapters.blend import Blend, BlendSum, blend_sum, filter_modules, merge_sums
+from lora_diffusion.adapters.coefficients import DenoisingStep, without_schedules
+from lora_diffusion.adapters.deltas import compute_blended_bias, sum_deltas
 from lora_diffusion.adapters.factor_stack import Term
 from lora_diffusion.adapters.layers import FullLayer, Layer
-from lora_diffusion.algebra.svd.svd import spectrum_of, truncated
+from lora_diffusion.algebra.svd.svd import spectrum_of, truncate_spectrum
 from lora_diffusion.config.preset import Composition
-from lora_diffusion.inference.composition import alone, in_text, in_unet, sum_plan
+from lora_diffusion.inference.composition import is_text_encoder_path, is_unet_path, plan_sums, single_adapter_sum
 from lora_diffusion.inference.in_place import weight_at, weight_shape
 from lora_diffusion.models.load import Base, module_at
 
@@ -28,36 +28,41 @@ T = TypeVar("T")
 def plain_sum(base: Base, blend: Blend) -> BlendSum:
     """The blend as if it were a plain sum: all adapters at once, whatever the mode, their schedules at 1."""
     entries = tuple(replace(entry, weight=without_schedules(entry.weight)) for entry in blend.entries)
-    return blend_sum(Blend(entries=entries), base.anatomy)
+    return blend_sum(Blend(entries=entries), base.layout)
 
 
-def mean_sum(base: Base, blend: Blend, composition: Composition, steps: int) -> BlendSum:
+def record_mean_sum(base: Base, blend: Blend, composition: Composition, steps: int) -> BlendSum:
     """The mean of the sums that the base holds over a run. The text encoders hold the whole sum at every step.
 
-    Raises ConfigError as `composed` does.
+    Raises ConfigError as `composition_context` does.
     """
-    moments = [Moment(step=step, steps=steps) for step in range(steps)]
+    moments = [DenoisingStep(index=step, total=steps) for step in range(steps)]
     if composition.mode == "composite":
-        return mean_of([lane for moment in moments for lane in lanes(base, blend, moment)])
-    return mean_of(list(map(sum_plan(base, blend, composition), moments)))
+        return average_sums(
+            [lane for denoising_step in moments for lane in per_sample_sums(base, blend, denoising_step)]
+        )
+    return average_sums(list(map(plan_sums(base, blend, composition), moments)))
 
 
-def lanes(base: Base, blend: Blend, moment: Moment) -> list[BlendSum]:
+def per_sample_sums(base: Base, blend: Blend, denoising_step: DenoisingStep) -> list[BlendSum]:
     """What each sample of a composite's batch has: one adapter in the UNet, all in the text encoders."""
-    text = part_of(blend_sum(blend, base.anatomy, moment), in_text)
-    return [joined_sums([part_of(alone(base, entry, moment), in_unet), text]) for entry in blend.active]
+    text = filter_modules(blend_sum(blend, base.layout, denoising_step), is_text_encoder_path)
+    return [
+        merge_sums([filter_modules(single_adapter_sum(base, entry, denoising_step), is_unet_path), text])
+        for entry in blend.active
+    ]
 
 
-def mean_of(sums: Sequence[BlendSum]) -> BlendSum:
+def average_sums(sums: Sequence[BlendSum]) -> BlendSum:
     """Each layer and bias once, with the mean of its coefficients."""
-    total = joined_sums(sums)
+    total = merge_sums(sums)
     return BlendSum(
-        layers={path: means(terms, len(sums)) for path, terms in total.layers.items()},
-        biases={path: means(terms, len(sums)) for path, terms in total.biases.items()},
+        layers={path: average_terms(terms, len(sums)) for path, terms in total.layers.items()},
+        biases={path: average_terms(terms, len(sums)) for path, terms in total.biases.items()},
     )
 
 
-def means(terms: Sequence[tuple[float, T]], count: int) -> tuple[tuple[float, T], ...]:
+def average_terms(terms: Sequence[tuple[float, T]], count: int) -> tuple[tuple[float, T], ...]:
     """Terms of the very same layer as one; the coefficients over `count`."""
     kept: dict[int, tuple[float, T]] = {}
     for coefficient, layer in terms:
@@ -66,18 +71,21 @@ def means(terms: Sequence[tuple[float, T]], count: int) -> tuple[tuple[float, T]
     return tuple((coefficient / count, layer) for coefficient, layer in kept.values())
 
 
-def compressed(base: Base, total: BlendSum, rank: int, metadata: AdapterMetadata) -> Adapter:
+def compress_sum(base: Base, total: BlendSum, rank: int, metadata: AdapterMetadata) -> Adapter:
     """A sum as one adapter: plain LoRA at most of that rank, closest in the Frobenius norm; norms and biases whole."""
     return Adapter(
-        layers={path: compressed_layer(base, path, terms, rank) for path, terms in total.layers.items()},
-        biases={path: blended_bias(torch.zeros_like(terms[0][1]), terms).cpu() for path, terms in total.biases.items()},
+        layers={path: compress_layer(base, path, terms, rank) for path, terms in total.layers.items()},
+        biases={
+            path: compute_blended_bias(torch.zeros_like(terms[0][1]), terms).cpu()
+            for path, terms in total.biases.items()
+        },
         metadata=metadata,
     )
 
 
-def compressed_layer(base: Base, path: str, terms: Sequence[Term], rank: int) -> Layer:
+def compress_layer(base: Base, path: str, terms: Sequence[Term], rank: int) -> Layer:
     own, shape = weight_at(base, path), weight_shape(module_at(base, path))
     if len(shape) == 1:
-        return FullLayer(diff=delta_of(terms, own).cpu())
-    layer = truncated(replace(spectrum_of(terms, own), shape=shape), rank)
+        return FullLayer(diff=sum_deltas(terms, own).cpu())
+    layer = truncate_spectrum(replace(spectrum_of(terms, own), shape=shape), rank)
     return layer.with_factors({name: factor.cpu() for name, factor in layer.factors.items()})

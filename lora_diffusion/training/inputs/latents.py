@@ -10,9 +10,9 @@ from torch.nn import functional
 from lora_diffusion.config.train import DataConfig
 from lora_diffusion.data.buckets import Bucket
 from lora_diffusion.data.folder import Example
-from lora_diffusion.data.transforms import View, view, view_key
+from lora_diffusion.data.transforms import View, make_view, make_view_key
 from lora_diffusion.models.load import Base
-from lora_diffusion.models.offload import at_work
+from lora_diffusion.models.offload import on_device
 from lora_diffusion.training.inputs.cache import Cache, Tensors, content_key
 
 
@@ -36,15 +36,15 @@ class ViewEncoder:
         self.base, self.config, self.cache = base, config, cache
         self.identity = base.hash
 
-    def encoded(self, example: Example, bucket: Bucket, *, seed: int, variant: int) -> LatentView:
+    def encode(self, example: Example, bucket: Bucket, *, seed: int, variant: int) -> LatentView:
         """Raises DatasetError for a picture that cannot be read."""
         looks = {"seed": seed, "variant": variant}
-        key = content_key("latents", self.identity, view_key(example, bucket, self.config, **looks))
-        found = self.cache.get(key, lambda: self.tensors(view(example, bucket, self.config, **looks)))
+        key = content_key("latents", self.identity, make_view_key(example, bucket, self.config, **looks))
+        found = self.cache.get(key, lambda: self.encode_tensors(make_view(example, bucket, self.config, **looks)))
         return LatentView(**found)
 
-    def tensors(self, seen: View) -> Tensors:
-        with at_work(self.base, ["vae"]):
+    def encode_tensors(self, seen: View) -> Tensors:
+        with on_device(self.base, ["vae"]):
             mean, std = encode_picture(self.base, seen.pixels)
         height, width = seen.pixels.shape[1:]
         whole = torch.ones(height, width) if seen.mask is None else seen.mask

@@ -12,9 +12,9 @@ from torch import Generator, Tensor
 
 from lora_diffusion.config.train import ObjectiveConfig, TrainConfig
 from lora_diffusion.data.buckets import Bucket
-from lora_diffusion.data.captions import caption_text
+from lora_diffusion.data.captions import augment_caption
 from lora_diffusion.data.folder import Example
-from lora_diffusion.data.sampler import step_batches
+from lora_diffusion.data.sampler import plan_batches
 from lora_diffusion.training.diffusion.noise import draw_noise
 from lora_diffusion.training.diffusion.timesteps import draw_timestep
 from lora_diffusion.training.inputs.latents import LatentView, ViewEncoder
@@ -34,7 +34,7 @@ class Sample(TypedDict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOfSamples:
+class TrainingSamples:
     """Which picture comes when, and what is drawn for it."""
 
     config: TrainConfig
@@ -52,14 +52,14 @@ class RunOfSamples:
         index = step * len(self.order[0]) + place
         rng = Generator().manual_seed(sample_seed(config.seed, index))
         variant = index if config.data.cache == "none" else index // len(self.examples) % config.data.variants
-        seen = self.encoder.encoded(
+        seen = self.encoder.encode(
             self.examples[number], self.buckets[number], seed=sample_seed(config.seed, -2 - number), variant=variant
         )
-        caption = caption_text(self.examples[number].caption, config.captions, config.trigger_words, rng)
-        return drawn(seen, caption, config.objective, self.num_timesteps, rng)
+        caption = augment_caption(self.examples[number].caption, config.captions, config.trigger_words, rng)
+        return draw_sample(seen, caption, config.objective, self.num_timesteps, rng)
 
 
-def drawn(seen: LatentView, caption: str, config: ObjectiveConfig, num_timesteps: int, rng: Generator) -> Sample:
+def draw_sample(seen: LatentView, caption: str, config: ObjectiveConfig, num_timesteps: int, rng: Generator) -> Sample:
     """A sample with a latent from the view's distribution, noise and timestep."""
     channels, height, width = seen.mean.shape
     spread, shape = torch.randn(seen.mean.shape, generator=rng), (channels, height, width)
@@ -75,12 +75,12 @@ def drawn(seen: LatentView, caption: str, config: ObjectiveConfig, num_timesteps
     )
 
 
-def order_of(
+def plan_order(
     config: TrainConfig, examples: Sequence[Example], buckets: Sequence[Bucket], per_step: int
 ) -> tuple[tuple[int, ...], ...]:
     """Example numbers of every optimizer step."""
     repeats = [example.repeats * config.data.repeats for example in examples]
-    return step_batches(buckets, repeats, per_step=per_step, steps=config.steps, seed=config.seed)
+    return plan_batches(buckets, repeats, per_step=per_step, steps=config.steps, seed=config.seed)
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, Tensor | list[str]]:

@@ -17,12 +17,17 @@ from tqdm import tqdm
 from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.adapters.layers import Layer
-from lora_diffusion.algebra.metrics.amplification import Amplification, amplification
-from lora_diffusion.algebra.metrics.overlap import Overlap, overlap_of, summed
-from lora_diffusion.algebra.metrics.spectra import SpectrumFacts, block_facts, spectrum_facts
-from lora_diffusion.algebra.metrics.subspace_similarity import Likeness, directions_of, likeness, mean_grid
+from lora_diffusion.algebra.metrics.amplification import Amplification, measure_amplification
+from lora_diffusion.algebra.metrics.overlap import Overlap, measure_overlap, sum_overlaps
+from lora_diffusion.algebra.metrics.spectra import SpectrumStats, measure_spectrum, summarize_block
+from lora_diffusion.algebra.metrics.subspace_similarity import (
+    SubspaceSimilarity,
+    compare_subspaces,
+    leading_directions,
+    mean_grid,
+)
 from lora_diffusion.algebra.svd.svd import Spectrum, spectrum_of
-from lora_diffusion.architectures.blocks import block_of
+from lora_diffusion.architectures.blocks import block_prefix
 from lora_diffusion.architectures.families import family_title
 from lora_diffusion.errors import ConfigError, FamilyMismatchError
 from lora_diffusion.formats.adapters.load import load_adapter
@@ -34,7 +39,7 @@ Facts = dict[str, Any]
 class Alone:
     """What is found of one adapter, by module path."""
 
-    spectra: dict[str, SpectrumFacts] = field(default_factory=dict[str, SpectrumFacts])
+    spectra: dict[str, SpectrumStats] = field(default_factory=dict[str, SpectrumStats])
     amplifications: dict[str, Amplification] = field(default_factory=dict[str, Amplification])
     left_out: dict[str, str] = field(default_factory=dict[str, str])
 
@@ -44,8 +49,8 @@ class Together:
     """What is found of two adapters, by module path."""
 
     overlaps: dict[str, Overlap] = field(default_factory=dict[str, Overlap])
-    inputs: dict[str, Likeness] = field(default_factory=dict[str, Likeness])
-    outputs: dict[str, Likeness] = field(default_factory=dict[str, Likeness])
+    inputs: dict[str, SubspaceSimilarity] = field(default_factory=dict[str, SubspaceSimilarity])
+    outputs: dict[str, SubspaceSimilarity] = field(default_factory=dict[str, SubspaceSimilarity])
 
 
 def analyze_files(paths: Sequence[Path], base: str = "", ignore: Sequence[str] = ()) -> Facts:
@@ -106,10 +111,10 @@ def base_weights(base: str, adapters: Sequence[Adapter]) -> Callable[[str], Tens
 
     Raises BaseModelError, FamilyMismatchError if anything finds no weight of its shape.
     """
-    from lora_diffusion.models.locate import fitting_checkpoint  # slow to import, and nothing else here needs it
+    from lora_diffusion.models.locate import find_matching_checkpoint  # slow to import, and nothing else here needs it
 
     blend = Blend(entries=tuple(WeightedAdapter(adapter=adapter) for adapter in adapters))
-    parameters = fitting_checkpoint(base, blend).parameters
+    parameters = find_matching_checkpoint(base, blend).parameters
     return lambda module: parameters[f"{module}.weight"].read()
 
 
@@ -145,21 +150,21 @@ def nothing_left(found: Alone) -> str:
 def add_alone(alone: Sequence[Alone], spectra: Sequence[Spectrum | None], module: str, weight: Tensor | None) -> None:
     for found, spectrum in zip(alone, spectra, strict=True):
         if spectrum is not None:
-            found.spectra[module] = spectrum_facts(spectrum)
+            found.spectra[module] = measure_spectrum(spectrum)
         if spectrum is not None and weight is not None:
-            found.amplifications[module] = amplification(spectrum, weight)
+            found.amplifications[module] = measure_amplification(spectrum, weight)
 
 
 def add_together(together: Mapping[tuple[int, int], Together], spectra: Sequence[Spectrum | None], module: str) -> None:
-    directions = [None if spectrum is None else directions_of(spectrum) for spectrum in spectra]
+    directions = [None if spectrum is None else leading_directions(spectrum) for spectrum in spectra]
     for (i, j), found in together.items():
         if spectra[i] is None and spectra[j] is None:
             continue
-        found.overlaps[module] = overlap_of(spectra[i], spectra[j])
+        found.overlaps[module] = measure_overlap(spectra[i], spectra[j])
         alive = [each for each in (directions[i], directions[j]) if each is not None and each.output.shape[1]]
         if len(alive) == 2:
-            found.inputs[module] = likeness(alive[0].input, alive[1].input)
-            found.outputs[module] = likeness(alive[0].output, alive[1].output)
+            found.inputs[module] = compare_subspaces(alive[0].input, alive[1].input)
+            found.outputs[module] = compare_subspaces(alive[0].output, alive[1].output)
 
 
 def distinct_names(adapters: Sequence[Adapter], paths: Sequence[Path]) -> list[str]:
@@ -172,7 +177,7 @@ def distinct_names(adapters: Sequence[Adapter], paths: Sequence[Path]) -> list[s
 def by_block(modules: Iterable[str]) -> dict[str, list[str]]:
     blocks: dict[str, list[str]] = {}
     for module in modules:
-        blocks.setdefault(block_of(module), []).append(module)
+        blocks.setdefault(block_prefix(module), []).append(module)
     return blocks
 
 
@@ -185,8 +190,10 @@ def adapter_facts(name: str, path: Path, adapter: Adapter, found: Alone) -> Fact
         "hash": adapter.hash,
         "family": family_title(adapter.metadata.family) or "unknown",
         "kind": ", ".join(adapter.kinds),
-        "whole": asdict(block_facts(list(found.spectra.values()))),
-        "blocks": {block: asdict(block_facts([found.spectra[m] for m in inside])) for block, inside in blocks.items()},
+        "whole": asdict(summarize_block(list(found.spectra.values()))),
+        "blocks": {
+            block: asdict(summarize_block([found.spectra[m] for m in inside])) for block, inside in blocks.items()
+        },
         "modules": {module: asdict(spectrum) for module, spectrum in found.spectra.items()},
         "left_out": found.left_out,
     }
@@ -213,11 +220,11 @@ def pair_facts(first: str, second: str, found: Together) -> Facts:
         "first": first,
         "second": second,
         "modules_in_both": len(found.inputs),
-        **overlap_facts(summed(found.overlaps.values())),
+        **overlap_facts(sum_overlaps(found.overlaps.values())),
         "input": likeness_facts(list(found.inputs.values())),
         "output": likeness_facts(list(found.outputs.values())),
         "blocks": {
-            block: overlap_facts(summed(found.overlaps[module] for module in inside))
+            block: overlap_facts(sum_overlaps(found.overlaps[module] for module in inside))
             for block, inside in by_block(found.overlaps).items()
         },
         "modules": {module: overlap_facts(overlap) for module, overlap in found.overlaps.items()},
@@ -229,7 +236,7 @@ def overlap_facts(overlap: Overlap) -> Facts:
     return {name: getattr(overlap, name) for name in ("cosine", "shared", "chance", "first_share", "second_share")}
 
 
-def likeness_facts(found: Sequence[Likeness]) -> Facts:
+def likeness_facts(found: Sequence[SubspaceSimilarity]) -> Facts:
     """Means over modules of phi, for all pairs of numbers of directions and for all directions; empty for none."""
     if not found:
         return {}

@@ -7,21 +7,21 @@ from typing import Any
 
 import torch
 
-from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, cast
+from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, cast_adapter
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
-from lora_diffusion.adapters.coefficients import is_off
+from lora_diffusion.adapters.coefficients import is_zero
 from lora_diffusion.adapters.layers import DoRALayer, FullLayer
-from lora_diffusion.algebra.combine.exact_sum import combine, joint_sum, united_words
-from lora_diffusion.algebra.combine.methods import ConsensusConfig, consensus
+from lora_diffusion.algebra.combine.exact_sum import combine, joint_sum, merge_tokens
+from lora_diffusion.algebra.combine.methods import ConsensusConfig, combine_by_consensus
 from lora_diffusion.algebra.metrics.quantization_error import rounding_error
 from lora_diffusion.algebra.reduce.resize import CompressionReport, Loss, compress
-from lora_diffusion.algebra.reduce.truncate import first_directions
+from lora_diffusion.algebra.reduce.truncate import truncate_adapter
 from lora_diffusion.algebra.svd.rank_selection import RankRule
-from lora_diffusion.architectures.blocks import block_of
-from lora_diffusion.architectures.module_paths import ANATOMIES
+from lora_diffusion.architectures.blocks import block_prefix
+from lora_diffusion.architectures.module_paths import LAYOUTS
 from lora_diffusion.config.merge import WeightType
 from lora_diffusion.config.preset import BlendEntry
-from lora_diffusion.core.atomic_files import check_output, size_of
+from lora_diffusion.core.atomic_files import check_output, count_bytes
 from lora_diffusion.core.dtypes import dtype_name, torch_dtype
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.native import save_adapter
@@ -75,12 +75,12 @@ def combine_files(entries: Sequence[BlendEntry], output: Path, how: Combination)
     sources = tuple(dict.fromkeys(Path(entry.path) for entry in entries))
     check_output(output, sources, force=how.force)
     blend = load_blend(entries, ignore=how.ignore).blend
-    active = [entry for entry in blend.entries if not is_off(entry.weight)]
+    active = [entry for entry in blend.entries if not is_zero(entry.weight)]
     if not active:
         raise ConfigError("nothing to combine; give at least one adapter with a weight other than 0")
     exact, report = one_adapter(with_deltas(blend, how.base) if how.base else blend, how)
     dtype = common_type(active) if how.dtype == "keep" else torch_dtype(how.dtype)
-    rounded = replace(cast(exact, dtype), tokens=exact.tokens)
+    rounded = replace(cast_adapter(exact, dtype), tokens=exact.tokens)
     if rounded.non_finite:
         raise ConfigError(
             f"{rounded.non_finite[0]} is beyond the range of {dtype_name(dtype)}; lower the weights, or choose "
@@ -97,23 +97,25 @@ def combine_files(entries: Sequence[BlendEntry], output: Path, how: Combination)
         adapter=written,
         report=report,
         rounding_error=error,
-        bytes_before=sum(map(size_of, sources)),
-        bytes_after=size_of(output),
+        bytes_before=sum(map(count_bytes, sources)),
+        bytes_after=count_bytes(output),
     )
 
 
 def one_adapter(blend: Blend, how: Combination) -> tuple[Adapter, CompressionReport | None]:
     """The blend as one adapter: the only place that knows the ways to make it. Raises LoRADiffusionError's children."""
     family = next((e.adapter.metadata.family for e in blend.active if e.adapter.metadata.family), "")
-    anatomy = ANATOMIES.get(family)
+    layout = LAYOUTS.get(family)
     if how.consensus:
-        blend = Blend(entries=(WeightedAdapter(adapter=consensus(blend, how.consensus, AdapterMetadata(), anatomy)),))
+        blend = Blend(
+            entries=(WeightedAdapter(adapter=combine_by_consensus(blend, how.consensus, AdapterMetadata(), layout)),)
+        )
     if how.first is not None:
-        return first_directions(combine(untimed(blend), AdapterMetadata(), anatomy), how.first)
+        return truncate_adapter(combine(untimed(blend), AdapterMetadata(), layout), how.first)
     if how.rule is None:
-        return combine(blend, AdapterMetadata(), anatomy), None
-    adapter, report = compress(joint_sum(blend, anatomy), how.rule, AdapterMetadata())
-    return replace(adapter, tokens=united_words(blend)), report
+        return combine(blend, AdapterMetadata(), layout), None
+    adapter, report = compress(joint_sum(blend, layout), how.rule, AdapterMetadata())
+    return replace(adapter, tokens=merge_tokens(blend)), report
 
 
 def with_deltas(blend: Blend, base: str) -> Blend:
@@ -121,9 +123,9 @@ def with_deltas(blend: Blend, base: str) -> Blend:
 
     That is how a blend applies it: beside the others, never on top of them. Raises BaseModelError, FamilyMismatchError.
     """
-    from lora_diffusion.models.locate import fitting_checkpoint  # slow to import, and nothing else here needs it
+    from lora_diffusion.models.locate import find_matching_checkpoint  # slow to import, and nothing else here needs it
 
-    parameters = fitting_checkpoint(base, blend).parameters
+    parameters = find_matching_checkpoint(base, blend).parameters
 
     def plain(adapter: Adapter) -> Adapter:
         changed = {
@@ -219,7 +221,7 @@ def facts_of(done: Combined) -> dict[str, Any]:
     }
     if done.report is None:
         return facts
-    blocks = {block: loss_facts(loss) for block, loss in done.report.by(block_of).items()}
+    blocks = {block: loss_facts(loss) for block, loss in done.report.by_group(block_prefix).items()}
     modules = {path: asdict(loss) for path, loss in done.report.modules.items()}
     return {**facts, **loss_facts(done.report.total), "blocks": blocks, "by_module": modules}
 
@@ -237,7 +239,7 @@ def described(done: Combined) -> str:
     if done.report is None:
         made = f"made by {done.how.consensus.method}" if done.how.consensus else "the sum is exact"
         return f"{done.output}: {sizes}; {made}, {rounding}"
-    rows = [*done.report.by(block_of).items(), ("all", done.report.total)]
+    rows = [*done.report.by_group(block_prefix).items(), ("all", done.report.total)]
     table = [
         f"{name:<22}{loss.modules:>8}{span(loss.ranks_before):>10}{span(loss.ranks_after):>10}"
         f"{loss.norm:>12.4g}{loss.relative:>12.3g}"

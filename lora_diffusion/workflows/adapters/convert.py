@@ -6,10 +6,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lora_diffusion.adapters.adapter import Adapter, cast, named_tensors
+from lora_diffusion.adapters.adapter import Adapter, cast_adapter, named_tensors
 from lora_diffusion.config.merge import WeightType
 from lora_diffusion.config.settings import Dialect
-from lora_diffusion.core.atomic_files import whole_file
+from lora_diffusion.core.atomic_files import atomic_file
 from lora_diffusion.core.dtypes import torch_dtype
 from lora_diffusion.errors import ConfigError, OutputError
 from lora_diffusion.formats.adapters.kohya import save_kohya
@@ -66,13 +66,13 @@ def convert(source: Path, output: Path, how: Conversion) -> Converted:
             f"{source}: is a T-LoRA, which changes with the timestep, and {how.to} cannot say so; cut it to one rank "
             "with resize --first, or stay native"
         )
-    rounded = adapter if how.dtype == "keep" else cast(adapter, torch_dtype(how.dtype))
+    rounded = adapter if how.dtype == "keep" else cast_adapter(adapter, torch_dtype(how.dtype))
     broken = rounded.non_finite
     if broken:
         raise ConfigError(f"{source}: {broken[0]} is beyond the range of {how.dtype}; choose bfloat16 or float32")
     WRITERS[how.to](rounded, output)
     if how.card:
-        with whole_file(card) as part:
+        with atomic_file(card) as part:
             part.write_text(hub_card(rounded, output.name), encoding="utf-8")
     return Converted(source=source, output=output, rounding_error=rounding_error(adapter, rounded))
 

@@ -11,16 +11,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
-from lora_diffusion.adapters.compatibility import same_weight
+from lora_diffusion.adapters.compatibility import is_same_weight
 from lora_diffusion.adapters.layers import FullLayer
 from lora_diffusion.algebra.reduce.extract import (
     Approximation,
     Extraction,
-    approximate,
-    difference,
-    extract,
-    finite,
-    norm,
+    approximate_layers,
+    check_finite_weights,
+    extract_layers,
+    frobenius_norm,
+    subtract_weights,
 )
 from lora_diffusion.algebra.svd.randomized_svd import Sketch
 from lora_diffusion.algebra.svd.rank_selection import RankRule
@@ -85,7 +85,7 @@ class Extracted:
     @property
     def whole_norm(self) -> float:
         """Of all that differs in UNet and text encoders."""
-        return hypot(self.found.report.total.norm, self.left_out_norm, *map(norm, self.kept.values()))
+        return hypot(self.found.report.total.norm, self.left_out_norm, *map(frobenius_norm, self.kept.values()))
 
     @property
     def whole_error(self) -> float:
@@ -106,7 +106,7 @@ def extract_file(tuned: str, base: str, output: Path, how: Extracting) -> Extrac
     check_same_make(first, second)
     names = wanted_names(first, how)
     pairs = ((path_of(n), first.parameters[n].read(), second.parameters[n].read()) for n in shown(names))
-    found = extract(pairs, approximation_for(how, stored_types((first, second), names)))
+    found = extract_layers(pairs, approximation_for(how, stored_types((first, second), names)))
     kept, left_out = sorted_out(differences(first, second, others(first, names)), target_paths(first, how), how)
     if not found.layers and not kept:
         raise ConfigError(nothing_message(tuned, base, left_out))
@@ -134,7 +134,7 @@ def approximate_file(base: str, output: Path, how: Extracting) -> Extracted:
     check_output(output, files_of(source), force=how.force)
     names = wanted_names(source, how)
     weights = ((path_of(name), weight) for name, weight in values_of(source, shown(names)))
-    found = approximate(weights, approximation_for(how, stored_types((source,), names)))
+    found = approximate_layers(weights, approximation_for(how, stored_types((source,), names)))
     if not found.layers:
         raise ConfigError(f"{base}: all weights at the targets are zero; there is nothing to approximate")
     _, left_out = sorted_out(values_of(source, others(source, names)), (), how)
@@ -180,7 +180,7 @@ def check_same_make(base: Checkpoint, tuned: Checkpoint) -> None:
     shapes, theirs = base.shapes, tuned.shapes
     for name in (*shapes, *(name for name in theirs if name not in shapes)):
         mine, other = shapes.get(name), theirs.get(name)
-        if mine is None or other is None or not (same_weight(other, mine) or may_grow(name, mine, other)):
+        if mine is None or other is None or not (is_same_weight(other, mine) or may_grow(name, mine, other)):
             raise FamilyMismatchError(
                 f"{name} is {other or 'missing'} in {tuned.path}, but {mine or 'missing'} in {base.path}; "
                 "give the base that it was made of"
@@ -193,7 +193,7 @@ def may_grow(name: str, one: tuple[int, ...], two: tuple[int, ...]) -> bool:
 
 def target_paths(checkpoint: Checkpoint, how: Extracting) -> tuple[str, ...]:
     """The modules, norms among them, that sets and patterns name. Raises ConfigError if one names none."""
-    paths = changeable_paths(checkpoint.anatomy)
+    paths = changeable_paths(checkpoint.layout)
     return resolve_targets(paths, unet=how.unet, text_encoders=how.text_encoders)
 
 
@@ -242,7 +242,7 @@ def differences(base: Checkpoint, tuned: Checkpoint, names: Iterable[str]) -> It
         mine, other = base.parameters[name].read(), tuned.parameters[name].read()
         rows = min(len(mine), len(other))
         longer = max(mine, other, key=len)
-        yield name, torch.cat([difference(mine[:rows], other[:rows]), longer[rows:].float()])
+        yield name, torch.cat([subtract_weights(mine[:rows], other[:rows]), longer[rows:].float()])
 
 
 def sorted_out(
@@ -254,13 +254,13 @@ def sorted_out(
     """
     kept: dict[str, Tensor] = {}
     norms: dict[str, list[float]] = {}
-    for name, values in finite(parameters):
+    for name, values in check_finite_weights(parameters):
         if not values.any():
             continue
         if how.norms_and_biases == "keep" and values.ndim == 1 and path_of(name) in targets:
             kept[name] = values
         else:
-            norms.setdefault(kind_of(name, values), []).append(norm(values))
+            norms.setdefault(kind_of(name, values), []).append(frobenius_norm(values))
     return kept, {kind: Group(count=len(found), norm=hypot(*found)) for kind, found in norms.items()}
 
 

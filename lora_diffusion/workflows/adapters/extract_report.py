@@ -4,8 +4,8 @@ from dataclasses import asdict
 from typing import Any
 
 from lora_diffusion.algebra.reduce.resize import Loss
-from lora_diffusion.architectures.blocks import block_of
-from lora_diffusion.core.atomic_files import size_of
+from lora_diffusion.architectures.blocks import block_prefix
+from lora_diffusion.core.atomic_files import count_bytes
 from lora_diffusion.workflows.adapters.combine import loss_facts, megabytes, span
 from lora_diffusion.workflows.adapters.extract import Extracted, listed
 
@@ -23,9 +23,9 @@ def facts_of(done: Extracted) -> dict[str, Any]:
         "left_out": {kind: asdict(group) for kind, group in done.left_out.items()},
         "left_out_share": done.left_out_norm / done.whole_norm,
         "whole_error": done.whole_error,
-        "bytes": size_of(done.output),
+        "bytes": count_bytes(done.output),
         **loss_facts(report.total),
-        "blocks": {block: loss_facts(loss) for block, loss in report.by(block_of).items()},
+        "blocks": {block: loss_facts(loss) for block, loss in report.by_group(block_prefix).items()},
         "by_module": {path: asdict(loss) for path, loss in report.modules.items()},
     }
 
@@ -33,8 +33,8 @@ def facts_of(done: Extracted) -> dict[str, Any]:
 def described(done: Extracted) -> str:
     """A table of what each block misses, and a line for what is not in the file."""
     what = "of the difference" if done.tuned else "of the base's own weights, not to be added to a base"
-    head = f"{done.output}: {len(done.found.layers)} layers {what}, {megabytes(size_of(done.output))}"
-    rows = [*done.found.report.by(block_of).items(), ("all", done.found.report.total)]
+    head = f"{done.output}: {len(done.found.layers)} layers {what}, {megabytes(count_bytes(done.output))}"
+    rows = [*done.found.report.by_group(block_prefix).items(), ("all", done.found.report.total)]
     columns = f"{'block':<22}{'modules':>8}{'rank':>10}{'norm':>12}{'error':>12}"
     lines = [head, columns, *(row(name, loss) for name, loss in rows)]
     if done.kept:

@@ -9,11 +9,11 @@ from typing import Any
 
 from lora_diffusion.adapters.adapter import Adapter, adapter_hash, named_tensors
 from lora_diffusion.algebra.metrics.norms import delta_norm
-from lora_diffusion.architectures.blocks import block_of
+from lora_diffusion.architectures.blocks import block_prefix
 from lora_diffusion.architectures.families import family_title
-from lora_diffusion.core.atomic_files import size_of
+from lora_diffusion.core.atomic_files import count_bytes
 from lora_diffusion.core.dtypes import dtype_name
-from lora_diffusion.formats.adapters.load import load_unchecked, outline_adapter
+from lora_diffusion.formats.adapters.load import load_meta_adapter, load_unchecked
 from lora_diffusion.formats.adapters.metadata import tag_frequencies
 from lora_diffusion.formats.adapters.pickle import is_pickled
 from lora_diffusion.formats.safetensors import file_payload_hash
@@ -28,14 +28,14 @@ def inspect_adapter(path: Path, *, norms: bool = False, ignore: Sequence[str] = 
     Reads the header alone, unless `norms` asks for what only the tensors tell: norms of the deltas, dead layers, NaN,
     and hashes. Raises AdapterFormatError.
     """
-    adapter = (load_unchecked if norms else outline_adapter)(path, ignore=ignore)
+    adapter = (load_unchecked if norms else load_meta_adapter)(path, ignore=ignore)
     metadata = adapter.metadata
     training = dict(metadata.training)
     tags = tag_frequencies(training)
     training.pop("ss_tag_frequency", None)
     facts = {
         "file": str(path),
-        "bytes": size_of(path),
+        "bytes": count_bytes(path),
         "name": metadata.name,
         "dialect": metadata.source_format,
         "kind": ", ".join(adapter.kinds),
@@ -50,7 +50,7 @@ def inspect_adapter(path: Path, *, norms: bool = False, ignore: Sequence[str] = 
         "ranks": spread(value for layer in adapter.layers.values() if (value := getattr(layer, "rank", None))),
         "alphas": spread(v for layer in adapter.layers.values() if (v := getattr(layer, "alpha", None)) is not None),
         "components": dict(Counter(path.split(".", 1)[0] for path in adapter.paths)),
-        "blocks": dict(Counter(block_of(path) for path in adapter.paths)),
+        "blocks": dict(Counter(block_prefix(path) for path in adapter.paths)),
         "tags": dict(list(tags.items())[:MOST_TAGS]),
         "training": training,
         "description": metadata.description,
@@ -84,7 +84,7 @@ def block_norms(norms: Mapping[str, float | None]) -> dict[str, dict[str, float]
     blocks: dict[str, list[float]] = {}
     for path, norm in norms.items():
         if norm is not None:
-            blocks.setdefault(block_of(path), []).append(norm)
+            blocks.setdefault(block_prefix(path), []).append(norm)
     return {block: {"median": median(found), "max": max(found)} for block, found in blocks.items()}
 
 

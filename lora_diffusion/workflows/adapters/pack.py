@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from lora_diffusion.adapters.adapter import Adapter
-from lora_diffusion.algebra.reduce.shared_basis import member, shared
-from lora_diffusion.core.atomic_files import check_output, size_of
+from lora_diffusion.algebra.reduce.shared_basis import extract_member, share_bases
+from lora_diffusion.core.atomic_files import check_output, count_bytes
 from lora_diffusion.core.dtypes import torch_dtype
 from lora_diffusion.errors import ConfigError, OutputError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
-from lora_diffusion.formats.adapters.pack import load_pack, names_in, save_pack
-from lora_diffusion.library.entry import look_around, stem_of
+from lora_diffusion.formats.adapters.pack import list_members, load_pack, save_pack
+from lora_diffusion.library.entry import adapter_stem, scan_folder
 
 if TYPE_CHECKING:
     import torch
@@ -72,13 +72,13 @@ def pack_files(sources: Sequence[Path], output: Path, how: Packing) -> Packed:
     files = named_files(sources)
     check_output(output, files.values(), force=how.force)
     adapters = {name: load_adapter(path) for name, path in tqdm(files.items(), unit="file", disable=len(files) < 20)}
-    family = shared(adapters, how.rank, type_of(adapters) if how.dtype == "keep" else torch_dtype(how.dtype))
+    family = share_bases(adapters, how.rank, type_of(adapters) if how.dtype == "keep" else torch_dtype(how.dtype))
     save_pack(family, output)
     return Packed(
         output=output,
         rank=how.rank,
-        bytes_before=sum(size_of(path) for path in files.values()),
-        bytes_after=size_of(output),
+        bytes_before=sum(count_bytes(path) for path in files.values()),
+        bytes_after=count_bytes(output),
         errors={name: part.error for name, part in family.members.items()},
     )
 
@@ -87,7 +87,7 @@ def named_files(sources: Sequence[Path]) -> dict[str, Path]:
     """The adapters by name, sorted. Raises ConfigError for none, or two of one name."""
     files: dict[str, Path] = {}
     for path in (file for source in sources for file in files_at(source)):
-        name = stem_of(path)
+        name = adapter_stem(path)
         if name in files:
             raise ConfigError(f"{files[name]} and {path} are both called {name!r}; give one of them another file name")
         files[name] = path
@@ -98,7 +98,7 @@ def named_files(sources: Sequence[Path]) -> dict[str, Path]:
 
 def files_at(source: Path) -> Iterator[Path]:
     """The file itself, or all adapters below a folder. Raises ConfigError for what cannot be looked at in a folder."""
-    places, refused = look_around(source) if source.is_dir() else ([], [])
+    places, refused = scan_folder(source) if source.is_dir() else ([], [])
     if refused:
         raise ConfigError(f"{source}: {refused[0].problem}")
     yield from (place.path for place in places) if source.is_dir() else (source,)
@@ -118,7 +118,7 @@ def unpack_file(pack: Path, folder: Path, *, name: str = "", force: bool = False
     Raises AdapterFormatError for a file that is no pack, ConfigError for a name that is not in it or is no file name,
     OutputError for a file that is there already; nothing is written then.
     """
-    names = (name,) if name else names_in(pack)
+    names = (name,) if name else list_members(pack)
     family = load_pack(pack, names)
     files = {wanted: folder / f"{file_name(wanted, pack)}.safetensors" for wanted in names}
     for path in files.values():
@@ -127,12 +127,12 @@ def unpack_file(pack: Path, folder: Path, *, name: str = "", force: bool = False
         if path.exists() and not force:
             raise OutputError(f"{path}: already there; give another folder, or --force to replace it")
     for wanted, path in tqdm(files.items(), unit="file", disable=len(files) < 20):
-        save_adapter(member(family, wanted), path)
+        save_adapter(extract_member(family, wanted), path)
     return Unpacked(
         pack=pack,
         files=files,
-        bytes_before=size_of(pack),
-        bytes_after=sum(size_of(path) for path in files.values()),
+        bytes_before=count_bytes(pack),
+        bytes_after=sum(count_bytes(path) for path in files.values()),
         errors={wanted: family.members[wanted].error for wanted in names},
     )
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from lora_diffusion.adapters.adapter import Adapter, cast
-from lora_diffusion.algebra.reduce.prune import Scope, Sparsity, sparse_deltas, sparse_factors, sparsity
-from lora_diffusion.architectures.blocks import block_of
-from lora_diffusion.core.atomic_files import check_output, size_of
+from lora_diffusion.adapters.adapter import Adapter, cast_adapter
+from lora_diffusion.algebra.reduce.prune import Scope, Sparsity, measure_sparsity, prune_deltas, prune_factors
+from lora_diffusion.architectures.blocks import block_prefix
+from lora_diffusion.core.atomic_files import check_output, count_bytes
 from lora_diffusion.core.dtypes import torch_dtype
 from lora_diffusion.errors import AdapterFormatError, ConfigError
 from lora_diffusion.formats.adapters.load import load_adapter
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lora_diffusion.config.merge import WeightType
 
 Part: TypeAlias = Literal["factors", "delta"]
-PRUNE = {"factors": sparse_factors, "delta": sparse_deltas}
+PRUNE = {"factors": prune_factors, "delta": prune_deltas}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Slimmed:
         """Norm of what is lost over the norm of the deltas, in each block."""
         blocks: dict[str, list[str]] = defaultdict(list)
         for path in self.sparsity.norms:
-            blocks[block_of(path)].append(path)
+            blocks[block_prefix(path)].append(path)
         return {block: self.sparsity.error_over(paths) for block, paths in blocks.items()}
 
 
@@ -66,7 +66,7 @@ def sparsify_file(source: Path, output: Path, how: Slimming) -> Slimmed:
     if not before.layers:
         raise AdapterFormatError(f"{source}: has no layers to prune; expected a LoRA")
     pruned = PRUNE[how.what](before, how.keep, how.scope)
-    after = like(pruned, before) if how.dtype == "keep" else cast(pruned, torch_dtype(how.dtype))
+    after = like(pruned, before) if how.dtype == "keep" else cast_adapter(pruned, torch_dtype(how.dtype))
     if after.non_finite:
         raise ConfigError(f"{source}: {after.non_finite[0]} is beyond the range of its type; choose --dtype float32")
     metadata = before.metadata.model_copy(update={"merged_from": (before.hash,)})
@@ -74,9 +74,9 @@ def sparsify_file(source: Path, output: Path, how: Slimming) -> Slimmed:
     return Slimmed(
         source=source,
         output=output,
-        sparsity=sparsity(before, after),
-        bytes_before=size_of(source),
-        bytes_after=size_of(output),
+        sparsity=measure_sparsity(before, after),
+        bytes_before=count_bytes(source),
+        bytes_after=count_bytes(output),
     )
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
-from lora_diffusion.adapters.compatibility import check_fits, wanted_shapes
+from lora_diffusion.adapters.compatibility import check_fits, expected_shapes
 from lora_diffusion.architectures.families import family_title
 from lora_diffusion.architectures.module_paths import changeable_paths
 from lora_diffusion.errors import AdapterFormatError, LoRADiffusionError
 from lora_diffusion.formats.adapters.load import load_adapter
-from lora_diffusion.formats.checkpoints.diffusers import anatomy_of_folder, find_parameters
+from lora_diffusion.formats.checkpoints.diffusers import find_parameters, read_layout
 from lora_diffusion.formats.safetensors import read_header
 from lora_diffusion.models.locate import find_base
 from lora_diffusion.workflows.adapters.inspect import delta_norm, file_hashes
@@ -87,13 +87,13 @@ def check_base(adapter: Adapter, base: str) -> Check:
     name = f"fits {base}"
     try:
         folder = find_base(base)
-        family, shape = anatomy_of_folder(folder)
+        family, shape = read_layout(folder)
         check_fits(
             Blend(entries=(WeightedAdapter(adapter=adapter),)),
             base_name=base,
             family=family.name,
             paths=frozenset(changeable_paths(shape)),
-            shapes={name: found.shape for name, found in find_parameters(folder, wanted_shapes(adapter)).items()},
+            shapes={name: found.shape for name, found in find_parameters(folder, expected_shapes(adapter)).items()},
         )
     except LoRADiffusionError as error:
         return Check(name=name, passed=False, detail=str(error))

@@ -8,23 +8,23 @@ import torch
 from tqdm import tqdm
 
 from lora_diffusion.adapters.blend import Blend, blend_sum
-from lora_diffusion.adapters.coefficients import read_block_presets, spelled_out, without_schedules
+from lora_diffusion.adapters.coefficients import expand_block_preset, read_block_presets, without_schedules
 from lora_diffusion.adapters.compatibility import check_family
-from lora_diffusion.algebra.combine.balance import balanced
+from lora_diffusion.algebra.combine.balance import balance_weights
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendEntry, BlendPreset
 from lora_diffusion.core.atomic_files import check_writable
 from lora_diffusion.core.dtypes import dtype_name, torch_dtype
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.formats.adapters.load import outline_adapter
-from lora_diffusion.inference.in_place import check_blend, quantized, rounding_loss
-from lora_diffusion.inference.sampling import OnStep, Picture, generate
+from lora_diffusion.formats.adapters.load import load_meta_adapter
+from lora_diffusion.inference.in_place import is_quantized, rounding_loss, validate_blend
+from lora_diffusion.inference.sampling import GeneratedImage, OnStep, generate
 from lora_diffusion.library.presets import save_preset
-from lora_diffusion.library.recipe import Recipe, differences
-from lora_diffusion.library.references import Found, Shelf, load_blend
+from lora_diffusion.library.recipe import Recipe, list_differences
+from lora_diffusion.library.references import AdapterResolver, ResolvedBlend, load_blend
 from lora_diffusion.models.load import Base
 from lora_diffusion.models.locate import find_checkpoint
-from lora_diffusion.models.quantize import load_in_codes
+from lora_diffusion.models.quantize import load_quantized_base
 from lora_diffusion.workflows.images.plan import Plan, with_tags
 
 MOST_LOST = 0.1
@@ -35,7 +35,7 @@ MOST_LOST = 0.1
 class Means:
     """Where things are looked for, and what is done to a blend before it is used."""
 
-    shelf: Shelf = field(default_factory=Shelf)
+    resolver: AdapterResolver = field(default_factory=AdapterResolver)
     ignore: tuple[str, ...] = ()
     """Patterns of keys that adapter files may hold without being understood."""
     block_presets: Path | None = None
@@ -52,22 +52,24 @@ def refuse_other_families(entries: Iterable[BlendEntry], base: str, ignore: Sequ
     for entry in entries:
         if entry.hash and not Path(entry.path).exists():
             continue  # looked for by its hash later
-        outline = outline_adapter(Path(entry.path), ignore=ignore)
+        outline = load_meta_adapter(Path(entry.path), ignore=ignore)
         check_family(outline.metadata.family, outline.metadata.name, base_name=base, family=family.name)
 
 
-def prepared_blend(base: str, entries: tuple[BlendEntry, ...], means: Means) -> Found:
+def prepared_blend(base: str, entries: tuple[BlendEntry, ...], means: Means) -> ResolvedBlend:
     """The adapters loaded, their weights spelled out for this base and balanced if asked.
 
     Raises LoRADiffusionError's children.
     """
     refuse_other_families(entries, base, means.ignore)
     presets = read_block_presets(means.block_presets) if means.block_presets else None
-    anatomy = find_checkpoint(base).anatomy
-    found = load_blend(entries, means.shelf, ignore=means.ignore)
-    spelled = [replace(entry, weight=spelled_out(entry.weight, anatomy, presets)) for entry in found.blend.entries]
+    layout = find_checkpoint(base).layout
+    found = load_blend(entries, means.resolver, ignore=means.ignore)
+    spelled = [
+        replace(entry, weight=expand_block_preset(entry.weight, layout, presets)) for entry in found.blend.entries
+    ]
     blend = Blend(entries=tuple(spelled))
-    return replace(found, blend=balanced(blend) if means.balance else blend)
+    return replace(found, blend=balance_weights(blend) if means.balance else blend)
 
 
 def check_base_hash(base: Base, recipe: Recipe) -> None:
@@ -94,12 +96,12 @@ def generate_files(plan: Plan, output: Path, means: Means | None = None) -> Writ
     """
     means = means or Means()
     check_writable(output / "00000.png")
-    plan = with_tags(plan, means.shelf)
+    plan = with_tags(plan, means.resolver)
     found = prepared_blend(plan.base, plan.entries, means)
     base = planned_base(plan)
     with tqdm(total=plan.settings.count, desc="generate", unit="picture", leave=False) as bar:
 
-        def advance(_path: Path, _picture: Picture) -> None:
+        def advance(_path: Path, _picture: GeneratedImage) -> None:
             bar.update()
 
         return write_pictures(base, found, plan, output, means, on_picture=advance)
@@ -107,23 +109,25 @@ def generate_files(plan: Plan, output: Path, means: Means | None = None) -> Writ
 
 def write_pictures(
     base: Base,
-    found: Found,
+    found: ResolvedBlend,
     plan: Plan,
     output: Path,
     means: Means,
     *,
-    on_picture: Callable[[Path, Picture], None],
+    on_picture: Callable[[Path, GeneratedImage], None],
     on_step: OnStep | None = None,
 ) -> Written:
     """The same with a base and adapters that are loaded; `on_picture` gets each as soon as it is written."""
     notes = [*plan.notes, *found.notes]
     if plan.recipe:
         check_base_hash(base, plan.recipe)
-        notes += [f"{note}; the pixels may differ" for note in differences(plan.recipe, device=base.pipe.device.type)]
+        notes += [
+            f"{note}; the pixels may differ" for note in list_differences(plan.recipe, device=base.pipe.device.type)
+        ]
     notes += rounding_notes(base, found.blend, plan)
     paths: list[Path] = []
 
-    def keep(picture: Picture) -> None:
+    def keep(picture: GeneratedImage) -> None:
         paths.append(free_name(output))
         picture.save(paths[-1])
         on_picture(paths[-1], picture)
@@ -143,10 +147,10 @@ def write_pictures(
 
 def rounding_notes(base: Base, blend: Blend, plan: Plan) -> list[str]:
     """A warning if adding to the weights would round away more of the blend than most people would accept."""
-    if plan.composition.exact or quantized(base) or base.pipe.unet.dtype == torch.float32:
+    if plan.composition.exact or is_quantized(base) or base.pipe.unet.dtype == torch.float32:
         return []
-    check_blend(base, blend)
-    lost = rounding_loss(base, blend_sum(unscheduled(blend), base.anatomy))
+    validate_blend(base, blend)
+    lost = rounding_loss(base, blend_sum(unscheduled(blend), base.layout))
     if lost <= MOST_LOST:
         return []
     kind = dtype_name(base.pipe.unet.dtype)
@@ -161,7 +165,7 @@ def unscheduled(blend: Blend) -> Blend:
 def planned_base(plan: Plan) -> Base:
     """The base of a plan; that of a replay in the recipe's type of number. Raises BaseModelError, ConfigError."""
     precision = torch_dtype(plan.recipe.precision) if plan.recipe else None
-    return load_in_codes(plan.base, plan.codes, precision=precision)
+    return load_quantized_base(plan.base, plan.quantization, precision=precision)
 
 
 def free_name(folder: Path) -> Path:
@@ -185,7 +189,7 @@ def save_plan(plan: Plan, path: Path, means: Means, *, name: str, description: s
     """
     if path.suffix != ".json":
         raise ConfigError(f"{path}: a preset is a .json file; give one, e.g. my-blend.json")
-    plan = with_tags(plan, means.shelf)
+    plan = with_tags(plan, means.resolver)
     if not plan.entries:
         raise ConfigError("nothing to save; give at least one --adapter, a prompt with a tag, or --from IMAGE")
     found = prepared_blend(plan.base, plan.entries, means)

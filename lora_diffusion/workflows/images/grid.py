@@ -11,11 +11,11 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from lora_diffusion.adapters.coefficients import read_block_presets
-from lora_diffusion.core.atomic_files import check_writable, whole_file
-from lora_diffusion.evaluation.image_grid import grid
+from lora_diffusion.core.atomic_files import atomic_file, check_writable
+from lora_diffusion.evaluation.image_grid import draw_image_grid
 from lora_diffusion.inference.composition import check_composition
 from lora_diffusion.library.recipe import PNG_KEY
-from lora_diffusion.library.references import Found
+from lora_diffusion.library.references import ResolvedBlend
 from lora_diffusion.models.load import Base
 from lora_diffusion.models.locate import find_checkpoint
 from lora_diffusion.workflows.images.generate import Means, free_name, planned_base, prepared_blend, write_pictures
@@ -52,7 +52,7 @@ def draw_grid(plan: Plan, across: Axis, down: Axis, output: Path, means: Means |
     """
     means = means or Means()
     check_writable(output / "00000.png")
-    rows = cells(with_tags(plan, means.shelf), across, down)
+    rows = cells(with_tags(plan, means.resolver), across, down)
     found = [[prepared_blend(cell.base, cell.entries, means) for cell in row] for row in rows]
     for cell, blend in zip(chain.from_iterable(rows), chain.from_iterable(found), strict=True):
         check_composition(blend.blend, cell.composition)
@@ -68,7 +68,7 @@ def draw_grid(plan: Plan, across: Axis, down: Axis, output: Path, means: Means |
     return Drawn(path=save_sheet(paths, across, down, output), notes=tuple(dict.fromkeys(notes)))
 
 
-def one_picture(base: Base, blend: Found, cell: Plan, output: Path, means: Means, notes: list[str]) -> Path:
+def one_picture(base: Base, blend: ResolvedBlend, cell: Plan, output: Path, means: Means, notes: list[str]) -> Path:
     """The picture of a plan that makes one; what a user should know is added to the notes."""
     written = write_pictures(base, blend, cell, output, means, on_picture=lambda _path, _picture: None)
     notes += written.notes
@@ -80,7 +80,7 @@ def save_sheet(rows: Sequence[Sequence[Path]], across: Axis, down: Axis, output:
     read = [[seen(path) for path in row] for row in rows]
     pictures = [[picture for picture, _ in row] for row in read]
     side_px = min(MOST_CELL_PX, max(LEAST_CELL_PX, *pictures[0][0].size))
-    sheet = grid(pictures, columns=across.labels, labels=down.labels, cell_px=side_px)
+    sheet = draw_image_grid(pictures, columns=across.labels, labels=down.labels, cell_px=side_px)
     facts = {
         "across": asdict(across),
         "down": asdict(down),
@@ -90,7 +90,7 @@ def save_sheet(rows: Sequence[Sequence[Path]], across: Axis, down: Axis, output:
     texts = PngImagePlugin.PngInfo()
     texts.add_text(GRID_KEY, json.dumps(facts))
     path = free_name(output / "grids")
-    with whole_file(path) as part:
+    with atomic_file(path) as part:
         sheet.save(part, format="PNG", pnginfo=texts)
     return path
 
@@ -106,7 +106,7 @@ def measure_blocks(plan: Plan, of: str, output: Path, means: Means | None = None
     means = means or Means()
     check_writable(output / "00000.png")
     presets = read_block_presets(means.block_presets) if means.block_presets else None
-    plans = without_blocks(with_tags(plan, means.shelf), of, find_checkpoint(plan.base).anatomy, presets)
+    plans = without_blocks(with_tags(plan, means.resolver), of, find_checkpoint(plan.base).layout, presets)
     base = planned_base(plan)
     paths: dict[str, Path] = {}
     for block, less in tqdm(plans.items(), desc="blocks", unit="picture", leave=False):

@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.adapters.coefficients import BlockPresets, spelled_out
-from lora_diffusion.architectures.blocks import block_layouts
-from lora_diffusion.architectures.module_paths import Anatomy
+from lora_diffusion.adapters.coefficients import BlockPresets, expand_block_preset
+from lora_diffusion.architectures.blocks import vector_block_names
+from lora_diffusion.architectures.module_paths import ModelLayout
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendEntry, BlendWeight, Composition, Weight
 from lora_diffusion.config.settings import validate
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.library.entry import stem_of
+from lora_diffusion.library.entry import adapter_stem
 from lora_diffusion.workflows.images.plan import Plan
 
 MOST_CELLS = 64
@@ -39,7 +39,7 @@ class Axis:
             return ("",)
         if self.what in TEXTS:
             return self.values
-        name = " of ".join(filter(None, (self.what, self.of and stem_of(Path(self.of)))))
+        name = " of ".join(filter(None, (self.what, self.of and adapter_stem(Path(self.of)))))
         return tuple(f"{name} {value}" for value in self.values)
 
 
@@ -144,9 +144,9 @@ def place_of(entries: Sequence[BlendEntry], of: str) -> int:
     for place, entry in enumerate(entries):
         path = Path(entry.path)
         same_folder = path.parent.parts[len(path.parent.parts) - len(wanted.parent.parts) :] == wanted.parent.parts
-        if of == entry.name or (same_folder and stem_of(path) == stem_of(wanted)):
+        if of == entry.name or (same_folder and adapter_stem(path) == adapter_stem(wanted)):
             return place
-    known = ", ".join(entry.name or stem_of(Path(entry.path)) for entry in entries)
+    known = ", ".join(entry.name or adapter_stem(Path(entry.path)) for entry in entries)
     raise ConfigError(f"{of}: is not on the table; name one of {known}")
 
 
@@ -161,13 +161,13 @@ def with_weight(entries: tuple[BlendEntry, ...], at: int, weight: BlendWeight) -
     return (*entries[:at], entries[at].model_copy(update={"weight": plain}), *entries[at + 1 :])
 
 
-def without_blocks(plan: Plan, of: str, anatomy: Anatomy, presets: BlockPresets | None = None) -> dict[str, Plan]:
+def without_blocks(plan: Plan, of: str, layout: ModelLayout, presets: BlockPresets | None = None) -> dict[str, Plan]:
     """The plan without each block of one adapter, by block; under "" the plan with all of them. Raises ConfigError."""
     single = replace(plan, settings=plan.settings.model_copy(update={"count": 1}))
     at = place_of(plan.entries, of)
-    weight = in_full(spelled_out(plan.entries[at].weight, anatomy, presets))
+    weight = in_full(expand_block_preset(plan.entries[at].weight, layout, presets))
     factors = dict(weight.blocks) if isinstance(weight.blocks, Mapping) else {}
-    _, attentive = block_layouts(anatomy)
+    _, attentive = vector_block_names(layout)
     found = {"": single}
     for block in attentive:
         less = weight.model_copy(update={"blocks": {**factors, block: 0.0}})

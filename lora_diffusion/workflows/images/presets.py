@@ -3,19 +3,19 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_diffusion.adapters.coefficients import is_off, spelled_out
-from lora_diffusion.adapters.compatibility import check_mode
+from lora_diffusion.adapters.coefficients import expand_block_preset, is_zero
+from lora_diffusion.adapters.compatibility import validate_composition
 from lora_diffusion.adapters.masks import region_mask
-from lora_diffusion.architectures.module_paths import Anatomy
+from lora_diffusion.architectures.module_paths import ModelLayout
 from lora_diffusion.config.preset import BlendEntry, BlendPreset
 from lora_diffusion.errors import ConfigError, LoRADiffusionError
-from lora_diffusion.formats.checkpoints.diffusers import anatomy_of_folder
+from lora_diffusion.formats.checkpoints.diffusers import read_layout
 from lora_diffusion.library.presets import read_preset
-from lora_diffusion.library.references import Shelf, anchored_entries, load_blend
+from lora_diffusion.library.references import AdapterResolver, load_blend, resolve_entry_paths
 from lora_diffusion.models.locate import find_base
 
 
-def check_preset(path: Path, shelf: Shelf, ignore: Sequence[str] = ()) -> list[tuple[str, str]]:
+def check_preset(path: Path, resolver: AdapterResolver, ignore: Sequence[str] = ()) -> list[tuple[str, str]]:
     """What is wrong with a preset: pairs of what was checked and what came of it, empty if all is well.
 
     Each adapter has to be found with its hash, its weight has to fit its base, and all have to go together.
@@ -23,16 +23,16 @@ def check_preset(path: Path, shelf: Shelf, ignore: Sequence[str] = ()) -> list[t
     preset = read_preset(path)
     checks: list[tuple[str, str]] = []
     try:
-        family, anatomy = anatomy_of_folder(find_base(preset.base))
+        family, layout = read_layout(find_base(preset.base))
         checks.append((f"base {preset.base}", ""))
     except LoRADiffusionError as error:
         checks.append((f"base {preset.base}", str(error)))
-        family = anatomy = None
-    for entry in anchored_entries(preset.adapters, path.parent):
+        family = layout = None
+    for entry in resolve_entry_paths(preset.adapters, path.parent):
         checks.append(
             (
                 f"adapter {entry.name or entry.path}",
-                problem_with(entry, shelf, ignore, family.name if family else "", anatomy),
+                problem_with(entry, resolver, ignore, family.name if family else "", layout),
             )
         )
     checks.append(("composition", problem_together(preset)))
@@ -41,25 +41,27 @@ def check_preset(path: Path, shelf: Shelf, ignore: Sequence[str] = ()) -> list[t
 
 def problem_together(preset: BlendPreset) -> str:
     """Why its adapters cannot come together as the preset says; empty if they can."""
-    active = sum(not is_off(entry.weight) for entry in preset.adapters)
+    active = sum(not is_zero(entry.weight) for entry in preset.adapters)
     try:
-        check_mode(preset.composition, active, regions=any(entry.region for entry in preset.adapters))
+        validate_composition(preset.composition, active, regions=any(entry.region for entry in preset.adapters))
     except ConfigError as error:
         return str(error)
     return ""
 
 
-def problem_with(entry: BlendEntry, shelf: Shelf, ignore: Sequence[str], family: str, anatomy: Anatomy | None) -> str:
+def problem_with(
+    entry: BlendEntry, resolver: AdapterResolver, ignore: Sequence[str], family: str, layout: ModelLayout | None
+) -> str:
     """Why an adapter of a preset cannot be used as it says; empty if it can."""
     try:
-        found = load_blend([entry], shelf, ignore=ignore)
+        found = load_blend([entry], resolver, ignore=ignore)
         if entry.region:
             region_mask(entry.region)
         own = found.blend.entries[0].adapter.metadata.family
         if family and own and own != family:
             return f"is for {own}, the preset's base is {family}"
-        if anatomy is not None:
-            spelled_out(entry.weight, anatomy)
+        if layout is not None:
+            expand_block_preset(entry.weight, layout)
     except LoRADiffusionError as error:
         return str(error)
     return "; ".join(found.notes)

@@ -6,14 +6,14 @@ from typing import Any
 from transformers import CLIPTokenizer
 
 from lora_diffusion.config.train import DataConfig
-from lora_diffusion.core.atomic_files import whole_file
+from lora_diffusion.core.atomic_files import atomic_file
 from lora_diffusion.data.checks import DatasetReport, check_dataset
-from lora_diffusion.data.contact_sheet import contact_sheet
+from lora_diffusion.data.contact_sheet import draw_contact_sheet
 from lora_diffusion.formats.checkpoints.diffusers import read_json
 from lora_diffusion.models.load import quiet_libraries
 from lora_diffusion.models.locate import find_base
-from lora_diffusion.models.text_encoding import chunks_of
-from lora_diffusion.prompts.emphasis import plain
+from lora_diffusion.models.text_encoding import split_chunks
+from lora_diffusion.prompts.emphasis import parse_literal
 
 
 def checked(config: DataConfig, base: str, trigger: str = "") -> DatasetReport:
@@ -26,12 +26,12 @@ def checked(config: DataConfig, base: str, trigger: str = "") -> DatasetReport:
     return check_dataset(
         config,
         size_px=config.resolution or sample_size * 2 ** (levels - 1),
-        count_chunks=lambda text: len(chunks_of(tokenizer, plain(text))),
+        count_chunks=lambda text: len(split_chunks(tokenizer, parse_literal(text))),
         trigger=trigger,
     )
 
 
 def save_sheet(report: DatasetReport, config: DataConfig, path: Path) -> None:
     """Write the contact sheet as PNG. Raises OutputError."""
-    with whole_file(path) as part:
-        contact_sheet(report, config).save(part, format="PNG")
+    with atomic_file(path) as part:
+        draw_contact_sheet(report, config).save(part, format="PNG")

@@ -15,12 +15,12 @@ from accelerate import PartialState
 
 from lora_diffusion.config.train import TrainConfig
 from lora_diffusion.core.atomic_files import check_writable
-from lora_diffusion.core.hardware import machine, peak_memory_mb
-from lora_diffusion.data.checks import DatasetReport, described, facts_of
+from lora_diffusion.core.hardware import describe_machine, peak_memory_mb
+from lora_diffusion.data.checks import DatasetReport, format_report, to_json
 from lora_diffusion.training.log import LOG, read_log
 from lora_diffusion.training.loop import train
 from lora_diffusion.training.objectives.prior_preservation import class_folder, missing_pictures
-from lora_diffusion.training.setup import Run, run_folder
+from lora_diffusion.training.setup import TrainingContext, run_folder
 from lora_diffusion.workflows.training.dataset_check import checked
 
 STEPS = 4
@@ -55,7 +55,7 @@ def tried(config: TrainConfig) -> Needs:
     check_writable(config.output)
     trigger = "" if "{trigger}" in config.captions.template else " ".join(config.trigger_words)
     dataset = checked(config.data, config.base, trigger)
-    seen: list[Run] = []
+    seen: list[TrainingContext] = []
     with tempfile.TemporaryDirectory() as scratch:
         trial = shortened(config, Path(scratch))
         result = train(trial, watch=lambda run, _: seen.append(run))
@@ -107,11 +107,11 @@ def needs_text(needs: Needs, config: TrainConfig) -> str:
     """The needs as lines of text."""
     count, each = f"{needs.parameters:,} parameters in {needs.modules} modules", needs.pictures_per_step
     lines = [
-        described(needs.dataset),
+        format_report(needs.dataset),
         f"{config.base}: {count} would learn, and be a file of {needs.adapter_mb:.1f} MB",
         f"{config.steps} steps of {each} picture{'s' * (each > 1)}, which is {needs.passes:.1f} passes over the data",
         f"{needs.seconds_per_step:.2f} s a step, so {timedelta(seconds=round(needs.seconds))} without samples and "
-        f"validation; {needs.memory_mb:,.0f} MB of memory at most (after {STEPS} steps on {machine()})",
+        f"validation; {needs.memory_mb:,.0f} MB of memory at most (after {STEPS} steps on {describe_machine()})",
     ]
     if needs.class_pictures:
         lines.append(f"{needs.class_pictures} class pictures would be made first")
@@ -121,4 +121,4 @@ def needs_text(needs: Needs, config: TrainConfig) -> str:
 def needs_facts(needs: Needs) -> dict[str, Any]:
     """The same as plain values, ready for JSON."""
     plain = {key: value for key, value in vars(needs).items() if key not in ("dataset", "is_main_process")}
-    return {"dataset": facts_of(needs.dataset), **plain, "machine": machine()}
+    return {"dataset": to_json(needs.dataset), **plain, "machine": describe_machine()}

@@ -7,12 +7,12 @@ from math import prod
 from typing import Any
 
 from lora_diffusion.architectures.module_paths import changeable_paths, trainable_paths
-from lora_diffusion.architectures.targets import by_pattern, resolve_full, resolve_targets
+from lora_diffusion.architectures.targets import resolve_modules_to_save, resolve_patterns, resolve_targets
 from lora_diffusion.config.adapter import AdapterConfig
 from lora_diffusion.config.defaults import default_settings
 from lora_diffusion.config.methods import METHODS, Method, with_method
-from lora_diffusion.config.settings import changed, validate
-from lora_diffusion.config.textual_inversion import WordsConfig
+from lora_diffusion.config.settings import deep_merge, validate
+from lora_diffusion.config.textual_inversion import TextualInversionConfig
 from lora_diffusion.models.locate import find_checkpoint
 
 Shape = tuple[int, ...]
@@ -72,25 +72,25 @@ def method_size(method: Method, base: str, rank: int | None = None) -> MethodSiz
     checkpoint = find_checkpoint(base)
     table = with_method(default_settings("style", checkpoint.family.name), method)
     changes = {"rank": rank} if rank else {}
-    config = validate(AdapterConfig, changed(table["adapter"], changes), source=f"methods {method.name}")
-    words = validate(WordsConfig, table.get("words", {}), source=f"methods {method.name}")
+    config = validate(AdapterConfig, deep_merge(table["adapter"], changes), source=f"methods {method.name}")
+    words = validate(TextualInversionConfig, table.get("words", {}), source=f"methods {method.name}")
     return sized(method.name, base, config, words)
 
 
-def sized(name: str, base: str, config: AdapterConfig, words: WordsConfig) -> MethodSize:
+def sized(name: str, base: str, config: AdapterConfig, words: TextualInversionConfig) -> MethodSize:
     """What these settings come to on a base. Raises BaseModelError, ConfigError."""
     checkpoint = find_checkpoint(base)
     unet, text = config.unet_targets, config.text_encoder_targets
-    paths = resolve_targets(trainable_paths(checkpoint.anatomy), unet=unet, text_encoders=text)
-    full = resolve_full(changeable_paths(checkpoint.anatomy), config.full_targets, paths)
+    paths = resolve_targets(trainable_paths(checkpoint.layout), unet=unet, text_encoders=text)
+    full = resolve_modules_to_save(changeable_paths(checkpoint.layout), config.full_targets, paths)
     shapes: Mapping[str, Shape] = {name: tuple(stored.kind[1]) for name, stored in checkpoint.parameters.items()}
     vectors = sum(
         words.vectors * len(words.words) * shapes[f"{component}.text_model.embeddings.token_embedding.weight"][1]
-        for component in checkpoint.anatomy.text_layers
+        for component in checkpoint.layout.text_layers
     )
     if words.words and words.alone == 1:
         paths, full = (), ()
-    ranks = by_pattern(paths, config.ranks, "adapter.ranks", config.rank)
+    ranks = resolve_patterns(paths, config.ranks, "adapter.ranks", config.rank)
     sizes = [trained_and_saved(config, shapes[f"{path}.weight"], ranks[path]) for path in paths]
     whole = sum(prod(shapes.get(f"{path}.{part}", (0,))) for path in full for part in ("weight", "bias"))
     trained, saved = (sum(size[side] for size in sizes) + whole + vectors for side in (0, 1))

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.adapters.layers import LoRALayer
-from lora_diffusion.architectures.blocks import block_of
+from lora_diffusion.architectures.blocks import block_prefix
 
 BLUE, GREY = "#2b6cb0", "#a0aec0"
 
@@ -17,7 +17,7 @@ def allocation(adapter: Adapter) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for path, layer in adapter.layers.items():
         if isinstance(layer, LoRALayer):
-            found.setdefault(block_of(path), []).append(layer.rank)
+            found.setdefault(block_prefix(path), []).append(layer.rank)
     every = {rank for ranks in found.values() for rank in ranks}
     return found if len(every) > 1 else {}
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from lora_diffusion.adapters.adapter import adapter_hash
 from lora_diffusion.config.train import TrainConfig
-from lora_diffusion.core.atomic_files import whole_file
-from lora_diffusion.core.hardware import machine, peak_memory_mb
+from lora_diffusion.core.atomic_files import atomic_file
+from lora_diffusion.core.hardware import describe_machine, peak_memory_mb
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.library.recipe import library_versions
 from lora_diffusion.training.log import LOG, read_log
 from lora_diffusion.training.loop import TrainResult, train
-from lora_diffusion.training.setup import Run
+from lora_diffusion.training.setup import TrainingContext
 from lora_diffusion.workflows.training.rank_allocation import allocation
 from lora_diffusion.workflows.training.report import write_page
 from lora_diffusion.workflows.training.sample_sheet import draw_sheet
@@ -26,9 +26,9 @@ FACTS, REPORT = "run.json", "report.html"
 
 def train_and_report(config: TrainConfig) -> TrainResult:
     """`train`, with a sheet of samples that grows meanwhile, and `report.html` in the run's folder at the end."""
-    started, seen = time.perf_counter(), list[Run]()
+    started, seen = time.perf_counter(), list[TrainingContext]()
 
-    def watch(run: Run, _step: int) -> None:
+    def watch(run: TrainingContext, _step: int) -> None:
         seen[:] = [run]
         if run.accelerator.is_main_process:
             draw_sheet(run.folder, config.samples.prompts)
@@ -36,7 +36,7 @@ def train_and_report(config: TrainConfig) -> TrainResult:
     result = train(config, watch=watch)
     if config.tracking.report and result.is_main_process and not result.stopped:
         facts = facts_of(seen[0], result, time.perf_counter() - started)
-        with whole_file(seen[0].folder / FACTS) as part:
+        with atomic_file(seen[0].folder / FACTS) as part:
             part.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         write_report(seen[0].folder)
     return result
@@ -52,12 +52,12 @@ def write_report(folder: Path) -> Path:
             f"{folder}: has no {Path(str(error.filename)).name}; give the NAME-run folder of a run that has ended"
         ) from None
     draw_sheet(folder, facts["settings"]["samples"]["prompts"])
-    with whole_file(folder / REPORT) as part:
+    with atomic_file(folder / REPORT) as part:
         part.write_text(write_page(folder, facts, log), encoding="utf-8")
     return folder / REPORT
 
 
-def facts_of(run: Run, result: TrainResult, seconds: float) -> dict[str, Any]:
+def facts_of(run: TrainingContext, result: TrainResult, seconds: float) -> dict[str, Any]:
     """What is known of a run at its end."""
     pictures = run.samples[0]
     taken = [line["seconds"] for line in read_log(run.folder / LOG) if "seconds" in line]
@@ -80,7 +80,7 @@ def facts_of(run: Run, result: TrainResult, seconds: float) -> dict[str, Any]:
         "seconds": seconds,
         "seconds_per_step": sum(taken) / max(1, len(taken)),
         "memory_mb": peak_memory_mb(),
-        "machine": machine(),
+        "machine": describe_machine(),
         "versions": library_versions(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -14,21 +14,21 @@ from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.cli import main
 from lora_diffusion.config import methods
-from lora_diffusion.config.adapter import NONSENSE, AdapterConfig
+from lora_diffusion.config.adapter import INVALID_COMBINATIONS, AdapterConfig
 from lora_diffusion.config.defaults import default_settings
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.settings import validate
 from lora_diffusion.config.train import TrainConfig
-from lora_diffusion.core.atomic_files import sample_data
+from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
-from lora_diffusion.inference.in_place import blended
+from lora_diffusion.inference.in_place import blended_weights
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import Base, load_base, module_at
 from lora_diffusion.training.log import LOG, read_log
 from lora_diffusion.training.loop import train
-from lora_diffusion.training.methods.injection import disabled, extract
+from lora_diffusion.training.methods.injection import adapter_disabled, extract_adapter
 from lora_diffusion.training.setup import set_up
 from lora_diffusion.workflows.training.method_sizes import method_size
 from tests.helpers.method_cases import KINDS, METHODS, MOMENT, config_of, injected, predicted, shake
@@ -44,7 +44,7 @@ def test_a_fresh_update_changes_nothing(method: str, sd_folder: Path) -> None:
     for name in base.family.components:
         getattr(base.pipe, name).eval()
     assert torch.equal(predicted(base), before)
-    adapter = extract(base, paths, AdapterMetadata(family=base.family.name), torch.float32)
+    adapter = extract_adapter(base, paths, AdapterMetadata(family=base.family.name), torch.float32)
     for path, layer in adapter.layers.items():
         weight = module_at(base, path).weight.detach()
         assert float(layer.delta(weight).norm()) <= 1e-4 * float(weight.norm())
@@ -58,11 +58,11 @@ def test_what_is_saved_is_what_was_computed(method: str, sd_folder: Path) -> Non
     shake(made.parameters)
     base.pipe.unet.eval()
     trained = predicted(base)
-    with disabled(base):
+    with adapter_disabled(base):
         alone = predicted(base)
     timed = {"least_rank": 1} if method == "t-lora" else {}
-    adapter = extract(base, paths, AdapterMetadata(family=base.family.name, **timed), torch.float32)
-    with blended(fresh, Blend(entries=(WeightedAdapter(adapter=adapter),)), MOMENT):
+    adapter = extract_adapter(base, paths, AdapterMetadata(family=base.family.name, **timed), torch.float32)
+    with blended_weights(fresh, Blend(entries=(WeightedAdapter(adapter=adapter),)), MOMENT):
         again = predicted(fresh)
     moved = float((trained - alone).norm())
     assert moved > 1e-3 * float(alone.norm())
@@ -110,23 +110,23 @@ def test_a_run_that_would_undo_its_method_is_refused(table: dict[str, Any], word
 
 @pytest.mark.parametrize("name", [each.name for each in methods.METHODS])
 def test_the_arithmetic_of_sizes_is_what_is_injected(name: str, tmp_path: Path) -> None:
-    size = method_size(methods.method(name), "tiny-sd")
-    table = methods.with_method(default_settings("style", "tiny-sd"), methods.method(name))
+    size = method_size(methods.get_method(name), "tiny-sd")
+    table = methods.with_method(default_settings("style", "tiny-sd"), methods.get_method(name))
     table |= {"output": tmp_path / "it.safetensors"}
-    shutil.copytree(sample_data() / "styles" / "ink", tmp_path / "ink")
+    shutil.copytree(sample_data_folder() / "styles" / "ink", tmp_path / "ink")
     table["data"] = tmp_path / "ink"
     run = set_up(validate(TrainConfig, table, source="test"))
     assert size.trained == sum(parameter.numel() for parameter in run.parameters.values())
     assert size.modules == len(run.paths)
     if name not in ("adalora", "sparse"):  # whose files depend on what is taken away
-        saved = extract(run.base, run.paths, AdapterMetadata(), torch.float16)
+        saved = extract_adapter(run.base, run.paths, AdapterMetadata(), torch.float16)
         words = sum(vectors.numel() for vectors in run.words.parameters.values()) if run.words else 0
         assert size.saved == saved.num_parameters + words
 
 
 def test_the_rates_of_methods_are_the_best_of_those_tried_and_those_compared() -> None:
     for name, row in known()["methods"].items():
-        assert methods.method(name).rate == best_rate(row) == row["rate"], name
+        assert methods.get_method(name).rate == best_rate(row) == row["rate"], name
 
 
 def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,7 +148,7 @@ def test_a_methods_file_is_converted_merged_and_inspected_like_any_other(
     paths, made = injected(base, config_of(method))
     shake(made.parameters)
     metadata = AdapterMetadata(name="it", family=base.family.name)
-    adapter = extract(base, paths, metadata, torch.float32)
+    adapter = extract_adapter(base, paths, metadata, torch.float32)
     own, theirs = tmp_path / "it.safetensors", tmp_path / "kohya.safetensors"
     save_adapter(adapter, own)  # of T-LoRA the factors; what sets it apart has tests of its own
     assert main(["convert", str(own), str(theirs), "--to", "kohya"]) == 0
@@ -166,7 +166,9 @@ def test_a_methods_file_is_converted_merged_and_inspected_like_any_other(
         main(["merge", "--base", str(sd_folder), "--adapter", f"{own}:0.5", "--output", str(tmp_path / "merged")]) == 0
     )
     merged = load_base(str(tmp_path / "merged"))
-    with blended(load_base(str(sd_folder)), Blend(entries=(WeightedAdapter(adapter=adapter, weight=0.5),))) as patch:
+    with blended_weights(
+        load_base(str(sd_folder)), Blend(entries=(WeightedAdapter(adapter=adapter, weight=0.5),))
+    ) as patch:
         for path in paths:
             assert torch.allclose(module_at(merged, path).weight, module_at(patch.base, path).weight, atol=1e-6), path
 
@@ -199,7 +201,7 @@ def test_what_makes_no_sense_together_is_refused_by_name(table: dict[str, Any], 
         validate(AdapterConfig, table, source="adapter")
     assert all(word in str(caught.value) for word in words)
     assert "\n" not in str(caught.value)
-    assert len(NONSENSE) == 13
+    assert len(INVALID_COMBINATIONS) == 13
 
 
 def test_a_module_is_trained_one_way(pictures: Path, sd_folder: Path) -> None:

@@ -169,7 +169,7 @@ def draw_blend(studio: Studio) -> Blend:
             stage = draw_stage(seeds)
     return Blend(
         base=base_box,
-        shelf=shelf,
+        resolver=shelf,
         chosen=chosen,
         slots=slots,
         mode=mode,

@@ -8,14 +8,14 @@ from typing import Any
 
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendEntry, Composition
-from lora_diffusion.config.settings import EMBEDDED_BASE, Codes, Model, validate
+from lora_diffusion.config.settings import EMBEDDED_BASE, Model, Quantization, validate
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.library.presets import read_preset
 from lora_diffusion.library.recipe import Recipe, has_recipe, read_recipe
-from lora_diffusion.library.references import Shelf, anchored_entries, hashed_entries, tagged_entries
+from lora_diffusion.library.references import AdapterResolver, resolve_entry_paths, resolve_hashes, resolve_tags
 from lora_diffusion.prompts.image_metadata import read_infotext
-from lora_diffusion.prompts.infotext import Infotext, generate_settings
-from lora_diffusion.prompts.tags import in_our_order, take_tags
+from lora_diffusion.prompts.infotext import Infotext, convert_settings
+from lora_diffusion.prompts.tags import convert_a1111_tags, extract_tags
 
 COMPOSABLE = re.compile(r"\bAND\b")
 """What joins several prompts to A1111."""
@@ -30,7 +30,7 @@ class Plan:
     entries: tuple[BlendEntry, ...]
     settings: GenerateConfig
     composition: Composition = field(default_factory=Composition)
-    codes: Codes = "none"
+    quantization: Quantization = "none"
     """What the base's linear layers are kept in."""
     recipe: Recipe | None = None
     notes: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ def preset_plan(
     preset = read_preset(path)
     return Plan(
         base=base or preset.base,
-        entries=anchored_entries(preset.adapters, path.parent) + adapters,
+        entries=resolve_entry_paths(preset.adapters, path.parent) + adapters,
         settings=laid_over(GenerateConfig, preset.settings, settings, source=str(path)),
         composition=laid_over(Composition, preset.composition, composition, source=str(path)),
     )
@@ -60,14 +60,14 @@ def laid_over(kind: type[Model], kept: Model | None, given: Mapping[str, Any], *
     return validate(kind, {**(kept.model_dump() if kept else {}), **given}, source=source)
 
 
-def replay_plan(image: Path, *, base: str, shelf: Shelf) -> Plan:
+def replay_plan(image: Path, *, base: str, resolver: AdapterResolver) -> Plan:
     """The picture in a file once more: of ours from its recipe, of A1111 and Forge from their text.
 
     Raises ConfigError if it carries neither.
     """
     info = None if has_recipe(image) else read_infotext(image)
     if info is not None:
-        return foreign_plan(image, info, base=base, shelf=shelf)
+        return foreign_plan(image, info, base=base, resolver=resolver)
     recipe = read_recipe(image)
     if recipe.kind != "image" or recipe.settings is None:
         raise ConfigError(f"{image}: carries the recipe of a {recipe.kind}, not of a picture")
@@ -76,7 +76,7 @@ def replay_plan(image: Path, *, base: str, shelf: Shelf) -> Plan:
         entries=recipe.adapters,
         settings=recipe.settings,
         composition=recipe.composition,
-        codes=recipe.codes,
+        quantization=recipe.quantization,
         recipe=recipe,
     )
 
@@ -88,11 +88,11 @@ def settings_plan(
     settings: Mapping[str, Any],
     composition: Mapping[str, Any],
     adapters: tuple[BlendEntry, ...],
-    shelf: Shelf,
+    resolver: AdapterResolver,
 ) -> Plan:
     """What flags say, over what a picture's own recipe says, if one is given. Raises ConfigError."""
     nothing = Plan(base=EMBEDDED_BASE, entries=(), settings=GenerateConfig(prompt=""))
-    start = replay_plan(image, base=base, shelf=shelf) if image else nothing
+    start = replay_plan(image, base=base, resolver=resolver) if image else nothing
     return Plan(
         base=base or start.base,
         entries=start.entries + adapters,
@@ -102,7 +102,7 @@ def settings_plan(
     )
 
 
-def foreign_plan(image: Path, info: Infotext, *, base: str, shelf: Shelf) -> Plan:
+def foreign_plan(image: Path, info: Infotext, *, base: str, resolver: AdapterResolver) -> Plan:
     """A picture of A1111 or Forge: its settings as far as they have a counterpart, its adapters by their hashes.
 
     Raises ConfigError if no base is given, as a picture names one that only its maker has.
@@ -110,9 +110,9 @@ def foreign_plan(image: Path, info: Infotext, *, base: str, shelf: Shelf) -> Pla
     if not base:
         named = f" ({info.model})" if info.model else ""
         raise ConfigError(f"{image}: was made by another program on a base of its own{named}; give that with --base")
-    table, notes = generate_settings(info, source=str(image))
-    prompt, tags = take_tags(in_our_order(str(table.get("prompt", ""))))
-    entries, more = hashed_entries(tags, info, shelf)
+    table, notes = convert_settings(info, source=str(image))
+    prompt, tags = extract_tags(convert_a1111_tags(str(table.get("prompt", ""))))
+    entries, more = resolve_hashes(tags, info, resolver)
     settings = validate(GenerateConfig, {**table, "prompt": prompt}, source=str(image))
     return Plan(base=base, entries=entries, settings=settings, notes=(*notes, *more, *unread(info, settings)))
 
@@ -131,14 +131,14 @@ def unread(info: Infotext, settings: GenerateConfig) -> list[str]:
     return notes
 
 
-def with_tags(plan: Plan, shelf: Shelf) -> Plan:
+def with_tags(plan: Plan, resolver: AdapterResolver) -> Plan:
     """The plan with its prompt's tags turned into adapters. Raises ConfigError for a name that is unknown."""
-    if take_tags(plan.settings.negative_prompt)[1]:
+    if extract_tags(plan.settings.negative_prompt)[1]:
         raise ConfigError(
             f"the negative prompt has a tag in it: {plan.settings.negative_prompt!r}; tags go into the prompt"
         )
-    prompt, tags = take_tags(plan.settings.prompt)
+    prompt, tags = extract_tags(plan.settings.prompt)
     if not tags:
         return plan
     settings = plan.settings.model_copy(update={"prompt": prompt})
-    return replace(plan, settings=settings, entries=(*plan.entries, *tagged_entries(tags, shelf)))
+    return replace(plan, settings=settings, entries=(*plan.entries, *resolve_tags(tags, resolver)))
