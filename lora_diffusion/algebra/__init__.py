@@ -1,1 +1,1 @@
-"""Pure functions on adapters."""
+"""Linear algebra on adapters: combine them, reduce their rank or size, and measure them."""

@@ -1,4 +1,4 @@
-"""Adapters made into one, exactly or at a small rank: laws against dense float64, PEFT, and other tools' faults."""
+"""Combining adapters exactly or at a lower rank, compared with dense float64 sums, PEFT and bugs of other tools."""
 
 import json
 import math
@@ -40,7 +40,7 @@ def lora(seed: int, rank: int, alpha: float, out: int = 12, inner: tuple[int, ..
 
 
 def other_kinds(seed: int) -> dict[str, Layer]:
-    """A layer of every further kind, for a weight of (12, 10), or of (12, 5, 3, 3)."""
+    """Layers of all other kinds, for weights of shape (12, 10) or (12, 5, 3, 3)."""
     rng = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -60,7 +60,7 @@ def other_kinds(seed: int) -> dict[str, Layer]:
 
 
 def dense(layer: Layer) -> Tensor:
-    """The delta by the papers' formulas in float64, (out, in * kernel)."""
+    """Return the delta by the papers' formulas in float64, (out, in * kh * kw)."""
     x: Any = layer
     f = {name: factor.double() for name, factor in layer.factors.items()}
     if layer.kind == "full":
@@ -81,7 +81,7 @@ def summed(pairs: list[tuple[float, Layer]]) -> Tensor:
 
 
 def tail(matrix: Tensor, rank: int) -> float:
-    """The Eckart-Young bound by torch's own SVD in float64."""
+    """Return the Eckart-Young bound of the error at a rank, from a float64 SVD."""
     return float(torch.linalg.svdvals(matrix)[rank:].norm())
 
 
@@ -89,17 +89,17 @@ def blend_of(*pairs: tuple[float, Adapter]) -> Blend:
     return Blend(entries=tuple(WeightedAdapter(adapter=adapter, weight=weight) for weight, adapter in pairs))
 
 
-def at(layer: Layer, path: str = LINEAR, **more: Any) -> Adapter:
+def adapter_of(layer: Layer, path: str = LINEAR, **more: Any) -> Adapter:
     return Adapter(layers={path: layer}, **more)
 
 
-def total_of(pairs: list[tuple[float, Layer]]) -> BlendSum:
-    return joint_sum(blend_of(*((weight, at(layer)) for weight, layer in pairs)))
+def sum_of(pairs: list[tuple[float, Layer]]) -> BlendSum:
+    return joint_sum(blend_of(*((weight, adapter_of(layer)) for weight, layer in pairs)))
 
 
 @st.composite
 def terms(draw: st.DrawFn) -> list[tuple[float, Layer]]:
-    """Up to four LoRA layers of one module, linear or convolution, with weights of either sign."""
+    """Generate up to four LoRA layers of one linear or convolution module, with positive or negative weights."""
     inner = draw(st.sampled_from([(10,), (5, 3, 3)]))
     weights = st.floats(-2, 2).filter(lambda w: abs(w) > 0.01)
     alphas = st.sampled_from([0.5, 1.0, 3.0, 16.0])
@@ -110,8 +110,8 @@ def terms(draw: st.DrawFn) -> list[tuple[float, Layer]]:
 
 @settings(max_examples=20)
 @given(terms())
-def test_combining_is_the_sum_of_deltas(pairs: list[tuple[float, Layer]]) -> None:
-    one = combine(blend_of(*((weight, at(layer)) for weight, layer in pairs)), AdapterMetadata()).layers[LINEAR]
+def test_combined_delta_equals_the_sum_of_deltas(pairs: list[tuple[float, Layer]]) -> None:
+    one = combine(blend_of(*((weight, adapter_of(layer)) for weight, layer in pairs)), AdapterMetadata()).layers[LINEAR]
     scale = sum(float(abs(weight) * dense(layer).norm()) for weight, layer in pairs)
     assert float((dense(one) - summed(pairs)).norm()) < 1e-6 * scale
     assert one.weight_shape == pairs[0][1].weight_shape
@@ -119,9 +119,9 @@ def test_combining_is_the_sum_of_deltas(pairs: list[tuple[float, Layer]]) -> Non
 
 @settings(max_examples=20)
 @given(terms(), st.integers(1, 30))
-def test_compression_meets_the_bound_and_reports_its_true_error(pairs: list[tuple[float, Layer]], rank: int) -> None:
+def test_compression_reaches_the_optimal_error_and_reports_it(pairs: list[tuple[float, Layer]], rank: int) -> None:
     whole = summed(pairs)
-    adapter, report = compress(total_of(pairs), RankRule(rank=rank), AdapterMetadata())
+    adapter, report = compress(sum_of(pairs), RankRule(rank=rank), AdapterMetadata())
     layer, loss = adapter.layers[LINEAR], report.modules[LINEAR]
     scale = sum(float(abs(weight) * dense(layer).norm()) for weight, layer in pairs)
     true = float((dense(layer) - whole).norm())
@@ -134,11 +134,11 @@ def test_compression_meets_the_bound_and_reports_its_true_error(pairs: list[tupl
 
 @pytest.mark.parametrize("kind", ["loha", "lokr", "full", "tucker", "flat loha", "full conv"])
 @pytest.mark.parametrize("rank", [3, 12])
-def test_every_kind_is_compressed_through_its_delta(kind: str, rank: int) -> None:
+def test_compression_works_for_every_layer_kind(kind: str, rank: int) -> None:
     shape = (10,) if kind in ("loha", "lokr", "full") else (5, 3, 3)
     pairs = [(0.5, lora(1, 2, 2.0, inner=shape)), (-1.5, other_kinds(7)[kind])]
     whole = summed(pairs)
-    adapter, report = compress(total_of(pairs), RankRule(rank=rank), AdapterMetadata())
+    adapter, report = compress(sum_of(pairs), RankRule(rank=rank), AdapterMetadata())
     layer = adapter.layers[LINEAR]
     true = float((dense(layer) - whole).norm())
     noise = 2e-6 * float(whole.norm())
@@ -147,27 +147,27 @@ def test_every_kind_is_compressed_through_its_delta(kind: str, rank: int) -> Non
     assert layer.weight_shape == (12, *shape)
 
 
-def test_a_lone_layer_keeps_the_shape_that_it_says() -> None:
+def test_compressed_single_layer_keeps_its_weight_shape() -> None:
     flat = other_kinds(1)["flat loha"]
-    adapter, _ = compress(total_of([(1.0, flat)]), RankRule(keep=0.9), AdapterMetadata())
+    adapter, _ = compress(sum_of([(1.0, flat)]), RankRule(keep=0.9), AdapterMetadata())
     assert adapter.layers[LINEAR].weight_shape == flat.weight_shape == (12, 45)
     mixed = [(1.0, flat), (1.0, other_kinds(1)["full conv"])]
-    adapter, _ = compress(total_of(mixed), RankRule(keep=0.9), AdapterMetadata())
+    adapter, _ = compress(sum_of(mixed), RankRule(keep=0.9), AdapterMetadata())
     assert adapter.layers[LINEAR].weight_shape == (12, 5, 3, 3)
 
 
 @settings(max_examples=10)
 @given(st.integers(1, 6), st.integers(0, 20), st.sampled_from([(10,), (5, 3, 3)]))
-def test_resizing_to_the_same_rank_or_up_changes_nothing(rank: int, more: int, inner: tuple[int, ...]) -> None:
+def test_resizing_to_the_same_or_a_higher_rank_is_lossless(rank: int, more: int, inner: tuple[int, ...]) -> None:
     layer = lora(rank, rank, 3.0, inner=inner)
-    adapter, report = compress(total_of([(1.0, layer)]), RankRule(rank=rank + more), AdapterMetadata())
+    adapter, report = compress(sum_of([(1.0, layer)]), RankRule(rank=rank + more), AdapterMetadata())
     whole = dense(layer)
     assert float((dense(adapter.layers[LINEAR]) - whole).norm()) < 2e-6 * float(whole.norm())
     assert adapter.layers[LINEAR].rank == rank
     assert report.total.lost == 0
 
 
-def test_losses_add_up_by_block_as_parts_of_one_vector() -> None:
+def test_losses_are_aggregated_by_block() -> None:
     paths = [f"unet.{block}.attentions.0.proj_in" for block in ("down_blocks.1", "down_blocks.2", "mid_block")]
     paths += ["unet.down_blocks.1.attentions.1.proj_in"]
     layers = {path: lora(i, 4, 1.0) for i, path in enumerate(paths)}
@@ -185,8 +185,8 @@ def test_losses_add_up_by_block_as_parts_of_one_vector() -> None:
     assert (report.total.modules, report.total.ranks_before, report.total.ranks_after) == (4, (4, 4), (1, 1))
 
 
-def fewest_by_hand(values: list[int], way: str, goal: Fraction) -> int:
-    """The definition in exact fractions; the Frobenius share is compared squared."""
+def smallest_rank(values: list[int], way: str, goal: Fraction) -> int:
+    """Compute the rank by definition, in exact fractions; the Frobenius criterion is compared squared."""
     power = 1 if way == "cumulative" else 2
     needed = (goal**2 if way == "frobenius" else goal) * sum(v**power for v in values)
     return next(k for k in range(1, len(values) + 1) if sum(v**power for v in values[:k]) >= needed)
@@ -198,9 +198,9 @@ def fewest_by_hand(values: list[int], way: str, goal: Fraction) -> int:
     st.sampled_from(["keep", "frobenius", "cumulative"]),
     st.integers(1, 64).map(lambda x: Fraction(x, 64)),
 )
-def test_a_share_is_met_by_the_fewest_values(values: list[int], way: str, goal: Fraction) -> None:
+def test_fraction_criteria_choose_the_smallest_rank(values: list[int], way: str, goal: Fraction) -> None:
     rule = RankRule(**{way: float(goal)})
-    assert select_rank(rule, torch.tensor(values, dtype=torch.float32)) == fewest_by_hand(values, way, goal)
+    assert select_rank(rule, torch.tensor(values, dtype=torch.float32)) == smallest_rank(values, way, goal)
 
 
 @pytest.mark.parametrize(
@@ -221,42 +221,42 @@ def test_a_share_is_met_by_the_fewest_values(values: list[int], way: str, goal: 
         ({"ratio": 10}, [0, 0], 1),
     ],
 )
-def test_counts_are_exact(rule: dict[str, Any], values: list[float], expected: int) -> None:
+def test_select_rank_examples(rule: dict[str, Any], values: list[float], expected: int) -> None:
     assert select_rank(RankRule(**rule), torch.tensor(values, dtype=torch.float32)) == expected
 
 
 @pytest.mark.parametrize("way", ["rank", "keep", "ratio", "frobenius", "cumulative"])
-def test_no_rule_counts_what_only_rounding_made(way: str) -> None:
-    """The same adapter twice has twice the factors and no more rank."""
+def test_no_rule_keeps_numerically_zero_singular_values(way: str) -> None:
+    """An adapter combined with itself has twice as many factors but the same rank."""
     goal: Any = {"rank": 40, "ratio": 1e6}.get(way, 1)
     layer = lora(1, 16, 16.0, out=64, inner=(48,))
-    adapter, _ = compress(total_of([(1.0, layer), (0.5, layer)]), RankRule(**{way: goal}), AdapterMetadata())
+    adapter, _ = compress(sum_of([(1.0, layer), (0.5, layer)]), RankRule(**{way: goal}), AdapterMetadata())
     assert adapter.layers[LINEAR].rank == 16
 
 
 @pytest.mark.parametrize(
-    ("rule", "words"),
+    ("rule", "message"),
     [
         ({}, "exactly one of rank, keep, ratio, frobenius, cumulative, threshold and quantile, not by none"),
         ({"at_most": 4}, "not by none"),
         ({"rank": 4, "keep": 0.9}, "not by rank and keep"),
         ({"rank": 0}, "rank is 0"),
         ({"rank": 2, "at_most": 0}, "at most is 0"),
-        ({"keep": 0.0}, "keep is 0; expected a share above 0"),
+        ({"keep": 0.0}, "keep is 0; expected a fraction above 0"),
         ({"frobenius": 1.01}, "frobenius is 1.01"),
         ({"cumulative": math.nan}, "cumulative is nan"),
         ({"ratio": 0.5}, "ratio is 0.5; expected a number of at least 1"),
         ({"ratio": math.inf}, "ratio is inf"),
     ],
 )
-def test_rules_that_say_nothing_are_refused(rule: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+def test_invalid_rank_rules_are_rejected(rule: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         RankRule(**rule)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"row {fault['row']}: {fault['fault']}")
-def test_faults_of_other_tools_do_not_occur(fault: dict[str, Any], tmp_path: Path) -> None:
-    """What is loaded from the written file, against dense float64, on a linear module and a convolution."""
+def test_known_bugs_of_other_tools_do_not_occur(fault: dict[str, Any], tmp_path: Path) -> None:
+    """Compare the adapter in the written file with dense float64 sums, for a linear module and a convolution."""
     shapes = {LINEAR: (48,), CONV: (48, 3, 3)}
     seeds = [1 if "alike" in fault else i for i in range(len(fault["adapters"]))]
     adapters = [
@@ -290,7 +290,7 @@ class Two(nn.Module):
 
 @pytest.mark.parametrize("way", ["cat", "svd"])
 @pytest.mark.parametrize("weights", [(0.7, -0.3), (1.0, 1.0)])
-def test_peft_adds_weighted_adapters_to_the_same_delta(way: str, weights: tuple[float, float]) -> None:
+def test_deltas_match_peft_add_weighted_adapter(way: str, weights: tuple[float, float]) -> None:
     torch.manual_seed(2)
     targets = ["linear", "conv"]
     model: Any = get_peft_model(Two(), LoraConfig(r=3, lora_alpha=6, target_modules=targets), adapter_name="one")
@@ -322,7 +322,7 @@ def test_peft_adds_weighted_adapters_to_the_same_delta(way: str, weights: tuple[
         torch.testing.assert_close(ours, theirs.reshape(ours.shape), atol=2e-5, rtol=1e-4)
 
 
-def test_modules_that_only_one_adapter_has_are_kept_and_norms_and_biases_summed() -> None:
+def test_modules_of_one_adapter_are_kept_and_norms_and_biases_are_summed() -> None:
     first = Adapter(
         layers={LINEAR: lora(1, 2, 2.0), NORM: FullLayer(diff=torch.arange(4.0))}, biases={NORM: torch.ones(4)}
     )
@@ -337,58 +337,72 @@ def test_modules_that_only_one_adapter_has_are_kept_and_norms_and_biases_summed(
 
 
 @pytest.mark.parametrize("kind", ["loha", "lokr", "full", "tucker", "flat loha", "full conv"])
-def test_other_kinds_combine_exactly_where_their_sum_is_of_their_kind(kind: str) -> None:
+def test_other_kinds_combine_exactly_only_if_their_sum_can_be_stored(kind: str) -> None:
     layer, second = other_kinds(1)[kind], other_kinds(2)[kind]
-    alone = combine(blend_of((-0.5, at(layer))), AdapterMetadata()).layers[LINEAR]
+    alone = combine(blend_of((-0.5, adapter_of(layer))), AdapterMetadata()).layers[LINEAR]
     assert alone.kind == layer.kind
     assert torch.allclose(dense(alone), -0.5 * dense(layer), atol=1e-6)
-    pair = blend_of((-0.5, at(layer)), (2.0, at(second)))
+    pair = blend_of((-0.5, adapter_of(layer)), (2.0, adapter_of(second)))
     if kind.startswith("full"):
         both = combine(pair, AdapterMetadata()).layers[LINEAR]
         assert torch.allclose(dense(both), summed([(-0.5, layer), (2.0, second)]), atol=1e-6)
     else:
-        with pytest.raises(ConfigError, match=r"attn1.to_q: Lo\w+ layers meet there.*give a rank"):
+        with pytest.raises(
+            ConfigError, match=r"attn1.to_q: the sum of several Lo\w+ layers cannot be stored exactly; set a rank"
+        ):
             combine(pair, AdapterMetadata())
 
 
-def test_dora_needs_its_base_and_is_not_scaled() -> None:
+def test_dora_is_rejected_unless_its_weight_is_one() -> None:
     dora = other_kinds(1)["dora"]
-    assert combine(blend_of((1.0, at(dora))), AdapterMetadata()).layers[LINEAR] is dora
-    with pytest.raises(ConfigError, match=r"attn1.to_q: a DoRA layer times 0.5 is no DoRA layer"):
-        combine(blend_of((0.5, at(dora))), AdapterMetadata())
+    assert combine(blend_of((1.0, adapter_of(dora))), AdapterMetadata()).layers[LINEAR] is dora
+    with pytest.raises(ConfigError, match=r"attn1.to_q: a DoRA layer cannot be scaled by 0.5 without its base model"):
+        combine(blend_of((0.5, adapter_of(dora))), AdapterMetadata())
     with pytest.raises(ConfigError, match=r"attn1.to_q: the delta of a DoRA layer depends on the base"):
-        compress(total_of([(1.0, dora)]), RankRule(rank=2), AdapterMetadata())
+        compress(sum_of([(1.0, dora)]), RankRule(rank=2), AdapterMetadata())
 
 
-def worded(name: str, **words: Tensor) -> Adapter:
-    tokens = {word: {"text_encoder": vectors} for word, vectors in words.items()}
-    return at(lora(1, 2, 2.0), tokens=tokens, metadata=AdapterMetadata(name=name))
+def with_tokens(name: str, **embeddings: Tensor) -> Adapter:
+    tokens = {token: {"text_encoder": vectors} for token, vectors in embeddings.items()}
+    return adapter_of(lora(1, 2, 2.0), tokens=tokens, metadata=AdapterMetadata(name=name))
 
 
-def test_learned_words_unite_unscaled_unless_they_contradict_each_other() -> None:
+def test_tokens_are_merged_unscaled_and_conflicts_are_rejected() -> None:
     cat, dog = torch.ones(1, 4), torch.zeros(2, 4)
-    united = combine(blend_of((0.5, worded("a", cat=cat)), (2.0, worded("b", cat=cat, dog=dog))), AdapterMetadata())
-    assert {word: token["text_encoder"].tolist() for word, token in united.tokens.items()} == {
+    merged = combine(
+        blend_of((0.5, with_tokens("a", cat=cat)), (2.0, with_tokens("b", cat=cat, dog=dog))), AdapterMetadata()
+    )
+    assert {word: token["text_encoder"].tolist() for word, token in merged.tokens.items()} == {
         "cat": cat.tolist(),
         "dog": dog.tolist(),
     }
-    off = combine(blend_of((0.0, worded("a", cat=cat)), (2.0, worded("b", cat=cat + 1))), AdapterMetadata())
-    assert torch.equal(off.tokens["cat"]["text_encoder"], cat + 1)
+    with_first_off = combine(
+        blend_of((0.0, with_tokens("a", cat=cat)), (2.0, with_tokens("b", cat=cat + 1))), AdapterMetadata()
+    )
+    assert torch.equal(with_first_off.tokens["cat"]["text_encoder"], cat + 1)
     with pytest.raises(
-        ConfigError, match=r"(a and b|b and a) both have the learned word 'cat', with different vectors"
+        ConfigError, match=r"(a and b|b and a) both define the textual inversion token 'cat', with different embeddings"
     ):
-        combine(blend_of((0.5, worded("a", cat=cat)), (2.0, worded("b", cat=cat + 1))), AdapterMetadata())
+        combine(blend_of((0.5, with_tokens("a", cat=cat)), (2.0, with_tokens("b", cat=cat + 1))), AdapterMetadata())
 
 
-def test_adapters_of_different_bases_are_refused() -> None:
-    narrow, wide = (at(lora(1, 2, 2.0, inner=(n,)), metadata=AdapterMetadata(name=str(n))) for n in (10, 11))
-    with pytest.raises(FamilyMismatchError, match=r"attn1.to_q.weight: is of shape .* for 1[01] and of shape"):
+def test_adapters_of_different_shapes_are_rejected() -> None:
+    narrow, wide = (adapter_of(lora(1, 2, 2.0, inner=(n,)), metadata=AdapterMetadata(name=str(n))) for n in (10, 11))
+    with pytest.raises(FamilyMismatchError, match=r"attn1.to_q.weight: has shape .* in 1[01] but .* in 1[01]"):
         combine(blend_of((1.0, narrow), (1.0, wide)), AdapterMetadata())
 
 
-def test_rounding_is_measured_on_the_delta_and_not_on_the_larger_factor() -> None:
+def test_rounding_error_is_measured_on_the_delta() -> None:
     layer = LoRALayer(down=100 * torch.randn(2, 10), up=1e-6 * torch.randn(12, 2), alpha=2.0)
-    half = cast_adapter(at(layer), torch.float16)
+    half = cast_adapter(adapter_of(layer), torch.float16)
     expected = float((dense(half.layers[LINEAR]) - dense(layer)).norm() / dense(layer).norm())
     assert expected > 0.005
-    assert rounding_error(at(layer), half) == pytest.approx(expected, rel=1e-5)
+    assert rounding_error(adapter_of(layer), half) == pytest.approx(expected, rel=1e-5)
+
+
+def test_rounding_error_of_an_adapter_with_only_tokens_is_measured_on_its_embeddings() -> None:
+    vectors = torch.randn(2, 16, generator=torch.Generator().manual_seed(1))
+    adapter = Adapter(layers={}, tokens={"<w>": {"text_encoder": vectors}})
+    expected = float((vectors - vectors.bfloat16().float()).norm() / vectors.norm())
+    assert rounding_error(adapter, cast_adapter(adapter, torch.bfloat16)) == pytest.approx(expected, rel=1e-5)
+    assert rounding_error(adapter, adapter) == 0

@@ -1,4 +1,4 @@
-"""Consensus merges, beside the papers' formulas on whole matrices in float64."""
+"""Consensus methods, compared with the papers' formulas on dense float64 matrices."""
 
 import itertools
 import math
@@ -37,7 +37,7 @@ def lora(seed: int, *, rank: int = 3, out: int = 12, inner: tuple[int, ...] = (1
 
 
 def delta64(layer: LoRALayer) -> Tensor:
-    """The definition: alpha / rank * up @ down, whole and flat, float64."""
+    """Return alpha / rank * up @ down as a dense float64 matrix, kernels flattened."""
     return layer.alpha / layer.rank * (layer.up.double().flatten(1) @ layer.down.double().flatten(1))
 
 
@@ -54,19 +54,19 @@ def blend_of(layers: Sequence[LoRALayer], weights: Sequence[float]) -> Blend:
     return Blend(entries=tuple(WeightedAdapter(adapter=a, weight=w) for a, w in zip(adapters, weights, strict=True)))
 
 
-def merged(blend: Blend, how: ConsensusConfig) -> Tensor:
-    """The delta that a method makes of a blend at one module, flat, float64."""
-    layer = combine_by_consensus(blend, how, AdapterMetadata()).layers[PATH]
+def merged(blend: Blend, config: ConsensusConfig) -> Tensor:
+    """Return the merged delta of one module as a float64 matrix, kernels flattened."""
+    layer = combine_by_consensus(blend, config, AdapterMetadata()).layers[PATH]
     assert isinstance(layer, LoRALayer)
     return delta64(layer)
 
 
-def close(first: Tensor, second: Tensor, share: float = 1e-5) -> bool:
-    """Whether two matrices differ by less than that share of the second's norm."""
-    return bool((first.double() - second.double()).norm() <= share * second.double().norm() + 1e-12)
+def close(first: Tensor, second: Tensor, tolerance: float = 1e-5) -> bool:
+    """Return whether two matrices differ by at most this fraction of the second one's norm."""
+    return bool((first.double() - second.double()).norm() <= tolerance * second.double().norm() + 1e-12)
 
 
-# The papers' formulas, entry by entry or on whole matrices.
+# The papers' formulas, entry by entry or on dense matrices
 
 
 def paper_trim(matrix: Tensor, density: float) -> Tensor:
@@ -102,7 +102,7 @@ def paper_ties(matrices: Sequence[Tensor], weights: Sequence[float], density: fl
     inner=st.sampled_from([(10,), (3, 3, 3), (5, 1, 1)]),
     seed=st.integers(0, 1000),
 )
-def test_core_space_loses_nothing(ranks: list[int], inner: tuple[int, ...], seed: int) -> None:
+def test_core_space_is_lossless(ranks: list[int], inner: tuple[int, ...], seed: int) -> None:
     layers = [lora(seed + i, rank=rank, inner=inner, alpha=1.5 + i) for i, rank in enumerate(ranks)]
     space = build_core_space(layers)
     for layer, core in zip(layers, space.cores, strict=True):
@@ -124,21 +124,21 @@ def test_the_bases_of_core_space_are_orthonormal() -> None:
     assert close(space.right @ space.right.T, torch.eye(6, dtype=torch.float64), 1e-12)
 
 
-def test_a_layer_beside_itself_needs_no_more_room() -> None:
+def test_core_space_of_equal_layers_has_the_size_of_one() -> None:
     space = build_core_space([lora(1), replace(lora(1), alpha=5.0)])
     assert space.cores.shape == (2, 3, 3)
 
 
 @pytest.mark.parametrize("method", [method for method in ALL if method not in SEEDED])
-def test_only_the_deltas_count_and_not_how_they_are_factored(method: Method) -> None:
+def test_result_depends_on_deltas_but_not_on_their_factorization(method: Method) -> None:
     mixing = torch.randn(3, 3, generator=generator(9)).double() + 2 * torch.eye(3)
     first, second = lora(1), lora(2)
     other = LoRALayer(
         up=(first.up.double() @ mixing), down=torch.linalg.solve(mixing, first.down.double()), alpha=first.alpha
     )
-    how = ConsensusConfig(method=method)
+    config = ConsensusConfig(method=method)
     blends = [blend_of([layer, second], [0.8, 0.6]) for layer in (first, other)]
-    expected, result = (merged(blend, how) for blend in blends)
+    expected, result = (merged(blend, config) for blend in blends)
     assert close(result, expected, 1e-4)
 
 
@@ -152,20 +152,20 @@ def test_only_the_deltas_count_and_not_how_they_are_factored(method: Method) -> 
     weights=st.tuples(*[st.floats(-2, 2).map(lambda x: round(x, 2))] * 3),
     disjoint=st.sampled_from(["mean", "sum"]),
 )
-def test_ties_is_trim_elect_merge(seed: int, density: float, weights: tuple[float, ...], disjoint: str) -> None:
+def test_ties_matches_the_paper(seed: int, density: float, weights: tuple[float, ...], disjoint: str) -> None:
     stack = stack_of(seed)
     result = ties(stack, torch.tensor(weights).double(), density=density, disjoint=disjoint)
     assert close(result, paper_ties(list(stack), torch.tensor(weights).tolist(), density, disjoint), 1e-10)
 
 
-def test_ties_at_density_1_of_agreeing_signs_is_the_mean_or_the_sum() -> None:
+def test_ties_at_density_1_with_equal_signs_is_the_mean_or_sum() -> None:
     stack, weights = stack_of(1).abs(), torch.tensor([0.5, 1.0, 2.0]).double()
     total = torch.einsum("n,npq->pq", weights, stack)
     assert close(ties(stack, weights, density=1, disjoint="sum"), total, 1e-12)
     assert close(ties(stack, weights, density=1, disjoint="mean"), total / 3, 1e-12)
 
 
-def test_ties_is_that_of_peft_at_weights_1() -> None:
+def test_ties_matches_peft_at_weights_1() -> None:
     from peft.utils.merge_utils import ties as peft_ties
 
     stack, ones = stack_of(3), torch.ones(3).double()
@@ -179,13 +179,13 @@ def test_magnitude_pruning_keeps_the_largest() -> None:
 
 
 @pytest.mark.parametrize("method", ["magnitude", "dare"])
-def test_density_1_is_the_blend_with_every_alpha_and_rank(method: Method) -> None:
+def test_density_1_gives_the_weighted_sum_for_any_alpha_and_rank(method: Method) -> None:
     blend = blend_of([lora(1, rank=2, alpha=8.0), lora(2, rank=5, alpha=1.0), lora(3)], [0.7, -0.4, 1.0])
     result = merged(blend, ConsensusConfig(method=method, density=1.0))
     assert close(result, sum_deltas(blend_sum(blend).layers[PATH]))
 
 
-def test_what_dare_keeps_is_rescaled_and_its_mean_over_seeds_is_the_sum() -> None:
+def test_dare_rescales_kept_entries_and_its_expectation_is_the_sum() -> None:
     stack, weights, density, draws = stack_of(5), torch.tensor([0.5, 1.0, -1.0]).double(), 0.4, 2000
     single = dare(stack[:1], torch.ones(1).double(), density=density, generator=generator(0))
     assert bool(((single == 0) | (single == stack[0] / density)).all())
@@ -195,7 +195,7 @@ def test_what_dare_keeps_is_rescaled_and_its_mean_over_seeds_is_the_sum() -> Non
     assert float(((mean - total) / (variance / draws).sqrt()).abs().max()) < 4.5
 
 
-def test_della_drops_small_numbers_more_often_by_the_papers_probabilities() -> None:
+def test_della_keeps_entries_with_the_probabilities_of_the_paper() -> None:
     stack, density, spread, draws = stack_of(6, count=1), 0.6, 0.5, 2000
     one, count = torch.ones(1).double(), stack.numel()
     epsilon = 2 * spread * min(density, 1 - density)
@@ -216,7 +216,7 @@ def test_della_drops_small_numbers_more_often_by_the_papers_probabilities() -> N
     assert math.isclose(float(keep.mean()), density)
 
 
-def test_della_elects_as_ties_does() -> None:
+def test_della_elects_signs_like_ties() -> None:
     stack, weights = stack_of(7), torch.tensor([0.5, 1.0, -2.0]).double()
     result = della(stack, weights, density=1, spread=0.3, disjoint="mean", generator=generator(1))
     assert torch.equal(result, ties(stack, weights, density=1, disjoint="mean"))
@@ -224,7 +224,7 @@ def test_della_elects_as_ties_does() -> None:
 
 @settings(max_examples=10)
 @given(seed=st.integers(0, 1000), density=st.sampled_from([0.2, 0.5, 1.0]))
-def test_knots_is_ties_on_the_parts_of_the_svd_of_whole_matrices_side_by_side(seed: int, density: float) -> None:
+def test_knots_is_ties_on_the_svd_of_concatenated_deltas(seed: int, density: float) -> None:
     layers, weights = [lora(seed, rank=2), lora(seed + 1, rank=4), lora(seed + 2, alpha=9.0)], [0.5, 1.0, -0.7]
     left, values, right = torch.linalg.svd(torch.cat([delta64(x) for x in layers], dim=1), full_matrices=False)
     rank = int((values > 1e-9 * values[0]).sum())
@@ -234,7 +234,7 @@ def test_knots_is_ties_on_the_parts_of_the_svd_of_whole_matrices_side_by_side(se
     assert close(result, left[:, :rank] @ paper_ties(parts, weights, density, "mean"))
 
 
-def test_the_space_of_knots_loses_nothing() -> None:
+def test_knots_space_is_lossless() -> None:
     layers = [lora(1, inner=(3, 3, 3)), lora(2, rank=5, inner=(3, 3, 3))]
     space = build_knots_space(layers)
     back = layer_from_core(space, space.cores.sum(0))
@@ -251,7 +251,7 @@ def distance_sum(point: Tensor, points: Tensor) -> float:
 
 @settings(max_examples=20)
 @given(seed=st.integers(0, 1000), count=st.integers(3, 6))
-def test_no_step_from_the_median_makes_the_distances_less(seed: int, count: int) -> None:
+def test_median_minimizes_the_sum_of_distances(seed: int, count: int) -> None:
     points, ones = stack_of(seed, count), torch.ones(count).double()
     found = median(points, ones)
     gaps = (points - found).flatten(1).norm(dim=1)
@@ -262,19 +262,19 @@ def test_no_step_from_the_median_makes_the_distances_less(seed: int, count: int)
         assert distance_sum(found + 0.01 * step, points) >= least
 
 
-def test_the_median_of_points_on_a_line_is_the_middle_one() -> None:
+def test_median_of_points_on_a_line_is_the_middle_one() -> None:
     direction = stack_of(1, 1)
     points = torch.tensor([0.0, 1.0, 100.0]).double()[:, None, None] * direction
     assert close(median(points, torch.ones(3).double()), points[1], 1e-12)
 
 
-def test_the_median_where_two_agree_is_theirs_and_of_two_their_mean() -> None:
+def test_median_of_two_equal_points_and_a_third_and_of_two_points() -> None:
     first, second = stack_of(2, 2)
     assert torch.equal(median(torch.stack([first, second, first]), torch.ones(3).double()), first)
     assert close(median(torch.stack([first, second]), torch.ones(2).double()), (first + second) / 2, 1e-12)
 
 
-def test_the_median_is_that_of_the_whole_deltas() -> None:
+def test_median_in_core_space_is_that_of_the_dense_deltas() -> None:
     layers = [lora(1), lora(2), lora(3)]
     result = merged(blend_of(layers, [0.8, 1.0, 0.6]), ConsensusConfig(method="median"))
     points = torch.stack([w * delta64(layer) for w, layer in zip([0.8, 1.0, 0.6], layers, strict=True)])
@@ -291,7 +291,7 @@ def test_slerp_of_a_matrix_with_itself_is_itself(seed: int, share: float) -> Non
 
 @settings(max_examples=20)
 @given(seed=st.integers(0, 1000), first=st.floats(0.1, 2), second=st.floats(0.1, 2))
-def test_slerp_goes_along_the_arc_and_keeps_the_norm(seed: int, first: float, second: float) -> None:
+def test_slerp_follows_the_arc_and_keeps_the_norm(seed: int, first: float, second: float) -> None:
     layers = [lora(seed), lora(seed + 1, rank=5)]
     x, y = map(delta64, layers)
     result = merged(blend_of(layers, [first, second]), ConsensusConfig(method="slerp"))
@@ -313,7 +313,7 @@ def test_slerp_without_an_arc_is_the_weighted_sum(factor: float) -> None:
     assert close(result, (0.3 + 0.7 * factor) * first, 1e-6)
 
 
-# What holds for all of them
+# Properties of all methods
 
 
 RULES: dict[str, Rule] = {
@@ -328,7 +328,7 @@ RULES: dict[str, Rule] = {
 
 
 @pytest.mark.parametrize("name", ["ties", "ties sum", "magnitude", "median"])
-def test_the_order_of_matrices_never_matters(name: str) -> None:
+def test_order_of_matrices_does_not_matter(name: str) -> None:
     stack, weights = stack_of(8, 4), torch.tensor([0.5, 1.0, -2.0, 0.3]).double()
     expected = RULES[name](stack, weights)
     for order in itertools.permutations(range(4)):
@@ -336,17 +336,17 @@ def test_the_order_of_matrices_never_matters(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_weights_times_a_number_give_the_result_times_it(name: str) -> None:
+def test_methods_are_homogeneous_in_the_weights(name: str) -> None:
     stack, weights = stack_of(9), torch.tensor([0.5, 1.0, -2.0]).double()
     assert close(RULES[name](stack, 3 * weights), 3 * RULES[name](stack, weights), 1e-8)
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_negative_weight_is_the_matrix_turned_around(name: str) -> None:
+def test_negative_weight_negates_the_matrix(name: str) -> None:
     stack, signs = stack_of(10), torch.tensor([1.0, -1.0, 1.0]).double()
     weights = torch.tensor([0.5, 1.0, 2.0]).double()
-    turned = RULES[name](signs[:, None, None] * stack, weights)
-    assert close(RULES[name](stack, signs * weights), turned, 1e-8)
+    expected = RULES[name](signs[:, None, None] * stack, weights)
+    assert close(RULES[name](stack, signs * weights), expected, 1e-8)
 
 
 @pytest.mark.parametrize("name", ["magnitude", "dare"])
@@ -365,11 +365,13 @@ def entries(*adapters: Adapter) -> Blend:
 
 
 @pytest.mark.parametrize("method", [method for method in ALL if method != "project"])
-def test_the_order_of_adapters_changes_no_bit(method: Method) -> None:
+def test_order_of_adapters_does_not_change_the_hash(method: Method) -> None:
     blend = entries(two_modules(1, PATH, OTHER), two_modules(5, PATH, OTHER))
-    how = ConsensusConfig(method=method)
-    one, turned = (combine_by_consensus(b, how, AdapterMetadata()) for b in (blend, Blend(entries=blend.entries[::-1])))
-    assert one.hash == turned.hash
+    config = ConsensusConfig(method=method)
+    one, reversed_order = (
+        combine_by_consensus(b, config, AdapterMetadata()) for b in (blend, Blend(entries=blend.entries[::-1]))
+    )
+    assert one.hash == reversed_order.hash
 
 
 @pytest.mark.parametrize("method", SEEDED)
@@ -390,7 +392,7 @@ def test_modules_draw_different_numbers(method: Method) -> None:
 
 
 @pytest.mark.parametrize("method", ALL)
-def test_a_module_of_one_adapter_keeps_its_layer_times_the_weight(method: Method) -> None:
+def test_module_of_a_single_adapter_is_scaled_by_its_weight(method: Method) -> None:
     one, two = two_modules(1, PATH, OTHER), two_modules(5, PATH)
     result = combine_by_consensus(entries(one, two), ConsensusConfig(method=method), AdapterMetadata(name="x"))
     assert result.metadata.name == "x"
@@ -409,7 +411,7 @@ def test_convolutions_keep_their_kernels(method: Method) -> None:
     assert float(result.delta().norm()) > 0
 
 
-def test_biases_go_through_the_method_as_a_column() -> None:
+def test_biases_are_merged_like_a_column() -> None:
     bias = torch.randn(12, generator=generator(1))
     one, two = (Adapter(layers={PATH: lora(1)}, biases={PATH: b}) for b in (bias, -2 * bias))
     blend = entries(one, two)
@@ -424,7 +426,7 @@ def test_biases_go_through_the_method_as_a_column() -> None:
 # NP-LoRA and ZipLoRA
 
 
-def test_project_takes_the_styles_main_directions_out_of_the_first() -> None:
+def test_project_removes_the_main_directions_of_the_style() -> None:
     subject, style = lora(1), lora(2)
     values, right = torch.linalg.svd(delta64(style), full_matrices=False)[1:]
     held = values.square().cumsum(0) / values.square().sum()
@@ -435,7 +437,7 @@ def test_project_takes_the_styles_main_directions_out_of_the_first() -> None:
 
 
 def zip_loss(m1: Tensor, m2: Tensor, d1: Tensor, d2: Tensor, penalty: float) -> Tensor:
-    """What ZipLoRA's coefficients make least in each column, from the columns themselves."""
+    """Return the objective that the coefficients of ZipLoRA minimize, for each column."""
     overlap = ((m1 * d1) * (m2 * d2)).sum(0).abs()
     return ((m1 - 1) * d1).square().sum(0) + ((m2 - 1) * d2).square().sum(0) + 2 * penalty * overlap
 
@@ -446,9 +448,7 @@ def zip_loss(m1: Tensor, m2: Tensor, d1: Tensor, d2: Tensor, penalty: float) -> 
     penalty=st.sampled_from([0.0, 0.3, 0.9, 0.99]),
     weights=st.tuples(*[st.sampled_from([-1.0, 0.2, 1.0, 3.0])] * 2),
 )
-def test_zip_coefficients_are_the_least_of_their_function(
-    seed: int, penalty: float, weights: tuple[float, float]
-) -> None:
+def test_zip_coefficients_minimize_the_objective(seed: int, penalty: float, weights: tuple[float, float]) -> None:
     layers = (lora(seed, rank=2, out=3), lora(seed + 1, rank=1, out=3))
     d1, d2 = (w * delta64(layer) for w, layer in zip(weights, layers, strict=True))
     m1, m2 = zip_coefficients((weights[0], layers[0]), (weights[1], layers[1]), penalty)
@@ -463,7 +463,7 @@ def test_zip_coefficients_are_the_least_of_their_function(
         assert bool((zip_loss(x, y, d1, d2, penalty) >= least - 1e-9).all())
 
 
-def test_zip_leaves_orthogonal_columns_as_they_are() -> None:
+def test_zip_does_not_change_orthogonal_columns() -> None:
     first, second = lora(1, rank=2), lora(2, rank=2)
     first, second = (
         replace(x, up=torch.cat([x.up[:6] * (i == 0), x.up[6:] * (i == 1)])) for i, x in enumerate((first, second))
@@ -473,7 +473,7 @@ def test_zip_leaves_orthogonal_columns_as_they_are() -> None:
     assert result.rank == 4
 
 
-def test_zip_of_an_adapter_with_itself_is_little_more_than_one() -> None:
+def test_zip_of_an_adapter_with_itself() -> None:
     result = merged(blend_of([lora(1), lora(1)], [1.0, 1.0]), ConsensusConfig(method="zip", penalty=0.9))
     assert close(result, 2 / 1.9 * delta64(lora(1)))
 
@@ -484,28 +484,28 @@ def test_zip_without_penalty_is_the_sum() -> None:
     assert close(result, 0.7 * delta64(first) - 0.4 * delta64(second))
 
 
-def test_zip_gives_an_input_to_the_far_longer_of_two_columns_that_point_the_same_way() -> None:
+def test_zip_drops_the_much_shorter_of_two_parallel_columns() -> None:
     one = torch.ones(1).double()
     first, second = solve_coefficients(one, 100 * one, 9 * one)  # lengths 1 and 10, cosine 1, penalty 0.9
     assert (float(first), float(second)) == (0.0, 1.0)
     assert [float(x) for x in solve_coefficients(0 * one, one, 0 * one)] == [1.0, 1.0]  # a column of zeros
 
 
-# Refusals
+# Errors
 
 
-def test_every_method_is_in_the_table() -> None:
+def test_every_method_is_implemented() -> None:
     assert {*METHODS, "project"} == set(ALL)
 
 
 @pytest.mark.parametrize("method", ALL)
-def test_layers_other_than_plain_lora_are_refused_by_name(method: Method) -> None:
+def test_layers_other_than_plain_lora_are_rejected(method: Method) -> None:
     loha = LoHaLayer(
         w1_a=torch.ones(12, 1), w1_b=torch.ones(1, 10), w2_a=torch.ones(12, 1), w2_b=torch.ones(1, 10), alpha=1.0
     )
-    odd = Adapter(layers={PATH: loha}, metadata=AdapterMetadata(name="odd"))
-    blend = entries(Adapter(layers={PATH: lora(1)}), odd)
-    message = rf"odd: 1 of 1 layers are LoHa and no plain LoRA \(first: {PATH}\); `lora-diffusion resize` writes"
+    unsupported = Adapter(layers={PATH: loha}, metadata=AdapterMetadata(name="odd"))
+    blend = entries(Adapter(layers={PATH: lora(1)}), unsupported)
+    message = rf"odd: {method} needs plain LoRA layers, but 1 of 1 are LoHa \(first: {PATH}\); convert the adapter with"
     with pytest.raises(ConfigError, match=message):
         combine_by_consensus(blend, ConsensusConfig(method=method), AdapterMetadata())
 
@@ -523,26 +523,29 @@ def test_layers_other_than_plain_lora_are_refused_by_name(method: Method) -> Non
         ({"disjoint": "max"}, "disjoint is 'max'; expected mean or sum"),
         ({"method": "zip", "penalty": 1.0}, "penalty is 1.0"),
         ({"method": "project", "strength": math.inf}, "strength is inf"),
-        ({"method": "slerp", "density": 0.3}, "density belongs to ties, dare, della, knots, magnitude; slerp has no"),
-        ({"seed": 3}, "seed belongs to dare, della; ties has no use for it"),
+        (
+            {"method": "slerp", "density": 0.3},
+            "density is a setting of ties, dare, della, knots, magnitude; the method slerp",
+        ),
+        ({"seed": 3}, "seed is a setting of dare, della; the method ties does not use it"),
     ],
 )
-def test_settings_that_cannot_be_used_are_refused(setting: dict[str, object], message: str) -> None:
+def test_invalid_settings_are_rejected(setting: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ConsensusConfig(**{"method": "ties", **setting})
 
 
-def test_a_method_for_two_refuses_three_and_project_one() -> None:
+def test_unsupported_numbers_of_adapters_are_rejected() -> None:
     blend = blend_of([lora(1), lora(2), lora(3)], [1.0, 1.0, 1.0])
     for method in ("slerp", "zip"):
-        with pytest.raises(ConfigError, match=f"{method} merges two adapters; this blend has 3"):
+        with pytest.raises(ConfigError, match=f"{method} merges two adapters, but this blend has 3"):
             combine_by_consensus(blend, ConsensusConfig(method=method), AdapterMetadata())
-    with pytest.raises(ConfigError, match="project needs a subject and, after it, at least one style"):
+    with pytest.raises(ConfigError, match="project needs two or more adapters, a subject followed by styles"):
         combine_by_consensus(blend_of([lora(1)], [1.0]), ConsensusConfig(method="project"), AdapterMetadata())
 
 
-def test_adapters_of_different_shapes_are_refused() -> None:
-    with pytest.raises(FamilyMismatchError, match="combine adapters of one base"):
+def test_adapters_of_different_shapes_are_rejected() -> None:
+    with pytest.raises(FamilyMismatchError, match="combine only adapters for the same base model"):
         combine_by_consensus(
             blend_of([lora(1), lora(2, out=13)], [1.0, 1.0]), ConsensusConfig(method="ties"), AdapterMetadata()
         )

@@ -116,7 +116,7 @@ def test_the_type_is_that_of_the_inputs_unless_they_differ(files: list[Path], tm
         (["combine", "missing.safetensors", "OUT"], "no such file"),
         (["resize", "ONE", "OUT"], "give the rank"),
         (["resize", "ONE", "ONE", "--rank", "2", "--force"], "is one of the inputs"),
-        (["resize", "ONE", "OUT", "--keep", "1.5"], "expected a share above 0 and up to 1"),
+        (["resize", "ONE", "OUT", "--keep", "1.5"], "expected a fraction above 0 and at most 1"),
     ],
 )
 def test_wrong_input_is_one_sentence_and_writes_nothing(
@@ -189,7 +189,7 @@ def test_dora_is_combined_against_its_base(sd: Base, tmp_path: Path, capsys: pyt
             assert (weight_at(sd, path) - weight).norm() < 1e-5 * weight.norm(), path
     arguments = [f"{files[0]}:0.7", f"{files[1]}:-0.5", str(tmp_path / "out.safetensors"), "--rank", "3"]
     assert main(["combine", *arguments]) == 2
-    assert "name the base with --base" in capsys.readouterr().err
+    assert "pass the base model with --base" in capsys.readouterr().err
     assert main(["combine", *arguments, "--base", str(sd.folder), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)["error"]
     found = load_adapter(tmp_path / "out.safetensors").layers

@@ -25,7 +25,7 @@ def test_there_and_back_is_the_same_adapter(tmp_path: Path, capsys: pytest.Captu
     assert main(["convert", str(NEON), str(kohya), "--to", "kohya"]) == 0
     assert main(["convert", str(kohya), str(native), "--to", "native", "--json"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert "rounding changed the tensors by 0 " in out[0]
+    assert "rounding changed the deltas by 0 " in out[0]
     assert json.loads(out[1])[0]["rounding_error"] == 0
     assert adapter_hash(load_adapter(native)) == adapter_hash(load_adapter(NEON))
     assert load_adapter(native).metadata.trigger_words == ("zwx",)
@@ -36,7 +36,7 @@ def test_many_at_once_into_a_folder_and_never_over_a_file(tmp_path: Path, capsys
     command = ["convert", *files, str(tmp_path / "all"), "--to", "kohya", "--dtype", "bfloat16"]
     assert main(command) == 0
     assert len(list((tmp_path / "all").glob("*.safetensors"))) == len(files)
-    assert float(capsys.readouterr().out.split("tensors by ")[1].split()[0]) > 1e-4
+    assert float(capsys.readouterr().out.split("deltas by ")[1].split()[0]) > 1e-4
     assert main(command) == 2
     assert "already there" in capsys.readouterr().err
     assert main([*command, "--force"]) == 0

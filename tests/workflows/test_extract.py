@@ -1,4 +1,4 @@
-"""Adapters out of checkpoints: the difference comes back, the error is the true one, nothing is dropped unsaid."""
+"""Extracting adapters from checkpoints: accuracy, reported errors, and reports of everything left out."""
 
 import json
 import math
@@ -41,29 +41,29 @@ EXACT = Approximation(rule=RankRule(rank=4))
 SHAPES = [(20, 14), (14, 20), (12, 5, 3, 3)]
 
 
-def random_weight(shape: tuple[int, ...], seed: int = 0, fall: float = 0.7) -> Tensor:
-    """Normal directions, singular values that fall by a factor each, float32."""
+def random_weight(shape: tuple[int, ...], seed: int = 0, decay: float = 0.7) -> Tensor:
+    """Return a float32 weight with random singular vectors and geometrically decreasing singular values."""
     rng = torch.Generator().manual_seed(seed)
     out, inputs = shape[0], math.prod(shape[1:])
     side = min(out, inputs)
     left = torch.linalg.qr(torch.randn(out, side, generator=rng, dtype=torch.float64))[0]
     right = torch.linalg.qr(torch.randn(inputs, side, generator=rng, dtype=torch.float64))[0]
-    values = fall ** torch.arange(side, dtype=torch.float64)
+    values = decay ** torch.arange(side, dtype=torch.float64)
     return (left * values @ right.T).reshape(shape).float()
 
 
 def product(layer: LoRALayer) -> Tensor:
-    """Its delta by the paper's formula, float64, kernel flattened."""
+    """Return the delta by the paper's formula, float64, kernels flattened."""
     return layer.alpha / layer.rank * layer.up.double().flatten(1) @ layer.down.double().flatten(1)
 
 
-def one(weight: Tensor, how: Approximation) -> tuple[LoRALayer, CompressionReport]:
-    found = approximate_layers([(PATH, weight)], how)
+def approximate(weight: Tensor, config: Approximation) -> tuple[LoRALayer, CompressionReport]:
+    found = approximate_layers([(PATH, weight)], config)
     return found.layers[PATH], found.report
 
 
 def altered(base: Base, folder: Path, file: tuple[str, str], change: Callable[[dict[str, Tensor]], None]) -> Path:
-    """A copy of a base with the tensors of one file changed."""
+    """Copy a base model and change the tensors of one of its files."""
     shutil.copytree(base.folder, folder)
     tensors = load_file(folder.joinpath(*file))
     change(tensors)
@@ -72,7 +72,7 @@ def altered(base: Base, folder: Path, file: tuple[str, str], change: Callable[[d
 
 
 def add(key: str, value: float) -> Callable[[dict[str, Tensor]], None]:
-    """Adds normal noise of a size to one tensor."""
+    """Return a change that adds normal noise with a standard deviation of `value` to one tensor."""
 
     def change(tensors: dict[str, Tensor]) -> None:
         rng = torch.Generator().manual_seed(5)
@@ -81,20 +81,20 @@ def add(key: str, value: float) -> Callable[[dict[str, Tensor]], None]:
     return change
 
 
-def taking(rule: RankRule | None = None, **changes: object) -> Extracting:
+def settings_for(rule: RankRule | None = None, **changes: object) -> Extracting:
     return replace(Extracting(rule=rule or RankRule(rank=4)), **changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("output", ["merged", "merged.safetensors"])
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_extracting_a_merged_adapter_gives_its_delta_back(
+def test_extracting_a_merged_adapter_restores_its_delta(
     family: str, output: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     base: Base = request.getfixturevalue(family)
     adapter = random_adapter(base, seed=1, rank=4, alpha=3.0, unet=("all",), text_encoders=("all",))
     blend = Blend(entries=(WeightedAdapter(adapter=adapter),))
     merge(str(base.folder), blend, tmp_path / output)
-    done = extract_file(str(tmp_path / output), str(base.folder), tmp_path / "out.safetensors", taking())
+    done = extract_file(str(tmp_path / output), str(base.folder), tmp_path / "out.safetensors", settings_for())
     again = load_adapter(tmp_path / "out.safetensors")
     assert set(again.layers) == set(adapter.layers)
     for path, layer in adapter.layers.items():
@@ -113,10 +113,10 @@ def test_extracting_a_merged_adapter_gives_its_delta_back(
 
 @settings(max_examples=15)
 @given(shape=st.sampled_from(SHAPES), rank=st.integers(1, 14), seed=st.integers(0, 99))
-def test_no_layer_of_the_rank_is_closer(shape: tuple[int, ...], rank: int, seed: int) -> None:
-    """Eckart and Young: what is lost is the norm of the other singular values, and float32 rounding's share at most.
+def test_extracted_layer_is_the_best_of_its_rank(shape: tuple[int, ...], rank: int, seed: int) -> None:
+    """By Eckart and Young, the error is the norm of the truncated singular values, up to float32 rounding.
 
-    A backward stable decomposition errs by a small multiple of size * epsilon * the largest singular value.
+    The error of a backward stable decomposition is a small multiple of size * epsilon * largest singular value.
     """
     base, weight = random_weight(shape, seed + 100), random_weight(shape, seed)
     found = extract_layers([(PATH, base, base + weight)], Approximation(rule=RankRule(rank=rank)))
@@ -134,11 +134,11 @@ def test_no_layer_of_the_rank_is_closer(shape: tuple[int, ...], rank: int, seed:
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     sketch=st.sampled_from([None, Sketch(oversampling=1, power_iterations=0)]),
 )
-def test_the_reported_error_is_the_true_one(
+def test_reported_error_is_the_actual_error(
     shape: tuple[int, ...], rank: int, dtype: torch.dtype, sketch: Sketch | None
 ) -> None:
     weight = random_weight(shape, rank)
-    layer, report = one(weight, Approximation(rule=RankRule(rank=rank), sketch=sketch, dtype=dtype))
+    layer, report = approximate(weight, Approximation(rule=RankRule(rank=rank), sketch=sketch, dtype=dtype))
     assert {layer.up.dtype, layer.down.dtype} == {dtype}
     true = float((weight.double().flatten(1) - product(layer)).norm())
     assert report.modules[PATH].lost == pytest.approx(true, abs=1e-6)
@@ -146,10 +146,10 @@ def test_the_reported_error_is_the_true_one(
     assert report.total.relative == pytest.approx(true / float(weight.double().norm()), abs=1e-6)
 
 
-def test_the_largest_entries_are_not_clamped() -> None:
+def test_large_entries_are_not_clamped() -> None:
     weight = torch.zeros(40, 30)
     weight[3, 7] = 5.0
-    layer, report = one(weight, Approximation(rule=RankRule(keep=0.99)))
+    layer, report = approximate(weight, Approximation(rule=RankRule(keep=0.99)))
     assert layer.rank == 1
     torch.testing.assert_close(layer.delta(), weight)
     assert report.total.lost < 1e-6
@@ -157,26 +157,26 @@ def test_the_largest_entries_are_not_clamped() -> None:
 
 @settings(max_examples=20)
 @given(threshold=st.floats(1e-4, 2), seed=st.integers(0, 99))
-def test_a_threshold_counts_the_values_that_reach_it(threshold: float, seed: int) -> None:
+def test_threshold_keeps_the_values_that_reach_it(threshold: float, seed: int) -> None:
     weight = random_weight((18, 13), seed)
     values = np.linalg.svd(weight.double().numpy(), compute_uv=False)
     if np.abs(values - threshold).min() > 1e-6:
-        assert one(weight, Approximation(rule=RankRule(threshold=threshold)))[0].rank == max(
+        assert approximate(weight, Approximation(rule=RankRule(threshold=threshold)))[0].rank == max(
             1, (values > threshold).sum()
         )
 
 
 @settings(max_examples=20)
 @given(quantile=st.floats(0, 0.99), seed=st.integers(0, 99))
-def test_a_quantile_counts_the_values_above_it(quantile: float, seed: int) -> None:
+def test_quantile_keeps_the_values_above_it(quantile: float, seed: int) -> None:
     weight = random_weight((18, 13), seed)
     values = np.linalg.svd(weight.double().numpy(), compute_uv=False)
     line = np.quantile(values, quantile)
     if np.abs(values - line).min() > 1e-6:
-        assert one(weight, Approximation(rule=RankRule(quantile=quantile)))[0].rank == (values > line).sum()
+        assert approximate(weight, Approximation(rule=RankRule(quantile=quantile)))[0].rank == (values > line).sum()
 
 
-def test_a_cap_and_numerical_zeros_hold_for_thresholds_and_quantiles() -> None:
+def test_thresholds_and_quantiles_respect_at_most_and_numerical_zeros() -> None:
     values = torch.tensor([4.0, 3.0, 2.0, 1.0, 1e-9, 1e-10])
     assert select_rank(RankRule(threshold=1.5), values) == 3
     assert select_rank(RankRule(threshold=1.5, at_most=2), values) == 2
@@ -196,23 +196,23 @@ def test_a_cap_and_numerical_zeros_hold_for_thresholds_and_quantiles() -> None:
         ({"quantile": 0.5, "at_most": 0}, "at least 1"),
     ],
 )
-def test_a_line_out_of_range_is_refused(values: dict[str, float], message: str) -> None:
+def test_invalid_rank_rules_are_rejected(values: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RankRule(**values)  # type: ignore[arg-type]
 
 
 @settings(max_examples=10)
 @given(shape=st.sampled_from([(160, 120), (120, 170), (130, 20, 3, 3)]), seed=st.integers(0, 99))
-def test_the_randomized_method_agrees_with_the_exact_one_on_a_falling_spectrum(
-    shape: tuple[int, ...], seed: int
-) -> None:
-    """To 1e-3 in the values, and at most 0.1 % more is lost than by the best layer; over all that can be drawn here the
-    worst are 4e-4 and 0.011 %."""
-    weight = random_weight(shape, seed, fall=0.9)
+def test_randomized_svd_agrees_with_the_exact_one_on_a_decaying_spectrum(shape: tuple[int, ...], seed: int) -> None:
+    """Singular values agree within 1e-3 and the error is at most 0.1 % above the optimum.
+
+    The worst cases over all inputs that can be generated here are 4e-4 and 0.011 %.
+    """
+    weight = random_weight(shape, seed, decay=0.9)
     exact, sketched = dense_spectrum(weight), randomized_spectrum(weight, 12, Sketch(seed=seed))
     torch.testing.assert_close(sketched.values[:12], exact.values[:12], rtol=1e-3, atol=0)
     (best, best_report), (_, report) = (
-        one(weight, Approximation(rule=RankRule(rank=12), sketch=s)) for s in (None, Sketch(seed=seed))
+        approximate(weight, Approximation(rule=RankRule(rank=12), sketch=s)) for s in (None, Sketch(seed=seed))
     )
     assert best.rank == 12
     assert best_report.total.lost * (1 - 1e-6) <= report.total.lost <= best_report.total.lost * (1 + 1e-3)
@@ -220,11 +220,11 @@ def test_the_randomized_method_agrees_with_the_exact_one_on_a_falling_spectrum(
     assert report.total.lost == pytest.approx(float((weight.double().square().sum() - kept).sqrt()), rel=1e-4)
 
 
-def test_a_sketch_is_seeded_and_used_only_where_it_pays() -> None:
-    weight = random_weight((160, 120), fall=0.97)
+def test_randomized_svd_is_seeded_and_used_only_for_low_ranks() -> None:
+    weight = random_weight((160, 120), decay=0.97)
 
     def up(rank: int, sketch: Sketch | None) -> Tensor:
-        return one(weight, Approximation(rule=RankRule(rank=rank), sketch=sketch))[0].up
+        return approximate(weight, Approximation(rule=RankRule(rank=rank), sketch=sketch))[0].up
 
     assert torch.equal(up(12, Sketch(seed=1)), up(12, Sketch(seed=1)))
     assert not torch.equal(up(12, Sketch(seed=1)), up(12, Sketch(seed=2)))
@@ -236,24 +236,24 @@ def test_a_sketch_is_seeded_and_used_only_where_it_pays() -> None:
 
 @pytest.mark.parametrize("mode", ["fixed", "threshold"])
 @pytest.mark.parametrize("shape", [(24, 18), (24, 9, 3, 3)])
-def test_lycoris_extracts_the_same(shape: tuple[int, ...], mode: str) -> None:
-    """Its `ratio` is a share where ours divides, and its `quantile` is a share of the sum of values, less one."""
+def test_extraction_matches_lycoris(shape: tuple[int, ...], mode: str) -> None:
+    """LyCORIS' `ratio` and `quantile` have other definitions, so only `fixed` and `threshold` are compared."""
     weight = random_weight(shape)
     theirs = extract_linear if len(shape) == 2 else extract_conv
     (down, up, _), kind = theirs(weight, mode=mode, mode_param=5 if mode == "fixed" else 0.2)
     assert kind == "low rank"
-    layer, _ = one(weight, Approximation(rule=RankRule(rank=5) if mode == "fixed" else RankRule(threshold=0.2)))
+    layer, _ = approximate(weight, Approximation(rule=RankRule(rank=5) if mode == "fixed" else RankRule(threshold=0.2)))
     assert layer.down.shape == down.shape
     assert layer.up.shape == up.shape
     torch.testing.assert_close(layer.delta().flatten(1), up.flatten(1) @ down.flatten(1), atol=1e-5, rtol=1e-4)
 
 
-def test_a_difference_of_a_ten_thousandth_in_the_text_encoder_survives(sd: Base, tmp_path: Path) -> None:
+def test_small_text_encoder_difference_is_extracted(sd: Base, tmp_path: Path) -> None:
     key = "text_model.encoder.layers.0.self_attn.q_proj.weight"
     names = load_file(sd.folder.joinpath(*TEXT))
     key = key if key in names else key.removeprefix("text_model.")
     tuned = altered(sd, tmp_path / "tuned", TEXT, add(key, 1e-4))
-    done = extract_file(str(tuned), str(sd.folder), tmp_path / "x.safetensors", taking(RankRule(rank=999)))
+    done = extract_file(str(tuned), str(sd.folder), tmp_path / "x.safetensors", settings_for(RankRule(rank=999)))
     (path,) = done.found.layers
     assert path == "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
     assert len(done.found.equal) == len(sd.paths) - 1
@@ -261,14 +261,14 @@ def test_a_difference_of_a_ten_thousandth_in_the_text_encoder_survives(sd: Base,
     assert float((product(done.found.layers[path]) - expected).norm() / expected.norm()) < 1e-5
 
 
-def several(tensors: dict[str, Tensor]) -> None:
+def change_weights_norms_and_biases(tensors: dict[str, Tensor]) -> None:
     for key in ("conv_in.weight", "conv_in.bias", "conv_norm_out.weight", "conv_norm_out.bias"):
         add(key, 0.01)(tensors)
 
 
-def test_norms_and_biases_that_are_left_out_are_counted(sd: Base, tmp_path: Path) -> None:
-    tuned = altered(sd, tmp_path / "tuned", UNET, several)
-    done = extract_file(str(tuned), str(sd.folder), tmp_path / "x.safetensors", taking(RankRule(rank=2)))
+def test_norms_and_biases_left_out_are_reported(sd: Base, tmp_path: Path) -> None:
+    tuned = altered(sd, tmp_path / "tuned", UNET, change_weights_norms_and_biases)
+    done = extract_file(str(tuned), str(sd.folder), tmp_path / "x.safetensors", settings_for(RankRule(rank=2)))
     assert {kind: group.count for kind, group in done.left_out.items()} == {"biases": 2, "norm weights": 1}
     before, after = (load_file(folder.joinpath(*UNET)) for folder in (sd.folder, tuned))
     differ = {
@@ -283,9 +283,9 @@ def test_norms_and_biases_that_are_left_out_are_counted(sd: Base, tmp_path: Path
     assert not load_adapter(done.output).biases
 
 
-def test_norms_and_biases_may_be_kept_whole(sd: Base, tmp_path: Path) -> None:
-    tuned = altered(sd, tmp_path / "tuned", UNET, several)
-    how = taking(RankRule(rank=99), norms_and_biases="keep", dtype="float32")
+def test_norms_and_biases_can_be_kept(sd: Base, tmp_path: Path) -> None:
+    tuned = altered(sd, tmp_path / "tuned", UNET, change_weights_norms_and_biases)
+    how = settings_for(RankRule(rank=99), norms_and_biases="keep", dtype="float32")
     done = extract_file(str(tuned), str(sd.folder), tmp_path / "x.safetensors", how)
     assert (len(done.kept), dict(done.left_out)) == (3, {})
     blend = Blend(entries=(WeightedAdapter(adapter=load_adapter(done.output)),))
@@ -294,10 +294,10 @@ def test_norms_and_biases_may_be_kept_whole(sd: Base, tmp_path: Path) -> None:
     assert all(torch.allclose(again[key], expected[key], atol=1e-6) for key in expected)
 
 
-def test_targets_choose_the_modules_and_the_rest_is_counted(sd: Base, tmp_path: Path) -> None:
+def test_targets_select_modules_and_the_rest_is_reported(sd: Base, tmp_path: Path) -> None:
     adapter = random_adapter(sd, seed=1, unet=("all",), text_encoders=("all",))
     merge(str(sd.folder), Blend(entries=(WeightedAdapter(adapter=adapter),)), tmp_path / "tuned")
-    how = taking(unet=("convolutions", "mid_block.*"), text_encoders=())
+    how = settings_for(unet=("convolutions", "mid_block.*"), text_encoders=())
     done = extract_file(str(tmp_path / "tuned"), str(sd.folder), tmp_path / "x.safetensors", how)
     inner = [path.removeprefix("unet.") for path in done.found.layers]
     assert all(path.startswith("mid_block.") or path.rsplit(".", 1)[-1].startswith("conv") for path in inner)
@@ -308,22 +308,22 @@ def test_targets_choose_the_modules_and_the_rest_is_counted(sd: Base, tmp_path: 
     assert done.left_out_norm == pytest.approx(left, rel=1e-4)
 
 
-def test_a_vocabulary_that_has_grown_is_no_other_make(sd: Base, tmp_path: Path) -> None:
+def test_larger_vocabulary_is_accepted(sd: Base, tmp_path: Path) -> None:
     def change(tensors: dict[str, Tensor]) -> None:
         key = next(key for key in tensors if key.endswith("token_embedding.weight"))
         tensors[key] = torch.cat([tensors[key], torch.full((2, tensors[key].shape[1]), 0.5)])
         add(next(key for key in tensors if key.endswith("layers.1.mlp.fc1.weight")), 0.01)(tensors)
 
     tuned = altered(sd, tmp_path / "tuned", TEXT, change)
-    done = extract_file(str(tuned), str(sd.folder), tmp_path / "x.safetensors", taking())
+    done = extract_file(str(tuned), str(sd.folder), tmp_path / "x.safetensors", settings_for())
     assert list(done.found.layers) == ["text_encoder.text_model.encoder.layers.1.mlp.fc1"]
     assert done.left_out["embeddings"].count == 1
     assert done.left_out["embeddings"].norm == pytest.approx(0.5 * math.sqrt(2 * 32))
 
 
-def test_the_file_says_what_it_was_made_of(sd: Base, tmp_path: Path) -> None:
+def test_metadata_records_the_extraction(sd: Base, tmp_path: Path) -> None:
     tuned = altered(sd, tmp_path / "tuned", UNET, add("conv_in.weight", 0.01))
-    done = extract_file(str(tuned), str(sd.folder), tmp_path / "x.safetensors", taking(RankRule(threshold=0.01)))
+    done = extract_file(str(tuned), str(sd.folder), tmp_path / "x.safetensors", settings_for(RankRule(threshold=0.01)))
     metadata = load_adapter(done.output).metadata
     assert (metadata.family, metadata.base_hash) == (sd.family.name, sd.hash)
     made = metadata.training["extraction"]
@@ -331,7 +331,7 @@ def test_the_file_says_what_it_was_made_of(sd: Base, tmp_path: Path) -> None:
     assert made["relative_error"] == done.found.report.total.relative
 
 
-def test_factors_take_the_type_of_the_checkpoints_or_the_one_asked_for(sd: Base, tmp_path: Path) -> None:
+def test_factors_have_the_dtype_of_the_checkpoints_or_the_requested_one(sd: Base, tmp_path: Path) -> None:
     def halved(tensors: dict[str, Tensor]) -> None:
         for key in tensors:
             tensors[key] = tensors[key].half()
@@ -341,9 +341,9 @@ def test_factors_take_the_type_of_the_checkpoints_or_the_one_asked_for(sd: Base,
         tensors["conv_in.weight"] = tensors["conv_in.weight"] * 1.5
 
     one, two = (altered(sd, tmp_path / n, UNET, f) for n, f in (("one", halved), ("two", tuned_half)))
-    how = taking(text_encoders=())
-    for asked, expected in (("keep", torch.float16), ("bfloat16", torch.bfloat16), ("float32", torch.float32)):
-        done = extract_file(str(two), str(one), tmp_path / f"{asked}.safetensors", replace(how, dtype=asked))
+    how = settings_for(text_encoders=())
+    for requested, expected in (("keep", torch.float16), ("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        done = extract_file(str(two), str(one), tmp_path / f"{requested}.safetensors", replace(how, dtype=requested))
         layer = load_adapter(done.output).layers[PATH]
         assert {factor.dtype for factor in layer.factors.values()} == {expected}
     done = extract_file(str(two), str(sd.folder), tmp_path / "mixed.safetensors", how)
@@ -353,61 +353,61 @@ def test_factors_take_the_type_of_the_checkpoints_or_the_one_asked_for(sd: Base,
 def test_equal_checkpoints_have_nothing_to_extract(sd: Base, tmp_path: Path) -> None:
     out = tmp_path / "x.safetensors"
     with pytest.raises(ConfigError, match="nothing to extract; its UNet and text encoders are those of"):
-        extract_file(str(sd.folder), str(sd.folder), out, taking())
+        extract_file(str(sd.folder), str(sd.folder), out, settings_for())
     tuned = altered(sd, tmp_path / "tuned", UNET, add("conv_in.bias", 0.01))
     with pytest.raises(ConfigError, match=r"nothing to extract at the targets; only biases \(1\) differ"):
-        extract_file(str(tuned), str(sd.folder), out, taking())
+        extract_file(str(tuned), str(sd.folder), out, settings_for())
     assert not out.exists()
 
 
-def test_outputs_that_would_take_the_place_of_a_file_are_refused(sd: Base, tmp_path: Path) -> None:
+def test_existing_files_are_not_overwritten(sd: Base, tmp_path: Path) -> None:
     tuned = altered(sd, tmp_path / "tuned", UNET, add("conv_in.weight", 0.01))
     before = tuned.joinpath(*UNET).read_bytes()
     with pytest.raises(OutputError, match="is one of the inputs"):
-        extract_file(str(tuned), str(sd.folder), tuned.joinpath(*UNET), taking(force=True))
+        extract_file(str(tuned), str(sd.folder), tuned.joinpath(*UNET), settings_for(force=True))
     with pytest.raises(OutputError, match="is one of the inputs"):
-        approximate_file(str(tuned), tuned.joinpath(*UNET), taking(force=True))
+        approximate_file(str(tuned), tuned.joinpath(*UNET), settings_for(force=True))
     assert tuned.joinpath(*UNET).read_bytes() == before
     (tmp_path / "x.safetensors").write_text("mine")
     with pytest.raises(OutputError, match="already there"):
-        extract_file(str(tuned), str(sd.folder), tmp_path / "x.safetensors", taking())
+        extract_file(str(tuned), str(sd.folder), tmp_path / "x.safetensors", settings_for())
     assert (tmp_path / "x.safetensors").read_text() == "mine"
-    extract_file(str(tuned), str(sd.folder), tmp_path / "x.safetensors", taking(force=True))
+    extract_file(str(tuned), str(sd.folder), tmp_path / "x.safetensors", settings_for(force=True))
     assert list(load_adapter(tmp_path / "x.safetensors").layers) == [PATH]
 
 
-def test_checkpoints_of_another_make_are_refused(sd: Base, sdxl: Base, tmp_path: Path) -> None:
+def test_checkpoints_of_different_architectures_are_rejected(sd: Base, sdxl: Base, tmp_path: Path) -> None:
     out = tmp_path / "x.safetensors"
     with pytest.raises(FamilyMismatchError, match=r"is tiny SDXL, but .* is tiny SD"):
-        extract_file(str(sdxl.folder), str(sd.folder), out, taking())
+        extract_file(str(sdxl.folder), str(sd.folder), out, settings_for())
 
     def wider(tensors: dict[str, Tensor]) -> None:
         tensors["conv_in.weight"] = torch.zeros(32, 9, 3, 3)
 
     tuned = altered(sd, tmp_path / "tuned", UNET, wider)
     with pytest.raises(FamilyMismatchError, match=r"unet\.conv_in\.weight is \(32, 9, 3, 3\) .* \(32, 4, 3, 3\)"):
-        extract_file(str(tuned), str(sd.folder), out, taking())
+        extract_file(str(tuned), str(sd.folder), out, settings_for())
     lacking = altered(sd, tmp_path / "lacking", UNET, lambda tensors: tensors.__delitem__("conv_out.bias"))
     for one, two in ((lacking, sd.folder), (sd.folder, lacking)):
         with pytest.raises(FamilyMismatchError, match=r"unet\.conv_out\.bias is .*missing"):
-            extract_file(str(one), str(two), out, taking())
+            extract_file(str(one), str(two), out, settings_for())
 
 
 @pytest.mark.parametrize("key", ["conv_in.weight", "conv_in.bias"])
-def test_a_broken_checkpoint_is_named(key: str, sd: Base, tmp_path: Path) -> None:
+def test_checkpoint_with_nan_is_rejected(key: str, sd: Base, tmp_path: Path) -> None:
     tuned = altered(sd, tmp_path / "tuned", UNET, lambda tensors: tensors.update({key: tensors[key] * math.nan}))
-    with pytest.raises(BaseModelError, match=r"unet\.conv_in.*holds NaN"):
-        extract_file(str(tuned), str(sd.folder), tmp_path / "x.safetensors", taking())
+    with pytest.raises(BaseModelError, match=r"unet\.conv_in.*contains NaN"):
+        extract_file(str(tuned), str(sd.folder), tmp_path / "x.safetensors", settings_for())
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def test_factors_beyond_half_precision_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"unet\.conv_in: a factor is beyond the range of torch\.float16"):
-        one(torch.full((4, 4), 1e12), replace(EXACT, dtype=torch.float16))
+def test_factors_beyond_float16_are_rejected() -> None:
+    with pytest.raises(ConfigError, match=r"unet\.conv_in: a LoRA factor is beyond the range of torch\.float16"):
+        approximate(torch.full((4, 4), 1e12), replace(EXACT, dtype=torch.float16))
 
 
-def test_the_low_rank_part_of_a_base_is_its_own_weights(sd: Base, tmp_path: Path) -> None:
-    done = approximate_file(str(sd.folder), tmp_path / "low.safetensors", taking(RankRule(rank=3)))
+def test_low_rank_part_of_a_base_approximates_its_weights(sd: Base, tmp_path: Path) -> None:
+    done = approximate_file(str(sd.folder), tmp_path / "low.safetensors", settings_for(RankRule(rank=3)))
     adapter = load_adapter(done.output)
     assert set(adapter.layers) == set(sd.paths)
     for path in (PATH, "text_encoder.text_model.encoder.layers.0.mlp.fc1"):
@@ -420,7 +420,7 @@ def test_the_low_rank_part_of_a_base_is_its_own_weights(sd: Base, tmp_path: Path
 
 
 def test_the_low_rank_part_of_a_base_cannot_be_added_to_one(sd: Base, tmp_path: Path) -> None:
-    done = approximate_file(str(sd.folder), tmp_path / "low.safetensors", taking(RankRule(rank=1)))
+    done = approximate_file(str(sd.folder), tmp_path / "low.safetensors", settings_for(RankRule(rank=1)))
     adapter = load_adapter(done.output)
     assert adapter.metadata.name.startswith("low-rank part of")
     assert "do not add it to a base" in adapter.metadata.description
@@ -431,8 +431,8 @@ def test_the_low_rank_part_of_a_base_cannot_be_added_to_one(sd: Base, tmp_path: 
         pass
 
 
-def test_the_command_takes_an_adapter_out(sd: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tuned, out = altered(sd, tmp_path / "tuned", UNET, several), tmp_path / "x.safetensors"
+def test_extract_and_approximate_commands(sd: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tuned, out = altered(sd, tmp_path / "tuned", UNET, change_weights_norms_and_biases), tmp_path / "x.safetensors"
     command = [str(tuned), str(out), "--base", str(sd.folder), "--quantile", "0.5", "--at-most", "5"]
     assert tyro.cli(Extract, args=command).run() == 0
     text = capsys.readouterr().out
@@ -446,7 +446,7 @@ def test_the_command_takes_an_adapter_out(sd: Base, tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.parametrize("flags", [(), ("--rank", "4", "--quantile", "0.5"), ("--at-most", "4")])
-def test_the_command_wants_one_rank_rule(flags: tuple[str, ...], tmp_path: Path) -> None:
+def test_extract_command_needs_one_rank_rule(flags: tuple[str, ...], tmp_path: Path) -> None:
     command = [EMBEDDED_BASE, str(tmp_path / "x.safetensors"), "--base", EMBEDDED_BASE, *flags]
     with pytest.raises(ConfigError, match=r"give the rank|exactly one of rank"):
         tyro.cli(Extract, args=command).run()

@@ -1,4 +1,4 @@
-"""Families of adapters with shared factors: the error is the true one, and the file gives back what was put in."""
+"""Packs of adapters with shared bases: reported errors are the actual ones, and files restore what was saved."""
 
 import itertools
 import json
@@ -37,7 +37,7 @@ def new_layer(rng: torch.Generator, shape: tuple[int, ...], rank: int, alpha: fl
 
 
 def new_family(seed: int, ranks: tuple[int, ...], strengths: tuple[float, ...] = ()) -> dict[str, Adapter]:
-    """Adapters of those ranks, the first without the convolution, the last with biases and learned words."""
+    """Create adapters of the given ranks, the first without the convolution, the last with biases and tokens."""
     rng = torch.Generator().manual_seed(seed)
     family: dict[str, Adapter] = {}
     for number, rank in enumerate(ranks):
@@ -46,14 +46,14 @@ def new_family(seed: int, ranks: tuple[int, ...], strengths: tuple[float, ...] =
         layers = {path: new_layer(rng, SHAPES[path], rank, alpha) for path in paths}
         metadata = AdapterMetadata(name=f"header {number}", family="sd1", trigger_words=(f"word{number}", "sks"))
         family[f"file-{number}"] = Adapter(layers=layers, metadata=metadata)
-    words = {"<a.b>": {"text_encoder": torch.randn(2, 16, generator=rng)}}
+    tokens = {"<a.b>": {"text_encoder": torch.randn(2, 16, generator=rng)}}
     last = f"file-{len(ranks) - 1}"
-    family[last] = replace(family[last], biases={CONV: torch.randn(8, generator=rng)}, tokens=words)
+    family[last] = replace(family[last], biases={CONV: torch.randn(8, generator=rng)}, tokens=tokens)
     return family
 
 
 def dense(layer: Any) -> Tensor:
-    """The definition, in float64."""
+    """Return the delta by definition, as a float64 matrix."""
     return layer.alpha / layer.rank * (layer.up.double().flatten(1) @ layer.down.double().flatten(1))
 
 
@@ -71,9 +71,7 @@ families = st.builds(
 
 @settings(max_examples=20)
 @given(families, st.integers(1, 16), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
-def test_the_error_is_the_true_one_rounding_included(
-    adapters: dict[str, Adapter], rank: int, dtype: torch.dtype
-) -> None:
+def test_reported_error_includes_rounding(adapters: dict[str, Adapter], rank: int, dtype: torch.dtype) -> None:
     family = share_bases(adapters, rank, dtype)
     for name, adapter in adapters.items():
         back = extract_member(family, name)
@@ -88,7 +86,7 @@ def test_the_error_is_the_true_one_rounding_included(
 
 @settings(max_examples=10)
 @given(families)
-def test_a_rank_of_all_ranks_together_is_exact(adapters: dict[str, Adapter]) -> None:
+def test_rank_equal_to_the_sum_of_ranks_is_exact(adapters: dict[str, Adapter]) -> None:
     family = share_bases(adapters, sum(max(x.rank for x in a.layers.values()) for a in adapters.values()))  # type: ignore[attr-defined]
     for name, adapter in adapters.items():
         assert true_error(adapter, extract_member(family, name)) < 1e-5
@@ -113,7 +111,7 @@ def test_bases_are_orthonormal_and_cores_are_the_projections(adapters: dict[str,
 
 @settings(max_examples=10)
 @given(st.integers(0, 2**31), st.integers(1, 6))
-def test_a_pack_of_one_is_its_svd(seed: int, rank: int) -> None:
+def test_pack_of_one_adapter_is_its_truncated_svd(seed: int, rank: int) -> None:
     adapters = new_family(seed, (4,))
     back = extract_member(share_bases(adapters, rank), "file-0")
     for path, layer in adapters["file-0"].layers.items():
@@ -125,19 +123,19 @@ def test_a_pack_of_one_is_its_svd(seed: int, rank: int) -> None:
 
 
 def squared_errors(family: SharedFamily) -> float:
-    return sum(part.error**2 for part in family.members.values())
+    return sum(member.error**2 for member in family.members.values())
 
 
 @settings(max_examples=10)
 @given(families)
-def test_the_error_falls_as_the_rank_grows(adapters: dict[str, Adapter]) -> None:
+def test_error_decreases_with_the_rank(adapters: dict[str, Adapter]) -> None:
     errors = [squared_errors(share_bases(adapters, rank)) for rank in (1, 2, 4, 8, 16)]
     assert all(after <= before + 1e-6 for before, after in itertools.pairwise(errors))
     assert errors[-1] < 1e-9
 
 
-def alternated_to_the_end(deltas: list[Tensor], rank: int) -> float:
-    """What Ye's alternation misses, from the bases of all deltas side by side, in float64, after a hundred rounds."""
+def converged_error(deltas: list[Tensor], rank: int) -> float:
+    """Return the error of Ye's alternating algorithm on dense float64 deltas after 100 iterations."""
     left = torch.linalg.svd(torch.cat(deltas, dim=1), full_matrices=False)[0][:, :rank]
     right = left
     for _ in range(100):
@@ -146,21 +144,21 @@ def alternated_to_the_end(deltas: list[Tensor], rank: int) -> float:
     return sum(float(d.square().sum() - (left.T @ d @ right).square().sum()) for d in deltas)
 
 
-def test_more_rounds_would_find_no_better_bases() -> None:
-    """The bases of stacked deltas, without any round, miss 5 % more than the alternation on these."""
+def test_bases_are_converged() -> None:
+    """Without any iteration, the error on these inputs is 5 % higher."""
     ours = best = 0.0
     for seed in range(8):
         adapters, rank = new_family(seed, (1 + seed % 3, 2, 4)), 1 + seed % 5
         strengths = {n: sum(float(dense(x).square().sum()) for x in a.layers.values()) for n, a in adapters.items()}
         for path in SHAPES:
             deltas = [dense(a.layers[path]) / strengths[n] ** 0.5 for n, a in adapters.items() if path in a.layers]
-            best += alternated_to_the_end(deltas, rank)
+            best += converged_error(deltas, rank)
         ours += squared_errors(share_bases(adapters, rank))
     assert ours <= 1.005 * best
 
 
-def test_what_a_family_has_in_common_is_found() -> None:
-    """Twelve adapters in a common subspace of 4 of 14 directions: shared at rank 4 without loss."""
+def test_common_subspace_is_found() -> None:
+    """Twelve adapters within a common subspace of 4 dimensions are represented exactly at rank 4."""
     rng = torch.Generator().manual_seed(0)
     left, right = torch.randn(14, 4, generator=rng), torch.randn(4, 11, generator=rng)
     mixings = [(torch.randn(4, 2, generator=rng), torch.randn(2, 4, generator=rng)) for _ in range(12)]
@@ -168,38 +166,38 @@ def test_what_a_family_has_in_common_is_found() -> None:
         str(n): Adapter(layers={QUERY: LoRALayer(up=left @ first, down=second @ right, alpha=2.0)})
         for n, (first, second) in enumerate(mixings)
     }
-    assert max(part.error for part in share_bases(adapters, 4).members.values()) < 1e-5
-    assert min(part.error for part in share_bases(adapters, 2).members.values()) > 0.05
+    assert max(member.error for member in share_bases(adapters, 4).members.values()) < 1e-5
+    assert min(member.error for member in share_bases(adapters, 2).members.values()) > 0.05
 
 
-def test_each_adapter_counts_alike_however_strong_it_is() -> None:
+def test_adapters_count_equally_regardless_of_their_strength() -> None:
     even = share_bases(new_family(1, (3, 3, 3)), 3)
     uneven = share_bases(new_family(1, (3, 3, 3), strengths=(1.5, 150.0, 0.015)), 3)
-    errors = {name: part.error for name, part in even.members.items()}
-    assert {name: part.error for name, part in uneven.members.items()} == pytest.approx(errors, abs=1e-4)
+    errors = {name: member.error for name, member in even.members.items()}
+    assert {name: member.error for name, member in uneven.members.items()} == pytest.approx(errors, abs=1e-4)
 
 
-def test_a_layer_of_zeros_is_no_trouble() -> None:
+def test_layers_of_zeros_are_supported() -> None:
     adapters = new_family(2, (2, 2))
-    still = {path: replace(x, up=torch.zeros_like(x.up)) for path, x in adapters["file-0"].layers.items()}  # type: ignore[attr-defined]
-    family = share_bases({**adapters, "file-0": Adapter(layers=still)}, 2)
+    zeros = {path: replace(x, up=torch.zeros_like(x.up)) for path, x in adapters["file-0"].layers.items()}  # type: ignore[attr-defined]
+    family = share_bases({**adapters, "file-0": Adapter(layers=zeros)}, 2)
     assert family.members["file-0"].error == 0
     assert family.members["file-1"].error < 1e-5
     assert all(float(dense(layer).norm()) == 0 for layer in extract_member(family, "file-0").layers.values())
 
 
 def stored_bytes(family: SharedFamily, name: str) -> dict[str, bytes]:
-    """All numbers of one adapter and of the bases that it needs."""
-    part = family.members[name]
-    tensors = {f"{path} {factor}": x for path, core in part.cores.items() for factor, x in core.factors.items()}
-    for path in part.cores:
+    """Return the raw bytes of one adapter's cores and of the bases it uses."""
+    member = family.members[name]
+    tensors = {f"{path} {factor}": x for path, core in member.cores.items() for factor, x in core.factors.items()}
+    for path in member.cores:
         tensors |= {f"{path} left": family.modules[path].left, f"{path} right": family.modules[path].right}
     return {key: bytes(tensor_bytes(tensor)) for key, tensor in tensors.items()}
 
 
 @settings(max_examples=10)
 @given(families, st.integers(1, 12), st.sampled_from([torch.float32, torch.float16]))
-def test_the_file_gives_every_adapter_back(
+def test_file_restores_every_adapter(
     tmp_path_factory: pytest.TempPathFactory, adapters: dict[str, Adapter], rank: int, dtype: torch.dtype
 ) -> None:
     path = tmp_path_factory.mktemp("packs") / "pack.safetensors"
@@ -225,7 +223,7 @@ def test_the_file_gives_every_adapter_back(
     assert torch.equal(words, adapters[last].tokens["<a.b>"]["text_encoder"])
 
 
-def test_a_learned_word_alone_can_be_packed(tmp_path: Path) -> None:
+def test_adapter_with_only_a_token_can_be_packed(tmp_path: Path) -> None:
     adapters = new_family(3, (2,))
     adapters["word"] = Adapter(layers={}, tokens={"<w>": {"text_encoder": torch.ones(1, 16)}})
     save_pack(share_bases(adapters, 2), tmp_path / "pack.safetensors")
@@ -233,8 +231,8 @@ def test_a_learned_word_alone_can_be_packed(tmp_path: Path) -> None:
     assert adapter_hash(back) == adapter_hash(adapters["word"])
 
 
-def test_one_adapter_is_read_without_the_others(tmp_path: Path) -> None:
-    """The bytes of the others may be anything."""
+def test_loading_one_adapter_does_not_read_the_others(tmp_path: Path) -> None:
+    """Invalid tensors of other adapters do not matter."""
     path = tmp_path / "pack.safetensors"
     save_pack(share_bases(new_family(4, (2, 3)), 4), path)
     expected = adapter_hash(extract_member(load_pack(path), "file-1"))
@@ -247,18 +245,18 @@ def test_one_adapter_is_read_without_the_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, -3])
-def test_a_rank_that_is_none_is_refused(rank: int) -> None:
-    with pytest.raises(ConfigError, match="expected at least 1"):
+def test_rank_below_one_is_rejected(rank: int) -> None:
+    with pytest.raises(ConfigError, match="expected an integer of at least 1"):
         share_bases(new_family(0, (2,)), rank)
 
 
-def test_families_shapes_and_kinds_that_cannot_share_are_refused_by_name() -> None:
+def test_incompatible_families_shapes_and_kinds_are_rejected() -> None:
     one = new_family(0, (2, 2))
     other = replace(one["file-1"], metadata=AdapterMetadata(family="sdxl"))
     with pytest.raises(FamilyMismatchError, match=r"file-0 is for SD 1.x and file-1 is for SDXL"):
         share_bases({**one, "file-1": other}, 2)
     wide = Adapter(layers={QUERY: new_layer(torch.Generator(), (14, 12), 2, 1.0)})
-    with pytest.raises(ConfigError, match=rf"{QUERY}: has the shape \(14, 11\) in file-0 and \(14, 12\) in wide"):
+    with pytest.raises(ConfigError, match=rf"{QUERY}: has shape \(14, 11\) in file-0 and \(14, 12\) in wide"):
         share_bases({**one, "wide": wide}, 2)
     with pytest.raises(ConfigError, match="no adapters"):
         share_bases({}, 2)
@@ -267,11 +265,11 @@ def test_families_shapes_and_kinds_that_cannot_share_are_refused_by_name() -> No
     dora = DoRALayer(inner=LoRALayer(up=a, down=b, alpha=1.0), magnitude=torch.ones(4, 1))
     tucker = LoRALayer(up=a[..., None, None], down=b[..., None, None], mid=torch.ones(2, 2, 3, 3), alpha=1.0)
     for layer, words in ((loha, "a LoHa layer"), (dora, "a DoRA layer"), (tucker, "LoRA with a Tucker core")):
-        with pytest.raises(ConfigError, match=f"odd: {MIDDLE} is {words}; only plain LoRA can share factors"):
+        with pytest.raises(ConfigError, match=f"odd: {MIDDLE} is {words}; only plain LoRA can share bases"):
             share_bases({"odd": Adapter(layers={MIDDLE: layer})}, 2)
 
 
-def test_a_pack_is_no_adapter_and_an_adapter_no_pack(tmp_path: Path) -> None:
+def test_packs_and_adapters_are_not_confused(tmp_path: Path) -> None:
     adapters = new_family(5, (2, 2))
     save_pack(share_bases(adapters, 2), tmp_path / "pack.safetensors")
     with pytest.raises(AdapterFormatError):
@@ -285,7 +283,7 @@ def test_a_pack_is_no_adapter_and_an_adapter_no_pack(tmp_path: Path) -> None:
         load_pack(tmp_path / "plain.safetensors")
     with pytest.raises(ConfigError, match=r"none of its 2 adapters is 'file-x'; 'file-[01]' is one"):
         load_pack(tmp_path / "pack.safetensors", ["file-x"])
-    with pytest.raises(ConfigError, match="no adapter called 'file-x'"):
+    with pytest.raises(ConfigError, match="no adapter named 'file-x'"):
         extract_member(load_pack(tmp_path / "pack.safetensors"), "file-x")
 
 
@@ -310,7 +308,7 @@ def cut(key: str) -> Any:
         (lambda _, entries: entries.update({PACK_KEY: "no"}), "cannot be read"),
     ],
 )
-def test_damaged_packs_are_refused(tmp_path: Path, damage: Any, words: str) -> None:
+def test_damaged_packs_are_rejected(tmp_path: Path, damage: Any, words: str) -> None:
     path = tmp_path / "pack.safetensors"
     save_pack(share_bases(new_family(6, (2, 2)), 3), path)
     tensors, entries = read_safetensors(path)
@@ -322,14 +320,14 @@ def test_damaged_packs_are_refused(tmp_path: Path, damage: Any, words: str) -> N
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """A folder with three adapters in float16, one of them in a folder of its own."""
+    """A folder with three float16 adapters, one of them in a subfolder."""
     for name, adapter in new_family(7, (2, 3, 2)).items():
         inner = tmp_path / "in" / ("more" if name == "file-2" else "")
         save_adapter(cast_adapter(adapter, torch.float16), inner / f"{name}.safetensors")
     return tmp_path / "in"
 
 
-def test_a_folder_becomes_a_pack_and_comes_out_again(files: Path, tmp_path: Path) -> None:
+def test_packing_and_unpacking_a_folder(files: Path, tmp_path: Path) -> None:
     pack, out = tmp_path / "pack.safetensors", tmp_path / "out"
     done = pack_files([files], pack, Packing(rank=4))
     sources = {path.stem: path for path in files.rglob("*.safetensors")}
@@ -348,7 +346,7 @@ def test_a_folder_becomes_a_pack_and_comes_out_again(files: Path, tmp_path: Path
     assert len(list((tmp_path / "one").iterdir())) == 1
 
 
-def test_files_are_not_replaced_unasked_and_inputs_never(files: Path, tmp_path: Path) -> None:
+def test_existing_files_and_inputs_are_not_overwritten(files: Path, tmp_path: Path) -> None:
     pack, out, first = tmp_path / "pack.safetensors", tmp_path / "out", files / "file-0.safetensors"
     pack_files([files], pack, Packing(rank=2))
     with pytest.raises(OutputError, match="already there; give another output, or --force"):
@@ -375,7 +373,7 @@ def test_files_are_not_replaced_unasked_and_inputs_never(files: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["../out", "a/b", "..", "", "a\\b"])
-def test_a_pack_writes_to_no_other_folder(tmp_path: Path, name: str) -> None:
+def test_names_with_paths_are_rejected(tmp_path: Path, name: str) -> None:
     pack = tmp_path / "pack.safetensors"
     save_pack(share_bases({name: new_family(8, (2,))["file-0"]}, 2), pack)
     with pytest.raises(ConfigError, match="which is no file name"):
@@ -383,7 +381,9 @@ def test_a_pack_writes_to_no_other_folder(tmp_path: Path, name: str) -> None:
     assert list(tmp_path.iterdir()) == [pack]
 
 
-def test_the_commands_print_bytes_and_errors(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pack_and_unpack_commands_report_sizes_and_errors(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pack = tmp_path / "pack.safetensors"
     Pack(paths=(files, pack), rank=3, json=True).run()
     facts = json.loads(capsys.readouterr().out)

@@ -194,7 +194,7 @@ def test_deltas_of_other_kinds_are_pruned_but_not_dora() -> None:
 def test_a_share_that_is_none_is_refused(keep: float) -> None:
     layer = LoRALayer(up=torch.ones(3, 1), down=torch.ones(1, 3), alpha=1.0)
     for prune in (prune_factors, prune_deltas):
-        with pytest.raises(ConfigError, match=r"expected a share of the entries above 0 and at most 1"):
+        with pytest.raises(ConfigError, match=r"expected a fraction of the entries above 0 and at most 1"):
             prune(Adapter(layers={QUERY: layer}), keep)
 
 

@@ -1,1 +1,1 @@
-"""Several adapters made into one."""
+"""Combine several adapters into one: exact sums and consensus methods such as TIES, DARE and ZipLoRA."""

@@ -1,4 +1,4 @@
-"""Equal weights mean equal strength."""
+"""Rescale the weights of a blend so that equal weights mean equal strength."""
 
 from __future__ import annotations
 
@@ -6,23 +6,28 @@ import math
 from dataclasses import replace
 
 from lora_diffusion.adapters.blend import Blend
-from lora_diffusion.algebra.metrics.norms import typical_norm
+from lora_diffusion.algebra.metrics.norms import median_delta_norm
 from lora_diffusion.config.preset import BlendWeight, Weight
 
 
 def balance_weights(blend: Blend) -> Blend:
-    """The blend with each weight scaled so that all that are on are, at weight 1, as strong as their geometric mean.
+    """Scale each weight so that all active adapters have the same strength at weight 1.
 
-    An adapter's strength is the median norm of its deltas. Raises ConfigError for one that cannot be measured.
+    The strength of an adapter is the median Frobenius norm of its deltas. The common strength is the geometric mean
+    over the active adapters.
+
+    Raises:
+        ConfigError: If the strength of an active adapter cannot be measured or is 0.
     """
-    norms = [typical_norm(entry.adapter) for entry in blend.active]
+    norms = [median_delta_norm(entry.adapter) for entry in blend.active]
     mean = math.exp(math.fsum(map(math.log, norms)) / len(norms)) if norms else 1.0
     pairs = zip(blend.active, norms, strict=True)
-    return Blend(entries=tuple(replace(entry, weight=scale_weight(entry.weight, mean / norm)) for entry, norm in pairs))
+    return Blend(
+        entries=tuple(replace(entry, weight=_scale_weight(entry.weight, mean / norm)) for entry, norm in pairs)
+    )
 
 
-def scale_weight(weight: Weight, factor: float) -> Weight:
-    """The weight times a number, everywhere."""
+def _scale_weight(weight: Weight, factor: float) -> Weight:
     if not isinstance(weight, BlendWeight):
         return weight * factor
     components = {component: value * factor for component, value in weight.components.items()}

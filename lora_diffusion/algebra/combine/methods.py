@@ -1,8 +1,8 @@
-"""Adapters as one that is no plain sum: where they disagree, a rule decides, module by module.
+"""Merge adapters by consensus methods such as TIES, DARE and ZipLoRA instead of the weighted sum.
 
-A blend's sum lets adapters that pull a weight both ways cancel each other, and add up where they agree. The rules here
-trim, elect, drop, average robustly, turn or share instead. TIES, DARE, DELLA, magnitude pruning, median and SLERP work
-in Core Space, KnOTS in coordinates of its own; ZipLoRA and NP-LoRA need the factors only.
+In a weighted sum, adapters cancel each other where their deltas disagree and add up where they agree. Consensus methods
+resolve such conflicts module by module. TIES, DARE, DELLA, magnitude pruning, median and SLERP work in Core Space and
+KnOTS in its own coordinates (see `core_space`); ZipLoRA and NP-LoRA work on the factors.
 """
 
 import hashlib
@@ -27,8 +27,9 @@ from lora_diffusion.architectures.module_paths import ModelLayout
 from lora_diffusion.errors import ConfigError
 
 Method = Literal["ties", "dare", "della", "knots", "magnitude", "median", "slerp", "zip", "project"]
+"""Names of the consensus methods; `zip` is ZipLoRA and `project` is NP-LoRA."""
 
-OWNERS: Mapping[str, tuple[Method, ...]] = {
+_METHODS_BY_SETTING: Mapping[str, tuple[Method, ...]] = {
     "density": ("ties", "dare", "della", "knots", "magnitude"),
     "seed": ("dare", "della"),
     "spread": ("della",),
@@ -36,29 +37,32 @@ OWNERS: Mapping[str, tuple[Method, ...]] = {
     "penalty": ("zip",),
     "strength": ("project",),
 }
-"""The methods that each setting belongs to."""
+"""The methods that use each setting."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConsensusConfig:
-    """Which method makes one adapter of several, and its settings.
+    """A consensus method and its settings.
 
-    Raises ConfigError for an unknown method, a value out of range, or a setting that the method has no use for.
+    Raises:
+        ConfigError: If the method is unknown, a value is out of range, or a setting differs from its default although
+            the method does not use it.
     """
 
     method: Method
+    """Name of the method."""
     density: float = 0.5
-    """Share of the numbers that stay, above 0 and at most 1."""
+    """Fraction of entries to keep, above 0 and at most 1 (ties, dare, della, knots, magnitude)."""
     seed: int = 0
-    """Seed of what is dropped at random."""
+    """Seed for dropping entries (dare, della)."""
     spread: float = 0.2
-    """How much more often small numbers are dropped than large ones, from 0, not at all, to below 1."""
+    """How much more often DELLA drops small entries than large ones, from 0 (equally often) to below 1."""
     disjoint: Disjoint = "mean"
-    """What becomes of the numbers that agree in sign: their mean, as strong as one adapter, or their sum."""
+    """How entries that agree in sign are merged: mean (strength of one adapter) or sum (ties, della, knots)."""
     penalty: float = 0.9
-    """How much shared columns give way to each other, from 0, the plain sum, to below 1."""
+    """How strongly ZipLoRA reduces overlapping columns, from 0 (plain sum) to below 1."""
     strength: float = 1.0
-    """How strongly the others' directions are taken out of the first: 0 not at all, 1 half, large values in full."""
+    """How much of the other adapters' main directions NP-LoRA removes: 0 nothing, 1 half, large values everything."""
 
     def __post_init__(self) -> None:
         expected = {
@@ -70,128 +74,148 @@ class ConsensusConfig:
             "penalty": (0 <= self.penalty < 1, "a number from 0 to below 1"),
             "strength": (0 <= self.strength < float("inf"), "a number of at least 0"),
         }
-        for name, (good, wanted) in expected.items():
-            if not good:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {wanted}")
+        for name, (is_valid, description) in expected.items():
+            if not is_valid:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {description}")
         defaults = {field.name: field.default for field in fields(self)}
-        for name, owners in OWNERS.items():
-            if self.method not in owners and getattr(self, name) != defaults[name]:
-                raise ConfigError(f"{name} belongs to {', '.join(owners)}; {self.method} has no use for it")
+        for name, methods in _METHODS_BY_SETTING.items():
+            if self.method not in methods and getattr(self, name) != defaults[name]:
+                raise ConfigError(
+                    f"{name} is a setting of {', '.join(methods)}; the method {self.method} does not use it"
+                )
 
 
 Terms = Sequence[tuple[float, LoRALayer]]
-"""The plain LoRA layers of one module, with their weights."""
+"""Weights and plain LoRA layers of one module."""
 ModuleMethod = Callable[[Terms, ConsensusConfig, Generator], LoRALayer]
-Rule = Callable[[Tensor, Tensor, ConsensusConfig, Generator], Tensor]
+"""Merges the layers of one module."""
+CoreMethod = Callable[[Tensor, Tensor, ConsensusConfig, Generator], Tensor]
+"""Merges cores (n, p, q) with weights (n,) into one core (p, q)."""
 
 
-def make_core_method(space_of: Callable[[Sequence[LoRALayer]], CoreSpace], rule: Rule) -> ModuleMethod:
-    """A rule on stacks of cores as a method on layers."""
+def _make_core_method(build_space: Callable[[Sequence[LoRALayer]], CoreSpace], merge_cores: CoreMethod) -> ModuleMethod:
+    """Wrap a function on cores so that it works on layers."""
 
-    def merge(terms: Terms, how: ConsensusConfig, generator: Generator) -> LoRALayer:
-        space = space_of([layer for _, layer in terms])
+    def merge(terms: Terms, config: ConsensusConfig, generator: Generator) -> LoRALayer:
+        space = build_space([layer for _, layer in terms])
         weights = torch.tensor([weight for weight, _ in terms], dtype=torch.float64)
-        return layer_from_core(space, rule(space.cores, weights, how, generator))
+        return layer_from_core(space, merge_cores(space.cores, weights, config, generator))
 
     return merge
 
 
-def ties_rule(cores: Tensor, weights: Tensor, how: ConsensusConfig, _: Generator) -> Tensor:
-    return ties(cores, weights, density=how.density, disjoint=how.disjoint)
+def _merge_cores_by_ties(cores: Tensor, weights: Tensor, config: ConsensusConfig, _: Generator) -> Tensor:
+    return ties(cores, weights, density=config.density, disjoint=config.disjoint)
 
 
-def dare_rule(cores: Tensor, weights: Tensor, how: ConsensusConfig, generator: Generator) -> Tensor:
-    return dare(cores, weights, density=how.density, generator=generator)
+def _merge_cores_by_dare(cores: Tensor, weights: Tensor, config: ConsensusConfig, generator: Generator) -> Tensor:
+    return dare(cores, weights, density=config.density, generator=generator)
 
 
-def della_rule(cores: Tensor, weights: Tensor, how: ConsensusConfig, generator: Generator) -> Tensor:
-    return della(cores, weights, density=how.density, spread=how.spread, disjoint=how.disjoint, generator=generator)
+def _merge_cores_by_della(cores: Tensor, weights: Tensor, config: ConsensusConfig, generator: Generator) -> Tensor:
+    return della(
+        cores, weights, density=config.density, spread=config.spread, disjoint=config.disjoint, generator=generator
+    )
 
 
 METHODS: Mapping[Method, ModuleMethod] = {
-    "ties": make_core_method(build_core_space, ties_rule),
-    "dare": make_core_method(build_core_space, dare_rule),
-    "della": make_core_method(build_core_space, della_rule),
-    "knots": make_core_method(build_knots_space, ties_rule),
-    "magnitude": make_core_method(
-        build_core_space, lambda cores, weights, how, _: magnitude(cores, weights, density=how.density)
+    "ties": _make_core_method(build_core_space, _merge_cores_by_ties),
+    "dare": _make_core_method(build_core_space, _merge_cores_by_dare),
+    "della": _make_core_method(build_core_space, _merge_cores_by_della),
+    "knots": _make_core_method(build_knots_space, _merge_cores_by_ties),
+    "magnitude": _make_core_method(
+        build_core_space, lambda cores, weights, config, _: magnitude(cores, weights, density=config.density)
     ),
-    "median": make_core_method(build_core_space, lambda cores, weights, _, __: median(cores, weights)),
-    "slerp": make_core_method(build_core_space, lambda cores, weights, _, __: slerp(cores, weights)),
-    "zip": lambda terms, how, _: zip_layers(terms, how.penalty),
+    "median": _make_core_method(build_core_space, lambda cores, weights, _, __: median(cores, weights)),
+    "slerp": _make_core_method(build_core_space, lambda cores, weights, _, __: slerp(cores, weights)),
+    "zip": lambda terms, config, _: zip_layers(terms, config.penalty),
 }
-"""The methods that see one module at a time; `project` sees whole adapters, in the order in which they were given."""
+"""Methods that merge one module at a time. `project` needs whole adapters in the order given, so it is not listed."""
 
 
 def combine_by_consensus(
-    blend: Blend, how: ConsensusConfig, metadata: AdapterMetadata, layout: ModelLayout | None = None
+    blend: Blend, config: ConsensusConfig, metadata: AdapterMetadata, layout: ModelLayout | None = None
 ) -> Adapter:
-    """One adapter of the blend's, by a method of consensus instead of the sum; weights are those of the blend.
+    """Merge the adapters of a blend by a consensus method.
 
-    A module that one adapter alone changes has nothing to agree on: it keeps that adapter's layer times its weight,
-    whatever the method. Biases go through the method like a column of the weight. Learned words are united. The result
-    depends on no order of adapters or modules, but for `project`, which takes the first adapter as the subject and all
-    others as styles. Ranks are those of the merged cores, up to the sum of ranks; `compress` makes them smaller.
-    `layout` is needed for weights by block.
+    A module that only one adapter changes keeps that adapter's layer times its weight, whatever the method. Biases are
+    merged like a column of the weight. Textual inversion tokens are collected as in `combine`. The result does not
+    depend on the order of adapters or modules, except for `project`, where the first adapter is the subject and all
+    others are styles.
 
-    Raises ConfigError for layers other than plain LoRA, and for a number of adapters that the method is not made for,
-    and as `combine` does.
+    Args:
+        blend: Adapters with weights.
+        config: The method and its settings.
+        metadata: Metadata of the new adapter.
+        layout: Modules of the model; needed if a weight is set per block.
+
+    Returns:
+        The merged adapter. The rank of each layer is that of the merged core, at most the sum of the ranks; `compress`
+        reduces it.
+
+    Raises:
+        ConfigError: If a layer is not plain LoRA, the method does not support this number of adapters, or as
+            `combine` does.
+        FamilyMismatchError: If two adapters expect weights of different shapes.
     """
-    check_consensus_blend(blend, how.method)
-    if how.method == "project":
+    _check_consensus_blend(blend, config.method)
+    if config.method == "project":
         entries = tuple(entry for entry in blend.entries if entry in blend.active)
-        alone = Blend(entries=(project_entries(entries, how.strength), *entries[1:]))
-        return combine(alone, metadata, layout)
-    total = joint_sum(blend, layout)
-    progress = tqdm(total.layers.items(), desc=how.method, unit="module", leave=False, disable=None)
+        projected = Blend(entries=(project_entries(entries, config.strength), *entries[1:]))
+        return combine(projected, metadata, layout)
+    summed = joint_sum(blend, layout)
+    progress = tqdm(summed.layers.items(), desc=config.method, unit="module", leave=False, disable=None)
     return Adapter(
-        layers={path: combine_parameter(f"{path}.weight", as_lora_terms(terms), how) for path, terms in progress},
+        layers={path: _combine_parameter(f"{path}.weight", _as_lora_terms(terms), config) for path, terms in progress},
         biases={
-            path: combine_parameter(f"{path}.bias", biases_as_layers(terms), how).delta()[:, 0]
-            for path, terms in total.biases.items()
+            path: _combine_parameter(f"{path}.bias", _biases_as_layers(terms), config).delta()[:, 0]
+            for path, terms in summed.biases.items()
         },
         tokens=merge_tokens(blend),
         metadata=metadata,
     )
 
 
-def combine_parameter(name: str, terms: Terms, how: ConsensusConfig) -> LoRALayer:
-    """The weighted layers of one parameter as one."""
+def _combine_parameter(name: str, terms: Terms, config: ConsensusConfig) -> LoRALayer:
+    """Merge the weighted layers of one parameter; `name` seeds the random methods."""
     if len(terms) == 1:
         return join_layers(terms)
-    return METHODS[how.method](terms, how, make_generator(how.seed, name))
+    return METHODS[config.method](terms, config, make_generator(config.seed, name))
 
 
 def make_generator(seed: int, name: str) -> Generator:
-    """Random numbers for one parameter that depend on no other, so that the order of modules changes nothing."""
+    """Return a CPU generator whose state depends on the seed and the parameter name.
+
+    Each parameter has its own random numbers, so the order in which modules are processed does not change the result.
+    """
     digest = hashlib.sha256(f"{seed}|{name}".encode()).digest()
     return Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def as_lora_terms(terms: Sequence[tuple[float, Layer]]) -> Terms:
-    """Narrow the terms to plain LoRA layers, which `check_consensus_blend` has checked."""
+def _as_lora_terms(terms: Sequence[tuple[float, Layer]]) -> Terms:
+    """Narrow the type of layers that `_check_consensus_blend` has found to be plain LoRA."""
     return [(weight, layer) for weight, layer in terms if isinstance(layer, LoRALayer)]
 
 
-def biases_as_layers(terms: Sequence[BiasTerm]) -> Terms:
-    """Biases as layers of rank 1 with a single input."""
+def _biases_as_layers(terms: Sequence[BiasTerm]) -> Terms:
+    """Represent biases as rank-1 layers with a single input."""
     return [
         (weight, LoRALayer(up=bias[:, None], down=torch.ones_like(bias[:1, None]), alpha=1)) for weight, bias in terms
     ]
 
 
-def check_consensus_blend(blend: Blend, method: Method) -> None:
-    """Raise ConfigError unless the method can merge what is in the blend."""
+def _check_consensus_blend(blend: Blend, method: Method) -> None:
+    """Raise ConfigError if the method does not support the blend's number of adapters or kinds of layers."""
     count = len(blend.active)
     if method in ("slerp", "zip") and count > 2:
-        raise ConfigError(f"{method} merges two adapters; this blend has {count}: merge them in pairs")
+        raise ConfigError(f"{method} merges two adapters, but this blend has {count}; merge them in pairs")
     if method == "project" and count < 2:
-        raise ConfigError(f"project needs a subject and, after it, at least one style; this blend has {count}")
+        raise ConfigError(f"project needs two or more adapters, a subject followed by styles; this blend has {count}")
     for entry in blend.active:
         others = {path: layer.kind for path, layer in entry.adapter.layers.items() if not is_joinable(layer)}
         if others:
             kinds = ", ".join(sorted(set(others.values())))
             raise ConfigError(
-                f"{entry.name}: {len(others)} of {len(entry.adapter.layers)} layers are {kinds} and no plain LoRA "
-                f"(first: {next(iter(others))}); `lora-diffusion resize` writes it as plain LoRA, which {method} needs"
+                f"{entry.name}: {method} needs plain LoRA layers, but {len(others)} of {len(entry.adapter.layers)} are "
+                f"{kinds} (first: {next(iter(others))}); convert the adapter with `lora-diffusion resize` first"
             )

@@ -1,9 +1,11 @@
-"""Rules that make one matrix of several: pure functions on a stack (n, p, q) and the user's weights (n,).
+"""TIES, DARE, DELLA, magnitude pruning, geometric median and SLERP: merge a stack of matrices into one.
 
-Every rule is of degree 1 in the weights: all weights times c, above 0, give the result times c. A negative weight turns
-its matrix around before anything is compared. Random rules draw from the generator that is given and from no other.
-TIES, DARE, DELLA and magnitude pruning look at entries, so that the coordinates count; median and SLERP look at
-distances and angles, which are the same in every orthonormal basis, and so are those of the whole deltas.
+All functions take matrices (n, p, q) and the user's weights (n,) and are homogeneous of degree 1 in the weights:
+multiplying all weights by c > 0 multiplies the result by c. A negative weight negates its matrix before anything is
+compared. Random methods draw only from the generator passed in.
+
+TIES, DARE, DELLA and magnitude pruning work on entries, so they depend on the coordinates. Median and SLERP work on
+distances and angles, which are the same in every orthonormal basis and thus those of the dense deltas.
 """
 
 from typing import Literal
@@ -14,103 +16,156 @@ from torch import Generator, Tensor
 from lora_diffusion.algebra.combine.geometric_median import median_shares
 
 Disjoint = Literal["mean", "sum"]
+"""How TIES merges the entries that agree in sign: by their mean or their sum."""
 
-PARALLEL = 1e-6
-"""Two matrices whose cosine is this close to 1 or -1 leave no arc to go along."""
+_PARALLEL_TOLERANCE = 1e-6
+"""Matrices with 1 - |cosine| below this count as parallel, so SLERP has no arc to follow."""
 
 
-def apply_weights(stack: Tensor, weights: Tensor) -> Tensor:
+def _apply_weights(stack: Tensor, weights: Tensor) -> Tensor:
     return weights[:, None, None] * stack
 
 
-def trim_by_magnitude(stack: Tensor, density: float) -> Tensor:
-    """Each matrix with only the share `density` of its entries that is largest in magnitude, at least one entry."""
+def _trim_by_magnitude(stack: Tensor, density: float) -> Tensor:
+    """Keep the fraction `density` of each matrix's entries with the largest magnitudes, at least one; zero the rest."""
     size = stack[0].numel()
-    kept = max(1, round(density * size))
-    lowest = stack.abs().flatten(1).kthvalue(size - kept + 1, dim=1).values
-    return torch.where(stack.abs() >= lowest[:, None, None], stack, 0)
+    count = max(1, round(density * size))
+    threshold = stack.abs().flatten(1).kthvalue(size - count + 1, dim=1).values
+    return torch.where(stack.abs() >= threshold[:, None, None], stack, 0)
 
 
-def elect_signs(stack: Tensor, disjoint: Disjoint) -> Tensor:
-    """The mean, or the sum, of those entries that have the sign of their sum over the stack; 0 where that is 0."""
+def _elect_signs(stack: Tensor, disjoint: Disjoint) -> Tensor:
+    """Merge the entries whose sign agrees with that of their sum over the stack; the result is 0 where the sum is 0."""
     sign = stack.sum(0).sign()
     agreeing = torch.where(stack * sign > 0, stack, 0)
-    total = agreeing.sum(0)
-    return total / (agreeing != 0).sum(0).clamp(min=1) if disjoint == "mean" else total
+    summed = agreeing.sum(0)
+    return summed / (agreeing != 0).sum(0).clamp(min=1) if disjoint == "mean" else summed
 
 
 def ties(stack: Tensor, weights: Tensor, *, density: float, disjoint: Disjoint) -> Tensor:
-    """TIES [arXiv:2306.01708]: trim each matrix, weight it, elect each entry's sign by total mass, merge what agrees.
+    """Merge by TIES [arXiv:2306.01708]: trim each matrix, apply the weights, elect signs, merge what agrees.
 
-    The disjoint mean is the paper's: where k matrices agree it is their mean, so that the result is as strong as one of
-    them. The disjoint sum is as strong as their sum, and equals it at density 1 where all signs agree.
+    Args:
+        stack: Matrices (n, p, q).
+        weights: Weights (n,).
+        density: Fraction of entries that trimming keeps.
+        disjoint: "mean" as in the paper, with the strength of a single matrix, or "sum", which equals the weighted sum
+            at density 1 where all signs agree.
+
+    Returns:
+        Merged matrix (p, q).
     """
-    return elect_signs(apply_weights(trim_by_magnitude(stack, density), weights), disjoint)
+    return _elect_signs(_apply_weights(_trim_by_magnitude(stack, density), weights), disjoint)
 
 
 def magnitude(stack: Tensor, weights: Tensor, *, density: float) -> Tensor:
-    """The weighted sum of the matrices, each without its smallest entries. Linear in the weights."""
-    return apply_weights(trim_by_magnitude(stack, density), weights).sum(0)
+    """Sum the weighted matrices after setting the smallest entries of each to 0; linear in the weights.
+
+    Args:
+        stack: Matrices (n, p, q).
+        weights: Weights (n,).
+        density: Fraction of entries that are kept.
+
+    Returns:
+        Merged matrix (p, q).
+    """
+    return _apply_weights(_trim_by_magnitude(stack, density), weights).sum(0)
 
 
 def dare(stack: Tensor, weights: Tensor, *, density: float, generator: Generator) -> Tensor:
-    """DARE [arXiv:2311.03099]: the weighted sum after each entry was kept with probability `density`, over `density`.
+    """Merge by DARE [arXiv:2311.03099]: drop random entries, rescale the others by 1 / density, sum with weights.
 
-    Its expectation is the weighted sum; linear in the weights.
+    The expected value is the weighted sum; linear in the weights.
+
+    Args:
+        stack: Matrices (n, p, q).
+        weights: Weights (n,).
+        density: Probability of keeping an entry.
+        generator: Source of random numbers.
+
+    Returns:
+        Merged matrix (p, q).
     """
-    return apply_weights(drop_entries(stack, torch.full_like(stack, density), generator), weights).sum(0)
+    return _apply_weights(_drop_entries(stack, torch.full_like(stack, density), generator), weights).sum(0)
 
 
 def della(
     stack: Tensor, weights: Tensor, *, density: float, spread: float, disjoint: Disjoint, generator: Generator
 ) -> Tensor:
-    """DELLA [arXiv:2406.11617]: drop at random, small entries more often, rescale; elect signs and merge as TIES does.
+    """Merge by DELLA [arXiv:2406.11617]: drop random entries, small ones more often, rescale, then merge as TIES does.
 
-    Keep probabilities rise evenly by magnitude from density - spread * room to density + spread * room, where room is
-    the smaller of density and 1 - density: the paper's epsilon is 2 * spread * room. Ranks are those within a whole
-    matrix; the paper ranks each output's row, but the rows of a core are no neurons.
+    The probability of keeping an entry rises linearly with its magnitude rank from density - spread * margin to
+    density + spread * margin, where margin = min(density, 1 - density); the paper's epsilon is 2 * spread * margin.
+    Entries are ranked within the whole matrix. The paper ranks them within each output row, but the rows of a core in
+    Core Space do not correspond to neurons.
+
+    Args:
+        stack: Matrices (n, p, q).
+        weights: Weights (n,).
+        density: Mean probability of keeping an entry.
+        spread: From 0 (the same probability for all entries) to below 1.
+        disjoint: How entries that agree in sign are merged, as in `ties`.
+        generator: Source of random numbers.
+
+    Returns:
+        Merged matrix (p, q).
     """
-    room = spread * min(density, 1 - density)
-    keep = density + room * (2 * rank_by_magnitude(stack) - 1)
-    return elect_signs(apply_weights(drop_entries(stack, keep, generator), weights), disjoint)
+    margin = spread * min(density, 1 - density)
+    keep = density + margin * (2 * _rank_by_magnitude(stack) - 1)
+    return _elect_signs(_apply_weights(_drop_entries(stack, keep, generator), weights), disjoint)
 
 
-def rank_by_magnitude(stack: Tensor) -> Tensor:
-    """Where each entry stands among its matrix's, by magnitude: evenly from 0, the smallest, to 1, the largest."""
+def _rank_by_magnitude(stack: Tensor) -> Tensor:
+    """Return the magnitude rank of each entry within its matrix, linearly from 0 (smallest) to 1 (largest)."""
     ranks = stack.abs().flatten(1).argsort(dim=1).argsort(dim=1).to(stack.dtype)
     return (ranks / max(1, ranks.shape[1] - 1)).reshape(stack.shape)
 
 
-def drop_entries(stack: Tensor, keep: Tensor, generator: Generator) -> Tensor:
-    """Each entry kept with its own probability and divided by it, else 0."""
+def _drop_entries(stack: Tensor, keep: Tensor, generator: Generator) -> Tensor:
+    """Keep each entry with its own probability, divided by that probability; set the others to 0."""
     draws = torch.rand(stack.shape, generator=generator, dtype=torch.float64)
     return torch.where(draws < keep, stack / keep, 0)
 
 
 def median(stack: Tensor, weights: Tensor) -> Tensor:
-    """The geometric median of the weighted matrices: the least sum of Frobenius distances to them [Weiszfeld 1937].
+    """Return the geometric median of the weighted matrices, which minimizes the sum of Frobenius distances to them.
 
-    One that is far from all others hardly moves it. As strong as one matrix, not as their sum; of two it is the mean.
+    An outlier hardly moves it. It has the strength of a single matrix, not of the sum; of two matrices it is the mean.
+
+    Args:
+        stack: Matrices (n, p, q).
+        weights: Weights (n,).
+
+    Returns:
+        Merged matrix (p, q).
     """
-    points = apply_weights(stack, weights)
-    return apply_weights(points, median_shares(points.flatten(1))).sum(0)
+    points = _apply_weights(stack, weights)
+    return _apply_weights(points, median_shares(points.flatten(1))).sum(0)
 
 
 def slerp(stack: Tensor, weights: Tensor) -> Tensor:
-    """Spherical interpolation of two matrices: along the arc between their directions, to the share of the second.
+    """Interpolate spherically between two matrices.
 
-    The share is w2 / (w1 + w2). Norm convention: the result has the norm w1 |x1| + w2 |x2|, what the weighted sum would
-    have if both pointed the same way, so that one matrix with itself gives the sum, and weights 1 - t and t the usual
-    slerp with the norm interpolated linearly. Nearly parallel or opposite ones, or a zero, give the weighted sum.
+    The interpolation parameter is t = |w2| / (|w1| + |w2|) and the norm of the result |w1| |x1| + |w2| |x2|, which the
+    weighted sum would have if both pointed the same way. A matrix merged with itself thus gives the weighted sum, and
+    weights 1 - t and t give the usual SLERP with a linearly interpolated norm. If the matrices are nearly parallel or
+    opposite, or one is 0, the result is the weighted sum.
+
+    Args:
+        stack: Matrices (2, p, q).
+        weights: Weights (2,).
+
+    Returns:
+        Merged matrix (p, q).
     """
     first, second = weights.sign()[:, None, None] * stack
     lengths = stack.flatten(1).square().sum(1).sqrt()
     product = lengths.prod()
     cosine = (first * second).sum() / product if product > 0 else torch.ones_like(product)
-    if 1 - cosine.abs() < PARALLEL:
-        return apply_weights(stack, weights).sum(0)
+    if 1 - cosine.abs() < _PARALLEL_TOLERANCE:
+        return _apply_weights(stack, weights).sum(0)
     angle = cosine.arccos()
     sizes = weights.abs()
-    share = sizes[1] / sizes.sum()
-    parts = ((1 - share) * angle).sin() / lengths[0] * first + (share * angle).sin() / lengths[1] * second
-    return (sizes * lengths).sum() * parts / angle.sin()
+    t = sizes[1] / sizes.sum()
+    direction = ((1 - t) * angle).sin() / lengths[0] * first + (t * angle).sin() / lengths[1] * second
+    return (sizes * lengths).sum() * direction / angle.sin()

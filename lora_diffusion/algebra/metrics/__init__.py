@@ -1,1 +1,1 @@
-"""Measures of adapters: norms, spectra, similarity, overlap, rounding."""
+"""Measurements of adapters: norms, spectra, subspace similarity, overlap, amplification and quantization error."""

@@ -1,6 +1,7 @@
-"""How much two adapters will fight: where they write into the same directions, and whether they agree there.
+"""Overlap of two adapters: how far their deltas use the same directions, and whether they agree in them.
 
-All of it comes from the singular vectors and values, by products of rank x rank; no whole matrix is formed.
+A high overlap predicts that two adapters interfere when they are blended. Everything is computed from singular values
+and vectors with (rank x rank) products; no dense delta is formed.
 """
 
 from __future__ import annotations
@@ -16,51 +17,65 @@ from lora_diffusion.algebra.svd.svd import Spectrum, spectrum_norm
 
 @dataclass(frozen=True, kw_only=True)
 class Overlap:
-    """Sums over modules, in squared Frobenius norms: the overlap of blocks, and of whole adapters, is their sum."""
+    """Overlap of the deltas d1 and d2 of two adapters, at one module or summed over several.
+
+    The fields are inner products and squared Frobenius norms, so the overlap of a block, or of whole adapters, is the
+    sum over its modules; the properties are the ratios derived from them.
+    """
 
     inner: float = 0.0
-    """<d1, d2>, the inner product of the deltas."""
+    """Inner product <d1, d2>."""
     first_energy: float = 0.0
+    """||d1||^2."""
     second_energy: float = 0.0
+    """||d2||^2."""
     first_inside: float = 0.0
-    """||U2 U2^T d1 V2 V2^T||^2, what of the first delta lies in the second's output and input directions."""
+    """||U2 U2^T d1 V2 V2^T||^2: energy of d1 in the output and input directions of d2."""
     second_inside: float = 0.0
+    """||U1 U1^T d2 V1 V1^T||^2: energy of d2 in the output and input directions of d1."""
     first_chance: float = 0.0
-    """The same on average if the second's directions were random."""
+    """Expected `first_inside` if the directions of d2 were random."""
     second_chance: float = 0.0
+    """Expected `second_inside` if the directions of d1 were random."""
 
     @property
     def cosine(self) -> float:
-        """<d1, d2> / (|d1| |d2|): 1 the same change, 0 unrelated, -1 opposite; 0 if one of them is 0."""
+        """Cosine similarity <d1, d2> / (|d1| |d2|), from -1 (opposite) to 1 (same direction); 0 if a delta is 0."""
         norms = (self.first_energy * self.second_energy) ** 0.5
         return min(max(self.inner / norms, -1.0), 1.0) if norms else 0.0
 
     @property
     def first_share(self) -> float:
-        """Share of the first delta's energy in the second's directions."""
-        return ratio(self.first_inside, self.first_energy)
+        """Fraction of d1's energy in the directions of d2."""
+        return _fraction(self.first_inside, self.first_energy)
 
     @property
     def second_share(self) -> float:
-        return ratio(self.second_inside, self.second_energy)
+        """Fraction of d2's energy in the directions of d1."""
+        return _fraction(self.second_inside, self.second_energy)
 
     @property
     def shared_energy(self) -> float:
-        """Share of both adapters' energy in the other's directions, at equal strength: the mean of the two shares."""
+        """Mean of `first_share` and `second_share`."""
         return (self.first_share + self.second_share) / 2
 
     @property
     def chance(self) -> float:
         """Expected `shared_energy` of random directions."""
-        return (ratio(self.first_chance, self.first_energy) + ratio(self.second_chance, self.second_energy)) / 2
+        return (_fraction(self.first_chance, self.first_energy) + _fraction(self.second_chance, self.second_energy)) / 2
 
 
-def ratio(part: float, whole: float) -> float:
+def _fraction(part: float, whole: float) -> float:
     return min(part / whole, 1.0) if whole else 0.0
 
 
 def measure_overlap(first: Spectrum | None, second: Spectrum | None) -> Overlap:
-    """The overlap at one module; None for an adapter that does not change it."""
+    """Measure the overlap of two adapters at one module.
+
+    Args:
+        first: SVD of the first adapter's delta; None if the adapter does not change the module.
+        second: SVD of the second adapter's delta, likewise.
+    """
     if first is None or second is None:
         return Overlap(
             first_energy=spectrum_norm(first) ** 2 if first else 0.0,
@@ -70,32 +85,32 @@ def measure_overlap(first: Spectrum | None, second: Spectrum | None) -> Overlap:
     inputs = first.right.double() @ second.right.double().T
     values = first.values.double()[:, None] * second.values.double()
     first_energy, second_energy = spectrum_norm(first) ** 2, spectrum_norm(second) ** 2
-    one, two = leading_directions(first), leading_directions(second)
+    first_directions, second_directions = leading_directions(first), leading_directions(second)
     return Overlap(
         inner=float((values * outputs * inputs).sum()),
         first_energy=first_energy,
         second_energy=second_energy,
-        first_inside=energy_inside(first, two),
-        second_inside=energy_inside(second, one),
-        first_chance=first_energy * random_share(two),
-        second_chance=second_energy * random_share(one),
+        first_inside=_energy_inside(first, second_directions),
+        second_inside=_energy_inside(second, first_directions),
+        first_chance=first_energy * _random_share(second_directions),
+        second_chance=second_energy * _random_share(first_directions),
     )
 
 
-def energy_inside(spectrum: Spectrum, directions: Directions) -> float:
-    """||U^T delta V||_F^2 for a delta, and the directions U and V of another."""
+def _energy_inside(spectrum: Spectrum, directions: Directions) -> float:
+    """Return ||U^T delta V||_F^2 for a delta and the directions U and V of another delta."""
     left: Tensor = directions.output.T @ spectrum.left.double()
     right: Tensor = spectrum.right.double() @ directions.input
     return float(((left * spectrum.values.double()) @ right).square().sum())
 
 
-def random_share(directions: Directions) -> float:
-    """The share of a matrix's energy that random directions of these numbers hold on average."""
+def _random_share(directions: Directions) -> float:
+    """Return the expected fraction of a matrix's energy that this number of random directions holds."""
     count = directions.output.shape[1]
     return count**2 / (directions.output.shape[0] * directions.input.shape[0])
 
 
 def sum_overlaps(overlaps: Iterable[Overlap]) -> Overlap:
-    """The overlap of several modules together."""
+    """Sum the overlaps of several modules, field by field."""
     columns = zip(*(astuple(overlap) for overlap in overlaps), strict=True)
     return Overlap(**dict(zip(Overlap.__dataclass_fields__, map(sum, columns), strict=True)))

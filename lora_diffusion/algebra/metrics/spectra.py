@@ -1,4 +1,4 @@
-"""What the singular values of a delta say: how strong it is, and over how many directions it spreads."""
+"""Statistics of the singular values of deltas: norms, effective rank, stable rank and energy."""
 
 import math
 from collections.abc import Sequence
@@ -10,65 +10,69 @@ from torch import Tensor
 
 from lora_diffusion.algebra.svd.svd import Spectrum
 
-RELATIVE_ZERO = 1e-5
-"""Singular values below this part of the largest are the rounding of float32."""
-MOST_DIRECTIONS = 128
-"""Of a delta with more directions, such as a full difference, only so many are listed and compared."""
+_RELATIVE_ZERO = 1e-5
+"""Singular values below the largest times this are float32 rounding errors."""
+MAX_DIRECTIONS = 128
+"""Maximum number of singular values listed, and of singular vectors compared, for one delta."""
 
 
 def nonzero_values(spectrum: Spectrum) -> Tensor:
-    """The singular values that are no rounding, falling, float64 (rank,)."""
+    """Return the singular values above the float32 rounding error: float64 (rank,), in descending order."""
     values = spectrum.values.double()
-    return values[(values > 0) & (values >= RELATIVE_ZERO * values[0])]
+    return values[(values > 0) & (values >= _RELATIVE_ZERO * values[0])]
 
 
 def effective_rank(values: Tensor) -> float:
-    """exp of the entropy of the singular values as shares of their sum [Roy and Vetterli, EUSIPCO 2007].
+    """Return the exponential of the entropy of the normalized singular values [Roy and Vetterli, EUSIPCO 2007].
 
-    From 1 to the number of values, which equal ones give; 0 for none.
+    It lies between 1 and the number of values, which it reaches if all values are equal; 0 for no values.
     """
     shares = values.double() / values.double().sum()
     return math.exp(-float(torch.xlogy(shares, shares).sum())) if values.numel() else 0.0
 
 
 def stable_rank(values: Tensor) -> float:
-    """Squared Frobenius norm over squared spectral norm; 0 for none."""
+    """Return the squared Frobenius norm over the squared spectral norm; 0 for no values."""
     return float((values.double() / values[0].double()).square().sum()) if values.numel() else 0.0
 
 
 def energy_shares(values: Tensor) -> Tensor:
-    """Share of the squared Frobenius norm that the first 1, 2, ... directions hold, float64 (rank,)."""
+    """Return the fraction of the squared Frobenius norm in the first 1, 2, ... directions, float64 (rank,)."""
     energy = values.double().square().cumsum(0)
     return energy / energy[-1:]
 
 
 def rank_holding(values: Tensor, share: float) -> int:
-    """The fewest directions that hold a share of the energy."""
+    """Return the smallest number of directions that hold a fraction of the squared Frobenius norm."""
     return min(int((energy_shares(values) < share).sum()) + 1, values.numel())
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpectrumStats:
-    """One module's delta in numbers."""
+    """Statistics of one module's delta."""
 
     rank: int
-    """Singular values that are no rounding."""
+    """Number of singular values above the float32 rounding error."""
     norm: float
-    """Frobenius."""
+    """Frobenius norm."""
     spectral_norm: float
+    """Largest singular value."""
     effective_rank: float
+    """Exponential of the entropy of the singular values, see `effective_rank`."""
     stable_rank: float
+    """Squared Frobenius norm over squared spectral norm."""
     rank_90: int
-    """Directions that hold 90 % of the energy."""
+    """Number of directions that hold 90 % of the squared Frobenius norm."""
     rank_99: int
+    """Number of directions that hold 99 % of the squared Frobenius norm."""
     values: tuple[float, ...]
-    """Singular values, falling; the first 128."""
+    """Singular values in descending order, at most the first 128."""
     energy: tuple[float, ...]
-    """Share of the energy in the first 1, 2, ... directions."""
+    """Fraction of the squared Frobenius norm in the first 1, 2, ... directions, at most 128 values."""
 
 
 def measure_spectrum(spectrum: Spectrum) -> SpectrumStats:
-    """The numbers of a delta; all 0 and empty if it is 0."""
+    """Compute the statistics of a delta; for a delta of zeros all numbers are 0 and the tuples are empty."""
     values = nonzero_values(spectrum)
     return SpectrumStats(
         rank=values.numel(),
@@ -78,35 +82,43 @@ def measure_spectrum(spectrum: Spectrum) -> SpectrumStats:
         stable_rank=stable_rank(values),
         rank_90=rank_holding(values, 0.9),
         rank_99=rank_holding(values, 0.99),
-        values=to_list(values[:MOST_DIRECTIONS]),
-        energy=to_list(energy_shares(values)[:MOST_DIRECTIONS]),
+        values=_to_floats(values[:MAX_DIRECTIONS]),
+        energy=_to_floats(energy_shares(values)[:MAX_DIRECTIONS]),
     )
 
 
-def to_list(values: Tensor) -> tuple[float, ...]:
+def _to_floats(values: Tensor) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockStats:
-    """Several modules in numbers: medians over them, but for `norm` and `largest_norm`."""
+    """Statistics of several modules, such as a UNet block: medians, except for `norm` and `largest_norm`."""
 
     modules: int
+    """Number of modules."""
     norm: float
-    """Frobenius norm of all their deltas together."""
+    """Frobenius norm of all deltas together."""
     median_norm: float
+    """Median of the Frobenius norms."""
     largest_norm: float
+    """Largest of the Frobenius norms."""
     rank: float
+    """Median rank."""
     effective_rank: float
+    """Median effective rank."""
     stable_rank: float
+    """Median stable rank."""
     rank_90: float
+    """Median number of directions that hold 90 % of the squared Frobenius norm."""
     rank_99: float
+    """Median number of directions that hold 99 % of the squared Frobenius norm."""
     values: tuple[float, ...]
-    """The k-th singular value; a module of lower rank counts as 0."""
+    """Median of the k-th singular value for k = 1, 2, ...; modules of lower rank count as 0."""
 
 
 def summarize_block(modules: Sequence[SpectrumStats]) -> BlockStats:
-    """Medians and norms of at least one module."""
+    """Summarize the statistics of one or more modules."""
     norms = [module.norm for module in modules]
     longest = max(len(module.values) for module in modules)
     columns = ([module.values[k] if k < len(module.values) else 0.0 for module in modules] for k in range(longest))

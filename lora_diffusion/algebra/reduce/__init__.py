@@ -1,1 +1,1 @@
-"""Adapters made smaller, and adapters out of differences of weights."""
+"""Make adapters smaller or sparser, and extract adapters from checkpoints."""

@@ -1,68 +1,90 @@
-"""LoRA layers out of whole weights: the closest of a rank to a difference of two, or to a weight itself.
+"""Extract LoRA layers from dense weights: low-rank approximations of a difference of two weights, or of one weight.
 
-Every difference that is not exactly zero gives a layer, however small it is, and no value is clamped.
+Every difference that is not exactly 0 gives a layer, however small it is, and no values are clamped.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_diffusion.adapters.layers import LoRALayer
+from lora_diffusion.algebra.metrics.norms import frobenius_norm
 from lora_diffusion.algebra.reduce.resize import CompressionReport, ModuleLoss
 from lora_diffusion.algebra.svd.randomized_svd import Sketch, randomized_spectrum, smaller_side
 from lora_diffusion.algebra.svd.rank_selection import RankRule, select_rank
 from lora_diffusion.algebra.svd.svd import Spectrum, dense_spectrum, truncate_spectrum
 from lora_diffusion.errors import BaseModelError, ConfigError
 
-LINALG: Any = torch.linalg  # whose own stub says nothing of its types
-
 
 @dataclass(frozen=True, kw_only=True)
 class Approximation:
-    """How a whole weight becomes a layer. Raises ConfigError for a sketch without a fixed rank."""
+    """Settings of the low-rank approximation of dense weights.
+
+    Raises:
+        ConfigError: If a randomized SVD is requested without a fixed rank.
+    """
 
     rule: RankRule
+    """Chooses the rank of each layer."""
     sketch: Sketch | None = None
-    """Find the values at random where that pays; without it every SVD is the whole one."""
+    """Settings of the randomized SVD, used where it is faster than the exact one; None for exact SVDs only."""
     dtype: torch.dtype = torch.float32
-    """Type of the factors."""
+    """Dtype of the factors."""
 
     def __post_init__(self) -> None:
         if self.sketch and self.rule.rank is None:
-            raise ConfigError(f"the randomized method needs a fixed rank, not {self.rule}; give a rank, or use `exact`")
+            raise ConfigError(
+                f"the randomized SVD needs a fixed rank, not {self.rule}; set a rank, or use the exact SVD"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Extraction:
-    """Layers by module path, what each of them misses, and where there was nothing."""
+    """Extracted layers with their approximation errors."""
 
     layers: Mapping[str, LoRALayer]
+    """Layers by module path."""
     report: CompressionReport
+    """Approximation error of each layer, including rounding to the dtype of the factors."""
     equal: tuple[str, ...]
-    """Modules whose difference is exactly zero, which have no layer."""
+    """Paths of the modules whose difference is exactly 0, which have no layer."""
 
 
-def extract_layers(pairs: Iterable[tuple[str, Tensor, Tensor]], how: Approximation) -> Extraction:
-    """Layers for modules as (path, base's weight, tuned weight), both (out, in[, kh, kw]), in any floating type.
+def extract_layers(pairs: Iterable[tuple[str, Tensor, Tensor]], config: Approximation) -> Extraction:
+    """Approximate the differences between tuned and base weights by LoRA layers.
 
-    A 1x1 kernel may be left out of one of the two; layers have the base's shape. Raises as `approximate_layers` does.
+    Args:
+        pairs: Tuples of module path, base weight and tuned weight, (out, in[, kh, kw]), of any floating-point dtype.
+            One of the two weights may lack the dimensions of a 1x1 kernel; the layer has the shape of the base weight.
+        config: Settings of the approximation.
+
+    Raises:
+        BaseModelError: If a difference contains NaN or infinity.
+        ConfigError: If a factor exceeds the range of its dtype.
     """
-    return approximate_layers(((path, subtract_weights(base, tuned)) for path, base, tuned in pairs), how)
+    return approximate_layers(((path, subtract_weights(base, tuned)) for path, base, tuned in pairs), config)
 
 
 def subtract_weights(base: Tensor, tuned: Tensor) -> Tensor:
-    """What was added to a weight, float32, which a subtraction rounds but once."""
+    """Return tuned - base in float32, with the shape of the base weight."""
     return tuned.float().reshape(base.shape) - base.float()
 
 
-def approximate_layers(weights: Iterable[tuple[str, Tensor]], how: Approximation) -> Extraction:
-    """The closest layers to whole matrices, (out, in[, kh, kw]) by module path; takes them one at a time.
+def approximate_layers(weights: Iterable[tuple[str, Tensor]], config: Approximation) -> Extraction:
+    """Approximate dense matrices by LoRA layers, one at a time.
 
-    The loss of each is the norm of weight minus layer as it is stored, rounding included. Raises BaseModelError for NaN
-    or infinity, ConfigError for factors beyond the range of their type.
+    Args:
+        weights: Pairs of module path and float32 matrix or kernel, (out, in[, kh, kw]).
+        config: Settings of the approximation.
+
+    Returns:
+        The layers. Their reported errors are measured on the factors as stored, so they include rounding.
+
+    Raises:
+        BaseModelError: If a matrix contains NaN or infinity.
+        ConfigError: If a factor exceeds the range of its dtype.
     """
     layers: dict[str, LoRALayer] = {}
     losses: dict[str, ModuleLoss] = {}
@@ -71,7 +93,7 @@ def approximate_layers(weights: Iterable[tuple[str, Tensor]], how: Approximation
         if not weight.any():
             equal.append(path)
             continue
-        layer = closest_layer(path, weight, how)
+        layer = _closest_layer(path, weight, config)
         layers[path] = layer
         losses[path] = ModuleLoss(
             rank_before=smaller_side(tuple(weight.shape)),
@@ -83,31 +105,29 @@ def approximate_layers(weights: Iterable[tuple[str, Tensor]], how: Approximation
 
 
 def check_finite_weights(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The same tensors. Raises BaseModelError for NaN or infinity."""
+    """Yield the weights unchanged.
+
+    Raises:
+        BaseModelError: If a weight contains NaN or infinity.
+    """
     for path, weight in weights:
         if not weight.isfinite().all():
-            raise BaseModelError(f"{path}: holds NaN or infinity; the checkpoint is broken, use another")
+            raise BaseModelError(f"{path}: contains NaN or infinity; the checkpoint is damaged, use another one")
         yield path, weight
 
 
-def closest_layer(path: str, weight: Tensor, how: Approximation) -> LoRALayer:
-    """One layer, in its type."""
-    spectrum = compute_spectrum(weight, how)
-    exact = truncate_spectrum(spectrum, select_rank(how.rule, spectrum.values))
-    layer = exact.with_factors({name: factor.to(how.dtype) for name, factor in exact.factors.items()})
+def _closest_layer(path: str, weight: Tensor, config: Approximation) -> LoRALayer:
+    spectrum = _compute_spectrum(weight, config)
+    exact = truncate_spectrum(spectrum, select_rank(config.rule, spectrum.values))
+    layer = exact.with_factors({name: factor.to(config.dtype) for name, factor in exact.factors.items()})
     if not all(factor.isfinite().all() for factor in layer.factors.values()):
-        raise ConfigError(f"{path}: a factor is beyond the range of {how.dtype}; choose bfloat16 or float32")
+        raise ConfigError(f"{path}: a LoRA factor is beyond the range of {config.dtype}; choose bfloat16 or float32")
     return layer
 
 
-def compute_spectrum(weight: Tensor, how: Approximation) -> Spectrum:
-    """The whole spectrum, or its beginning if it may be sketched and that pays."""
-    rank = how.rule.rank
-    if how.sketch and rank is not None and how.sketch.is_worthwhile(tuple(weight.shape), rank):
-        return randomized_spectrum(weight, rank, how.sketch)
+def _compute_spectrum(weight: Tensor, config: Approximation) -> Spectrum:
+    """Compute the SVD: its leading part by the randomized method where that is allowed and faster, else all of it."""
+    rank = config.rule.rank
+    if config.sketch and rank is not None and config.sketch.is_worthwhile(tuple(weight.shape), rank):
+        return randomized_spectrum(weight, rank, config.sketch)
     return dense_spectrum(weight)
-
-
-def frobenius_norm(tensor: Tensor) -> float:
-    """Frobenius, summed in float64."""
-    return float(LINALG.vector_norm(tensor, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""Adapters with their smallest numbers set to zero: those of the factors, or those of the deltas."""
+"""Prune an adapter: set the least important entries of its factors, or of its deltas, to zero."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -16,62 +16,77 @@ from lora_diffusion.algebra.metrics.quantization_error import delta_difference_n
 from lora_diffusion.errors import ConfigError
 
 Scope: TypeAlias = Literal["module", "adapter"]
-"""Where the share is counted: in every module by itself, or over the whole adapter at once.
+"""Whether entries compete within their own module or within the whole adapter.
 
-By `module` every module keeps the same share, so that none is emptied; that is the default, because a small delta is
-not an idle one: norms of different modules say little of what they do to a picture. By `adapter` the error over all
-deltas together is smaller for the same share, at the cost of the modules with small deltas.
+With `module`, the default, every module keeps the same fraction of entries, so none is emptied: a small delta is not an
+unimportant one, because the norms of different modules say little about their effect on an image. With `adapter`, the
+error over all deltas together is smaller for the same fraction, at the cost of modules with small deltas.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sparsity:
-    """How many numbers of the layers are not zero, and what was lost at each module."""
+    """Sparsity and error of a pruned adapter."""
 
     nonzeros: int
+    """Number of nonzero entries of all factors."""
     entries: int
+    """Number of entries of all factors."""
     norms: Mapping[str, float]
-    """Frobenius norm of the unpruned delta, by module path."""
+    """Frobenius norm of the delta before pruning, by module path."""
     lost: Mapping[str, float]
-    """Frobenius norm of what is missing from it."""
+    """Frobenius norm of the difference of the deltas before and after pruning, by module path."""
 
     @property
     def share(self) -> float:
+        """Fraction of entries that are not zero."""
         return self.nonzeros / self.entries
 
     @property
     def error(self) -> float:
-        """Norm of all that is lost over the norm of all deltas."""
+        """Relative error: Frobenius norm of all differences over that of all deltas."""
         return self.error_over(self.norms)
 
     def error_over(self, paths: Iterable[str]) -> float:
-        """The same over some of the modules; 0 where there is no delta to lose."""
+        """Return the relative error over some of the modules, at least one; 0 if their deltas are 0."""
         pairs = [(self.lost[path], self.norms[path]) for path in paths]
-        lost, total = (math.hypot(*values) for values in zip(*pairs, strict=True))
-        return lost / total if total else 0.0
+        lost, norm = (math.hypot(*values) for values in zip(*pairs, strict=True))
+        return lost / norm if norm else 0.0
 
 
 def prune_factors(adapter: Adapter, keep: float, scope: Scope = "module") -> Adapter:
-    """The same LoRA, of the same shapes, types and alphas, with a share `keep` of the entries of up and down left.
+    """Set the least important entries of `up` and `down` to zero.
 
-    An entry counts by what setting it alone to zero takes from the delta, in the Frobenius norm: its size times the
-    norm of the row of down (for an entry of up) or column of up (for one of down) that it is multiplied with. So the
-    threshold means the same on both sides, however a trainer spread the size over the two. Exactly
-    round(keep * entries) are kept; entries that are zero already count as kept only after all others. Biases and
-    learned words stay. A safetensors file takes no fewer bytes for zeros; an archive of it does. Raises ConfigError
-    for a share outside (0, 1] and for layers other than plain LoRA.
+    The importance of an entry is the Frobenius norm of the change of the delta if only this entry is set to zero: its
+    magnitude times the norm of the row of `down` (for an entry of `up`) or column of `up` (for an entry of `down`) that
+    it is multiplied by. The threshold thus means the same in both factors, however their scales are balanced.
+
+    Exactly round(keep * entries) entries are kept; entries that are already zero have the lowest importance. A
+    safetensors file does not become smaller, but it compresses better.
+
+    Args:
+        adapter: Adapter of plain LoRA layers.
+        keep: Fraction of entries to keep, above 0 and at most 1.
+        scope: Whether entries compete within their module or within the adapter.
+
+    Returns:
+        An adapter with the same shapes, dtypes, alphas, biases and textual inversion tokens.
+
+    Raises:
+        ConfigError: If `keep` is out of range or a layer is not plain LoRA.
     """
     scores: dict[str, list[Tensor]] = {}
     for path, layer in adapter.layers.items():
         if not isinstance(layer, LoRALayer) or not is_joinable(layer):
             raise ConfigError(
-                f"{path}: is {describe_kind(layer)}, which has no pair of factors to prune; prune the delta"
+                f"{path}: is {_describe_kind(layer)}; only the factors of plain LoRA can be pruned, prune the delta "
+                "instead"
             )
-        scores[path] = score_factors(layer)
-    masks = select_highest(scores, keep, scope)
+        scores[path] = _score_factors(layer)
+    masks = _select_highest(scores, keep, scope)
     layers = {
         path: layer.with_factors(
-            {"up": apply_mask(layer.factors["up"], up), "down": apply_mask(layer.factors["down"], down)}
+            {"up": _apply_mask(layer.factors["up"], up), "down": _apply_mask(layer.factors["down"], down)}
         )
         for path, layer in adapter.layers.items()
         for up, down in (masks[path],)
@@ -80,24 +95,41 @@ def prune_factors(adapter: Adapter, keep: float, scope: Scope = "module") -> Ada
 
 
 def prune_deltas(adapter: Adapter, keep: float, scope: Scope = "module") -> Adapter:
-    """Every layer as a full difference, float32, with a share `keep` of the entries of the deltas left: the largest.
+    """Set the smallest entries of each delta to zero and return the deltas as full differences in float32.
 
-    Any kind but DoRA, whose delta depends on the base. A pruned delta is no longer low-rank and a full layer is stored
-    dense, zeros included: it takes out * in numbers, tens of times those of the factors, whatever `keep` is. It is for
-    what works on whole deltas (trimming before a merge, study), not for smaller files. Biases and learned words stay.
-    Raises ConfigError for a share outside (0, 1] and for DoRA.
+    Works for all kinds of layers except DoRA, whose delta depends on the base. A pruned delta is no longer low-rank,
+    and full layers are stored densely: whatever `keep` is, the file has out * in numbers per module, tens of times as
+    many as the factors. Use it to work on dense deltas, for example to trim before a merge, not to make files smaller.
+
+    Args:
+        adapter: Adapter without DoRA layers.
+        keep: Fraction of entries to keep, above 0 and at most 1; the largest magnitudes are kept.
+        scope: Whether entries compete within their module or within the adapter.
+
+    Returns:
+        An adapter of full layers with the same biases and textual inversion tokens.
+
+    Raises:
+        ConfigError: If `keep` is out of range or a layer is DoRA.
     """
     for path, layer in adapter.layers.items():
         if layer.kind == "DoRA":
-            raise ConfigError(f"{path}: is DoRA, whose delta depends on the base; merge it and extract a LoRA first")
+            raise ConfigError(
+                f"{path}: is DoRA, whose delta depends on the base weight; merge it and extract a LoRA first"
+            )
     deltas = {path: layer.delta() for path, layer in adapter.layers.items()}
-    masks = select_highest({path: [delta.abs()] for path, delta in deltas.items()}, keep, scope)
-    layers = {path: FullLayer(diff=apply_mask(delta, masks[path][0])) for path, delta in deltas.items()}
+    masks = _select_highest({path: [delta.abs()] for path, delta in deltas.items()}, keep, scope)
+    layers = {path: FullLayer(diff=_apply_mask(delta, masks[path][0])) for path, delta in deltas.items()}
     return replace(adapter, layers=layers)
 
 
 def measure_sparsity(before: Adapter, after: Adapter) -> Sparsity:
-    """What pruning, and rounding if the types differ, left of an adapter's layers."""
+    """Compare an adapter before and after pruning.
+
+    Args:
+        before: The original adapter.
+        after: The pruned adapter; if it was cast to another dtype, the errors include rounding.
+    """
     factors = [factor for layer in after.layers.values() for factor in layer.factors.values()]
     return Sparsity(
         nonzeros=sum(int(factor.count_nonzero()) for factor in factors),
@@ -107,32 +139,32 @@ def measure_sparsity(before: Adapter, after: Adapter) -> Sparsity:
     )
 
 
-def score_factors(layer: LoRALayer) -> list[Tensor]:
-    """What each entry of up and of down is worth to the delta, in their shapes, float32."""
+def _score_factors(layer: LoRALayer) -> list[Tensor]:
+    """Return the importance of each entry of `up` and `down`, in their shapes, float32."""
     up, down = layer.up.float(), layer.down.float()
-    columns, rows = up.flatten(1).square().sum(0).sqrt(), down.flatten(1).square().sum(1).sqrt()
-    size = abs(layer.scale)
+    column_norms, row_norms = up.flatten(1).square().sum(0).sqrt(), down.flatten(1).square().sum(1).sqrt()
+    scale = abs(layer.scale)
     return [
-        size * up.abs() * rows.reshape(1, -1, *[1] * (up.ndim - 2)),
-        size * down.abs() * columns.reshape(-1, *[1] * (down.ndim - 1)),
+        scale * up.abs() * row_norms.reshape(1, -1, *[1] * (up.ndim - 2)),
+        scale * down.abs() * column_norms.reshape(-1, *[1] * (down.ndim - 1)),
     ]
 
 
-def select_highest(scores: Mapping[str, list[Tensor]], keep: float, scope: Scope) -> dict[str, list[Tensor]]:
-    """Masks of the entries with the highest scores, a share of those of each module or of all.
+def _select_highest(scores: Mapping[str, list[Tensor]], keep: float, scope: Scope) -> dict[str, list[Tensor]]:
+    """Return masks of the highest-scoring fraction `keep` of the entries of each module, or of the whole adapter.
 
-    Raises ConfigError for a share outside (0, 1].
+    Raises ConfigError if `keep` is out of range.
     """
     if not 0 < keep <= 1:
-        raise ConfigError(f"keep {keep:g}: expected a share of the entries above 0 and at most 1")
+        raise ConfigError(f"keep is {keep:g}; expected a fraction of the entries above 0 and at most 1")
     if scope == "module":
-        return {path: highest_masks(parts, keep) for path, parts in scores.items()}
-    masks = iter(highest_masks([part for parts in scores.values() for part in parts], keep))
+        return {path: _highest_masks(parts, keep) for path, parts in scores.items()}
+    masks = iter(_highest_masks([part for parts in scores.values() for part in parts], keep))
     return {path: [next(masks) for _ in parts] for path, parts in scores.items()}
 
 
-def highest_masks(parts: list[Tensor], keep: float) -> list[Tensor]:
-    """A mask for each part; together they have round(keep * entries) places."""
+def _highest_masks(parts: list[Tensor], keep: float) -> list[Tensor]:
+    """Return a mask for each tensor of scores; together they select round(keep * entries) entries."""
     flat = torch.cat([part.flatten() for part in parts])
     mask = torch.zeros_like(flat, dtype=torch.bool)
     mask[flat.topk(round(keep * flat.numel()), sorted=False).indices] = True
@@ -140,9 +172,9 @@ def highest_masks(parts: list[Tensor], keep: float) -> list[Tensor]:
     return [piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True)]
 
 
-def apply_mask(tensor: Tensor, mask: Tensor) -> Tensor:
+def _apply_mask(tensor: Tensor, mask: Tensor) -> Tensor:
     return tensor.where(mask, torch.zeros_like(tensor))
 
 
-def describe_kind(layer: Layer) -> str:
+def _describe_kind(layer: Layer) -> str:
     return "LoRA with a Tucker core" if isinstance(layer, LoRALayer) else f"a {layer.kind} layer"

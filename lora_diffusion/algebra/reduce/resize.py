@@ -1,4 +1,4 @@
-"""A blend as one adapter of small rank: the closest at every module, with what was lost."""
+"""Compress a blend into one LoRA adapter of lower rank, and report the approximation error."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,60 +17,70 @@ from lora_diffusion.algebra.svd.rank_selection import RankRule, select_rank
 from lora_diffusion.algebra.svd.svd import lost_norm, spectrum_norm, spectrum_of, truncate_spectrum
 from lora_diffusion.errors import ConfigError
 
-LINALG: Any = torch.linalg  # whose own stub does not export its error
+_LINALG: Any = torch.linalg  # PyTorch's stub does not export LinAlgError
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleLoss:
-    """What compression took from one module."""
+    """Approximation error of one module."""
 
     rank_before: int
-    """Sum of the LoRA layers' ranks, or the smaller side of the weight where another kind has no such rank."""
+    """Sum of the ranks of the LoRA layers; min(out, in * kh * kw) if a layer of another kind is among them."""
     rank_after: int
+    """Rank of the approximation."""
     norm: float
     """Frobenius norm of the delta before."""
     lost: float
-    """Frobenius norm of the delta before minus that after."""
+    """Frobenius norm of the difference of the deltas before and after."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """What compression took from several modules together."""
+    """Approximation error of several modules together."""
 
     modules: int
+    """Number of modules."""
     ranks_before: tuple[int, int]
-    """Lowest and highest."""
+    """Lowest and highest rank before."""
     ranks_after: tuple[int, int]
+    """Lowest and highest rank after."""
     norm: float
-    """Root of the summed squares of the modules' norms."""
+    """Frobenius norm of all deltas before."""
     lost: float
+    """Frobenius norm of all differences of the deltas before and after."""
 
     @property
     def relative(self) -> float:
-        """The error: norm of what was lost over the norm of the delta."""
+        """Relative error: `lost` / `norm`, or 0 if `norm` is 0."""
         return self.lost / self.norm if self.norm else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompressionReport:
-    """What compression took, module by module. Norms and biases, which are kept exactly, are not in it."""
+    """Approximation error by module path, without biases and norm weights, which are not approximated."""
 
     modules: Mapping[str, ModuleLoss]
+    """Errors by module path."""
 
     @property
     def total(self) -> Loss:
-        return sum_losses(tuple(self.modules.values()))
+        """Error of all modules together."""
+        return _sum_losses(tuple(self.modules.values()))
 
     def by_group(self, group: Callable[[str], str]) -> dict[str, Loss]:
-        """The same by groups of module paths, such as blocks."""
+        """Aggregate the errors by groups of modules, such as UNet blocks.
+
+        Args:
+            group: Maps a module path to the name of its group.
+        """
         groups: dict[str, list[ModuleLoss]] = {}
         for path, loss in self.modules.items():
             groups.setdefault(group(path), []).append(loss)
-        return {name: sum_losses(losses) for name, losses in groups.items()}
+        return {name: _sum_losses(losses) for name, losses in groups.items()}
 
 
-def sum_losses(losses: Sequence[ModuleLoss]) -> Loss:
-    """Several modules as one; their deltas are parts of one long vector, so that squared norms add up."""
+def _sum_losses(losses: Sequence[ModuleLoss]) -> Loss:
+    """Aggregate the errors of several modules; squared norms add up."""
     before, after = [loss.rank_before for loss in losses] or [0], [loss.rank_after for loss in losses] or [0]
     return Loss(
         modules=len(losses),
@@ -82,10 +92,21 @@ def sum_losses(losses: Sequence[ModuleLoss]) -> Loss:
 
 
 def compress(total: BlendSum, rule: RankRule, metadata: AdapterMetadata) -> tuple[Adapter, CompressionReport]:
-    """The LoRA adapter whose delta at every module is the closest to the blend's among those of the rule's rank.
+    """Approximate a blend by a LoRA adapter that is the closest one, at every module, of the rank that a rule chooses.
 
-    Layers of every kind go through their sum; differences of one dimension, as norms have, and biases are summed as
-    they are. Raises ConfigError for DoRA, which is no sum without its base, and for sums beyond the range of float32.
+    Layers of all kinds are approximated through their summed delta. One-dimensional differences, such as those of norm
+    weights, and biases are summed exactly.
+
+    Args:
+        total: Weighted layers by module path, as `joint_sum` returns them.
+        rule: Chooses the rank of each module.
+        metadata: Metadata of the new adapter.
+
+    Returns:
+        The adapter and its approximation error.
+
+    Raises:
+        ConfigError: If a layer is DoRA, whose delta depends on the base, or a sum exceeds the range of float32.
     """
     layers: dict[str, Layer] = {}
     losses: dict[str, ModuleLoss] = {}
@@ -93,19 +114,20 @@ def compress(total: BlendSum, rule: RankRule, metadata: AdapterMetadata) -> tupl
         if len(common_weight_shape(terms)) == 1:
             layers[path] = sum_full_layers(terms)
         else:
-            layers[path], losses[path] = compress_layer(path, terms, rule)
+            layers[path], losses[path] = _compress_layer(path, terms, rule)
     adapter = Adapter(layers=layers, biases=sum_biases(total), metadata=metadata)
     return adapter, CompressionReport(modules=losses)
 
 
-def compress_layer(path: str, terms: Sequence[Term], rule: RankRule) -> tuple[Layer, ModuleLoss]:
-    """One module's layer, and what it lost."""
+def _compress_layer(path: str, terms: Sequence[Term], rule: RankRule) -> tuple[Layer, ModuleLoss]:
     if any(layer.kind == "DoRA" for _, layer in terms):
-        raise ConfigError(f"{path}: the delta of a DoRA layer depends on the base's weight; name the base with --base")
+        raise ConfigError(
+            f"{path}: the delta of a DoRA layer depends on the base weight; pass the base model with --base"
+        )
     try:
         spectrum = spectrum_of(terms)
-    except LINALG.LinAlgError:
-        raise ConfigError(f"{path}: the sum of deltas is beyond the range of float32; lower the weights") from None
+    except _LINALG.LinAlgError:
+        raise ConfigError(f"{path}: the sum of the deltas is beyond the range of float32; lower the weights") from None
     spectrum = replace(spectrum, shape=common_weight_shape(terms))  # some terms may have their kernel flattened
     rank = select_rank(rule, spectrum.values)
     loss = ModuleLoss(

@@ -1,4 +1,4 @@
-"""An adapter cut to the first directions of each module, as they stand: what DyLoRA trains for [arXiv:2210.07558]."""
+"""Truncate an adapter to the first rank dimensions of each module, as DyLoRA trains them [arXiv:2210.07558]."""
 
 from dataclasses import replace
 
@@ -10,37 +10,49 @@ from lora_diffusion.errors import ConfigError
 
 
 def truncate_adapter(adapter: Adapter, count: int) -> tuple[Adapter, CompressionReport]:
-    """The adapter with at most `count` directions in each module, and what that took; no SVD, scales stay.
+    """Keep the first `count` rows of `down` and columns of `up` in each layer, without an SVD; scales stay the same.
 
-    Raises ConfigError for a count below 1 and for a layer that is no plain LoRA.
+    Args:
+        adapter: Adapter of plain LoRA layers; full differences, such as those of norms, are kept as they are.
+        count: Highest rank to keep.
+
+    Returns:
+        The truncated adapter and the loss of each LoRA module.
+
+    Raises:
+        ConfigError: If the count is below 1 or a layer is neither plain LoRA nor a full difference.
     """
     if count < 1:
-        raise ConfigError(f"first is {count}; expected a whole number of at least 1")
-    cut = {path: truncate_module(path, layer, count) for path, layer in adapter.layers.items()}
+        raise ConfigError(f"first is {count}; expected an integer of at least 1")
+    truncated = {path: _truncate_module(path, layer, count) for path, layer in adapter.layers.items()}
     metadata = adapter.metadata.model_copy(update={"least_rank": 0})
     losses = {
-        path: measure_module_loss(adapter.layers[path], layer)
-        for path, layer in cut.items()
+        path: _measure_module_loss(adapter.layers[path], layer)
+        for path, layer in truncated.items()
         if isinstance(layer, LoRALayer)
     }
-    return replace(adapter, layers=cut, metadata=metadata), CompressionReport(modules=losses)
+    return replace(adapter, layers=truncated, metadata=metadata), CompressionReport(modules=losses)
 
 
-def truncate_module(path: str, layer: Layer, count: int) -> Layer:
+def _truncate_module(path: str, layer: Layer, count: int) -> Layer:
     if layer.kind == "full":
         return layer
     if not isinstance(layer, LoRALayer) or layer.mid is not None:
-        raise ConfigError(f"{path}: is {layer.kind} with no first directions of its own; use --rank or --keep instead")
+        kind = "LoRA with a Tucker core" if isinstance(layer, LoRALayer) else layer.kind
+        raise ConfigError(
+            f"{path}: only plain LoRA can be truncated to its first rank dimensions, and this layer is {kind}; "
+            "use --rank or --keep instead"
+        )
     return truncate_layer(layer, count)
 
 
-def measure_module_loss(whole: Layer, cut: LoRALayer) -> ModuleLoss:
-    assert isinstance(whole, LoRALayer)
-    before = whole.delta()
-    lost = before - cut.delta()
+def _measure_module_loss(before: Layer, after: LoRALayer) -> ModuleLoss:
+    assert isinstance(before, LoRALayer)
+    delta = before.delta()
+    difference = delta - after.delta()
     return ModuleLoss(
-        rank_before=whole.rank,
-        rank_after=cut.rank,
-        norm=float(before.square().sum().sqrt()),
-        lost=float(lost.square().sum().sqrt()),
+        rank_before=before.rank,
+        rank_after=after.rank,
+        norm=float(delta.square().sum().sqrt()),
+        lost=float(difference.square().sum().sqrt()),
     )

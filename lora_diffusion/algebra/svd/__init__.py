@@ -1,1 +1,1 @@
-"""Singular value decompositions of low-rank products, and how a rank is chosen."""
+"""Exact and randomized singular value decompositions of deltas, and rules that choose a rank."""

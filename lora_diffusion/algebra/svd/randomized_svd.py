@@ -1,48 +1,84 @@
-"""The first singular values and vectors of a large matrix, from its products with a few random vectors."""
+"""Randomized SVD: the leading singular values and vectors of a large matrix [Halko et al., arXiv:0909.4061]."""
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from lora_diffusion.algebra.svd.svd import Spectrum, qr_factors, thin_svd
 
-WELL_BELOW = 4
-"""The sketch pays where it has at most a quarter of the smaller side's columns."""
+_MIN_SIZE_RATIO = 4
+"""The randomized SVD is faster than the exact one if the smaller side has at least this many times the columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sketch:
-    """How the range of a matrix is found at random; the same seed gives the same result."""
+    """Settings of the randomized SVD; the same seed gives the same result."""
 
     oversampling: int = 10
-    """Random vectors beyond the rank."""
+    """Number of random vectors beyond the rank."""
     power_iterations: int = 2
-    """How often the sketch goes through the matrix and back, which a slowly falling spectrum needs."""
+    """Number of subspace iterations. Spectra that decay slowly need more of them."""
     seed: int = 0
+    """Seed of the random vectors."""
 
     def is_worthwhile(self, shape: tuple[int, ...], rank: int) -> bool:
-        """Whether the rank is well below the smaller side of a weight, (out, in[, kh, kw])."""
-        return WELL_BELOW * (rank + self.oversampling) <= smaller_side(shape)
+        """Return whether the rank is so small that the randomized SVD is faster than the exact one.
+
+        Args:
+            shape: Shape of the weight, (out, in[, kh, kw]).
+            rank: Number of singular values to compute.
+        """
+        return _MIN_SIZE_RATIO * (rank + self.oversampling) <= smaller_side(shape)
 
 
 def smaller_side(shape: tuple[int, ...]) -> int:
-    """The highest rank that a weight can have, its kernel flattened into the inputs."""
+    """Return the highest rank that a weight of shape (out, in[, kh, kw]) can have: min(out, in * kh * kw)."""
     return min(shape[0], torch.Size(shape[1:]).numel())
 
 
-def randomized_spectrum(delta: Tensor, rank: int, sketch: Sketch) -> Spectrum:
-    """About the first rank + oversampling singular values and vectors of a whole matrix, (out, in[, kh, kw]).
+def randomized_svd(
+    matrix: Tensor, size: int, *, power_iterations: int, generator: Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Approximate the leading singular values and vectors of a matrix.
 
-    The randomized range finder with power iterations, orthonormal after every product [arXiv:0909.4061, algorithms 4.4
-    and 5.1]. A truncation of it loses sqrt(|delta|^2 - sum of the kept values squared), little more than the best does.
+    Uses the randomized range finder with power iterations, orthonormalized after every product [arXiv:0909.4061,
+    algorithms 4.4 and 5.1].
+
+    Args:
+        matrix: Floating-point matrix (out, in).
+        size: Number of random vectors and of singular values returned, at most min(out, in). Choose it larger than the
+            number of values needed, because the last ones are inaccurate.
+        power_iterations: Number of subspace iterations.
+        generator: CPU generator that the random vectors are drawn from.
+
+    Returns:
+        Left singular vectors (out, size), singular values (size,) in descending order, and right singular vectors
+        (size, in).
     """
-    matrix = delta.float().reshape(delta.shape[0], -1)
-    rng = torch.Generator(device="cpu").manual_seed(sketch.seed)
-    probes = torch.randn(matrix.shape[1], rank + sketch.oversampling, generator=rng).to(matrix.device)
+    probes = torch.randn(matrix.shape[1], size, generator=generator).to(matrix.device)
     basis, _ = qr_factors(matrix @ probes)
-    for _ in range(sketch.power_iterations):
+    for _ in range(power_iterations):
         rows, _ = qr_factors(matrix.T @ basis)
         basis, _ = qr_factors(matrix @ rows)
     left, values, right = thin_svd(basis.T @ matrix)
-    return Spectrum(left=basis @ left, values=values, right=right, shape=tuple(delta.shape))
+    return basis @ left, values, right
+
+
+def randomized_spectrum(delta: Tensor, rank: int, sketch: Sketch) -> Spectrum:
+    """Approximate the first `rank + oversampling` singular values and vectors of a dense delta.
+
+    Truncating the result to `rank` leaves an error of sqrt(|delta|^2 - sum of the squared values kept), only slightly
+    more than the optimum.
+
+    Args:
+        delta: Dense matrix or kernel (out, in[, kh, kw]); kernels are flattened into the inputs.
+        rank: Number of singular values that must be accurate.
+        sketch: Settings of the randomized SVD.
+    """
+    matrix = delta.float().reshape(delta.shape[0], -1)
+    generator = torch.Generator(device="cpu").manual_seed(sketch.seed)
+    left, values, right = randomized_svd(
+        matrix, rank + sketch.oversampling, power_iterations=sketch.power_iterations, generator=generator
+    )
+    return Spectrum(left=left, values=values, right=right, shape=tuple(delta.shape))

@@ -1,4 +1,4 @@
-"""How many singular values to keep: a rank, or the fewest that meet a goal."""
+"""Rules that choose how many singular values to keep: a fixed rank, or the smallest rank that meets a criterion."""
 
 import math
 from collections.abc import Callable
@@ -9,48 +9,49 @@ from torch import Tensor
 
 from lora_diffusion.errors import ConfigError
 
-ROUNDING = 1e-15
-"""How far below a goal still meets it: a few roundings of float64, so that 4 of the values 4 and 3 is 0.8 of 5."""
+_RELATIVE_TOLERANCE = 1e-15
+"""A criterion counts as met if it is missed by a few float64 roundings: 4 of the values (4, 3) is 0.8 of the norm 5."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankRule:
-    """Exactly one way to choose a rank, and a cap if wanted.
+    """A rule that chooses the rank of a layer: exactly one criterion, and optionally an upper limit.
 
-    Raises ConfigError for none or several ways, or a value out of range.
+    Raises:
+        ConfigError: If no criterion or several are set, or a value is out of range.
     """
 
     rank: int | None = None
-    """So many values."""
+    """Fixed rank."""
     keep: float | None = None
-    """The fewest whose squares come to this share of all squares: of the squared Frobenius norm."""
+    """The smallest rank that keeps this fraction of the squared Frobenius norm."""
     ratio: float | None = None
-    """Those of at least the largest value / ratio."""
+    """Keep the singular values of at least the largest one divided by this."""
     frobenius: float | None = None
-    """The fewest that hold this share of the Frobenius norm itself, not squared."""
+    """The smallest rank that keeps this fraction of the Frobenius norm, not squared."""
     cumulative: float | None = None
-    """The fewest that come to this share of the sum of all values."""
+    """The smallest rank that keeps this fraction of the sum of all singular values."""
     threshold: float | None = None
-    """Those of at least this, in units of the weights."""
+    """Keep the singular values of at least this, an absolute number in the scale of the weights."""
     quantile: float | None = None
-    """Those above this quantile of the module's own ones, 0.9 for the highest tenth."""
+    """Keep the singular values above this quantile of the module's values; 0.9 keeps the highest tenth."""
     at_most: int | None = None
-    """No more than this, whatever the rule says."""
+    """Upper limit of the rank, whatever the criterion gives."""
 
     def __post_init__(self) -> None:
         if len(self.criteria) != 1:
             given = " and ".join(self.criteria) or "none"
-            *others, last = WAYS
-            raise ConfigError(f"a rank is chosen by exactly one of {', '.join(others)} and {last}, not by {given}")
+            *others, last = CRITERIA
+            raise ConfigError(f"choose the rank by exactly one of {', '.join(others)} and {last}, not by {given}")
         for name in ("rank", "at_most"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"{format_criterion(name)} is {value}; expected a whole number of at least 1")
+                raise ConfigError(f"{_display_name(name)} is {value}; expected an integer of at least 1")
         for name in ("keep", "frobenius", "cumulative"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise ConfigError(
-                    f"{format_criterion(name)} is {value:g}; expected a share above 0 and up to 1, such as 0.99"
+                    f"{_display_name(name)} is {value:g}; expected a fraction above 0 and at most 1, such as 0.99"
                 )
         if self.ratio is not None and not 1 <= self.ratio < math.inf:
             raise ConfigError(f"ratio is {self.ratio:g}; expected a number of at least 1, such as 10")
@@ -61,52 +62,59 @@ class RankRule:
 
     @property
     def criteria(self) -> tuple[str, ...]:
-        """The names of the ways that are given."""
-        return tuple(name for name in WAYS if getattr(self, name) is not None)
+        """Names of the criteria that are set."""
+        return tuple(name for name in CRITERIA if getattr(self, name) is not None)
 
     def __str__(self) -> str:
-        """As people say it: `keep 0.99, at most 32`."""
-        (way,) = self.criteria
-        cap = "" if self.at_most is None else f", at most {self.at_most}"
-        return f"{way} {getattr(self, way):g}{cap}"
+        """Format the rule for people: `keep 0.99, at most 32`."""
+        (name,) = self.criteria
+        limit = "" if self.at_most is None else f", at most {self.at_most}"
+        return f"{name} {getattr(self, name):g}{limit}"
 
 
-WAYS = tuple(field.name for field in fields(RankRule) if field.name != "at_most")
-"""The names of the ways to choose a rank."""
+CRITERIA = tuple(field.name for field in fields(RankRule) if field.name != "at_most")
+"""Names of the criteria of a rank rule."""
 
 
 def select_rank(rule: RankRule, values: Tensor) -> int:
-    """How many of the singular values (k,), falling, the rule keeps: at least 1, and none that is numerically zero.
+    """Return how many singular values a rule keeps.
 
-    Those are the values up to the largest * epsilon * k. A rank above the number of the others gives that number.
+    Values up to largest * epsilon * k are numerically zero and never kept, so a fixed rank above the numerical rank
+    gives the numerical rank.
+
+    Args:
+        rule: The rank rule.
+        values: Singular values (k,) in descending order.
+
+    Returns:
+        A rank of at least 1.
     """
     significant = values[values > values[0] * torch.finfo(values.dtype).eps * values.numel()].double()
-    caps = [significant.numel(), rule.at_most or significant.numel(), uncapped_rank(rule, significant)]
-    return max(1, min(caps))
+    limits = [significant.numel(), rule.at_most or significant.numel(), _unlimited_rank(rule, significant)]
+    return max(1, min(limits))
 
 
-def uncapped_rank(rule: RankRule, values: Tensor) -> int:
-    """The same without a cap, for values that all count, float64; 0 for no values."""
-    (way,) = rule.criteria
-    return COUNTS[way](values, getattr(rule, way)) if values.numel() else 0
+def _unlimited_rank(rule: RankRule, values: Tensor) -> int:
+    """Return the rank by the criterion alone, for float64 values without numerical zeros; 0 for no values."""
+    (name,) = rule.criteria
+    return _RANK_BY_CRITERION[name](values, getattr(rule, name)) if values.numel() else 0
 
 
-def shortest_prefix(held: Tensor, share: float) -> int:
-    """The length of the shortest prefix that holds a share of the whole; `held` is what each prefix holds."""
-    return int((held < share * held[-1] * (1 - ROUNDING)).sum()) + 1
+def _shortest_prefix(cumulative: Tensor, fraction: float) -> int:
+    """Return the length of the shortest prefix that holds a fraction of the total, from cumulative sums or norms."""
+    return int((cumulative < fraction * cumulative[-1] * (1 - _RELATIVE_TOLERANCE)).sum()) + 1
 
 
-COUNTS: dict[str, Callable[[Tensor, float], int]] = {
+_RANK_BY_CRITERION: dict[str, Callable[[Tensor, float], int]] = {
     "rank": lambda _, rank: int(rank),
-    "keep": lambda values, share: shortest_prefix(values.square().cumsum(0), share),
+    "keep": lambda values, fraction: _shortest_prefix(values.square().cumsum(0), fraction),
     "ratio": lambda values, ratio: int((values >= values[0] / ratio).sum()),
-    "frobenius": lambda values, share: shortest_prefix(values.square().cumsum(0).sqrt(), share),
-    "cumulative": lambda values, share: shortest_prefix(values.cumsum(0), share),
-    "threshold": lambda values, line: int((values >= line).sum()),
-    "quantile": lambda values, share: int((values > values.quantile(share)).sum()),
+    "frobenius": lambda values, fraction: _shortest_prefix(values.square().cumsum(0).sqrt(), fraction),
+    "cumulative": lambda values, fraction: _shortest_prefix(values.cumsum(0), fraction),
+    "threshold": lambda values, threshold: int((values >= threshold).sum()),
+    "quantile": lambda values, quantile: int((values > values.quantile(quantile)).sum()),
 }
-"""What each way keeps of falling values."""
 
 
-def format_criterion(name: str) -> str:
+def _display_name(name: str) -> str:
     return name.replace("_", " ")

@@ -82,7 +82,7 @@ class Convert:
         )
         done = convert_files(self.paths[:-1], self.paths[-1], how)
         facts = [{"from": str(x.source), "to": str(x.output), "rounding_error": x.rounding_error} for x in done]
-        lines = [f"{x.output}: rounding changed the tensors by {x.rounding_error:.2g} of their norm" for x in done]
+        lines = [f"{x.output}: rounding changed the deltas by {x.rounding_error:.2g} of their norm" for x in done]
         print(json.dumps(facts) if self.json else "\n".join(lines))
         return 0
 

@@ -11,6 +11,7 @@ not to the base. It is saved as plain LoRA of twice the rank, [B - B0, B0] after
 import torch
 from torch import Tensor, nn
 
+from lora_diffusion.algebra.svd.randomized_svd import randomized_svd
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.training.methods.base import AdapterSize, make_parameter
 from lora_diffusion.training.methods.lora import TrainableLoRA
@@ -54,10 +55,6 @@ def compute_pissa_factors(weight: Tensor, rank: int, scale: float, generator: to
     Seeded, as torch's own randomized SVD draws from the global generator.
     """
     width = min(rank + OVERSAMPLED, *weight.shape)
-    probes = torch.randn(weight.shape[1], width, generator=generator).to(weight.device)
-    basis = torch.linalg.qr(weight @ probes).Q
-    for _ in range(SVD_ITERATIONS):
-        basis = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ basis).Q).Q
-    left, values, right = torch.linalg.svd(basis.T @ weight, full_matrices=False)
+    left, values, right = randomized_svd(weight, width, power_iterations=SVD_ITERATIONS, generator=generator)
     root = (values[:rank] / scale).sqrt()
-    return root[:, None] * right[:rank], (basis @ left)[:, :rank] * root
+    return root[:, None] * right[:rank], left[:, :rank] * root

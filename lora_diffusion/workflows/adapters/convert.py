@@ -6,7 +6,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lora_diffusion.adapters.adapter import Adapter, cast_adapter, named_tensors
+from lora_diffusion.adapters.adapter import Adapter, cast_adapter
+from lora_diffusion.algebra.metrics.quantization_error import rounding_error
 from lora_diffusion.config.merge import WeightType
 from lora_diffusion.config.settings import Dialect
 from lora_diffusion.core.atomic_files import atomic_file
@@ -44,7 +45,7 @@ class Converted:
     source: Path
     output: Path
     rounding_error: float
-    """Norm of what rounding changed over the norm of all tensors; 0 where no type changed."""
+    """Relative change of the deltas by rounding to the output dtype; 0 if the dtype stays the same."""
 
 
 def convert(source: Path, output: Path, how: Conversion) -> Converted:
@@ -75,17 +76,6 @@ def convert(source: Path, output: Path, how: Conversion) -> Converted:
         with atomic_file(card) as part:
             part.write_text(hub_card(rounded, output.name), encoding="utf-8")
     return Converted(source=source, output=output, rounding_error=rounding_error(adapter, rounded))
-
-
-def rounding_error(before: Adapter, after: Adapter) -> float:
-    """Norm of the difference of all tensors over their norm."""
-    if before is after:
-        return 0.0
-    error = total = 0.0
-    for (_, old), (_, new) in zip(named_tensors(before), named_tensors(after), strict=True):
-        error += float((old.double() - new.double()).square().sum())
-        total += float(old.double().square().sum())
-    return (error / total) ** 0.5 if total else 0.0
 
 
 def outputs_for(sources: Sequence[Path], target: Path) -> list[Path]:
