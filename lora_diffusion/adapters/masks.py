@@ -1,6 +1,5 @@
 """Where in a picture an adapter acts: boxes and drawn masks, softened at their edges, at any resolution."""
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ from PIL import Image, ImageFilter, UnidentifiedImageError
 from torch import Tensor
 
 from lora_diffusion.config.preset import Region
+from lora_diffusion.core.atomic_files import file_hash
 from lora_diffusion.errors import ConfigError
 
 SIDE = 512
@@ -65,7 +65,7 @@ def with_mask_hash(region: Region) -> Region:
 def mask_hash(path: Path) -> str:
     """SHA-256 of a mask file. Raises ConfigError if it cannot be read."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return file_hash(path, use_cache=False)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read as a mask ({error.strerror}); give a picture") from None
 

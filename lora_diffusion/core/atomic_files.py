@@ -132,15 +132,33 @@ def check_output(output: Path, inputs: Iterable[Path], *, force: bool) -> None:
     check_writable(output)
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, remembered for as long as size and time of change stay. Raises OSError."""
+def file_hash(path: str | os.PathLike[str], *, start: int = 0, use_cache: bool = True) -> str:
+    """Return the SHA-256 of a file's bytes as a hexadecimal string.
+
+    Args:
+        path: The file.
+        start: Offset of the first byte that counts.
+        use_cache: Whether an earlier hash may be returned if the size and modification time are unchanged. Pass False
+            to detect files that were modified or damaged without a new modification time.
+
+    Raises:
+        OSError: If the file cannot be read.
+    """
+    path = Path(path)
+    if not use_cache:
+        return _hash_file(path, start)
     status = path.stat()
-    return hash_unchanged_file(path, status.st_size, status.st_mtime_ns)
+    return _hash_unchanged_file(path, start, status.st_size, status.st_mtime_ns)
 
 
 @cache
-def hash_unchanged_file(path: Path, size: int, changed_ns: int) -> str:  # noqa: ARG001 (they make a changed file a new key)
+def _hash_unchanged_file(path: Path, start: int, size: int, modified_ns: int) -> str:  # noqa: ARG001 (part of the cache key)
+    return _hash_file(path, start)
+
+
+def _hash_file(path: Path, start: int) -> str:
     with path.open("rb") as file:
+        file.seek(start)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -1,1 +1,1 @@
-"""Doors to files: each dialect of adapter has a file here, and nothing else knows it."""
+"""Read and write adapter and checkpoint files; only this package knows their key layouts."""

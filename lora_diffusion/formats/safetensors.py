@@ -1,9 +1,12 @@
-"""The safetensors container: read and written here, strictly and in bounded memory.
+"""Read and write safetensors files, with strict validation and bounded memory.
 
-The reader is our own so that a damaged or hostile file ends in one typed error that names the key, and so that a header
-can be looked at without its tensors; the writer, because the library's puts header entries in random order
-(huggingface/safetensors#584), so that the same content would not give the same bytes, and because it needs all tensors
-at once, where a merge holds one at a time. Format: [github.com/huggingface/safetensors].
+File format: 8 bytes with the header length (little endian), a JSON header with the type, shape and byte range of each
+tensor, then the tensor bytes [github.com/huggingface/safetensors].
+
+This module replaces the reader of the `safetensors` library so that a damaged or hostile file raises one
+`AdapterFormatError` that names the key, and so that headers can be read without importing torch. It replaces the
+writer because the library orders header entries at random (huggingface/safetensors#584), so that equal content does
+not give equal bytes, and because the library needs all tensors in memory at once, while a merge holds one at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
-from lora_diffusion.core.atomic_files import atomic_file
+from lora_diffusion.core.atomic_files import atomic_file, file_hash
 from lora_diffusion.core.dtypes import dtype_name, tensor_bytes, torch_dtype
 from lora_diffusion.errors import AdapterFormatError
 from lora_diffusion.formats.meta_tensor import MetaTensor
@@ -26,7 +29,7 @@ from lora_diffusion.formats.meta_tensor import MetaTensor
 if TYPE_CHECKING:
     from torch import Tensor
 
-DTYPES_BY_NAME = {
+_DTYPES_BY_NAME = {
     "F64": ("float64", 8),
     "F32": ("float32", 4),
     "F16": ("float16", 2),
@@ -40,241 +43,282 @@ DTYPES_BY_NAME = {
     "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
 }
-"""The format's types: torch's name, and bytes of one value."""
-NAMES = {dtype: name for name, (dtype, _) in DTYPES_BY_NAME.items()}
-ITEM_BYTES = dict(DTYPES_BY_NAME.values())
-SCALARS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B"}
-"""How a single number lies in the file, for `struct`."""
+"""Data types of the format, with the torch name and the number of bytes per value."""
+_NAMES = {dtype: name for name, (dtype, _) in _DTYPES_BY_NAME.items()}
+ITEM_BYTES = dict(_DTYPES_BY_NAME.values())
+"""Bytes per value, by torch dtype name (`float16`)."""
+_STRUCT_CODES = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B"}
+"""`struct` format of one value, by safetensors type. BF16 has none and is handled separately."""
 TensorKind = tuple[str, tuple[int, ...]]
-"""Type, as torch spells it, and shape."""
+"""The dtype (torch name, such as `float16`) and shape of a tensor."""
 
-MOST_HEADER_BYTES = 100_000_000
-"""The format's own limit."""
+_MAX_HEADER_BYTES = 100_000_000
+"""Header size limit of the safetensors specification."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies: type, shape, and first and last byte after the header."""
+    """The type, shape and byte range of one tensor in a file."""
 
     dtype: str
+    """torch dtype name, such as `float16`."""
     shape: tuple[int, ...]
     start: int
+    """Offset of the first byte, counted from the end of the header."""
     end: int
+    """Offset after the last byte, counted from the end of the header."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a file says of itself, checked against its length."""
+    """The validated header of a safetensors file."""
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
+    """The `__metadata__` entries."""
     data_start: int
+    """Offset in the file at which the tensor data starts, in bytes."""
     data_bytes: int
+    """Size of the tensor data, in bytes."""
 
 
-def read_header(path: Path) -> Header:
-    """The checked header of a file; reads nothing else.
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Read and validate the header of a safetensors file, without its tensors.
 
-    Raises AdapterFormatError for anything but a whole, consistent safetensors file.
+    Raises:
+        AdapterFormatError: If the file is missing, truncated, inconsistent, or not a safetensors file.
     """
-    with open_file(path) as file:
-        return parse_file_header(file, path)
+    path = Path(path)
+    with _open_file(path) as file:
+        return _parse_file_header(file, path)
 
 
-def open_file(path: Path) -> BinaryIO:
-    """The file, ready to be read. Raises AdapterFormatError."""
+def _open_file(path: Path) -> BinaryIO:
+    """Open a file for reading. Raises AdapterFormatError if that fails."""
     if path.is_dir():
-        raise AdapterFormatError(f"{path}: is a folder; give the path of a .safetensors adapter")
+        raise AdapterFormatError(f"{path}: is a folder; give the path of a .safetensors file")
     try:
         return path.open("rb")
     except FileNotFoundError:
-        raise AdapterFormatError(f"{path}: no such file; give the path of a .safetensors adapter") from None
+        raise AdapterFormatError(f"{path}: no such file; give the path of a .safetensors file") from None
     except OSError as error:
         raise AdapterFormatError(f"{path}: cannot be read ({error.strerror}); expected a .safetensors file") from None
 
 
-def parse_file_header(file: BinaryIO, path: Path) -> Header:
+def _parse_file_header(file: BinaryIO, path: Path) -> Header:
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if size < 8:
-        raise not_safetensors(path, f"it has {size} bytes")
+        raise _not_safetensors(path, f"it has only {size} bytes")
     if 8 + length > size:
-        raise not_safetensors(path, f"its header should have {length:,} bytes, the file has {size:,}")
-    if length > MOST_HEADER_BYTES:
-        raise not_safetensors(path, f"its header of {length:,} bytes is beyond the format's {MOST_HEADER_BYTES:,}")
-    table = parse_json(file.read(length), path)
-    metadata = table.pop("__metadata__", {})
+        raise _not_safetensors(path, f"the header length is {length:,} bytes, but the file has only {size:,}")
+    if length > _MAX_HEADER_BYTES:
+        raise _not_safetensors(
+            path, f"the header length of {length:,} bytes exceeds the limit of {_MAX_HEADER_BYTES:,}"
+        )
+    entries = _parse_json(file.read(length), path)
+    metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise not_safetensors(path, "its __metadata__ is no table of texts")
-    slots = {key: parse_entry(key, entry, path) for key, entry in table.items()}
-    check_layout(slots, size - 8 - length, path)
-    return Header(tensors=slots, metadata=metadata, data_start=8 + length, data_bytes=size - 8 - length)
+        raise _not_safetensors(path, "__metadata__ is not an object with string values")
+    tensors = {key: _parse_entry(key, entry, path) for key, entry in entries.items()}
+    _check_layout(tensors, size - 8 - length, path)
+    return Header(tensors=tensors, metadata=metadata, data_start=8 + length, data_bytes=size - 8 - length)
 
 
-def not_safetensors(path: Path, reason: str) -> AdapterFormatError:
+def _not_safetensors(path: Path, reason: str) -> AdapterFormatError:
     return AdapterFormatError(f"{path}: not a safetensors file ({reason}); expected a file saved as .safetensors")
 
 
-def parse_json(text: bytes, path: Path) -> dict[str, Any]:
-    """The header's JSON object; a key that is there twice is refused, because readers would disagree on it."""
+def _parse_json(text: bytes, path: Path) -> dict[str, Any]:
+    """Parse the header as a JSON object; refuse duplicate keys, because readers disagree on which one counts."""
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) < len(pairs):
+    def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries = dict(pairs)
+        if len(entries) < len(pairs):
             keys = [key for key, _ in pairs]
-            twice = next(key for key in table if keys.count(key) > 1)
-            raise not_safetensors(path, f"its header has the key {twice!r} twice")
-        return table
+            duplicate = next(key for key in entries if keys.count(key) > 1)
+            raise _not_safetensors(path, f"the header has duplicate key {duplicate!r}")
+        return entries
 
     try:
-        table = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys)
     except AdapterFormatError:
         raise
     except (ValueError, RecursionError) as error:
-        raise not_safetensors(path, f"its header is no JSON: {str(error)[:80]}") from None
-    if not isinstance(table, dict):
-        raise not_safetensors(path, "its header is no JSON object")
-    return table
+        raise _not_safetensors(path, f"the header is not valid JSON: {str(error)[:80]}") from None
+    if not isinstance(entries, dict):
+        raise _not_safetensors(path, "the header is not a JSON object")
+    return entries
 
 
-def parse_entry(key: str, entry: Any, path: Path) -> TensorInfo:
-    """One tensor's entry. Raises AdapterFormatError that names the key."""
+def _parse_entry(key: str, entry: Any, path: Path) -> TensorInfo:
+    """Parse the header entry of one tensor. Raises AdapterFormatError that names the key."""
     try:
         name, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
-        raise not_safetensors(path, f"{key!r} has no dtype, shape and data_offsets") from None
-    if not isinstance(name, str) or name not in DTYPES_BY_NAME:
-        raise not_safetensors(path, f"{key!r} is of the unknown type {name!r}")
-    if not isinstance(shape, list) or len(shape) > 64 or not all(is_size(side) for side in (*shape, start, end)):
-        raise not_safetensors(path, f"{key!r} has a shape or offsets that are no sizes")
-    dtype, item_bytes = DTYPES_BY_NAME[name]
+        raise _not_safetensors(path, f"{key!r} has no dtype, shape and data_offsets") from None
+    if not isinstance(name, str) or name not in _DTYPES_BY_NAME:
+        raise _not_safetensors(path, f"{key!r} has unknown dtype {name!r}")
+    if not isinstance(shape, list) or len(shape) > 64 or not all(_is_size(size) for size in (*shape, start, end)):
+        raise _not_safetensors(path, f"{key!r} has an invalid shape or data_offsets; expected non-negative integers")
+    dtype, item_bytes = _DTYPES_BY_NAME[name]
     if end - start != math.prod(shape) * item_bytes:
-        raise not_safetensors(path, f"{key!r} of shape {shape} does not fill its {end - start} bytes")
+        raise _not_safetensors(path, f"{key!r} of shape {shape} and dtype {name} does not take {end - start} bytes")
     return TensorInfo(dtype=dtype, shape=tuple(shape), start=start, end=end)
 
 
-def is_size(value: object) -> bool:
+def _is_size(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def check_layout(slots: Mapping[str, TensorInfo], data_bytes: int, path: Path) -> None:
-    """Every byte after the header belongs to exactly one tensor."""
-    reached = 0
-    for key, slot in sorted(slots.items(), key=lambda item: (item[1].start, item[1].end)):
-        if slot.end > data_bytes:
-            raise not_safetensors(path, f"{key!r} ends {slot.end - data_bytes:,} bytes after the file; it is cut short")
-        if slot.start != reached:
-            word = "overlaps the tensor before it" if slot.start < reached else "leaves a gap before it"
-            raise not_safetensors(path, f"{key!r} {word}")
-        reached = slot.end
-    if reached != data_bytes:
-        raise not_safetensors(path, f"{data_bytes - reached:,} bytes after its last tensor belong to none")
+def _check_layout(tensors: Mapping[str, TensorInfo], data_bytes: int, path: Path) -> None:
+    """Check that every byte after the header belongs to exactly one tensor."""
+    offset = 0
+    for key, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if info.end > data_bytes:
+            excess = info.end - data_bytes
+            raise _not_safetensors(path, f"{key!r} ends {excess:,} bytes past the end of the file, which is truncated")
+        if info.start != offset:
+            problem = "overlaps the tensor before it" if info.start < offset else "leaves a gap before it"
+            raise _not_safetensors(path, f"{key!r} {problem}")
+        offset = info.end
+    if offset != data_bytes:
+        raise _not_safetensors(path, f"{data_bytes - offset:,} bytes after the last tensor are unused")
 
 
-def tensor_kinds(path: Path) -> dict[str, TensorKind]:
-    """Type and shape of every tensor, from the header alone. Raises AdapterFormatError."""
-    return {key: (slot.dtype, slot.shape) for key, slot in read_header(path).tensors.items()}
+def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read all tensors and the metadata of a safetensors file.
 
+    The tensors are views of one buffer, which is read at once.
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header metadata, read in one piece. Raises AdapterFormatError if the file is not safetensors."""
+    Raises:
+        AdapterFormatError: If the file is missing, damaged, or not a safetensors file.
+    """
     import torch
 
-    with open_file(path) as file:
-        header = parse_file_header(file, path)
+    path = Path(path)
+    with _open_file(path) as file:
+        header = _parse_file_header(file, path)
         data = torch.empty(header.data_bytes, dtype=torch.uint8)
         if cast(Any, file).readinto(data.numpy()) != header.data_bytes:
-            raise not_safetensors(path, "it became shorter while it was read")
-    return {key: view_tensor(data, slot) for key, slot in header.tensors.items()}, dict(header.metadata)
+            raise _not_safetensors(path, "it was truncated while it was being read")
+    return {key: _view_tensor(data, info) for key, info in header.tensors.items()}, dict(header.metadata)
 
 
-def read_tensor(path: Path, slot: TensorInfo, data_start: int) -> Tensor:
-    """One tensor, read from its place in the file into memory of its own. Raises AdapterFormatError."""
+def read_tensor(path: str | os.PathLike[str], info: TensorInfo, data_start: int) -> Tensor:
+    """Read a single tensor into a buffer of its own.
+
+    Args:
+        path: The safetensors file.
+        info: The header entry of the tensor.
+        data_start: `Header.data_start` of the file.
+
+    Raises:
+        AdapterFormatError: If the file cannot be read or has been truncated.
+    """
     import torch
 
-    data = torch.empty(slot.end - slot.start, dtype=torch.uint8)
-    with open_file(path) as file:
-        file.seek(data_start + slot.start)
-        if cast(Any, file).readinto(data.numpy()) != slot.end - slot.start:
-            raise not_safetensors(path, "it became shorter while it was read")
-    return data.view(torch_dtype(slot.dtype)).reshape(slot.shape)
+    path = Path(path)
+    data = torch.empty(info.end - info.start, dtype=torch.uint8)
+    with _open_file(path) as file:
+        file.seek(data_start + info.start)
+        if cast(Any, file).readinto(data.numpy()) != info.end - info.start:
+            raise _not_safetensors(path, "it was truncated while it was being read")
+    return data.view(torch_dtype(info.dtype)).reshape(info.shape)
 
 
-def view_tensor(data: Tensor, slot: TensorInfo) -> Tensor:
-    """A tensor as a part of the file's bytes; copied only where those do not lie as its type needs."""
-    part = data[slot.start : slot.end]
-    if slot.start % ITEM_BYTES[slot.dtype]:
-        part = part.clone()
-    return part.view(torch_dtype(slot.dtype)).reshape(slot.shape)
+def _view_tensor(data: Tensor, info: TensorInfo) -> Tensor:
+    """Return one tensor as a view of the file's bytes; copy only if the bytes are not aligned to its dtype."""
+    raw = data[info.start : info.end]
+    if info.start % ITEM_BYTES[info.dtype]:
+        raw = raw.clone()
+    return raw.view(torch_dtype(info.dtype)).reshape(info.shape)
 
 
-def map_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors as the file's own pages, which the system reads when they are looked at and drops when it must.
+def map_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Map all tensors of a safetensors file into memory, so that the system loads pages on first access.
 
-    Raises AdapterFormatError if the file is not safetensors.
+    Raises:
+        AdapterFormatError: If the file is missing, damaged, or not a safetensors file.
     """
     import torch
 
     header = read_header(path)
     size = header.data_start + header.data_bytes
-    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[header.data_start :]
-    return {key: view_tensor(data, slot) for key, slot in header.tensors.items()}
+    data = torch.from_file(os.fspath(path), shared=False, size=size, dtype=torch.uint8)[header.data_start :]
+    return {key: _view_tensor(data, info) for key, info in header.tensors.items()}
 
 
-def read_meta_tensors(path: Path) -> tuple[dict[str, MetaTensor], dict[str, str]]:
-    """The same without the numbers, but for single ones, such as a layer's alpha. Does not import torch."""
-    with open_file(path) as file:
-        header = parse_file_header(file, path)
-        tensors = {key: read_meta_tensor(file, header, slot) for key, slot in header.tensors.items()}
+def read_meta_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, MetaTensor], dict[str, str]]:
+    """Read the shape and dtype of all tensors and the metadata of a safetensors file, without importing torch.
+
+    Values are read only for tensors with one element, such as the alpha of a layer.
+
+    Raises:
+        AdapterFormatError: If the file is missing, damaged, or not a safetensors file.
+    """
+    path = Path(path)
+    with _open_file(path) as file:
+        header = _parse_file_header(file, path)
+        tensors = {key: _read_meta_tensor(file, header, info) for key, info in header.tensors.items()}
     return tensors, dict(header.metadata)
 
 
-def read_meta_tensor(file: BinaryIO, header: Header, slot: TensorInfo) -> MetaTensor:
-    plain = MetaTensor(shape=slot.shape, dtype=slot.dtype)
-    if plain.numel() != 1:
-        return plain
-    file.seek(header.data_start + slot.start)
-    data = file.read(slot.end - slot.start)
-    if slot.dtype == "bfloat16":
-        return replace(plain, value=struct.unpack("<f", b"\0\0" + data)[0])
-    code = SCALARS.get(NAMES[slot.dtype])
-    return replace(plain, value=float(struct.unpack(code, data)[0])) if code else plain
+def _read_meta_tensor(file: BinaryIO, header: Header, info: TensorInfo) -> MetaTensor:
+    tensor = MetaTensor(shape=info.shape, dtype=info.dtype)
+    if tensor.numel() != 1:
+        return tensor
+    file.seek(header.data_start + info.start)
+    data = file.read(info.end - info.start)
+    if info.dtype == "bfloat16":
+        return replace(tensor, value=struct.unpack("<f", b"\0\0" + data)[0])
+    code = _STRUCT_CODES.get(_NAMES[info.dtype])
+    return replace(tensor, value=float(struct.unpack(code, data)[0])) if code else tensor
 
 
-def tensor_type(tensor: Tensor) -> TensorKind:
+def _tensor_type(tensor: Tensor) -> TensorKind:
     return dtype_name(tensor.dtype), tuple(tensor.shape)
 
 
 def payload_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the bytes after the header, as ModelSpec's `hash_sha256` wants it."""
+    """Return the SHA-256 of the tensor data that these tensors give in a file, as a hexadecimal string.
+
+    This is the hash that ModelSpec calls `hash_sha256` and kohya calls `sshs_model_hash`.
+    """
     digest = hashlib.sha256()
-    for key in storage_order({key: tensor_type(tensor) for key, tensor in tensors.items()}):
+    for key in _storage_order({key: _tensor_type(tensor) for key, tensor in tensors.items()}):
         digest.update(tensor_bytes(tensors[key]))
     return digest.hexdigest()
 
 
-def file_payload_hash(path: Path) -> str:
-    """The same of a file as it lies there, by which A1111 and kohya's scripts know it. Raises AdapterFormatError."""
-    start = read_header(path).data_start
-    with path.open("rb") as file:
-        file.seek(start)
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_payload_hash(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file's bytes after the header, by which A1111 and kohya's scripts identify it.
+
+    Raises:
+        AdapterFormatError: If the file is not a safetensors file.
+    """
+    return file_hash(path, start=read_header(path).data_start, use_cache=False)
 
 
-def storage_order(kinds: Mapping[str, TensorKind]) -> list[str]:
-    """Wide types first, so that every tensor stays aligned; then by name."""
+def _storage_order(kinds: Mapping[str, TensorKind]) -> list[str]:
+    """Sort keys by decreasing item size, so that every tensor is aligned, then by name."""
     return sorted(kinds, key=lambda key: (-ITEM_BYTES[kinds[key][0]], key))
 
 
 def header_bytes(kinds: Mapping[str, TensorKind], metadata: Mapping[str, str]) -> bytes:
-    """Length-prefixed JSON header, keys in a fixed order, padded to 8 bytes."""
+    """Return a file's header: length prefix and JSON with keys in a fixed order, padded to a multiple of 8 bytes.
+
+    Args:
+        kinds: The dtype and shape of each tensor.
+        metadata: The `__metadata__` entries.
+    """
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
-    for key in storage_order(kinds):
+    for key in _storage_order(kinds):
         dtype, shape = kinds[key]
         size = ITEM_BYTES[dtype] * math.prod(shape)
         header[key] = {
-            "dtype": NAMES[dtype],
+            "dtype": _NAMES[dtype],
             "shape": list(shape),
             "data_offsets": [offset, offset + size],
         }
@@ -285,9 +329,11 @@ def header_bytes(kinds: Mapping[str, TensorKind], metadata: Mapping[str, str]) -
 
 
 class Sink(Protocol):
-    """What bytes can be written to, one after another."""
+    """Anything with a `write` method for bytes, such as an open file."""
 
-    def write(self, data: bytes | memoryview, /) -> object: ...
+    def write(self, data: bytes | memoryview, /) -> object:
+        """Write all of `data`."""
+        ...
 
 
 def stream_safetensors(
@@ -296,20 +342,31 @@ def stream_safetensors(
     metadata: Mapping[str, str],
     tensor: Callable[[str], Tensor],
 ) -> None:
-    """Write a file whose tensors are asked for one at a time, in storage order.
+    """Write a safetensors file one tensor at a time, so that only one has to be in memory.
 
-    Raises ValueError if a tensor is not of the announced type and shape.
+    Args:
+        file: Where to write.
+        kinds: The dtype and shape of each tensor.
+        metadata: The `__metadata__` entries.
+        tensor: Returns the tensor of a key; called once per key, in storage order.
+
+    Raises:
+        ValueError: If a tensor does not have the dtype and shape in `kinds`.
     """
     file.write(header_bytes(kinds, metadata))
-    for key in storage_order(kinds):
+    for key in _storage_order(kinds):
         value = tensor(key)
-        if tensor_type(value) != kinds[key]:
-            raise ValueError(f"{key}: {value.dtype} {tuple(value.shape)} where the header says {kinds[key]}")
+        if _tensor_type(value) != kinds[key]:
+            raise ValueError(f"{key}: is {value.dtype} {tuple(value.shape)}, but the header says {kinds[key]}")
         file.write(tensor_bytes(value))
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors and metadata, the same bytes for the same content, whole or not at all. Raises OutputError."""
-    kinds = {key: tensor_type(value) for key, value in tensors.items()}
-    with atomic_file(path) as part, part.open("wb") as file:
+def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file atomically. Equal tensors and metadata give equal bytes.
+
+    Raises:
+        OutputError: If the file cannot be written.
+    """
+    kinds = {key: _tensor_type(value) for key, value in tensors.items()}
+    with atomic_file(Path(path)) as part, part.open("wb") as file:
         stream_safetensors(file, kinds, metadata, lambda key: tensors[key])

@@ -10,7 +10,6 @@ torch, when none of the cheaper hashes is the one looked for.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 from lora_diffusion.adapters.adapter import adapter_hash
 from lora_diffusion.architectures.families import FAMILIES, family_title
-from lora_diffusion.core.atomic_files import sample_data_folder
+from lora_diffusion.core.atomic_files import file_hash, sample_data_folder
 from lora_diffusion.errors import AdapterFormatError, ConfigError, LoRADiffusionError
 from lora_diffusion.formats.adapters.load import FOLDER_FILE, load_adapter
 from lora_diffusion.formats.adapters.pickle import is_pickled
@@ -32,7 +31,6 @@ from lora_diffusion.library.index import ENTRY, index_file, load_entries, refres
 
 FOLDER_VARIABLE = "LORA_DIFFUSION_LIBRARY"
 DIGEST = re.compile(r"[0-9a-f]{8,64}")
-CHUNK_BYTES = 2**20
 WIDEST_CELL = 40
 INTERNAL = {"claims", "stamp", "context"}
 """Fields of an entry that are the index's own business."""
@@ -188,21 +186,17 @@ def sort_by_likelihood(entries: Iterable[LibraryEntry], wanted: str) -> list[Lib
 
 
 def with_file_hashes(entry: LibraryEntry) -> LibraryEntry:
-    """The entry with the hashes of its bytes, computed in one pass; unchanged if the file has gone."""
+    """The entry with the hashes of its bytes, unchanged if the file has gone."""
     if entry.file_hash:
         return entry
     file = entry.path / FOLDER_FILE if entry.path.is_dir() else entry.path
-    whole, payload = hashlib.sha256(), hashlib.sha256()
     try:
         start = 0 if is_pickled(file) else read_header(file).data_start
-        with file.open("rb") as data:
-            whole.update(data.read(start))
-            while chunk := data.read(CHUNK_BYTES):
-                whole.update(chunk)
-                payload.update(chunk)
+        whole = file_hash(file, use_cache=False)
+        payload = file_hash(file, start=start, use_cache=False) if start else ""
     except (AdapterFormatError, OSError):
         return entry
-    return replace(entry, file_hash=whole.hexdigest(), payload_hash=payload.hexdigest() if start else "")
+    return replace(entry, file_hash=whole, payload_hash=payload)
 
 
 def with_content_hash(entry: LibraryEntry) -> LibraryEntry:

@@ -56,7 +56,7 @@ def test_a_card_for_the_hub(tmp_path: Path) -> None:
     [
         (["convert", str(NEON), "--to", "kohya"], "at least one input"),
         (["convert", str(NEON), "out.txt", "--to", "kohya"], "expected a folder"),
-        (["convert", str(NEON), "out.safetensors", "--to", "embedding"], "holds 0 learned tokens"),
+        (["convert", str(NEON), "out.safetensors", "--to", "embedding"], "has 0 textual-inversion embeddings"),
         (["convert", "missing.safetensors", "out.safetensors", "--to", "native"], "no such file"),
         (["inspect", "missing.safetensors"], "no such file"),
         (["inspect", str(NEON), str(NEON), "--plot", "a.png"], "give one adapter to plot"),

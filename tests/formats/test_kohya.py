@@ -1,4 +1,4 @@
-"""kohya's names and files: the full-size maps, round trips, and diffusers and LyCORIS as readers of what we write."""
+"""Read and write kohya files: module names of full-size models, round trips, and metadata."""
 
 import re
 from pathlib import Path
@@ -131,7 +131,7 @@ WIDTHS = {LINEAR: 48, CONV: 48, TEXT: 128}
 
 @st.composite
 def layers(draw: st.DrawFn, path: str) -> Layer:  # noqa: PLR0911 (one return for each kind)
-    """A layer of any kind for a module of the embedded base, mixed ranks, alphas and types."""
+    """Draw a layer of any kind for a module of the embedded base, with any rank, alpha and dtype."""
     rng = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
     width, rank = WIDTHS[path], draw(st.integers(1, 5))
@@ -139,32 +139,32 @@ def layers(draw: st.DrawFn, path: str) -> Layer:  # noqa: PLR0911 (one return fo
     kernel = (3, 3) if path == CONV else ()
     flat = width * 9 if kernel else width
 
-    def some(*shape: int) -> torch.Tensor:
+    def randn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=rng).to(dtype)
 
     kind = draw(st.sampled_from(["lora", "tucker", "loha", "loha-tucker", "lokr", "lokr-whole", "dora", "full"]))
     ones = [1] * len(kernel)
-    lora = LoRALayer(down=some(rank, width, *kernel), up=some(width, rank, *ones), alpha=alpha)
+    lora = LoRALayer(down=randn(rank, width, *kernel), up=randn(width, rank, *ones), alpha=alpha)
     if kind == "tucker" and kernel:
         return LoRALayer(
-            down=some(rank, width, 1, 1), up=some(width, rank, 1, 1), mid=some(rank, rank, 3, 3), alpha=alpha
+            down=randn(rank, width, 1, 1), up=randn(width, rank, 1, 1), mid=randn(rank, rank, 3, 3), alpha=alpha
         )
     if kind == "loha" or (kind == "loha-tucker" and not kernel):
-        a, b, c, d = some(width, rank), some(rank, flat), some(width, rank), some(rank, flat)
+        a, b, c, d = randn(width, rank), randn(rank, flat), randn(width, rank), randn(rank, flat)
         return LoHaLayer(w1_a=a, w1_b=b, w2_a=c, w2_b=d, alpha=alpha)
     if kind == "loha-tucker":
-        a, b, c, d = (some(rank, width) for _ in range(4))
+        a, b, c, d = (randn(rank, width) for _ in range(4))
         return LoHaLayer(
-            w1_a=a, w1_b=b, w2_a=c, w2_b=d, t1=some(rank, rank, 3, 3), t2=some(rank, rank, 3, 3), alpha=alpha
+            w1_a=a, w1_b=b, w2_a=c, w2_b=d, t1=randn(rank, rank, 3, 3), t2=randn(rank, rank, 3, 3), alpha=alpha
         )
     if kind == "lokr":
-        return LoKrLayer(w1=some(8, 8), w2_a=some(width // 8, rank), w2_b=some(rank, flat // 8), alpha=alpha)
+        return LoKrLayer(w1=randn(8, 8), w2_a=randn(width // 8, rank), w2_b=randn(rank, flat // 8), alpha=alpha)
     if kind == "lokr-whole":
-        return LoKrLayer(w1=some(8, 8), w2=some(width // 8, width // 8, *kernel), alpha=1.0)
+        return LoKrLayer(w1=randn(8, 8), w2=randn(width // 8, width // 8, *kernel), alpha=1.0)
     if kind == "dora":
         per_output = draw(st.booleans())
-        return DoRALayer(inner=lora, magnitude=some(width, 1, *ones) if per_output else some(1, width, *ones))
-    return FullLayer(diff=some(width, width, *kernel)) if kind == "full" else lora
+        return DoRALayer(inner=lora, magnitude=randn(width, 1, *ones) if per_output else randn(1, width, *ones))
+    return FullLayer(diff=randn(width, width, *kernel)) if kind == "full" else lora
 
 
 @st.composite
@@ -216,7 +216,7 @@ def test_kohyas_header_says_what_interfaces_show(tmp_path: Path) -> None:
 
 
 def kohya_file(path: Path, family: str, modules: dict[str, tuple[int, int]], **changes: torch.Tensor) -> Path:
-    """A rank-2 file with the given (out, in) of each module path."""
+    """Write a rank-2 kohya file with the given (out, in) of each module path."""
     tensors: dict[str, torch.Tensor] = dict(changes)
     for module, (out, inner) in modules.items():
         name = kohya_name(module, family)
@@ -238,7 +238,7 @@ def test_the_family_is_recognized_by_the_width_of_the_text_context(family: str, 
 def test_one_foreign_key_refuses_the_file_unless_it_is_ignored(tmp_path: Path) -> None:
     block = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
     path = kohya_file(tmp_path / "a.safetensors", "sd1", {block: (640, 768)}, other=torch.ones(3))
-    with pytest.raises(AdapterFormatError, match=r"1 of 4 keys are not understood \(first: 'other'"):
+    with pytest.raises(AdapterFormatError, match=r"1 of 4 keys are not recognized \(first: 'other'"):
         load_adapter(path)
     assert set(load_adapter(path, ignore=("oth*",)).layers) == {block}
 

@@ -1,4 +1,4 @@
-"""Order-keyed files by their published rule, diffusers' older spellings against diffusers, and learned tokens."""
+"""Read cloneofsimo's order-keyed files, diffusers' older key layouts, and textual-inversion embeddings."""
 
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ REAL = Path(__file__).parents[3] / "shared" / "adapters" / "analog_svd_rank4.saf
 
 
 def order_keyed(order: tuple[str, ...], family: str = "sd1") -> dict[str, torch.Tensor]:
-    """A rank-1 file of SD 1.x whose every `up` holds its position, written by the format's published rule."""
+    """Return the tensors of a rank-1 cloneofsimo file whose `up` factors hold their position."""
     blocks = [p.removesuffix("attn1.to_q") for p in module_paths(LAYOUTS[family]) if p.endswith(".attn1.to_q")]
-    walk = [b for side in ("down", "up", "mid") for b in blocks if b.startswith(f"unet.{side}_block")]
+    traversal = [b for side in ("down", "up", "mid") for b in blocks if b.startswith(f"unet.{side}_block")]
     tensors: dict[str, torch.Tensor] = {}
-    for i, path in enumerate(block + leaf for block in walk for leaf in order):
+    for i, path in enumerate(block + leaf for block in traversal for leaf in order):
         width = block_channels(path.removeprefix("unet."), family)
         assert width
         inner = 768 if "attn2.to_k" in path or "attn2.to_v" in path else width
@@ -68,7 +68,7 @@ def test_missing_positions_and_unknown_orders_are_named(tmp_path: Path) -> None:
     tensors = order_keyed(NEW_ORDER)
     broken = {key: tensor for key, tensor in tensors.items() if key != "unet:7:up"}
     save_file(broken, tmp_path / "gap.safetensors")
-    with pytest.raises(AdapterFormatError, match="unet:7 is not there in full"):
+    with pytest.raises(AdapterFormatError, match="up or down tensor of unet:7 is missing"):
         load_adapter(tmp_path / "gap.safetensors")
     shuffled = {**tensors, "unet:8:up": tensors["unet:0:up"]}
     save_file({k: v.clone() for k, v in shuffled.items()}, tmp_path / "odd.safetensors")

@@ -1,4 +1,4 @@
-"""Single-file checkpoints in the original layout: read, merged, written, and read again by diffusers."""
+"""Read, merge and write single-file checkpoints in the original layout, with diffusers as the reference reader."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ FAMILIES = ["sd", "sdxl"]
 
 
 def nothing(base: Base) -> list[BaseTerm]:
-    """A checkpoint blended in that changes nothing: the base itself, at weight 0."""
+    """Return a merge term without effect: the base itself at weight 0."""
     return [BaseTerm(added=str(base.folder), weight=0.0)]
 
 
@@ -96,7 +96,7 @@ def test_merging_into_either_layout_gives_the_same_weights(
 
 
 def sd2_folder(folder: Path) -> Path:
-    """SD 2.x with its true context width, which tells the family, and everything else small."""
+    """Save a small SD 2.x pipeline with the real context width, from which the family is detected."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     unet = UNet2DConditionModel(
@@ -232,9 +232,9 @@ def test_mistakes_are_refused_and_nothing_is_written(sd: Base, sdxl: Base, tmp_p
     with pytest.raises(FamilyMismatchError, match=r"is tiny SDXL, but .* is tiny SD"):
         merge(str(sd.folder), Blend(), tmp_path / "no", bases=[BaseTerm(added=str(sdxl.folder), weight=0.5)])
     save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(BaseModelError, match="is no checkpoint in the original layout"):
+    with pytest.raises(BaseModelError, match="is not a checkpoint in the original layout"):
         merge(str(tmp_path / "other.safetensors"), two(sd), tmp_path / "no.safetensors")
-    with pytest.raises(BaseModelError, match=r"is no \.safetensors file"):
+    with pytest.raises(BaseModelError, match=r"is not a \.safetensors file"):
         open_checkpoint(Path(__file__))
     with pytest.raises(ConfigError, match="carries no recipe"):
         read_merge_recipe(sd.folder)

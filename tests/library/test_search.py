@@ -114,12 +114,12 @@ def test_files_that_cannot_be_used_stay_visible(folder: Path, capsys: pytest.Cap
     os.mkfifo(folder / "good.json")
     found = {entry.stem: entry.problem for entry in open_library(folder).entries}
     assert len(found) == 6
-    assert "cut short" in found["cut"]
+    assert "truncated" in found["cut"]
     assert found["gone"].endswith("is it a link to nowhere?")
     assert "no file" in found["pipe"]
-    assert "none of its 1 tensors is in a known layout" in found["llm"]
+    assert "none of its 1 keys is in a known format" in found["llm"]
     assert "not valid UTF-8" in found[os.fsdecode(b"bad\xff")]
-    with pytest.raises(AdapterFormatError, match="cut short"):
+    with pytest.raises(AdapterFormatError, match="truncated"):
         find_adapter(open_library(folder), "cut")
     assert main(["library", str(folder)]) == 0
     out = capsys.readouterr().out
@@ -257,7 +257,7 @@ def test_what_only_loading_shows_is_kept_as_the_problem(folder: Path) -> None:
     assert [entry.problem for entry in library.entries] == ["", ""]
     assert find_by_hash(library, "0123456789") is None
     problems = [entry.problem for entry in open_library(folder).entries]
-    assert "is no pickle" in problems[0]
+    assert "is not a pickled file" in problems[0]
     assert "NaN" in problems[1]
 
 

@@ -240,7 +240,7 @@ def test_loading_one_adapter_does_not_read_the_others(tmp_path: Path) -> None:
     broken = {key: torch.zeros_like(x) if key.startswith("0.") else x for key, x in tensors.items()}
     write_safetensors(path, broken, entries)
     assert adapter_hash(extract_member(load_pack(path, ["file-1"]), "file-1")) == expected
-    with pytest.raises(AdapterFormatError, match=r"file-0: its record and its cores do not fit; the file is damaged"):
+    with pytest.raises(AdapterFormatError, match=r"file-0: the record and the cores do not match; the file is damaged"):
         load_pack(path)
 
 
@@ -279,9 +279,9 @@ def test_packs_and_adapters_are_not_confused(tmp_path: Path) -> None:
         check_not_pack(entries, "p")
     save_adapter(adapters["file-0"], tmp_path / "plain.safetensors")
     check_not_pack(read_header(tmp_path / "plain.safetensors").metadata, "p")
-    with pytest.raises(AdapterFormatError, match="is no pack of adapters"):
+    with pytest.raises(AdapterFormatError, match="is not a pack of adapters"):
         load_pack(tmp_path / "plain.safetensors")
-    with pytest.raises(ConfigError, match=r"none of its 2 adapters is 'file-x'; 'file-[01]' is one"):
+    with pytest.raises(ConfigError, match=r"none of its 2 adapters is named 'file-x'; did you mean 'file-[01]'"):
         load_pack(tmp_path / "pack.safetensors", ["file-x"])
     with pytest.raises(ConfigError, match="no adapter named 'file-x'"):
         extract_member(load_pack(tmp_path / "pack.safetensors"), "file-x")
@@ -300,10 +300,10 @@ def cut(key: str) -> Any:
     [
         (without(f"left.{QUERY}"), f"no shared factors that fit {QUERY}"),
         (cut(f"left.{QUERY}"), f"no shared factors that fit {QUERY}"),
-        (without("1.record"), "file-1: its record and its cores do not fit"),
-        (without("1.cores"), "file-1: its record and its cores do not fit"),
-        (cut("1.cores"), "file-1: its record and its cores do not fit"),
-        (cut("1.record"), "file-1: its record and its cores do not fit"),
+        (without("1.record"), "file-1: the record and the cores do not match"),
+        (without("1.cores"), "file-1: the record and the cores do not match"),
+        (cut("1.cores"), "file-1: the record and the cores do not match"),
+        (cut("1.record"), "file-1: the record and the cores do not match"),
         (lambda _, entries: entries.update({PACK_KEY: "{}"}), "cannot be read"),
         (lambda _, entries: entries.update({PACK_KEY: "no"}), "cannot be read"),
     ],

@@ -1,1 +1,1 @@
-"""One module for each dialect of adapter file."""
+"""Read and write adapter files, with one module for each key layout (kohya, PEFT, cloneofsimo, ...)."""

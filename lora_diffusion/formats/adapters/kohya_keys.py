@@ -1,8 +1,9 @@
-"""kohya's names of modules: `lora_unet_down_blocks_0_attentions_0_..._to_q` for a module path, and back.
+"""Convert between module paths and kohya's module names, such as `lora_unet_down_blocks_0_attentions_0_..._to_q`.
 
-A name cannot be split again at its underscores, so the way back goes through the table of all paths of a family. SDXL's
-UNet is named by the original checkpoint's blocks (input_blocks, middle_block, output_blocks) [github.com/kohya-ss/
-sd-scripts, networks/lora.py; github.com/Stability-AI/generative-models]; files with diffusers' block names exist too.
+A kohya name joins a module path with underscores. Names of modules contain underscores themselves, so that a kohya name
+cannot be split; `kohya_names` maps all names of a family back to paths. The UNet of SDXL uses the block names of the
+original checkpoint (input_blocks, middle_block, output_blocks), although files with diffusers' block names exist too
+[github.com/kohya-ss/sd-scripts, networks/lora.py; github.com/Stability-AI/generative-models].
 """
 
 import re
@@ -13,55 +14,68 @@ from lora_diffusion.architectures.families import FAMILIES, TWO_ENCODERS
 from lora_diffusion.architectures.module_paths import LAYOUTS, changeable_paths
 from lora_diffusion.formats.checkpoints.ldm_keys import ldm_unet_path
 
-UNET_PREFIX = "lora_unet"
+_UNET_PREFIX = "lora_unet"
 
 
-def join_kohya_name(prefix: str, path: str) -> str:
+def _join_kohya_name(prefix: str, path: str) -> str:
     return f"{prefix}_{path.replace('.', '_')}"
 
 
-def text_prefix(component: str, family: str) -> str:
-    """`lora_te` for a family with one text encoder, `lora_te1` and `lora_te2` for SDXL's two."""
+def _text_prefix(component: str, family: str) -> str:
+    """Return `lora_te` for a family with one text encoder, `lora_te1` or `lora_te2` for SDXL."""
     if FAMILIES[family].components != TWO_ENCODERS:
         return "lora_te"
     return "lora_te2" if component == "text_encoder_2" else "lora_te1"
 
 
 def kohya_name(path: str, family: str) -> str:
-    """The name that kohya's own trainer gives the module at `path`. Raises KeyError for an unknown family."""
+    """Return the name that kohya's trainer gives a module.
+
+    Args:
+        path: Module path, such as `unet.mid_block.attentions.0.proj_in`.
+        family: Name of the family, such as `sdxl`.
+
+    Raises:
+        KeyError: If the family is unknown.
+    """
     component, inner = path.split(".", 1)
     if component != "unet":
-        return join_kohya_name(text_prefix(component, family), inner)
+        return _join_kohya_name(_text_prefix(component, family), inner)
     sgm = FAMILIES[family].components == TWO_ENCODERS
-    return join_kohya_name(UNET_PREFIX, ldm_unet_path(inner, LAYOUTS[family]) if sgm else inner)
+    return _join_kohya_name(_UNET_PREFIX, ldm_unet_path(inner, LAYOUTS[family]) if sgm else inner)
 
 
 def kohya_spellings(path: str, family: str) -> Iterator[str]:
-    """Every name under which files of this family hold the module at `path`, the common one first."""
+    """Yield all names that files of this family use for a module, the most common one first."""
     component, inner = path.split(".", 1)
     if component == "unet":
         yield kohya_name(path, family)
-        yield join_kohya_name(UNET_PREFIX, inner)
-        yield join_kohya_name(UNET_PREFIX, ldm_unet_path(inner, LAYOUTS[family]))
+        yield _join_kohya_name(_UNET_PREFIX, inner)
+        yield _join_kohya_name(_UNET_PREFIX, ldm_unet_path(inner, LAYOUTS[family]))
         return
-    prefix = text_prefix(component, family)
-    flat = inner.removeprefix("text_model.")  # written where transformers 5.6 or newer named the modules
+    prefix = _text_prefix(component, family)
+    flat = inner.removeprefix("text_model.")  # trainers with transformers 5.6 or newer omit `text_model`
     for name in (prefix, "lora_te1") if component == "text_encoder" else (prefix,):
-        yield join_kohya_name(name, inner)
-        yield join_kohya_name(name, flat)
+        yield _join_kohya_name(name, inner)
+        yield _join_kohya_name(name, flat)
 
 
 @cache
 def kohya_names(family: str) -> Mapping[str, str]:
-    """Module paths by every kohya name of a family. Raises KeyError for a family without a table."""
+    """Return the module path of every kohya name in a family.
+
+    Raises:
+        KeyError: If the family has no known module layout.
+    """
     return {name: path for path in changeable_paths(LAYOUTS[family]) for name in kohya_spellings(path, family)}
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """A key's module name and the name of its tensor: `lora_unet_x.lora_up.weight` -> (`lora_unet_x`, ...)."""
+    """Split `lora_unet_x.lora_up.weight` into the module name `lora_unet_x` and the leaf `lora_up.weight`."""
     name, _, leaf = key.partition(".")
     return name, leaf
 
 
 def is_kohya(key: str) -> bool:
+    """Return whether a key is in kohya's layout."""
     return re.match(r"lora_(unet|te\d?)_", key) is not None

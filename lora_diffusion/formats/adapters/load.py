@@ -1,8 +1,9 @@
-"""Any adapter file into an `Adapter`: the one place where dialects are told apart, and every key is accounted for."""
+"""Load adapter files of any format, detect their format, and check that every key was used."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -23,65 +24,111 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Content: TypeAlias = "tuple[dict[str, Tensor], dict[str, str]]"
+"""Tensors by key, and metadata entries of a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadMode:
-    """How much of a file is read: its tensors and header entries, and the vectors of a learned token in the header."""
+    """The functions that read a file, either with all values or only shapes and dtypes."""
 
     file: Callable[[Path], Content]
+    """Reads the tensors and metadata of a safetensors file."""
     token: Callable[[Mapping[str, Any]], Tensor]
+    """Decodes a textual-inversion embedding in the metadata of a native file."""
 
 
 FULL_FILE = ReadMode(file=read_safetensors, token=native.decode_token)
+"""Read tensors with their values."""
 HEADER_ONLY = ReadMode(file=cast("Callable[[Path], Content]", read_meta_tensors), token=native.token_meta)
-FOLDER_FILE, FOLDER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+"""Read only shapes and dtypes, as `MetaTensor`."""
+FOLDER_FILE = "adapter_model.safetensors"
+"""Weight file in a PEFT adapter folder."""
+FOLDER_CONFIG = "adapter_config.json"
+"""Configuration file in a PEFT adapter folder."""
 
 
-def load_adapter(path: Path, *, ignore: Sequence[str] = ()) -> Adapter:
-    """Read an adapter in any dialect: a file, or a folder that PEFT saved.
+def load_adapter(path: str | os.PathLike[str], *, ignore: Sequence[str] = ()) -> Adapter:
+    """Load an adapter from a file in any supported format.
 
-    Keys that match a pattern of `ignore` may be there without being understood. Raises AdapterFormatError for a file
-    that is damaged, of a kind that is not done here, or not understood in full.
+    Args:
+        path: A .safetensors or pickled (.pt, .bin, .ckpt) file in native, PEFT, diffusers, kohya, LyCORIS or
+            cloneofsimo format, a textual-inversion embedding, or an adapter folder that PEFT saved.
+        ignore: Glob patterns of keys that are skipped if they are not recognized.
+
+    Raises:
+        AdapterFormatError: If the file is missing or damaged, holds NaN or infinity, is of an unsupported kind, or has
+            keys that are not recognized.
     """
+    path = Path(path)
     record, adapter = read_adapter(path, FULL_FILE, ignore)
     validate_adapter(adapter, str(path))
     if record and record.hash and record.hash != adapter_hash(adapter):
-        raise AdapterFormatError(f"{path}: its tensors are not those it was saved with; the file is damaged or edited")
+        raise AdapterFormatError(
+            f"{path}: the tensors do not match the hash in the metadata; the file is damaged or was edited"
+        )
     return adapter
 
 
-def load_unchecked(path: Path, *, ignore: Sequence[str] = ()) -> Adapter:
-    """The same for a file whose values are to be looked at, NaN and edited tensors included; not for use in a blend."""
+def load_unchecked(path: str | os.PathLike[str], *, ignore: Sequence[str] = ()) -> Adapter:
+    """Load an adapter for inspection, without the checks for NaN, infinity and edited tensors.
+
+    Args:
+        path: As in `load_adapter`.
+        ignore: As in `load_adapter`.
+
+    Raises:
+        AdapterFormatError: As in `load_adapter`, except for these checks.
+    """
     return read_adapter(path, FULL_FILE, ignore)[1]
 
 
-def load_meta_adapter(path: Path, *, ignore: Sequence[str] = ()) -> Adapter:
-    """The same from the header alone: factors have shape and type, but no values, and torch is not imported.
+def load_meta_adapter(path: str | os.PathLike[str], *, ignore: Sequence[str] = ()) -> Adapter:
+    """Load an adapter from the header of its file: factors have a shape and dtype but no values.
 
-    A pickled file has no header and is read in full.
+    torch is not imported, except for a pickled file, which has no header and is loaded in full.
+
+    Args:
+        path: As in `load_adapter`.
+        ignore: As in `load_adapter`.
+
+    Raises:
+        AdapterFormatError: As in `load_adapter`, except for checks of values.
     """
     return read_adapter(path, HEADER_ONLY, ignore)[1]
 
 
-def read_adapter(path: Path, how: ReadMode, ignore: Sequence[str]) -> tuple[Record | None, Adapter]:
+def read_adapter(path: str | os.PathLike[str], mode: ReadMode, ignore: Sequence[str]) -> tuple[Record | None, Adapter]:
+    """Read an adapter and the record that this library writes to its own files.
+
+    Args:
+        path: As in `load_adapter`.
+        mode: `FULL_FILE` or `HEADER_ONLY`, or a variant of them.
+        ignore: As in `load_adapter`.
+
+    Returns:
+        The record, which is None for a file of another tool, and the adapter.
+
+    Raises:
+        AdapterFormatError: As in `load_adapter`, except for checks of values.
+    """
+    path = Path(path)
     source = str(path)
-    config = read_folder_config(path)
+    config = _read_folder_config(path)
     file = path / FOLDER_FILE if path.is_dir() and config is not None else path
-    tensors, entries = (read_pickled(file), {}) if is_pickled(file) else how.file(file)
+    tensors, entries = (read_pickled(file), {}) if is_pickled(file) else mode.file(file)
     check_not_pack(entries, source)
     record = read_record(entries, source)
-    found = parse_file(tensors, entries, source, config=config, alphas=record.alpha if record else None)
-    check_all_matched(found, tensors, ignore, source)
-    metadata = fill_metadata(
-        record.metadata if record else parse_foreign_metadata(entries), found, path, own=record is not None
+    parsed = _parse_file(tensors, entries, source, config=config, alphas=record.alpha if record else None)
+    _check_all_matched(parsed, tensors, ignore, source)
+    metadata = _fill_metadata(
+        record.metadata if record else parse_foreign_metadata(entries), parsed, path, has_record=record is not None
     )
-    tokens = {**found.tokens, **native.read_tokens(entries, source, how.token)}
-    return record, Adapter(layers=found.layers, biases=found.biases, tokens=tokens, metadata=metadata)
+    tokens = {**parsed.tokens, **native.read_tokens(entries, source, mode.token)}
+    return record, Adapter(layers=parsed.layers, biases=parsed.biases, tokens=tokens, metadata=metadata)
 
 
-def read_folder_config(path: Path) -> dict[str, Any] | None:
-    """The settings beside PEFT's own file, which may be given as the file or as its folder; None for any other file."""
+def _read_folder_config(path: Path) -> dict[str, Any] | None:
+    """Read the `adapter_config.json` of a PEFT folder, given the folder or its weight file; None for other files."""
     folder = path if path.is_dir() else path.parent
     config = folder / FOLDER_CONFIG
     if not config.is_file() or (path.is_file() and path.name != FOLDER_FILE):
@@ -89,16 +136,16 @@ def read_folder_config(path: Path) -> dict[str, Any] | None:
     try:
         settings = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise AdapterFormatError(f"{config}: cannot be read ({error}); expected PEFT's settings as JSON") from None
+        raise AdapterFormatError(f"{config}: cannot be read ({error}); expected a PEFT configuration as JSON") from None
     if not isinstance(settings, dict):
-        raise AdapterFormatError(f"{config}: is no table of settings")
+        raise AdapterFormatError(f"{config}: is not a JSON object; expected a PEFT configuration")
     kind = settings.get("peft_type", "LORA")
     if kind not in ("LORA", "LOHA", "LOKR"):
-        raise AdapterFormatError(f"{config}: is a {kind} adapter; LORA, LOHA and LOKR are read")
+        raise AdapterFormatError(f"{config}: has the unsupported peft_type {kind!r}; expected LORA, LOHA or LOKR")
     return settings
 
 
-def parse_file(
+def _parse_file(
     tensors: Mapping[str, Tensor],
     entries: Mapping[str, str],
     source: str,
@@ -106,9 +153,9 @@ def parse_file(
     config: Mapping[str, Any] | None,
     alphas: Mapping[str, float] | None,
 ) -> ParsedFile:
-    """Ask the reader whose dialect the keys are in. Raises AdapterFormatError that names what else they may be."""
+    """Detect the format by the keys and parse the tensors. Raises AdapterFormatError for an unsupported format."""
     keys = frozenset(tensors)
-    check_supported(unsupported.identify_model(keys), keys, source)
+    _check_supported(unsupported.identify_model(keys), keys, source)
     if cloneofsimo.can_read(keys):
         return cloneofsimo.parse_tensors(tensors, entries, source)
     if kohya.can_read(keys):
@@ -119,50 +166,50 @@ def parse_file(
         return textual_inversion.parse_tensors(tensors, source)
     if not keys and native.TOKENS_KEY in entries:
         return ParsedFile(dialect="native")
-    check_supported(unsupported.identify_kind(keys), keys, source)
+    _check_supported(unsupported.identify_kind(keys), keys, source)
     first = f"first: {min(keys)!r}" if keys else "it holds no tensors"
     raise AdapterFormatError(
-        f"{source}: none of its {len(keys)} tensors is in a known layout ({first}); expected keys of PEFT, diffusers, "
-        "kohya, LyCORIS, the older order-keyed files or a learned token"
+        f"{source}: none of its {len(keys)} keys is in a known format ({first}); expected an adapter of PEFT, "
+        "diffusers, kohya, LyCORIS or cloneofsimo, or a textual-inversion embedding"
     )
 
 
-def check_supported(name: str, keys: frozenset[str], source: str) -> None:
+def _check_supported(name: str, keys: frozenset[str], source: str) -> None:
     if name:
-        raise AdapterFormatError(f"{source}: is {name}; this toolkit does not do those (first key: {min(keys)!r})")
+        raise AdapterFormatError(f"{source}: is {name}, which is not supported (first key: {min(keys)!r})")
 
 
-def check_all_matched(found: ParsedFile, tensors: Mapping[str, Tensor], ignore: Sequence[str], source: str) -> None:
-    """Raise AdapterFormatError if any key is not understood and not ignored on purpose."""
-    left = [key for key in found.unmatched if not any(fnmatchcase(key, pattern) for pattern in ignore)]
-    if left:
-        name = unsupported.identify_kind(left)
-        meaning = f"they look like {name}" if name else "no module of SD 1.x, SD 2.x or SDXL goes by that name"
+def _check_all_matched(parsed: ParsedFile, tensors: Mapping[str, Tensor], ignore: Sequence[str], source: str) -> None:
+    """Raise AdapterFormatError for keys that are not recognized and match no pattern of `ignore`."""
+    unmatched = [key for key in parsed.unmatched if not any(fnmatchcase(key, pattern) for pattern in ignore)]
+    if unmatched:
+        name = unsupported.identify_kind(unmatched)
+        reason = f"they look like {name}" if name else "SD 1.x, SD 2.x and SDXL have no such module"
         raise AdapterFormatError(
-            f"{source}: {len(left)} of {len(tensors)} keys are not understood (first: {left[0]!r}; {meaning}); "
-            "ignore them with --ignore-unmatched PATTERN if you know them to be needless"
+            f"{source}: {len(unmatched)} of {len(tensors)} keys are not recognized (first: {unmatched[0]!r}; {reason});"
+            " skip them with --ignore-unmatched PATTERN if they are not needed"
         )
 
 
-def fill_metadata(metadata: AdapterMetadata, found: ParsedFile, path: Path, *, own: bool) -> AdapterMetadata:
-    """Name, family and dialect filled in from the file itself."""
-    shapes = {layer_path: layer.weight_shape for layer_path, layer in found.layers.items()}
+def _fill_metadata(metadata: AdapterMetadata, parsed: ParsedFile, path: Path, *, has_record: bool) -> AdapterMetadata:
+    """Fill in the name, family, variant and format from the file's tensors."""
+    shapes = {layer_path: layer.weight_shape for layer_path, layer in parsed.layers.items()}
     family = metadata.family
-    if not own:
-        possible = candidate_families(shapes) if shapes else ()
-        family = choose_family(possible, metadata.family) if possible else found.family
-    variant = metadata.variant or ("inpainting" if is_inpainting(shapes) else "")
-    dialect = "native" if own and found.dialect == peft.DIALECT else found.dialect
+    if not has_record:
+        candidates = candidate_families(shapes) if shapes else ()
+        family = choose_family(candidates, metadata.family) if candidates else parsed.family
+    variant = metadata.variant or ("inpainting" if _is_inpainting(shapes) else "")
+    dialect = "native" if has_record and parsed.dialect == peft.DIALECT else parsed.dialect
     changes = {
         "name": metadata.name or path.stem,
         "family": family,
         "source_format": dialect,
         "variant": variant,
-        "notes": tuple(dict.fromkeys((*metadata.notes, *found.notes))),
+        "notes": tuple(dict.fromkeys((*metadata.notes, *parsed.notes))),
     }
     return metadata.model_copy(update=changes)
 
 
-def is_inpainting(shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether the UNet's first convolution reads nine channels: latents, mask and masked latents."""
+def _is_inpainting(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Return whether `conv_in` has nine input channels: latents, mask and masked latents."""
     return shapes.get("unet.conv_in", ())[1:2] == (9,)

@@ -1,7 +1,7 @@
-"""The texts in a file's header: our own record, ModelSpec's keys, kohya's; written strictly, read tolerantly.
+"""Read and write the metadata of adapter files: this library's record, ModelSpec keys and kohya's `ss_` keys.
 
-ModelSpec 1.0.1 [github.com/Stability-AI/ModelSpec] tells other programs what a file is; kohya's `ss_` keys are what
-user interfaces show [github.com/kohya-ss/sd-scripts].
+ModelSpec 1.0.1 tells other programs what a file is [github.com/Stability-AI/ModelSpec]. kohya's `ss_` keys are what
+A1111 and other user interfaces show [github.com/kohya-ss/sd-scripts].
 """
 
 from __future__ import annotations
@@ -22,35 +22,53 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RECORD_KEY = "lora_diffusion"
-BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
-"""kohya's name of each family's base."""
+"""Metadata key of this library's record."""
+_BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+"""kohya's `ss_base_model_version` for each family."""
 
 
 class Record(Settings):
-    """Our own header entry."""
+    """The metadata entry that this library writes to its files."""
 
     metadata: AdapterMetadata
     alpha: Mapping[str, float] = {}
-    """By module path, where the file's layout has no other place for it."""
+    """Alpha by module path, for formats that do not store it elsewhere."""
     hash: str = ""
-    """Content hash of the adapter; empty where the layout stores it in other words."""
+    """Content hash of the adapter; empty for formats that may store tensors in another form."""
 
 
 def read_record(entries: Mapping[str, str], source: str) -> Record | None:
-    """Our own header entry; None for other tools' files. Raises AdapterFormatError if it cannot be read."""
+    """Read this library's record from the metadata of a file.
+
+    Args:
+        entries: Metadata of the file.
+        source: The path of the file, for error messages.
+
+    Returns:
+        The record, or None for a file of another tool.
+
+    Raises:
+        AdapterFormatError: If the record is damaged or of a newer version.
+    """
     if RECORD_KEY not in entries:
         return None
     try:
         return Record.model_validate_json(entries[RECORD_KEY])
     except ValidationError as error:
         raise AdapterFormatError(
-            f"{source}: header entry {RECORD_KEY!r} cannot be read ({format_validation_error(error, Record)}); "
-            "written by a newer version?"
+            f"{source}: metadata entry {RECORD_KEY!r} cannot be read ({format_validation_error(error, Record)}); "
+            "the file may need a newer version of lora_diffusion"
         ) from None
 
 
 def modelspec_entries(adapter: Adapter, tensors: Mapping[str, Tensor], *, title: str) -> dict[str, str]:
-    """ModelSpec's required keys, and the optional ones that are known."""
+    """Return the ModelSpec metadata of an adapter.
+
+    Args:
+        adapter: The adapter.
+        tensors: Its tensors as they are written to the file, for the payload hash.
+        title: Value of `modelspec.title`.
+    """
     metadata = adapter.metadata
     entries = {
         "modelspec.sai_model_spec": "1.0.1",
@@ -60,9 +78,9 @@ def modelspec_entries(adapter: Adapter, tensors: Mapping[str, Tensor], *, title:
     }
     family = FAMILIES.get(metadata.family)
     if family:
-        small = metadata.family == "sd2" and metadata.variant != "v-prediction"  # SD 2.x comes in two sizes
-        entries["modelspec.architecture"] = "stable-diffusion-v2-512/lora" if small else family.modelspec
-        entries["modelspec.resolution"] = "512x512" if small else f"{family.resolution}x{family.resolution}"
+        is_sd2_base = metadata.family == "sd2" and metadata.variant != "v-prediction"  # 512 px instead of 768 px
+        entries["modelspec.architecture"] = "stable-diffusion-v2-512/lora" if is_sd2_base else family.modelspec
+        entries["modelspec.resolution"] = "512x512" if is_sd2_base else f"{family.resolution}x{family.resolution}"
     optional = {
         "modelspec.prediction_type": "v" if metadata.variant == "v-prediction" else "",
         "modelspec.trigger_phrase": ", ".join(metadata.trigger_words),
@@ -74,75 +92,87 @@ def modelspec_entries(adapter: Adapter, tensors: Mapping[str, Tensor], *, title:
 
 
 def kohya_entries(adapter: Adapter) -> dict[str, str]:
-    """The `ss_` keys that other user interfaces show, over those that the adapter came with."""
+    """Return kohya's `ss_` metadata of an adapter; entries that the adapter was loaded with take precedence."""
     metadata = adapter.metadata
-    kept = {key: str(value) for key, value in metadata.training.items() if key.startswith("ss_")}
+    original = {key: str(value) for key, value in metadata.training.items() if key.startswith("ss_")}
     ranks = [rank for layer in adapter.layers.values() if isinstance(rank := getattr(layer, "rank", None), int)]
     alphas = [alpha for layer in adapter.layers.values() if isinstance(alpha := getattr(layer, "alpha", None), float)]
-    lycoris = bool(set(adapter.kinds) - {"LoRA", "LoCon"})
-    own = {
+    is_lycoris = bool(set(adapter.kinds) - {"LoRA", "LoCon"})
+    entries = {
         "ss_output_name": metadata.name,
-        "ss_base_model_version": BASE_VERSIONS.get(metadata.family, "") + variant_suffix(metadata),
+        "ss_base_model_version": _BASE_VERSIONS.get(metadata.family, "") + _variant_suffix(metadata),
         "ss_v2": str(metadata.family == "sd2"),
-        "ss_network_module": "lycoris.kohya" if lycoris else "networks.lora",
-        "ss_network_dim": common_or_dynamic(ranks),
-        "ss_network_alpha": common_or_dynamic(alphas),
+        "ss_network_module": "lycoris.kohya" if is_lycoris else "networks.lora",
+        "ss_network_dim": _common_or_dynamic(ranks),
+        "ss_network_alpha": _common_or_dynamic(alphas),
         "ss_sd_model_name": metadata.base_name,
         "ss_training_comment": metadata.description,
     }
-    return {key: value for key, value in own.items() if value} | kept
+    return {key: value for key, value in entries.items() if value} | original
 
 
-def variant_suffix(metadata: AdapterMetadata) -> str:
+def _variant_suffix(metadata: AdapterMetadata) -> str:
     return "_v" if metadata.family == "sd2" and metadata.variant == "v-prediction" else ""
 
 
-def common_or_dynamic(values: list[Any]) -> str:
-    """The common value, or kohya's word for a file of mixed ones."""
+def _common_or_dynamic(values: list[Any]) -> str:
+    """Return the common value, or `Dynamic`, which kohya's scripts write for mixed values."""
     if not values:
         return ""
     return f"{values[0]:g}" if len(set(values)) == 1 else "Dynamic"
 
 
 def parse_foreign_metadata(entries: Mapping[str, str]) -> AdapterMetadata:
-    """What another tool's header says, as far as it is known; odd values are left out rather than refused."""
+    """Read the metadata of another tool's file; unknown entries and values are ignored."""
     family, variant = parse_base(entries)
     triggers = entries.get("modelspec.trigger_phrase", "")
     return AdapterMetadata(
         name=entries.get("ss_output_name") or entries.get("modelspec.title") or "",
         family=family,
         variant=variant,
-        base_name=none_if_literal(entries, "ss_sd_model_name"),
-        base_hash=none_if_literal(entries, "ss_new_sd_model_hash"),
-        trigger_words=tuple(word for part in triggers.split(",") if (word := part.strip())),
-        description=entries.get("modelspec.description") or none_if_literal(entries, "ss_training_comment"),
+        base_name=_read_unless_none(entries, "ss_sd_model_name"),
+        base_hash=_read_unless_none(entries, "ss_new_sd_model_hash"),
+        trigger_words=tuple(word for item in triggers.split(",") if (word := item.strip())),
+        description=entries.get("modelspec.description") or _read_unless_none(entries, "ss_training_comment"),
         training={key: value for key, value in entries.items() if key.startswith("ss_")},
         created=entries.get("modelspec.date", ""),
-        merged_from=tuple(part for part in entries.get("modelspec.merged_from", "").split(", ") if part),
+        merged_from=tuple(name for name in entries.get("modelspec.merged_from", "").split(", ") if name),
     )
 
 
-def none_if_literal(entries: Mapping[str, str], key: str) -> str:
-    """A value of kohya's, who writes None as a text."""
+def _read_unless_none(entries: Mapping[str, str], key: str) -> str:
+    """Return a metadata entry; empty if it is missing or `None`, which kohya's scripts write as text."""
     value = entries.get(key, "")
     return "" if value == "None" else value
 
 
 def parse_base(entries: Mapping[str, str]) -> tuple[str, str]:
-    """Family and variant that the header names; empty where it says nothing or something else."""
+    """Read the family and variant (`v-prediction` or `inpainting`) of the base from the metadata.
+
+    Each is empty if the metadata has no known value.
+    """
     version = entries.get("ss_base_model_version", "")
     architecture = entries.get("modelspec.architecture", "")
-    family = next((name for name, base in BASE_VERSIONS.items() if version.startswith(base)), "")
-    kinds = {"stable-diffusion-v1": "sd1", "stable-diffusion-v2": "sd2", "stable-diffusion-xl": "sdxl"}
-    family = family or next((name for start, name in kinds.items() if architecture.startswith(start)), "")
+    family = next((name for name, base in _BASE_VERSIONS.items() if version.startswith(base)), "")
+    architectures = {"stable-diffusion-v1": "sd1", "stable-diffusion-v2": "sd2", "stable-diffusion-xl": "sdxl"}
+    family = family or next((name for prefix, name in architectures.items() if architecture.startswith(prefix)), "")
     if "inpaint" in f"{version} {architecture}".lower():
         return family, "inpainting"
-    velocity = version.endswith("_v") or entries.get("modelspec.prediction_type") == "v" or "768-v" in architecture
-    return family, "v-prediction" if velocity else ""
+    is_v_prediction = (
+        version.endswith("_v") or entries.get("modelspec.prediction_type") == "v" or "768-v" in architecture
+    )
+    return family, "v-prediction" if is_v_prediction else ""
 
 
 def tag_frequencies(training: Mapping[str, Any]) -> dict[str, int]:
-    """How often each tag stood in the captions, over all folders; empty if the record has none or a broken one."""
+    """Return how often each tag occurred in the training captions, most frequent first.
+
+    Args:
+        training: Training metadata with kohya's `ss_tag_frequency`.
+
+    Returns:
+        Counts summed over all image folders; empty if the entry is missing or damaged.
+    """
     try:
         folders = json.loads(training.get("ss_tag_frequency", "{}"))
         counts: dict[str, int] = {}
@@ -155,6 +185,12 @@ def tag_frequencies(training: Mapping[str, Any]) -> dict[str, int]:
 
 
 def record_entry(adapter: Adapter, *, alpha: Mapping[str, float], hashed: bool) -> dict[str, str]:
-    """Our own header entry for an adapter."""
+    """Return the metadata entry with this library's record.
+
+    Args:
+        adapter: The adapter.
+        alpha: Alpha by module path, for a format that does not store it elsewhere.
+        hashed: Whether to include the content hash, which `load_adapter` then checks.
+    """
     digest = adapter_hash(adapter) if hashed else ""
     return {RECORD_KEY: Record(metadata=adapter.metadata, alpha=alpha, hash=digest).model_dump_json()}

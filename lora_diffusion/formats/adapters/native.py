@@ -1,15 +1,17 @@
-"""The native file: PEFT's key layout as diffusers reads it, everything else in the header.
+"""Write adapters in the native format: PEFT keys, which diffusers can load, and everything else in the metadata.
 
-Keys are `<module path>.lora_A.weight` (down) and `.lora_B.weight` (up); DoRA adds `.lora_magnitude_vector`, and what
-PEFT has no keys for is called as LyCORIS calls it (`<module path>.hada_w1_a`, `.lora_mid.weight`, `.diff`). diffusers
-refuses a file with any further tensor, so the alpha of each layer is in the header instead: as `lora_adapter_metadata`,
-which diffusers and PEFT apply, and once more by module path in our own record. Learned tokens are in the header too.
+Keys are `<module path>.lora_A.weight` (down) and `<module path>.lora_B.weight` (up). DoRA adds
+`.lora_magnitude_vector`. Tensors that PEFT has no keys for use LyCORIS' names (`.hada_w1_a`, `.lora_mid.weight`,
+`.diff`). diffusers rejects files with any other tensor, so alpha is stored in the metadata: in `lora_adapter_metadata`,
+which diffusers and PEFT apply, and by module path in this library's record. Textual-inversion embeddings are in the
+metadata too.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,54 +32,62 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TOKENS_KEY = "lora_diffusion_tokens"
-PEFT_LEAVES = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
+"""Metadata key of the textual-inversion embeddings."""
+_PEFT_LEAVES = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
 
 
-def save_adapter(adapter: Adapter, path: Path) -> None:
-    """Write the native file, whole or not at all.
+def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
+    """Save an adapter in the native format, a .safetensors file that diffusers can load. The write is atomic.
 
-    Raises AdapterFormatError for an adapter without layers or with NaN in them, OutputError if it cannot be written.
+    Raises:
+        AdapterFormatError: If the adapter is empty, or holds NaN or infinity.
+        OutputError: If the file cannot be written.
     """
+    path = Path(path)
     validate_adapter(adapter, str(path))
-    tensors = native_tensors(adapter)
-    write_safetensors(path, tensors, build_header(adapter, tensors, title=adapter.metadata.name or path.stem))
+    tensors = _native_tensors(adapter)
+    write_safetensors(path, tensors, _build_header(adapter, tensors, title=adapter.metadata.name or path.stem))
 
 
-def native_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """All tensors under their keys."""
+def _native_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """Return all tensors by key."""
     tensors: dict[str, Tensor] = {}
     for path in adapter.paths:
         layer = adapter.layers.get(path)
         leaves = layer_to_tensors(layer, adapter.biases.get(path))
         leaves.pop(ALPHA, None)
         if isinstance(layer, DoRALayer) and isinstance(layer.inner, LoRALayer) and layer.per_output:
-            leaves[MAGNITUDE_VECTOR] = magnitude_vector(leaves.pop(MAGNITUDE))
-        tensors |= {f"{path}.{PEFT_LEAVES.get(leaf, leaf)}": tensor for leaf, tensor in leaves.items()}
+            leaves[MAGNITUDE_VECTOR] = _magnitude_vector(leaves.pop(MAGNITUDE))
+        tensors |= {f"{path}.{_PEFT_LEAVES.get(leaf, leaf)}": tensor for leaf, tensor in leaves.items()}
     return tensors
 
 
-def magnitude_vector(magnitude: Tensor) -> Tensor:
-    """Magnitudes per output as PEFT holds them: (out,) for a linear module, (1, out, 1, 1) for a convolution."""
+def _magnitude_vector(magnitude: Tensor) -> Tensor:
+    """Reshape DoRA magnitudes to PEFT's shape: (out,) for a linear layer, (1, out, 1, 1) for a convolution."""
     return magnitude.flatten() if magnitude.ndim == 2 else magnitude.transpose(0, 1)
 
 
-def build_header(adapter: Adapter, tensors: Mapping[str, Tensor], *, title: str) -> dict[str, str]:
-    """All header entries, as strings."""
-    alpha = {p: float(a) for p, layer in adapter.layers.items() if (a := getattr(layer, "alpha", None)) is not None}
+def _build_header(adapter: Adapter, tensors: Mapping[str, Tensor], *, title: str) -> dict[str, str]:
+    """Return the metadata entries of a native file."""
+    alphas = {
+        path: float(alpha)
+        for path, layer in adapter.layers.items()
+        if (alpha := getattr(layer, "alpha", None)) is not None
+    }
     entries = {
-        **record_entry(adapter, alpha=alpha, hashed=True),
-        PEFT_KEY: json.dumps(peft_metadata(adapter), sort_keys=True),
+        **record_entry(adapter, alpha=alphas, hashed=True),
+        PEFT_KEY: json.dumps(_peft_metadata(adapter), sort_keys=True),
         **modelspec_entries(adapter, tensors, title=title),
     }
     if adapter.tokens:
         entries[TOKENS_KEY] = json.dumps(
-            {w: encode_token(token) for w, token in adapter.tokens.items()}, sort_keys=True
+            {name: _encode_token(token) for name, token in adapter.tokens.items()}, sort_keys=True
         )
     return entries
 
 
-def peft_metadata(adapter: Adapter) -> dict[str, Any]:
-    """The fields of PEFT's LoraConfig that carry rank and alpha, per component, as diffusers wants them."""
+def _peft_metadata(adapter: Adapter) -> dict[str, Any]:
+    """Return PEFT's LoraConfig fields for rank and alpha, prefixed with the component, as diffusers reads them."""
     entries: dict[str, Any] = {}
     for component in adapter.components:
         layers = {
@@ -85,34 +95,33 @@ def peft_metadata(adapter: Adapter) -> dict[str, Any]:
             for path, layer in adapter.layers.items()
             if path.startswith(f"{component}.")
         }
-        ranked = {path: layer for path, layer in layers.items() if isinstance(layer, LoRALayer)}
-        if not ranked:
+        lora_layers = {path: layer for path, layer in layers.items() if isinstance(layer, LoRALayer)}
+        if not lora_layers:
             continue
-        ranks = {path: layer.rank for path, layer in ranked.items()}
-        alphas = {path: float(layer.alpha) for path, layer in ranked.items()}
+        ranks = {path: layer.rank for path, layer in lora_layers.items()}
+        alphas = {path: float(layer.alpha) for path, layer in lora_layers.items()}
         rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
         config = {
             "r": rank,
             "lora_alpha": alpha,
-            "target_modules": "|".join(module_regex(p) for p in sorted(ranked)),
-            "rank_pattern": {f"^{module_regex(p)}": r for p, r in ranks.items() if r != rank},
-            "alpha_pattern": {f"^{module_regex(p)}": a for p, a in alphas.items() if a != alpha},
+            "target_modules": "|".join(_module_regex(p) for p in sorted(lora_layers)),
+            "rank_pattern": {f"^{_module_regex(p)}": r for p, r in ranks.items() if r != rank},
+            "alpha_pattern": {f"^{_module_regex(p)}": a for p, a in alphas.items() if a != alpha},
         }
-        dora = [isinstance(adapter.layers[f"{component}.{path}"], DoRALayer) for path in ranked]
-        if all(dora):
+        if all(isinstance(adapter.layers[f"{component}.{path}"], DoRALayer) for path in lora_layers):
             config["use_dora"] = True
         entries |= {f"{component}.{key}": value for key, value in config.items()}
     return entries
 
 
-def module_regex(path: str) -> str:
-    """A regular expression for a module with or without the level `text_model` (see `peft.canonical_path`)."""
+def _module_regex(path: str) -> str:
+    """Return a regular expression for a module with or without `text_model.` (see `peft._canonical_path`)."""
     inner = path.removeprefix("text_model.")
     return re.escape(path) if inner == path else rf"(text_model\.)?{re.escape(inner)}"
 
 
-def encode_token(token: Token) -> dict[str, Any]:
-    """A learned token as text: its vectors' type, shape and bytes, by component."""
+def _encode_token(token: Token) -> dict[str, Any]:
+    """Encode a textual-inversion embedding as JSON: dtype, shape and base64 bytes, by text encoder."""
     return {
         component: {
             "dtype": dtype_name(vectors.dtype),
@@ -126,23 +135,37 @@ def encode_token(token: Token) -> dict[str, Any]:
 def read_tokens(
     entries: Mapping[str, str], source: str, decode: Callable[[Mapping[str, Any]], Tensor]
 ) -> dict[str, Token]:
-    """The learned tokens in a header of ours, each vector read by `decode_token` or `token_meta`.
+    """Read the textual-inversion embeddings in the metadata of a native file.
 
-    Raises AdapterFormatError if they cannot be read.
+    Args:
+        entries: Metadata of the file.
+        source: The path of the file, for error messages.
+        decode: `decode_token`, or `token_meta` to read only shapes and dtypes.
+
+    Returns:
+        The embeddings, by name.
+
+    Raises:
+        AdapterFormatError: If an embedding is damaged.
     """
     try:
-        table = json.loads(entries.get(TOKENS_KEY, "{}"))
-        return {word: {component: decode(entry) for component, entry in token.items()} for word, token in table.items()}
+        tokens = json.loads(entries.get(TOKENS_KEY, "{}"))
+        return {
+            name: {component: decode(entry) for component, entry in token.items()} for name, token in tokens.items()
+        }
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, RecursionError) as error:
-        raise AdapterFormatError(f"{source}: header entry {TOKENS_KEY!r} cannot be read ({error})") from None
+        raise AdapterFormatError(
+            f"{source}: metadata entry {TOKENS_KEY!r} cannot be read ({error}); the file is damaged"
+        ) from None
 
 
 def token_meta(entry: Mapping[str, Any]) -> Tensor:
-    """Shape and type alone, without torch."""
+    """Read the shape and dtype of an embedding in the metadata, as `MetaTensor`, without importing torch."""
     return cast("Tensor", MetaTensor(shape=tuple(map(int, entry["shape"])), dtype=str(entry["dtype"])))
 
 
 def decode_token(entry: Mapping[str, Any]) -> Tensor:
+    """Decode an embedding in the metadata, of shape (vectors, width)."""
     import torch
 
     data = bytearray(base64.b64decode(entry["data"], validate=True))

@@ -1,4 +1,4 @@
-"""What the reader of a dialect hands over before it becomes an adapter, and what no file may hold in any dialect."""
+"""Define the result of parsing an adapter file, and the checks that apply to all formats."""
 
 from __future__ import annotations
 
@@ -16,28 +16,42 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ParsedFile:
-    """A file's content in our words; together with `unmatched` it accounts for every key of the file."""
+    """The content of an adapter file by module path. Every key of the file was used or is in `unmatched`."""
 
     dialect: str
+    """Name of the file format, as in `AdapterMetadata.source_format`."""
     layers: Mapping[str, Layer] = field(default_factory=dict)
+    """Layers by module path."""
     biases: Mapping[str, Tensor] = field(default_factory=dict)
+    """Bias deltas of shape (out,), by module path."""
     tokens: Mapping[str, Token] = field(default_factory=dict)
+    """Textual-inversion embeddings by name."""
     unmatched: tuple[str, ...] = ()
-    """Keys that are not understood, as the file spells them."""
+    """Keys of the file that were not recognized."""
     family: str = ""
-    """The family that the keys were translated by, if that was needed."""
+    """The family whose module names were used to convert the keys; empty if none was needed or it is ambiguous."""
     notes: tuple[str, ...] = ()
-    """What had to be assumed."""
+    """Assumptions that were made, as sentences for the user."""
 
 
 def validate_adapter(adapter: Adapter, source: str) -> None:
-    """Raise AdapterFormatError for an adapter that holds nothing, or NaN or infinity."""
+    """Check that an adapter is not empty and that all values are finite.
+
+    Args:
+        adapter: The adapter.
+        source: The path of its file, for error messages.
+
+    Raises:
+        AdapterFormatError: If the adapter is empty, or holds NaN or infinity.
+    """
     count = sum(1 for _ in named_tensors(adapter))
     if not count:
-        raise AdapterFormatError(f"{source}: an adapter without layers; expected at least one pair of factors")
-    broken = adapter.non_finite
-    if broken:
         raise AdapterFormatError(
-            f"{source}: {len(broken)} of {count} tensors hold NaN or infinity (first: {broken[0]}); "
-            "the training that made it broke down, use an earlier file"
+            f"{source}: the adapter is empty; expected at least one layer, bias or textual-inversion embedding"
+        )
+    non_finite = adapter.non_finite
+    if non_finite:
+        raise AdapterFormatError(
+            f"{source}: {len(non_finite)} of {count} tensors hold NaN or infinity (first: {non_finite[0]}); "
+            "training diverged, use an earlier checkpoint"
         )

@@ -1,7 +1,8 @@
-"""Pickled files (`.pt`, `.bin`, `.ckpt`): only through torch's `weights_only`, which executes nothing."""
+"""Read pickled files (`.pt`, `.bin`, `.ckpt`) with torch's `weights_only`, which does not execute code."""
 
 from __future__ import annotations
 
+import os
 import pickle
 import warnings
 import zipfile
@@ -15,55 +16,64 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIXES = (".pt", ".bin", ".ckpt", ".pth")
+"""File suffixes of pickled files."""
 
 
-def is_pickled(path: Path) -> bool:
-    """Whether the name says so; a pickle under another name is refused for what it is not."""
-    return path.suffix.lower() in SUFFIXES
+def is_pickled(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file has the suffix of a pickled file."""
+    return Path(path).suffix.lower() in SUFFIXES
 
 
-def read_pickled(path: Path) -> dict[str, Tensor]:
-    """The tensors in a pickled file. Raises AdapterFormatError for anything that is not plain tensors."""
+def read_pickled(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read the tensors of a pickled file, without executing code from it.
+
+    Returns:
+        The tensors of a state dict, an A1111 embedding, or cloneofsimo's list of tensors, by key.
+
+    Raises:
+        AdapterFormatError: If the file is missing or damaged, or holds anything but plain tensors.
+    """
+    path = Path(path)
     if not path.is_file():
-        raise AdapterFormatError(f"{path}: no such file; give the path of an adapter")
-    check_archive_size(path)
+        raise AdapterFormatError(f"{path}: no such file; give the path of an adapter file")
+    _check_archive_size(path)
     import torch
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's notes on how it was pickled
+            warnings.simplefilter("ignore")  # warnings of torch about how the file was pickled
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise AdapterFormatError(
-            f"{path}: would have to execute code to be read, or is no pickle; only plain tensors are read, "
-            "convert it to .safetensors where you trust it"
+            f"{path}: is not a pickled file, or would execute code when loaded; expected plain tensors, "
+            "convert the file to .safetensors if you trust it"
         ) from None
-    except Exception as error:  # noqa: BLE001 (whatever a hostile pickle provokes in the loader means the same)
+    except Exception as error:  # noqa: BLE001 (a hostile pickle can cause any exception in torch's loader)
         raise AdapterFormatError(f"{path}: cannot be read as a pickled file ({str(error)[:120]})") from None
-    tensors = extract_tensors(content, path.stem)
+    tensors = _extract_tensors(content, path.stem)
     if not tensors:
-        raise AdapterFormatError(f"{path}: holds no tensors by name; expected an adapter or a learned token")
+        raise AdapterFormatError(f"{path}: has no named tensors; expected an adapter or a textual-inversion embedding")
     return tensors
 
 
-def check_archive_size(path: Path) -> None:
-    """Raise AdapterFormatError for an archive that unpacks to more than it has on disk: torch compresses nothing."""
+def _check_archive_size(path: Path) -> None:
+    """Raise AdapterFormatError for a compressed archive (a zip bomb), because torch does not compress files."""
     if not zipfile.is_zipfile(path):
         return
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
     except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise AdapterFormatError(f"{path}: is a damaged archive ({error})") from None
+        raise AdapterFormatError(f"{path}: is a damaged zip archive ({error})") from None
     if unpacked > path.stat().st_size:
         raise AdapterFormatError(
-            f"{path}: unpacks to {unpacked:,} bytes from {path.stat().st_size:,}; torch compresses nothing, "
-            "so this file is not its work"
+            f"{path}: is a compressed archive ({unpacked:,} bytes from {path.stat().st_size:,}); "
+            "expected a file saved with torch.save, which does not compress"
         )
 
 
-def extract_tensors(content: object, stem: str) -> dict[str, Tensor]:
-    """Tensors by key: a state dict, one inside `state_dict`, A1111's learned token, or a list of pairs."""
+def _extract_tensors(content: object, stem: str) -> dict[str, Tensor]:
+    """Return the tensors of a state dict, a nested `state_dict`, an A1111 embedding, or a list of pairs, by key."""
     import torch
 
     if isinstance(content, list | tuple):
@@ -72,12 +82,12 @@ def extract_tensors(content: object, stem: str) -> dict[str, Tensor]:
         return {}
     inner = content.get("state_dict")
     if isinstance(inner, dict):
-        return extract_tensors(inner, stem)
-    learned = content.get("string_to_param")
-    if isinstance(learned, dict):
+        return _extract_tensors(inner, stem)
+    embeddings = content.get("string_to_param")
+    if isinstance(embeddings, dict):
         name = content.get("name")
-        word = name if isinstance(name, str) and name else stem
-        return {word if key == "*" else str(key): t for key, t in learned.items() if isinstance(t, torch.Tensor)}
+        token = name if isinstance(name, str) and name else stem
+        return {token if key == "*" else str(key): t for key, t in embeddings.items() if isinstance(t, torch.Tensor)}
     if not all(isinstance(key, str) for key in content):
         return {}
     return {key: value.detach() for key, value in content.items() if isinstance(value, torch.Tensor)}

@@ -1,1 +1,1 @@
-"""Checkpoints on disk: folders in diffusers' layout and single files in the original layout."""
+"""Read Stable Diffusion checkpoints: diffusers folders and single files in the original (LDM) layout."""

@@ -1,8 +1,9 @@
-"""A base's weights by our own names, whether it is a folder in diffusers' layout or a single file in the original one.
+"""Open a base checkpoint, a diffusers folder or a single file, as a table of parameters by diffusers name.
 
-Nothing is loaded as a pipeline: tensors are read from the files one at a time.
+No pipeline is built: parameters are read from the files one at a time.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,29 +25,35 @@ from lora_diffusion.formats.checkpoints.ldm_detection import detect_layout
 from lora_diffusion.formats.checkpoints.ldm_keys import LdmKey, ldm_key
 from lora_diffusion.formats.safetensors import TensorInfo, TensorKind, read_tensor
 
-WHOLE = LdmKey(key="")
+_FULL_TENSOR = LdmKey(key="")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """Where a tensor of the pipeline lies in a file."""
+    """A parameter of the pipeline and its location in a checkpoint file."""
 
     file: Path
     info: TensorInfo
+    """Header entry of the tensor in `file`."""
     data_start: int
-    part: LdmKey = WHOLE
-    """Which part of the file's tensor is meant."""
+    """Offset of the tensor data in `file`, in bytes."""
+    part: LdmKey = _FULL_TENSOR
+    """The part of the stored tensor that holds the parameter."""
 
     @property
     def kind(self) -> TensorKind:
-        """Type, and shape as the pipeline has it."""
+        """The dtype, and the shape as in the pipeline."""
         shape = self.info.shape
         if self.part.third is not None:
             shape = (shape[0] // 3, *shape[1:])
         return self.info.dtype, shape[::-1] if self.part.transposed else shape
 
     def read(self) -> Tensor:
-        """The values, in memory of their own. Raises AdapterFormatError if the file has become shorter."""
+        """Read the parameter from the file.
+
+        Raises:
+            AdapterFormatError: If the file cannot be read or has been truncated.
+        """
         tensor = read_tensor(self.file, self.info, self.data_start)
         if self.part.third is not None:
             tensor = tensor.chunk(3)[self.part.third]
@@ -55,68 +62,79 @@ class StoredTensor:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
-    """A base on disk: what it is, and where each of its parameters lies."""
+    """A base checkpoint on disk: its family, its module layout, and the location of its parameters."""
 
     path: Path
+    """The diffusers folder or the single file."""
     family: Family
     layout: ModelLayout
     parameters: Mapping[str, StoredTensor]
-    """Those of UNet and text encoders, by name: `<module path>.weight` and `.bias`."""
+    """Parameters of the UNet and the text encoders, by name: `<module path>.weight` or `<module path>.bias`."""
 
     @property
     def is_folder(self) -> bool:
+        """Whether the checkpoint is a diffusers folder rather than a single file."""
         return self.path.is_dir()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the parameters, as the pipeline has them."""
+        """Shape of each parameter as in the pipeline, by name."""
         return {name: stored.kind[1] for name, stored in self.parameters.items()}
 
     @cached_property
     def hash(self) -> str:
-        """Of a folder over its weight files, of a single file over its bytes, SHA-256."""
+        """SHA-256 of the file; for a folder, `base_hash` of its weight files."""
         if self.is_folder:
             return base_hash(self.path)
         return file_hash(self.path)
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Look at a base's headers and configuration; reads no weights.
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open a base checkpoint by reading its file headers and configuration, but no weights.
 
-    Raises BaseModelError for anything but a Stable Diffusion base.
+    Args:
+        path: A diffusers folder, or a single .safetensors file in the original layout.
+
+    Raises:
+        BaseModelError: If it is not an SD 1.x, SD 2.x or SDXL checkpoint.
     """
-    return open_folder(path) if path.is_dir() else open_single(path)
+    path = Path(path)
+    return _open_folder(path) if path.is_dir() else _open_single(path)
 
 
-def open_folder(path: Path) -> Checkpoint:
-    family, shape = read_layout(path)
-    found = find_parameters(path, parameter_names(shape))
-    headers = {file: read_base_header(file) for file in {place.file for place in found.values()}}
+def _open_folder(path: Path) -> Checkpoint:
+    family, layout = read_layout(path)
+    locations = find_parameters(path, _parameter_names(layout))
+    headers = {file: read_base_header(file) for file in {location.file for location in locations.values()}}
     parameters = {
-        name: StoredTensor(file=at.file, info=headers[at.file].tensors[at.key], data_start=headers[at.file].data_start)
-        for name, at in found.items()
+        name: StoredTensor(
+            file=location.file,
+            info=headers[location.file].tensors[location.key],
+            data_start=headers[location.file].data_start,
+        )
+        for name, location in locations.items()
     }
-    return Checkpoint(path=path, family=family, layout=shape, parameters=parameters)
+    return Checkpoint(path=path, family=family, layout=layout, parameters=parameters)
 
 
-def open_single(path: Path) -> Checkpoint:
+def _open_single(path: Path) -> Checkpoint:
     if path.suffix != ".safetensors":
         raise BaseModelError(
-            f"{path}: is no .safetensors file; convert it first, as other kinds of checkpoint can run code when opened"
+            f"{path}: is not a .safetensors file; convert it first, as pickled checkpoints can run code when loaded"
         )
     header = read_base_header(path)
-    family, shape = detect_layout({key: slot.shape for key, slot in header.tensors.items()}, str(path))
+    family, layout = detect_layout({key: info.shape for key, info in header.tensors.items()}, str(path))
     parameters: dict[str, StoredTensor] = {}
-    for name in parameter_names(shape):
-        place = ldm_key(name, family, shape)
-        if place is not None and place.key in header.tensors:
-            slot = header.tensors[place.key]
-            parameters[name] = StoredTensor(file=path, info=slot, data_start=header.data_start, part=place)
-    return Checkpoint(path=path, family=family, layout=shape, parameters=parameters)
+    for name in _parameter_names(layout):
+        part = ldm_key(name, family, layout)
+        if part is not None and part.key in header.tensors:
+            info = header.tensors[part.key]
+            parameters[name] = StoredTensor(file=path, info=info, data_start=header.data_start, part=part)
+    return Checkpoint(path=path, family=family, layout=layout, parameters=parameters)
 
 
-def parameter_names(shape: ModelLayout) -> Iterator[str]:
-    """Every parameter that the UNet and the text encoders may have, whether this base has it or not."""
-    yield from (f"{path}.{leaf}" for path in changeable_paths(shape) for leaf in ("weight", "bias"))
-    for component in shape.text_layers:
+def _parameter_names(layout: ModelLayout) -> Iterator[str]:
+    """Yield the names of all parameters that the UNet and text encoders can have; a base may lack some, as biases."""
+    yield from (f"{path}.{leaf}" for path in changeable_paths(layout) for leaf in ("weight", "bias"))
+    for component in layout.text_layers:
         yield from (f"{component}.text_model.embeddings.{table}_embedding.weight" for table in ("token", "position"))

@@ -11,7 +11,7 @@ from lora_diffusion.adapters.adapter import Adapter, adapter_hash, named_tensors
 from lora_diffusion.algebra.metrics.norms import delta_norm
 from lora_diffusion.architectures.blocks import block_prefix
 from lora_diffusion.architectures.families import family_title
-from lora_diffusion.core.atomic_files import count_bytes
+from lora_diffusion.core.atomic_files import count_bytes, file_hash
 from lora_diffusion.core.dtypes import dtype_name
 from lora_diffusion.formats.adapters.load import load_meta_adapter, load_unchecked
 from lora_diffusion.formats.adapters.metadata import tag_frequencies
@@ -95,9 +95,9 @@ def file_hashes(path: Path) -> dict[str, str]:
     `sshs_legacy_hash` that of 64 KiB behind the first mebibyte [github.com/kohya-ss/sd-scripts, library/train_util.py].
     """
     with path.open("rb") as file:
-        whole = hashlib.file_digest(file, "sha256").hexdigest()
         file.seek(LEGACY_START)
         legacy = hashlib.sha256(file.read(LEGACY_BYTES)).hexdigest()
+    whole = file_hash(path, use_cache=False)
     return {"autov2": whole[:10], "sshs_model_hash": file_payload_hash(path), "sshs_legacy_hash": legacy[:8]}
 
 
