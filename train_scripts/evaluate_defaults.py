@@ -22,7 +22,7 @@ from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import Base, load_base
 from lora_diffusion.training.loop import train
-from lora_diffusion.training.presets import settings_for, subject
+from lora_diffusion.training.presets import make_settings, subject_settings
 from train_scripts.evaluate_routing import prompts as places
 from train_scripts.tiny_world.reader import load_reader, machine, read
 
@@ -58,11 +58,11 @@ def trained(kind: str, name: str, folder: Path) -> tuple[Adapter, float]:
             "output": output,
             "trigger_words": [STYLES[name]],
         }
-        config = settings_for("style", told, base=EMBEDDED_BASE)
+        config = make_settings("style", told, base=EMBEDDED_BASE)
     else:
         data = sample_data_folder() / "subjects" / name
-        told = subject(data, output, instance=SUBJECTS[name], class_prompt="a cat")
-        config = settings_for("dreambooth", told, base=EMBEDDED_BASE)
+        told = subject_settings(data, output, instance=SUBJECTS[name], class_prompt="a cat")
+        config = make_settings("dreambooth", told, base=EMBEDDED_BASE)
     result = train(config)
     if result.stopped:
         raise SystemExit("stopped; nothing is measured of a part of a run")

@@ -30,8 +30,8 @@ from lora_diffusion.evaluation.style_distance import list_style_images, style_di
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import Base, load_base
-from lora_diffusion.training.distillation.distill import distil, metadata_of
-from lora_diffusion.training.distillation.mean_delta import compressed, mean_sum, plain_sum
+from lora_diffusion.training.distillation.distill import distill, make_metadata
+from lora_diffusion.training.distillation.mean_delta import compress_sum, plain_sum, record_mean_sum
 from train_scripts.evaluate_routing import prompts
 from train_scripts.tiny_world.reader import load_reader, read
 
@@ -61,7 +61,7 @@ def both() -> Blend:
 
 
 def svd(base: Base, blend: Blend, total: BlendSum, rank: int) -> Adapter:
-    return compressed(base, total, rank, metadata_of(base, blend, Composition()))
+    return compress_sum(base, total, rank, make_metadata(base, blend, Composition()))
 
 
 def alone(adapter: Adapter) -> Blend:
@@ -92,7 +92,7 @@ def measure(output: Path | None = None, rank: int = 8, steps: int = 200) -> None
     config = DistillConfig(rank=rank, steps=steps)
     configs = [GenerateConfig(prompt=text, seed=100 * s + i) for s in range(SEEDS) for i, text in enumerate(drawn)]
     facts: dict[str, Any] = {"machine": machine(), "config": config.model_dump(mode="json"), "modes": {}}
-    mean = mean_sum(base, blend, Composition(mode="composite"), config.sampler_steps)  # that of switch too
+    mean = record_mean_sum(base, blend, Composition(mode="composite"), config.sampler_steps)  # that of switch too
     ways = [
         Way(title="base", blend=Blend()),
         Way(title="SVD of the sum", blend=alone(svd(base, blend, plain_sum(base, blend), rank))),
@@ -100,7 +100,7 @@ def measure(output: Path | None = None, rank: int = 8, steps: int = 200) -> None
     ]
     for mode in MODES:
         composition = Composition(mode=mode)
-        result = distil(base, blend, composition, learned, config)
+        result = distill(base, blend, composition, learned, config)
         facts["modes"][mode] = {**vars(result.report), "seconds": round(result.seconds, 1)}
         ways += [Way(title=mode, blend=blend, composition=composition)]
         ways += [Way(title=f"{mode}, distilled", blend=alone(result.adapter))]

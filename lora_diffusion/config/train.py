@@ -328,7 +328,8 @@ class TrainConfig(Settings):
         wanted = [name for name, given in needs.items() if given]
         if wanted:
             raise ValueError(
-                f"compute.quantize '{quantization}' quantizes the base's weights, and {wanted[0]} needs them unquantized; leave one out"
+                f"compute.quantize '{quantization}' quantizes the base's weights, and {wanted[0]} needs them "
+                "unquantized; leave one out"
             )
         return self
 

@@ -106,8 +106,8 @@ def resolve_hashes(
         entry = find_by_hash(resolver.library, digest) if digest else None
         if digest and entry is None:
             raise ConfigError(
-                f"the picture's adapter {tag.name!r} (hash {digest}) is not in {resolver.library.folder}; give its folder "
-                "with --library"
+                f"the picture's adapter {tag.name!r} (hash {digest}) is not in {resolver.library.folder}; give its "
+                "folder with --library"
             )
         if entry is None:
             entry = find_adapter(resolver.library, tag.name)

@@ -12,7 +12,7 @@ from lora_diffusion.library.references import load_blend
 from lora_diffusion.models.load import Base
 
 
-def on_top_of(base: Base, weights: Mapping[Path, float]) -> Base:
+def add_base_adapters(base: Base, weights: Mapping[Path, float]) -> Base:
     """The base with adapter files added, each at its weight; it has another hash then, as it is another base.
 
     Mutates the base's models. Raises ConfigError for a file that is not there, AdapterFormatError,

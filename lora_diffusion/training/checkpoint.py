@@ -21,7 +21,7 @@ FREE_TO_CHANGE = ("output", "name", "save_every", "save_precision", "state_every
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunState:
+class TrainingState:
     """A run after so many optimizer steps. Data order and noise are functions of the step, and need no place here."""
 
     step: int
@@ -39,27 +39,27 @@ class RunState:
     best_parameters: Mapping[str, Tensor] | None
 
 
-def identity(config: Settings, **hashes: str) -> dict[str, Any]:
+def run_identity(config: Settings, **hashes: str) -> dict[str, Any]:
     """What makes a run the same run: settings that steps depend on, and hashes of base and data."""
     settings = config.model_dump(mode="json", exclude=set(FREE_TO_CHANGE))
     return {**settings, **hashes}
 
 
-def save_state(folder: Path, state: RunState, identity: Mapping[str, Any]) -> None:
+def save_state(folder: Path, state: TrainingState, identity: Mapping[str, Any]) -> None:
     """Write a state beside the older ones, then remove all but the last few. Raises OutputError; older ones stay."""
-    with atomic_folder(folder / name_of(state.step)) as part:
+    with atomic_folder(folder / state_name(state.step)) as part:
         (part / "run.json").write_text(json.dumps(identity, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         torch.save(vars(state), part / "state.pt")
-    for older in states(folder)[:-KEPT]:
+    for older in list_states(folder)[:-KEPT]:
         shutil.rmtree(older, ignore_errors=True)
 
 
-def load_state(folder: Path, identity: Mapping[str, Any]) -> RunState | None:
+def load_state(folder: Path, identity: Mapping[str, Any]) -> TrainingState | None:
     """The newest state of this run; None if there is none.
 
     Raises ConfigError if there is one of another run, naming what differs.
     """
-    found = states(folder)
+    found = list_states(folder)
     if not found:
         return None
     known = json.loads((found[-1] / "run.json").read_text(encoding="utf-8"))
@@ -69,19 +69,19 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> RunState | None:
             f"{found[-1]}: is the state of a run with other settings ({', '.join(sorted(odd))} differ); set resume to "
             "false to begin anew, or give another output"
         )
-    return RunState(**torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True))
+    return TrainingState(**torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True))
 
 
 def forget_states(folder: Path) -> None:
     """Remove all states, of a run that has ended or begins anew, and what a kill left between writing and renaming."""
-    for path in (*states(folder), *folder.glob(".state-*")):
+    for path in (*list_states(folder), *folder.glob(".state-*")):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def states(folder: Path) -> list[Path]:
+def list_states(folder: Path) -> list[Path]:
     """Whole states, the oldest first."""
     return sorted(path for path in folder.glob("state-*") if (path / "state.pt").is_file())
 
 
-def name_of(step: int) -> str:
+def state_name(step: int) -> str:
     return f"state-{step:08d}"

@@ -48,7 +48,7 @@ def check_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
 
 
 @contextmanager
-def memory_refusals() -> Iterator[None]:
+def explained_memory_errors() -> Iterator[None]:
     """Turn running out of memory into a TrainingError that names the settings which help most."""
     try:
         yield

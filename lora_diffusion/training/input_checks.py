@@ -28,7 +28,7 @@ def check_captions(examples: Sequence[Example], config: TrainConfig) -> None:
             raise DatasetError(f"{example.picture}: its caption cannot be read as a prompt: {error}") from None
 
 
-def check_words(examples: Sequence[Example], config: TrainConfig) -> None:
+def check_learned_tokens(examples: Sequence[Example], config: TrainConfig) -> None:
     """Raise ConfigError for a word that is to be learned and stands in no caption."""
     texts = " ".join(format_caption(example.caption, config.captions, config.trigger_words) for example in examples)
     for word in config.words.words:

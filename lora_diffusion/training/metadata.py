@@ -8,14 +8,14 @@ from pathlib import Path
 from lora_diffusion.adapters.adapter import AdapterMetadata
 from lora_diffusion.config.adapter import TIMESTEP_KINDS
 from lora_diffusion.library.recipe import library_versions
-from lora_diffusion.training.setup import Run
-from lora_diffusion.training.validation import Best
+from lora_diffusion.training.setup import TrainingContext
+from lora_diffusion.training.validation import EarlyStopping
 
 RECENT = 20
 """Steps whose mean loss is shown and recorded."""
 
 
-def metadata_of(run: Run, losses: Sequence[float], best: Best) -> AdapterMetadata:
+def make_metadata(run: TrainingContext, losses: Sequence[float], best: EarlyStopping) -> AdapterMetadata:
     """The header's record after as many steps as there are losses."""
     config, base = run.config, run.base
     validation = {"best": asdict(best)} if best.step else {}
@@ -27,9 +27,9 @@ def metadata_of(run: Run, losses: Sequence[float], best: Best) -> AdapterMetadat
         "adapter": {**config.adapter.model_dump(mode="json"), "begin_with": begun.name if begun else None},
         "data_hash": run.data_hash,
         "steps_done": len(losses),
-        "loss": round(recent(losses), 6),
+        "loss": round(recent_loss(losses), 6),
         **validation,
-        **({"method": run.rules.facts()} if run.rules.facts() else {}),
+        **({"method": run.rules.report()} if run.rules.report() else {}),
         "versions": library_versions(),
     }
     return AdapterMetadata(
@@ -47,6 +47,6 @@ def metadata_of(run: Run, losses: Sequence[float], best: Best) -> AdapterMetadat
     )
 
 
-def recent(losses: Sequence[float]) -> float:
+def recent_loss(losses: Sequence[float]) -> float:
     """Mean loss of the last steps."""
     return sum(losses[-RECENT:]) / len(losses[-RECENT:])

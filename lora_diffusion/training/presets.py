@@ -15,7 +15,7 @@ from lora_diffusion.models.load import default_device
 from lora_diffusion.models.locate import find_base
 
 
-def settings_for(
+def make_settings(
     purpose: Purpose,
     told: Mapping[str, Any],
     changes: Mapping[str, Any] | None = None,
@@ -34,7 +34,7 @@ def settings_for(
     if gigabytes is not None:
         table = deep_merge(table, memory_settings(family.name, gigabytes))
     said = deep_merge(told, changes or {})
-    table = deep_merge({**without_what_gives_way(table, said), "base": base}, said)
+    table = deep_merge({**drop_overridden_defaults(table, said), "base": base}, said)
     config = validate(TrainConfig, table, source=f"train {purpose}")
     if "text_encoder_learning_rate" in said.get("optimizer", {}) or config.adapter.trains_text_encoder:
         return config
@@ -42,7 +42,7 @@ def settings_for(
     return config.model_copy(update={"optimizer": optimizer})
 
 
-def without_what_gives_way(table: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+def drop_overridden_defaults(table: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
     """The family's defaults less those that do not go with what is said: what an optimizer finds or has of its own,
     what a file to go on from brings, and the pull that a slider has anyway."""
     gives_way: dict[str, set[str]] = {}
@@ -59,7 +59,7 @@ def without_what_gives_way(table: Mapping[str, Any], said: Mapping[str, Any]) ->
     return {**table, **kept}
 
 
-def subject(data: Path, output: Path, *, instance: str, class_prompt: str) -> dict[str, Any]:
+def subject_settings(data: Path, output: Path, *, instance: str, class_prompt: str) -> dict[str, Any]:
     """What is told of a subject: `photo of sks dog`, of the class `photo of a dog`.
 
     Raises ConfigError without an instance prompt.

@@ -30,29 +30,37 @@ from lora_diffusion.inference.in_place import check_base_fits
 from lora_diffusion.models.load import Base, default_device, load_base
 from lora_diffusion.models.offload import list_idle_models, offload
 from lora_diffusion.models.quantize import check_quantization_available, quantize_base
-from lora_diffusion.training.base_adapters import on_top_of
+from lora_diffusion.training.base_adapters import add_base_adapters
 from lora_diffusion.training.checks import check_trainable
 from lora_diffusion.training.diffusion.timesteps import check_timesteps
-from lora_diffusion.training.input_checks import check_captions, check_tracker, check_views, check_words
+from lora_diffusion.training.input_checks import check_captions, check_learned_tokens, check_tracker, check_views
 from lora_diffusion.training.inputs.cache import Cache, DiskCache, MemoryCache, NoCache
 from lora_diffusion.training.inputs.captions import CaptionEncoder
 from lora_diffusion.training.inputs.latents import ViewEncoder
-from lora_diffusion.training.inputs.samples import RunOfSamples, order_of
-from lora_diffusion.training.methods.callbacks import Rules, Together
-from lora_diffusion.training.methods.injection import inject, inject_adapter, told_of
+from lora_diffusion.training.inputs.samples import TrainingSamples, plan_order
+from lora_diffusion.training.methods.callbacks import CallbackList, MethodCallbacks
+from lora_diffusion.training.methods.injection import adapter_state_of, inject, inject_adapter
 from lora_diffusion.training.methods.resume_from_adapter import check_continuable
-from lora_diffusion.training.methods.textual_inversion import LearnedWords, WordRules, put_in
-from lora_diffusion.training.objectives.concept_slider import Slider
+from lora_diffusion.training.methods.textual_inversion import (
+    LearnedTokens,
+    TextualInversionCallbacks,
+    add_learned_tokens,
+)
+from lora_diffusion.training.objectives.concept_slider import ConceptSliderLoss
 from lora_diffusion.training.objectives.denoiser import Denoiser
-from lora_diffusion.training.objectives.prior_preservation import PriorPull, class_folder, make_class_pictures
-from lora_diffusion.training.sharding import check_plain, share_out
+from lora_diffusion.training.objectives.prior_preservation import (
+    PriorPreservationLoss,
+    class_folder,
+    make_class_pictures,
+)
+from lora_diffusion.training.sharding import check_data_parallel, shard_base
 from lora_diffusion.training.validation import HeldOut
 
 PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class TrainingContext:
     """What a run is about."""
 
     config: TrainConfig
@@ -62,10 +70,10 @@ class Run:
     paths: tuple[str, ...]
     parameters: Mapping[str, nn.Parameter]
     """All that learns."""
-    words: LearnedWords | None
-    rules: Rules
+    words: LearnedTokens | None
+    rules: MethodCallbacks
     """What the method does from step to step."""
-    samples: tuple[RunOfSamples, ...]
+    samples: tuple[TrainingSamples, ...]
     """Those of the pictures, and of class pictures if there are any."""
     captions: CaptionEncoder
     held_out: HeldOut | None
@@ -78,23 +86,23 @@ def run_folder(output: Path) -> Path:
     return output.with_name(f"{output.stem}-run")
 
 
-def set_up(config: TrainConfig) -> Run:
+def set_up(config: TrainConfig) -> TrainingContext:
     """Read the data, load the base, put the adapter in. Raises LoRADiffusionError's children for what cannot work."""
     check_views(config)
-    examples, validation = split(config)
+    examples, validation = split_examples(config)
     check_captions((*examples, *validation), config)
-    check_words(examples, config)
+    check_learned_tokens(examples, config)
     accelerator = new_accelerator(config)
-    check_plain(accelerator)
+    check_data_parallel(accelerator)
     if accelerator.is_main_process:
         check_writable(config.output)
     set_seed(config.seed)
-    base = prepared_base(config, accelerator)
+    base = prepare_base(config, accelerator)
     folder, cache = run_folder(config.output), new_cache(config)
-    begun = begun_with(config, base)
-    paths, full = targets_of(base, config, begun)
-    words = put_in(base, config.words, config.seed) if config.words.words else None
-    read = words.reading(caption_parser(config.captions)) if words else caption_parser(config.captions)
+    begun = load_initial_adapter(config, base)
+    paths, full = resolve_target_modules(base, config, begun)
+    words = add_learned_tokens(base, config.words, config.seed) if config.words.words else None
+    read = words.wrap_parser(caption_parser(config.captions)) if words else caption_parser(config.captions)
     captions = CaptionEncoder(base, cache, read)
     denoiser = Denoiser(base, config.objective, captions.read, text_learns=config.trains_captions)
     check_timesteps(config.objective, denoiser.num_timesteps)
@@ -102,21 +110,21 @@ def set_up(config: TrainConfig) -> Run:
     size_px = config.data.resolution or base.size_px
     groups = [(config, examples)]
     if config.prior.mode == "pictures":
-        groups.append(class_group(config, base, folder, size_px, accelerator))
-    samples = tuple(samples_of(base, one, some, cache, denoiser, size_px, per_step) for one, some in groups)
+        groups.append(make_class_samples(config, base, folder, size_px, accelerator))
+    samples = tuple(make_training_samples(base, one, some, cache, denoiser, size_px, per_step) for one, some in groups)
     views = ViewEncoder(base, config.data, cache)
-    sized = zip(validation, assign_buckets(sizes_of(validation), config.data, size_px), strict=True)
-    encoded = [views.encoded(example, bucket, seed=0, variant=0) for example, bucket in sized]
+    sized = zip(validation, assign_buckets(read_sizes(validation), config.data, size_px), strict=True)
+    encoded = [views.encode(example, bucket, seed=0, variant=0) for example, bucket in sized]
     if config.prior.mode == "prediction":
-        denoiser.pull = PriorPull(captions, config.prior)
+        denoiser.auxiliary_loss = PriorPreservationLoss(captions, config.prior)
     if config.slider.positive:
-        denoiser.lesson = Slider(base, captions, config.slider)
-    parameters, rules = put_on(base, config, begun, paths, full, words)
+        denoiser.replacement_loss = ConceptSliderLoss(base, captions, config.slider)
+    parameters, rules = attach_adapter(base, config, begun, paths, full, words)
     check_trainable(parameters)
-    adjust(base, config)
+    apply_compute_options(base, config)
     if config.compute.shard:
-        share_out(base, denoiser, parameters, accelerator.num_processes)
-    return Run(
+        shard_base(base, denoiser, parameters, accelerator.num_processes)
+    return TrainingContext(
         config=config,
         accelerator=accelerator,
         base=base,
@@ -133,7 +141,7 @@ def set_up(config: TrainConfig) -> Run:
     )
 
 
-def prepared_base(config: TrainConfig, accelerator: Accelerator) -> Base:
+def prepare_base(config: TrainConfig, accelerator: Accelerator) -> Base:
     """The base as it is trained on: on its device, with what it is to stand on top of, quantized if asked for.
 
     Raises LoRADiffusionError's children.
@@ -144,18 +152,18 @@ def prepared_base(config: TrainConfig, accelerator: Accelerator) -> Base:
     device = accelerator.device if whole else torch.device("cpu")
     base = load_base(config.base, device=device, precision=torch_dtype(PRECISIONS[compute.mixed_precision]))
     base.pipe.vae.float()
-    base = on_top_of(base, config.on_top_of)
+    base = add_base_adapters(base, config.on_top_of)
     return base if whole else quantize_base(base, compute.quantize, accelerator.device)
 
 
-def put_on(
+def attach_adapter(
     base: Base,
     config: TrainConfig,
     begun: Adapter | None,
     paths: Sequence[str],
     full: Sequence[str],
-    words: LearnedWords | None,
-) -> tuple[dict[str, nn.Parameter], Rules]:
+    words: LearnedTokens | None,
+) -> tuple[dict[str, nn.Parameter], MethodCallbacks]:
     """All that learns, put on the base, and what happens to it from step to step. Raises ConfigError."""
     if begun:
         injected = inject_adapter(base, begun, config.adapter)
@@ -166,11 +174,15 @@ def put_on(
         return injected.parameters, injected.rules
     for vectors in words.parameters.values():
         vectors.requires_grad_(True)  # which freezing the text encoders took
-    both = Together(injected.rules, WordRules(words.parameters, injected.parameters, config.words, config.steps))
+    both = CallbackList(
+        injected.rules, TextualInversionCallbacks(words.parameters, injected.parameters, config.words, config.steps)
+    )
     return {**injected.parameters, **words.parameters}, both
 
 
-def targets_of(base: Base, config: TrainConfig, begun: Adapter | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def resolve_target_modules(
+    base: Base, config: TrainConfig, begun: Adapter | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The modules that get factors, and those that are trained in full. Raises ConfigError."""
     if config.trains_embeddings_only or begun:
         return tuple(begun.layers) if begun else (), ()
@@ -180,7 +192,7 @@ def targets_of(base: Base, config: TrainConfig, begun: Adapter | None) -> tuple[
     return paths, resolve_modules_to_save(changeable_paths(base.layout), adapter.full_targets, paths)
 
 
-def begun_with(config: TrainConfig, base: Base) -> Adapter | None:
+def load_initial_adapter(config: TrainConfig, base: Base) -> Adapter | None:
     """The adapter that the run goes on from, if any. Raises LoRADiffusionError's children."""
     path = config.adapter.begin_with
     if path is None:
@@ -197,7 +209,7 @@ def begun_with(config: TrainConfig, base: Base) -> Adapter | None:
     return adapter
 
 
-def split(config: TrainConfig) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+def split_examples(config: TrainConfig) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """Pictures to train on and pictures held out. Raises DatasetError, ConfigError."""
     if config.validation.folder and config.validation.share:
         raise ConfigError("validation takes a folder or a share of the pictures; give one of them")
@@ -230,7 +242,7 @@ def new_cache(config: TrainConfig) -> Cache:
     return MemoryCache() if config.data.cache == "memory" else NoCache()
 
 
-def class_group(
+def make_class_samples(
     config: TrainConfig, base: Base, folder: Path, size_px: int, accelerator: Accelerator
 ) -> tuple[TrainConfig, tuple[Example, ...]]:
     """Class pictures, made where they are missing, with settings of their own."""
@@ -243,7 +255,7 @@ def class_group(
     return config.model_copy(update={"data": data, "captions": plain, "seed": config.seed + 1}), read_dataset(data)
 
 
-def samples_of(
+def make_training_samples(
     base: Base,
     config: TrainConfig,
     examples: Sequence[Example],
@@ -251,27 +263,27 @@ def samples_of(
     denoiser: Denoiser,
     size_px: int,
     per_step: int,
-) -> RunOfSamples:
-    buckets = assign_buckets(sizes_of(examples), config.data, size_px)
-    return RunOfSamples(
+) -> TrainingSamples:
+    buckets = assign_buckets(read_sizes(examples), config.data, size_px)
+    return TrainingSamples(
         config=config,
         examples=examples,
         buckets=buckets,
         encoder=ViewEncoder(base, config.data, cache),
         num_timesteps=denoiser.num_timesteps,
-        order=order_of(config, examples, buckets, per_step),
+        order=plan_order(config, examples, buckets, per_step),
     )
 
 
-def sizes_of(examples: Sequence[Example]) -> list[tuple[int, int]]:
+def read_sizes(examples: Sequence[Example]) -> list[tuple[int, int]]:
     return [read_size(example.picture) for example in examples]
 
 
-def adjust(base: Base, config: TrainConfig) -> None:
+def apply_compute_options(base: Base, config: TrainConfig) -> None:
     """What costs time or memory at each step."""
     unet = base.pipe.unet
     if config.compute.gradient_checkpointing:
-        unet.enable_gradient_checkpointing(told_of(base).checkpointed)
+        unet.enable_gradient_checkpointing(adapter_state_of(base).checkpoint)
         if config.trains_captions:
             for name in base.layout.text_layers:
                 getattr(base.pipe, name).activation_checkpointing_enable({"use_reentrant": False})

@@ -21,7 +21,7 @@ BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
 """What is gathered at a time."""
 
 
-def check_plain(accelerator: Accelerator) -> None:
+def check_data_parallel(accelerator: Accelerator) -> None:
     """Raise ConfigError for a launch that would share out the adapter too."""
     kind = accelerator.distributed_type
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
@@ -32,7 +32,7 @@ def check_plain(accelerator: Accelerator) -> None:
         )
 
 
-def share_out(base: Base, denoiser: nn.Module, parameters: Mapping[str, nn.Parameter], processes: int) -> None:
+def shard_base(base: Base, denoiser: nn.Module, parameters: Mapping[str, nn.Parameter], processes: int) -> None:
     """Keep a part of the UNet's frozen weights in each process. Raises ConfigError if there is only one."""
     if processes == 1:
         raise ConfigError("compute.shard shares the base out among processes, and there is one; see accelerate launch")

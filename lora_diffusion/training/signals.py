@@ -22,7 +22,7 @@ class StopRequest:
             signal.default_int_handler(number, frame)
         self.signal = number
 
-    def agreed(self, accelerator: Accelerator) -> bool:
+    def synced_stop(self, accelerator: Accelerator) -> bool:
         """Whether any process has been asked; all get the same answer, so that they stop after the same step."""
         asked: Any = accelerator.gather(torch.tensor([self.signal is not None], device=accelerator.device))
         return bool(asked.any())

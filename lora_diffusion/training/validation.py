@@ -11,9 +11,9 @@ from lora_diffusion.config.train import TrainConfig
 from lora_diffusion.data.captions import format_caption
 from lora_diffusion.training.inputs.captions import CaptionEncoder
 from lora_diffusion.training.inputs.latents import LatentView
-from lora_diffusion.training.inputs.samples import collate, drawn
+from lora_diffusion.training.inputs.samples import collate, draw_sample
 from lora_diffusion.training.objectives.denoiser import Denoiser
-from lora_diffusion.training.objectives.prior_preservation import predictions
+from lora_diffusion.training.objectives.prior_preservation import predict_both
 from lora_diffusion.training.seeding import sample_seed
 
 
@@ -38,18 +38,18 @@ class HeldOut:
 
 
 @torch.no_grad()
-def validated(denoiser: Denoiser, encoder: CaptionEncoder, held_out: HeldOut, config: TrainConfig) -> Validation:
+def validate(denoiser: Denoiser, encoder: CaptionEncoder, held_out: HeldOut, config: TrainConfig) -> Validation:
     """Losses at fixed timesteps with fixed noise, so that two validations differ by what was learned alone."""
-    timesteps = spread_timesteps(denoiser.num_timesteps, config)
+    timesteps = validation_timesteps(denoiser.num_timesteps, config)
     losses = torch.zeros(len(timesteps), dtype=torch.float64)
     drifts: list[Tensor] = []
     for number, (seen, caption) in enumerate(zip(held_out.views, held_out.captions, strict=True)):
         batch = fixed_batch(seen, caption, number, timesteps, config, denoiser)
-        texts = {} if config.trains_captions else on(denoiser, encoder.batch(batch["captions"]))
+        texts = {} if config.trains_captions else to_device(denoiser, encoder.encode_batch(batch["captions"]))
         losses += denoiser(**batch, **texts).double().cpu()
         if config.validation.base_prompts:
             prompt = config.validation.base_prompts[number % len(config.validation.base_prompts)]
-            drifts.append(drift(denoiser, encoder, batch, prompt))
+            drifts.append(measure_drift(denoiser, encoder, batch, prompt))
     losses /= len(held_out.views)
     return Validation(
         loss=float(losses.mean()),
@@ -58,7 +58,7 @@ def validated(denoiser: Denoiser, encoder: CaptionEncoder, held_out: HeldOut, co
     )
 
 
-def spread_timesteps(count: int, config: TrainConfig) -> list[int]:
+def validation_timesteps(count: int, config: TrainConfig) -> list[int]:
     """The middles of equal stretches of the timesteps that are trained."""
     first, last = config.objective.first_timestep, config.objective.last_timestep
     last = count - 1 if last is None else last
@@ -74,33 +74,36 @@ def fixed_batch(
     for place, timestep in enumerate(timesteps):
         rng = Generator().manual_seed(sample_seed(number, place))
         samples.append(
-            {**drawn(seen, text, config.objective, denoiser.num_timesteps, rng), "timestep": torch.tensor(timestep)}
+            {
+                **draw_sample(seen, text, config.objective, denoiser.num_timesteps, rng),
+                "timestep": torch.tensor(timestep),
+            }
         )
-    return on(denoiser, collate(samples))
+    return to_device(denoiser, collate(samples))
 
 
-def drift(denoiser: Denoiser, encoder: CaptionEncoder, batch: dict[str, Any], prompt: str) -> Tensor:
+def measure_drift(denoiser: Denoiser, encoder: CaptionEncoder, batch: dict[str, Any], prompt: str) -> Tensor:
     """How far the adapter moves the prediction for a prompt that it was not trained on."""
     noisy = batch["latent"], batch["noise"], batch["timestep"]
-    frozen, moved = predictions(denoiser, encoder, [prompt] * len(batch["captions"]), noisy, batch["time_ids"])
+    frozen, moved = predict_both(denoiser, encoder, [prompt] * len(batch["captions"]), noisy, batch["time_ids"])
     return (moved - frozen).square().mean() / frozen.square().mean()
 
 
-def on(denoiser: Denoiser, batch: dict[str, Any]) -> dict[str, Any]:
+def to_device(denoiser: Denoiser, batch: dict[str, Any]) -> dict[str, Any]:
     """The batch's tensors on the denoiser's device."""
     device = denoiser.alphas_cumprod.device
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Best:
+class EarlyStopping:
     """The best validation so far, and for how many validations there has been none better."""
 
     step: int = 0
     loss: float = float("inf")
     since: int = 0
 
-    def after(self, step: int, loss: float) -> "Best":
+    def updated_with(self, step: int, loss: float) -> "EarlyStopping":
         if loss < self.loss:
-            return Best(step=step, loss=loss)
-        return Best(step=self.step, loss=self.loss, since=self.since + 1)
+            return EarlyStopping(step=step, loss=loss)
+        return EarlyStopping(step=self.step, loss=self.loss, since=self.since + 1)

@@ -16,7 +16,7 @@ from lora_diffusion.errors import ConfigError, DatasetError, LoRADiffusionError,
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.models.load import Base
-from lora_diffusion.training.distillation.distill import DistilResult
+from lora_diffusion.training.distillation.distill import DistillResult
 from lora_diffusion.workflows.images.generate import Means
 from lora_diffusion.workflows.images.plan import Plan
 from lora_diffusion.workflows.training.distill import PromptSource, distil_file, read_prompts, scenes_with_words
@@ -42,7 +42,7 @@ def files(tmp_path: Path, sd: Base) -> Path:
     return tmp_path
 
 
-def made(files: Path, output: str, config: DistillConfig) -> DistilResult:
+def made(files: Path, output: str, config: DistillConfig) -> DistillResult:
     entries = tuple(BlendEntry(path=str(files / f"{name}.safetensors")) for name in ("one", "two"))
     base = json.loads((files / "both.json").read_text())["base"]
     plan = Plan(base=base, entries=entries, settings=GenerateConfig(prompt=""), composition=SWITCH)

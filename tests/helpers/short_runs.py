@@ -10,7 +10,7 @@ from lora_diffusion.config.settings import deep_merge, validate
 from lora_diffusion.config.train import TrainConfig
 from lora_diffusion.training.loop import train
 from lora_diffusion.training.setup import set_up
-from lora_diffusion.training.validation import validated
+from lora_diffusion.training.validation import validate as run_validation
 
 TABLE: dict[str, Any] = {
     "steps": 6,
@@ -63,4 +63,4 @@ def loss_before(config: TrainConfig) -> float:
     """What validation says before the first step."""
     run = set_up(config)
     assert run.held_out
-    return validated(run.denoiser, run.captions, run.held_out, config).loss
+    return run_validation(run.denoiser, run.captions, run.held_out, config).loss

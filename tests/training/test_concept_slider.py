@@ -18,8 +18,8 @@ from lora_diffusion.errors import ConfigError
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import Base
 from lora_diffusion.training.loop import train
-from lora_diffusion.training.methods.injection import disabled, update_at
-from lora_diffusion.training.objectives.concept_slider import weighing
+from lora_diffusion.training.methods.injection import adapter_disabled, get_layer
+from lora_diffusion.training.objectives.concept_slider import adapter_weight
 from lora_diffusion.training.setup import set_up
 from tests.helpers.short_runs import UNET_ONLY, settings
 
@@ -62,12 +62,12 @@ def test_a_fresh_slider_misses_by_the_direction_alone(pictures: Path, sd_folder:
     run = set_up(config)
     latent = torch.randn(2, 4, 8, 8)
     noise, timestep, ids = torch.randn(2, 4, 8, 8), torch.tensor([100, 600]), torch.zeros(2, 6)
-    lesson: Any = run.denoiser.lesson
+    lesson: Any = run.denoiser.replacement_loss
     with torch.no_grad():
-        loss = lesson.losses(run.denoiser, latent, noise, timestep, ids)
-        with disabled(run.base):
+        loss = lesson.compute_losses(run.denoiser, latent, noise, timestep, ids)
+        with adapter_disabled(run.base):
             ends = [
-                run.denoiser.predicted(latent, noise, timestep, lesson.context(text, latent, ids))
+                run.denoiser.predict(latent, noise, timestep, lesson.context(text, latent, ids))
                 for text in (NIGHT["positive"], NIGHT["negative"])
             ]
     expected = (2.0 * (ends[0] - ends[1])).square().mean(dim=(1, 2, 3))
@@ -76,8 +76,8 @@ def test_a_fresh_slider_misses_by_the_direction_alone(pictures: Path, sd_folder:
 
 def test_a_weight_holds_inside_and_not_after(pictures: Path, sd_folder: Path) -> None:
     run = set_up(settings(pictures, sd_folder, {**UNET_ONLY, "adapter": {"alpha": 3.0, "text_encoder_targets": []}}))
-    update = update_at(run.base, run.paths[0])
-    with weighing(run.base, -1.0):
+    update = get_layer(run.base, run.paths[0])
+    with adapter_weight(run.base, -1.0):
         assert update.current_scale == -1.5
     assert update.current_scale == 1.5
 
@@ -93,9 +93,9 @@ def test_both_signs_learn_alike_when_activations_are_computed_again(pictures: Pa
             for parameter in run.parameters.values():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         latent, noise = torch.randn(2, 2, 4, 8, 8, generator=generator)
-        lesson: Any = run.denoiser.lesson
+        lesson: Any = run.denoiser.replacement_loss
         run.denoiser.train()
-        loss = lesson.losses(run.denoiser, latent, noise, torch.tensor([100, 600]), torch.zeros(2, 6)).mean()
+        loss = lesson.compute_losses(run.denoiser, latent, noise, torch.tensor([100, 600]), torch.zeros(2, 6)).mean()
         found.append([*torch.autograd.grad(loss, [*run.parameters.values()])])
     for whole, repeated in zip(*found, strict=True):
         assert torch.allclose(whole, repeated, rtol=1e-4, atol=1e-6)

@@ -30,9 +30,9 @@ from lora_diffusion.inference.in_place import blended_weights, weight_at
 from lora_diffusion.inference.sampling import generate, pipeline_with
 from lora_diffusion.models.load import Base, load_base
 from lora_diffusion.models.text_encoding import encode_prompts
-from lora_diffusion.training.distillation.distill import distil, teachings
-from lora_diffusion.training.distillation.mean_delta import mean_sum
-from lora_diffusion.training.distillation.trajectories import Run, recorded
+from lora_diffusion.training.distillation.distill import distill, record_teacher
+from lora_diffusion.training.distillation.mean_delta import record_mean_sum
+from lora_diffusion.training.distillation.trajectories import SamplingRun, record_runs
 from tests.conftest import random_adapter
 from tests.inference.test_in_place import blend_of, parameters
 from tests.inference.test_parallel import everywhere
@@ -107,11 +107,11 @@ def test_runs_are_those_of_the_pipeline(family: str, guidance: float, request: p
         options = {"guidance_scale": guidance, "num_inference_steps": 3, "output_type": "latent"}
         pipe(PROMPTS[0], width=16, height=16, generator=generator, callback_on_step_end=keep, **options)
     with composition_context(base, blend, Composition(), SIZE) as before_step:
-        runs = (Run(prompt=PROMPTS[0], seed=7), Run(prompt=PROMPTS[1], seed=8))
-        pairs = recorded(base, before_step, runs, config)
+        runs = (SamplingRun(prompt=PROMPTS[0], seed=7), SamplingRun(prompt=PROMPTS[1], seed=8))
+        pairs = record_runs(base, before_step, runs, config)
     rows = [i for i, text in enumerate(pairs.texts) if text == PROMPTS[0]]
     assert len(pairs) == (12 if guidance > 1 else 6)
-    ours = pairs.taken(rows).latents
+    ours = pairs.take(rows).latents
     for latents, own in zip(found[:2], ours[1:], strict=True):
         assert torch.allclose(own, latents[0], atol=1e-3)
     assert not torch.allclose(ours[1], ours[2], atol=1e-1)
@@ -128,7 +128,7 @@ def test_a_switching_blend_is_recorded_as_it_is_at_each_step(sd: Base) -> None:
     text = replace(blend.entries[1].adapter, layers=text_layers(blend.entries[1].adapter))
     alone = [blend_of((blend.entries[0].adapter, 0.8), (text, 0.6)), blend_of((blend.entries[1].adapter, 0.6))]
     with composition_context(sd, blend, SWITCH, SIZE) as before_step:
-        pairs = recorded(sd, before_step, [Run(prompt="a cat", seed=0)], CONFIG)
+        pairs = record_runs(sd, before_step, [SamplingRun(prompt="a cat", seed=0)], CONFIG)
     for step in range(2):
         with blended_weights(sd, alone[step]):
             expected = predict(sd, pairs.latents[step], pairs.timesteps[step], "a cat")
@@ -154,7 +154,7 @@ def test_the_mean_over_a_run_is_the_mean_of_the_weights_that_it_has(sd: Base, mo
             before_step(DenoisingStep(index=step, total=8), lambda: torch.empty(0))
             for name, value in parameters(sd).items():
                 total[name] += value.double() / 8
-    found = mean_sum(sd, blend, composition, 8)
+    found = record_mean_sum(sd, blend, composition, 8)
     for path, terms in found.layers.items():
         name = f"{path}.weight"
         delta = sum_deltas(terms, own[name])
@@ -163,15 +163,15 @@ def test_the_mean_over_a_run_is_the_mean_of_the_weights_that_it_has(sd: Base, mo
 
 
 def test_the_mean_of_a_composite_is_that_of_taking_turns(sd: Base) -> None:
-    turns = mean_sum(sd, two(sd), Composition(mode="switch", switch_every=1), 4)
-    side_by_side = mean_sum(sd, two(sd), Composition(mode="composite"), 4)
+    turns = record_mean_sum(sd, two(sd), Composition(mode="switch", switch_every=1), 4)
+    side_by_side = record_mean_sum(sd, two(sd), Composition(mode="composite"), 4)
     assert turns.layers.keys() == side_by_side.layers.keys()
     for path, terms in turns.layers.items():
         assert torch.allclose(sum_deltas(terms), sum_deltas(side_by_side.layers[path]), atol=1e-6)
 
 
 def test_a_sum_at_full_rank_is_there_from_the_start_and_stays(sd: Base) -> None:
-    result = distil(sd, two(sd), Composition(), PROMPTS, changed(rank=6))
+    result = distill(sd, two(sd), Composition(), PROMPTS, changed(rank=6))
     report = result.report
     assert max(report.plain_error, report.start_error, report.error) < 1e-6
     for path, terms in blend_sum(two(sd)).layers.items():
@@ -180,12 +180,12 @@ def test_a_sum_at_full_rank_is_there_from_the_start_and_stays(sd: Base) -> None:
 
 def test_every_kind_of_layer_norm_and_bias_is_in_the_one_adapter(sd: Base) -> None:
     blend = blend_of((everywhere(sd, 1), 0.7), (everywhere(sd, 2), -0.4))
-    report = distil(sd, blend, Composition(), PROMPTS, changed(rank=1000, steps=1)).report
+    report = distill(sd, blend, Composition(), PROMPTS, changed(rank=1000, steps=1)).report
     assert max(report.plain_error, report.start_error, report.error) < 1e-6
 
 
 def test_the_projection_is_a_sum_and_kept_at_full_rank(sd: Base) -> None:
-    report = distil(sd, two(sd), Composition(mode="np-lora"), PROMPTS, changed(rank=6)).report
+    report = distill(sd, two(sd), Composition(mode="np-lora"), PROMPTS, changed(rank=6)).report
     assert max(report.start_error, report.error) < 1e-6
     assert report.plain_error > 1e-3
 
@@ -199,7 +199,7 @@ def test_what_was_learned_is_closer_on_what_was_held_out(sd: Base, way: str) -> 
         blend = Blend(entries=(replace(blend.entries[0], weight=FADING), blend.entries[1]))
     elif way == "dora":
         blend = dora(sd)
-    result = distil(sd, blend, composition, PROMPTS, CONFIG)
+    result = distill(sd, blend, composition, PROMPTS, CONFIG)
     report = result.report
     assert report.error < 0.9 * report.start_error
     assert report.error < report.plain_error
@@ -208,11 +208,11 @@ def test_what_was_learned_is_closer_on_what_was_held_out(sd: Base, way: str) -> 
 
 def test_the_reported_error_is_that_of_the_file(sd: Base, tmp_path: Path) -> None:
     config = changed(save_precision="float16", steps=2)
-    result = distil(sd, two(sd), SWITCH, PROMPTS, config)
+    result = distill(sd, two(sd), SWITCH, PROMPTS, config)
     save_adapter(result.adapter, tmp_path / "one.safetensors")
     adapter = load_adapter(tmp_path / "one.safetensors")
     assert {factor.dtype for layer in adapter.layers.values() for factor in layer.factors.values()} == {torch.float16}
-    _, held_out = teachings(sd, two(sd), SWITCH, PROMPTS, config, "memory")
+    _, held_out = record_teacher(sd, two(sd), SWITCH, PROMPTS, config, "memory")
     rows = list(zip(held_out.latents, held_out.timesteps, held_out.texts, strict=True))
 
     def distance() -> float:
@@ -231,7 +231,7 @@ def test_the_reported_error_is_that_of_the_file(sd: Base, tmp_path: Path) -> Non
 
 def test_a_bfloat16_base_is_learned_from_in_float32(sd_folder: Path) -> None:
     base = load_base(str(sd_folder), device=torch.device("cpu"), precision=torch.bfloat16)
-    result = distil(base, two(base), SWITCH, PROMPTS[:2], changed(steps=4))
+    result = distill(base, two(base), SWITCH, PROMPTS[:2], changed(steps=4))
     assert {factor.dtype for layer in result.adapter.layers.values() for factor in layer.factors.values()} == {
         torch.float32
     }
@@ -240,7 +240,7 @@ def test_a_bfloat16_base_is_learned_from_in_float32(sd_folder: Path) -> None:
 
 
 def test_training_prompts_and_noise_are_not_those_that_are_measured_on(sd: Base) -> None:
-    training, held_out = teachings(sd, two(sd), Composition(), PROMPTS, changed(runs=2), "memory")
+    training, held_out = record_teacher(sd, two(sd), Composition(), PROMPTS, changed(runs=2), "memory")
     assert not set(training.texts) & set(held_out.texts)
     assert (len(training), len(held_out)) == (3 * 2 * 2, 2 * 2)
     starts = torch.cat([training.latents, held_out.latents])[torch.cat([training.timesteps, held_out.timesteps]) > 400]
@@ -277,4 +277,4 @@ def test_bad_blends_are_one_clear_error(sd: Base) -> None:
     for blend, changes, kind, message in refusals(sd):
         composition, prompts = changes.pop("composition", Composition()), changes.pop("prompts", PROMPTS)
         with pytest.raises(kind, match=message):
-            distil(sd, blend, composition, prompts, changed(**changes))
+            distill(sd, blend, composition, prompts, changed(**changes))

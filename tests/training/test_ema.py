@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lora_diffusion.training.optim.ema import MovingAverage, applied, write
+from lora_diffusion.training.optim.ema import MovingAverage, copy_values, swapped_parameters
 
 
 def history(seed: int, steps: int) -> Tensor:
@@ -16,7 +16,7 @@ def history(seed: int, steps: int) -> Tensor:
 def average_of(values: Tensor, decay: float) -> MovingAverage:
     average = MovingAverage(decay=decay)
     for value in values:
-        average = average.updated({"up": nn.Parameter(value.clone())})
+        average = average.update({"up": nn.Parameter(value.clone())})
     return average
 
 
@@ -37,10 +37,10 @@ def test_a_mean_without_memory_is_the_parameters() -> None:
 
 def test_an_update_leaves_older_means_alone() -> None:
     parameter = nn.Parameter(torch.zeros(2))
-    first = MovingAverage(decay=0.5).updated({"up": parameter})
+    first = MovingAverage(decay=0.5).update({"up": parameter})
     with torch.no_grad():
         parameter.add_(1)
-    second = first.updated({"up": parameter})
+    second = first.update({"up": parameter})
     assert torch.equal(first.means["up"], torch.zeros(2)) and second.steps == 2
     assert not second.means["up"].requires_grad
 
@@ -50,27 +50,27 @@ def test_a_saved_mean_goes_on_to_the_bit(seed: int, at: int) -> None:
     values = history(seed, 10)
     resumed = MovingAverage(**average_of(values[:at], 0.9).state_dict())
     for value in values[at:]:
-        resumed = resumed.updated({"up": value})
+        resumed = resumed.update({"up": value})
     straight = average_of(values, 0.9)
     assert resumed.steps == straight.steps and torch.equal(resumed.means["up"], straight.means["up"])
 
 
 def test_parameters_are_back_to_the_bit_even_after_an_error() -> None:
     parameter = nn.Parameter(torch.tensor([0.1, -0.0, 1e-30, 3.7]))
-    before, average = parameter.detach().clone(), MovingAverage(decay=0.5).updated({"up": torch.ones(4)})
-    with pytest.raises(RuntimeError, match="in the middle"), applied({"up": parameter}, average):
+    before, average = parameter.detach().clone(), MovingAverage(decay=0.5).update({"up": torch.ones(4)})
+    with pytest.raises(RuntimeError, match="in the middle"), swapped_parameters({"up": parameter}, average):
         assert torch.equal(parameter, torch.ones(4))
         raise RuntimeError("in the middle")
     assert torch.equal(parameter.view(torch.int32), before.view(torch.int32))
-    with applied({"up": parameter}, MovingAverage(decay=0.5)):
+    with swapped_parameters({"up": parameter}, MovingAverage(decay=0.5)):
         assert torch.equal(parameter, before)
 
 
 def test_a_missing_name_touches_nothing() -> None:
     parameters = {"down": nn.Parameter(torch.zeros(2)), "up": nn.Parameter(torch.zeros(2))}
-    average = MovingAverage(decay=0.5).updated({"down": torch.ones(2)})
-    with pytest.raises(KeyError, match="up"), applied(parameters, average):
+    average = MovingAverage(decay=0.5).update({"down": torch.ones(2)})
+    with pytest.raises(KeyError, match="up"), swapped_parameters(parameters, average):
         pass
     with pytest.raises(KeyError, match="up"):
-        write(parameters, {"down": torch.ones(2)})
+        copy_values(parameters, {"down": torch.ones(2)})
     assert not parameters["down"].any()

@@ -17,15 +17,15 @@ from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.inference.in_place import blended_weights
 from lora_diffusion.models.load import load_base, module_at
 from lora_diffusion.training import loop
-from lora_diffusion.training.checkpoint import states
-from lora_diffusion.training.checks import check_finite, memory_refusals
+from lora_diffusion.training.checkpoint import list_states
+from lora_diffusion.training.checks import check_finite, explained_memory_errors
 from lora_diffusion.training.log import read_log
 from lora_diffusion.training.loop import train
-from lora_diffusion.training.methods.injection import disabled, extract, inject
-from lora_diffusion.training.optim.ema import write
+from lora_diffusion.training.methods.injection import adapter_disabled, extract_adapter, inject
+from lora_diffusion.training.optim.ema import copy_values
 from lora_diffusion.training.seeding import picture_order, sample_seed
 from lora_diffusion.training.setup import set_up
-from lora_diffusion.training.validation import drift
+from lora_diffusion.training.validation import measure_drift
 from tests.helpers.short_runs import UNET_ONLY, settings
 
 
@@ -94,7 +94,7 @@ def test_a_fresh_injection_changes_no_bit_and_extracts_as_injected(sd_folder: Pa
         paths = resolve_targets(base.paths, unet=("attention", "convolutions"), text_encoders=())
         inject(base, paths, AdapterConfig(rank=2), seed=0)
         assert torch.equal(base.pipe.unet(*inputs).sample, before)
-    adapter = extract(base, paths, metadata=AdapterMetadata(), dtype=torch.float32)
+    adapter = extract_adapter(base, paths, metadata=AdapterMetadata(), dtype=torch.float32)
     module: Any = module_at(base, paths[0])
     assert tuple(adapter.layers) == tuple(sorted(paths))
     assert torch.equal(adapter.layers[paths[0]].factors["down"], module.update.down)
@@ -108,14 +108,16 @@ def test_the_trained_layers_predict_what_the_saved_adapter_does(pictures: Path, 
     inputs = (torch.randn(2, 4, 16, 16), 7, torch.randn(2, 77, 32))
     with torch.no_grad():
         factors = result.adapter.layers.items()
-        write(parameters, {f"{path}.{name}": value for path, layer in factors for name, value in layer.factors.items()})
+        copy_values(
+            parameters, {f"{path}.{name}": value for path, layer in factors for name, value in layer.factors.items()}
+        )
         plain = fresh.pipe.unet(*inputs).sample
         with blended_weights(fresh, Blend(entries=(WeightedAdapter(adapter=result.adapter),))):
             expected = fresh.pipe.unet(*inputs).sample
         found = live.pipe.unet(*inputs).sample
         assert (expected - plain).abs().max() > 1e-2
         assert (found - expected).abs().max() < 1e-4
-        with disabled(live):
+        with adapter_disabled(live):
             assert torch.equal(live.pipe.unet(*inputs).sample, plain)
 
 
@@ -145,10 +147,10 @@ def test_a_loss_that_is_no_number_stops_the_run() -> None:
 def test_too_little_memory_is_said_with_what_helps() -> None:
     with (
         pytest.raises(TrainingError, match=r"not enough memory for a step; set compute\.gradient_checkpointing"),
-        memory_refusals(),
+        explained_memory_errors(),
     ):
         torch.empty(2**55, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), memory_refusals():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), explained_memory_errors():
         torch.ones(2, 3) @ torch.ones(2, 3)
 
 
@@ -236,7 +238,7 @@ def test_held_out_pictures_tell_when_to_stop(pictures: Path, sd_folder: Path) ->
     wild = train(settings(pictures, sd_folder, deep_merge(changes, {"optimizer": {"learning_rate": 3.0}}), steps=40))
     assert wild.best is not None
     assert wild.steps == wild.best.step + 4 < 40
-    assert not states(wild.path.parent / "style-run")
+    assert not list_states(wild.path.parent / "style-run")
 
 
 def test_validation_is_the_same_each_time_and_changes_nothing(pictures: Path, sd_folder: Path) -> None:
@@ -264,16 +266,16 @@ def test_a_text_encoder_that_moves_is_pulled_back_and_its_drift_is_measured(pict
     run = set_up(settings(pictures, sd_folder, {"prior": prior}))
     latent, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     ids, timestep = torch.zeros(2, 6), torch.tensor([100, 600])
-    pull = run.denoiser.pull
+    pull = run.denoiser.auxiliary_loss
     assert pull
     batch = {"latent": latent, "noise": noise, "timestep": timestep, "time_ids": ids, "captions": ["", ""]}
-    assert float(pull.losses(run.denoiser, latent, noise, timestep, ids).detach().abs().max()) < 1e-9
+    assert float(pull.compute_losses(run.denoiser, latent, noise, timestep, ids).detach().abs().max()) < 1e-9
     text = {name: p for name, p in run.parameters.items() if name.startswith("text_encoder.")}
     with torch.no_grad():
         for parameter in text.values():
             parameter.add_(0.3)
-        assert float(drift(run.denoiser, run.captions, batch, "a dog")) > 1e-6
-    loss = pull.losses(run.denoiser, latent, noise, timestep, ids).mean()
+        assert float(measure_drift(run.denoiser, run.captions, batch, "a dog")) > 1e-6
+    loss = pull.compute_losses(run.denoiser, latent, noise, timestep, ids).mean()
     assert float(loss.detach()) > 1e-6
     assert any(float(grad.abs().max()) > 0 for grad in torch.autograd.grad(loss, [*text.values()]))
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from lora_diffusion.config.train import ObjectiveConfig
 from lora_diffusion.training.diffusion.losses import (
-    distance,
+    compute_target,
+    elementwise_loss,
     huber_delta,
+    loss_weight,
     masked_mean,
     sample_losses,
-    target_of,
-    timestep_weight,
 )
 from lora_diffusion.training.diffusion.schedule import Predicts, alphas_cumprod_of, noisy_latent
 
@@ -79,9 +79,9 @@ def test_huber_losses_are_their_formulas(seed: int, low: float, size: float) -> 
     expected = huber_in_float64(difference, delta)
     # the formula itself loses 2^-52 of delta^2 in its subtraction; ours takes about eight roundings of float32
     slack = {"rtol": 8 * EPSILON, "atol": 1e-14 * 100}
-    huber = distance(difference, delta, objective(loss="huber"))
+    huber = elementwise_loss(difference, delta, objective(loss="huber"))
     torch.testing.assert_close(huber.double(), expected, **slack)
-    smooth = distance(difference, delta, objective(loss="smooth-l1"))
+    smooth = elementwise_loss(difference, delta, objective(loss="smooth-l1"))
     expected = expected / delta.double().view(-1, 1, 1, 1)
     torch.testing.assert_close(smooth.double(), expected, rtol=9 * EPSILON, atol=1e-12 / 10**low)
 
@@ -90,10 +90,10 @@ def test_huber_is_square_near_zero_and_linear_far_away() -> None:
     delta, config = torch.ones(1), objective(loss="huber")
     near = torch.full((1, 1, 1, 1), 1e-5)
     # the next term of the series is d^2 / 4 relative; a subtraction in float32 would give 0 here
-    torch.testing.assert_close(distance(near, delta, config), near.square(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(elementwise_loss(near, delta, config), near.square(), rtol=1e-6, atol=0)
     far = torch.full((1, 1, 1, 1), 1e6)
-    torch.testing.assert_close(distance(far, delta, config), 2 * (far - 1), rtol=1e-6, atol=0)
-    assert torch.equal(distance(-far, delta, objective(loss="l1")), far)
+    torch.testing.assert_close(elementwise_loss(far, delta, config), 2 * (far - 1), rtol=1e-6, atol=0)
+    assert torch.equal(elementwise_loss(-far, delta, objective(loss="l1")), far)
 
 
 @given(delta=st.floats(0.01, 2))
@@ -158,7 +158,7 @@ def test_weights_are_their_formulas(exponent: float, gamma: float) -> None:
     }
     for (weighting, predicts), expected in formulas.items():
         config = objective(weighting=weighting, min_snr_gamma=gamma)
-        found = timestep_weight(ratio, predicts, config).double()
+        found = loss_weight(ratio, predicts, config).double()
         torch.testing.assert_close(found, expected, rtol=8 * EPSILON, atol=0)
 
 
@@ -166,9 +166,9 @@ def test_weights_of_pure_noise_are_the_limits() -> None:
     nothing, almost = torch.zeros(1), torch.full((1,), 1e-30)
     for weighting, predicts in (("min-snr", "epsilon"), ("min-snr", "v_prediction"), ("debiased", "v_prediction")):
         config = objective(weighting=weighting)
-        at, near = timestep_weight(nothing, predicts, config), timestep_weight(almost, predicts, config)
+        at, near = loss_weight(nothing, predicts, config), loss_weight(almost, predicts, config)
         torch.testing.assert_close(at, near, rtol=0, atol=1e-14)
-    assert float(timestep_weight(nothing, "epsilon", objective(weighting="min-snr"))) == 1
+    assert float(loss_weight(nothing, "epsilon", objective(weighting="min-snr"))) == 1
 
 
 @given(seed=st.integers(0, 2**32), step=st.integers(0, 800))
@@ -179,7 +179,7 @@ def test_a_network_weighs_alike_in_either_parametrization(seed: int, step: int) 
     noisy = noisy_latent(latent, noise, timestep, alphas)
     signal, sigma = alphas[step].sqrt(), (1 - alphas[step]).sqrt()
     v_hat = (epsilon_hat - sigma * noisy) / signal
-    v = target_of(latent, noise, timestep, alphas, "v_prediction")
+    v = compute_target(latent, noise, timestep, alphas, "v_prediction")
     for weighting in ("min-snr", "debiased"):
         config = objective(weighting=weighting)
         by_noise = losses_of(epsilon_hat, noise, config, timestep=timestep)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_diffusion.config.train import ObjectiveConfig
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.training.diffusion.losses import target_of
+from lora_diffusion.training.diffusion.losses import compute_target
 from lora_diffusion.training.diffusion.noise import draw_noise
 from lora_diffusion.training.diffusion.schedule import alphas_cumprod_of, check_terminal_snr, noisy_latent, snr
 from lora_diffusion.training.diffusion.timesteps import check_timesteps, draw_timestep
@@ -209,6 +209,6 @@ def test_noisy_latents_and_targets_are_diffusers(scheduler: DDPMScheduler) -> No
     close = {"rtol": 0, "atol": 6 * 4 * EPSILON}  # values below 6, four roundings
     noisy = noisy_latent(latent, noise, timestep, alphas)
     torch.testing.assert_close(noisy, scheduler.add_noise(latent, noise, timestep), **close)
-    velocity = target_of(latent, noise, timestep, alphas, "v_prediction")
+    velocity = compute_target(latent, noise, timestep, alphas, "v_prediction")
     torch.testing.assert_close(velocity, scheduler.get_velocity(latent, noise, timestep), **close)
-    assert target_of(latent, noise, timestep, alphas, "epsilon") is noise
+    assert compute_target(latent, noise, timestep, alphas, "epsilon") is noise

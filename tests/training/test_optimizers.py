@@ -26,8 +26,8 @@ from transformers.optimization import (
 
 from lora_diffusion.config.train import OptimizerConfig
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.training.optim.lr_groups import frozen_by_rate, peak_rates
-from lora_diffusion.training.optim.lr_schedule import rate_fraction
+from lora_diffusion.training.optim.lr_groups import find_frozen, resolve_peak_rates
+from lora_diffusion.training.optim.lr_schedule import lr_fraction
 from lora_diffusion.training.optim.optimizers import KINDS, evaluation_mode, new_optimizer
 
 MODULES = (
@@ -102,7 +102,7 @@ def test_every_parameter_has_its_rate_and_groups_are_merged(
     assume(factors.get("*") != 0.0)
     parameters = fresh(1)
     config = config_of(learning_rate=rate, text_encoder_learning_rate=text, rates=factors)
-    rates, optimizer = peak_rates(NAMES, config, ENCODERS), new_optimizer(parameters, config, ENCODERS)
+    rates, optimizer = resolve_peak_rates(NAMES, config, ENCODERS), new_optimizer(parameters, config, ENCODERS)
     encoders = text if isinstance(text, tuple) else (text if text is not None else rate * 0.1,) * 2
     component = {"unet": rate, **dict(zip(ENCODERS, encoders, strict=True))}
     named = {
@@ -120,7 +120,7 @@ def test_every_parameter_has_its_rate_and_groups_are_merged(
     inside = rates_in(optimizer)
     assert inside == {id(parameters[name]): rates[name] for name in NAMES if rates[name] > 0}
     assert len(optimizer.param_groups) == len({group["lr"] for group in optimizer.param_groups})
-    frozen = frozen_by_rate(NAMES, config)
+    frozen = find_frozen(NAMES, config)
     assert set(frozen) == {name for name, p in parameters.items() if id(p) not in inside}
     assert all(p.requires_grad == (name not in frozen) for name, p in parameters.items())
 
@@ -302,7 +302,7 @@ def test_rates_after_warmup_are_those_of_transformers(
     theirs = oracle(optimizer, config, steps)
     for number in range(steps + 1):
         if number >= warmup:
-            assert rate_fraction(number, config, steps) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+            assert lr_fraction(number, config, steps) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         theirs.step()
 
@@ -315,7 +315,7 @@ def test_rates_after_warmup_are_those_of_transformers(
 )
 def test_rates_rise_to_the_peak_and_stay_within_it(schedule: str, steps: int, warmup: int, restarts: int) -> None:
     config = config_of(schedule=schedule, warmup_steps=warmup, restarts=restarts)
-    rates = [rate_fraction(number, config, steps) for number in range(steps + 1)]
+    rates = [lr_fraction(number, config, steps) for number in range(steps + 1)]
     rising = rates[: warmup + 1]
     assert all(0 <= rate <= 1 for rate in rates) and rates[0] > 0
     assert rising == sorted(rising)

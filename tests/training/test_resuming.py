@@ -16,9 +16,9 @@ from lora_diffusion.adapters.adapter import adapter_hash
 from lora_diffusion.config.settings import deep_merge
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.load import load_adapter
-from lora_diffusion.training.checkpoint import states
+from lora_diffusion.training.checkpoint import list_states
 from lora_diffusion.training.log import read_log
-from lora_diffusion.training.loop import Progress, train
+from lora_diffusion.training.loop import Trainer, train
 from lora_diffusion.training.setup import set_up
 from lora_diffusion.training.signals import StopRequest
 from tests.helpers.short_runs import settings
@@ -35,8 +35,8 @@ EVERYTHING: dict[str, Any] = {
 
 def stop_after(config: Any, steps: int) -> None:
     """A run that is asked to stop in the middle, as Ctrl-C does, and saves its state."""
-    progress, request = Progress(set_up(config), lambda *_: None), StopRequest()
-    one_step = progress.one_step
+    progress, request = Trainer(set_up(config), lambda *_: None), StopRequest()
+    one_step = progress.train_step
 
     def counted() -> dict[str, Any]:
         facts = one_step()
@@ -44,8 +44,8 @@ def stop_after(config: Any, steps: int) -> None:
             request.note(signal.SIGINT, None)
         return facts
 
-    progress.one_step = counted  # type: ignore[method-assign]
-    assert progress.go_on(request)
+    progress.train_step = counted  # type: ignore[method-assign]
+    assert progress.run(request)
 
 
 @pytest.mark.parametrize("stops", [(1,), (4, 5)])
@@ -64,7 +64,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(stops: tuple[int, ...], pictures: Pat
     log = read_log(output.parent / "style-run" / "log.jsonl")
     assert [line["step"] for line in log if "loss" in line] == list(range(1, 9))
     assert [line["event"] for line in log if "event" in line] == ["stopped", "resumed"] * len(stops)
-    assert not states(output.parent / "style-run")
+    assert not list_states(output.parent / "style-run")
 
 
 def test_what_other_prompts_are_held_to_does_not_depend_on_where_a_run_was_stopped(
@@ -87,7 +87,7 @@ def test_what_other_prompts_are_held_to_does_not_depend_on_where_a_run_was_stopp
 def test_a_state_holds_nothing_of_the_frozen_base(pictures: Path, sd_folder: Path) -> None:
     config = settings(pictures, sd_folder, steps=8)
     stop_after(config, 2)
-    (state,) = states(config.output.parent / "style-run")
+    (state,) = list_states(config.output.parent / "style-run")
     base = sum(path.stat().st_size for path in sd_folder.rglob("*.safetensors"))
     assert sum(path.stat().st_size for path in state.iterdir()) < base / 4
     parameters = torch.load(state / "state.pt", weights_only=True)["parameters"]
@@ -101,7 +101,7 @@ def test_the_state_of_another_run_is_not_gone_on_from(pictures: Path, sd_folder:
         train(other)
     fresh = train(settings(pictures, sd_folder, {"adapter": {"rank": 3}}, steps=8, seed=9, resume=False))
     assert fresh.steps == 8
-    assert not states(fresh.path.parent / "style-run")
+    assert not list_states(fresh.path.parent / "style-run")
 
 
 def command(config: Any, folder: Path) -> list[str]:

@@ -32,7 +32,7 @@ from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import Base, load_base, module_at
 from lora_diffusion.models.text_encoding import encode_prompts
 from lora_diffusion.training.objectives.denoiser import Denoiser
-from lora_diffusion.training.routing.gates import Gates, routed, stretch_at
+from lora_diffusion.training.routing.gates import Gates, gated_base, time_bin_at
 from lora_diffusion.training.routing.train import RouteResult, read_route, route
 from tests.conftest import random_adapter
 
@@ -100,7 +100,7 @@ def unchanged(sd: Base) -> Iterator[None]:
 @pytest.mark.usefixtures("unchanged")
 def test_with_all_gates_1_the_forward_is_the_sum(sd: Base) -> None:
     blend = blend_of(*two(sd), weight=0.7)
-    with routed(Gates(sd, blend, stretches=3, start=1.0)):
+    with gated_base(Gates(sd, blend, stretches=3, start=1.0)):
         through_gates = predicted(sd, [900, 10])
     with blended_weights(sd, blend):
         assert torch.allclose(through_gates, predicted(sd, [900, 10]), atol=1e-4)
@@ -113,9 +113,9 @@ def test_each_sample_gets_the_blend_that_the_preset_says_for_its_step(sd: Base) 
     gates = Gates(sd, blend, stretches=4, start=0.3)
     spread_gates(gates)
     steps = [0, 1, 2, 5, 7]
-    with routed(gates):
+    with gated_base(gates):
         together = predicted(sd, [timestep_at(step) for step in steps])
-    saved = with_weights(blend, gates.weights())
+    saved = with_weights(blend, gates.to_weights())
     for step, prediction in zip(steps, together, strict=True):
         with blended_weights(sd, saved, DenoisingStep(index=step, total=STEPS)):
             alone = predicted(sd, [timestep_at(step)])[0]
@@ -124,10 +124,10 @@ def test_each_sample_gets_the_blend_that_the_preset_says_for_its_step(sd: Base) 
 
 
 def test_stretches_are_equal_parts_of_the_timesteps_the_last_one_first() -> None:
-    found = stretch_at(torch.arange(1000), 4, 1000)
+    found = time_bin_at(torch.arange(1000), 4, 1000)
     assert found[[999, 750, 749, 500, 499, 250, 249, 0]].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     for stretches in (1, 3, 7):
-        counts = stretch_at(torch.arange(1000), stretches, 1000).bincount()
+        counts = time_bin_at(torch.arange(1000), stretches, 1000).bincount()
         assert len(counts) == stretches
         assert counts.max() - counts.min() <= 1
 
@@ -135,7 +135,7 @@ def test_stretches_are_equal_parts_of_the_timesteps_the_last_one_first() -> None
 def test_what_is_saved_names_every_block_with_layers(sd: Base) -> None:
     blend = blend_of(*two(sd))
     gates = Gates(sd, blend, stretches=2, start=0.25)
-    everywhere, attention = gates.weights()
+    everywhere, attention = gates.to_weights()
     assert isinstance(everywhere.blocks, dict)
     assert isinstance(attention.blocks, dict)
     assert set(everywhere.blocks) == {"BASE", *gates.blocks}
@@ -151,7 +151,7 @@ def test_what_is_saved_names_every_block_with_layers(sd: Base) -> None:
 def test_gradients_reach_the_gates_and_nothing_else(sd: Base) -> None:
     first, second = two(sd)
     gates = Gates(sd, blend_of(first, second), stretches=2, start=0.5)
-    with routed(gates):
+    with gated_base(gates):
         losses_of(sd, [999, 700, 500], ["a cat", "a sks dog", ""]).mean().backward()
     found = gates.values.grad
     assert found is not None
@@ -165,7 +165,7 @@ def test_gradients_reach_the_gates_and_nothing_else(sd: Base) -> None:
 
 @pytest.mark.usefixtures("unchanged")
 def test_a_failure_inside_gives_the_base_back(sd: Base) -> None:
-    with pytest.raises(KeyboardInterrupt), routed(Gates(sd, blend_of(*two(sd)), stretches=2, start=1.0)):
+    with pytest.raises(KeyboardInterrupt), gated_base(Gates(sd, blend_of(*two(sd)), stretches=2, start=1.0)):
         raise KeyboardInterrupt
 
 
@@ -173,7 +173,7 @@ def test_forwards_that_were_there_before_come_back(sd: Base) -> None:
     other = random_adapter(sd, seed=5)
     with parallel_blend(sd, blend_of(other)):
         before, prediction = module_at(sd, PATH).forward, predicted(sd, [500])
-        with routed(Gates(sd, blend_of(*two(sd)), stretches=2, start=1.0)):
+        with gated_base(Gates(sd, blend_of(*two(sd)), stretches=2, start=1.0)):
             assert not torch.allclose(prediction, predicted(sd, [500]), atol=1e-2)
         assert module_at(sd, PATH).forward is before
         assert torch.equal(prediction, predicted(sd, [500]))
@@ -274,7 +274,7 @@ def test_the_penalty_holds_gates_to_their_start(folder: Path) -> None:
 def test_a_bfloat16_base_trains_float32_gates(sd_folder: Path) -> None:
     base = load_base(str(sd_folder), device=torch.device("cpu"), precision=torch.bfloat16)
     gates = Gates(base, blend_of(*two(base)), stretches=1, start=1.0)
-    with routed(gates):
+    with gated_base(gates):
         losses_of(base, [500], ["a cat"]).mean().backward()
     assert gates.values.dtype == torch.float32
     assert gates.values.grad is not None

@@ -25,7 +25,7 @@ from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.models.load import load_base
 from lora_diffusion.training.loop import train
-from lora_diffusion.training.presets import settings_for
+from lora_diffusion.training.presets import make_settings
 from lora_diffusion.workflows.training.dry_run import tried
 from lora_diffusion.workflows.training.run import train_and_report
 from tests.helpers.short_runs import settings
@@ -87,24 +87,24 @@ def test_the_lines_of_a_method_that_trains_no_text_encoder_are_enough(name: str)
     else:
         told = {section: dict(values) for section, values in get_method(name).settings.items()}
     files = {"data": {"folder": "x"}, "output": "x.safetensors"}
-    assert settings_for("style", files, told, base="tiny-sd").optimizer.text_encoder_learning_rate is None
+    assert make_settings("style", files, told, base="tiny-sd").optimizer.text_encoder_learning_rate is None
     kept = {**told, "optimizer": {"text_encoder_learning_rate": 1e-4}}
-    assert settings_for("style", files, kept, base="tiny-sd").optimizer.text_encoder_learning_rate == 1e-4
-    assert settings_for("style", files, base="tiny-sd").optimizer.text_encoder_learning_rate
+    assert make_settings("style", files, kept, base="tiny-sd").optimizer.text_encoder_learning_rate == 1e-4
+    assert make_settings("style", files, base="tiny-sd").optimizer.text_encoder_learning_rate
 
 
 def test_defaults_give_way_to_what_is_said() -> None:
     """A rate that an optimizer finds, what a file to go on from brings, and the pull that a slider has anyway."""
     files: dict[str, Any] = {"data": {"folder": "x", "instance_prompt": "a gloop"}, "output": "x.safetensors"}
-    found = settings_for("style", files, {"optimizer": {"kind": "prodigy"}}, base="tiny-sd").optimizer
+    found = make_settings("style", files, {"optimizer": {"kind": "prodigy"}}, base="tiny-sd").optimizer
     assert (found.learning_rate, found.text_encoder_learning_rate) == (1.0, None)
-    begun = settings_for("style", files, {"adapter": {"begin_with": "a.safetensors"}}, base="tiny-sd").adapter
+    begun = make_settings("style", files, {"adapter": {"begin_with": "a.safetensors"}}, base="tiny-sd").adapter
     assert (begun.rank, begun.unet_targets) == (AdapterConfig().rank, AdapterConfig().unet_targets)
     with pytest.raises(ConfigError, match="leave out rank"):
-        settings_for("style", files, {"adapter": {"begin_with": "a.safetensors", "rank": 2}}, base="tiny-sd")
-    slider = settings_for("dreambooth", files, {**get_method("slider").settings}, base="tiny-sd")
+        make_settings("style", files, {"adapter": {"begin_with": "a.safetensors", "rank": 2}}, base="tiny-sd")
+    slider = make_settings("dreambooth", files, {**get_method("slider").settings}, base="tiny-sd")
     assert slider.prior.mode == "none"
-    assert settings_for("dreambooth", files, base="tiny-sd").prior.mode == "prediction"
+    assert make_settings("dreambooth", files, base="tiny-sd").prior.mode == "prediction"
 
 
 def test_files_to_train_on_top_of_are_looked_for_beside_the_settings(tmp_path: Path) -> None:

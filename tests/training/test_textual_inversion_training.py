@@ -17,7 +17,7 @@ from lora_diffusion.models.load import Base, load_base
 from lora_diffusion.models.textual_inversion import embedding_table, learned_tokens
 from lora_diffusion.training.log import LOG, read_log
 from lora_diffusion.training.loop import train
-from lora_diffusion.training.methods.textual_inversion import WordRules, put_in
+from lora_diffusion.training.methods.textual_inversion import TextualInversionCallbacks, add_learned_tokens
 from lora_diffusion.training.setup import set_up
 from tests.helpers.short_runs import UNET_ONLY, interrupted, loss_before, settings, short_run
 
@@ -81,11 +81,11 @@ def test_a_learned_word_reads_in_training_as_it_does_in_sampling(sd_folder: Path
     from lora_diffusion.prompts.emphasis import parse_literal
 
     training, sampling = load_base(str(sd_folder)), load_base(str(sd_folder))
-    words = put_in(training, TextualInversionConfig(words=("sks",), vectors=2), seed=3)
-    adapter = Adapter(layers={}, tokens=words.tokens(torch.float32))
+    words = add_learned_tokens(training, TextualInversionConfig(words=("sks",), vectors=2), seed=3)
+    adapter = Adapter(layers={}, tokens=words.extract_tokens(torch.float32))
     text = "a house in sks style"
     with torch.no_grad():
-        ours = encode_prompts(training, [text], size_px=64, read=words.reading(parse_literal)).hidden
+        ours = encode_prompts(training, [text], size_px=64, read=words.wrap_parser(parse_literal)).hidden
         with learned_tokens(sampling, Blend(entries=(WeightedAdapter(adapter=adapter),))) as rewrite:
             theirs = encode_prompts(sampling, [rewrite(text)], size_px=64, read=parse_literal).hidden
         other = encode_prompts(sampling, [text], size_px=64, read=parse_literal).hidden
@@ -104,7 +104,9 @@ def test_a_stopped_run_with_words_goes_on_as_if_it_had_not(pictures: Path, sd_fo
 def test_lengths_hold_exactly_as_they_were() -> None:
     vectors = torch.nn.Parameter(torch.randn(3, 8))
     before = vectors.detach().norm(dim=1)
-    rules = WordRules({"text_encoder.words.a": vectors}, {}, TextualInversionConfig(words=("a",)), steps=4)
+    rules = TextualInversionCallbacks(
+        {"text_encoder.words.a": vectors}, {}, TextualInversionConfig(words=("a",)), steps=4
+    )
     with torch.no_grad():
         vectors.mul_(5).add_(1)
     rules.after_step(0, lambda _vectors: 1e-3)
@@ -131,7 +133,9 @@ def test_what_cannot_be_learned_is_one_sentence(
 
 def test_what_rests_has_no_part_in_means_and_best_steps() -> None:
     words, others = ({name: torch.nn.Parameter(torch.ones(1, 2))} for name in ("text_encoder.words.a", "unet.x.up"))
-    rules = WordRules(words, others, TextualInversionConfig(words=("a",), alone=0.5, until=0.75), steps=8)
-    assert [len([*rules.resting(step)]) for step in (0, 3, 4, 6)] == [1, 1, 0, 1]
-    assert [rules.settled(done) for done in (1, 4, 5)] == [False, False, True]
-    assert WordRules(words, {}, TextualInversionConfig(words=("a",), alone=1.0), steps=8).settled(1)
+    rules = TextualInversionCallbacks(
+        words, others, TextualInversionConfig(words=("a",), alone=0.5, until=0.75), steps=8
+    )
+    assert [len([*rules.frozen_parameters(step)]) for step in (0, 3, 4, 6)] == [1, 1, 0, 1]
+    assert [rules.is_stable(done) for done in (1, 4, 5)] == [False, False, True]
+    assert TextualInversionCallbacks(words, {}, TextualInversionConfig(words=("a",), alone=1.0), steps=8).is_stable(1)

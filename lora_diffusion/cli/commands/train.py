@@ -103,9 +103,9 @@ class SuitedFlags:
 
     def settings(self, purpose: "Purpose", told: Mapping[str, Any], changes: Changes) -> "TrainConfig":
         with quiet():
-            from lora_diffusion.training.presets import settings_for
+            from lora_diffusion.training.presets import make_settings
 
-        return settings_for(purpose, told, parse_changes(changes), base=self.base, gigabytes=self.gpu_gb)
+        return make_settings(purpose, told, parse_changes(changes), base=self.base, gigabytes=self.gpu_gb)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,9 +143,9 @@ class TrainDreambooth:
 
     def run(self) -> int:
         with quiet():
-            from lora_diffusion.training.presets import subject
+            from lora_diffusion.training.presets import subject_settings
 
-        told = subject(self.data, self.output, instance=self.instance, class_prompt=self.class_prompt)
+        told = subject_settings(self.data, self.output, instance=self.instance, class_prompt=self.class_prompt)
         return self.how.train(self.suited.settings("dreambooth", told, self.how.set))
 
 

@@ -21,7 +21,9 @@ from lora_diffusion.config.train import ObjectiveConfig
 from lora_diffusion.training.diffusion.schedule import Predicts, signal_and_sigma, snr
 
 
-def target_of(latent: Tensor, noise: Tensor, timestep: Tensor, alphas_cumprod: Tensor, predicts: Predicts) -> Tensor:
+def compute_target(
+    latent: Tensor, noise: Tensor, timestep: Tensor, alphas_cumprod: Tensor, predicts: Predicts
+) -> Tensor:
     """What the UNet should predict (n, c, h, w) for latents and noise of that shape and timesteps (n,)."""
     if predicts == "epsilon":
         return noise
@@ -44,10 +46,10 @@ def sample_losses(
     A mask (n, 1, h, w) of weights 0..1 says where the loss counts; `masked_mean` says how.
     """
     difference = predicted.float() - target.float()
-    losses = masked_mean(distance(difference, huber_delta(timestep, alphas_cumprod, config), config), mask)
+    losses = masked_mean(elementwise_loss(difference, huber_delta(timestep, alphas_cumprod, config), config), mask)
     if config.weighting == "none":
         return losses
-    return losses * timestep_weight(snr(alphas_cumprod[timestep]), predicts, config)
+    return losses * loss_weight(snr(alphas_cumprod[timestep]), predicts, config)
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -64,7 +66,7 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     return torch.where(area > 0, total / torch.where(area > 0, area, 1), 0)
 
 
-def distance(difference: Tensor, delta: Tensor, config: ObjectiveConfig) -> Tensor:
+def elementwise_loss(difference: Tensor, delta: Tensor, config: ObjectiveConfig) -> Tensor:
     """Elementwise distance for differences (n, c, h, w) and turning points delta (n,).
 
     huber is 2 delta (sqrt(d^2 + delta^2) - delta): d^2 where d is small, 2 delta |d| where it is large. smooth-l1 is
@@ -94,7 +96,7 @@ def huber_delta(timestep: Tensor, alphas_cumprod: Tensor, config: ObjectiveConfi
     return (1 - config.huber_delta) * (signal / (signal + sigma)).square() + config.huber_delta
 
 
-def timestep_weight(ratio: Tensor, predicts: Predicts, config: ObjectiveConfig) -> Tensor:
+def loss_weight(ratio: Tensor, predicts: Predicts, config: ObjectiveConfig) -> Tensor:
     """Weights of timesteps with signal-to-noise ratios `ratio`, any shape; the table above."""
     epsilon = predicts == "epsilon"
     if config.weighting == "min-snr":

@@ -22,9 +22,9 @@ from lora_diffusion.inference.composition import check_composition, composition_
 from lora_diffusion.inference.in_place import Backup, validate_blend, weight_shape
 from lora_diffusion.library.recipe import blend_entries, library_versions
 from lora_diffusion.models.load import Base, module_at, prediction_type
-from lora_diffusion.training.distillation.mean_delta import compressed, mean_sum, plain_sum
-from lora_diffusion.training.distillation.student import blend_distance, distance, trained
-from lora_diffusion.training.distillation.trajectories import Pairs, recorded, runs_of
+from lora_diffusion.training.distillation.mean_delta import compress_sum, plain_sum, record_mean_sum
+from lora_diffusion.training.distillation.student import adapter_error, mean_squared_error, train_student
+from lora_diffusion.training.distillation.trajectories import DistillationBatch, make_runs, record_runs
 from lora_diffusion.training.seeding import picture_order
 
 HELD_OUT_SHARE = 4
@@ -34,7 +34,7 @@ ROUNDING = 1e-10
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistilReport:
+class DistillReport:
     """How close one adapter comes to the blend on held-out prompts and noise.
 
     Errors are mean squared distances of predictions from the blend's, over those of the base from the blend's: 0 is the
@@ -54,15 +54,15 @@ class DistilReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistilResult:
+class DistillResult:
     """The adapter, how close it comes, and how long that took."""
 
     adapter: Adapter
-    report: DistilReport
+    report: DistillReport
     seconds: float
 
 
-def distil(
+def distill(
     base: Base,
     blend: Blend,
     composition: Composition,
@@ -70,7 +70,7 @@ def distil(
     config: DistillConfig,
     *,
     backup: Backup = "memory",
-) -> DistilResult:
+) -> DistillResult:
     """One adapter that does what the composed blend does, at most of rank `config.rank`.
 
     Matrices of the UNet learn; what the adapters do to text encoders is compressed, and to norms and biases kept, as
@@ -80,26 +80,28 @@ def distil(
     """
     started = time.perf_counter()
     check_distillable(base, blend, composition, config)
-    whole, mean = plain_sum(base, blend), mean_sum(base, blend, composition, config.sampler_steps)
+    whole, mean = plain_sum(base, blend), record_mean_sum(base, blend, composition, config.sampler_steps)
     check_learnable(base, mean)
-    training, held_out = teachings(base, blend, composition, prompts, config, backup)
-    untouched = effect_of(base, held_out, config)
-    metadata = metadata_of(base, blend, composition)
-    plain, start = (compressed(base, total, config.rank, metadata) for total in (whole, mean))
-    factors = trained(base, start, training, untouched, config, backup)
+    training, held_out = record_teacher(base, blend, composition, prompts, config, backup)
+    untouched = measure_effect(base, held_out, config)
+    metadata = make_metadata(base, blend, composition)
+    plain, start = (compress_sum(base, total, config.rank, metadata) for total in (whole, mean))
+    factors = train_student(base, start, training, untouched, config, backup)
     learned = cast_adapter(factors, torch_dtype(config.save_precision))
-    errors = [
-        blend_distance(base, adapter, held_out, config, backup) / untouched for adapter in (plain, start, learned)
-    ]
-    report = DistilReport(
+    errors = [adapter_error(base, adapter, held_out, config, backup) / untouched for adapter in (plain, start, learned)]
+    report = DistillReport(
         plain_error=errors[0],
         start_error=errors[1],
         error=errors[2],
         learned_from=len(training),
         measured_on=len(held_out),
     )
-    record = {**config.model_dump(mode="json"), **sources(blend, composition, training, held_out), **vars(report)}
-    return DistilResult(
+    record = {
+        **config.model_dump(mode="json"),
+        **describe_sources(blend, composition, training, held_out),
+        **vars(report),
+    }
+    return DistillResult(
         adapter=replace(learned, metadata=metadata.model_copy(update={"training": record})),
         report=report,
         seconds=time.perf_counter() - started,
@@ -107,9 +109,9 @@ def distil(
 
 
 def check_distillable(base: Base, blend: Blend, composition: Composition, config: DistillConfig) -> None:
-    """Raise what `distil` raises before it begins."""
+    """Raise what `distill` raises before it begins."""
     if not blend.active:
-        raise ConfigError("there is nothing to distil; give at least one adapter with a weight other than 0")
+        raise ConfigError("there is nothing to distill; give at least one adapter with a weight other than 0")
     placed = [entry.name for entry in blend.entries if entry.region]
     if placed:
         raise ConfigError(f"{placed[0]}: acts in a region, and one adapter acts everywhere; leave the region out")
@@ -126,18 +128,18 @@ def check_distillable(base: Base, blend: Blend, composition: Composition, config
 def check_learnable(base: Base, total: BlendSum) -> None:
     """Raise ConfigError unless there is a linear module or a convolution in the UNet whose LoRA could learn."""
     if not any(is_unet_path(path) and len(weight_shape(module_at(base, path))) > 1 for path in total.layers):
-        raise ConfigError("none of the adapters changes a matrix of the UNet; there is nothing to distil")
+        raise ConfigError("none of the adapters changes a matrix of the UNet; there is nothing to distill")
 
 
-def teachings(
+def record_teacher(
     base: Base, blend: Blend, composition: Composition, prompts: Sequence[str], config: DistillConfig, backup: Backup
-) -> tuple[Pairs, Pairs]:
+) -> tuple[DistillationBatch, DistillationBatch]:
     """What the blend predicts along runs to learn from, and along runs to measure with."""
-    learned, held_out = parted_prompts(prompts, config)
+    learned, held_out = split_prompts(prompts, config)
     side = (config.resolution or base.size_px) // int(base.pipe.vae_scale_factor)
     with composition_context(base, blend, composition, (side, side), backup=backup) as before_step:
         training, testing = (
-            recorded(base, before_step, runs_of(texts, count=config.runs, seed=config.seed + i), config)
+            record_runs(base, before_step, make_runs(texts, count=config.runs, seed=config.seed + i), config)
             for i, texts in enumerate((learned, held_out))
         )
     if not bool(training.predictions.isfinite().all() and testing.predictions.isfinite().all()):
@@ -145,14 +147,14 @@ def teachings(
     return training, testing
 
 
-def parted_prompts(prompts: Sequence[str], config: DistillConfig) -> tuple[list[str], list[str]]:
+def split_prompts(prompts: Sequence[str], config: DistillConfig) -> tuple[list[str], list[str]]:
     """Prompts to learn from, and others to measure with, unless there is but one.
 
     Raises ConfigError if there is none, or one with a tag.
     """
     distinct = list(dict.fromkeys(prompts))
     if not distinct:
-        raise ConfigError("there are no prompts to distil on; give at least one")
+        raise ConfigError("there are no prompts to distill on; give at least one")
     tagged = next((prompt for prompt in distinct if "<lora:" in prompt), "")
     if tagged:
         raise ConfigError(f"the prompt {tagged!r} has a tag in it; give adapters with --adapter and prompts without")
@@ -161,15 +163,15 @@ def parted_prompts(prompts: Sequence[str], config: DistillConfig) -> tuple[list[
     return drawn[:-held_out] or drawn, drawn[-held_out:]
 
 
-def effect_of(base: Base, pairs: Pairs, config: DistillConfig) -> float:
+def measure_effect(base: Base, pairs: DistillationBatch, config: DistillConfig) -> float:
     """Mean square of what the blend adds to the base's own predictions. Raises ConfigError if that is nothing."""
-    effect = distance(base, pairs, config)
+    effect = mean_squared_error(base, pairs, config)
     if effect <= ROUNDING * float(pairs.predictions.square().mean()):
-        raise ConfigError("the blend changes nothing that the base predicts; there is nothing to distil")
+        raise ConfigError("the blend changes nothing that the base predicts; there is nothing to distill")
     return effect
 
 
-def metadata_of(base: Base, blend: Blend, composition: Composition) -> AdapterMetadata:
+def make_metadata(base: Base, blend: Blend, composition: Composition) -> AdapterMetadata:
     """What is known of the adapter before it is made. No date, as the same seed is to give the same file."""
     entries = [entry for entry in blend.entries if entry in blend.active]
     words = [word for entry in entries for word in entry.adapter.metadata.trigger_words]
@@ -185,7 +187,9 @@ def metadata_of(base: Base, blend: Blend, composition: Composition) -> AdapterMe
     )
 
 
-def sources(blend: Blend, composition: Composition, training: Pairs, held_out: Pairs) -> dict[str, Any]:
+def describe_sources(
+    blend: Blend, composition: Composition, training: DistillationBatch, held_out: DistillationBatch
+) -> dict[str, Any]:
     """What the adapter was made from, for its record."""
     return {
         "adapters": [entry.model_dump(mode="json", exclude={"path"}) for entry in blend_entries(blend)],

@@ -31,18 +31,20 @@ def plain_sum(base: Base, blend: Blend) -> BlendSum:
     return blend_sum(Blend(entries=entries), base.layout)
 
 
-def mean_sum(base: Base, blend: Blend, composition: Composition, steps: int) -> BlendSum:
+def record_mean_sum(base: Base, blend: Blend, composition: Composition, steps: int) -> BlendSum:
     """The mean of the sums that the base holds over a run. The text encoders hold the whole sum at every step.
 
     Raises ConfigError as `composition_context` does.
     """
     moments = [DenoisingStep(index=step, total=steps) for step in range(steps)]
     if composition.mode == "composite":
-        return mean_of([lane for denoising_step in moments for lane in lanes(base, blend, denoising_step)])
-    return mean_of(list(map(plan_sums(base, blend, composition), moments)))
+        return average_sums(
+            [lane for denoising_step in moments for lane in per_sample_sums(base, blend, denoising_step)]
+        )
+    return average_sums(list(map(plan_sums(base, blend, composition), moments)))
 
 
-def lanes(base: Base, blend: Blend, denoising_step: DenoisingStep) -> list[BlendSum]:
+def per_sample_sums(base: Base, blend: Blend, denoising_step: DenoisingStep) -> list[BlendSum]:
     """What each sample of a composite's batch has: one adapter in the UNet, all in the text encoders."""
     text = filter_modules(blend_sum(blend, base.layout, denoising_step), is_text_encoder_path)
     return [
@@ -51,16 +53,16 @@ def lanes(base: Base, blend: Blend, denoising_step: DenoisingStep) -> list[Blend
     ]
 
 
-def mean_of(sums: Sequence[BlendSum]) -> BlendSum:
+def average_sums(sums: Sequence[BlendSum]) -> BlendSum:
     """Each layer and bias once, with the mean of its coefficients."""
     total = merge_sums(sums)
     return BlendSum(
-        layers={path: means(terms, len(sums)) for path, terms in total.layers.items()},
-        biases={path: means(terms, len(sums)) for path, terms in total.biases.items()},
+        layers={path: average_terms(terms, len(sums)) for path, terms in total.layers.items()},
+        biases={path: average_terms(terms, len(sums)) for path, terms in total.biases.items()},
     )
 
 
-def means(terms: Sequence[tuple[float, T]], count: int) -> tuple[tuple[float, T], ...]:
+def average_terms(terms: Sequence[tuple[float, T]], count: int) -> tuple[tuple[float, T], ...]:
     """Terms of the very same layer as one; the coefficients over `count`."""
     kept: dict[int, tuple[float, T]] = {}
     for coefficient, layer in terms:
@@ -69,10 +71,10 @@ def means(terms: Sequence[tuple[float, T]], count: int) -> tuple[tuple[float, T]
     return tuple((coefficient / count, layer) for coefficient, layer in kept.values())
 
 
-def compressed(base: Base, total: BlendSum, rank: int, metadata: AdapterMetadata) -> Adapter:
+def compress_sum(base: Base, total: BlendSum, rank: int, metadata: AdapterMetadata) -> Adapter:
     """A sum as one adapter: plain LoRA at most of that rank, closest in the Frobenius norm; norms and biases whole."""
     return Adapter(
-        layers={path: compressed_layer(base, path, terms, rank) for path, terms in total.layers.items()},
+        layers={path: compress_layer(base, path, terms, rank) for path, terms in total.layers.items()},
         biases={
             path: compute_blended_bias(torch.zeros_like(terms[0][1]), terms).cpu()
             for path, terms in total.biases.items()
@@ -81,7 +83,7 @@ def compressed(base: Base, total: BlendSum, rank: int, metadata: AdapterMetadata
     )
 
 
-def compressed_layer(base: Base, path: str, terms: Sequence[Term], rank: int) -> Layer:
+def compress_layer(base: Base, path: str, terms: Sequence[Term], rank: int) -> Layer:
     own, shape = weight_at(base, path), weight_shape(module_at(base, path))
     if len(shape) == 1:
         return FullLayer(diff=sum_deltas(terms, own).cpu())

@@ -20,7 +20,13 @@ from lora_diffusion.inference.in_place import Backup, blended_weights
 from lora_diffusion.inference.parallel import Forward, ForwardOverrides, convolve_per_sample
 from lora_diffusion.models.load import Base, module_at
 from lora_diffusion.training.checks import check_finite
-from lora_diffusion.training.distillation.trajectories import Contexts, Pairs, contexts_of, for_batch, predicted
+from lora_diffusion.training.distillation.trajectories import (
+    Contexts,
+    DistillationBatch,
+    batch_contexts,
+    encode_texts,
+    predict,
+)
 from lora_diffusion.training.seeding import picture_order
 
 NOTHING_LEFT = 1e-6
@@ -31,7 +37,9 @@ Learners = Mapping[str, LoRALayer]
 """Layers whose factors learn, float32, by module path."""
 
 
-def trained(base: Base, start: Adapter, pairs: Pairs, effect: float, config: DistillConfig, backup: Backup) -> Adapter:
+def train_student(
+    base: Base, start: Adapter, pairs: DistillationBatch, effect: float, config: DistillConfig, backup: Backup
+) -> Adapter:
     """The adapter after all steps. Raises TrainingError if a loss is not finite.
 
     Adam, whose rate falls to 0 by a cosine; the loss is over the blend's effect, a mean square, so that clipping means
@@ -39,14 +47,14 @@ def trained(base: Base, start: Adapter, pairs: Pairs, effect: float, config: Dis
     """
     size = config.batch_size
     order = picture_order(len(pairs), config.steps * size, config.seed)
-    with learning(base, start, backup) as learners:
-        contexts = contexts_of(base, pairs.texts, config.resolution or base.size_px)
+    with trainable_adapter(base, start, backup) as learners:
+        contexts = encode_texts(base, pairs.texts, config.resolution or base.size_px)
         factors = [factor for layer in learners.values() for factor in layer.factors.values()]
         optimizer = torch.optim.Adam(factors, lr=config.learning_rate)
         schedule = CosineAnnealingLR(optimizer, config.steps)
-        for step in tqdm(range(config.steps), desc="distil", unit="step"):
-            batch = pairs.taken(order[step * size : (step + 1) * size])
-            loss = square_error(base, batch, contexts).mean() / effect
+        for step in tqdm(range(config.steps), desc="distill", unit="step"):
+            batch = pairs.take(order[step * size : (step + 1) * size])
+            loss = squared_error(base, batch, contexts).mean() / effect
             check_finite(loss.detach(), step + 1)
             optimizer.zero_grad()
             if float(loss.detach()) > NOTHING_LEFT:
@@ -54,28 +62,28 @@ def trained(base: Base, start: Adapter, pairs: Pairs, effect: float, config: Dis
                 nn.utils.clip_grad_norm_(factors, MAX_GRADIENT_NORM)
             optimizer.step()
             schedule.step()
-        return replace(start, layers={**start.layers, **{path: at_rest(layer) for path, layer in learners.items()}})
+        return replace(start, layers={**start.layers, **{path: detach(layer) for path, layer in learners.items()}})
 
 
 @contextmanager
-def learning(base: Base, start: Adapter, backup: Backup) -> Iterator[Learners]:
+def trainable_adapter(base: Base, start: Adapter, backup: Backup) -> Iterator[Learners]:
     """The base with an adapter whose matrices in the UNet learn, in the forward pass; all else of it is in the weights.
 
     The base is as it was afterwards, whatever happens inside. Raises ConfigError if it holds a blend already.
     """
     matrices = {p: x for p, x in start.layers.items() if is_unet_path(p) and isinstance(x, LoRALayer)}
-    learners = {path: awake(layer, base.device) for path, layer in matrices.items()}
+    learners = {path: make_trainable(layer, base.device) for path, layer in matrices.items()}
     rest = replace(start, layers={path: layer for path, layer in start.layers.items() if path not in learners})
     with blended_weights(base, Blend(entries=(WeightedAdapter(adapter=rest),)), backup=backup), ExitStack() as stack:
         forwards = ForwardOverrides()
         stack.callback(forwards.restore)
         for path, layer in learners.items():
             module = module_at(base, path)
-            forwards.replace(module, with_learner(module, layer))
+            forwards.replace(module, wrap_with_layer(module, layer))
         yield learners
 
 
-def with_learner(module: nn.Module, layer: LoRALayer) -> Forward:
+def wrap_with_layer(module: nn.Module, layer: LoRALayer) -> Forward:
     """The module's forward with a layer added; nothing is written in place, as gradients pass through."""
     own = module.forward
 
@@ -91,32 +99,34 @@ def with_learner(module: nn.Module, layer: LoRALayer) -> Forward:
     return linear if isinstance(module, nn.Linear) else convolution
 
 
-def awake(layer: LoRALayer, device: torch.device) -> LoRALayer:
+def make_trainable(layer: LoRALayer, device: torch.device) -> LoRALayer:
     """A copy whose factors learn, float32."""
     copies = {name: factor.to(device, torch.float32, copy=True) for name, factor in layer.factors.items()}
     return layer.with_factors({name: factor.requires_grad_() for name, factor in copies.items()})
 
 
-def at_rest(layer: LoRALayer) -> LoRALayer:
+def detach(layer: LoRALayer) -> LoRALayer:
     """A copy that has learned, on the CPU."""
     return layer.with_factors({name: factor.detach().cpu() for name, factor in layer.factors.items()})
 
 
 @torch.no_grad()
-def distance(base: Base, pairs: Pairs, config: DistillConfig) -> float:
+def mean_squared_error(base: Base, pairs: DistillationBatch, config: DistillConfig) -> float:
     """Mean squared distance of what the base, as it is, predicts from what the pairs say."""
-    contexts = contexts_of(base, pairs.texts, config.resolution or base.size_px)
-    total = torch.stack([square_error(base, part, contexts).sum() for part in pairs.batches(config.batch_size)])
+    contexts = encode_texts(base, pairs.texts, config.resolution or base.size_px)
+    total = torch.stack([squared_error(base, part, contexts).sum() for part in pairs.batches(config.batch_size)])
     return float(total.double().sum()) / pairs.predictions.numel()
 
 
-def square_error(base: Base, pairs: Pairs, contexts: Contexts) -> Tensor:
+def squared_error(base: Base, pairs: DistillationBatch, contexts: Contexts) -> Tensor:
     """(n, c, h, w), differentiable."""
-    context = for_batch(contexts, pairs.texts)
-    return (predicted(base, pairs.latents, pairs.timesteps, context) - pairs.predictions).square()
+    context = batch_contexts(contexts, pairs.texts)
+    return (predict(base, pairs.latents, pairs.timesteps, context) - pairs.predictions).square()
 
 
-def blend_distance(base: Base, adapter: Adapter, pairs: Pairs, config: DistillConfig, backup: Backup) -> float:
+def adapter_error(
+    base: Base, adapter: Adapter, pairs: DistillationBatch, config: DistillConfig, backup: Backup
+) -> float:
     """The distance of the base with one adapter in its weights."""
     with blended_weights(base, Blend(entries=(WeightedAdapter(adapter=adapter),)), backup=backup):
-        return distance(base, pairs, config)
+        return mean_squared_error(base, pairs, config)

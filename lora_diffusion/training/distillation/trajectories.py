@@ -24,7 +24,7 @@ Contexts = Mapping[str, TextContext]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class SamplingRun:
     """One picture's denoising."""
 
     prompt: str
@@ -32,7 +32,7 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Pairs:
+class DistillationBatch:
     """Inputs of the UNet and what the blend predicts for them, on the base's device in float32."""
 
     latents: Tensor
@@ -47,24 +47,24 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def taken(self, rows: Sequence[int]) -> "Pairs":
+    def take(self, rows: Sequence[int]) -> "DistillationBatch":
         """Some of them."""
         index = torch.tensor(rows, device=self.latents.device)
-        return Pairs(
+        return DistillationBatch(
             latents=self.latents[index],
             timesteps=self.timesteps[index],
             texts=tuple(self.texts[row] for row in rows),
             predictions=self.predictions[index],
         )
 
-    def batches(self, size: int) -> "Iterator[Pairs]":
+    def batches(self, size: int) -> "Iterator[DistillationBatch]":
         """All of them, in order."""
         for start in range(0, len(self), size):
-            yield self.taken(range(start, min(start + size, len(self))))
+            yield self.take(range(start, min(start + size, len(self))))
 
 
-def joined_pairs(parts: Sequence[Pairs]) -> Pairs:
-    return Pairs(
+def concatenate(parts: Sequence[DistillationBatch]) -> DistillationBatch:
+    return DistillationBatch(
         latents=torch.cat([part.latents for part in parts]),
         timesteps=torch.cat([part.timesteps for part in parts]),
         texts=tuple(text for part in parts for text in part.texts),
@@ -72,50 +72,57 @@ def joined_pairs(parts: Sequence[Pairs]) -> Pairs:
     )
 
 
-def runs_of(prompts: Sequence[str], *, count: int, seed: int) -> tuple[Run, ...]:
+def make_runs(prompts: Sequence[str], *, count: int, seed: int) -> tuple[SamplingRun, ...]:
     """`count` runs for each prompt, no two from the same noise."""
     texts = [prompt for prompt in prompts for _ in range(count)]
-    return tuple(Run(prompt=text, seed=sample_seed(seed, i)) for i, text in enumerate(texts))
+    return tuple(SamplingRun(prompt=text, seed=sample_seed(seed, i)) for i, text in enumerate(texts))
 
 
 @torch.no_grad()
-def recorded(base: Base, before_step: BeforeStep, runs: Sequence[Run], config: DistillConfig) -> Pairs:
+def record_runs(
+    base: Base, before_step: BeforeStep, runs: Sequence[SamplingRun], config: DistillConfig
+) -> DistillationBatch:
     """Record the inputs and predictions of sampling runs, inside `composition_context`, which yields `before_step`."""
     size = config.batch_size
     groups = [runs[start : start + size] for start in range(0, len(runs), size)]
-    return joined_pairs([part for group in groups for part in steps_of(base, before_step, group, config)])
+    return concatenate([part for group in groups for part in record_steps(base, before_step, group, config)])
 
 
-def steps_of(base: Base, before_step: BeforeStep, runs: Sequence[Run], config: DistillConfig) -> Iterator[Pairs]:
+def record_steps(
+    base: Base, before_step: BeforeStep, runs: Sequence[SamplingRun], config: DistillConfig
+) -> Iterator[DistillationBatch]:
     """The pairs of each step of several runs side by side."""
     size_px = config.resolution or base.size_px
     texts = ["" for _ in runs] * (config.guidance > 1) + [run.prompt for run in runs]
 
-    def read() -> TextContext:
-        return for_batch(contexts_of(base, texts, size_px), texts)
+    def encode() -> TextContext:
+        return batch_contexts(encode_texts(base, texts, size_px), texts)
 
     scheduler = new_scheduler(base, "ddim")
     scheduler.set_timesteps(config.sampler_steps, device=base.device)
-    x = torch.cat([first_noise(base, run.seed, size_px) for run in runs]).to(base.device) * scheduler.init_noise_sigma
+    x = (
+        torch.cat([initial_latents(base, run.seed, size_px) for run in runs]).to(base.device)
+        * scheduler.init_noise_sigma
+    )
     context = None
     for step, timestep in enumerate(scheduler.timesteps):
-        before_step(DenoisingStep(index=step, total=config.sampler_steps), lambda: read().hidden)
-        context = context or read()
+        before_step(DenoisingStep(index=step, total=config.sampler_steps), lambda: encode().hidden)
+        context = context or encode()
         latents = x.repeat(len(texts) // len(runs), 1, 1, 1)
-        predictions = predicted(base, latents, timestep, context)
+        predictions = predict(base, latents, timestep, context)
         timesteps = timestep.expand(len(texts))
-        yield Pairs(latents=latents, timesteps=timesteps, texts=tuple(texts), predictions=predictions)
-        x = scheduler.step(guided(predictions, len(runs), config.guidance), timestep, x).prev_sample
+        yield DistillationBatch(latents=latents, timesteps=timesteps, texts=tuple(texts), predictions=predictions)
+        x = scheduler.step(apply_guidance(predictions, len(runs), config.guidance), timestep, x).prev_sample
 
 
-def first_noise(base: Base, seed: int, size_px: int) -> Tensor:
+def initial_latents(base: Base, seed: int, size_px: int) -> Tensor:
     """(1, c, h, w): what the pipeline starts from for this seed."""
     side = size_px // int(base.pipe.vae_scale_factor)
     shape = (1, base.pipe.unet.config.in_channels, side, side)
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))
 
 
-def guided(predictions: Tensor, count: int, guidance: float) -> Tensor:
+def apply_guidance(predictions: Tensor, count: int, guidance: float) -> Tensor:
     """Classifier-free guidance [arXiv:2207.12598]: away from what is predicted without the prompt, if that is there."""
     if len(predictions) == count:
         return predictions
@@ -123,7 +130,7 @@ def guided(predictions: Tensor, count: int, guidance: float) -> Tensor:
     return empty + guidance * (prompted - empty)
 
 
-def predicted(base: Base, latents: Tensor, timestep: Tensor, context: TextContext) -> Tensor:
+def predict(base: Base, latents: Tensor, timestep: Tensor, context: TextContext) -> Tensor:
     """What the base as it is predicts, (n, c, h, w) in float32, at timesteps (n,) or one for all."""
     unet = base.pipe.unet
     result = unet(
@@ -133,12 +140,12 @@ def predicted(base: Base, latents: Tensor, timestep: Tensor, context: TextContex
 
 
 @torch.no_grad()
-def contexts_of(base: Base, texts: Sequence[str], size_px: int) -> Contexts:
+def encode_texts(base: Base, texts: Sequence[str], size_px: int) -> Contexts:
     """Each text as the base's text encoders read it as they are, once, the empty one as a negative prompt."""
     count = count_chunks(base, [parse_emphasis(text) for text in texts])
     return {text: negative_context(base, text, size_px=size_px, chunks=count) for text in dict.fromkeys(texts)}
 
 
-def for_batch(contexts: Contexts, texts: Sequence[str]) -> TextContext:
+def batch_contexts(contexts: Contexts, texts: Sequence[str]) -> TextContext:
     """What a batch of texts is told."""
     return concatenate_contexts([contexts[text] for text in texts])

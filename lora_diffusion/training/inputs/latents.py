@@ -36,14 +36,14 @@ class ViewEncoder:
         self.base, self.config, self.cache = base, config, cache
         self.identity = base.hash
 
-    def encoded(self, example: Example, bucket: Bucket, *, seed: int, variant: int) -> LatentView:
+    def encode(self, example: Example, bucket: Bucket, *, seed: int, variant: int) -> LatentView:
         """Raises DatasetError for a picture that cannot be read."""
         looks = {"seed": seed, "variant": variant}
         key = content_key("latents", self.identity, make_view_key(example, bucket, self.config, **looks))
-        found = self.cache.get(key, lambda: self.tensors(make_view(example, bucket, self.config, **looks)))
+        found = self.cache.get(key, lambda: self.encode_tensors(make_view(example, bucket, self.config, **looks)))
         return LatentView(**found)
 
-    def tensors(self, seen: View) -> Tensors:
+    def encode_tensors(self, seen: View) -> Tensors:
         with on_device(self.base, ["vae"]):
             mean, std = encode_picture(self.base, seen.pixels)
         height, width = seen.pixels.shape[1:]

@@ -34,7 +34,7 @@ class Sample(TypedDict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOfSamples:
+class TrainingSamples:
     """Which picture comes when, and what is drawn for it."""
 
     config: TrainConfig
@@ -52,14 +52,14 @@ class RunOfSamples:
         index = step * len(self.order[0]) + place
         rng = Generator().manual_seed(sample_seed(config.seed, index))
         variant = index if config.data.cache == "none" else index // len(self.examples) % config.data.variants
-        seen = self.encoder.encoded(
+        seen = self.encoder.encode(
             self.examples[number], self.buckets[number], seed=sample_seed(config.seed, -2 - number), variant=variant
         )
         caption = augment_caption(self.examples[number].caption, config.captions, config.trigger_words, rng)
-        return drawn(seen, caption, config.objective, self.num_timesteps, rng)
+        return draw_sample(seen, caption, config.objective, self.num_timesteps, rng)
 
 
-def drawn(seen: LatentView, caption: str, config: ObjectiveConfig, num_timesteps: int, rng: Generator) -> Sample:
+def draw_sample(seen: LatentView, caption: str, config: ObjectiveConfig, num_timesteps: int, rng: Generator) -> Sample:
     """A sample with a latent from the view's distribution, noise and timestep."""
     channels, height, width = seen.mean.shape
     spread, shape = torch.randn(seen.mean.shape, generator=rng), (channels, height, width)
@@ -75,7 +75,7 @@ def drawn(seen: LatentView, caption: str, config: ObjectiveConfig, num_timesteps
     )
 
 
-def order_of(
+def plan_order(
     config: TrainConfig, examples: Sequence[Example], buckets: Sequence[Bucket], per_step: int
 ) -> tuple[tuple[int, ...], ...]:
     """Example numbers of every optimizer step."""

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_diffusion.inference.in_place import weight_shape
-from lora_diffusion.training.methods.base import Size, learned
-from lora_diffusion.training.methods.callbacks import RateOf, Rules
-from lora_diffusion.training.methods.lora import ProductUpdate, left_of
+from lora_diffusion.training.methods.base import AdapterSize, make_parameter
+from lora_diffusion.training.methods.callbacks import MethodCallbacks, RateOf
+from lora_diffusion.training.methods.lora import LowRankLayer, drop_pruned
 
 SPREAD = 0.02
 """Of the first factors, as the authors' code has it."""
@@ -30,24 +30,24 @@ EVERY = 10
 """Steps between two allocations."""
 
 
-class AdaptiveUpdate(ProductUpdate):
+class TrainableAdaLoRA(LowRankLayer):
     """Orthonormal factors and a strength for each direction."""
 
-    def __init__(self, module: nn.Linear | nn.Conv2d, size: Size, generator: torch.Generator) -> None:
+    def __init__(self, module: nn.Linear | nn.Conv2d, size: AdapterSize, generator: torch.Generator) -> None:
         super().__init__(size)
         shape = weight_shape(module)
         begun = round(size.rank * size.config.adalora_start)
-        self.down = learned(SPREAD * torch.randn(begun, *shape[1:], generator=generator), module)
+        self.down = make_parameter(SPREAD * torch.randn(begun, *shape[1:], generator=generator), module)
         up = SPREAD * torch.randn(shape[0], begun, generator=generator)
-        self.up = learned(up.reshape(*up.shape, *[1] * (len(shape) - 2)), module)
-        self.strength = learned(torch.zeros(begun), module)
+        self.up = make_parameter(up.reshape(*up.shape, *[1] * (len(shape) - 2)), module)
+        self.strength = make_parameter(torch.zeros(begun), module)
         self.final_rank = size.rank
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.strength.view(-1, *[1] * (self.down.ndim - 1)) * self.down, self.up
 
     def saved_factors(self) -> tuple[Tensor, Tensor]:
-        return left_of(self.factors(), self.strength)
+        return drop_pruned(self.factors(), self.strength)
 
     def penalty(self) -> Tensor:
         """How far both factors are from orthonormal."""
@@ -56,10 +56,10 @@ class AdaptiveUpdate(ProductUpdate):
         return (down @ down.T - one).square().sum() + (up.T @ up - one).square().sum()
 
 
-class AdaptiveRules(Rules):
+class AdaLoRACallbacks(MethodCallbacks):
     """Hands the budget out."""
 
-    def __init__(self, updates: Sequence[AdaptiveUpdate], steps: int) -> None:
+    def __init__(self, updates: Sequence[TrainableAdaLoRA], steps: int) -> None:
         self.updates, self.steps = updates, steps
         self.first = sum(update.strength.numel() for update in updates)
         self.last = sum(update.final_rank for update in updates)
@@ -69,7 +69,7 @@ class AdaptiveRules(Rules):
     def penalty(self) -> Tensor:
         return PENALTY * torch.stack([update.penalty() for update in self.updates]).mean()
 
-    def budget(self, step: int) -> int:
+    def budget_at(self, step: int) -> int:
         """How many directions there are after a step."""
         begin, end = BEGIN * self.steps, END * self.steps
         left = min(1.0, max(0.0, (end - step) / max(1.0, end - begin)))
@@ -90,19 +90,19 @@ class AdaptiveRules(Rules):
 
     @torch.no_grad()
     def after_step(self, step: int, rate_of: RateOf) -> None:  # noqa: ARG002 (the budget knows no rate)
-        budget = self.budget(step + 1)
+        budget = self.budget_at(step + 1)
         if (
             not self.sensitivity
             or budget >= self.first
             or not (step % EVERY == 0 or step + 1 == self.steps or budget == self.last)
         ):
             return
-        scores = self.importance()
+        scores = self.compute_importance()
         least = torch.cat(scores).sort(descending=True).values[budget - 1]
         for update, score in zip(self.updates, scores, strict=True):
             update.strength[score < least] = 0
 
-    def importance(self) -> list[Tensor]:
+    def compute_importance(self) -> list[Tensor]:
         """Of each direction, by module: of its strength and, on average, of its two vectors."""
         found: list[Tensor] = []
         for place in range(len(self.updates)):
@@ -112,8 +112,8 @@ class AdaptiveRules(Rules):
             found.append(strength + down.flatten(1).mean(dim=1) + up.flatten(1).mean(dim=0))
         return found
 
-    def settled(self, step: int) -> bool:
-        return self.budget(step) == self.last
+    def is_stable(self, step: int) -> bool:
+        return self.budget_at(step) == self.last
 
     def state_dict(self) -> dict[str, Any]:
         return {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty}
@@ -125,6 +125,6 @@ class AdaptiveRules(Rules):
             for name in ("sensitivity", "uncertainty")
         )
 
-    def facts(self) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         left = sum(int((update.strength != 0).sum()) for update in self.updates)
         return {"directions_begun": self.first, "directions_left": left}

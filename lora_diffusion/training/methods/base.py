@@ -19,7 +19,7 @@ Frozen = Callable[[Any, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size:
+class AdapterSize:
     """How large a module's update is."""
 
     rank: int
@@ -29,7 +29,7 @@ class Size:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conditions:
+class ForwardState:
     """What holds for all updates of a base during one pass."""
 
     active: bool = True
@@ -40,14 +40,14 @@ class Conditions:
     """For updates of least and whole rank (l, r): (n, r), true for each direction that a sample uses."""
 
 
-class Told:
+class AdapterState:
     """Where the updates of a base look the conditions up."""
 
     def __init__(self) -> None:
-        self.now = Conditions()
+        self.now = ForwardState()
 
     @contextmanager
-    def under(self, conditions: Conditions) -> Iterator[None]:
+    def overridden(self, conditions: ForwardState) -> Iterator[None]:
         """Other conditions while the block runs."""
         before, self.now = self.now, conditions
         try:
@@ -55,23 +55,23 @@ class Told:
         finally:
             self.now = before
 
-    def checkpointed(self, module: Any, *inputs: Any) -> Any:
+    def checkpoint(self, module: Any, *inputs: Any) -> Any:
         """The module's output, computed again on the way back under the conditions of the way there."""
         then = self.now
 
-        def again(*same: Any) -> Any:
-            with self.under(then):
+        def recompute(*same: Any) -> Any:
+            with self.overridden(then):
                 return module(*same)
 
-        return checkpoint(again, *inputs, use_reentrant=False)
+        return checkpoint(recompute, *inputs, use_reentrant=False)
 
 
-class Update(nn.Module, ABC):
+class TrainableLayer(nn.Module, ABC):
     """Trainable parameters beside a frozen module."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.told = Told()
+        self.state = AdapterState()
 
     @abstractmethod
     def output(self, module: Any, x: Tensor, frozen: Frozen) -> Tensor:
@@ -86,35 +86,35 @@ class Update(nn.Module, ABC):
         return None
 
 
-class AddedUpdate(Update):
+class AdditiveLayer(TrainableLayer):
     """An update that is added to the frozen module's output."""
 
     def output(self, module: Any, x: Tensor, frozen: Frozen) -> Tensor:
-        return frozen(module, x) + self.added(module, x)
+        return frozen(module, x) + self.forward_delta(module, x)
 
     @abstractmethod
-    def added(self, module: Any, x: Tensor) -> Tensor:
+    def forward_delta(self, module: Any, x: Tensor) -> Tensor:
         """What it adds to the module's output."""
 
 
-def attach(module: Any, update: Update) -> None:
+def attach(module: Any, update: TrainableLayer) -> None:
     """Put an update on a module, whose forward goes through it from now on."""
     frozen = type(module).forward
 
     def forward(x: Tensor) -> Tensor:
-        return update.output(module, x, frozen) if update.told.now.active else frozen(module, x)
+        return update.output(module, x, frozen) if update.state.now.active else frozen(module, x)
 
     module.add_module(NAME, update)
     module.forward = forward
 
 
-def kaiming(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Uniform noise whose bound is the root of one over the inputs: Kaiming's for a = sqrt(5), as PEFT and kohya."""
     values = torch.empty(shape)
     bound = values[0].numel() ** -0.5
     return values.uniform_(-bound, bound, generator=generator)
 
 
-def learned(values: Tensor, module: Any) -> nn.Parameter:
+def make_parameter(values: Tensor, module: Any) -> nn.Parameter:
     """A parameter, float32, where the module's weight is."""
     return nn.Parameter(values.float().to(module.weight.device))

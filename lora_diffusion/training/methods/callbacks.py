@@ -10,7 +10,7 @@ RateOf = Callable[[nn.Parameter], float]
 """The learning rate of a parameter in this step."""
 
 
-class Rules:
+class MethodCallbacks:
     """Called by the loop, in this order at each step. State is a function of the step, or kept with the run's."""
 
     def before_step(self, step: int) -> None:
@@ -20,7 +20,7 @@ class Rules:
         """What is added to each batch's loss."""
         return None
 
-    def resting(self, step: int) -> Iterable[nn.Parameter]:  # noqa: ARG002 (most methods rest nothing)
+    def frozen_parameters(self, step: int) -> Iterable[nn.Parameter]:  # noqa: ARG002 (most methods rest nothing)
         """Parameters that do not learn in this step."""
         return ()
 
@@ -30,7 +30,7 @@ class Rules:
     def after_step(self, step: int, rate_of: RateOf) -> None:
         """When the parameters have moved, each at its learning rate."""
 
-    def settled(self, step: int) -> bool:  # noqa: ARG002 (most methods are from the start)
+    def is_stable(self, step: int) -> bool:  # noqa: ARG002 (most methods are from the start)
         """Whether after so many steps all that is saved at the end learns, and no more than that."""
         return True
 
@@ -41,19 +41,19 @@ class Rules:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse."""
 
-    def cuts(self) -> dict[int, AbstractContextManager[None]]:
+    def truncations(self) -> dict[int, AbstractContextManager[None]]:
         """Ranks that the file can be cut to, each with what evaluates it so."""
         return {}
 
-    def facts(self) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         """What is told of the method at the end of a run."""
         return {}
 
 
-class Together(Rules):
+class CallbackList(MethodCallbacks):
     """Several methods at once."""
 
-    def __init__(self, *parts: Rules) -> None:
+    def __init__(self, *parts: MethodCallbacks) -> None:
         self.parts = parts
 
     def before_step(self, step: int) -> None:
@@ -64,8 +64,8 @@ class Together(Rules):
         found = [value for part in self.parts if (value := part.penalty()) is not None]
         return sum(found[1:], start=found[0]) if found else None
 
-    def resting(self, step: int) -> Iterable[nn.Parameter]:
-        return [parameter for part in self.parts for parameter in part.resting(step)]
+    def frozen_parameters(self, step: int) -> Iterable[nn.Parameter]:
+        return [parameter for part in self.parts for parameter in part.frozen_parameters(step)]
 
     def after_gradients(self, step: int) -> None:
         for part in self.parts:
@@ -75,8 +75,8 @@ class Together(Rules):
         for part in self.parts:
             part.after_step(step, rate_of)
 
-    def settled(self, step: int) -> bool:
-        return all(part.settled(step) for part in self.parts)
+    def is_stable(self, step: int) -> bool:
+        return all(part.is_stable(step) for part in self.parts)
 
     def state_dict(self) -> dict[str, Any]:
         return {str(place): part.state_dict() for place, part in enumerate(self.parts)}
@@ -85,8 +85,8 @@ class Together(Rules):
         for place, part in enumerate(self.parts):
             part.load_state_dict(state[str(place)])
 
-    def cuts(self) -> dict[int, AbstractContextManager[None]]:
-        return {rank: cut for part in self.parts for rank, cut in part.cuts().items()}
+    def truncations(self) -> dict[int, AbstractContextManager[None]]:
+        return {rank: cut for part in self.parts for rank, cut in part.truncations().items()}
 
-    def facts(self) -> dict[str, Any]:
-        return {key: value for part in self.parts for key, value in part.facts().items()}
+    def report(self) -> dict[str, Any]:
+        return {key: value for part in self.parts for key, value in part.report().items()}

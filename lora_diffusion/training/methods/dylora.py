@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_diffusion.training.methods.base import Size
-from lora_diffusion.training.methods.callbacks import Rules
-from lora_diffusion.training.methods.lora import LowRankUpdate
+from lora_diffusion.training.methods.base import AdapterSize
+from lora_diffusion.training.methods.callbacks import MethodCallbacks
+from lora_diffusion.training.methods.lora import TrainableLoRA
 
 
-class NestedUpdate(LowRankUpdate):
+class TrainableDyLoRA(TrainableLoRA):
     """LoRA of which a step uses the first directions."""
 
-    def __init__(self, module: nn.Linear | nn.Conv2d, size: Size, generator: torch.Generator) -> None:
+    def __init__(self, module: nn.Linear | nn.Conv2d, size: AdapterSize, generator: torch.Generator) -> None:
         super().__init__(module, size, generator)
         self.used = self.shown = size.rank
 
@@ -36,10 +36,10 @@ class NestedUpdate(LowRankUpdate):
         return self.down, self.up
 
 
-class NestedRules(Rules):
+class DyLoRACallbacks(MethodCallbacks):
     """Draws the number of directions of each step."""
 
-    def __init__(self, updates: Sequence[NestedUpdate], seed: int) -> None:
+    def __init__(self, updates: Sequence[TrainableDyLoRA], seed: int) -> None:
         self.updates, self.seed = updates, seed
 
     def before_step(self, step: int) -> None:
@@ -48,7 +48,7 @@ class NestedRules(Rules):
             update.used = 1 + int(draw * update.down.shape[0])
 
     @contextmanager
-    def cut_to(self, rank: int) -> Iterator[None]:
+    def truncated_to(self, rank: int) -> Iterator[None]:
         """Evaluate with the first directions alone."""
         for update in self.updates:
             update.shown = min(rank, update.down.shape[0])
@@ -58,11 +58,11 @@ class NestedRules(Rules):
             for update in self.updates:
                 update.shown = update.down.shape[0]
 
-    def cuts(self) -> dict[int, AbstractContextManager[None]]:
+    def truncations(self) -> dict[int, AbstractContextManager[None]]:
         """The powers of two, and the whole."""
         most = max(update.down.shape[0] for update in self.updates)
         ranks = [2**power for power in range(most.bit_length()) if 2**power < most] + [most]
-        return {rank: self.cut_to(rank) for rank in ranks}
+        return {rank: self.truncated_to(rank) for rank in ranks}
 
-    def facts(self) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         return {"ranks_to_choose_from": max(update.down.shape[0] for update in self.updates)}

@@ -16,22 +16,22 @@ DOWN = 3
 """Where `down` stands among the arguments of the functions below."""
 
 
-def updated(module: Any, x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+def forward_with_update(module: Any, x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """The module's output with `scale * up @ down` added to its weight."""
     values = x, module.weight, module.bias, down, up
-    pieces = [None if value is None else cast(value, x) for value in values]
+    pieces = [None if value is None else cast_for_compute(value, x) for value in values]
     with torch.autocast(x.device.type, enabled=False):
         if isinstance(module, nn.Linear):
             return LowRankLinear.apply(*pieces, scale)
         return LowRankConvolution.apply(*pieces, scale, module.stride, module.padding, module.dilation)
 
 
-def cast(value: Tensor, x: Tensor) -> Tensor:
+def cast_for_compute(value: Tensor, x: Tensor) -> Tensor:
     """In the type that is computed in."""
-    return value.to(computed_in(x))
+    return value.to(compute_dtype(x))
 
 
-def computed_in(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """The type that autocast would compute in; without autocast, that of the input."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -55,13 +55,13 @@ class LowRankLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         rows, inner, weight, down, up = ctx.saved_tensors
         grad = grads[0].reshape(-1, up.shape[0])
-        grad_inner = scaled(grad @ up, ctx.scale)
+        grad_inner = scale_in_place(grad @ up, ctx.scale)
         grad_x = (grad @ weight).addmm_(grad_inner, down).view(ctx.shape) if ctx.needs_input_grad[0] else None
         grad_down = None if rows is None else grad_inner.t() @ rows
-        return grad_x, None, None, grad_down, scaled(grad.t() @ inner, ctx.scale), None
+        return grad_x, None, None, grad_down, scale_in_place(grad.t() @ inner, ctx.scale), None
 
 
-def scaled(fresh: Tensor, scale: float) -> Tensor:
+def scale_in_place(fresh: Tensor, scale: float) -> Tensor:
     """A tensor of our own times the scale, which is mostly 1."""
     return fresh if scale == 1 else fresh.mul_(scale)
 

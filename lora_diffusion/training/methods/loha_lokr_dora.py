@@ -14,36 +14,47 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from lora_diffusion.adapters.layers import FLOAT32_EPSILON, DoRALayer, FullLayer, Layer, LoHaLayer, LoKrLayer, LowRank
-from lora_diffusion.training.methods.base import AddedUpdate, Frozen, Size, Update, kaiming, learned
-from lora_diffusion.training.methods.fused_ops import cast, computed_in
+from lora_diffusion.training.methods.base import (
+    AdapterSize,
+    AdditiveLayer,
+    Frozen,
+    TrainableLayer,
+    kaiming_uniform,
+    make_parameter,
+)
+from lora_diffusion.training.methods.fused_ops import cast_for_compute, compute_dtype
 
 LOHA_SMALL = 0.1
 """Spread of the first half's outer factor [github.com/KohakuBlueleaf/LyCORIS]."""
 
 
-def applied(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def functional_forward(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A linear layer or convolution of the module's geometry with other values."""
-    x, weight, bias = cast(x, x), cast(weight, x), None if bias is None else cast(bias, x)
+    x, weight, bias = (
+        cast_for_compute(x, x),
+        cast_for_compute(weight, x),
+        None if bias is None else cast_for_compute(bias, x),
+    )
     with torch.autocast(x.device.type, enabled=False):
         if isinstance(module, nn.Linear):
             return functional.linear(x, weight, bias)
         return functional.conv2d(x, weight, bias, module.stride, module.padding, module.dilation)
 
 
-class FullUpdate(AddedUpdate):
+class TrainableFullLayer(AdditiveLayer):
     """A difference for every value of a module, weight and bias."""
 
     def __init__(self, module: Any) -> None:
         super().__init__()
-        self.diff = learned(torch.zeros_like(module.weight, dtype=torch.float32), module)
-        self.bias_diff = None if module.bias is None else learned(torch.zeros_like(module.bias), module)
+        self.diff = make_parameter(torch.zeros_like(module.weight, dtype=torch.float32), module)
+        self.bias_diff = None if module.bias is None else make_parameter(torch.zeros_like(module.bias), module)
 
     def output(self, module: Any, x: Tensor, frozen: Frozen) -> Tensor:
         if isinstance(module, nn.GroupNorm | nn.LayerNorm):
-            return self.normed(module, x)
+            return self.forward_norm(module, x)
         return super().output(module, x, frozen)
 
-    def normed(self, module: Any, x: Tensor) -> Tensor:
+    def forward_norm(self, module: Any, x: Tensor) -> Tensor:
         """A norm with both of its values, in float32, as a sum in half precision rounds small differences away."""
         weight = module.weight.float() + self.diff
         bias = None if self.bias_diff is None else module.bias.float() + self.bias_diff
@@ -53,8 +64,8 @@ class FullUpdate(AddedUpdate):
             y = functional.layer_norm(x.float(), module.normalized_shape, weight, bias, module.eps)
         return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
-    def added(self, module: Any, x: Tensor) -> Tensor:
-        return applied(module, x, self.diff, self.bias_diff)
+    def forward_delta(self, module: Any, x: Tensor) -> Tensor:
+        return functional_forward(module, x, self.diff, self.bias_diff)
 
     def bias(self) -> Tensor | None:
         return self.bias_diff
@@ -63,71 +74,73 @@ class FullUpdate(AddedUpdate):
         return FullLayer(diff=self.diff)
 
 
-class FactoredUpdate(AddedUpdate):
+class DenseDeltaLayer(AdditiveLayer):
     """A delta of factors, in the way of the layer that it is saved as."""
 
     @abstractmethod
     def layer(self) -> LowRank: ...
 
     def output(self, module: Any, x: Tensor, frozen: Frozen) -> Tensor:
-        if computed_in(x) != torch.float32:
+        if compute_dtype(x) != torch.float32:
             return super().output(module, x, frozen)
-        return applied(module, x, module.weight + self.layer().delta().reshape(module.weight.shape), module.bias)
+        return functional_forward(
+            module, x, module.weight + self.layer().delta().reshape(module.weight.shape), module.bias
+        )
 
-    def added(self, module: Any, x: Tensor) -> Tensor:
+    def forward_delta(self, module: Any, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             delta = checkpoint(lambda: self.layer().delta(), use_reentrant=False, preserve_rng_state=False)
-        return applied(module, x, delta.reshape(module.weight.shape))
+        return functional_forward(module, x, delta.reshape(module.weight.shape))
 
 
-class HadamardUpdate(FactoredUpdate):
+class TrainableLoHa(DenseDeltaLayer):
     """LoHa: the product, number by number, of two low-rank matrices, of rank r * r [arXiv:2108.06098]."""
 
-    def __init__(self, module: nn.Linear | nn.Conv2d, size: Size, generator: torch.Generator) -> None:
+    def __init__(self, module: nn.Linear | nn.Conv2d, size: AdapterSize, generator: torch.Generator) -> None:
         super().__init__()
         rank, out, inputs = size.rank, module.weight.shape[0], module.weight[0].numel()
-        self.w1_a = learned(torch.randn(out, rank, generator=generator) * LOHA_SMALL, module)
-        self.w1_b = learned(torch.randn(rank, inputs, generator=generator), module)
-        self.w2_a = learned(torch.zeros(out, rank), module)
-        self.w2_b = learned(torch.randn(rank, inputs, generator=generator), module)
+        self.w1_a = make_parameter(torch.randn(out, rank, generator=generator) * LOHA_SMALL, module)
+        self.w1_b = make_parameter(torch.randn(rank, inputs, generator=generator), module)
+        self.w2_a = make_parameter(torch.zeros(out, rank), module)
+        self.w2_b = make_parameter(torch.randn(rank, inputs, generator=generator), module)
         self.alpha = size.scale * rank
 
     def layer(self) -> LoHaLayer:
         return LoHaLayer(w1_a=self.w1_a, w1_b=self.w1_b, w2_a=self.w2_a, w2_b=self.w2_b, alpha=self.alpha)
 
 
-class KroneckerUpdate(FactoredUpdate):
+class TrainableLoKr(DenseDeltaLayer):
     """LoKr: the Kronecker product of a small matrix and a larger low-rank one [arXiv:2309.14859].
 
     The larger one is whole where its low-rank factors would hold as many numbers.
     """
 
-    def __init__(self, module: nn.Linear | nn.Conv2d, size: Size, generator: torch.Generator) -> None:
+    def __init__(self, module: nn.Linear | nn.Conv2d, size: AdapterSize, generator: torch.Generator) -> None:
         super().__init__()
         shape, most = module.weight.shape, size.config.lokr_factor
-        small_out, small_in = divisor(shape[0], most), divisor(shape[1], most)
+        small_out, small_in = largest_divisor(shape[0], most), largest_divisor(shape[1], most)
         out, inputs, kernel = shape[0] // small_out, shape[1] // small_in, tuple(shape[2:])
         flat, rank = inputs * prod(kernel), size.rank
-        self.w1 = learned(kaiming((small_out, small_in), generator), module)
+        self.w1 = make_parameter(kaiming_uniform((small_out, small_in), generator), module)
         self.w2 = self.w2_a = self.w2_b = None
         self.kernel_inputs, self.scale, self.rank = (inputs, *kernel), size.scale, rank
         if rank * (out + flat) < out * flat:
-            self.w2_a = learned(kaiming((out, rank), generator), module)
-            self.w2_b = learned(torch.zeros(rank, flat), module)
+            self.w2_a = make_parameter(kaiming_uniform((out, rank), generator), module)
+            self.w2_b = make_parameter(torch.zeros(rank, flat), module)
         else:
-            self.w2 = learned(torch.zeros(out, *self.kernel_inputs), module)
+            self.w2 = make_parameter(torch.zeros(out, *self.kernel_inputs), module)
 
     def layer(self) -> LoKrLayer:
         alpha = self.scale * (self.rank if self.w2 is None else 1)
         return LoKrLayer(alpha=alpha, w1=self.w1, w2=self.w2, w2_a=self.w2_a, w2_b=self.w2_b)
 
 
-def divisor(number: int, most: int) -> int:
+def largest_divisor(number: int, most: int) -> int:
     """The largest divisor up to `most`."""
     return max(each for each in range(1, most + 1) if number % each == 0)
 
 
-class DecomposedUpdate(Update):
+class TrainableDoRA(TrainableLayer):
     """DoRA: magnitude and direction of each output apart [arXiv:2402.09353].
 
         W' = magnitude * V / norm(V),  V = W + delta
@@ -135,37 +148,37 @@ class DecomposedUpdate(Update):
     The norm is taken as a constant in the backward pass, as section 4.3 of the paper has it.
     """
 
-    def __init__(self, module: nn.Linear | nn.Conv2d, inner: AddedUpdate) -> None:
+    def __init__(self, module: nn.Linear | nn.Conv2d, inner: AdditiveLayer) -> None:
         super().__init__()
         self.inner = inner
-        self.magnitude = learned(norms(module.weight.detach().float()), module)
+        self.magnitude = make_parameter(output_norms(module.weight.detach().float()), module)
 
     def output(self, module: Any, x: Tensor, frozen: Frozen) -> Tensor:
         """W x + bias + (share - 1) W x + share * delta x, as a share of nearly 1 would round to 1."""
         y = frozen(module, x)
-        bare = y if module.bias is None else y - as_outputs(cast(module.bias, x), module)
-        share = (self.magnitude / self.length(module)).flatten()
-        less, more = (as_outputs(cast(each, x), module) for each in (share - 1, share))
-        return y + (less * bare + more * self.inner.added(module, x))
+        bare = y if module.bias is None else y - broadcast_over_outputs(cast_for_compute(module.bias, x), module)
+        share = (self.magnitude / self.compute_norms(module)).flatten()
+        less, more = (broadcast_over_outputs(cast_for_compute(each, x), module) for each in (share - 1, share))
+        return y + (less * bare + more * self.inner.forward_delta(module, x))
 
     @torch.no_grad()
-    def length(self, module: Any) -> Tensor:
+    def compute_norms(self, module: Any) -> Tensor:
         """The norms of V."""
         inner: Any = self.inner.layer()
         with torch.autocast(module.weight.device.type, enabled=False):
-            return norms(module.weight.float() + inner.delta().reshape(module.weight.shape))
+            return output_norms(module.weight.float() + inner.delta().reshape(module.weight.shape))
 
     def layer(self) -> Layer:
         inner: Any = self.inner.layer()
         return DoRALayer(inner=inner, magnitude=self.magnitude)
 
 
-def as_outputs(values: Tensor, module: Any) -> Tensor:
+def broadcast_over_outputs(values: Tensor, module: Any) -> Tensor:
     """A value for each output (out,), to be multiplied with a linear layer's outputs or a convolution's."""
     return values if isinstance(module, nn.Linear) else values[:, None, None]
 
 
-def norms(weight: Tensor) -> Tensor:
+def output_norms(weight: Tensor) -> Tensor:
     """Of each output's weights, (out, 1[, 1, 1])."""
     squares = weight.square().sum(dim=tuple(range(1, weight.ndim)), keepdim=True)
     return squares.sqrt().clamp(min=FLOAT32_EPSILON)

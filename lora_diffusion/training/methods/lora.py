@@ -9,17 +9,17 @@ from torch.nn import functional
 
 from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.inference.in_place import weight_shape
-from lora_diffusion.training.methods.base import AddedUpdate, Frozen, Size, kaiming, learned
-from lora_diffusion.training.methods.fused_ops import cast, updated
+from lora_diffusion.training.methods.base import AdapterSize, AdditiveLayer, Frozen, kaiming_uniform, make_parameter
+from lora_diffusion.training.methods.fused_ops import cast_for_compute, forward_with_update
 
 
-class ProductUpdate(AddedUpdate):
+class LowRankLayer(AdditiveLayer):
     """A delta that is the product of two factors, whatever these are made of."""
 
     repeated = 1
     """How often each direction stands in the factors, one after all others."""
 
-    def __init__(self, size: Size) -> None:
+    def __init__(self, size: AdapterSize) -> None:
         super().__init__()
         self.scale, self.config = size.scale, size.config
 
@@ -35,19 +35,19 @@ class ProductUpdate(AddedUpdate):
         if (self.training and self.config.dropout) or not module.weight.dtype.is_floating_point:  # quantized
             return super().output(module, x, frozen)
         down, up = self.factors()
-        return updated(module, x, self.thinned(down), up, self.current_scale)
+        return forward_with_update(module, x, self.apply_rank_dropout(down), up, self.current_scale)
 
-    def added(self, module: Any, x: Tensor) -> Tensor:
+    def forward_delta(self, module: Any, x: Tensor) -> Tensor:
         down, up = self.factors()
         thin = functional.dropout(x, self.config.dropout, self.training)
-        return branch(module, thin, self.thinned(down), up, self.current_scale)
+        return low_rank_forward(module, thin, self.apply_rank_dropout(down), up, self.current_scale)
 
     @property
     def current_scale(self) -> float:
         """What the product of the factors is multiplied by now."""
-        return self.scale * self.told.now.weight
+        return self.scale * self.state.now.weight
 
-    def thinned(self, down: Tensor) -> Tensor:
+    def apply_rank_dropout(self, down: Tensor) -> Tensor:
         """`down` without the directions that are dropped in this step; the others stand in for them."""
         config = self.config
         if not self.training:
@@ -65,39 +65,41 @@ class ProductUpdate(AddedUpdate):
         return LoRALayer(down=down, up=up, alpha=self.scale * down.shape[0])
 
 
-class LowRankUpdate(ProductUpdate):
+class TrainableLoRA(LowRankLayer):
     """The two factors themselves."""
 
-    def __init__(self, module: nn.Linear | nn.Conv2d, size: Size, generator: torch.Generator) -> None:
+    def __init__(self, module: nn.Linear | nn.Conv2d, size: AdapterSize, generator: torch.Generator) -> None:
         super().__init__(size)
         shape = weight_shape(module)
-        down = kaiming((size.rank, *shape[1:]), generator)
+        down = kaiming_uniform((size.rank, *shape[1:]), generator)
         up = torch.zeros(shape[0], size.rank, *[1] * (len(shape) - 2))
-        self.down = learned(orthogonal(down, generator) if size.config.start == "orthogonal" else down, module)
-        self.up = learned(up, module)
+        self.down = make_parameter(
+            orthogonalize(down, generator) if size.config.start == "orthogonal" else down, module
+        )
+        self.up = make_parameter(up, module)
         self.down.requires_grad_(not size.config.freeze_down)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.down, self.up
 
 
-def left_of(factors: tuple[Tensor, Tensor], strengths: Tensor) -> tuple[Tensor, Tensor]:
+def drop_pruned(factors: tuple[Tensor, Tensor], strengths: Tensor) -> tuple[Tensor, Tensor]:
     """The directions whose strength is not 0; one at least, as a layer has one, though it may be zero."""
     left = strengths.detach() != 0
     left[0] |= not bool(left.any())
     return factors[0][left], factors[1][:, left]
 
 
-def branch(module: Any, x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+def low_rank_forward(module: Any, x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """The update's part alone, by autograd."""
-    down, up = (cast(factor, x) for factor in (down, up))
+    down, up = (cast_for_compute(factor, x) for factor in (down, up))
     if isinstance(module, nn.Linear):
         return scale * functional.linear(functional.linear(x, down), up)
     inner = functional.conv2d(x, down, None, module.stride, module.padding, module.dilation)
     return scale * functional.conv2d(inner, up)
 
 
-def orthogonal(down: Tensor, generator: torch.Generator) -> Tensor:
+def orthogonalize(down: Tensor, generator: torch.Generator) -> Tensor:
     """Rows at right angles, as long as they would be otherwise: no two directions begin by saying the same.
 
     Of more rows than inputs those beyond stay as they are.

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.training.methods.base import Size, learned
-from lora_diffusion.training.methods.lora import LowRankUpdate
+from lora_diffusion.training.methods.base import AdapterSize, make_parameter
+from lora_diffusion.training.methods.lora import TrainableLoRA
 
 SVD_ITERATIONS = 4
 """Subspace iterations of the randomized SVD; the paper's fast variant takes as many or more."""
@@ -21,23 +21,25 @@ OVERSAMPLED = 16
 """Directions beyond the rank that the randomized SVD looks at, so that the last ones are right too."""
 
 
-class SpectralUpdate(LowRankUpdate):
+class TrainablePiSSA(TrainableLoRA):
     """LoRA that begins as the strongest part of the weight."""
 
     repeated = 2
     down_start: Tensor
     up_start: Tensor
 
-    def __init__(self, module: nn.Linear | nn.Conv2d, size: Size, generator: torch.Generator) -> None:
+    def __init__(self, module: nn.Linear | nn.Conv2d, size: AdapterSize, generator: torch.Generator) -> None:
         if module.weight.ndim > 2 and module.weight[0, 0].numel() > 1:
             raise ConfigError(
                 "adapter.start 'pissa' takes a matrix's main directions, and a convolution's kernel has none of its "
                 "own; leave convolutions out of adapter.unet_targets, or set adapter.start to zero"
             )
         super().__init__(module, size, generator)
-        down, up = main_directions(module.weight.detach().float().flatten(1), self.down.shape[0], size.scale, generator)
-        self.down = learned(down.reshape(down.shape[0], *self.down.shape[1:]), module)
-        self.up = learned(up.reshape(up.shape[0], up.shape[1], *self.up.shape[2:]), module)
+        down, up = compute_pissa_factors(
+            module.weight.detach().float().flatten(1), self.down.shape[0], size.scale, generator
+        )
+        self.down = make_parameter(down.reshape(down.shape[0], *self.down.shape[1:]), module)
+        self.up = make_parameter(up.reshape(up.shape[0], up.shape[1], *self.up.shape[2:]), module)
         self.register_buffer("down_start", self.down.detach().clone(), persistent=False)
         self.register_buffer("up_start", self.up.detach().clone(), persistent=False)
 
@@ -46,7 +48,7 @@ class SpectralUpdate(LowRankUpdate):
         return down, torch.cat([self.up - self.up_start, self.up_start], dim=1)
 
 
-def main_directions(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def compute_pissa_factors(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """`down` (r, in) and `up` (out, r) with scale * up @ down the strongest part of a matrix (out, in).
 
     Seeded, as torch's own randomized SVD draws from the global generator.

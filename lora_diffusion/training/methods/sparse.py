@@ -14,36 +14,36 @@ import torch
 from torch import Tensor, nn
 
 from lora_diffusion.config.adapter import AdapterConfig
-from lora_diffusion.training.methods.base import Size, learned
-from lora_diffusion.training.methods.callbacks import RateOf, Rules
-from lora_diffusion.training.methods.lora import LowRankUpdate, left_of
+from lora_diffusion.training.methods.base import AdapterSize, make_parameter
+from lora_diffusion.training.methods.callbacks import MethodCallbacks, RateOf
+from lora_diffusion.training.methods.lora import TrainableLoRA, drop_pruned
 
 PRUNED_FROM = 0.5
 """Share of the run from which on directions are taken away, so that the others can learn to do without."""
 
 
-class GatedUpdate(LowRankUpdate):
+class TrainableSparseLoRA(TrainableLoRA):
     """LoRA with a gate for each direction."""
 
-    def __init__(self, module: nn.Linear | nn.Conv2d, size: Size, generator: torch.Generator) -> None:
+    def __init__(self, module: nn.Linear | nn.Conv2d, size: AdapterSize, generator: torch.Generator) -> None:
         super().__init__(module, size, generator)
-        self.gate = learned(torch.ones(size.rank), module)
+        self.gate = make_parameter(torch.ones(size.rank), module)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.gate.view(-1, *[1] * (self.down.ndim - 1)) * self.down, self.up
 
     def saved_factors(self) -> tuple[Tensor, Tensor]:
-        return left_of(self.factors(), self.gate)
+        return drop_pruned(self.factors(), self.gate)
 
-    def strengths(self) -> Tensor:
+    def compute_strengths(self) -> Tensor:
         """Norm of what each direction adds, (r,)."""
         return self.scale * self.gate.abs() * self.down.flatten(1).norm(dim=1) * self.up.flatten(1).norm(dim=0)
 
 
-class SparseRules(Rules):
+class SparseCallbacks(MethodCallbacks):
     """Pulls gates to zero and takes the weakest directions away."""
 
-    def __init__(self, components: Sequence[Sequence[GatedUpdate]], config: AdapterConfig, steps: int) -> None:
+    def __init__(self, components: Sequence[Sequence[TrainableSparseLoRA]], config: AdapterConfig, steps: int) -> None:
         self.components, self.l1, self.keep, self.steps = components, config.sparse_l1, config.sparse_keep, steps
         self.updates = [update for updates in components for update in updates]
 
@@ -55,19 +55,19 @@ class SparseRules(Rules):
                 gate.copy_(gate.sign() * (gate.abs() - rate_of(gate) * self.l1).clamp(min=0))
         if step + 1 >= PRUNED_FROM * self.steps and self.keep < 1:
             for updates in self.components:
-                prune(updates, self.keep)
+                prune_directions(updates, self.keep)
 
-    def settled(self, step: int) -> bool:
+    def is_stable(self, step: int) -> bool:
         return self.keep == 1 or step >= PRUNED_FROM * self.steps
 
-    def facts(self) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         left = sum(int((update.gate != 0).sum()) for update in self.updates)
         return {"directions_left": left, "share_left": left / sum(update.gate.numel() for update in self.updates)}
 
 
-def prune(updates: Sequence[GatedUpdate], keep: float) -> None:
+def prune_directions(updates: Sequence[TrainableSparseLoRA], keep: float) -> None:
     """Close all gates but those of the strongest share of directions."""
-    strengths = [update.strengths() for update in updates]
+    strengths = [update.compute_strengths() for update in updates]
     ordered = torch.cat(strengths).sort(descending=True).values
     least = ordered[max(1, round(keep * len(ordered))) - 1]
     for update, strength in zip(updates, strengths, strict=True):

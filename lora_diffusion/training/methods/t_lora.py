@@ -13,50 +13,56 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_diffusion.adapters.t_lora import rank_at_step
-from lora_diffusion.training.methods.base import AddedUpdate, Frozen, Size
-from lora_diffusion.training.methods.fused_ops import cast
-from lora_diffusion.training.methods.lora import LowRankUpdate
+from lora_diffusion.training.methods.base import AdapterSize, AdditiveLayer, Frozen
+from lora_diffusion.training.methods.fused_ops import cast_for_compute
+from lora_diffusion.training.methods.lora import TrainableLoRA
 
 
-class TimedUpdate(LowRankUpdate):
+class TrainableTLoRA(TrainableLoRA):
     """LoRA of which each sample uses the first directions, as many as its timestep says."""
 
-    def __init__(self, module: nn.Linear | nn.Conv2d, size: Size, generator: torch.Generator) -> None:
+    def __init__(self, module: nn.Linear | nn.Conv2d, size: AdapterSize, generator: torch.Generator) -> None:
         super().__init__(module, size, generator)
         self.sizes = size.config.least_rank, size.rank
 
     @property
-    def used(self) -> Tensor | None:
+    def active_directions(self) -> Tensor | None:
         """(n, r), true for each direction that a sample uses; None before the first pass."""
-        return self.told.now.used.get(self.sizes)
+        return self.state.now.used.get(self.sizes)
 
     def output(self, module: Any, x: Tensor, frozen: Frozen) -> Tensor:
-        return AddedUpdate.output(self, module, x, frozen)  # the fused passes know no samples
+        return AdditiveLayer.output(self, module, x, frozen)  # the fused passes know no samples
 
-    def added(self, module: Any, x: Tensor) -> Tensor:
-        down, up = (cast(factor, x) for factor in (self.thinned(self.down), self.up))
+    def forward_delta(self, module: Any, x: Tensor) -> Tensor:
+        down, up = (cast_for_compute(factor, x) for factor in (self.apply_rank_dropout(self.down), self.up))
         thin = functional.dropout(x, self.config.dropout, self.training)
         with torch.autocast(x.device.type, enabled=False):
-            inner = self.masked(module, cast(thin, x), down)
+            inner = self.mask_directions(module, cast_for_compute(thin, x), down)
             added = functional.linear(inner, up) if isinstance(module, nn.Linear) else functional.conv2d(inner, up)
         return self.current_scale * added
 
-    def masked(self, module: Any, x: Tensor, down: Tensor) -> Tensor:
+    def mask_directions(self, module: Any, x: Tensor, down: Tensor) -> Tensor:
         """What the first factor makes of the input, without the directions that rest."""
         if isinstance(module, nn.Linear):
             inner = functional.linear(x, down)
             return (
-                inner if self.used is None else inner * self.used.to(inner.dtype).view(len(x), *[1] * (x.ndim - 2), -1)
+                inner
+                if self.active_directions is None
+                else inner * self.active_directions.to(inner.dtype).view(len(x), *[1] * (x.ndim - 2), -1)
             )
         inner = functional.conv2d(x, down, None, module.stride, module.padding, module.dilation)
-        return inner if self.used is None else inner * self.used.to(inner.dtype)[:, :, None, None]
+        return (
+            inner
+            if self.active_directions is None
+            else inner * self.active_directions.to(inner.dtype)[:, :, None, None]
+        )
 
 
-def follow_timesteps(unet: nn.Module, updates: Sequence[TimedUpdate], timesteps: int) -> None:
+def follow_timesteps(unet: nn.Module, updates: Sequence[TrainableTLoRA], timesteps: int) -> None:
     """Tell the updates, which are of one base, at each call of the UNet which timesteps its samples are at."""
-    told, every_size = updates[0].told, {update.sizes for update in updates}
+    state, every_size = updates[0].state, {update.sizes for update in updates}
 
-    def before_pass(_unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def before_forward(_unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         sample = args[0] if args else kwargs["sample"]
         at = torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"], device=sample.device)
         shares = 1 - at.float().expand(len(sample)) / timesteps
@@ -64,6 +70,6 @@ def follow_timesteps(unet: nn.Module, updates: Sequence[TimedUpdate], timesteps:
         for sizes in every_size:
             ranks = torch.tensor([rank_at_step(share, *sizes) for share in shares.tolist()], device=sample.device)
             masks[sizes] = torch.arange(sizes[1], device=sample.device) < ranks[:, None]
-        told.now = replace(told.now, used=masks)
+        state.now = replace(state.now, used=masks)
 
-    unet.register_forward_pre_hook(before_pass, with_kwargs=True)
+    unet.register_forward_pre_hook(before_forward, with_kwargs=True)

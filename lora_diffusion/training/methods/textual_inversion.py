@@ -28,14 +28,14 @@ from lora_diffusion.models.textual_inversion import (
     prompt_rewriter,
 )
 from lora_diffusion.prompts.emphasis import Prompt, ReadText
-from lora_diffusion.training.methods.callbacks import RateOf, Rules
+from lora_diffusion.training.methods.callbacks import MethodCallbacks, RateOf
 
 PREFIX = "words"
 """Of the names of vectors among the parameters: `text_encoder.words.sks`."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnedWords:
+class LearnedTokens:
     """The words of a run, put into its base."""
 
     parameters: dict[str, nn.Parameter]
@@ -45,15 +45,15 @@ class LearnedWords:
     open_words: ExitStack
     """What holds the words in the base's tokenizers; never closed, as the base is the run's own."""
 
-    def reading(self, read: ReadText) -> ReadText:
+    def wrap_parser(self, read: ReadText) -> ReadText:
         """The same notation, of texts with these words."""
 
-        def with_words(text: str) -> Prompt:
+        def parse(text: str) -> Prompt:
             return read(self.rewrite(text))
 
-        return with_words
+        return parse
 
-    def tokens(self, dtype: torch.dtype) -> dict[str, Token]:
+    def extract_tokens(self, dtype: torch.dtype) -> dict[str, Token]:
         """What has been learned, on the CPU."""
         found: dict[str, dict[str, Tensor]] = {}
         for name, vectors in self.parameters.items():
@@ -62,13 +62,15 @@ class LearnedWords:
         return dict(found)
 
 
-def put_in(base: Base, config: TextualInversionConfig, seed: int) -> LearnedWords:
+def add_learned_tokens(base: Base, config: TextualInversionConfig, seed: int) -> LearnedTokens:
     """Give the base words that learn. Mutates its tokenizers and text encoders.
 
     Raises ConfigError for a word to begin as that is no word of the base.
     """
     starts = {
-        word: {component: first_vectors(base, component, config, seed, place) for component in base.layout.text_layers}
+        word: {
+            component: initial_vectors(base, component, config, seed, place) for component in base.layout.text_layers
+        }
         for place, word in enumerate(config.words)
     }
     holder = WeightedAdapter(adapter=Adapter(layers={}, tokens=starts))
@@ -77,11 +79,11 @@ def put_in(base: Base, config: TextualInversionConfig, seed: int) -> LearnedWord
     open_words = ExitStack()
     for component in base.layout.text_layers:
         open_words.enter_context(extended_vocabulary(base, component, {word: word.token[component] for word in words}))
-        parameters |= learning_rows(base, component, words)
-    return LearnedWords(parameters=parameters, rewrite=prompt_rewriter(words), open_words=open_words)
+        parameters |= add_trainable_rows(base, component, words)
+    return LearnedTokens(parameters=parameters, rewrite=prompt_rewriter(words), open_words=open_words)
 
 
-def first_vectors(base: Base, component: str, config: TextualInversionConfig, seed: int, place: int) -> Tensor:
+def initial_vectors(base: Base, component: str, config: TextualInversionConfig, seed: int, place: int) -> Tensor:
     """What a word begins as (n, width): the vectors of another word in turn, or noise like the table's own vectors."""
     table = embedding_table(base, component).weight.detach().float().cpu()
     if not config.begin_as:
@@ -95,7 +97,7 @@ def first_vectors(base: Base, component: str, config: TextualInversionConfig, se
     return table[[ids[i % len(ids)] for i in range(config.vectors)]]
 
 
-def learning_rows(base: Base, component: str, words: Sequence[LearnedToken]) -> dict[str, nn.Parameter]:
+def add_trainable_rows(base: Base, component: str, words: Sequence[LearnedToken]) -> dict[str, nn.Parameter]:
     """Rows behind one encoder's table whose gradients come through; the table's own rows stay frozen."""
     table: Any = embedding_table(base, component)
     count = len(getattr(base.pipe, TOKENIZERS[component])) - sum(len(word.names) for word in words)
@@ -113,7 +115,7 @@ def learning_rows(base: Base, component: str, words: Sequence[LearnedToken]) -> 
     return {f"{component}.{PREFIX}.{word.word}": row for word, row in zip(words, rows, strict=True)}
 
 
-class WordRules(Rules):
+class TextualInversionCallbacks(MethodCallbacks):
     """Who learns when, and that each vector keeps its length."""
 
     def __init__(
@@ -127,11 +129,11 @@ class WordRules(Rules):
         self.alone, self.until = config.alone * steps, config.until * steps
         self.lengths = {name: vectors.detach().norm(dim=1, keepdim=True) for name, vectors in words.items()}
 
-    def resting(self, step: int) -> Iterable[nn.Parameter]:
+    def frozen_parameters(self, step: int) -> Iterable[nn.Parameter]:
         others = self.others.values() if step < self.alone else ()
         return (*others, *(self.words.values() if step >= self.until else ()))
 
-    def settled(self, step: int) -> bool:
+    def is_stable(self, step: int) -> bool:
         return not self.others or step > self.alone
 
     @torch.no_grad()
@@ -139,5 +141,5 @@ class WordRules(Rules):
         for name, vectors in self.words.items():
             vectors.mul_(self.lengths[name] / vectors.norm(dim=1, keepdim=True))
 
-    def facts(self) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         return {"words": [name.split(".", 2)[2] for name in self.words]}

@@ -9,17 +9,17 @@ from lora_diffusion.config.train import ObjectiveConfig
 from lora_diffusion.models.load import Base, prediction_type
 from lora_diffusion.models.text_encoding import TextContext, encode_prompts
 from lora_diffusion.prompts.emphasis import ReadText, parse_literal
-from lora_diffusion.training.diffusion.losses import sample_losses, target_of
+from lora_diffusion.training.diffusion.losses import compute_target, sample_losses
 from lora_diffusion.training.diffusion.schedule import Predicts, alphas_cumprod_of, check_terminal_snr, noisy_latent
-from lora_diffusion.training.inputs.captions import context_of
+from lora_diffusion.training.inputs.captions import make_context
 
 PREDICTIONS: dict[str, Predicts] = {"epsilon": "epsilon", "v": "v_prediction"}
 
 
-class Pull(Protocol):
+class AuxiliaryLoss(Protocol):
     """A loss that is not the pictures' own."""
 
-    def losses(
+    def compute_losses(
         self, denoiser: "Denoiser", latent: Tensor, noise: Tensor, timestep: Tensor, time_ids: Tensor
     ) -> Tensor: ...
 
@@ -40,9 +40,9 @@ class Denoiser(nn.Module):
         self.text_encoders = nn.ModuleList(getattr(base.pipe, name) for name in encoders)
         self.base = base
         self.config, self.read = config, read
-        self.pull: Pull | None = None
+        self.auxiliary_loss: AuxiliaryLoss | None = None
         """A loss beside the pictures' own."""
-        self.lesson: Pull | None = None
+        self.replacement_loss: AuxiliaryLoss | None = None
         """A loss in their place."""
         self.predicts: Predicts = PREDICTIONS.get(config.prediction) or cast("Predicts", prediction_type(base))
         self.alphas_cumprod = alphas_cumprod_of(base.pipe.scheduler.alphas_cumprod, config).to(base.device)
@@ -66,11 +66,11 @@ class Denoiser(nn.Module):
 
         `hidden` and `pooled` are the captions as frozen encoders read them; without them they are encoded here.
         """
-        if self.lesson is not None:
-            return self.lesson.losses(self, latent, noise, timestep, time_ids)
-        context = self.context(captions, time_ids, hidden, pooled)
-        predicted = self.predicted(latent, input_noise, timestep, context)
-        target = target_of(latent, noise, timestep, self.alphas_cumprod, self.predicts)
+        if self.replacement_loss is not None:
+            return self.replacement_loss.compute_losses(self, latent, noise, timestep, time_ids)
+        context = self.make_context(captions, time_ids, hidden, pooled)
+        predicted = self.predict(latent, input_noise, timestep, context)
+        target = compute_target(latent, noise, timestep, self.alphas_cumprod, self.predicts)
         losses = sample_losses(
             predicted,
             target,
@@ -80,23 +80,23 @@ class Denoiser(nn.Module):
             config=self.config,
             mask=mask,
         )
-        if self.pull is None or not self.training:
+        if self.auxiliary_loss is None or not self.training:
             return losses
-        return losses + self.pull.losses(self, latent, noise, timestep, time_ids)
+        return losses + self.auxiliary_loss.compute_losses(self, latent, noise, timestep, time_ids)
 
-    def context(
+    def make_context(
         self, captions: list[str], time_ids: Tensor, hidden: Tensor | None, pooled: Tensor | None
     ) -> TextContext:
         if hidden is not None:
-            return context_of(hidden, pooled, time_ids)
+            return make_context(hidden, pooled, time_ids)
         context = encode_prompts(self.base, captions, size_px=self.base.size_px, read=self.read)
-        return context_of(context.hidden, (context.added or {}).get("text_embeds"), time_ids)
+        return make_context(context.hidden, (context.added or {}).get("text_embeds"), time_ids)
 
-    def moved_context(self, captions: Sequence[str], time_ids: Tensor, frozen: TextContext) -> TextContext:
+    def encode_trained_context(self, captions: Sequence[str], time_ids: Tensor, frozen: TextContext) -> TextContext:
         """Captions as what is trained reads them; `frozen` is what the base alone reads."""
-        return self.context([*captions], time_ids, None, None) if self.text_learns else frozen
+        return self.make_context([*captions], time_ids, None, None) if self.text_learns else frozen
 
-    def predicted(self, latent: Tensor, noise: Tensor, timestep: Tensor, context: TextContext) -> Tensor:
+    def predict(self, latent: Tensor, noise: Tensor, timestep: Tensor, context: TextContext) -> Tensor:
         """What the UNet makes of noisy latents."""
         noisy = noisy_latent(latent, noise, timestep, self.alphas_cumprod)
         unet: Any = self.unet

@@ -15,8 +15,8 @@ from lora_diffusion.config.train import PriorConfig
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import Base
-from lora_diffusion.training.inputs.captions import CaptionEncoder, context_of
-from lora_diffusion.training.methods.injection import disabled
+from lora_diffusion.training.inputs.captions import CaptionEncoder, make_context
+from lora_diffusion.training.methods.injection import adapter_disabled
 from lora_diffusion.training.objectives.denoiser import Denoiser
 
 
@@ -51,7 +51,7 @@ def picture_name(seed: int) -> str:
     return f"class-{seed:05d}.png"
 
 
-class PriorPull:
+class PriorPreservationLoss:
     """Losses of the adapted prediction against the frozen base's own, at the same noisy latents, on other prompts."""
 
     def __init__(self, encoder: CaptionEncoder, config: PriorConfig) -> None:
@@ -59,14 +59,16 @@ class PriorPull:
         self.prompts: Sequence[str] = config.prompts or (config.prompt,)
         self.weight = config.weight
 
-    def losses(self, denoiser: Denoiser, latent: Tensor, noise: Tensor, timestep: Tensor, time_ids: Tensor) -> Tensor:
+    def compute_losses(
+        self, denoiser: Denoiser, latent: Tensor, noise: Tensor, timestep: Tensor, time_ids: Tensor
+    ) -> Tensor:
         """(n,) weighted losses; each sample takes one of the prompts in turn."""
         chosen = [self.prompts[int(t) % len(self.prompts)] for t in timestep]
-        frozen, moved = predictions(denoiser, self.encoder, chosen, (latent, noise, timestep), time_ids)
+        frozen, moved = predict_both(denoiser, self.encoder, chosen, (latent, noise, timestep), time_ids)
         return self.weight * (moved - frozen).square().mean(dim=(1, 2, 3))
 
 
-def predictions(
+def predict_both(
     denoiser: Denoiser,
     encoder: CaptionEncoder,
     prompts: Sequence[str],
@@ -74,9 +76,9 @@ def predictions(
     time_ids: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """What the frozen base and the adapted one say of latents, noise and timesteps on other prompts, float32."""
-    texts = {key: value.to(noisy[0].device) for key, value in encoder.batch(prompts).items()}
-    context = context_of(texts["hidden"], texts.get("pooled"), time_ids)
-    with torch.no_grad(), disabled(denoiser.base):
-        frozen = denoiser.predicted(*noisy, context).float()
-    moved = denoiser.predicted(*noisy, denoiser.moved_context(prompts, time_ids, context)).float()
+    texts = {key: value.to(noisy[0].device) for key, value in encoder.encode_batch(prompts).items()}
+    context = make_context(texts["hidden"], texts.get("pooled"), time_ids)
+    with torch.no_grad(), adapter_disabled(denoiser.base):
+        frozen = denoiser.predict(*noisy, context).float()
+    moved = denoiser.predict(*noisy, denoiser.encode_trained_context(prompts, time_ids, context)).float()
     return frozen, moved

@@ -22,7 +22,7 @@ class MovingAverage:
     means: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     @torch.no_grad()
-    def updated(self, parameters: Mapping[str, Tensor]) -> "MovingAverage":
+    def update(self, parameters: Mapping[str, Tensor]) -> "MovingAverage":
         """The mean with one more step in it, of the same names at every step. Raises KeyError for a new one."""
         share = (1 - self.decay) / (1 - self.decay ** (self.steps + 1))
         if self.steps == 0:
@@ -39,7 +39,7 @@ class MovingAverage:
 
 
 @contextmanager
-def applied(parameters: Mapping[str, Tensor], average: MovingAverage) -> Iterator[None]:
+def swapped_parameters(parameters: Mapping[str, Tensor], average: MovingAverage) -> Iterator[None]:
     """The means in place of the parameters; afterwards the parameters' own values are back, bit for bit.
 
     Before the first step there is no mean, and the parameters stay as they are. Raises KeyError if a parameter has no
@@ -49,15 +49,15 @@ def applied(parameters: Mapping[str, Tensor], average: MovingAverage) -> Iterato
         yield
         return
     own = {name: p.detach().clone() for name, p in parameters.items()}
-    write(parameters, average.means)
+    copy_values(parameters, average.means)
     try:
         yield
     finally:
-        write(parameters, own)
+        copy_values(parameters, own)
 
 
 @torch.no_grad()
-def write(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+def copy_values(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """Copy values into parameters of the same names. Raises KeyError if one is missing, before anything is touched."""
     for p, value in [(p, values[name]) for name, p in parameters.items()]:
         p.copy_(value)

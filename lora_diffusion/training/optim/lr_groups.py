@@ -11,7 +11,7 @@ TEXT_ENCODER_SHARE = 0.1
 """Text encoders learn at a tenth of the UNet's rate if nothing else is said: they forget faster."""
 
 
-def peak_rates(
+def resolve_peak_rates(
     names: Iterable[str], config: OptimizerConfig, text_encoders: Sequence[str], *, share: float = TEXT_ENCODER_SHARE
 ) -> dict[str, float]:
     """The peak rate of each parameter; 0 for one that a pattern freezes.
@@ -21,7 +21,7 @@ def peak_rates(
     that matches nothing, for too few or too many rates, and for a rate of text encoders that are not trained.
     """
     names = tuple(names)
-    by_component = component_rates(config, text_encoders, share)
+    by_component = resolve_component_rates(config, text_encoders, share)
     if config.text_encoder_learning_rate is not None and all(name.startswith("unet.") for name in names):
         raise ConfigError(
             "optimizer.text_encoder_learning_rate is set, but no text encoder is trained; name modules in "
@@ -31,19 +31,19 @@ def peak_rates(
         raise ConfigError(
             "optimizer.up_rate is the rate of second factors, and nothing that is trained here has one; set it to 1"
         )
-    factors = rate_factors(names, {**config.rates, **({"*.up": config.up_rate} if config.up_rate != 1 else {})})
+    factors = resolve_rate_factors(names, {**config.rates, **({"*.up": config.up_rate} if config.up_rate != 1 else {})})
     own = {
         name: config.word_learning_rate if ".words." in name else by_component[name.partition(".")[0]] for name in names
     }
     return {name: own[name] * factors[name] for name in names}
 
 
-def frozen_by_rate(names: Iterable[str], config: OptimizerConfig) -> tuple[str, ...]:
+def find_frozen(names: Iterable[str], config: OptimizerConfig) -> tuple[str, ...]:
     """The parameters that a factor of 0 freezes. Raises ConfigError for a pattern that matches nothing."""
-    return tuple(name for name, factor in rate_factors(tuple(names), config.rates).items() if factor == 0)
+    return tuple(name for name, factor in resolve_rate_factors(tuple(names), config.rates).items() if factor == 0)
 
 
-def component_rates(config: OptimizerConfig, text_encoders: Sequence[str], share: float) -> dict[str, float]:
+def resolve_component_rates(config: OptimizerConfig, text_encoders: Sequence[str], share: float) -> dict[str, float]:
     """The peak rate of each component. Raises ConfigError unless there is one rate, or one for each encoder."""
     given = config.text_encoder_learning_rate
     if isinstance(given, tuple) and len(given) != len(text_encoders):
@@ -56,7 +56,7 @@ def component_rates(config: OptimizerConfig, text_encoders: Sequence[str], share
     return {"unet": config.learning_rate, **dict(zip(text_encoders, each, strict=True))}
 
 
-def rate_factors(names: Sequence[str], rates: Mapping[str, float]) -> dict[str, float]:
+def resolve_rate_factors(names: Sequence[str], rates: Mapping[str, float]) -> dict[str, float]:
     """The product of the factors of all patterns that match a parameter.
 
     A pattern is a glob over the whole path with its component; it may name a parameter (`*.up`), a module (`*.to_q`)
@@ -66,13 +66,13 @@ def rate_factors(names: Sequence[str], rates: Mapping[str, float]) -> dict[str, 
     for pattern, factor in rates.items():
         matched = [name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")]
         if not matched:
-            raise ConfigError(f"optimizer.rates: {pattern!r} matches no trained module; {nearest(pattern, names)}")
+            raise ConfigError(f"optimizer.rates: {pattern!r} matches no trained module; {suggest_path(pattern, names)}")
         for name in matched:
             factors[name] *= factor
     return factors
 
 
-def nearest(pattern: str, names: Sequence[str]) -> str:
+def suggest_path(pattern: str, names: Sequence[str]) -> str:
     """A hint: the path, or the end of one, that a pattern is most like."""
     parts = [name.split(".") for name in names]
     paths = {".".join(path[:end]) for path in parts for end in range(1, len(path) + 1)}

@@ -5,7 +5,7 @@ import math
 from lora_diffusion.config.train import OptimizerConfig
 
 
-def rate_fraction(step: int, config: OptimizerConfig, steps: int) -> float:
+def lr_fraction(step: int, config: OptimizerConfig, steps: int) -> float:
     """Share of the peak rate, 0..1, at step 0..steps of a run of `steps`.
 
     Warm-up is linear and reaches the peak at step `warmup_steps`; no step has rate 0, as a first step at 0 would be

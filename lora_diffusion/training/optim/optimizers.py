@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_diffusion.config.train import OptimizerConfig
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.training.optim.lr_groups import TEXT_ENCODER_SHARE, peak_rates
+from lora_diffusion.training.optim.lr_groups import TEXT_ENCODER_SHARE, resolve_peak_rates
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     # arXiv 1711.05101; fused, as hundreds of small factors would else cost a dozen calls each
@@ -36,13 +36,15 @@ def new_optimizer(
 ) -> torch.optim.Optimizer:
     """An optimizer of named parameters, one group for each rate, ready for training.
 
-    `peak_rates` says what names and `text_encoders` are. Parameters of rate 0 are left out and need no gradient any
-    more (`frozen_by_rate`). Raises ConfigError for a class that is not there or does not run here, options that it does
-    not know or does not like, rates that it cannot keep, and all that `peak_rates` refuses.
+    Names and `text_encoders` are those of `resolve_peak_rates`. Parameters of rate 0 are left out and need no gradient
+    (`find_frozen`). Raises ConfigError for a class that is not there or does not run here, options that it does
+    not know or does not like, rates that it cannot keep, and all that `resolve_peak_rates` refuses.
     """
     kind = optimizer_class(config.kind)
-    options = options_of(kind, config)
-    rates = peak_rates(parameters, config, text_encoders, share=1.0 if finds_its_rate(kind) else TEXT_ENCODER_SHARE)
+    options = resolve_options(kind, config)
+    rates = resolve_peak_rates(
+        parameters, config, text_encoders, share=1.0 if is_self_tuning(kind) else TEXT_ENCODER_SHARE
+    )
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         parameter.requires_grad_(rates[name] > 0)
@@ -50,12 +52,12 @@ def new_optimizer(
             groups.setdefault(rates[name], []).append(parameter)
     if not groups:
         raise ConfigError("optimizer.rates freezes everything that could be trained; leave something out")
-    if finds_its_rate(kind) and len(groups) > 1:
+    if is_self_tuning(kind) and len(groups) > 1:
         raise ConfigError(
             f"optimizer.kind {config.kind!r} finds one rate for all parameters, but there are {len(groups)}; leave out "
             "text_encoder_learning_rate and all rates but those of 0"
         )
-    check_runs(kind, config.kind, next(iter(groups.values()))[0].device)
+    check_runs_on_device(kind, config.kind, next(iter(groups.values()))[0].device)
     try:
         optimizer = kind([{"params": group, "lr": rate} for rate, group in groups.items()], **options)
     except (ValueError, TypeError, AssertionError) as error:
@@ -108,7 +110,7 @@ def optimizer_class(kind: str) -> type[Any]:
     return found
 
 
-def options_of(kind: type[Any], config: OptimizerConfig) -> dict[str, Any]:
+def resolve_options(kind: type[Any], config: OptimizerConfig) -> dict[str, Any]:
     """Arguments for a class besides parameters and rate. Raises ConfigError for one that its signature lacks."""
     takes = inspect.signature(kind).parameters.values()
     known = [p.name for p in takes if p.name != "params" and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
@@ -128,12 +130,12 @@ def options_of(kind: type[Any], config: OptimizerConfig) -> dict[str, Any]:
     return {**decay, **KINDS.get(config.kind, ("", {}))[1], **given}
 
 
-def finds_its_rate(kind: type[Any]) -> bool:
+def is_self_tuning(kind: type[Any]) -> bool:
     """Whether a class estimates one step size for all parameters, of which `lr` is a factor."""
     return kind.__name__.startswith(("Prodigy", "DAdapt"))
 
 
-def check_runs(kind: type[Any], name: str, device: torch.device) -> None:
+def check_runs_on_device(kind: type[Any], name: str, device: torch.device) -> None:
     """Raises ConfigError if bitsandbytes, which is built for some devices only, cannot take a step on this one."""
     if not kind.__module__.startswith("bitsandbytes."):
         return

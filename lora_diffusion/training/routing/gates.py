@@ -65,53 +65,58 @@ class Gates(nn.Module):
         found = {path for entry in self.blend.entries for path in entry.adapter.paths}
         return tuple(sorted(path for path in found if self.block_of(path) in self.blocks))
 
-    def look_at(self, timestep: Tensor) -> None:
+    def set_timesteps(self, timestep: Tensor) -> None:
         """Take the gates for samples at these training timesteps, (n,) or one for all, from now on."""
-        self.stretch = stretch_at(timestep, self.values.shape[2], self.num_timesteps).to(self.values.device)
+        self.stretch = time_bin_at(timestep, self.values.shape[2], self.num_timesteps).to(self.values.device)
 
-    def of_block(self, block: str) -> Tensor:
+    def get_block_gates(self, block: str) -> Tensor:
         """(n, adapters): the gates of one block for each sample, differentiable."""
         return self.values[:, self.blocks.index(block), self.stretch].T
 
-    def drift(self) -> Tensor:
+    def compute_drift(self) -> Tensor:
         """Mean squared distance of the gates from their start."""
         return (self.values - self.start).square().mean()
 
-    def weights(self) -> tuple[BlendWeight, ...]:
+    def to_weights(self) -> tuple[BlendWeight, ...]:
         """The adapters' weights with the gates as factors by block: a schedule that holds over each stretch."""
         return tuple(
-            BlendWeight(value=value_of(entry), blocks=self.factors(i, entry), modules=self.kept(entry))
+            BlendWeight(
+                value=get_weight_value(entry), blocks=self.block_factors(i, entry), modules=self.outside_factors(entry)
+            )
             for i, entry in enumerate(self.blend.entries)
         )
 
-    def mixture(self) -> Blend:
+    def to_blend(self) -> Blend:
         """The blend with these weights."""
-        pairs = zip(self.blend.entries, self.weights(), strict=True)
+        pairs = zip(self.blend.entries, self.to_weights(), strict=True)
         return Blend(entries=tuple(replace(entry, weight=weight) for entry, weight in pairs))
 
-    def factors(self, i: int, entry: WeightedAdapter) -> dict[str, float | Schedule]:
+    def block_factors(self, i: int, entry: WeightedAdapter) -> dict[str, float | Schedule]:
         """By block in which this adapter has a layer."""
         here = {self.block_of(path) for path in entry.adapter.paths}
         values = self.values.detach().cpu().double()
         text: dict[str, float | Schedule] = {"BASE": self.start} if "BASE" in here else {}
-        return text | {b: schedule(values[i, j].tolist()) for j, b in enumerate(self.blocks) if b in here}
+        return text | {b: make_schedule(values[i, j].tolist()) for j, b in enumerate(self.blocks) if b in here}
 
-    def kept(self, entry: WeightedAdapter) -> tuple[tuple[str, float], ...]:
+    def outside_factors(self, entry: WeightedAdapter) -> tuple[tuple[str, float], ...]:
         """What lies outside all blocks, by module."""
         return tuple((path, self.start) for path in entry.adapter.paths if not self.block_of(path))
 
-    def ungated(self) -> Blend:
+    def ungated_sum(self) -> Blend:
         """The part of the blend that is the same at all steps: text encoders, and what lies outside all blocks."""
         off = dict.fromkeys(self.blocks, 0.0) | {"BASE": self.start}
         return Blend(
             entries=tuple(
-                replace(entry, weight=BlendWeight(value=value_of(entry), blocks=off, modules=self.kept(entry)))
+                replace(
+                    entry,
+                    weight=BlendWeight(value=get_weight_value(entry), blocks=off, modules=self.outside_factors(entry)),
+                )
                 for entry in self.blend.entries
             )
         )
 
 
-def value_of(entry: WeightedAdapter) -> float:
+def get_weight_value(entry: WeightedAdapter) -> float:
     assert not isinstance(entry.weight, BlendWeight)
     return float(entry.weight)
 
@@ -141,12 +146,12 @@ def check_layers(blend: Blend, paths: tuple[str, ...]) -> None:
             )
 
 
-def schedule(gates: list[float]) -> Schedule:
+def make_schedule(gates: list[float]) -> Schedule:
     """Gates of equal stretches from the first denoising step to the last, rounded."""
     return Schedule(points=tuple((i / len(gates), round(gate, DECIMALS)) for i, gate in enumerate(gates)))
 
 
-def stretch_at(timestep: Tensor, stretches: int, num_timesteps: int) -> Tensor:
+def time_bin_at(timestep: Tensor, stretches: int, num_timesteps: int) -> Tensor:
     """The stretch, from 0, in which a model trained on `num_timesteps` meets these timesteps, of any shape.
 
     Denoising goes from the last timestep to 0, so that timestep t has its middle at the fraction 1 - (t + 0.5) / T of a
@@ -158,7 +163,7 @@ def stretch_at(timestep: Tensor, stretches: int, num_timesteps: int) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Factors:
+class GatedFactors:
     """All adapters' factors at one module, side by side, in the type of its weight."""
 
     down: Tensor
@@ -170,20 +175,20 @@ class Factors:
     scale: Tensor
     """(sum of ranks,): that adapter's weight times its layer's scale."""
 
-    def columns(self, gates: Tensor) -> Tensor:
+    def repeat_gates(self, gates: Tensor) -> Tensor:
         """(n, sum of ranks) from gates (n, adapters): what each rank is multiplied by."""
         return gates[:, self.owner] * self.scale
 
 
-def factors_at(module: nn.Module, path: str, blend: Blend) -> Factors:
+def stack_gated_factors(module: nn.Module, path: str, blend: Blend) -> GatedFactors:
     owners = [(i, entry) for i, entry in enumerate(blend.entries) if path in entry.adapter.layers]
     weight = module.weight
     assert isinstance(weight, Tensor)
     stack = stack_factors([entry.adapter.layers[path] for _, entry in owners], weight.device)
     shape = weight_shape(module)
-    scales = [value_of(entry) * scale for (_, entry), scale in zip(owners, stack.scales, strict=True)]
+    scales = [get_weight_value(entry) * scale for (_, entry), scale in zip(owners, stack.scales, strict=True)]
     ranks = torch.tensor(stack.ranks, device=weight.device)
-    return Factors(
+    return GatedFactors(
         down=stack.down.reshape(-1, *shape[1:]).to(weight.dtype),
         up=stack.up.reshape(*stack.up.shape, *[1] * len(shape[2:])).to(weight.dtype),
         owner=torch.tensor([i for i, _ in owners], device=weight.device).repeat_interleave(ranks),
@@ -191,18 +196,18 @@ def factors_at(module: nn.Module, path: str, blend: Blend) -> Factors:
     )
 
 
-def with_gates(module: nn.Module, factors: Factors, gates: Gates, block: str) -> Forward:
+def wrap_with_gates(module: nn.Module, factors: GatedFactors, gates: Gates, block: str) -> Forward:
     """The module's forward with the gated adapters added; nothing is written in place, as gradients pass through."""
     own = module.forward
 
     def linear(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        columns = factors.columns(gates.of_block(block)).to(x.dtype)
+        columns = factors.repeat_gates(gates.get_block_gates(block)).to(x.dtype)
         hidden = functional.linear(x, factors.down) * columns.view(-1, *[1] * (x.ndim - 2), columns.shape[1])
         return own(x, *args, **kwargs) + functional.linear(hidden, factors.up)
 
     def convolution(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         assert isinstance(module, nn.Conv2d)
-        columns = factors.columns(gates.of_block(block)).to(x.dtype)
+        columns = factors.repeat_gates(gates.get_block_gates(block)).to(x.dtype)
         hidden = convolve_per_sample(module, x, factors.down[None]) * columns[:, :, None, None]
         return own(x, *args, **kwargs) + functional.conv2d(hidden, factors.up)
 
@@ -210,7 +215,7 @@ def with_gates(module: nn.Module, factors: Factors, gates: Gates, block: str) ->
 
 
 @contextmanager
-def routed(gates: Gates) -> Iterator[None]:
+def gated_base(gates: Gates) -> Iterator[None]:
     """The gates' base with the gated adapters in its forward pass; as it was afterwards, whatever happens inside.
 
     The UNet takes each sample's gates by its timestep. What has no gate is in the weights, in place, so that prompts
@@ -221,16 +226,16 @@ def routed(gates: Gates) -> Iterator[None]:
     whole = unet.forward
 
     def forward(sample: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Any:
-        gates.look_at(torch.as_tensor(timestep).reshape(-1))
+        gates.set_timesteps(torch.as_tensor(timestep).reshape(-1))
         return whole(sample, timestep, *args, **kwargs)
 
     forwards = ForwardOverrides()
     with weight_patch(base) as patch, ExitStack() as stack:
-        patch.apply(gates.ungated())
+        patch.apply(gates.ungated_sum())
         stack.callback(forwards.restore)
         for path in gates.paths:
             module = module_at(base, path)
-            factors = factors_at(module, path, gates.blend)
-            forwards.replace(module, with_gates(module, factors, gates, gates.block_of(path)))
+            factors = stack_gated_factors(module, path, gates.blend)
+            forwards.replace(module, wrap_with_gates(module, factors, gates, gates.block_of(path)))
         forwards.replace(unet, forward)
         yield

@@ -33,9 +33,9 @@ from lora_diffusion.models.locate import find_base
 from lora_diffusion.training.checks import check_finite
 from lora_diffusion.training.inputs.cache import NoCache
 from lora_diffusion.training.inputs.latents import LatentView, ViewEncoder
-from lora_diffusion.training.inputs.samples import Sample, collate, drawn
+from lora_diffusion.training.inputs.samples import Sample, collate, draw_sample
 from lora_diffusion.training.objectives.denoiser import Denoiser
-from lora_diffusion.training.routing.gates import Gates, routed
+from lora_diffusion.training.routing.gates import Gates, gated_base
 from lora_diffusion.training.seeding import picture_order, sample_seed
 
 HELD_OUT = 32
@@ -58,15 +58,15 @@ Pictures = tuple[tuple[LatentView, str], ...]
 """Encoded pictures with their captions."""
 
 
-def encoded(base: Base, examples: Sequence[Example], size_px: int) -> Pictures:
+def encode_images(base: Base, examples: Sequence[Example], size_px: int) -> Pictures:
     """Every picture cut to a square and encoded once. Raises DatasetError."""
     bucket = Bucket(size_px, size_px)
     encoder = ViewEncoder(base, DataConfig(folder=Path()), NoCache())
     bar = tqdm(examples, desc="encode pictures", unit="picture", leave=False)
-    return tuple((encoder.encoded(example, bucket, seed=0, variant=0), example.caption) for example in bar)
+    return tuple((encoder.encode(example, bucket, seed=0, variant=0), example.caption) for example in bar)
 
 
-class Samples:
+class RoutingSamples:
     """The samples of a run. No caption is dropped: the gates are to weigh adapters for the prompts that call them."""
 
     def __init__(self, pictures: Pictures, num_timesteps: int, *, length: int, seed: int) -> None:
@@ -75,7 +75,7 @@ class Samples:
 
     def __getitem__(self, index: int) -> Sample:
         rng = torch.Generator().manual_seed(sample_seed(self.seed, index))
-        return drawn(*self.pictures[self.order[index]], ObjectiveConfig(), self.num_timesteps, rng)
+        return draw_sample(*self.pictures[self.order[index]], ObjectiveConfig(), self.num_timesteps, rng)
 
 
 def route(config: RouteConfig) -> RouteResult:
@@ -90,19 +90,19 @@ def route(config: RouteConfig) -> RouteResult:
     blend = read_blend(config)
     check_writable(config.output)
     base = load_base(config.base, precision=torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32)
-    gates = Gates(base, blend, stretches=config.stretches, start=start_of(config))
-    losses = run(gates, examples, config)
+    gates = Gates(base, blend, stretches=config.stretches, start=initial_gate(config))
+    losses = train_and_measure(gates, examples, config)
     preset = BlendPreset(
         name=config.output.stem,
-        description=described(config, examples, losses),
+        description=describe_training(config, examples, losses),
         base=config.base,
         adapters=config.adapters,
     )
-    preset = save_preset(preset, config.output, gates.mixture(), force=True)
+    preset = save_preset(preset, config.output, gates.to_blend(), force=True)
     return RouteResult(preset=preset, path=config.output, first_loss=losses[0], last_loss=losses[1])
 
 
-def start_of(config: RouteConfig) -> float:
+def initial_gate(config: RouteConfig) -> float:
     """Every gate's value at first. An average is where learning is shortest: the sum of adapters that were each trained
     alone overshoots, on the embedded base to twice the average's loss."""
     return 1 / len(config.adapters) if config.start == "average" else config.start
@@ -129,46 +129,48 @@ def read_blend(config: RouteConfig) -> Blend:
     return blend
 
 
-def run(gates: Gates, examples: tuple[Example, ...], config: RouteConfig) -> tuple[float, float]:
+def train_and_measure(gates: Gates, examples: tuple[Example, ...], config: RouteConfig) -> tuple[float, float]:
     """Train the gates; returns the mean loss on held-out noise before and after. Raises TrainingError."""
     base, size_px = gates.base, config.resolution or gates.base.size_px
     base.pipe.vae.float()
-    pictures = encoded(base, examples, size_px)
+    pictures = encode_images(base, examples, size_px)
     denoiser = Denoiser(base, ObjectiveConfig())
-    training = Samples(pictures, denoiser.num_timesteps, length=config.steps * config.batch_size, seed=config.seed)
-    held_out = Samples(pictures, denoiser.num_timesteps, length=HELD_OUT, seed=config.seed + 1)
-    with routed(gates):
-        first = mean_loss(denoiser, held_out, config.batch_size)
+    training = RoutingSamples(
+        pictures, denoiser.num_timesteps, length=config.steps * config.batch_size, seed=config.seed
+    )
+    held_out = RoutingSamples(pictures, denoiser.num_timesteps, length=HELD_OUT, seed=config.seed + 1)
+    with gated_base(gates):
+        first = measure_mean_loss(denoiser, held_out, config.batch_size)
         train_gates(gates, denoiser, training, config)
-        last = mean_loss(denoiser, held_out, config.batch_size)
+        last = measure_mean_loss(denoiser, held_out, config.batch_size)
     check_finite(torch.tensor(last), config.steps)
     return first, last
 
 
-def train_gates(gates: Gates, denoiser: Denoiser, samples: Samples, config: RouteConfig) -> None:
-    """All optimizer steps, inside `routed`. Raises TrainingError if a loss is not finite.
+def train_gates(gates: Gates, denoiser: Denoiser, samples: RoutingSamples, config: RouteConfig) -> None:
+    """All optimizer steps, inside `gated_base`. Raises TrainingError if a loss is not finite.
 
     Adam, whose rate falls to 0 by a cosine, so that the gates come to rest.
     """
     optimizer = torch.optim.Adam([gates.values], lr=config.learning_rate)
     schedule = CosineAnnealingLR(optimizer, config.steps)
-    each = batches(denoiser, samples, config.batch_size)
+    each = make_batches(denoiser, samples, config.batch_size)
     for step, batch in enumerate(tqdm(each, total=config.steps, desc="route", unit="step"), start=1):
         loss = denoiser(**batch).mean()
         check_finite(loss.detach(), step)
         optimizer.zero_grad()
-        (loss + config.penalty * gates.drift()).backward()
+        (loss + config.penalty * gates.compute_drift()).backward()
         optimizer.step()
         schedule.step()
 
 
 @torch.no_grad()
-def mean_loss(denoiser: Denoiser, samples: Samples, batch_size: int) -> float:
+def measure_mean_loss(denoiser: Denoiser, samples: RoutingSamples, batch_size: int) -> float:
     """Over the same samples at each call."""
-    return float(torch.cat([denoiser(**batch) for batch in batches(denoiser, samples, batch_size)]).mean())
+    return float(torch.cat([denoiser(**batch) for batch in make_batches(denoiser, samples, batch_size)]).mean())
 
 
-def batches(denoiser: Denoiser, samples: Samples, size: int) -> Iterator[dict[str, Any]]:
+def make_batches(denoiser: Denoiser, samples: RoutingSamples, size: int) -> Iterator[dict[str, Any]]:
     """The denoiser's arguments, batch by batch, on its device."""
     device = denoiser.alphas_cumprod.device
     for start in range(0, len(samples.order), size):
@@ -176,7 +178,7 @@ def batches(denoiser: Denoiser, samples: Samples, size: int) -> Iterator[dict[st
         yield {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
-def described(config: RouteConfig, examples: tuple[Example, ...], losses: tuple[float, float]) -> str:
+def describe_training(config: RouteConfig, examples: tuple[Example, ...], losses: tuple[float, float]) -> str:
     """How the mixture came about, in a sentence."""
     folders = " and ".join(dict.fromkeys(folder.name for folder in config.data))
     return (

@@ -1,4 +1,4 @@
-"""What `distil` does between its flags and the training: prompts, adapters and base are read, a file is written."""
+"""What `distill` does between its flags and the training: prompts, adapters and base are read, a file is written."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from lora_diffusion.data.folder import read_dataset
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.models.load import load_base
-from lora_diffusion.training.distillation.distill import DistilResult, distil
+from lora_diffusion.training.distillation.distill import DistillResult, distill
 from lora_diffusion.workflows.images.generate import Means, prepared_blend
 from lora_diffusion.workflows.images.plan import Plan
 
@@ -48,7 +48,7 @@ class Distilled:
     """The file that was written, how close it comes, and what a user should know of the adapters."""
 
     path: Path
-    result: DistilResult
+    result: DistillResult
     notes: tuple[str, ...] = ()
 
 
@@ -64,7 +64,7 @@ def distil_file(
     prompts = prompts_from(source, found.blend)
     base = load_base(plan.base, precision=torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32)
     backup = "file" if means.low_memory else "memory"
-    result = distil(base, found.blend, plan.composition, prompts, config, backup=backup)
+    result = distill(base, found.blend, plan.composition, prompts, config, backup=backup)
     save_adapter(result.adapter, output)
     return Distilled(path=output, result=result, notes=(*plan.notes, *found.notes))
 

@@ -20,7 +20,7 @@ from lora_diffusion.data.checks import DatasetReport, format_report, to_json
 from lora_diffusion.training.log import LOG, read_log
 from lora_diffusion.training.loop import train
 from lora_diffusion.training.objectives.prior_preservation import class_folder, missing_pictures
-from lora_diffusion.training.setup import Run, run_folder
+from lora_diffusion.training.setup import TrainingContext, run_folder
 from lora_diffusion.workflows.training.dataset_check import checked
 
 STEPS = 4
@@ -55,7 +55,7 @@ def tried(config: TrainConfig) -> Needs:
     check_writable(config.output)
     trigger = "" if "{trigger}" in config.captions.template else " ".join(config.trigger_words)
     dataset = checked(config.data, config.base, trigger)
-    seen: list[Run] = []
+    seen: list[TrainingContext] = []
     with tempfile.TemporaryDirectory() as scratch:
         trial = shortened(config, Path(scratch))
         result = train(trial, watch=lambda run, _: seen.append(run))

@@ -16,7 +16,7 @@ from lora_diffusion.errors import ConfigError
 from lora_diffusion.library.recipe import library_versions
 from lora_diffusion.training.log import LOG, read_log
 from lora_diffusion.training.loop import TrainResult, train
-from lora_diffusion.training.setup import Run
+from lora_diffusion.training.setup import TrainingContext
 from lora_diffusion.workflows.training.rank_allocation import allocation
 from lora_diffusion.workflows.training.report import write_page
 from lora_diffusion.workflows.training.sample_sheet import draw_sheet
@@ -26,9 +26,9 @@ FACTS, REPORT = "run.json", "report.html"
 
 def train_and_report(config: TrainConfig) -> TrainResult:
     """`train`, with a sheet of samples that grows meanwhile, and `report.html` in the run's folder at the end."""
-    started, seen = time.perf_counter(), list[Run]()
+    started, seen = time.perf_counter(), list[TrainingContext]()
 
-    def watch(run: Run, _step: int) -> None:
+    def watch(run: TrainingContext, _step: int) -> None:
         seen[:] = [run]
         if run.accelerator.is_main_process:
             draw_sheet(run.folder, config.samples.prompts)
@@ -57,7 +57,7 @@ def write_report(folder: Path) -> Path:
     return folder / REPORT
 
 
-def facts_of(run: Run, result: TrainResult, seconds: float) -> dict[str, Any]:
+def facts_of(run: TrainingContext, result: TrainResult, seconds: float) -> dict[str, Any]:
     """What is known of a run at its end."""
     pictures = run.samples[0]
     taken = [line["seconds"] for line in read_log(run.folder / LOG) if "seconds" in line]

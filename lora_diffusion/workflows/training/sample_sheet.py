@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from lora_diffusion.evaluation.image_grid import draw_image_grid, save_grid
-from lora_diffusion.training.previews import SAMPLES, picture_path
+from lora_diffusion.training.previews import SAMPLES, preview_path
 
 CELL_PX = 192
 
@@ -19,10 +19,10 @@ def sheet_path(folder: Path) -> Path:
 def draw_sheet(folder: Path, prompts: Sequence[str]) -> Path | None:
     """Write the sheet of a run's folder anew; None if there are no samples."""
     steps = sorted({int(path.stem.split("-")[1]) for path in (folder / SAMPLES).glob("step-*-*.png")})
-    whole = [step for step in steps if all(picture_path(folder, step, i).is_file() for i in range(len(prompts)))]
+    whole = [step for step in steps if all(preview_path(folder, step, i).is_file() for i in range(len(prompts)))]
     if not whole or not prompts:
         return None
-    rows = [[shown(picture_path(folder, step, i)) for i in range(len(prompts))] for step in whole]
+    rows = [[shown(preview_path(folder, step, i)) for i in range(len(prompts))] for step in whole]
     columns = [textwrap.shorten(prompt, 22, placeholder=" …") for prompt in prompts]
     labels = ["before training" if step == 0 else f"step {step}" for step in whole]
     save_grid(draw_image_grid(rows, columns=columns, labels=labels, cell_px=CELL_PX), sheet_path(folder))

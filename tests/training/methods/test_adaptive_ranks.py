@@ -16,17 +16,17 @@ from lora_diffusion.config.settings import deep_merge
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.inference.in_place import blended_weights
 from lora_diffusion.models.load import load_base
-from lora_diffusion.training.checkpoint import states
+from lora_diffusion.training.checkpoint import list_states
 from lora_diffusion.training.log import LOG, read_log
 from lora_diffusion.training.loop import train
-from lora_diffusion.training.methods.adalora import AdaptiveRules, AdaptiveUpdate
-from lora_diffusion.training.methods.base import Size
-from lora_diffusion.training.methods.dylora import NestedRules, NestedUpdate
-from lora_diffusion.training.methods.injection import disabled, extract, update_at
-from lora_diffusion.training.methods.sparse import GatedUpdate, SparseRules
+from lora_diffusion.training.methods.adalora import AdaLoRACallbacks, TrainableAdaLoRA
+from lora_diffusion.training.methods.base import AdapterSize
+from lora_diffusion.training.methods.dylora import DyLoRACallbacks, TrainableDyLoRA
+from lora_diffusion.training.methods.injection import adapter_disabled, extract_adapter, get_layer
+from lora_diffusion.training.methods.sparse import SparseCallbacks, TrainableSparseLoRA
 from lora_diffusion.training.setup import set_up
-from lora_diffusion.training.validation import validated
-from lora_diffusion.workflows.training.rank_allocation import allocation, allocation_picture
+from lora_diffusion.training.validation import validate
+from lora_diffusion.workflows.training.rank_allocation import draw_allocation, ranks_by_block
 from lora_diffusion.workflows.training.run import train_and_report
 from tests.helpers.method_cases import config_of, injected, module_of, shake
 from tests.helpers.short_runs import UNET_ONLY, interrupted, settings, short_run
@@ -35,13 +35,13 @@ from tests.helpers.short_runs import UNET_ONLY, interrupted, settings, short_run
 def test_the_first_directions_of_dylora_are_trained_alone(sd_folder: Path) -> None:
     base = load_base(str(sd_folder))
     paths, made = injected(base, config_of("dylora"))
-    assert isinstance(made.rules, NestedRules)
-    update: NestedUpdate = update_at(base, paths[0])
+    assert isinstance(made.rules, DyLoRACallbacks)
+    update: TrainableDyLoRA = get_layer(base, paths[0])
     seen: set[int] = set()
     for step in range(60):
         made.rules.before_step(step)
         seen.add(update.used)
-        assert {update_at(base, path).used for path in paths} == {update.used}
+        assert {get_layer(base, path).used for path in paths} == {update.used}
     assert seen == {1, 2, 3, 4}
     update.train()
     update.used = 2
@@ -65,8 +65,8 @@ def test_a_dylora_file_is_cut_to_any_rank_that_was_trained(ink: Path, tmp_path: 
     assert {layer.rank for layer in adapter.layers.values() if isinstance(layer, LoRALayer)} == {2}
     run = set_up(config)
     assert run.held_out
-    with disabled(run.base), blended_weights(run.base, Blend(entries=(WeightedAdapter(adapter=adapter),))):
-        loss = validated(run.denoiser, run.captions, run.held_out, config).loss
+    with adapter_disabled(run.base), blended_weights(run.base, Blend(entries=(WeightedAdapter(adapter=adapter),))):
+        loss = validate(run.denoiser, run.captions, run.held_out, config).loss
     assert loss == pytest.approx(by_rank["2"], rel=1e-4)
     assert main(["resize", str(result.path), str(tmp_path / "x.safetensors"), "--first", "2", "--rank", "2"]) == 2
 
@@ -75,18 +75,18 @@ def test_adalora_ends_within_its_budget_with_the_directions_that_matter(sd_folde
     base = load_base(str(sd_folder))
     paths, made = injected(base, config_of("adalora", unet_targets=("attention",)))
     rules = made.rules
-    assert isinstance(rules, AdaptiveRules)
+    assert isinstance(rules, AdaLoRACallbacks)
     shake(made.parameters)
-    loud: AdaptiveUpdate = update_at(base, paths[0])
+    loud: TrainableAdaLoRA = get_layer(base, paths[0])
     for step in range(20):
         for name, parameter in made.parameters.items():
             parameter.grad = torch.ones_like(parameter) * (10.0 if name.startswith(paths[0]) else 1.0)
         rules.after_gradients(step)
         rules.after_step(step, lambda _strength: 1e-3)
-    left = [int((update_at(base, path).strength != 0).sum()) for path in paths]
+    left = [int((get_layer(base, path).strength != 0).sum()) for path in paths]
     assert sum(left) <= rules.last
     assert left[0] == loud.strength.numel() > 4
-    saved = extract(base, paths, AdapterMetadata(), torch.float32)
+    saved = extract_adapter(base, paths, AdapterMetadata(), torch.float32)
     ranks = {layer.rank for layer in saved.layers.values() if isinstance(layer, LoRALayer)}
     assert len(ranks) > 1
 
@@ -94,12 +94,12 @@ def test_adalora_ends_within_its_budget_with_the_directions_that_matter(sd_folde
 def test_the_allocation_is_drawn_in_the_report(ink: Path, tmp_path: Path) -> None:
     changes = {"adapter": {"kind": "adalora", "rank": 2}}
     result = train_and_report(short_run(ink, tmp_path / "it.safetensors", 20, changes))
-    ranks = allocation(result.adapter)
+    ranks = ranks_by_block(result.adapter)
     assert sum(sum(each) for each in ranks.values()) == sum(
         layer.rank for layer in result.adapter.layers.values() if isinstance(layer, LoRALayer)
     )
     assert "Ranks by block" in (tmp_path / "it-run" / "report.html").read_text()
-    with Image.open(io.BytesIO(allocation_picture(ranks))) as picture:
+    with Image.open(io.BytesIO(draw_allocation(ranks))) as picture:
         assert picture.width > 800
     assert result.adapter.metadata.training["method"]["directions_left"] <= 2 * len(result.adapter.layers)
 
@@ -109,26 +109,28 @@ def test_a_stopped_adalora_run_goes_on_as_if_it_had_not(pictures: Path, sd_folde
     config = settings(pictures, sd_folder, changes, state_every=1, steps=12)
     whole = train(config).adapter
     interrupted(config)
-    assert states(config.output.with_name("style-run"))
+    assert list_states(config.output.with_name("style-run"))
     assert train(config).adapter.hash == whole.hash
 
 
 def test_sparse_takes_the_weakest_away_and_the_file_gets_smaller(sd_folder: Path) -> None:
     base = load_base(str(sd_folder))
     paths, made = injected(base, config_of("sparse", unet_targets=("attention",), sparse_l1=0.0, sparse_keep=0.25))
-    assert isinstance(made.rules, SparseRules)
-    whole = extract(base, paths, AdapterMetadata(), torch.float32).num_parameters
+    assert isinstance(made.rules, SparseCallbacks)
+    whole = extract_adapter(base, paths, AdapterMetadata(), torch.float32).num_parameters
     shake(made.parameters)
-    strengths = torch.cat([update_at(base, path).strengths().detach() for path in paths])
+    strengths = torch.cat([get_layer(base, path).compute_strengths().detach() for path in paths])
     made.rules.after_step(0, lambda _gate: 1e-3)
-    assert made.rules.facts()["share_left"] == 1
+    assert made.rules.report()["share_left"] == 1
     made.rules.after_step(19, lambda _gate: 1e-3)
-    assert made.rules.facts()["share_left"] == pytest.approx(0.25, abs=0.01)
-    gates = torch.cat([update_at(base, path).gate for path in paths])
+    assert made.rules.report()["share_left"] == pytest.approx(0.25, abs=0.01)
+    gates = torch.cat([get_layer(base, path).gate for path in paths])
     assert float(strengths[gates != 0].min()) >= float(strengths[gates == 0].max())
-    assert extract(base, paths, AdapterMetadata(), torch.float32).num_parameters < 0.5 * whole
-    update = GatedUpdate(module_of("linear"), Size(rank=3, scale=1.0, config=AdapterConfig()), torch.Generator())
-    pull = SparseRules([[update]], AdapterConfig(kind="sparse", sparse_l1=2.0, sparse_keep=1.0), steps=10)
+    assert extract_adapter(base, paths, AdapterMetadata(), torch.float32).num_parameters < 0.5 * whole
+    update = TrainableSparseLoRA(
+        module_of("linear"), AdapterSize(rank=3, scale=1.0, config=AdapterConfig()), torch.Generator()
+    )
+    pull = SparseCallbacks([[update]], AdapterConfig(kind="sparse", sparse_l1=2.0, sparse_keep=1.0), steps=10)
     pull.after_step(0, {update.gate: 0.3}.__getitem__)
     assert torch.allclose(update.gate, torch.full((3,), 0.4))
     pull.after_step(1, {update.gate: 0.3}.__getitem__)
@@ -157,24 +159,28 @@ def test_the_best_step_is_one_after_the_directions_were_taken(ink: Path, tmp_pat
 def test_the_strength_of_a_direction_knows_its_scale() -> None:
     config = AdapterConfig(kind="sparse")
     plain, doubled = (
-        GatedUpdate(module_of("linear"), Size(rank=3, scale=scale, config=config), torch.Generator().manual_seed(0))
+        TrainableSparseLoRA(
+            module_of("linear"), AdapterSize(rank=3, scale=scale, config=config), torch.Generator().manual_seed(0)
+        )
         for scale in (1.0, 2.0)
     )
     with torch.no_grad():
         for update in (plain, doubled):
             update.up.fill_(1.0)
-    assert torch.allclose(doubled.strengths(), 2 * plain.strengths())
+    assert torch.allclose(doubled.compute_strengths(), 2 * plain.compute_strengths())
 
 
 def test_each_component_keeps_its_share() -> None:
     """Text encoders learn at lower rates, and would lose all to the UNet."""
     config = AdapterConfig(kind="sparse", sparse_keep=0.5)
     unet, text = (
-        GatedUpdate(module_of("linear"), Size(rank=4, scale=1.0, config=config), torch.Generator().manual_seed(seed))
+        TrainableSparseLoRA(
+            module_of("linear"), AdapterSize(rank=4, scale=1.0, config=config), torch.Generator().manual_seed(seed)
+        )
         for seed in (0, 1)
     )
     with torch.no_grad():
         unet.up.fill_(1.0)
         text.up.fill_(1e-3)
-    SparseRules([[unet], [text]], config, steps=2).after_step(1, lambda _gate: 1e-3)
+    SparseCallbacks([[unet], [text]], config, steps=2).after_step(1, lambda _gate: 1e-3)
     assert [int((update.gate != 0).sum()) for update in (unet, text)] == [2, 2]

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_diffusion.config.train import AdapterConfig
-from lora_diffusion.training.methods.base import Size, attach
+from lora_diffusion.training.methods.base import AdapterSize, attach
 from lora_diffusion.training.methods.fused_ops import LowRankConvolution, LowRankLinear
-from lora_diffusion.training.methods.lora import LowRankUpdate
+from lora_diffusion.training.methods.lora import TrainableLoRA
 
 MODULES = {
     "linear": lambda: nn.Linear(6, 5),
@@ -36,7 +36,7 @@ def both(kind: str, dropout: float = 0.0) -> tuple[Any, Any]:
     inject_adapter_in_model(settings, holder)
     theirs: Any = holder[0]
     config = AdapterConfig(rank=2, alpha=3.0, dropout=dropout)
-    update = LowRankUpdate(ours, Size(rank=2, scale=1.5, config=config), torch.Generator().manual_seed(0))
+    update = TrainableLoRA(ours, AdapterSize(rank=2, scale=1.5, config=config), torch.Generator().manual_seed(0))
     attach(ours, update)
     with torch.no_grad():
         update.up.normal_()

@@ -12,10 +12,15 @@ from lora_diffusion.adapters.adapter import AdapterMetadata
 from lora_diffusion.adapters.layers import DoRALayer
 from lora_diffusion.config.adapter import AdapterConfig
 from lora_diffusion.models.load import load_base
-from lora_diffusion.training.methods.base import Size, attach
-from lora_diffusion.training.methods.injection import extract
-from lora_diffusion.training.methods.loha_lokr_dora import DecomposedUpdate, FullUpdate, HadamardUpdate, KroneckerUpdate
-from lora_diffusion.training.methods.lora import LowRankUpdate
+from lora_diffusion.training.methods.base import AdapterSize, attach
+from lora_diffusion.training.methods.injection import extract_adapter
+from lora_diffusion.training.methods.loha_lokr_dora import (
+    TrainableDoRA,
+    TrainableFullLayer,
+    TrainableLoHa,
+    TrainableLoKr,
+)
+from lora_diffusion.training.methods.lora import TrainableLoRA
 from tests.helpers.method_cases import config_of, injected, module_of
 
 
@@ -30,8 +35,10 @@ def theirs_of(module: Any, config: Any) -> Any:
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_dora_is_pefts(kind: str) -> None:
     ours = module_of(kind)
-    inner = LowRankUpdate(ours, Size(rank=2, scale=1.5, config=AdapterConfig()), torch.Generator().manual_seed(0))
-    update = DecomposedUpdate(ours, inner)
+    inner = TrainableLoRA(
+        ours, AdapterSize(rank=2, scale=1.5, config=AdapterConfig()), torch.Generator().manual_seed(0)
+    )
+    update = TrainableDoRA(ours, inner)
     theirs = theirs_of(ours, LoraConfig(r=2, lora_alpha=3, use_dora=True, target_modules=["0"]))
     attach(ours, update)
     with torch.no_grad():
@@ -54,13 +61,13 @@ def test_dora_is_pefts(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["loha", "lokr"])
 def test_loha_and_lokr_are_pefts(kind: str) -> None:
     ours = module_of("linear")
-    size = Size(rank=2, scale=1.5, config=AdapterConfig(kind="lokr", lokr_factor=4))
+    size = AdapterSize(rank=2, scale=1.5, config=AdapterConfig(kind="lokr", lokr_factor=4))
     if kind == "loha":
-        update: Any = HadamardUpdate(ours, size, torch.Generator().manual_seed(0))
+        update: Any = TrainableLoHa(ours, size, torch.Generator().manual_seed(0))
         theirs = theirs_of(ours, LoHaConfig(r=2, alpha=3, target_modules=["0"], init_weights=False))
         names = {"w1_a": "hada_w1_a", "w1_b": "hada_w1_b", "w2_a": "hada_w2_a", "w2_b": "hada_w2_b"}
     else:
-        update = KroneckerUpdate(ours, Size(rank=1, scale=1.5, config=size.config), torch.Generator())
+        update = TrainableLoKr(ours, AdapterSize(rank=1, scale=1.5, config=size.config), torch.Generator())
         theirs = theirs_of(
             ours, LoKrConfig(r=1, alpha=1.5, decompose_factor=4, target_modules=["0"], init_weights=False)
         )
@@ -79,7 +86,9 @@ def test_loha_and_lokr_are_pefts(kind: str) -> None:
 def test_what_half_precision_would_round_away_acts_all_the_same() -> None:
     """A delta of a thousandth of the weight is half a step of bfloat16 and less."""
     module = nn.Linear(256, 64, dtype=torch.bfloat16).requires_grad_(False)
-    update = HadamardUpdate(module, Size(rank=2, scale=1e-3, config=AdapterConfig()), torch.Generator().manual_seed(0))
+    update = TrainableLoHa(
+        module, AdapterSize(rank=2, scale=1e-3, config=AdapterConfig()), torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
         update.w2_a.normal_(generator=torch.Generator().manual_seed(1))
     x = torch.randn(32, 256, generator=torch.Generator().manual_seed(2))
@@ -87,7 +96,7 @@ def test_what_half_precision_would_round_away_acts_all_the_same() -> None:
     exact = x @ delta.T
     assert float(delta.norm()) < 0.01 * float(module.weight.float().norm())
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        added = update.added(module, x.bfloat16()).float()
+        added = update.forward_delta(module, x.bfloat16()).float()
     rounded = x.bfloat16().float() @ delta.bfloat16().float().T  # what half precision can say at best
     assert float((added - rounded).norm()) < 3e-3 * float(exact.norm())
     assert float((rounded - exact).norm()) < 0.01 * float(exact.norm())
@@ -95,7 +104,7 @@ def test_what_half_precision_would_round_away_acts_all_the_same() -> None:
 
 def test_a_norms_small_difference_acts_in_half_precision() -> None:
     module = nn.GroupNorm(2, 8, dtype=torch.bfloat16).requires_grad_(False)
-    update = FullUpdate(module)
+    update = TrainableFullLayer(module)
     attach(module, update)
     x = torch.randn(2, 8, 4, 4).bfloat16()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
@@ -108,7 +117,7 @@ def test_magnitudes_are_saved_whole(sd_folder: Path) -> None:
     """Rounded, they would move the base's own weight."""
     base = load_base(str(sd_folder))
     paths, _ = injected(base, config_of("dora"))
-    layer = extract(base, paths, AdapterMetadata(), torch.float16).layers[paths[0]]
+    layer = extract_adapter(base, paths, AdapterMetadata(), torch.float16).layers[paths[0]]
     assert isinstance(layer, DoRALayer)
     assert layer.magnitude.dtype == torch.float32
     assert {factor.dtype for factor in layer.inner.factors.values()} == {torch.float16}

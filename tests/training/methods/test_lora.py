@@ -21,7 +21,7 @@ from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.inference.in_place import weight_patch
 from lora_diffusion.models.load import load_base, module_at
 from lora_diffusion.training.loop import train
-from lora_diffusion.training.methods.injection import extract, update_at
+from lora_diffusion.training.methods.injection import extract_adapter, get_layer
 from tests.helpers.method_cases import config_of, injected, predicted, shake
 from tests.helpers.short_runs import UNET_ONLY, settings
 
@@ -33,7 +33,7 @@ def test_exactly_the_chosen_modules_train(sd_folder: Path) -> None:
     learning = {name for name, parameter in base.pipe.unet.named_parameters() if parameter.requires_grad}
     assert {f"unet.{name}".replace(".update.", ".") for name in learning} == set(made.parameters)
     assert all(".attn" in path or ".norm1" in path or path == "unet.conv_in" for path in paths)
-    adapter = extract(base, paths, AdapterMetadata(), torch.float32)
+    adapter = extract_adapter(base, paths, AdapterMetadata(), torch.float32)
     assert isinstance(adapter.layers["unet.conv_in"], FullLayer)
     assert "unet.conv_in" in adapter.biases
 
@@ -42,7 +42,7 @@ def test_ranks_and_alphas_by_pattern(sd_folder: Path) -> None:
     base = load_base(str(sd_folder))
     paths, _ = injected(base, config_of("by block", alpha=2.0, alphas={"*.to_q": 8.0}))
     for path in paths:
-        layer = update_at(base, path).layer()
+        layer = get_layer(base, path).layer()
         rank = 1 if path.startswith("unet.down_blocks") else 6 if path.startswith("unet.mid_block") else 4
         assert layer.rank == rank
         assert layer.scale == pytest.approx((8.0 if path.endswith(".to_q") else 2.0) / rank)
@@ -53,7 +53,7 @@ def test_ranks_and_alphas_by_pattern(sd_folder: Path) -> None:
 def test_the_scale_of_rslora_is_kept_in_the_file(sd_folder: Path) -> None:
     base = load_base(str(sd_folder))
     paths, _ = injected(base, config_of("rslora", rank=9))
-    assert update_at(base, paths[0]).layer().scale == pytest.approx(2 / 3)
+    assert get_layer(base, paths[0]).layer().scale == pytest.approx(2 / 3)
 
 
 def test_lora_fa_keeps_no_input(sd_folder: Path) -> None:
@@ -118,7 +118,7 @@ def test_a_t_lora_acts_as_trained_at_every_step_and_no_weights_hold_it(sd_folder
     shake(made.parameters)
     base.pipe.unet.eval()
     metadata = AdapterMetadata(name="timed", family=base.family.name, least_rank=2)
-    adapter = extract(base, paths, metadata, torch.float32)
+    adapter = extract_adapter(base, paths, metadata, torch.float32)
     file = tmp_path / "timed.safetensors"
     save_adapter(adapter, file)
     adapter = load_adapter(file)
@@ -132,7 +132,7 @@ def test_a_t_lora_acts_as_trained_at_every_step_and_no_weights_hold_it(sd_folder
             ours = fresh.pipe.unet(latents, 1000 - 100 * step, encoder_hidden_states=hidden).sample
             theirs = base.pipe.unet(latents, 1000 - 100 * step, encoder_hidden_states=hidden).sample
             assert torch.allclose(ours, theirs, atol=1e-4)
-            ranks.append(int(update_at(base, paths[0]).used.sum()))
+            ranks.append(int(get_layer(base, paths[0]).active_directions.sum()))
     assert ranks[0] == 2
     assert ranks == sorted(ranks)
     assert len(set(ranks)) == 3
@@ -153,7 +153,7 @@ def test_vera_trains_two_vectors_and_shares_the_rest(sd_folder: Path) -> None:
     paths, made = injected(base, config_of("vera"))
     expected = sum(16 + module_at(base, path).weight.shape[0] for path in paths)
     assert sum(parameter.numel() for parameter in made.parameters.values()) == expected
-    first, second = (update_at(base, path) for path in paths[:2])
+    first, second = (get_layer(base, path) for path in paths[:2])
     width = min(first.shared_down[0].numel(), second.shared_down[0].numel())
     ours, theirs = (each.shared_down.flatten(1)[:, :width] for each in (first, second))
     assert torch.equal(ours, theirs)
@@ -166,7 +166,7 @@ def test_pissa_is_exact_however_little_was_learned(sd_folder: Path) -> None:
     with torch.no_grad():
         for parameter in made.parameters.values():
             parameter.mul_(1 + 1e-3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    exact, half = (extract(base, paths, AdapterMetadata(), dtype) for dtype in (torch.float32, torch.float16))
+    exact, half = (extract_adapter(base, paths, AdapterMetadata(), dtype) for dtype in (torch.float32, torch.float16))
     for path, layer in exact.layers.items():
         assert isinstance(layer, LoRALayer)
         delta = layer.delta()

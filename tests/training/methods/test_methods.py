@@ -28,9 +28,9 @@ from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import Base, load_base, module_at
 from lora_diffusion.training.log import LOG, read_log
 from lora_diffusion.training.loop import train
-from lora_diffusion.training.methods.injection import disabled, extract
+from lora_diffusion.training.methods.injection import adapter_disabled, extract_adapter
 from lora_diffusion.training.setup import set_up
-from lora_diffusion.workflows.training.method_sizes import method_size
+from lora_diffusion.workflows.training.method_sizes import measure_method
 from tests.helpers.method_cases import KINDS, METHODS, MOMENT, config_of, injected, predicted, shake
 from tests.helpers.short_runs import loss_before, settings, short_run
 from train_scripts.compare_methods import best_rate, known
@@ -44,7 +44,7 @@ def test_a_fresh_update_changes_nothing(method: str, sd_folder: Path) -> None:
     for name in base.family.components:
         getattr(base.pipe, name).eval()
     assert torch.equal(predicted(base), before)
-    adapter = extract(base, paths, AdapterMetadata(family=base.family.name), torch.float32)
+    adapter = extract_adapter(base, paths, AdapterMetadata(family=base.family.name), torch.float32)
     for path, layer in adapter.layers.items():
         weight = module_at(base, path).weight.detach()
         assert float(layer.delta(weight).norm()) <= 1e-4 * float(weight.norm())
@@ -58,10 +58,10 @@ def test_what_is_saved_is_what_was_computed(method: str, sd_folder: Path) -> Non
     shake(made.parameters)
     base.pipe.unet.eval()
     trained = predicted(base)
-    with disabled(base):
+    with adapter_disabled(base):
         alone = predicted(base)
     timed = {"least_rank": 1} if method == "t-lora" else {}
-    adapter = extract(base, paths, AdapterMetadata(family=base.family.name, **timed), torch.float32)
+    adapter = extract_adapter(base, paths, AdapterMetadata(family=base.family.name, **timed), torch.float32)
     with blended_weights(fresh, Blend(entries=(WeightedAdapter(adapter=adapter),)), MOMENT):
         again = predicted(fresh)
     moved = float((trained - alone).norm())
@@ -110,7 +110,7 @@ def test_a_run_that_would_undo_its_method_is_refused(table: dict[str, Any], word
 
 @pytest.mark.parametrize("name", [each.name for each in methods.METHODS])
 def test_the_arithmetic_of_sizes_is_what_is_injected(name: str, tmp_path: Path) -> None:
-    size = method_size(methods.get_method(name), "tiny-sd")
+    size = measure_method(methods.get_method(name), "tiny-sd")
     table = methods.with_method(default_settings("style", "tiny-sd"), methods.get_method(name))
     table |= {"output": tmp_path / "it.safetensors"}
     shutil.copytree(sample_data_folder() / "styles" / "ink", tmp_path / "ink")
@@ -119,7 +119,7 @@ def test_the_arithmetic_of_sizes_is_what_is_injected(name: str, tmp_path: Path) 
     assert size.trained == sum(parameter.numel() for parameter in run.parameters.values())
     assert size.modules == len(run.paths)
     if name not in ("adalora", "sparse"):  # whose files depend on what is taken away
-        saved = extract(run.base, run.paths, AdapterMetadata(), torch.float16)
+        saved = extract_adapter(run.base, run.paths, AdapterMetadata(), torch.float16)
         words = sum(vectors.numel() for vectors in run.words.parameters.values()) if run.words else 0
         assert size.saved == saved.num_parameters + words
 
@@ -148,7 +148,7 @@ def test_a_methods_file_is_converted_merged_and_inspected_like_any_other(
     paths, made = injected(base, config_of(method))
     shake(made.parameters)
     metadata = AdapterMetadata(name="it", family=base.family.name)
-    adapter = extract(base, paths, metadata, torch.float32)
+    adapter = extract_adapter(base, paths, metadata, torch.float32)
     own, theirs = tmp_path / "it.safetensors", tmp_path / "kohya.safetensors"
     save_adapter(adapter, own)  # of T-LoRA the factors; what sets it apart has tests of its own
     assert main(["convert", str(own), str(theirs), "--to", "kohya"]) == 0

@@ -16,9 +16,9 @@ from lora_diffusion.errors import AdapterFormatError, ConfigError, FamilyMismatc
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.models.load import Base, load_base, module_at
-from lora_diffusion.training.base_adapters import on_top_of
+from lora_diffusion.training.base_adapters import add_base_adapters
 from lora_diffusion.training.loop import train
-from lora_diffusion.training.methods.injection import extract, inject_adapter
+from lora_diffusion.training.methods.injection import extract_adapter, inject_adapter
 from lora_diffusion.training.methods.resume_from_adapter import check_continuable
 from tests.helpers.method_cases import config_of, injected, predicted, shake
 from tests.helpers.short_runs import UNET_ONLY, settings
@@ -32,9 +32,9 @@ def test_training_goes_on_as_an_adapter_of_any_kind(method: str, sd_folder: Path
     base, fresh = load_base(str(sd_folder)), load_base(str(sd_folder))
     paths, made = injected(base, config_of(method))
     shake(made.parameters)
-    adapter = extract(base, paths, AdapterMetadata(family=base.family.name), torch.float32)
+    adapter = extract_adapter(base, paths, AdapterMetadata(family=base.family.name), torch.float32)
     begun = inject_adapter(fresh, adapter, AdapterConfig())
-    again = extract(fresh, paths, AdapterMetadata(), torch.float32)
+    again = extract_adapter(fresh, paths, AdapterMetadata(), torch.float32)
     assert again.paths == adapter.paths
     for path, layer in adapter.layers.items():
         weight = module_at(base, path).weight.detach()
@@ -87,7 +87,7 @@ def test_words_would_be_lost_and_are_not_gone_on_with(sd: Base, tmp_path: Path) 
         check_continuable(Adapter(layers={}), "a.safetensors")
     with pytest.raises(ConfigError, match=r"on_top_of: .*learned words"):
         save_adapter(words, tmp_path / "words.safetensors")
-        on_top_of(sd, {tmp_path / "words.safetensors": 1.0})
+        add_base_adapters(sd, {tmp_path / "words.safetensors": 1.0})
 
 
 def test_a_file_is_gone_on_with_as_it_is_and_where_it_fits(pictures: Path, sd: Base, tmp_path: Path) -> None:
