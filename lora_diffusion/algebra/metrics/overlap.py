@@ -45,13 +45,13 @@ class Overlap:
         return ratio(self.second_inside, self.second_energy)
 
     @property
-    def shared_energy(self) -> float:
+    def shared(self) -> float:
         """Share of both adapters' energy in the other's directions, at equal strength: the mean of the two shares."""
         return (self.first_share + self.second_share) / 2
 
     @property
     def chance(self) -> float:
-        """Expected `shared_energy` of random directions."""
+        """Expected `shared` of random directions."""
         return (ratio(self.first_chance, self.first_energy) + ratio(self.second_chance, self.second_energy)) / 2
 
 
