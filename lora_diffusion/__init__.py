@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from lora_diffusion.models.load import Base as Base
     from lora_diffusion.models.load import load_base as load_base
     from lora_diffusion.training.loop import train as train
-    from lora_diffusion.workflows.adapters.convert import Conversion as Conversion
+    from lora_diffusion.workflows.adapters.convert import ConvertConfig as ConvertConfig
     from lora_diffusion.workflows.adapters.convert import convert as convert
     from lora_diffusion.workflows.adapters.inspect import inspect_adapter as inspect_adapter
     from lora_diffusion.workflows.adapters.verify import verify as verify
@@ -54,7 +54,7 @@ __all__ = [
     "BlendPreset",
     "BlendWeight",
     "Composition",
-    "Conversion",
+    "ConvertConfig",
     "DenoisingStep",
     "DoRALayer",
     "FullLayer",
@@ -93,7 +93,7 @@ HOMES = {
     "BlendPreset": "config.preset",
     "BlendWeight": "config.preset",
     "Composition": "config.preset",
-    "Conversion": "workflows.adapters.convert",
+    "ConvertConfig": "workflows.adapters.convert",
     "DoRALayer": "adapters.layers",
     "FullLayer": "adapters.layers",
     "GenerateConfig": "config.generate",

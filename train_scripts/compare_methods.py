@@ -34,7 +34,7 @@ from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import load_base
 from lora_diffusion.training.log import LOG, read_log
 from lora_diffusion.training.loop import train
-from lora_diffusion.workflows.training.method_sizes import sized
+from lora_diffusion.workflows.training.method_sizes import measure_config
 from train_scripts.evaluate_routing import prompts as places
 from train_scripts.tiny_world.reader import load_reader, machine, read
 
@@ -199,7 +199,7 @@ def table() -> str:
         if len(row.get("style", {})) < 2:
             continue
         config = config_of(method, "style", 0, Path("it.safetensors"), STEPS)
-        size = sized(method.name, EMBEDDED_BASE, config.adapter, config.words)
+        size = measure_config(method.name, EMBEDDED_BASE, config.adapter, config.words)
         memory = row["peak_mb"] / row["lora_peak_mb"] if "peak_mb" in row else None
         costs = [f"{row['seconds_ratio']:.2f}" if "seconds_ratio" in row else "", f"{memory:.2f}" if memory else ""]
         cells = [

@@ -10,14 +10,14 @@ import os
 from pathlib import Path
 
 import tyro
-from lora_diffusion.workflows.images.plan import Plan, preset_plan
 
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendEntry
 from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import load_base
-from lora_diffusion.workflows.images.generate import Means, prepared_blend
+from lora_diffusion.workflows.images.generate import LoadOptions, load_and_resolve_blend
+from lora_diffusion.workflows.images.request import GenerationRequest, request_from_preset
 
 PROMPTS = {
     "gloop": "a gloop character in the mountains",
@@ -28,11 +28,11 @@ PROMPTS = {
 }
 
 
-def draw(plan: Plan, path: Path) -> None:
+def draw(plan: GenerationRequest, path: Path) -> None:
     """The first picture of a plan."""
     root = sample_data_folder().parent  # recipes shall not tell where this repository lay
     entries = [e.model_copy(update={"path": os.path.relpath(Path(e.path).resolve(), root)}) for e in plan.entries]
-    found = prepared_blend(plan.base, tuple(entries), Means())
+    found = load_and_resolve_blend(plan.base, tuple(entries), LoadOptions())
     pictures = generate(load_base(plan.base), [plan.settings], found.blend, composition=plan.composition)
     pictures[0].save(path)
     print(path)
@@ -47,9 +47,12 @@ def main(seed: int = 4) -> None:
     for name, prompt in PROMPTS.items():
         file = sample_data_folder() / "adapters" / f"{name}.safetensors"
         settings = GenerateConfig(prompt=prompt, seed=seed)
-        draw(Plan(base="tiny-sd", entries=(BlendEntry(path=str(file)),), settings=settings), file.with_suffix(".png"))
+        draw(
+            GenerationRequest(base="tiny-sd", entries=(BlendEntry(path=str(file)),), settings=settings),
+            file.with_suffix(".png"),
+        )
     for file in sorted((sample_data_folder() / "presets").glob("*.json")):
-        plan = preset_plan(file, base="", settings={}, composition={}, adapters=())
+        plan = request_from_preset(file, base="", settings={}, composition={}, adapters=())
         draw(plan, file.with_suffix(".png"))
 
 

@@ -84,7 +84,7 @@ def machine() -> dict[str, Any]:
 
 
 def measure(output: Path | None = None, rank: int = 8, steps: int = 200) -> None:
-    """Distil and draw; print, and write as JSON, the errors, the seconds, and how the pictures compare."""
+    """Distill and draw; print, and write as JSON, the errors, the seconds, and how the pictures compare."""
     output = output or sample_data_folder() / "distillation.json"
     base, blend, texts = load_base(), both(), prompts()
     drawn = texts[::DRAWN_SHARE]

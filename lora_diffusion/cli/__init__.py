@@ -38,8 +38,8 @@ COMMANDS = {
     "extract": ("extract", "Extract"),
     "approximate": ("extract", "Approximate"),
     "analyze": ("analyze", "Analyze"),
-    "sparsify": ("prune", "Sparsify"),
-    "distil": ("distill", "Distil"),
+    "prune": ("prune", "Prune"),
+    "distill": ("distill", "Distill"),
     "demo": ("train", "Demo"),
     "ui": ("studio", "Ui"),
 }
@@ -51,7 +51,7 @@ def command_class(name: str) -> Any:
     return getattr(importlib.import_module(f"lora_diffusion.cli.commands.{module}"), kind)
 
 
-def parsed(arguments: list[str]) -> Any:
+def parse_command(arguments: list[str]) -> Any:
     """The command with its flags; help and mistakes end here, as tyro ends them."""
     for words in (2, 1):
         name = " ".join(arguments[:words])
@@ -72,9 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     A command that is stopped by Ctrl-C or SIGTERM cleans up behind itself and ends with 130 or 143, as shells have it.
     """
-    command = parsed(sys.argv[1:] if arguments is None else arguments)
+    command = parse_command(sys.argv[1:] if arguments is None else arguments)
     keep_freed_memory()
-    signal.signal(signal.SIGTERM, terminated)
+    signal.signal(signal.SIGTERM, raise_terminated)
     try:
         code = command.run() or 0
         sys.stdout.flush()
@@ -100,5 +100,5 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, which unwinds a command as Ctrl-C does."""
 
 
-def terminated(_number: int, _frame: object) -> None:
+def raise_terminated(_number: int, _frame: object) -> None:
     raise Terminated

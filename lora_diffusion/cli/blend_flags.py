@@ -24,13 +24,13 @@ GenerateFlags = optional_flags(GenerateConfig)
 CompositionFlags = optional_flags(Composition)
 
 
-def given(flags: Any) -> dict[str, Any]:
+def set_flags(flags: Any) -> dict[str, Any]:
     """The flags that were set."""
     return {key: value for key, value in vars(flags).items() if value is not None and value is not False}
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeansFlags:
+class LoadFlags:
     """Where adapters are looked for, and what is done to their weights."""
 
     library: Annotated[
@@ -47,11 +47,11 @@ class MeansFlags:
     ignore_unmatched: Patterns = ()
     """Keys of adapter files that may be there without being understood."""
 
-    def means(self) -> Any:
+    def options(self) -> Any:
         from lora_diffusion.library.references import AdapterResolver
-        from lora_diffusion.workflows.images.generate import Means
+        from lora_diffusion.workflows.images.generate import LoadOptions
 
-        return Means(
+        return LoadOptions(
             resolver=AdapterResolver(library_folder=self.library),
             ignore=self.ignore_unmatched,
             block_presets=self.block_presets,

@@ -31,24 +31,24 @@ def optional_flags(kind: type[Settings]) -> type[Any]:
     """A dataclass with one optional flag for each setting: names, types, help and defaults are the settings' own."""
     fields: list[tuple[str, Any, Any]] = []
     for name, info in kind.model_fields.items():
-        hint = "(required)" if info.is_required() else f"(default: {shown(info.default)})"
+        hint = "(required)" if info.is_required() else f"(default: {format_default(info.default)})"
         if info.annotation is bool:
             switch = tyro.conf.arg(help=info.description, help_behavior_hint="")
             fields.append((name, Annotated[bool, tyro.conf.FlagCreatePairsOff, switch], False))
             continue
-        argument = tyro.conf.arg(help=info.description, metavar=metavar(info.annotation), help_behavior_hint=hint)
+        argument = tyro.conf.arg(help=info.description, metavar=make_metavar(info.annotation), help_behavior_hint=hint)
         fields.append((name, Annotated[info.annotation | None, argument], None))
     return make_dataclass(f"{kind.__name__}Flags", fields, kw_only=True, frozen=True)
 
 
-def metavar(annotation: Any) -> str:
+def make_metavar(annotation: Any) -> str:
     """What help shows in place of a value."""
     if get_origin(annotation) is Literal:
         return "|".join(get_args(annotation))
     return "INT" if "int" in str(annotation) else "NUMBER" if "float" in str(annotation) else "TEXT"
 
 
-def shown(default: object) -> str:
+def format_default(default: object) -> str:
     """A default as a user reads it."""
     if isinstance(default, tuple):
         return ", ".join(map(str, default)) or "none"
@@ -65,7 +65,7 @@ def settings_table(kind: type[Settings], prefix: str = "") -> str:
             rows += [f"\n  [{prefix}{name}] {about}", settings_table(cast("type[Settings]", inner), f"{prefix}{name}.")]
             continue
         value = info.get_default(call_default_factory=True)
-        default = "required" if info.is_required() else "not set" if value is None else shown(value)
+        default = "required" if info.is_required() else "not set" if value is None else format_default(value)
         rows.append(f"  {name}: {info.description} ({default})")
     return "\n".join(rows)
 
@@ -77,14 +77,14 @@ def parse_changes(texts: tuple[str, ...]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--set {text}: expected KEY=VALUE, e.g. --set steps=200")
-        nested: Any = toml_value(value)
+        nested: Any = parse_toml_value(value)
         for part in reversed(key.strip().split(".")):
             nested = {part: nested}
         changes = deep_merge(changes, nested)
     return changes
 
 
-def toml_value(text: str) -> Any:
+def parse_toml_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -92,7 +92,7 @@ def toml_value(text: str) -> Any:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Keep the libraries' notices off the terminal; what matters reaches the user as our own errors."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -60,19 +60,19 @@ class DemoResult:
     seconds: float
 
 
-def run_demo(output: Path, *, steps: int, say: Callable[[str], None]) -> DemoResult:
+def run_demo(output: Path, *, steps: int, print_line: Callable[[str], None]) -> DemoResult:
     """Train, blend, merge and compare under `output`; an earlier demo there is replaced.
 
     Raises OutputError if something else is there.
     """
     started = time.perf_counter()
-    clear(output)
-    style_file = train_style(output, steps=steps, say=say)
+    clear_output(output)
+    style_file = train_style(output, steps=steps, print_line=print_line)
     subject_file = sample_data_folder() / "adapters" / f"{SUBJECT}.safetensors"
     base = load_base()
-    columns = demo_columns(style_file, subject_file)
-    say(f"Sampling {len(columns) * len(PROMPTS)} pictures ...")
-    pictures = [[p.image for p in generate(base, settings(), column.blend)] for column in columns]
+    columns = make_columns(style_file, subject_file)
+    print_line(f"Sampling {len(columns) * len(PROMPTS)} pictures ...")
+    pictures = [[p.image for p in generate(base, sampling_settings(), column.blend)] for column in columns]
     sheet = draw_image_grid(
         list(zip(*pictures, strict=True)),
         columns=[c.title for c in columns],
@@ -80,7 +80,7 @@ def run_demo(output: Path, *, steps: int, say: Callable[[str], None]) -> DemoRes
     )
     save_grid(sheet, output / "grid.png")
     both = columns[-1]
-    say("Merging the blend into the checkpoint and sampling it again ...")
+    print_line("Merging the blend into the checkpoint and sampling it again ...")
     exact = merged_difference(base, both, output / "merged-float32", "float32", pictures[-1])
     half = merged_difference(base, both, output / "merged", "keep", pictures[-1])
     style_set = list_style_images(sample_data_folder() / "styles" / STYLE)
@@ -88,12 +88,12 @@ def run_demo(output: Path, *, steps: int, say: Callable[[str], None]) -> DemoRes
     result = DemoResult(
         distances=distances, merged_exact=exact, merged_half=half, seconds=time.perf_counter() - started
     )
-    for line in summary(result, output, style_file, subject_file):
-        say(line)
+    for line in format_summary(result, output, style_file, subject_file):
+        print_line(line)
     return result
 
 
-def clear(output: Path) -> None:
+def clear_output(output: Path) -> None:
     """Make way for the demo; only a folder that an earlier demo marked as its own is emptied."""
     if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
         if not (output / MARKER).is_file():
@@ -106,19 +106,19 @@ def clear(output: Path) -> None:
         raise OutputError(f"{output}: cannot be written ({error.strerror}); choose another --output") from None
 
 
-def train_style(output: Path, *, steps: int, say: Callable[[str], None]) -> Path:
+def train_style(output: Path, *, steps: int, print_line: Callable[[str], None]) -> Path:
     changes: dict[str, object] = {"output": output / f"{STYLE}.safetensors", "steps": steps or STYLE_STEPS}
     config = read_toml(sample_data_folder() / "configs" / f"{STYLE}.toml", TrainConfig, changes)
-    say(f"Training the {STYLE} style for {config.steps} steps on {config.data.folder} ...")
+    print_line(f"Training the {STYLE} style for {config.steps} steps on {config.data.folder} ...")
     result = train(config)
-    say(f"  loss {result.first_loss:.3f} -> {result.last_loss:.3f}, saved to {result.path}")
+    print_line(f"  loss {result.first_loss:.3f} -> {result.last_loss:.3f}, saved to {result.path}")
     return result.path
 
 
-def demo_columns(style_file: Path, subject_file: Path) -> list[Column]:
+def make_columns(style_file: Path, subject_file: Path) -> list[Column]:
     style, subject = load_adapter(style_file), load_adapter(subject_file)
 
-    def column(title: str, style_weight: float, subject_weight: float) -> Column:
+    def make_column(title: str, style_weight: float, subject_weight: float) -> Column:
         entries = (
             WeightedAdapter(adapter=style, weight=style_weight, path=style_file),
             WeightedAdapter(adapter=subject, weight=subject_weight, path=subject_file),
@@ -126,15 +126,15 @@ def demo_columns(style_file: Path, subject_file: Path) -> list[Column]:
         return Column(title=title, blend=Blend(entries=entries))
 
     return [
-        column("base", 0.0, 0.0),
-        column(f"{STYLE} 0.5", 0.5, 0.0),
-        column(f"{STYLE} 1.0", 1.0, 0.0),
-        column(f"{SUBJECT} 1.0", 0.0, 1.0),
-        column(f"{STYLE} 0.6 + {SUBJECT} 0.8", 0.6, 0.8),
+        make_column("base", 0.0, 0.0),
+        make_column(f"{STYLE} 0.5", 0.5, 0.0),
+        make_column(f"{STYLE} 1.0", 1.0, 0.0),
+        make_column(f"{SUBJECT} 1.0", 0.0, 1.0),
+        make_column(f"{STYLE} 0.6 + {SUBJECT} 0.8", 0.6, 0.8),
     ]
 
 
-def settings() -> list[GenerateConfig]:
+def sampling_settings() -> list[GenerateConfig]:
     return [GenerateConfig(prompt=p.format(style=STYLE_WORDS), seed=i) for i, p in enumerate(PROMPTS)]
 
 
@@ -143,12 +143,12 @@ def merged_difference(
 ) -> int:
     """Largest difference of any pixel between the live blend's pictures and the merged checkpoint's."""
     merge(base.name, column.blend, output, MergeConfig(precision=dtype))
-    again = [p.image for p in generate(load_base(str(output)), settings())]
+    again = [p.image for p in generate(load_base(str(output)), sampling_settings())]
     pairs = zip(again, expected, strict=True)
     return max(int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max()) for a, b in pairs)
 
 
-def summary(result: DemoResult, output: Path, style_file: Path, subject_file: Path) -> list[str]:
+def format_summary(result: DemoResult, output: Path, style_file: Path, subject_file: Path) -> list[str]:
     """What came of it, where it lies, and what to try next."""
     exact = "bit for bit the blend's" if result.merged_exact == 0 else f"off by up to {result.merged_exact} of 255"
     rows = [f"  {title:<26}{value:.3f}" for title, value in result.distances.items()]

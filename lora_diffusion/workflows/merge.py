@@ -13,11 +13,11 @@ from lora_diffusion.merging.recipe import read_merge_recipe
 from lora_diffusion.merging.undo import copy_base, find_original_base, subtract_blend
 from lora_diffusion.merging.writer import OnShare
 from lora_diffusion.models.locate import find_checkpoint
-from lora_diffusion.workflows.images.generate import Means, prepared_blend
+from lora_diffusion.workflows.images.generate import LoadOptions, load_and_resolve_blend
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergePlan:
+class MergeRequest:
     """What to merge, by reference."""
 
     base: str
@@ -30,19 +30,21 @@ class MergePlan:
     force: bool = False
 
 
-def preset_entries(path: Path) -> tuple[str, tuple[BlendEntry, ...]]:
+def read_preset_entries(path: Path) -> tuple[str, tuple[BlendEntry, ...]]:
     """Base and adapters of a preset. Raises ConfigError for one that is no sum, which weights cannot hold."""
     preset = read_preset(path)
     mode = preset.composition.mode if preset.composition else "sum"
     if mode != "sum":
-        raise ConfigError(f"{path}: blends by {mode}, which no weights can hold; `lora-diffusion distil` comes near it")
+        raise ConfigError(
+            f"{path}: blends by {mode}, which no weights can hold; `lora-diffusion distill` comes near it"
+        )
     return preset.base, resolve_entry_paths(preset.adapters, path.parent)
 
 
-def merge_replay(path: Path, *, base: str, force: bool) -> MergePlan:
-    """The plan that made a merged checkpoint. Raises ConfigError if it carries no recipe."""
+def request_from_checkpoint(path: Path, *, base: str, force: bool) -> MergeRequest:
+    """The request that made a merged checkpoint. Raises ConfigError if it carries no recipe."""
     recipe = read_merge_recipe(path)
-    return MergePlan(
+    return MergeRequest(
         base=base or recipe.base,
         entries=recipe.adapters,
         bases=recipe.bases,
@@ -54,31 +56,31 @@ def merge_replay(path: Path, *, base: str, force: bool) -> MergePlan:
 
 
 def merge_files(
-    plan: MergePlan, output: Path, means: Means | None = None, on_share: OnShare | None = None
+    request: MergeRequest, output: Path, options: LoadOptions | None = None, on_share: OnShare | None = None
 ) -> tuple[MergeReport, tuple[str, ...]]:
     """Merge adapter files and other checkpoints into a base; also notes of where things were found.
 
     Raises LoRADiffusionError's children.
     """
-    found = prepared_blend(plan.base, plan.entries, means or Means())
-    if plan.base_hash and find_checkpoint(plan.base).hash != plan.base_hash:
+    found = load_and_resolve_blend(request.base, request.entries, options or LoadOptions())
+    if request.base_hash and find_checkpoint(request.base).hash != request.base_hash:
         raise ConfigError(
-            f"{plan.base}: is not the base of the recipe (hash {plan.base_hash[:12]}); give that one with --base"
+            f"{request.base}: is not the base of the recipe (hash {request.base_hash[:12]}); give that one with --base"
         )
     report = merge(
-        plan.base,
+        request.base,
         found.blend,
         output,
-        plan.config,
-        bases=plan.bases,
-        like=plan.like,
-        force=plan.force,
+        request.config,
+        bases=request.bases,
+        like=request.like,
+        force=request.force,
         on_share=on_share,
     )
     return report, found.notes
 
 
-def undo_files(merged: Path, output: Path, *, base: str, means: Means | None = None) -> str:
+def undo_files(merged: Path, output: Path, *, base: str, options: LoadOptions | None = None) -> str:
     """Write the base of a merged checkpoint to `output`, bit for bit; returns how it was had.
 
     Raises ConfigError if neither the base nor the adapters give it back.
@@ -88,9 +90,9 @@ def undo_files(merged: Path, output: Path, *, base: str, means: Means | None = N
     if own is not None:
         copy_base(own, output)
         return f"copied from {own.path}"
-    means = means or Means()
+    options = options or LoadOptions()
     try:
-        found = load_blend(recipe.adapters, means.resolver, ignore=means.ignore)
+        found = load_blend(recipe.adapters, options.resolver, ignore=options.ignore)
     except LoRADiffusionError as error:
         raise ConfigError(
             f"{merged}: its base {recipe.base!r} (hash {recipe.base_hash[:12]}) is not at hand, and neither are all "

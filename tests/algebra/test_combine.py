@@ -25,7 +25,7 @@ from lora_diffusion.config.preset import BlendEntry
 from lora_diffusion.errors import ConfigError, FamilyMismatchError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
-from lora_diffusion.workflows.adapters.combine import Combination, combine_files
+from lora_diffusion.workflows.adapters.combine import CombineConfig, combine_files
 
 LINEAR = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 CONV = "unet.down_blocks.0.resnets.0.conv1"
@@ -269,7 +269,7 @@ def test_known_bugs_of_other_tools_do_not_occur(fault: dict[str, Any], tmp_path:
     weights = [weight for _, _, weight in fault["adapters"]]
     entries = [BlendEntry(path=str(file), weight=w) for file, w in zip(files, weights, strict=True)]
     rule = RankRule(**fault["rule"]) if fault["rule"] else None
-    combine_files(entries, tmp_path / "one.safetensors", Combination(rule=rule))
+    combine_files(entries, tmp_path / "one.safetensors", CombineConfig(rule=rule))
     loaded = load_adapter(tmp_path / "one.safetensors")
     for path in shapes:
         layer: Any = loaded.layers[path]

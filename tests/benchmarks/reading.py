@@ -28,7 +28,7 @@ from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.formats.adapters.kohya import save_kohya
 from lora_diffusion.formats.adapters.load import load_adapter, load_meta_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
-from lora_diffusion.workflows.adapters.convert import Conversion, convert
+from lora_diffusion.workflows.adapters.convert import ConvertConfig, convert
 from tests.benchmarks.goals import not_above, not_below, write_report
 
 RANK, LARGE_RANK, RUNS, FOLDER = 64, 1400, 5, 100
@@ -143,7 +143,7 @@ def conversions_per_second(folder: Path) -> float:
     (folder / "out").mkdir()
     started = time.perf_counter()
     for file in files:
-        convert(file, folder / "out" / file.name, Conversion(to="kohya"))
+        convert(file, folder / "out" / file.name, ConvertConfig(to="kohya"))
     return round(FOLDER / (time.perf_counter() - started), 1)
 
 

@@ -13,7 +13,7 @@ from playwright.sync_api import sync_playwright
 
 from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion_studio.app import serve
-from lora_diffusion_studio.studio import Places, Studio, own_library
+from lora_diffusion_studio.studio import Studio, StudioPaths, create_library
 from tests.browser.test_studio_browser import CHROMIUM, open_tab
 
 FOLDER = sample_data_folder() / "studio"
@@ -90,7 +90,7 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, sync_playwright() as playwright:
         output, said = Path(scratch), list[str]()
-        places = Places(library=own_library(output), output=output, bases=("tiny-sd",))
+        places = StudioPaths(library=create_library(output), output=output, bases=("tiny-sd",))
         app = serve(Studio(places), block=False, say=said.append)
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1280, "height": 900})

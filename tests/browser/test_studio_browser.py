@@ -12,7 +12,7 @@ from PIL import Image
 
 from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.library.recipe import read_recipe
-from lora_diffusion_studio.studio import Places, Studio, own_library
+from lora_diffusion_studio.studio import Studio, StudioPaths, create_library
 from tests.helpers.server_end import close_quietly, collect_quietly
 
 CHROMIUM = shutil.which("chromium")
@@ -30,7 +30,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
 
     output = tmp_path_factory.mktemp("studio") / "out"
     said: list[str] = []
-    places = Places(library=own_library(output), output=output, bases=("tiny-sd",))
+    places = StudioPaths(library=create_library(output), output=output, bases=("tiny-sd",))
     app = serve(Studio(places), block=False, say=said.append)
     yield said[0].split()[5], output
     close_quietly(app)

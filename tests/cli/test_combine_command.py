@@ -23,7 +23,7 @@ from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.inference.in_place import blended_weights, weight_at
 from lora_diffusion.library.references import load_blend
 from lora_diffusion.models.load import Base
-from lora_diffusion.workflows.adapters.combine import Combination, combine_files
+from lora_diffusion.workflows.adapters.combine import CombineConfig, combine_files
 from tests.algebra.test_combine import dense, summed
 from tests.conftest import random_adapter
 
@@ -93,7 +93,7 @@ def test_the_type_is_that_of_the_inputs_unless_they_differ(files: list[Path], tm
     save_adapter(cast_adapter(load_adapter(files[0]), torch.float16), half)
     entries = [BlendEntry(path=str(path)) for path in (half, half, files[1])]
     for count_, dtype in ((2, torch.float16), (3, torch.float32)):
-        done = combine_files(entries[:count_], tmp_path / f"{count_}.safetensors", Combination())
+        done = combine_files(entries[:count_], tmp_path / f"{count_}.safetensors", CombineConfig())
         kinds = {f.dtype for layer in load_adapter(done.output).layers.values() for f in layer.factors.values()}
         assert kinds == {dtype}
         assert (done.rounding_error > 0) == (dtype == torch.float16)
@@ -140,7 +140,7 @@ def test_an_adapter_of_another_family_is_refused(sdxl: Base, files: list[Path], 
     save_adapter(random_adapter(sdxl, seed=1), tmp_path / "xl.safetensors")
     entries = [BlendEntry(path=str(path)) for path in (files[0], tmp_path / "xl.safetensors")]
     with pytest.raises(LoRADiffusionError, match="tiny SD and tiny SDXL in one blend"):
-        combine_files(entries, tmp_path / "out.safetensors", Combination())
+        combine_files(entries, tmp_path / "out.safetensors", CombineConfig())
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -180,7 +180,7 @@ def test_dora_is_combined_against_its_base(sd: Base, tmp_path: Path, capsys: pyt
     save_adapter(random_adapter(sd, seed=2, text_encoders=()), files[1])
     entries = [BlendEntry(path=str(files[0]), weight=0.7), BlendEntry(path=str(files[1]), weight=-0.5)]
     whole = combine_files(
-        entries, tmp_path / "whole.safetensors", Combination(rule=RankRule(rank=999), base=str(sd.folder))
+        entries, tmp_path / "whole.safetensors", CombineConfig(rule=RankRule(rank=999), base=str(sd.folder))
     )
     with blended_weights(sd, load_blend(entries).blend):
         expected = {path: weight_at(sd, path).clone() for path in whole.adapter.layers}

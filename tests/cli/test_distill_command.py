@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import tyro
-from lora_diffusion.workflows.images.plan import Plan
 
 from lora_diffusion.adapters.adapter import AdapterMetadata
-from lora_diffusion.cli.commands.distill import Distil
+from lora_diffusion.cli.commands.distill import Distill
 from lora_diffusion.config.distillation import DistillConfig
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendEntry, BlendPreset
@@ -18,8 +17,9 @@ from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.models.load import Base
 from lora_diffusion.training.distillation.distill import DistillResult
-from lora_diffusion.workflows.images.generate import Means
-from lora_diffusion.workflows.training.distill import PromptSource, distil_file, read_prompts, scenes_with_words
+from lora_diffusion.workflows.images.generate import LoadOptions
+from lora_diffusion.workflows.images.request import GenerationRequest
+from lora_diffusion.workflows.training.distill import PromptSource, distill_file, make_scene_prompts, read_prompts
 from tests.conftest import random_adapter
 from tests.inference.test_in_place import blend_of
 from tests.training.test_distillation import PROMPTS, SWITCH, changed, two
@@ -45,9 +45,9 @@ def files(tmp_path: Path, sd: Base) -> Path:
 def made(files: Path, output: str, config: DistillConfig) -> DistillResult:
     entries = tuple(BlendEntry(path=str(files / f"{name}.safetensors")) for name in ("one", "two"))
     base = json.loads((files / "both.json").read_text())["base"]
-    plan = Plan(base=base, entries=entries, settings=GenerateConfig(prompt=""), composition=SWITCH)
+    plan = GenerationRequest(base=base, entries=entries, settings=GenerateConfig(prompt=""), composition=SWITCH)
     source = PromptSource(file=files / "prompts.txt")
-    return distil_file(plan, source, config, files / output, Means(low_memory=True)).result
+    return distill_file(plan, source, config, files / output, LoadOptions(low_memory=True)).result
 
 
 def test_one_seed_gives_one_file(files: Path, sd: Base) -> None:
@@ -64,7 +64,7 @@ def test_one_seed_gives_one_file(files: Path, sd: Base) -> None:
 
 
 def command(*arguments: str) -> int:
-    return tyro.cli(Distil, args=list(arguments)).run()
+    return tyro.cli(Distill, args=list(arguments)).run()
 
 
 def test_the_command_prints_how_close_it_came(files: Path, sd: Base, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,7 +93,7 @@ def test_without_prompts_scenes_with_all_trigger_words_are_used(sd: Base, tmp_pa
         replace(random_adapter(sd, seed=i), metadata=AdapterMetadata(trigger_words=words))
         for i, words in enumerate((("sks", "dog"), (), ("sks", "zwx")))
     ]
-    prompts = scenes_with_words(blend_of(*((adapter, 1.0) for adapter in named)))
+    prompts = make_scene_prompts(blend_of(*((adapter, 1.0) for adapter in named)))
     assert len(set(prompts)) == len(prompts) > 8
     assert all(prompt.endswith(", sks, dog, zwx") for prompt in prompts)
     (tmp_path / "p.txt").write_text("  a cat \n\na dog\n")

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lora_diffusion.workflows.images.plan import Plan
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,7 +21,8 @@ from lora_diffusion.inference.parallel import parallel_blend, parallel_patch
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import Base, load_base, module_at
 from lora_diffusion.models.text_encoding import encode_prompts
-from lora_diffusion.workflows.images.generate import rounding_notes
+from lora_diffusion.workflows.images.generate import warn_about_rounding
+from lora_diffusion.workflows.images.request import GenerationRequest
 from tests.conftest import random_adapter
 from tests.inference.test_in_place import PATH, blend_of, mixed_adapter, parameters, same
 
@@ -270,7 +270,7 @@ def test_in_half_precision_branch_and_weights_agree_to_its_rounding(
 def test_a_user_is_told_when_rounding_would_swallow_an_adapter(sd: Base, sd_folder: object) -> None:
     base = load_base(str(sd_folder), device=torch.device("cpu"), precision=torch.bfloat16)
     gentle, strong = (blend_of((random_adapter(sd, seed=1), weight)) for weight in (0.004, 2.0))
-    plan = Plan(base=base.name, entries=(), settings=GenerateConfig(prompt="a cat"))
+    plan = GenerationRequest(base=base.name, entries=(), settings=GenerateConfig(prompt="a cat"))
     for blend in (gentle, strong):
         total = blend_sum(blend)
         lost = delta = 0.0
@@ -281,14 +281,14 @@ def test_a_user_is_told_when_rounding_would_swallow_an_adapter(sd: Base, sd_fold
                 lost += float((weight_at(base, path).double() - own - change).square().sum())
                 delta += float(change.square().sum())
         assert rounding_loss(base, total) == pytest.approx((lost / delta) ** 0.5, rel=1e-3)
-    notes = rounding_notes(base, gentle, plan)
+    notes = warn_about_rounding(base, gentle, plan)
     assert len(notes) == 1
     assert "rounding to bfloat16 loses" in notes[0]
     assert "--exact" in notes[0]
-    assert rounding_notes(base, strong, plan) == []
+    assert warn_about_rounding(base, strong, plan) == []
     exact = replace(plan, composition=Composition(exact=True))
-    assert rounding_notes(base, gentle, exact) == []
-    assert rounding_notes(sd, gentle, plan) == []
+    assert warn_about_rounding(base, gentle, exact) == []
+    assert warn_about_rounding(sd, gentle, plan) == []
 
 
 def test_a_second_branch_is_refused_and_other_tools_forwards_are_put_back(sd: Base) -> None:

@@ -257,9 +257,9 @@ def test_overlap_is_symmetrical_and_knows_the_sign_but_not_the_strength(
     one = measure_overlap(spectrum_of([(1.0, first)]), spectrum_of([(1.0, second)]))
     other = measure_overlap(spectrum_of([(1.0, second)]), spectrum_of([(weight, first)]))
     assert other.cosine == pytest.approx(math.copysign(1, weight) * one.cosine, abs=1e-5)
-    assert other.shared_energy == pytest.approx(one.shared_energy, abs=1e-5)
+    assert other.shared == pytest.approx(one.shared, abs=1e-5)
     opposite = measure_overlap(spectrum_of([(1.0, first)]), spectrum_of([(weight, first)]))
-    assert (opposite.cosine, opposite.shared_energy) == pytest.approx((math.copysign(1, weight), 1), abs=1e-5)
+    assert (opposite.cosine, opposite.shared) == pytest.approx((math.copysign(1, weight), 1), abs=1e-5)
 
 
 def test_a_module_of_one_adapter_alone_counts_as_energy_and_not_as_overlap() -> None:
@@ -275,4 +275,4 @@ def test_random_adapters_share_what_chance_says() -> None:
     drawn = [tuple(spectrum_of([(1.0, lora(12, (14,), r, 100 + 7 * n + r))]) for r in (3, 5)) for n in range(150)]
     total = sum_overlaps(measure_overlap(*pair) for pair in drawn)
     assert total.chance == pytest.approx((5 * 5 + 3 * 3) / 2 / (12 * 14))
-    assert total.shared_energy == pytest.approx(total.chance, rel=0.15)
+    assert total.shared == pytest.approx(total.chance, rel=0.15)

@@ -12,10 +12,10 @@ from PIL import Image
 from lora_diffusion.cli import main
 from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import ConfigError
-from lora_diffusion_studio.api import row_from_text
-from lora_diffusion_studio.forms import Form
+from lora_diffusion_studio.api import parse_row
+from lora_diffusion_studio.forms import BlendForm
 from lora_diffusion_studio.safety import check_exposure
-from lora_diffusion_studio.studio import Made, Places, Studio
+from lora_diffusion_studio.studio import ImageSaved, Studio, StudioPaths
 from tests.helpers.server_end import close_quietly
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -27,7 +27,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     folder = tmp_path_factory.mktemp("safe")
     (folder / "secret.txt").write_text("hidden words")
-    places = Places(library=sample_data_folder() / "adapters", output=folder / "out", bases=("tiny-sd",))
+    places = StudioPaths(library=sample_data_folder() / "adapters", output=folder / "out", bases=("tiny-sd",))
     said: list[str] = []
     app = serve(Studio(places), block=False, say=said.append)
     yield urlsplit(said[0].split()[5]).netloc
@@ -105,7 +105,7 @@ def test_programs_get_the_pictures_of_the_library(tmp_path: Path) -> None:
 
     from lora_diffusion_studio.app import serve
 
-    places = Places(library=sample_data_folder() / "adapters", output=tmp_path / "out", bases=("tiny-sd",))
+    places = StudioPaths(library=sample_data_folder() / "adapters", output=tmp_path / "out", bases=("tiny-sd",))
     studio, said = Studio(places), list[str]()
     app = serve(studio, api=True, block=False, say=said.append)
     clients = [Client(said[0].split()[5], verbose=False) for _ in range(2)]
@@ -120,7 +120,9 @@ def test_programs_get_the_pictures_of_the_library(tmp_path: Path) -> None:
         clients[0].predict(prompt=" ", adapters=[], api_name="/generate")
     close_quietly(app)
     for (prompt, adapter), picture in zip(asked, pictures, strict=True):
-        form = Form(rows=(row_from_text(adapter),), settings={"prompt": prompt, "steps": 4, "seed": 0, "guidance": 4.0})
-        alone = next(event.path for event in studio.render(form) if isinstance(event, Made))
+        form = BlendForm(
+            rows=(parse_row(adapter),), settings={"prompt": prompt, "steps": 4, "seed": 0, "guidance": 4.0}
+        )
+        alone = next(event.path for event in studio.render(form) if isinstance(event, ImageSaved))
         with Image.open(alone) as ours, Image.open(picture) as theirs:
             assert ours.tobytes() == theirs.tobytes()

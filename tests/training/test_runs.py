@@ -26,7 +26,7 @@ from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.models.load import load_base
 from lora_diffusion.training.loop import train
 from lora_diffusion.training.presets import make_settings
-from lora_diffusion.workflows.training.dry_run import tried
+from lora_diffusion.workflows.training.dry_run import estimate_run
 from lora_diffusion.workflows.training.run import train_and_report
 from tests.helpers.short_runs import settings
 from train_scripts.write_configs import CONFIGS, configs
@@ -295,7 +295,7 @@ def test_a_dry_run_tells_what_a_run_needs_and_keeps_nothing(
 @pytest.mark.parametrize("precision", ["float16", "float32"])
 def test_a_dry_run_foretells_what_a_run_trains(pictures: Path, sd_folder: Path, precision: str) -> None:
     config = settings(pictures, sd_folder, save_precision=precision)
-    needs = tried(config)
+    needs = estimate_run(config)
     result = train(config)
     assert needs.adapter_mb * 1e6 == pytest.approx(result.path.stat().st_size, rel=0.02)
     assert needs.modules == len(result.adapter.layers)

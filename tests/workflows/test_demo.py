@@ -15,7 +15,7 @@ from train_scripts.tiny_world.reader import load_reader, read
 @pytest.mark.slow
 def test_the_story_in_short(tmp_path: Path) -> None:
     said: list[str] = []
-    result = run_demo(tmp_path / "demo", steps=60, say=said.append)
+    result = run_demo(tmp_path / "demo", steps=60, print_line=said.append)
     base, half, full, _, both = result.distances.values()
     assert max(half, full) < base
     assert both < base
@@ -46,5 +46,5 @@ def full_style_cells(path: Path) -> list[Image.Image]:
 def test_a_folder_that_is_not_a_demos_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(OutputError, match="holds something that is not a demo's"):
-        run_demo(tmp_path, steps=1, say=print)
+        run_demo(tmp_path, steps=1, print_line=print)
     assert (tmp_path / "mine.txt").read_text() == "keep"

@@ -31,7 +31,7 @@ from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.inference.in_place import blended_weights, weight_at
 from lora_diffusion.merging.merge import merge
 from lora_diffusion.models.load import Base
-from lora_diffusion.workflows.adapters.extract import Extracting, approximate_file, extract_file
+from lora_diffusion.workflows.adapters.extract import ExtractConfig, approximate_file, extract_file
 from tests.conftest import random_adapter
 
 PATH = "unet.conv_in"
@@ -81,8 +81,8 @@ def add(key: str, value: float) -> Callable[[dict[str, Tensor]], None]:
     return change
 
 
-def settings_for(rule: RankRule | None = None, **changes: object) -> Extracting:
-    return replace(Extracting(rule=rule or RankRule(rank=4)), **changes)  # type: ignore[arg-type]
+def settings_for(rule: RankRule | None = None, **changes: object) -> ExtractConfig:
+    return replace(ExtractConfig(rule=rule or RankRule(rank=4)), **changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("output", ["merged", "merged.safetensors"])

@@ -5,7 +5,6 @@ import string
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lora_diffusion.workflows.images.plan import Plan
 
 from lora_diffusion.adapters.coefficients import block_factors
 from lora_diffusion.architectures.blocks import vector_block_names
@@ -17,13 +16,14 @@ from lora_diffusion.workflows.images.grid_axes import (
     CHANGES,
     NOTHING,
     TEXTS,
-    Axis,
-    axis_from,
-    axis_text,
-    cells,
-    place_of,
+    GridAxis,
+    expand_grid,
+    find_entry,
+    format_axis,
+    parse_axis,
     without_blocks,
 )
+from lora_diffusion.workflows.images.request import GenerationRequest
 
 LAYOUT = find_checkpoint("tiny-sd").layout
 SCHEDULE = Schedule(points=((0.0, 0.0), (0.5, 1.0)))
@@ -31,7 +31,7 @@ ENTRIES = (
     BlendEntry(path="/shelf/neon.safetensors", weight=BlendWeight(value=0.6, blocks="OUTALL", schedule=SCHEDULE)),
     BlendEntry(path="/shelf/old/gloop.safetensors", weight=0.8),
 )
-PLAN = Plan(base="tiny-sd", entries=ENTRIES, settings=GenerateConfig(prompt="a house", count=3))
+PLAN = GenerationRequest(base="tiny-sd", entries=ENTRIES, settings=GenerateConfig(prompt="a house", count=3))
 words = st.text(string.ascii_lowercase + " ", min_size=1).map(str.strip).filter(bool)
 
 
@@ -40,13 +40,15 @@ words = st.text(string.ascii_lowercase + " ", min_size=1).map(str.strip).filter(
 )
 def test_an_axis_is_read_as_it_is_written(what: str, of: str, data: st.DataObject) -> None:
     value = words if what in TEXTS else st.sampled_from(["0", "0.5", "-1", "MIDD"])
-    side = Axis(what=what, values=tuple(data.draw(st.lists(value, min_size=1, max_size=4))), of=of)
-    assert axis_from(axis_text(side)) == side
+    side = GridAxis(what=what, values=tuple(data.draw(st.lists(value, min_size=1, max_size=4))), of=of)
+    assert parse_axis(format_axis(side)) == side
     assert len(side.labels) == len(side.values)
 
 
 def test_a_grid_holds_each_pair_once_and_nothing_else_changes() -> None:
-    rows = cells(PLAN, Axis(what="weight", values=("0", "1"), of="gloop"), Axis(what="seed", values=("5", "6", "7")))
+    rows = expand_grid(
+        PLAN, GridAxis(what="weight", values=("0", "1"), of="gloop"), GridAxis(what="seed", values=("5", "6", "7"))
+    )
     assert [[cell.settings.seed for cell in row] for row in rows] == [[5, 5], [6, 6], [7, 7]]
     assert [cell.entries[1].weight for cell in rows[0]] == [0.0, 1.0]
     for row in rows:
@@ -57,22 +59,22 @@ def test_a_grid_holds_each_pair_once_and_nothing_else_changes() -> None:
 
 
 def test_a_weight_keeps_what_else_is_said_of_it() -> None:
-    cell = cells(PLAN, Axis(what="weight", values=("2",)), Axis())[0][0]
+    cell = expand_grid(PLAN, GridAxis(what="weight", values=("2",)), GridAxis())[0][0]
     assert cell.entries[0].weight == BlendWeight(value=2.0, blocks="OUTALL", schedule=SCHEDULE)
-    cell = cells(PLAN, Axis(what="block preset", values=("MIDD",)), Axis())[0][0]
+    cell = expand_grid(PLAN, GridAxis(what="block preset", values=("MIDD",)), GridAxis())[0][0]
     assert cell.entries[0].weight == BlendWeight(value=0.6, blocks="MIDD", schedule=SCHEDULE)
 
 
 def test_single_adapters_and_modes() -> None:
-    first, second = cells(PLAN, Axis(what="adapter", values=("gloop", "neon")), Axis())[0]
+    first, second = expand_grid(PLAN, GridAxis(what="adapter", values=("gloop", "neon")), GridAxis())[0]
     assert (first.entries, second.entries) == (ENTRIES[1:], ENTRIES[:1])
-    switched = cells(PLAN, Axis(what="mode", values=("switch",)), Axis())[0][0]
+    switched = expand_grid(PLAN, GridAxis(what="mode", values=("switch",)), GridAxis())[0][0]
     assert switched.composition == Composition(mode="switch")
 
 
 @pytest.mark.parametrize("of", ["gloop", "gloop.safetensors", "old/gloop.safetensors", "2"])
 def test_an_adapter_is_named_in_any_way(of: str) -> None:
-    assert place_of(ENTRIES, of) == 1
+    assert find_entry(ENTRIES, of) == 1
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,7 @@ def test_an_adapter_is_named_in_any_way(of: str) -> None:
 )
 def test_what_cannot_be_is_one_sentence(text: str, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        cells(PLAN, axis_from(text), Axis())
+        expand_grid(PLAN, parse_axis(text), GridAxis())
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -23,7 +23,7 @@ from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.formats.adapters.pack import PACK_KEY, check_not_pack, list_members, load_pack, save_pack
 from lora_diffusion.formats.safetensors import read_header, read_safetensors, write_safetensors
-from lora_diffusion.workflows.adapters.pack import Packing, pack_files, unpack_file
+from lora_diffusion.workflows.adapters.pack import PackConfig, pack_files, unpack_file
 
 QUERY = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 CONV = "unet.up_blocks.0.resnets.0.conv1"
@@ -329,7 +329,7 @@ def files(tmp_path: Path) -> Path:
 
 def test_packing_and_unpacking_a_folder(files: Path, tmp_path: Path) -> None:
     pack, out = tmp_path / "pack.safetensors", tmp_path / "out"
-    done = pack_files([files], pack, Packing(rank=4))
+    done = pack_files([files], pack, PackConfig(rank=4))
     sources = {path.stem: path for path in files.rglob("*.safetensors")}
     assert done.bytes_before == sum(path.stat().st_size for path in sources.values())
     assert done.bytes_after == pack.stat().st_size
@@ -348,19 +348,19 @@ def test_packing_and_unpacking_a_folder(files: Path, tmp_path: Path) -> None:
 
 def test_existing_files_and_inputs_are_not_overwritten(files: Path, tmp_path: Path) -> None:
     pack, out, first = tmp_path / "pack.safetensors", tmp_path / "out", files / "file-0.safetensors"
-    pack_files([files], pack, Packing(rank=2))
+    pack_files([files], pack, PackConfig(rank=2))
     with pytest.raises(OutputError, match="already there; give another output, or --force"):
-        pack_files([files], pack, Packing(rank=3))
-    pack_files([files], pack, Packing(rank=3, force=True))
+        pack_files([files], pack, PackConfig(rank=3))
+    pack_files([files], pack, PackConfig(rank=3, force=True))
     with pytest.raises(OutputError, match="is one of the inputs"):
-        pack_files([files], first, Packing(rank=3, force=True))
+        pack_files([files], first, PackConfig(rank=3, force=True))
     with pytest.raises(OutputError, match=r"expected a file to write that ends in \.safetensors"):
-        pack_files([files], tmp_path / "pack", Packing(rank=3))
+        pack_files([files], tmp_path / "pack", PackConfig(rank=3))
     with pytest.raises(ConfigError, match="are both called 'file-0'"):
-        pack_files([files, first], tmp_path / "x.safetensors", Packing(rank=3))
+        pack_files([files, first], tmp_path / "x.safetensors", PackConfig(rank=3))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="no adapters in"):
-        pack_files([tmp_path / "empty"], tmp_path / "x.safetensors", Packing(rank=3))
+        pack_files([tmp_path / "empty"], tmp_path / "x.safetensors", PackConfig(rank=3))
     unpack_file(pack, out, name="file-1")
     with pytest.raises(OutputError, match="already there; give another folder, or --force"):
         unpack_file(pack, out)

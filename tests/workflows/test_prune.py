@@ -15,7 +15,7 @@ from lora_diffusion.algebra.reduce.prune import Scope, measure_sparsity, prune_d
 from lora_diffusion.errors import ConfigError, OutputError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
-from lora_diffusion.workflows.adapters.prune import Slimming, sparsify_file
+from lora_diffusion.workflows.adapters.prune import PruneConfig, prune_file
 
 QUERY = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 CONV = "unet.up_blocks.0.resnets.0.conv1"
@@ -214,7 +214,7 @@ def file(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("dtype", ["keep", "float32", "bfloat16"])
 def test_the_file_holds_what_is_reported(file: Path, tmp_path: Path, what: str, dtype: str) -> None:
     output = tmp_path / "out.safetensors"
-    done = sparsify_file(file, output, Slimming(keep=0.5, what=what, dtype=dtype))  # type: ignore[arg-type]
+    done = prune_file(file, output, PruneConfig(keep=0.5, what=what, dtype=dtype))  # type: ignore[arg-type]
     before, after = load_adapter(file), load_adapter(output)
     total, each = true_errors(before, after)
     assert done.sparsity.error == pytest.approx(total, abs=1e-6)
@@ -231,23 +231,23 @@ def test_the_file_holds_what_is_reported(file: Path, tmp_path: Path, what: str, 
 
 def test_outputs_are_not_replaced_unasked_and_inputs_never(file: Path, tmp_path: Path) -> None:
     output, before = tmp_path / "out.safetensors", file.read_bytes()
-    sparsify_file(file, output, Slimming(keep=0.5))
+    prune_file(file, output, PruneConfig(keep=0.5))
     with pytest.raises(OutputError, match="already there; give another output, or --force"):
-        sparsify_file(file, output, Slimming(keep=0.5))
-    sparsify_file(file, output, Slimming(keep=0.25, force=True))
+        prune_file(file, output, PruneConfig(keep=0.5))
+    prune_file(file, output, PruneConfig(keep=0.25, force=True))
     assert measure_sparsity(load_adapter(file), load_adapter(output)).share == 0.25
     with pytest.raises(OutputError, match="is one of the inputs"):
-        sparsify_file(file, file, Slimming(keep=0.5, force=True))
+        prune_file(file, file, PruneConfig(keep=0.5, force=True))
     assert file.read_bytes() == before
 
 
 def test_the_command_prints_what_it_did(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from lora_diffusion.cli.commands.prune import Sparsify
+    from lora_diffusion.cli.commands.prune import Prune
 
-    Sparsify(source=file, output=tmp_path / "a.safetensors", keep=0.5, json=True).run()
+    Prune(source=file, output=tmp_path / "a.safetensors", keep=0.5, json=True).run()
     facts = json.loads(capsys.readouterr().out)
     assert (facts["nonzeros"], facts["entries"], facts["share"]) == (160, 320, 0.5)
-    Sparsify(source=file, output=tmp_path / "b.safetensors", keep=0.5).run()
+    Prune(source=file, output=tmp_path / "b.safetensors", keep=0.5).run()
     text = capsys.readouterr().out
     assert "160 of 320 numbers are not zero (50.00%)" in text
     assert f"error of the deltas: {facts['error']:.3g} of their norm" in text

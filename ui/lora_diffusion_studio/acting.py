@@ -15,14 +15,14 @@ BLUE, ORANGE, GREY = "#7c3aed", "#c05621", "#a0aec0"
 STEPS = 60
 
 
-def acting_picture(weight: Weight, layout: ModelLayout) -> Image.Image:
+def draw_effect(weight: Weight, layout: ModelLayout) -> Image.Image:
     """Bars for the blocks and a curve for the steps, both times the weight. Raises ConfigError."""
     whole = weight if isinstance(weight, BlendWeight) else BlendWeight(value=weight)
     every, _ = vector_block_names(layout)
     factors = block_factors(whole.blocks, layout) if whole.blocks else {}
     figure = Figure(figsize=(6.4, 1.7), layout="constrained")
     blocks, steps = figure.subplots(1, 2, width_ratios=(3, 2))
-    heights = [whole.value * first_factor(factors.get(name, 1.0)) for name in every]
+    heights = [whole.value * mean_factor(factors.get(name, 1.0)) for name in every]
     blocks.bar(range(len(every)), heights, color=BLUE, width=0.8)
     blocks.set_xticks(range(len(every)), every, rotation=90, fontsize=6)
     blocks.set_title("by block", fontsize=8)
@@ -43,7 +43,7 @@ def acting_picture(weight: Weight, layout: ModelLayout) -> Image.Image:
     return Image.open(stream)
 
 
-def first_factor(factor: float | Schedule) -> float:
+def mean_factor(factor: float | Schedule) -> float:
     """A block's factor; of one that changes over the steps, the mean."""
     if not isinstance(factor, Schedule):
         return factor

@@ -5,10 +5,10 @@ from typing import Any
 import gradio as gr
 
 from lora_diffusion.errors import ConfigError
-from lora_diffusion_studio.forms import Form
-from lora_diffusion_studio.rows import Row, checked_options
+from lora_diffusion_studio.forms import BlendForm
+from lora_diffusion_studio.rows import AdapterSlot, normalize_options
 from lora_diffusion_studio.studio import Finished, Studio
-from lora_diffusion_studio.tabs.events import sentences
+from lora_diffusion_studio.tabs.events import errors_as_messages
 
 
 def add_api(studio: Studio) -> None:
@@ -26,7 +26,7 @@ def add_api(studio: Studio) -> None:
         count: int = 1,
     ) -> dict[str, Any]:
         """Pictures of a blend; adapters as `name:0.8:start=0.3`. Returns the files' paths, and notes."""
-        with sentences(str):
+        with errors_as_messages(str):
             settings = {
                 "prompt": prompt,
                 "negative_prompt": negative_prompt,
@@ -35,9 +35,9 @@ def add_api(studio: Studio) -> None:
                 "guidance": guidance,
                 "count": count,
             }
-            form = Form(
+            form = BlendForm(
                 base=base or studio.places.bases[0],
-                rows=tuple(row_from_text(text) for text in adapters),
+                rows=tuple(parse_row(text) for text in adapters),
                 mode=mode,
                 settings=settings,
             )
@@ -46,7 +46,7 @@ def add_api(studio: Studio) -> None:
 
     def adapters(base: str = "", search: str = "") -> list[dict[str, Any]]:
         """The adapters that fit a base: name, triggers, preferred weight."""
-        with sentences(str):
+        with errors_as_messages(str):
             cards = studio.cards(base or studio.places.bases[0], search)
         return [{"name": card.name, "triggers": list(card.triggers), "weight": card.preferred} for card in cards]
 
@@ -54,7 +54,7 @@ def add_api(studio: Studio) -> None:
     gr.api(adapters, api_name="adapters", queue=False)
 
 
-def row_from_text(text: str) -> Row:
+def parse_row(text: str) -> AdapterSlot:
     """`neon:0.8:start=0.3`. Raises ConfigError."""
     name, _, rest = text.partition(":")
     number, _, options = rest.partition(":")
@@ -65,4 +65,4 @@ def row_from_text(text: str) -> Row:
         weight = float(number or 1)
     except ValueError:
         raise ConfigError(f"{text}: {number!r} is no weight; write name:0.8") from None
-    return Row(name=known, weight=weight, options=checked_options(options))
+    return AdapterSlot(name=known, weight=weight, options=normalize_options(options))

@@ -10,21 +10,21 @@ from lora_diffusion_studio.api import add_api
 from lora_diffusion_studio.safety import MOST_WAITING, check_exposure, launch_settings
 from lora_diffusion_studio.studio import Studio
 from lora_diffusion_studio.tabs.adapters import draw_adapters
-from lora_diffusion_studio.tabs.blend import choices, draw_blend
+from lora_diffusion_studio.tabs.blend import draw_blend, list_choices
 from lora_diffusion_studio.tabs.blend_actions import wire_blend
 from lora_diffusion_studio.tabs.compare import draw_compare
 from lora_diffusion_studio.tabs.events import QUICK
 from lora_diffusion_studio.tabs.merge import draw_merge
-from lora_diffusion_studio.tabs.presets import draw_presets, listed
+from lora_diffusion_studio.tabs.presets import draw_presets, list_updates
 from lora_diffusion_studio.tabs.regions import draw_regions
-from lora_diffusion_studio.tabs.shelf import shelf_updates
+from lora_diffusion_studio.tabs.shelf import gallery_updates
 from lora_diffusion_studio.tabs.train import draw_train
 from lora_diffusion_studio.theme import CSS, SHORTCUT, studio_theme
 
 DAY_S = 86_400
 
 
-def build(studio: Studio, *, api: bool = False) -> gr.Blocks:
+def build_app(studio: Studio, *, api: bool = False) -> gr.Blocks:
     """The app's pages, and endpoints for programs if asked for."""
     with gr.Blocks(title="LoRA studio", analytics_enabled=False, delete_cache=(DAY_S, DAY_S)) as app:
         if api:
@@ -45,13 +45,13 @@ def build(studio: Studio, *, api: bool = False) -> gr.Blocks:
         with gr.Tab("Adapters", id="adapters"):
             draw_adapters(studio, blend)
 
-        def fresh() -> list[Any]:
+        def fresh_page() -> list[Any]:
             """What has come since the app was built."""
             base = studio.places.bases[0]
-            offered = choices(studio, base)
-            return [gr.update(choices=offered), *listed(studio), *shelf_updates(studio, base)]
+            offered = list_choices(studio, base)
+            return [gr.update(choices=offered), *list_updates(studio), *gallery_updates(studio, base)]
 
-        app.load(fresh, None, [blend.chosen, *presets, *blend.shelf.outputs], **QUICK)
+        app.load(fresh_page, None, [blend.chosen, *presets, *blend.shelf.outputs], **QUICK)
     return app
 
 
@@ -68,7 +68,7 @@ def serve(  # noqa: PLR0913 (the command's flags)
 ) -> gr.Blocks:
     """Open the studio at an address, and stay there. Raises ConfigError for one that lets others in unasked."""
     check_exposure(host, share=share, password=password)
-    app = build(studio, api=api)
+    app = build_app(studio, api=api)
     app.queue(max_size=MOST_WAITING, default_concurrency_limit=4)
     _, url, shared = app.launch(
         server_port=port,

@@ -35,8 +35,8 @@ class Card:
     """Ends of its weight slider."""
 
 
-def card_of(entry: LibraryEntry) -> Card:
-    ranks = ranks_of(str(entry.path), entry.stamp)
+def make_card(entry: LibraryEntry) -> Card:
+    ranks = describe_ranks(str(entry.path), entry.stamp)
     about = ", ".join(filter(None, (" and ".join(entry.kinds), ranks, family_title(entry.family), entry.variant)))
     return Card(
         name=entry.relative,
@@ -51,7 +51,7 @@ def card_of(entry: LibraryEntry) -> Card:
 
 
 @lru_cache(maxsize=4096)
-def ranks_of(path: str, stamp: str) -> str:  # noqa: ARG001 (a changed file is a new key)
+def describe_ranks(path: str, stamp: str) -> str:  # noqa: ARG001 (a changed file is a new key)
     """`rank 8`, or the range; empty where a file has none, or cannot be read."""
     try:
         spread = inspect_adapter(Path(path))["ranks"]
@@ -63,24 +63,24 @@ def ranks_of(path: str, stamp: str) -> str:  # noqa: ARG001 (a changed file is a
     return f"rank {least}" if least == most else f"ranks {least} to {most}"
 
 
-def face(title: str, picture: Path | None) -> Image.Image:
+def make_thumbnail(title: str, picture: Path | None) -> Image.Image:
     """The picture beside a file, cut to a square; where there is none, or none that can be read, its first letters."""
     try:
         stamp = picture.stat().st_mtime_ns if picture else 0
-        return seen(picture, stamp) if picture else lettered(title)
+        return load_thumbnail(picture, stamp) if picture else draw_letter_tile(title)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return lettered(title)
+        return draw_letter_tile(title)
 
 
 @lru_cache(maxsize=512)
-def seen(picture: Path, stamp: int) -> Image.Image:  # noqa: ARG001 (a changed picture is a new key)
+def load_thumbnail(picture: Path, stamp: int) -> Image.Image:  # noqa: ARG001 (a changed picture is a new key)
     with Image.open(picture) as opened:
         opened.draft("RGB", (FACE_PX, FACE_PX))
         return ImageOps.fit(opened.convert("RGB"), (FACE_PX, FACE_PX))
 
 
 @lru_cache(maxsize=512)
-def lettered(title: str) -> Image.Image:
+def draw_letter_tile(title: str) -> Image.Image:
     """A tile in a color of its own."""
     ground = GROUNDS[hashlib.sha256(title.encode("utf-8", "replace")).digest()[0] % len(GROUNDS)]
     tile = Image.new("RGB", (FACE_PX, FACE_PX), ground)

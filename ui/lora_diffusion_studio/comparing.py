@@ -4,65 +4,66 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_diffusion.workflows.images.plan import Plan
-
 from lora_diffusion.adapters.coefficients import expand_block_preset
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.models.locate import find_checkpoint
-from lora_diffusion.workflows.images.grid import BlockEffect, save_sheet, strongest_first
-from lora_diffusion.workflows.images.grid_axes import NOTHING, Axis, axis_text, cells, without_blocks
-from lora_diffusion_studio.forms import Form
+from lora_diffusion.workflows.images.grid import BlockEffect, rank_blocks, save_sheet
+from lora_diffusion.workflows.images.grid_axes import NOTHING, GridAxis, expand_grid, format_axis, without_blocks
+from lora_diffusion.workflows.images.request import GenerationRequest
+from lora_diffusion_studio.forms import BlendForm
 from lora_diffusion_studio.rendering import Halted
-from lora_diffusion_studio.studio import Event, Finished, Made, Step, Studio
+from lora_diffusion_studio.studio import Event, Finished, ImageSaved, StepTaken, Studio
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sheet:
+class GridDone:
     """A finished grid."""
 
     path: Path
 
 
-def compared(studio: Studio, form: Form, across: Axis, down: Axis, visitor: str = "") -> Iterator[Event | Sheet]:
+def render_grid(
+    studio: Studio, form: BlendForm, across: GridAxis, down: GridAxis, visitor: str = ""
+) -> Iterator[Event | GridDone]:
     """Every picture of the grid, then the grid, which carries how it was made. Raises LoRADiffusionError's children.
 
     Each picture takes its own turn on the device, so that a long grid holds nobody up.
     """
-    rows = cells(studio.plan(compared_form(form, across, down)), across, down)
+    rows = expand_grid(studio.make_request(include_disabled(form, across, down)), across, down)
     for cell in (cell for row in rows for cell in row):  # all mistakes before the first picture
         check_blocks(cell)
     count = len(across.values) * len(down.values)
     numbered = enumerate((cell for row in rows for cell in row), start=1)
     flat = {f"picture {number} of {count}": cell for number, cell in numbered}
     paths: list[Path] = []
-    for event in in_turn(studio, flat, visitor):
-        if isinstance(event, Made):
+    for event in run_in_turn(studio, flat, visitor):
+        if isinstance(event, ImageSaved):
             paths.append(event.path)
         yield event
     if len(paths) == len(flat):
         width = len(across.values)
         lines = [paths[start : start + width] for start in range(0, len(paths), width)]
-        yield Sheet(path=save_sheet(lines, across, down, studio.places.output))
+        yield GridDone(path=save_sheet(lines, across, down, studio.places.output))
 
 
-def compared_form(form: Form, across: Axis, down: Axis) -> Form:
+def include_disabled(form: BlendForm, across: GridAxis, down: GridAxis) -> BlendForm:
     """The form; where single adapters are compared, those that are off count too."""
     one_by_one = "adapter" in (across.what, down.what)
     return replace(form, rows=tuple(replace(row, on=row.on or one_by_one) for row in form.rows))
 
 
-def check_blocks(plan: Plan) -> None:
+def check_blocks(request: GenerationRequest) -> None:
     """Raise ConfigError for a block preset that the base does not know."""
-    layout = find_checkpoint(plan.base).layout
-    for entry in plan.entries:
+    layout = find_checkpoint(request.base).layout
+    for entry in request.entries:
         expand_block_preset(entry.weight, layout)
 
 
-def in_turn(studio: Studio, plans: dict[str, Plan], visitor: str) -> Iterator[Event]:
+def run_in_turn(studio: Studio, plans: dict[str, GenerationRequest], visitor: str) -> Iterator[Event]:
     """The events of several plans that make a picture each, as those of one work, until it is stopped."""
-    for number, (name, plan) in enumerate(plans.items()):
-        for event in studio.render_plan(plan, visitor):
-            if isinstance(event, Step):
+    for number, (name, request) in enumerate(plans.items()):
+        for event in studio.render_request(request, visitor):
+            if isinstance(event, StepTaken):
                 share = (number + event.share) / len(plans)
                 yield replace(event, text=f"{name}: {event.text}", share=share)
             elif not isinstance(event, Finished):
@@ -71,27 +72,29 @@ def in_turn(studio: Studio, plans: dict[str, Plan], visitor: str) -> Iterator[Ev
                 return
 
 
-def block_effects(
-    studio: Studio, form: Form, name: str, visitor: str = ""
+def measure_block_effects(
+    studio: Studio, form: BlendForm, name: str, visitor: str = ""
 ) -> Iterator[Event | tuple[BlockEffect, ...]]:
     """Drop one block of an adapter at a time; the last event has all of them, the strongest first."""
     if not name:
         raise ConfigError("choose an adapter that is on the table")
-    plans = without_blocks(studio.plan(form), name, find_checkpoint(form.base).layout)
+    plans = without_blocks(studio.make_request(form), name, find_checkpoint(form.base).layout)
     paths: list[Path] = []
-    for event in in_turn(
-        studio, {f"without {block}" if block else "whole": plan for block, plan in plans.items()}, visitor
+    for event in run_in_turn(
+        studio, {f"without {block}" if block else "whole": request for block, request in plans.items()}, visitor
     ):
-        if isinstance(event, Made):
+        if isinstance(event, ImageSaved):
             paths.append(event.path)
         yield event
     if len(paths) == len(plans):
-        yield strongest_first(dict(zip(plans, paths, strict=True)))
+        yield rank_blocks(dict(zip(plans, paths, strict=True)))
 
 
-def compare_commands(studio: Studio, form: Form, across: Axis, down: Axis, of: str) -> str:
+def compare_commands(studio: Studio, form: BlendForm, across: GridAxis, down: GridAxis, of: str) -> str:
     """The same grid on the command line, and below it the same block analysis, of an adapter. Raises ConfigError."""
     single = replace(form, settings={**form.settings, "count": 1})
-    asked = [("grid", "--across", axis_text(across), *(["--down", axis_text(down)] if down.what != NOTHING else []))]
+    asked = [
+        ("grid", "--across", format_axis(across), *(["--down", format_axis(down)] if down.what != NOTHING else []))
+    ]
     asked += [("blocks", "--of", of)] * bool(of)
-    return "\n".join(studio.command(single, *words) for words in asked)
+    return "\n".join(studio.format_command(single, *words) for words in asked)

@@ -7,14 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.workflows.images.plan import Plan
-
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import Composition
 from lora_diffusion.config.settings import EMBEDDED_BASE, validate
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.library.search import Library, find_adapter
-from lora_diffusion_studio.rows import Row, entry_of, reference, row_of
+from lora_diffusion.workflows.images.request import GenerationRequest
+from lora_diffusion_studio.rows import AdapterSlot, entry_from_slot, format_reference, slot_from_entry
 
 MOST = {"steps": 200, "width": 2048, "height": 2048, "count": 16}
 """What one visitor may ask for at once."""
@@ -34,11 +33,11 @@ VARIED = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Form:
+class BlendForm:
     """The Blend tab."""
 
     base: str = EMBEDDED_BASE
-    rows: tuple[Row, ...] = ()
+    rows: tuple[AdapterSlot, ...] = ()
     mode: str = "sum"
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Those of `GenerateConfig` that are not left to the base."""
@@ -46,7 +45,7 @@ class Form:
     """What the mode has of its own, such as `switch_every`."""
 
 
-def plan_of(form: Form, library: Library) -> Plan:
+def make_request(form: BlendForm, library: Library) -> GenerationRequest:
     """What to make. Raises ConfigError with one clear sentence for anything that cannot be."""
     if not str(form.settings.get("prompt", "")).strip():
         raise ConfigError("the prompt is empty; say what the picture shows")
@@ -54,31 +53,31 @@ def plan_of(form: Form, library: Library) -> Plan:
         value = form.settings.get(name)
         if value is not None and value > most:
             raise ConfigError(f"{name} is {value}; the studio makes at most {most}, the command line has no limit")
-    return Plan(
+    return GenerationRequest(
         base=form.base,
-        entries=tuple(entry_of(row, library) for row in form.rows),
+        entries=tuple(entry_from_slot(row, library) for row in form.rows),
         settings=validate(GenerateConfig, form.settings, source="settings"),
         composition=validate(Composition, {"mode": form.mode, **form.composition}, source="mode"),
     )
 
 
-def form_of(plan: Plan, library: Library) -> tuple[Form, tuple[str, ...]]:
-    """The form that a plan fills, and a sentence for each adapter that the library lacks, which is left out."""
-    rows: list[Row] = []
+def form_from_request(request: GenerationRequest, library: Library) -> tuple[BlendForm, tuple[str, ...]]:
+    """The form that a request fills, and a sentence for each adapter that the library lacks, which is left out."""
+    rows: list[AdapterSlot] = []
     missing: list[str] = []
-    for entry in plan.entries:
+    for entry in request.entries:
         try:
-            rows.append(row_of(entry, library))
+            rows.append(slot_from_entry(entry, library))
         except ConfigError as error:
             missing.append(f"left out: {error}")
-    composition = plan.composition.model_dump(exclude_defaults=True)
+    composition = request.composition.model_dump(exclude_defaults=True)
     mode = composition.pop("mode", "sum")
-    settings = plan.settings.model_dump(exclude_defaults=True)
-    form = Form(base=plan.base, rows=tuple(rows), mode=mode, settings=settings, composition=composition)
+    settings = request.settings.model_dump(exclude_defaults=True)
+    form = BlendForm(base=request.base, rows=tuple(rows), mode=mode, settings=settings, composition=composition)
     return form, tuple(missing)
 
 
-def seeded(form: Form, way: str) -> Form:
+def with_next_seed(form: BlendForm, way: str) -> BlendForm:
     """The form with the seeds of its next picture: `random` draws a seed, `vary` the seed of a variation."""
     draw = random.randrange(2**31)
     if way == "random":
@@ -89,24 +88,24 @@ def seeded(form: Form, way: str) -> Form:
     return form
 
 
-def command_of(form: Form, library: Library, output: Path, command: str = "generate", *more: str) -> str:
+def format_command(form: BlendForm, library: Library, output: Path, command: str = "generate", *more: str) -> str:
     """The command that makes the same pictures. Raises ConfigError for weights that only a preset can say."""
     in_full = [row.name for row in form.rows if row.full]
     if in_full:
         raise ConfigError(f"{in_full[0]}: its weight has no short form; save a preset and use generate --preset")
     words = ["lora-diffusion", command, "--base", form.base]
-    words += adapter_words(form.rows, library)
+    words += adapter_flags(form.rows, library)
     words += ["--mode", form.mode] * (form.mode != "sum")
     given = {**form.composition, **{key: value for key, value in form.settings.items() if value not in (None, "")}}
     words += [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", str(value))]
     return shlex.join([*words, *more, "--output", str(output)])
 
 
-def adapter_words(rows: Sequence[Row], library: Library) -> list[str]:
+def adapter_flags(rows: Sequence[AdapterSlot], library: Library) -> list[str]:
     """The flags for those adapters that are on."""
     return [
         word
         for row in rows
         if row.on
-        for word in ("--adapter", f"{find_adapter(library, row.name).path}:{reference(row)}")
+        for word in ("--adapter", f"{find_adapter(library, row.name).path}:{format_reference(row)}")
     ]

@@ -8,13 +8,13 @@ from pathlib import Path
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.library.presets import list_presets, read_preset
 from lora_diffusion.prompts.tags import format_weight
-from lora_diffusion.workflows.images.generate import Means, save_plan
-from lora_diffusion_studio.forms import Form
-from lora_diffusion_studio.studio import Studio, checked_name, stock_presets_folder
+from lora_diffusion.workflows.images.generate import LoadOptions, save_plan
+from lora_diffusion_studio.forms import BlendForm
+from lora_diffusion_studio.studio import Studio, check_name, stock_presets_folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
+class SavedPreset:
     """A preset in the list."""
 
     name: str
@@ -27,29 +27,29 @@ class Kept:
     problem: str = ""
 
 
-def kept_presets(studio: Studio) -> list[Kept]:
+def list_saved_presets(studio: Studio) -> list[SavedPreset]:
     """All presets; one that cannot be read is there with its problem."""
     folders = ((studio.places.presets, True), (stock_presets_folder(), False))
-    return [kept_one(path, found, own=own) for folder, own in folders for path, found in list_presets(folder)]
+    return [load_preset(path, found, own=own) for folder, own in folders for path, found in list_presets(folder)]
 
 
-def kept_one(path: Path, found: object, *, own: bool) -> Kept:
+def load_preset(path: Path, found: object, *, own: bool) -> SavedPreset:
     name = path.stem if own else f"{path.stem} (ready)"
     thumbnail = path.with_suffix(".png")
     picture = thumbnail if thumbnail.is_file() else None
     if isinstance(found, str):
-        return Kept(name=name, path=path, title=path.stem, about="", thumbnail=picture, own=own, problem=found)
+        return SavedPreset(name=name, path=path, title=path.stem, about="", thumbnail=picture, own=own, problem=found)
     preset = read_preset(path)
     adapters = ", ".join(
         f"{entry.name or Path(entry.path).stem}:{format_weight(entry.weight)}" for entry in preset.adapters
     )
     about = "; ".join(filter(None, (preset.description, adapters)))
-    return Kept(name=name, path=path, title=preset.name, about=about, thumbnail=picture, own=own)
+    return SavedPreset(name=name, path=path, title=preset.name, about=about, thumbnail=picture, own=own)
 
 
-def kept_preset(studio: Studio, name: str) -> Kept:
+def get_preset(studio: Studio, name: str) -> SavedPreset:
     """The one of that name. Raises ConfigError for one that is not there or cannot be read."""
-    found = next((kept for kept in kept_presets(studio) if kept.name == name), None)
+    found = next((kept for kept in list_saved_presets(studio) if kept.name == name), None)
     if found is None:
         raise ConfigError(f"no preset called {name!r}; choose one from the list")
     if found.problem:
@@ -57,35 +57,37 @@ def kept_preset(studio: Studio, name: str) -> Kept:
     return found
 
 
-def own_preset(studio: Studio, name: str) -> Kept:
+def get_own_preset(studio: Studio, name: str) -> SavedPreset:
     """The same, if it may be changed. Raises ConfigError for one that came with the package."""
-    found = kept_preset(studio, name)
+    found = get_preset(studio, name)
     if not found.own:
         raise ConfigError(f"{name}: comes with the package and stays as it is; save it under a name of your own")
     return found
 
 
-def keep(studio: Studio, form: Form, name: str, description: str, picture: Path | None, *, replace: bool) -> Kept:
+def save_form(
+    studio: Studio, form: BlendForm, name: str, description: str, picture: Path | None, *, replace: bool
+) -> SavedPreset:
     """Save a form as a preset, with a picture as its thumbnail.
 
     Raises ConfigError for a name that cannot be one and for a form that cannot be saved, OutputError for a name that
     is taken unless `replace` says so.
     """
-    file = studio.places.presets / f"{checked_name(name)}.json"
-    prompted = form if str(form.settings.get("prompt", "")).strip() else with_prompt(form)
-    plan = studio.plan(prompted)
+    file = studio.places.presets / f"{check_name(name)}.json"
+    prompted = form if str(form.settings.get("prompt", "")).strip() else with_default_prompt(form)
+    request = studio.make_request(prompted)
     saved = save_plan(
-        plan, file, Means(resolver=studio.shelf), name=name.strip(), description=description, force=replace
+        request, file, LoadOptions(resolver=studio.resolver), name=name.strip(), description=description, force=replace
     )
     if picture and picture.is_file():
         shutil.copyfile(picture, file.with_suffix(".png"))
-    return kept_one(file, saved.preset, own=True)
+    return load_preset(file, saved.preset, own=True)
 
 
-def with_prompt(form: Form) -> Form:
+def with_default_prompt(form: BlendForm) -> BlendForm:
     """A preset may go without a prompt; the adapters' names stand in for it."""
     words = ", ".join(row.name.removesuffix(".safetensors") for row in form.rows) or "a picture"
-    return Form(
+    return BlendForm(
         base=form.base,
         rows=form.rows,
         mode=form.mode,
@@ -96,7 +98,7 @@ def with_prompt(form: Form) -> Form:
 
 def preset_commands(studio: Studio, name: str) -> str:
     """What shows, checks and draws a preset on the command line. Raises ConfigError for one that is not there."""
-    path = str(kept_preset(studio, name).path)
+    path = str(get_preset(studio, name).path)
     return "\n".join(
         shlex.join(["lora-diffusion", *words])
         for words in (
@@ -107,33 +109,33 @@ def preset_commands(studio: Studio, name: str) -> str:
     )
 
 
-def rename(studio: Studio, name: str, new: str) -> Kept:
+def rename_preset(studio: Studio, name: str, new: str) -> SavedPreset:
     """Raises ConfigError for a name that is taken or cannot be one."""
-    found, target = own_preset(studio, name), studio.places.presets / f"{checked_name(new)}.json"
+    found, target = get_own_preset(studio, name), studio.places.presets / f"{check_name(new)}.json"
     if target.exists():
         raise ConfigError(f"{new}: there is a preset of that name; choose another")
     found.path.rename(target)
     if found.thumbnail:
         found.thumbnail.rename(target.with_suffix(".png"))
-    return kept_preset(studio, target.stem)
+    return get_preset(studio, target.stem)
 
 
-def discard(studio: Studio, name: str) -> None:
+def discard_preset(studio: Studio, name: str) -> None:
     """Move a preset out of the list, into the folder `discarded`, where it can be had back."""
-    found = own_preset(studio, name)
+    found = get_own_preset(studio, name)
     bin_folder = studio.places.output / "discarded"
     bin_folder.mkdir(exist_ok=True)
     for path in filter(None, (found.path, found.thumbnail)):
         path.replace(bin_folder / path.name)
 
 
-def bring_in(studio: Studio, file: Path, name: str) -> Kept:
+def import_preset(studio: Studio, file: Path, name: str) -> SavedPreset:
     """A preset from a file that a visitor has. Raises ConfigError for one that is none, or whose name is taken."""
     read_preset(file)
-    target = studio.places.presets / f"{checked_name(name)}.json"
+    target = studio.places.presets / f"{check_name(name)}.json"
     if target.exists():
         raise ConfigError(f"{name}: there is a preset of that name; rename one of them")
-    form, missing = studio.preset_form(file)
+    form, missing = studio.form_from_preset(file)
     if not form.rows and missing:
         raise ConfigError(f"{name}: none of its adapters are here: {'; '.join(missing)}")
-    return keep(studio, form, name, read_preset(file).description, None, replace=False)
+    return save_form(studio, form, name, read_preset(file).description, None, replace=False)

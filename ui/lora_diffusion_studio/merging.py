@@ -10,8 +10,6 @@ from math import prod
 from pathlib import Path
 from typing import get_args
 
-from lora_diffusion.workflows.images.plan import Plan
-
 from lora_diffusion.algebra.svd.rank_selection import RankRule
 from lora_diffusion.config.merge import MergeConfig, WeightType
 from lora_diffusion.config.settings import validate
@@ -20,12 +18,13 @@ from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.checkpoints.checkpoint import StoredTensor
 from lora_diffusion.merging.merge import estimate_rounding
 from lora_diffusion.models.locate import find_matching_checkpoint
-from lora_diffusion.workflows.adapters.combine import Combination, combine_files
-from lora_diffusion.workflows.images.generate import Means, prepared_blend
-from lora_diffusion.workflows.merge import MergePlan, merge_files
-from lora_diffusion_studio.forms import Form, adapter_words
-from lora_diffusion_studio.rendering import Halted, Line, Waiting
-from lora_diffusion_studio.studio import Studio, checked_name
+from lora_diffusion.workflows.adapters.combine import CombineConfig, combine_files
+from lora_diffusion.workflows.images.generate import LoadOptions, load_and_resolve_blend
+from lora_diffusion.workflows.images.request import GenerationRequest
+from lora_diffusion.workflows.merge import MergeRequest, merge_files
+from lora_diffusion_studio.forms import BlendForm, adapter_flags
+from lora_diffusion_studio.rendering import EventStream, Halted, Waiting
+from lora_diffusion_studio.studio import Studio, check_name
 
 PRECISIONS = get_args(WeightType)
 PROBE_BYTES = 2**25
@@ -36,7 +35,7 @@ COPIES = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class MergeTarget:
     """What is to be written."""
 
     name: str
@@ -49,11 +48,11 @@ class Target:
     @property
     def file(self) -> str:
         """The name in the studio's folder. Raises ConfigError for one that cannot be."""
-        return checked_name(self.name) + ("" if self.kind == "folder" else ".safetensors")
+        return check_name(self.name) + ("" if self.kind == "folder" else ".safetensors")
 
 
 @dataclass(frozen=True)
-class Writing:
+class WriteProgress:
     """So much of it is done."""
 
     share: float = 0.0
@@ -64,14 +63,14 @@ class Writing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Written:
+class MergeDone:
     """What was written, and what it cost."""
 
     path: Path
     text: str
 
 
-def output_of(studio: Studio, target: Target) -> Path:
+def resolve_output(studio: Studio, target: MergeTarget) -> Path:
     """Where it goes. Raises ConfigError for a name that is taken."""
     path = studio.places.output / ("adapters" if target.kind == "adapter" else "merged") / target.file
     if path.exists():
@@ -79,43 +78,43 @@ def output_of(studio: Studio, target: Target) -> Path:
     return path
 
 
-def merge_plan(studio: Studio, form: Form) -> Plan:
+def make_merge_request(studio: Studio, form: BlendForm) -> GenerationRequest:
     """The table as weights can hold it. Raises ConfigError for what they cannot."""
     if not any(row.on for row in form.rows):
         raise ConfigError("no adapter is on the table; put one there")
     if form.mode != "sum":
         raise ConfigError(f"the mode {form.mode} cannot be held by weights; choose Sum")
-    return studio.plan(Form(base=form.base, rows=form.rows, settings={"prompt": "merge"}))
+    return studio.make_request(BlendForm(base=form.base, rows=form.rows, settings={"prompt": "merge"}))
 
 
-def summary(studio: Studio, form: Form, target: Target) -> str:
+def summarize_merge(studio: Studio, form: BlendForm, target: MergeTarget) -> str:
     """What merging would do, without doing it. Raises LoRADiffusionError's children."""
-    plan, path = merge_plan(studio, form), output_of(studio, target)
-    blend = prepared_blend(plan.base, plan.entries, Means(resolver=studio.shelf)).blend
+    request, path = make_merge_request(studio, form), resolve_output(studio, target)
+    blend = load_and_resolve_blend(request.base, request.entries, LoadOptions(resolver=studio.resolver)).blend
     modules = len({module for entry in blend.active for module in entry.adapter.layers})
     names = ", ".join(f"{row.name.removesuffix('.safetensors')} at {row.weight:g}" for row in form.rows if row.on)
     if target.kind == "adapter":
         ranks = "the exact sum, whose ranks add up" if not target.rank else f"the closest of rank {target.rank}"
         return f"{names}: one adapter of {modules} modules, {ranks}, in {path.name}"
-    checkpoint = find_matching_checkpoint(plan.base, blend)
+    checkpoint = find_matching_checkpoint(request.base, blend)
     config = validate(MergeConfig, {"precision": target.precision}, source="merge")
-    size = sum(bytes_of(stored, target.precision) for stored in checkpoint.parameters.values())
-    seconds = COPIES * size / write_rate(studio.places.output)
+    size = sum(count_bytes(stored, target.precision) for stored in checkpoint.parameters.values())
+    seconds = COPIES * size / measure_write_rate(studio.places.output)
     duration = f"about {seconds:.0f} s" if seconds >= 1 else "less than a second"
     return (
-        f"{names} into {modules} modules of {plan.base}: {size / 1e6:,.0f} MB of weights, {duration}, in "
-        f"{path.name}; rounding would take about {estimate_rounding(plan.base, blend, config):.2%} of what is merged"
+        f"{names} into {modules} modules of {request.base}: {size / 1e6:,.0f} MB of weights, {duration}, in "
+        f"{path.name}; rounding would take about {estimate_rounding(request.base, blend, config):.2%} of what is merged"
     )
 
 
-def bytes_of(stored: StoredTensor, precision: str) -> int:
+def count_bytes(stored: StoredTensor, precision: str) -> int:
     """Of a parameter as it would be written."""
     count = prod(stored.kind[1])
     own = (stored.info.end - stored.info.start) // max(1, prod(stored.info.shape))
     return count * (own if precision == "keep" else torch_dtype(precision).itemsize)
 
 
-def write_rate(folder: Path) -> float:
+def measure_write_rate(folder: Path) -> float:
     """Bytes a second that this disk takes."""
     with tempfile.TemporaryFile(dir=folder) as file:
         started = time.perf_counter()
@@ -125,54 +124,54 @@ def write_rate(folder: Path) -> float:
         return PROBE_BYTES / max(1e-6, time.perf_counter() - started)
 
 
-def merged(
-    studio: Studio, form: Form, target: Target, visitor: str = ""
-) -> Iterator[Waiting | Writing | Written | Halted]:
+def run_merge(
+    studio: Studio, form: BlendForm, target: MergeTarget, visitor: str = ""
+) -> Iterator[Waiting | WriteProgress | MergeDone | Halted]:
     """Merge, with a word at the start and the result at the end. Raises LoRADiffusionError's children."""
-    plan, path = merge_plan(studio, form), output_of(studio, target)
+    request, path = make_merge_request(studio, form), resolve_output(studio, target)
     config = validate(MergeConfig, {"precision": target.precision}, source="merge")
 
-    def work(line: Line) -> Written:
-        line.say(Writing())
+    def work(line: EventStream) -> MergeDone:
+        line.send(WriteProgress())
         path.parent.mkdir(parents=True, exist_ok=True)
         if target.kind == "adapter":
-            return as_adapter(plan, path, target)
+            return write_adapter(request, path, target)
         told = 0
 
         def on_share(share: float) -> None:
             nonlocal told
             if int(share * TOLD) > told:
                 told = int(share * TOLD)
-                line.say(Writing(share))
+                line.send(WriteProgress(share))
 
-        task = MergePlan(base=plan.base, entries=plan.entries, config=config)
-        report, notes = merge_files(task, path, Means(resolver=studio.shelf), on_share)
+        task = MergeRequest(base=request.base, entries=request.entries, config=config)
+        report, notes = merge_files(task, path, LoadOptions(resolver=studio.resolver), on_share)
         done = (
             f"{report.merged_modules} modules, {report.num_bytes / 1e6:,.0f} MB; rounding took "
             f"{report.rounding_error:.2%} of what was merged"
         )
-        return Written(path=path, text="; ".join((done, *notes)))
+        return MergeDone(path=path, text="; ".join((done, *notes)))
 
-    return studio.device.streamed(work, visitor)
+    return studio.device.stream(work, visitor)
 
 
-def as_adapter(plan: Plan, path: Path, target: Target) -> Written:
+def write_adapter(request: GenerationRequest, path: Path, target: MergeTarget) -> MergeDone:
     """One adapter of all."""
     rule = RankRule(rank=target.rank) if target.rank else None
-    combined = combine_files(plan.entries, path, Combination(rule=rule, base=plan.base))
+    combined = combine_files(request.entries, path, CombineConfig(rule=rule, base=request.base))
     lost = f"compression lost {combined.report.total.relative:.2%}" if combined.report else "exact"
-    return Written(
+    return MergeDone(
         path=path, text=f"{len(combined.adapter.layers)} modules, {combined.bytes_after / 1e6:.1f} MB, {lost}"
     )
 
 
-def merge_command(studio: Studio, form: Form, target: Target) -> str:
+def format_merge_command(studio: Studio, form: BlendForm, target: MergeTarget) -> str:
     """The same on the command line. Raises ConfigError."""
-    plan, path = merge_plan(studio, form), studio.places.output / "merged" / target.file
-    words = adapter_words(form.rows, studio.library())
+    request, path = make_merge_request(studio, form), studio.places.output / "merged" / target.file
+    words = adapter_flags(form.rows, studio.library())
     if target.kind == "adapter":
         files = [word for word in words if word != "--adapter"]
         rank = ["--rank", str(target.rank)] if target.rank else []
         return shlex.join(["lora-diffusion", "combine", *files, str(path), *rank])
     precision = [] if target.precision == "keep" else ["--precision", target.precision]
-    return shlex.join(["lora-diffusion", "merge", "--base", plan.base, *words, *precision, "--output", str(path)])
+    return shlex.join(["lora-diffusion", "merge", "--base", request.base, *words, *precision, "--output", str(path)])

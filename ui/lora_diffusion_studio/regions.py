@@ -9,14 +9,14 @@ from PIL import Image
 
 from lora_diffusion.core.atomic_files import atomic_file
 from lora_diffusion.errors import ConfigError
-from lora_diffusion_studio.rows import Row, told
+from lora_diffusion_studio.rows import AdapterSlot, with_options
 from lora_diffusion_studio.studio import Studio
 
 SIDE_PX = 512
 NOWHERE: dict[str, str] = {"box": "", "mask": "", "feather": ""}
 
 
-def kept_mask(studio: Studio, painted: Image.Image) -> Path:
+def save_mask(studio: Studio, painted: Image.Image) -> Path:
     """A mask file, white where something is painted; the same paint is the same file. Raises ConfigError for none."""
     alpha = painted.convert("RGBA").getchannel("A").resize((SIDE_PX, SIDE_PX))
     mask = alpha.point([255 * (value > 127) for value in range(256)])
@@ -28,9 +28,9 @@ def kept_mask(studio: Studio, painted: Image.Image) -> Path:
     return path
 
 
-def placed(rows: Sequence[Row], name: str, mask: Path | None) -> list[Row]:
+def set_region(rows: Sequence[AdapterSlot], name: str, mask: Path | None) -> list[AdapterSlot]:
     """The table with one adapter inside a mask, or everywhere again. Raises ConfigError for one that is not on it."""
     if name not in [row.name for row in rows]:
         raise ConfigError("choose an adapter that is on the table")
     where = {**NOWHERE, "mask": str(mask.resolve()) if mask else ""}
-    return [told(row, **where) if row.name == name else replace(row) for row in rows]
+    return [with_options(row, **where) if row.name == name else replace(row) for row in rows]

@@ -42,39 +42,39 @@ class Failure:
 
 
 @dataclass(eq=False)
-class Line:
+class EventStream:
     """What work says, and whether it should go on."""
 
     events: "queue.Queue[Any]" = field(default_factory=lambda: queue.Queue[Any]())
     stopped: threading.Event = field(default_factory=threading.Event)
 
-    def say(self, event: object) -> None:
+    def send(self, event: object) -> None:
         """Tell the visitor. Raises StoppedError if there is none any more."""
         if self.stopped.is_set():
             raise StoppedError
         self.events.put(event)
 
 
-class Device:
+class DeviceQueue:
     """The one thing that computes: work takes its turn in the order in which it came, and can be stopped."""
 
     def __init__(self) -> None:
         self.turn_taken = threading.Condition()
-        self.lines: list[Line] = []
+        self.lines: list[EventStream] = []
         """The one at work, then those that wait."""
-        self.of_visitor: dict[str, Line] = {}
+        self.of_visitor: dict[str, EventStream] = {}
 
     def stop(self, visitor: str) -> None:
         """Stop what this visitor has running or waiting, at its next event."""
         if line := self.of_visitor.get(visitor):
             line.stopped.set()
 
-    def streamed(self, work: Callable[[Line], object], visitor: str = "") -> Iterator[Any]:
+    def stream(self, work: Callable[[EventStream], object], visitor: str = "") -> Iterator[Any]:
         """The events of some work as they come, its result or `Halted` last; what it raises is raised here.
 
         Closing the iterator stops the work at its next event, and waits until everything is put back.
         """
-        line = self.of_visitor[visitor] = Line()
+        line = self.of_visitor[visitor] = EventStream()
         thread = threading.Thread(target=self.run, args=(work, line), daemon=True)
         thread.start()
         try:
@@ -88,10 +88,10 @@ class Device:
             if self.of_visitor.get(visitor) is line:
                 del self.of_visitor[visitor]
 
-    def run(self, work: Callable[[Line], object], line: Line) -> None:
+    def run(self, work: Callable[[EventStream], object], line: EventStream) -> None:
         """In the thread: wait, work, and tell how it ended."""
         try:
-            with self.turn(line):
+            with self.exclusive(line):
                 line.events.put(work(line))
         except StoppedError:
             line.events.put(Halted())
@@ -101,7 +101,7 @@ class Device:
             line.events.put(END)
 
     @contextmanager
-    def turn(self, line: Line) -> Iterator[None]:
+    def exclusive(self, line: EventStream) -> Iterator[None]:
         """The device for oneself. Raises StoppedError if the visitor has gone before it was free."""
         with self.turn_taken:
             self.lines.append(line)
@@ -111,7 +111,7 @@ class Device:
                 while self.lines[0] is not line:
                     if self.lines.index(line) != before:
                         before = self.lines.index(line)
-                        line.say(Waiting(before))
+                        line.send(Waiting(before))
                     self.turn_taken.wait(WAIT_S)
                     if line.stopped.is_set():
                         raise StoppedError

@@ -25,7 +25,7 @@ CURVES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class AdapterSlot:
     """One adapter, by its path inside the library."""
 
     name: str
@@ -38,15 +38,15 @@ class Row:
     """A weight as JSON where no tag can say it, such as a routed mixture's; then the options say the region alone."""
 
 
-def reference(row: Row) -> str:
+def format_reference(row: AdapterSlot) -> str:
     """What is written after a file: `0.8:lbw=MIDD`."""
     return ":".join(filter(None, (f"{row.weight:g}", row.options.strip(": "))))
 
 
-def entry_of(row: Row, library: Library) -> BlendEntry:
+def entry_from_slot(row: AdapterSlot, library: Library) -> BlendEntry:
     """The row as presets and recipes have it; a row that is off weighs nothing. Raises ConfigError."""
     source = f"{row.name}: {row.options}"
-    rest, region = extract_region([part for part in reference(row).split(":") if part], source=source)
+    rest, region = extract_region([part for part in format_reference(row).split(":") if part], source=source)
     weight = parse_weight(rest, source=source)
     if row.full:
         whole = validate_weight(row.full, source=row.name)
@@ -63,23 +63,23 @@ def validate_weight(text: str, *, source: str) -> BlendWeight:
         raise ConfigError(f"{source}: its weight in full is no readable JSON; load the preset again") from None
 
 
-def row_of(entry: BlendEntry, library: Library) -> Row:
+def slot_from_entry(entry: BlendEntry, library: Library) -> AdapterSlot:
     """The row that stands for an entry whose file is in the library, found by path or by content.
 
     Raises ConfigError if it is not there, or if it has changed since the entry was written.
     """
-    known = known_file(entry, library)
-    placed = region_text(entry.region)
+    known = find_known_file(entry, library)
+    placed = format_region(entry.region)
     if not isinstance(entry.weight, BlendWeight):
-        return Row(name=known.relative, weight=entry.weight, options=placed)
+        return AdapterSlot(name=known.relative, weight=entry.weight, options=placed)
     value, _, options = format_weight(entry.weight).partition(":")
-    row = Row(name=known.relative, weight=float(value), options=":".join(filter(None, (options, placed))))
-    if entry_of(row, library).weight == entry.weight:
+    row = AdapterSlot(name=known.relative, weight=float(value), options=":".join(filter(None, (options, placed))))
+    if entry_from_slot(row, library).weight == entry.weight:
         return row
     return replace(row, options=placed, full=entry.weight.model_dump_json(exclude_defaults=True))
 
 
-def known_file(entry: BlendEntry, library: Library) -> LibraryEntry:
+def find_known_file(entry: BlendEntry, library: Library) -> LibraryEntry:
     path = Path(os.path.normpath(Path(entry.path).absolute()))
     name = entry.name or path.stem
     at_path = next((each for each in library.entries if each.path == path and not each.problem), None)
@@ -93,7 +93,7 @@ def known_file(entry: BlendEntry, library: Library) -> LibraryEntry:
     raise ConfigError(f"{name}: is not in the library {library.folder}; copy its file there")
 
 
-def region_text(region: Region | None) -> str:
+def format_region(region: Region | None) -> str:
     """A region as a tag has it."""
     if region is None:
         return ""
@@ -102,7 +102,7 @@ def region_text(region: Region | None) -> str:
     return where if region.feather == soft else f"{where}:feather={region.feather:g}"
 
 
-def told(row: Row, **changes: float | str | None) -> Row:
+def with_options(row: AdapterSlot, **changes: float | str | None) -> AdapterSlot:
     """The row with single options in place of what it had: `told(row, unet=0.5, lbw="MIDD", start=None)`."""
     parts = [part for part in row.options.split(":") if part and part.partition("=")[0] not in changes]
     for key, value in changes.items():
@@ -111,30 +111,30 @@ def told(row: Row, **changes: float | str | None) -> Row:
     return replace(row, options=":".join(parts))
 
 
-def option(row: Row, key: str) -> str:
+def get_option(row: AdapterSlot, key: str) -> str:
     """The value of one option; empty if it is not there."""
     found = [part.partition("=")[2] for part in row.options.split(":") if part.partition("=")[0] == key]
     return found[-1] if found else ""
 
 
-def curve_of(row: Row) -> str:
+def get_curve(row: AdapterSlot) -> str:
     """The option that says its way over the steps, `linear=0@0,1@1`; empty for none."""
     return next((part for part in row.options.split(":") if part.partition("=")[0] in get_args(Curve)), "")
 
 
-def with_curve(row: Row, curve: str) -> Row:
+def with_curve(row: AdapterSlot, curve: str) -> AdapterSlot:
     """The row with that way over the steps in place of what it had. Raises ConfigError for no such thing."""
     kind, _, points = curve.partition("=")
     if curve and kind not in get_args(Curve):
         raise ConfigError(f"{curve!r} is no way over the steps; write linear=0@0.2,1@0.8, factors at positions")
-    return told(
+    return with_options(
         row, **{**dict.fromkeys(get_args(Curve), ""), kind: points} if curve else dict.fromkeys(get_args(Curve))
     )
 
 
-def checked_options(options: str) -> str:
+def normalize_options(options: str) -> str:
     """The options in one form. Raises ConfigError for one that does not exist."""
     rest, region = extract_region([part for part in options.split(":") if part], source=options)
     weight = validate(BlendWeight, {}, source=options) if not rest else parse_weight(["1", *rest], source=options)
     text = "" if not isinstance(weight, BlendWeight) else format_weight(weight).partition(":")[2]
-    return ":".join(filter(None, (text, region_text(region))))
+    return ":".join(filter(None, (text, format_region(region))))

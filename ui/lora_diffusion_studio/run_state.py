@@ -13,7 +13,7 @@ PACE_STEPS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class State:
+class RunStatus:
     """How a run stands."""
 
     text: str
@@ -24,7 +24,7 @@ class State:
     adapter: Path | None
 
 
-def recorded_steps(run: Path) -> int:
+def read_total_steps(run: Path) -> int:
     """How many steps a run that has ended was to take, from its facts; 0 if there are none."""
     try:
         return int(json.loads((run / FACTS).read_text(encoding="utf-8"))["settings"]["steps"])
@@ -32,7 +32,7 @@ def recorded_steps(run: Path) -> int:
         return 0
 
 
-def time_left(log: Sequence[Mapping[str, Any]], steps: int) -> str:
+def format_time_left(log: Sequence[Mapping[str, Any]], steps: int) -> str:
     """`, 1:05 left`, at the pace of the last steps; empty where nothing is known."""
     paces = [line["seconds"] for line in log[-PACE_STEPS:] if "seconds" in line]
     if not paces or steps <= log[-1]["step"]:
@@ -41,12 +41,12 @@ def time_left(log: Sequence[Mapping[str, Any]], steps: int) -> str:
     return f", {seconds // 60}:{seconds % 60:02} left"
 
 
-def state_text(log: Sequence[Mapping[str, Any]], steps: int, *, running: bool, ended: int | None, said: Path) -> str:
+def format_status(log: Sequence[Mapping[str, Any]], steps: int, *, running: bool, ended: int | None, said: Path) -> str:
     """A sentence on how a run stands."""
     of = f" of {steps}" if steps else ""
     where = f"step {log[-1]['step']}{of}, loss {log[-1]['loss']:.4f}" if log else "getting ready"
     if running:
-        return where + time_left(log, steps)
+        return where + format_time_left(log, steps)
     if ended is None:
         return f"not running; {where}" if log else "not started"
     if ended == 0:
@@ -58,5 +58,5 @@ def state_text(log: Sequence[Mapping[str, Any]], steps: int, *, running: bool, e
     return f"failed: {(errors or last or ['no message'])[-1]}"
 
 
-def existing(path: Path) -> Path | None:
+def existing_or_none(path: Path) -> Path | None:
     return path if path.is_file() else None

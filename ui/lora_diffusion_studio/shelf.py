@@ -15,15 +15,15 @@ from lora_diffusion.errors import ConfigError
 from lora_diffusion.evaluation.plots import save_analysis_plots
 from lora_diffusion.library.search import find_adapter
 from lora_diffusion.workflows.adapters.analyze import analyze_files
-from lora_diffusion.workflows.adapters.convert import Conversion, Dialect, convert
+from lora_diffusion.workflows.adapters.convert import ConvertConfig, Dialect, convert
 from lora_diffusion.workflows.adapters.inspect import inspect_adapter
 from lora_diffusion.workflows.adapters.verify import describe_checks, verify
 from lora_diffusion_studio.rows import LEAST, MOST
-from lora_diffusion_studio.studio import Studio, checked_name
+from lora_diffusion_studio.studio import Studio, check_name
 
 
 @dataclass(frozen=True, kw_only=True)
-class Notes:
+class AdapterNotes:
     """What is kept beside an adapter, in the JSON file that A1111, Forge and the Lora Manager have there too."""
 
     weight: float = 1.0
@@ -35,58 +35,58 @@ class Notes:
     notes: str = ""
 
 
-def file_of(studio: Studio, name: str) -> Path:
+def find_file(studio: Studio, name: str) -> Path:
     """An adapter's file. Raises ConfigError for one that is not in the library."""
     if not name:
         raise ConfigError("choose an adapter first")
     return find_adapter(studio.library(), name).path
 
 
-def facts_of(studio: Studio, name: str) -> list[tuple[str, str]]:
+def inspect_rows(studio: Studio, name: str) -> list[tuple[str, str]]:
     """What is in an adapter, as rows to show. Raises AdapterFormatError."""
-    facts = inspect_adapter(file_of(studio, name))
+    facts = inspect_adapter(find_file(studio, name))
     shown = {key: value for key, value in facts.items() if value not in ("", [], {}, None) and key != "file"}
     return [
         (key.replace("_", " "), value if isinstance(value, str) else json.dumps(value)) for key, value in shown.items()
     ]
 
 
-def verified(studio: Studio, name: str, base: str) -> str:
+def verify_adapter(studio: Studio, name: str, base: str) -> str:
     """Each check and what came of it."""
     studio.check_base(base)
-    return describe_checks(verify(file_of(studio, name), base=base))
+    return describe_checks(verify(find_file(studio, name), base=base))
 
 
-def converted(studio: Studio, name: str, dialect: Dialect) -> tuple[Path, str]:
+def convert_adapter(studio: Studio, name: str, dialect: Dialect) -> tuple[Path, str]:
     """A copy in another layout, in the output folder. Raises LoRADiffusionError's children."""
-    source = file_of(studio, name)
+    source = find_file(studio, name)
     target = studio.places.output / "adapters" / f"{source.stem}-{dialect}.safetensors"
     if target.exists():
         raise ConfigError(f"{target.name}: is there already in the output folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    done = convert(source, target, Conversion(to=dialect))
+    done = convert(source, target, ConvertConfig(to=dialect))
     return target, f"{target.name}: {done.rounding_error:.2%} changed by rounding"
 
 
-def plots(studio: Studio, names: Sequence[str], base: str) -> list[Path]:
+def draw_plots(studio: Studio, names: Sequence[str], base: str) -> list[Path]:
     """Spectra and norms by block of adapters, and for several their overlap. Raises LoRADiffusionError's children."""
     studio.check_base(base)
     if not names:
         raise ConfigError("choose one adapter or several")
     folder = studio.places.output / "plots"
     folder.mkdir(parents=True, exist_ok=True)
-    facts = analyze_files([file_of(studio, name) for name in names], base=base)
+    facts = analyze_files([find_file(studio, name) for name in names], base=base)
     return save_analysis_plots(facts, folder)
 
 
-def notes_of(studio: Studio, name: str) -> Notes:
+def read_notes(studio: Studio, name: str) -> AdapterNotes:
     """What is kept beside an adapter. Raises ConfigError."""
-    table, card = sidecar(file_of(studio, name)), studio.card(name)
+    table, card = read_sidecar(find_file(studio, name)), studio.card(name)
     triggers, notes = (str(table.get(key, "")) for key in ("activation text", "notes"))
-    return Notes(weight=card.preferred, range=card.range, triggers=triggers, notes=notes)
+    return AdapterNotes(weight=card.preferred, range=card.range, triggers=triggers, notes=notes)
 
 
-def sidecar(path: Path) -> dict[str, Any]:
+def read_sidecar(path: Path) -> dict[str, Any]:
     """The JSON file beside an adapter; empty if there is none. Raises ConfigError for one that cannot be read."""
     beside = path.with_suffix(".json")
     if not beside.is_file():
@@ -100,13 +100,13 @@ def sidecar(path: Path) -> dict[str, Any]:
     return table
 
 
-def write_notes(studio: Studio, name: str, told: Notes) -> None:
+def write_notes(studio: Studio, name: str, told: AdapterNotes) -> None:
     """Keep them beside the adapter; whatever else the file says stays. Raises ConfigError, OutputError."""
-    path = file_of(studio, name)
+    path = find_file(studio, name)
     if not all(map(math.isfinite, (told.weight, *told.range))) or told.range[0] >= told.range[1]:
         raise ConfigError(f"a slider from {told.range[0]:g} to {told.range[1]:g} has no length; give rising numbers")
     table = {
-        **sidecar(path),
+        **read_sidecar(path),
         "preferred weight": told.weight,
         "activation text": told.triggers.strip(),
         "notes": told.notes.strip(),
@@ -118,10 +118,10 @@ def write_notes(studio: Studio, name: str, told: Notes) -> None:
         part.write_text(json.dumps(table, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def rename(studio: Studio, name: str, new: str) -> str:
+def rename_adapter(studio: Studio, name: str, new: str) -> str:
     """Give an adapter and what lies beside it another name; returns the new one. Raises ConfigError."""
-    path = file_of(studio, name)
-    target = path.with_name(checked_name(new) + path.suffix)
+    path = find_file(studio, name)
+    target = path.with_name(check_name(new) + path.suffix)
     if target.exists():
         raise ConfigError(f"{new}: there is an adapter of that name; choose another")
     beside = [each for each in path.parent.iterdir() if each != path and each.name.startswith(f"{path.stem}.")]
@@ -133,20 +133,20 @@ def rename(studio: Studio, name: str, new: str) -> str:
 
 def set_preview(studio: Studio, name: str, picture: Path) -> None:
     """A picture beside the adapter, which cards show. Raises OutputError."""
-    path = file_of(studio, name)
+    path = find_file(studio, name)
     with Image.open(picture) as opened, atomic_file(path.with_suffix(".png")) as part:
         opened.convert("RGB").save(part, format="PNG")
 
 
-def shelf_commands(studio: Studio, name: str, several: Sequence[str], base: str) -> str:
+def format_commands(studio: Studio, name: str, several: Sequence[str], base: str) -> str:
     """Looking, checking, converting and drawing on the command line. Raises ConfigError for what is not there."""
     asked: list[tuple[str, ...]] = []
     if name:
-        file = file_of(studio, name)
+        file = find_file(studio, name)
         copy = studio.places.output / "adapters" / f"{file.stem}-kohya.safetensors"
         asked += [("inspect", str(file)), ("verify", str(file), "--base", base)]
         asked += [("convert", str(file), str(copy), "--to", "kohya")]
-    files = [str(file_of(studio, each)) for each in several]
+    files = [str(find_file(studio, each)) for each in several]
     asked += [("analyze", *files, "--base", base, "--plots", str(studio.places.output / "plots"))] * bool(files)
     if not asked:
         raise ConfigError("choose an adapter to look at, or several to draw")

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.workflows.images.plan import Plan, preset_plan, replay_plan, with_tags
 from PIL import Image
 
 from lora_diffusion.adapters.coefficients import DenoisingStep, stock_presets
@@ -26,12 +25,18 @@ from lora_diffusion.library.search import Library, find_adapter, open_library, s
 from lora_diffusion.models.load import Base
 from lora_diffusion.models.locate import find_checkpoint
 from lora_diffusion.models.quantize import check_quantization_available, load_quantized_base
-from lora_diffusion.workflows.images.generate import Means, prepared_blend, write_pictures
-from lora_diffusion_studio.acting import acting_picture
-from lora_diffusion_studio.cards import Card, card_of
-from lora_diffusion_studio.forms import Form, command_of, form_of, plan_of
-from lora_diffusion_studio.rendering import Device, Halted, Line, Waiting
-from lora_diffusion_studio.rows import Row, entry_of
+from lora_diffusion.workflows.images.generate import LoadOptions, load_and_resolve_blend, write_images
+from lora_diffusion.workflows.images.request import (
+    GenerationRequest,
+    request_from_image,
+    request_from_preset,
+    resolve_prompt_tags,
+)
+from lora_diffusion_studio.acting import draw_effect
+from lora_diffusion_studio.cards import Card, make_card
+from lora_diffusion_studio.forms import BlendForm, form_from_request, format_command, make_request
+from lora_diffusion_studio.rendering import DeviceQueue, EventStream, Halted, Waiting
+from lora_diffusion_studio.rows import AdapterSlot, entry_from_slot
 
 PREVIEW_SECONDS = 0.4
 """No preview is drawn sooner after the last."""
@@ -39,7 +44,7 @@ NAME = re.compile(r"[\w][\w .,'+()-]{0,59}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Places:
+class StudioPaths:
     """The folders of a studio; nothing outside them is read for a visitor or written."""
 
     library: Path
@@ -59,7 +64,7 @@ class Places:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class StepTaken:
     """A denoising step that was taken."""
 
     text: str
@@ -68,7 +73,7 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
+class ImageSaved:
     """A picture that is written."""
 
     path: Path
@@ -83,17 +88,17 @@ class Finished:
     seconds: float
 
 
-Event = Waiting | Step | Made | Finished | Halted
+Event = Waiting | StepTaken | ImageSaved | Finished | Halted
 
 
 class Studio:
     """Folders, and the base that was loaded last."""
 
-    def __init__(self, places: Places) -> None:
+    def __init__(self, places: StudioPaths) -> None:
         check_quantization_available(places.quantization)
         self.places = places
         self.loaded: Base | None = None
-        self.device = Device()
+        self.device = DeviceQueue()
         for folder in (places.presets, places.masks):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -117,106 +122,119 @@ class Studio:
         """The adapters that fit a base, those with every word of `text`, and of a kind such as `LoRA`, if given."""
         self.check_base(base)
         family = find_checkpoint(base).family.name
-        found = [card_of(entry) for entry in search(self.library(), text, family) if not entry.problem]
+        found = [make_card(entry) for entry in search(self.library(), text, family) if not entry.problem]
         return [card for card in found if kind in ("", *card.kinds)]
 
     def card(self, name: str) -> Card:
         """One adapter. Raises ConfigError if it is not there."""
-        return card_of(find_adapter(self.library(), name))
+        return make_card(find_adapter(self.library(), name))
 
     def block_presets(self, base: str) -> list[str]:
         """Names of the stock block presets."""
         self.check_base(base)
         return list(stock_presets(find_checkpoint(base).layout))
 
-    def acting(self, base: str, row: Row) -> Image.Image:
+    def draw_effect(self, base: str, row: AdapterSlot) -> Image.Image:
         """How an adapter on the table acts, by block and over the steps. Raises ConfigError."""
         self.check_base(base)
-        return acting_picture(entry_of(row, self.library()).weight, find_checkpoint(base).layout)
+        return draw_effect(entry_from_slot(row, self.library()).weight, find_checkpoint(base).layout)
 
-    def plan(self, form: Form) -> Plan:
+    def make_request(self, form: BlendForm) -> GenerationRequest:
         """What a form asks for. Raises ConfigError."""
         self.check_base(form.base)
-        plan = with_tags(plan_of(form, self.library()), self.shelf)
-        self.check_masks(plan)
-        return plan
+        request = resolve_prompt_tags(make_request(form, self.library()), self.resolver)
+        self.check_masks(request)
+        return request
 
-    def command(self, form: Form, command: str = "generate", *more: str) -> str:
+    def format_command(self, form: BlendForm, command: str = "generate", *more: str) -> str:
         """The command line that makes the same pictures. Raises ConfigError for weights that only a preset can say."""
         flags = () if self.places.quantization == "none" else ("--quantize", self.places.quantization)
-        return command_of(form, self.library(), self.places.output, command, *more, *flags)
+        return format_command(form, self.library(), self.places.output, command, *more, *flags)
 
     @property
-    def shelf(self) -> AdapterResolver:
+    def resolver(self) -> AdapterResolver:
         return AdapterResolver(library_folder=self.places.library)
 
-    def check_masks(self, plan: Plan) -> None:
+    def check_masks(self, request: GenerationRequest) -> None:
         """Raise ConfigError for a mask that was not painted here."""
         inside = self.places.masks.resolve()
-        for entry in plan.entries:
+        for entry in request.entries:
             mask = entry.region.mask if entry.region else ""
             if mask and not Path(mask).resolve().is_relative_to(inside):
                 raise ConfigError(f"{Path(mask).name}: is no mask of this studio; paint one under Regions")
 
-    def render(self, form: Form, visitor: str = "") -> Iterator[Event]:
+    def render(self, form: BlendForm, visitor: str = "") -> Iterator[Event]:
         """Make the pictures of a form, into the output folder. Raises LoRADiffusionError's children.
 
         Closing the iterator stops at the next step, with the base as it was.
         """
-        return self.render_plan(self.plan(form), visitor)  # mistakes are found before the device is waited for
+        return self.render_request(
+            self.make_request(form), visitor
+        )  # mistakes are found before the device is waited for
 
-    def render_plan(self, plan: Plan, visitor: str = "") -> Iterator[Event]:
-        """The same of a plan."""
-        return self.device.streamed(lambda line: self.rendered(plan, line), visitor)
+    def render_request(self, request: GenerationRequest, visitor: str = "") -> Iterator[Event]:
+        """The same of a request."""
+        return self.device.stream(lambda line: self.render_events(request, line), visitor)
 
-    def rendered(self, plan: Plan, line: Line) -> Finished:
+    def render_events(self, request: GenerationRequest, line: EventStream) -> Finished:
         started = last = time.monotonic()
-        means = Means(resolver=self.shelf)
-        found = prepared_blend(plan.base, plan.entries, means)
-        base = self.base(plan.base)
+        options = LoadOptions(resolver=self.resolver)
+        found = load_and_resolve_blend(request.base, request.entries, options)
+        base = self.base(request.base)
         done = 0
 
         def on_step(denoising_step: DenoisingStep, latents: Any) -> None:
             nonlocal last
             due = time.monotonic() - last > PREVIEW_SECONDS
-            share = (done + (denoising_step.index + 1) / denoising_step.total) / plan.settings.count
+            share = (done + (denoising_step.index + 1) / denoising_step.total) / request.settings.count
             picture = decode_preview(base, latents) if due else None
             last = time.monotonic() if due else last
-            line.say(Step(text=progress_text(done, plan, denoising_step, started, share), share=share, picture=picture))
+            line.send(
+                StepTaken(
+                    text=format_progress(done, request, denoising_step, started, share), share=share, picture=picture
+                )
+            )
 
         def on_picture(path: Path, _picture: object) -> None:
             nonlocal done
             done += 1
-            line.say(Made(path=path))
+            line.send(ImageSaved(path=path))
 
-        written = write_pictures(base, found, plan, self.places.output, means, on_picture=on_picture, on_step=on_step)
+        written = write_images(
+            base, found, request, self.places.output, options, on_picture=on_picture, on_step=on_step
+        )
         return Finished(paths=written.paths, notes=written.notes, seconds=time.monotonic() - started)
 
-    def restored(self, picture: Path) -> tuple[Form, tuple[str, ...]]:
+    def restore_form(self, picture: Path) -> tuple[BlendForm, tuple[str, ...]]:
         """The form that a picture was made with; also what could not be restored. Raises ConfigError."""
-        plan = replay_plan(picture, base="", resolver=self.shelf)
-        form, missing = form_of(with_tags(plan, self.shelf), self.library())
+        request = request_from_image(picture, base="", resolver=self.resolver)
+        form, missing = form_from_request(resolve_prompt_tags(request, self.resolver), self.library())
         if form.base not in self.places.bases:
             missing = (*missing, f"made with the base {form.base}, which this studio does not have")
-        if plan.recipe and plan.quantization != self.places.quantization:
-            missing = (*missing, f"made with quantize {plan.quantization}; this studio has {self.places.quantization}")
-        return form, (*plan.notes, *missing)
+        if request.recipe and request.quantization != self.places.quantization:
+            missing = (
+                *missing,
+                f"made with quantize {request.quantization}; this studio has {self.places.quantization}",
+            )
+        return form, (*request.notes, *missing)
 
-    def preset_form(self, path: Path) -> tuple[Form, tuple[str, ...]]:
+    def form_from_preset(self, path: Path) -> tuple[BlendForm, tuple[str, ...]]:
         """The form that a preset fills; adapters that the library lacks are named and left out."""
         settings = {} if read_preset(path).settings else {"prompt": ""}
-        plan = preset_plan(path, base="", settings=settings, composition={}, adapters=())
-        return form_of(plan, self.library())
+        request = request_from_preset(path, base="", settings=settings, composition={}, adapters=())
+        return form_from_request(request, self.library())
 
 
-def progress_text(done: int, plan: Plan, denoising_step: DenoisingStep, started: float, share: float) -> str:
+def format_progress(
+    done: int, request: GenerationRequest, denoising_step: DenoisingStep, started: float, share: float
+) -> str:
     """Where the work is, and how long it will take."""
     left = (time.monotonic() - started) * (1 - share) / max(share, 1e-6)
-    which = f"picture {done + 1} of {plan.settings.count}, " if plan.settings.count > 1 else ""
+    which = f"picture {done + 1} of {request.settings.count}, " if request.settings.count > 1 else ""
     return f"{which}step {denoising_step.index + 1} of {denoising_step.total}, {left:.0f} s left"
 
 
-def checked_name(name: str) -> str:
+def check_name(name: str) -> str:
     """A name that is safe as a file's. Raises ConfigError."""
     stripped = name.strip()
     if not NAME.fullmatch(stripped):
@@ -227,14 +245,14 @@ def checked_name(name: str) -> str:
     return stripped
 
 
-def bases_on_offer(named: Sequence[str]) -> tuple[str, ...]:
+def list_bases(named: Sequence[str]) -> tuple[str, ...]:
     """The bases that were asked for, or the embedded one. Raises BaseModelError for one that is not there."""
     for name in named:
         find_checkpoint(name)
     return tuple(named) or (EMBEDDED_BASE,)
 
 
-def own_library(output: Path) -> Path:
+def create_library(output: Path) -> Path:
     """A library of the studio's own, which begins with the adapters that come with the package."""
     folder = output / "library"
     if not folder.is_dir():

@@ -21,11 +21,11 @@ from lora_diffusion.data.checks import format_report
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.models.locate import find_checkpoint
 from lora_diffusion.training.log import LOG, read_log
-from lora_diffusion.workflows.training.dataset_check import checked
+from lora_diffusion.workflows.training.dataset_check import check_dataset_for_base
 from lora_diffusion.workflows.training.run import REPORT
 from lora_diffusion.workflows.training.sample_sheet import sheet_path
-from lora_diffusion_studio.run_state import State, existing, recorded_steps, state_text
-from lora_diffusion_studio.studio import Studio, checked_name
+from lora_diffusion_studio.run_state import RunStatus, existing_or_none, format_status, read_total_steps
+from lora_diffusion_studio.studio import Studio, check_name
 
 MOST_PICTURES = 200
 PURPOSES = ("style", "dreambooth")
@@ -54,7 +54,7 @@ class Job:
     """Of the samples on the way, a line each; by default the first caption."""
 
 
-class Trainer:
+class RunManager:
     """The runs of a studio; one at a time, as there is one device."""
 
     def __init__(self, studio: Studio) -> None:
@@ -64,7 +64,7 @@ class Trainer:
 
     def folder(self, name: str) -> Path:
         """Where a run's pictures, log and adapter are. Raises ConfigError for a name that cannot be one."""
-        return self.studio.places.output / "training" / checked_name(name)
+        return self.studio.places.output / "training" / check_name(name)
 
     def add_pictures(self, name: str, files: Sequence[Path]) -> list[tuple[str, str]]:
         """Copy pictures, and captions that come with them; returns names and captions. Raises ConfigError."""
@@ -89,7 +89,7 @@ class Trainer:
         """Pictures of a run with their captions."""
         folder = self.folder(name) / "pictures"
         pictures = sorted(path for path in folder.glob("*") if path.suffix not in (".txt", ".caption"))
-        return [(path.name, caption_of(path)) for path in pictures]
+        return [(path.name, read_caption(path)) for path in pictures]
 
     def thumbnail(self, name: str, picture: str) -> str:
         """A small copy of a picture as a data address, so that no other file has to be served."""
@@ -114,9 +114,9 @@ class Trainer:
         """The dataset check for a run. Raises DatasetError, BaseModelError."""
         self.studio.check_base(job.base)
         data = DataConfig(folder=self.folder(job.name) / "pictures", instance_prompt=job.instance)
-        return format_report(checked(data, job.base, job.trigger if job.purpose == "style" else ""))
+        return format_report(check_dataset_for_base(data, job.base, job.trigger if job.purpose == "style" else ""))
 
-    def words(self, job: Job) -> list[str]:
+    def command_words(self, job: Job) -> list[str]:
         """The command line of a run. Raises ConfigError."""
         self.studio.check_base(job.base)
         if job.purpose not in PURPOSES:
@@ -127,11 +127,11 @@ class Trainer:
         words += ["--trigger", job.trigger] if job.purpose == "style" and job.trigger else []
         words += ["--instance", job.instance] if job.purpose == "dreambooth" else []
         sets = [line.strip() for line in job.extra.splitlines() if line.strip()]
-        refuse_owned(sets)
-        sets = [*self.sampled(job), *([f"steps={job.steps}"] if job.steps else []), *sets]
+        check_allowed_settings(sets)
+        sets = [*self.sample_settings(job), *([f"steps={job.steps}"] if job.steps else []), *sets]
         return [*words, *(word for each in sets for word in ("--set", each))]
 
-    def sampled(self, job: Job) -> list[str]:
+    def sample_settings(self, job: Job) -> list[str]:
         """Settings that draw samples on the way."""
         prompts = [line.strip() for line in job.prompts.splitlines() if line.strip()]
         first = next((caption for _, caption in self.captions(job.name) if caption), "")
@@ -142,13 +142,13 @@ class Trainer:
 
     def command(self, job: Job) -> str:
         """The same to be copied."""
-        return shlex.join(["lora-diffusion", *self.words(job)])
+        return shlex.join(["lora-diffusion", *self.command_words(job)])
 
     def start(self, job: Job) -> None:
         """Begin, or go on where a run was stopped. Raises ConfigError if one is running."""
         if self.process and self.process.poll() is None:
             raise ConfigError(f"the run {self.name!r} is going on; stop it, or wait for its end")
-        words = self.words(job)
+        words = self.command_words(job)
         self.check(job)
         with (self.folder(job.name) / "said.txt").open("wb") as said:
             self.process = subprocess.Popen(
@@ -166,21 +166,21 @@ class Trainer:
         family = find_checkpoint(job.base).family.name
         return job.steps or int(default_settings("style" if job.purpose == "style" else "dreambooth", family)["steps"])
 
-    def state(self, name: str) -> State:
+    def state(self, name: str) -> RunStatus:
         """How a run stands, from what it writes."""
         folder = self.folder(name)
         run, adapter = folder / f"{folder.name}-run", folder / f"{folder.name}.safetensors"
         log = [line for line in read_log(run / LOG) if "loss" in line] if (run / LOG).is_file() else []
         running = self.name == name and self.process is not None and self.process.poll() is None
         ended = None if self.process is None or self.name != name else self.process.poll()
-        steps = self.of_steps if self.name == name else recorded_steps(run)
-        return State(
-            text=state_text(log, steps, running=running, ended=ended, said=folder / "said.txt"),
+        steps = self.of_steps if self.name == name else read_total_steps(run)
+        return RunStatus(
+            text=format_status(log, steps, running=running, ended=ended, said=folder / "said.txt"),
             running=running,
             losses=tuple((line["step"], line["loss"]) for line in log),
-            sheet=existing(sheet_path(run)),
-            report=existing(run / REPORT),
-            adapter=None if running else existing(adapter),
+            sheet=existing_or_none(sheet_path(run)),
+            report=existing_or_none(run / REPORT),
+            adapter=None if running else existing_or_none(adapter),
         )
 
     def publish(self, name: str) -> str:
@@ -195,7 +195,7 @@ class Trainer:
         return target.name
 
 
-def refuse_owned(sets: Sequence[str]) -> None:
+def check_allowed_settings(sets: Sequence[str]) -> None:
     """Raise ConfigError for a setting that has a field of its own, would read or write elsewhere, or run other code."""
     for each in sets:
         key = each.partition("=")[0].strip()
@@ -205,6 +205,6 @@ def refuse_owned(sets: Sequence[str]) -> None:
             raise ConfigError(f"{key}: is not set from the studio; use the command line")
 
 
-def caption_of(picture: Path) -> str:
+def read_caption(picture: Path) -> str:
     found = [path for path in (picture.with_suffix(".txt"), picture.with_suffix(".caption")) if path.is_file()]
     return " ".join(found[0].read_text(encoding="utf-8", errors="replace").split()) if found else ""

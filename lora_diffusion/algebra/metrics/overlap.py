@@ -55,13 +55,13 @@ class Overlap:
         return _fraction(self.second_inside, self.second_energy)
 
     @property
-    def shared_energy(self) -> float:
+    def shared(self) -> float:
         """Mean of `first_share` and `second_share`."""
         return (self.first_share + self.second_share) / 2
 
     @property
     def chance(self) -> float:
-        """Expected `shared_energy` of random directions."""
+        """Expected `shared` of random directions."""
         return (_fraction(self.first_chance, self.first_energy) + _fraction(self.second_chance, self.second_energy)) / 2
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from lora_diffusion.cli.flags import Patterns, quiet
+from lora_diffusion.cli.flags import Patterns, quiet_libraries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Analyze:
 
         if self.plots:
             check_plots_free(self.plots, len(self.files), force=self.force)
-        with quiet():
+        with quiet_libraries():
             facts = analyze_files(self.files, base=self.base, ignore=self.ignore_unmatched)
         drawn = save_analysis_plots(facts, self.plots) if self.plots else []
         if self.json:

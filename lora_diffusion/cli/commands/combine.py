@@ -14,7 +14,7 @@ from lora_diffusion.config.preset import BlendEntry
 from lora_diffusion.errors import ConfigError
 
 
-def optional(metavar: str) -> Any:
+def optional_flag(metavar: str) -> Any:
     return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
 
 
@@ -22,21 +22,21 @@ def optional(metavar: str) -> Any:
 class RankFlags:
     """Which rank each module gets; one of the first seven."""
 
-    rank: Annotated[int | None, optional("N")] = None
+    rank: Annotated[int | None, optional_flag("N")] = None
     """Rank N everywhere, less where the delta has no more."""
-    keep: Annotated[float | None, optional("SHARE")] = None
+    keep: Annotated[float | None, optional_flag("SHARE")] = None
     """The lowest rank that keeps this share of the squared Frobenius norm of the delta, such as 0.99."""
-    ratio: Annotated[float | None, optional("NUMBER")] = None
+    ratio: Annotated[float | None, optional_flag("NUMBER")] = None
     """Every singular value of at least the largest / NUMBER."""
-    frobenius: Annotated[float | None, optional("SHARE")] = None
+    frobenius: Annotated[float | None, optional_flag("SHARE")] = None
     """The lowest rank that keeps this share of the Frobenius norm, not squared."""
-    cumulative: Annotated[float | None, optional("SHARE")] = None
+    cumulative: Annotated[float | None, optional_flag("SHARE")] = None
     """The lowest rank that keeps this share of the sum of singular values."""
-    threshold: Annotated[float | None, optional("NUMBER")] = None
+    threshold: Annotated[float | None, optional_flag("NUMBER")] = None
     """Every singular value of at least this, in units of the weights."""
-    quantile: Annotated[float | None, optional("SHARE")] = None
+    quantile: Annotated[float | None, optional_flag("SHARE")] = None
     """Every singular value above this quantile of the module's own, such as 0.9."""
-    at_most: Annotated[int | None, optional("N")] = None
+    at_most: Annotated[int | None, optional_flag("N")] = None
     """No rank above N, whatever the rule says."""
 
     def rule(self) -> Any:
@@ -53,21 +53,21 @@ class ConsensusFlags:
 
     method: Annotated[
         Literal["ties", "dare", "della", "knots", "magnitude", "median", "slerp", "zip", "project"] | None,
-        optional("ties|dare|della|knots|magnitude|median|slerp|zip|project"),
+        optional_flag("ties|dare|della|knots|magnitude|median|slerp|zip|project"),
     ] = None
     """A rule that decides where adapters disagree, instead of the sum. slerp and zip take two adapters; project takes
     the others' directions out of the first."""
-    density: Annotated[float | None, optional("SHARE")] = None
+    density: Annotated[float | None, optional_flag("SHARE")] = None
     """Share of the numbers that stay (ties, dare, della, knots, magnitude; default 0.5)."""
-    seed: Annotated[int | None, optional("N")] = None
+    seed: Annotated[int | None, optional_flag("N")] = None
     """Seed of what is dropped at random (dare, della; default 0)."""
-    spread: Annotated[float | None, optional("NUMBER")] = None
+    spread: Annotated[float | None, optional_flag("NUMBER")] = None
     """How much more often small numbers are dropped than large ones, 0 to below 1 (della; default 0.2)."""
-    disjoint: Annotated[Literal["mean", "sum"] | None, optional("mean|sum")] = None
+    disjoint: Annotated[Literal["mean", "sum"] | None, optional_flag("mean|sum")] = None
     """Numbers that agree in sign become their mean, as strong as one adapter, or their sum (ties, della, knots)."""
-    penalty: Annotated[float | None, optional("NUMBER")] = None
+    penalty: Annotated[float | None, optional_flag("NUMBER")] = None
     """How much shared columns give way to each other, 0 to below 1 (zip; default 0.9)."""
-    strength: Annotated[float | None, optional("NUMBER")] = None
+    strength: Annotated[float | None, optional_flag("NUMBER")] = None
     """How strongly the others' directions are taken out of the first: 0 not, 1 half (project; default 1)."""
 
     def consensus(self) -> Any:
@@ -86,7 +86,7 @@ class ConsensusFlags:
 class OutputFlags:
     """What a delta is taken against, and how the file is written."""
 
-    base: Annotated[str, optional("BASE")] = ""
+    base: Annotated[str, optional_flag("BASE")] = ""
     """Base of the adapters (folder, single file or hub id); DoRA layers have no delta without it."""
     dtype: WeightType = "keep"
     """Type of the written tensors; `keep` is that of the inputs, or float32 if they differ."""
@@ -106,9 +106,9 @@ class OutputFlags:
         first: int | None = None,
     ) -> int:
         """Do it and say what came of it."""
-        from lora_diffusion.workflows.adapters.combine import Combination, combine_files, described, facts_of
+        from lora_diffusion.workflows.adapters.combine import CombineConfig, combine_files, format_report, to_json
 
-        how = Combination(
+        how = CombineConfig(
             rule=rule,
             first=first,
             consensus=consensus,
@@ -118,7 +118,7 @@ class OutputFlags:
             ignore=self.ignore_unmatched,
         )
         done = combine_files(entries, output, how)
-        print(json.dumps(facts_of(done)) if self.json else described(done))
+        print(json.dumps(to_json(done)) if self.json else format_report(done))
         return 0
 
 
@@ -155,7 +155,7 @@ class Resize:
     """Adapter to read, in any dialect."""
     output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT", help_behavior_hint="")]
     """File to write (.safetensors)."""
-    first: Annotated[int | None, optional("N")] = None
+    first: Annotated[int | None, optional_flag("N")] = None
     """The first N directions as they stand, without SVD: for adapters that were trained by DyLoRA."""
     rank: Annotated[RankFlags, tyro.conf.arg(name="")]
     how: Annotated[OutputFlags, tyro.conf.arg(name="")]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from lora_diffusion.cli.flags import Changes, parse_changes, quiet
+from lora_diffusion.cli.flags import Changes, parse_changes, quiet_libraries
 from lora_diffusion.config.settings import EMBEDDED_BASE, deep_merge, validate
 
 
@@ -34,11 +34,11 @@ class Check:
         config = validate(
             DataConfig, deep_merge({"folder": self.folder}, parse_changes(self.set)), source="dataset check"
         )
-        with quiet():
+        with quiet_libraries():
             from lora_diffusion.data.checks import format_report, to_json
-            from lora_diffusion.workflows.training.dataset_check import checked, save_sheet
+            from lora_diffusion.workflows.training.dataset_check import check_dataset_for_base, save_contact_sheet
 
-            report = checked(config, self.base, self.trigger)
+            report = check_dataset_for_base(config, self.base, self.trigger)
             if self.sheet:
-                save_sheet(report, config, self.sheet)
+                save_contact_sheet(report, config, self.sheet)
         print(json.dumps(to_json(report)) if self.json else format_report(report))

@@ -1,4 +1,4 @@
-"""The command that makes one adapter of a blend by training it to predict the same: distil."""
+"""The command that makes one adapter of a blend by training it to predict the same: distill."""
 
 import json
 import sys
@@ -12,11 +12,11 @@ from lora_diffusion.cli.blend_flags import (
     Adapters,
     BaseFlag,
     CompositionFlags,
-    MeansFlags,
-    given,
+    LoadFlags,
     parse_adapters,
+    set_flags,
 )
-from lora_diffusion.cli.flags import optional_flags, quiet
+from lora_diffusion.cli.flags import optional_flags, quiet_libraries
 from lora_diffusion.config.distillation import DistillConfig
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import Composition
@@ -26,7 +26,7 @@ DistilFlags = optional_flags(DistillConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distil:
+class Distill:
     """Make one adapter of a blend that is no sum, by a short training against what the blend predicts.
 
     Prints how far the adapter is from the blend on prompts and noise held out: 0 is the blend, 1 the base alone.
@@ -34,7 +34,7 @@ class Distil:
 
     settings: Annotated[DistilFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
     composition: Annotated[CompositionFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
-    where: Annotated[MeansFlags, tyro.conf.arg(name="")]
+    where: Annotated[LoadFlags, tyro.conf.arg(name="")]
     output: Path
     """The adapter file to write (.safetensors)."""
     base: BaseFlag = ""
@@ -53,14 +53,14 @@ class Distil:
     """Print the result as JSON."""
 
     def run(self) -> int:
-        with quiet():
-            from lora_diffusion.workflows.training.distill import PromptSource, distil_file
+        with quiet_libraries():
+            from lora_diffusion.workflows.training.distill import PromptSource, distill_file
 
-            plan = self.plan()
-            sampling = {"sampler_steps": plan.settings.steps, "guidance": plan.settings.guidance}
-            config = validate(DistillConfig, {**sampling, **given(self.settings)}, source="distil")
+            request = self.make_request()
+            sampling = {"sampler_steps": request.settings.steps, "guidance": request.settings.guidance}
+            config = validate(DistillConfig, {**sampling, **set_flags(self.settings)}, source="distill")
             source = PromptSource(file=self.prompts, folder=self.data)
-            done = distil_file(plan, source, config, self.output, self.where.means(), force=self.force)
+            done = distill_file(request, source, config, self.output, self.where.options(), force=self.force)
         for note in done.notes:
             print(f"note: {note}", file=sys.stderr)
         report = done.result.report
@@ -75,19 +75,19 @@ class Distil:
         print(json.dumps(facts) if self.json else "\n".join(lines))
         return 0
 
-    def plan(self) -> Any:
-        """What to distil, from the flags."""
-        from lora_diffusion.workflows.images.plan import Plan, preset_plan
+    def make_request(self) -> Any:
+        """What to distill, from the flags."""
+        from lora_diffusion.workflows.images.request import GenerationRequest, request_from_preset
 
-        composition, adapters = given(self.composition), parse_adapters(self.adapter)
+        composition, adapters = set_flags(self.composition), parse_adapters(self.adapter)
         if self.preset:
             no_prompt = {"prompt": ""}
-            return preset_plan(
+            return request_from_preset(
                 self.preset, base=self.base, settings=no_prompt, composition=composition, adapters=adapters
             )
-        return Plan(
+        return GenerationRequest(
             base=self.base or EMBEDDED_BASE,
             entries=adapters,
             settings=GenerateConfig(prompt=""),
-            composition=validate(Composition, composition, source="distil"),
+            composition=validate(Composition, composition, source="distill"),
         )

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from lora_diffusion.cli.commands.combine import RankFlags
-from lora_diffusion.cli.flags import quiet
+from lora_diffusion.cli.flags import quiet_libraries
 from lora_diffusion.config.merge import WeightType
 from lora_diffusion.errors import ConfigError
 
@@ -16,7 +16,7 @@ Targets = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[SET|PATTERN ...]", 
 
 
 @dataclass(frozen=True, kw_only=True)
-class TakingFlags:
+class ExtractFlags:
     """What is taken, and how the file is written."""
 
     rank: Annotated[RankFlags, tyro.conf.arg(name="")]
@@ -33,14 +33,14 @@ class TakingFlags:
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the result as JSON, module by module."""
 
-    def settings(self) -> Any:
+    def config(self) -> Any:
         """For the library. Raises ConfigError for flags that contradict each other."""
-        from lora_diffusion.workflows.adapters.extract import Extracting
+        from lora_diffusion.workflows.adapters.extract import ExtractConfig
 
         rule = self.rank.rule()
         if rule is None:
             raise ConfigError("give the rank, such as --rank 32 or --keep 0.99")
-        return Extracting(
+        return ExtractConfig(
             rule=rule,
             method=self.method,
             unet=self.unet_targets,
@@ -49,11 +49,11 @@ class TakingFlags:
             force=self.force,
         )
 
-    def tell(self, done: Any) -> int:
+    def print_result(self, done: Any) -> int:
         """Say what came of it."""
-        from lora_diffusion.workflows.adapters.extract_report import described, facts_of
+        from lora_diffusion.workflows.adapters.extract_report import format_report, to_json
 
-        print(json.dumps(facts_of(done)) if self.json else described(done))
+        print(json.dumps(to_json(done)) if self.json else format_report(done))
         return 0
 
 
@@ -72,14 +72,14 @@ class Extract:
     """Checkpoint without the change: `tiny-sd`, a folder, a single file, or a hub id."""
     norms_and_biases: Literal["leave", "keep"] = "leave"
     """Leave out norms and biases that differ, which not every program reads, or keep them, whole and in float32."""
-    how: Annotated[TakingFlags, tyro.conf.arg(name="")]
+    how: Annotated[ExtractFlags, tyro.conf.arg(name="")]
 
     def run(self) -> int:
-        with quiet():
+        with quiet_libraries():
             from lora_diffusion.workflows.adapters.extract import extract_file
 
-        how = replace(self.how.settings(), norms_and_biases=self.norms_and_biases)
-        return self.how.tell(extract_file(self.tuned, self.base, self.output, how))
+        how = replace(self.how.config(), norms_and_biases=self.norms_and_biases)
+        return self.how.print_result(extract_file(self.tuned, self.base, self.output, how))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +93,10 @@ class Approximate:
     """Checkpoint: `tiny-sd`, a folder in diffusers' layout, a single file, or a hub id."""
     output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT", help_behavior_hint="")]
     """File to write (.safetensors)."""
-    how: Annotated[TakingFlags, tyro.conf.arg(name="")]
+    how: Annotated[ExtractFlags, tyro.conf.arg(name="")]
 
     def run(self) -> int:
-        with quiet():
+        with quiet_libraries():
             from lora_diffusion.workflows.adapters.extract import approximate_file
 
-        return self.how.tell(approximate_file(self.base, self.output, self.how.settings()))
+        return self.how.print_result(approximate_file(self.base, self.output, self.how.config()))

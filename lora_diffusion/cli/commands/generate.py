@@ -13,11 +13,11 @@ from lora_diffusion.cli.blend_flags import (
     BaseFlag,
     CompositionFlags,
     GenerateFlags,
-    MeansFlags,
-    given,
+    LoadFlags,
     parse_adapters,
+    set_flags,
 )
-from lora_diffusion.cli.flags import quiet
+from lora_diffusion.cli.flags import quiet_libraries
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import Composition
 from lora_diffusion.config.settings import EMBEDDED_BASE, Quantization, validate
@@ -33,7 +33,7 @@ class Generate:
 
     settings: Annotated[GenerateFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
     composition: Annotated[CompositionFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
-    where: Annotated[MeansFlags, tyro.conf.arg(name="")]
+    where: Annotated[LoadFlags, tyro.conf.arg(name="")]
     base: BaseFlag = ""
     """`tiny-sd`, a folder in diffusers' layout, or a hub id."""
     adapter: Adapters = ()
@@ -50,32 +50,32 @@ class Generate:
     """Print the result as JSON."""
 
     def run(self) -> None:
-        with quiet():
+        with quiet_libraries():
             from lora_diffusion.workflows.images.generate import generate_files
 
-            means = self.where.means()
-            written = generate_files(self.plan(means.resolver), self.output, means)
+            options = self.where.options()
+            written = generate_files(self.make_request(options.resolver), self.output, options)
         for note in written.notes:
             print(f"note: {note}", file=sys.stderr)
         print(json.dumps([str(p) for p in written.paths]) if self.json else "\n".join(map(str, written.paths)))
 
-    def plan(self, resolver: Any) -> Any:
+    def make_request(self, resolver: Any) -> Any:
         """What to make, from the flags."""
-        from lora_diffusion.workflows.images.plan import Plan, preset_plan, replay_plan
+        from lora_diffusion.workflows.images.request import GenerationRequest, request_from_image, request_from_preset
 
-        settings, composition = given(self.settings), given(self.composition)
+        settings, composition = set_flags(self.settings), set_flags(self.composition)
         adapters = parse_adapters(self.adapter)
         if self.from_:
             others = (settings, composition, adapters, self.preset, self.where.balance, self.quantize != "none")
             if any(others):
                 raise ConfigError("--from makes a picture again as it was; give only --base, --library and --output")
-            return replay_plan(self.from_, base=self.base, resolver=resolver)
+            return request_from_image(self.from_, base=self.base, resolver=resolver)
         if self.preset:
-            plan = preset_plan(
+            request = request_from_preset(
                 self.preset, base=self.base, settings=settings, composition=composition, adapters=adapters
             )
-            return replace(plan, quantization=self.quantize)
-        return Plan(
+            return replace(request, quantization=self.quantize)
+        return GenerationRequest(
             base=self.base or EMBEDDED_BASE,
             entries=adapters,
             settings=validate(GenerateConfig, settings, source="generate"),
@@ -101,7 +101,7 @@ class Preset:
     """File of the preset, or folder to list."""
     settings: Annotated[GenerateFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
     composition: Annotated[CompositionFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
-    where: Annotated[MeansFlags, tyro.conf.arg(name="")]
+    where: Annotated[LoadFlags, tyro.conf.arg(name="")]
     adapter: Adapters = ()
     """Adapter to save, with its weight and options."""
     base: BaseFlag = ""
@@ -118,26 +118,28 @@ class Preset:
     """Print as JSON."""
 
     def run(self) -> int:
-        if self.action != "save" and (given(self.settings) or given(self.composition) or self.adapter or self.from_):
+        if self.action != "save" and (
+            set_flags(self.settings) or set_flags(self.composition) or self.adapter or self.from_
+        ):
             raise ConfigError(f"preset {self.action} takes no adapters and no settings; only `preset save` does")
-        with quiet():
+        with quiet_libraries():
             return {"save": self.save, "list": self.list, "show": self.show, "check": self.check}[self.action]()
 
     def save(self) -> int:
         from lora_diffusion.workflows.images.generate import save_plan
-        from lora_diffusion.workflows.images.plan import settings_plan
+        from lora_diffusion.workflows.images.request import request_from_settings
 
-        settings, composition = given(self.settings), given(self.composition)
-        means = self.where.means()
-        plan = settings_plan(
+        settings, composition = set_flags(self.settings), set_flags(self.composition)
+        options = self.where.options()
+        request = request_from_settings(
             self.from_,
             base=self.base,
             settings=settings,
             composition=composition,
             adapters=parse_adapters(self.adapter),
-            resolver=means.resolver,
+            resolver=options.resolver,
         )
-        saved = save_plan(plan, self.path, means, name=self.name, description=self.description, force=self.force)
+        saved = save_plan(request, self.path, options, name=self.name, description=self.description, force=self.force)
         for note in saved.notes:
             print(f"note: {note}", file=sys.stderr)
         print(saved.preset.model_dump_json(exclude_defaults=True) if self.json else f"{self.path}: saved")
@@ -165,8 +167,8 @@ class Preset:
     def check(self) -> int:
         from lora_diffusion.workflows.images.presets import check_preset
 
-        means = self.where.means()
-        checks = check_preset(self.path, means.resolver, means.ignore)
+        options = self.where.options()
+        checks = check_preset(self.path, options.resolver, options.ignore)
         if self.json:
             print(json.dumps([{"what": what, "problem": problem} for what, problem in checks]))
         else:

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from lora_diffusion.cli.commands.generate import Generate
-from lora_diffusion.cli.flags import quiet
+from lora_diffusion.cli.flags import quiet_libraries
 
 Side = Annotated[str, tyro.conf.arg(metavar="WHAT[:ADAPTER]=VALUES")]
 
@@ -28,13 +28,13 @@ class Grid(Generate):
     """What changes from top to bottom: `seed=0,1,2`."""
 
     def run(self) -> None:
-        with quiet():
+        with quiet_libraries():
             from lora_diffusion.workflows.images.grid import draw_grid
-            from lora_diffusion.workflows.images.grid_axes import Axis, axis_from
+            from lora_diffusion.workflows.images.grid_axes import GridAxis, parse_axis
 
-            means = self.where.means()
-            across, down = axis_from(self.across), axis_from(self.down) if self.down else Axis()
-            drawn = draw_grid(self.plan(means.resolver), across, down, self.output, means)
+            options = self.where.options()
+            across, down = parse_axis(self.across), parse_axis(self.down) if self.down else GridAxis()
+            drawn = draw_grid(self.make_request(options.resolver), across, down, self.output, options)
         for note in drawn.notes:
             print(f"note: {note}", file=sys.stderr)
         print(json.dumps(str(drawn.path)) if self.json else drawn.path)
@@ -51,11 +51,11 @@ class Blocks(Generate):
     """Which adapter: its file's name, or its number."""
 
     def run(self) -> None:
-        with quiet():
+        with quiet_libraries():
             from lora_diffusion.workflows.images.grid import measure_blocks
 
-            means = self.where.means()
-            effects = measure_blocks(self.plan(means.resolver), self.of, self.output, means)
+            options = self.where.options()
+            effects = measure_blocks(self.make_request(options.resolver), self.of, self.output, options)
         if self.json:
             print(json.dumps([{**asdict(effect), "path": str(effect.path)} for effect in effects]))
         else:

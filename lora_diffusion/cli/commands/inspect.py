@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from lora_diffusion.cli.flags import Patterns, quiet
+from lora_diffusion.cli.flags import Patterns, quiet_libraries
 from lora_diffusion.config.merge import WeightType
 from lora_diffusion.config.settings import Dialect
 from lora_diffusion.errors import ConfigError
@@ -68,11 +68,11 @@ class Convert:
     """Print the result as JSON."""
 
     def run(self) -> int:
-        from lora_diffusion.workflows.adapters.convert import Conversion, convert_files
+        from lora_diffusion.workflows.adapters.convert import ConvertConfig, convert_files
 
         if len(self.paths) < 2:
             raise ConfigError("give at least one input and, last, the output: convert IN OUT --to kohya")
-        how = Conversion(
+        how = ConvertConfig(
             to=self.to,
             dtype=self.dtype,
             force=self.force,
@@ -100,7 +100,7 @@ class Verify:
     """Print the checks as JSON."""
 
     def run(self) -> int:
-        with quiet():
+        with quiet_libraries():
             from lora_diffusion.workflows.adapters.verify import describe_checks, verify
 
             checks = verify(self.file, base=self.base, ignore=self.ignore_unmatched)

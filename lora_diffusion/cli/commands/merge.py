@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from lora_diffusion.cli.blend_flags import Adapters, BaseFlag, MeansFlags, given, parse_adapters
-from lora_diffusion.cli.flags import REPEATABLE, optional_flags, quiet
+from lora_diffusion.cli.blend_flags import Adapters, BaseFlag, LoadFlags, parse_adapters, set_flags
+from lora_diffusion.cli.flags import REPEATABLE, optional_flags, quiet_libraries
 from lora_diffusion.config.merge import MergeConfig
 from lora_diffusion.config.preset import BaseTerm
 from lora_diffusion.config.settings import EMBEDDED_BASE, validate
@@ -35,7 +35,7 @@ class Merge:
     output: Path
     """File or folder to write."""
     settings: Annotated[MergeFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
-    where: Annotated[MeansFlags, tyro.conf.arg(name="")]
+    where: Annotated[LoadFlags, tyro.conf.arg(name="")]
     base: BaseFlag = ""
     """`tiny-sd`, a folder in diffusers' layout, a single .safetensors file in the original layout, or a hub id."""
     adapter: Adapters = ()
@@ -56,12 +56,12 @@ class Merge:
     """Print the result as JSON."""
 
     def run(self) -> None:
-        with quiet():
+        with quiet_libraries():
             if self.undo:
-                return self.take_out(self.undo)
+                return self.undo_merge(self.undo)
             from lora_diffusion.workflows.merge import merge_files
 
-            report, notes = merge_files(self.plan(), self.output, self.where.means())
+            report, notes = merge_files(self.make_request(), self.output, self.where.options())
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
         facts = {
@@ -79,17 +79,17 @@ class Merge:
         print(json.dumps(facts) if self.json else "\n".join(lines))
         return None
 
-    def plan(self) -> Any:
+    def make_request(self) -> Any:
         """What to merge, from the flags."""
-        from lora_diffusion.workflows.merge import MergePlan, merge_replay, preset_entries
+        from lora_diffusion.workflows.merge import MergeRequest, read_preset_entries, request_from_checkpoint
 
-        settings = given(self.settings)
+        settings = set_flags(self.settings)
         if self.from_:
             if settings or self.adapter or self.preset or self.checkpoint or self.like or self.where.balance:
                 raise ConfigError("--from merges once more what was merged; give only --base, --library and --output")
-            return merge_replay(self.from_, base=self.base, force=self.force)
-        base, entries = preset_entries(self.preset) if self.preset else ("", ())
-        return MergePlan(
+            return request_from_checkpoint(self.from_, base=self.base, force=self.force)
+        base, entries = read_preset_entries(self.preset) if self.preset else ("", ())
+        return MergeRequest(
             base=self.base or base or EMBEDDED_BASE,
             entries=entries + parse_adapters(self.adapter),
             bases=tuple(parse_checkpoint(text) for text in self.checkpoint),
@@ -98,12 +98,12 @@ class Merge:
             force=self.force,
         )
 
-    def take_out(self, merged: Path) -> None:
+    def undo_merge(self, merged: Path) -> None:
         from lora_diffusion.workflows.merge import undo_files
 
-        if given(self.settings) or self.adapter or self.preset or self.checkpoint or self.like or self.from_:
+        if set_flags(self.settings) or self.adapter or self.preset or self.checkpoint or self.like or self.from_:
             raise ConfigError("--undo gives the base back as it was; give only --base, --library and --output")
-        how = undo_files(merged, self.output, base=self.base, means=self.where.means())
+        how = undo_files(merged, self.output, base=self.base, options=self.where.options())
         facts = {"output": str(self.output), "how": how}
         print(json.dumps(facts) if self.json else f"{self.output}: {how}")
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from lora_diffusion.cli.flags import quiet
+from lora_diffusion.cli.flags import quiet_libraries
 from lora_diffusion.config.settings import EMBEDDED_BASE
 from lora_diffusion.errors import ConfigError
 
@@ -39,8 +39,8 @@ class Methods:
             raise ConfigError(f"no method called {unknown[0]!r}; there are {', '.join(known)}")
         if self.rank is not None and self.rank < 1:
             raise ConfigError(f"--rank is {self.rank}; expected a whole number of at least 1")
-        with quiet():
-            from lora_diffusion.workflows.training.method_sizes import described, facts, listed
+        with quiet_libraries():
+            from lora_diffusion.workflows.training.method_sizes import format_methods, list_methods, to_json
 
-            found = listed(self.base, self.rank, self.names)
-        print(json.dumps(facts(found)) if self.json else described(found, self.base))
+            found = list_methods(self.base, self.rank, self.names)
+        print(json.dumps(to_json(found)) if self.json else format_methods(found, self.base))

@@ -32,13 +32,13 @@ class Pack:
     """Print the result as JSON, with the error of every adapter."""
 
     def run(self) -> int:
-        from lora_diffusion.workflows.adapters.pack import Packing, describe_pack, pack_facts, pack_files
+        from lora_diffusion.workflows.adapters.pack import PackConfig, describe_pack, pack_files, pack_to_json
 
         if len(self.paths) < 2:
             raise ConfigError("give at least one adapter or folder and, last, the output: FOLDER OUT --rank 32")
-        how = Packing(rank=self.rank, dtype=self.dtype, force=self.force)
+        how = PackConfig(rank=self.rank, dtype=self.dtype, force=self.force)
         done = pack_files(self.paths[:-1], self.paths[-1], how)
-        print(json.dumps(pack_facts(done)) if self.json else describe_pack(done))
+        print(json.dumps(pack_to_json(done)) if self.json else describe_pack(done))
         return 0
 
 
@@ -58,8 +58,8 @@ class Unpack:
     """Print the result as JSON."""
 
     def run(self) -> int:
-        from lora_diffusion.workflows.adapters.pack import describe_unpacked, unpack_facts, unpack_file
+        from lora_diffusion.workflows.adapters.pack import describe_unpack, unpack_file, unpack_to_json
 
         done = unpack_file(self.pack, self.folder, name=self.name, force=self.force)
-        print(json.dumps(unpack_facts(done)) if self.json else describe_unpacked(done))
+        print(json.dumps(unpack_to_json(done)) if self.json else describe_unpack(done))
         return 0

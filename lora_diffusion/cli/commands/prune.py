@@ -11,7 +11,7 @@ from lora_diffusion.config.merge import WeightType
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sparsify:
+class Prune:
     """Set the smallest numbers of an adapter to zero.
 
     The file does not get smaller: zeros are stored like other numbers, though an archive packs them well. Pruned deltas
@@ -36,9 +36,9 @@ class Sparsify:
     """Print the result as JSON."""
 
     def run(self) -> int:
-        from lora_diffusion.workflows.adapters.prune import Slimming, described, facts_of, sparsify_file
+        from lora_diffusion.workflows.adapters.prune import PruneConfig, format_report, prune_file, to_json
 
-        how = Slimming(keep=self.keep, what=self.what, scope=self.scope, dtype=self.dtype, force=self.force)
-        done = sparsify_file(self.source, self.output, how)
-        print(json.dumps(facts_of(done)) if self.json else described(done))
+        how = PruneConfig(keep=self.keep, what=self.what, scope=self.scope, dtype=self.dtype, force=self.force)
+        done = prune_file(self.source, self.output, how)
+        print(json.dumps(to_json(done)) if self.json else format_report(done))
         return 0

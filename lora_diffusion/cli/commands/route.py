@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from lora_diffusion.cli.flags import Changes, parse_changes, quiet, settings_table
+from lora_diffusion.cli.flags import Changes, parse_changes, quiet_libraries, settings_table
 from lora_diffusion.config.routing import RouteConfig
 
 
@@ -29,7 +29,7 @@ class Route:
 
     def run(self) -> None:
         changes = parse_changes(self.set)
-        with quiet():
+        with quiet_libraries():
             from lora_diffusion.training.routing.train import read_route, route
 
             result = route(read_route(self.config, changes))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from lora_diffusion.cli.flags import REPEATABLE, quiet
+from lora_diffusion.cli.flags import REPEATABLE, quiet_libraries
 from lora_diffusion.config.settings import Quantization
 from lora_diffusion.errors import ConfigError
 
@@ -46,16 +46,16 @@ class Ui:
     def run(self) -> None:
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         try:
-            with quiet():
+            with quiet_libraries():
                 from lora_diffusion_studio.app import serve
-                from lora_diffusion_studio.studio import Places, Studio, bases_on_offer, own_library
+                from lora_diffusion_studio.studio import Studio, StudioPaths, create_library, list_bases
         except ModuleNotFoundError as error:
             raise ConfigError(f"the studio needs {error.name}; pip install 'lora-diffusion[ui]'") from None
-        with quiet():
-            places = Places(
-                library=self.library or own_library(self.output),
+        with quiet_libraries():
+            places = StudioPaths(
+                library=self.library or create_library(self.output),
                 output=self.output,
-                bases=bases_on_offer(self.base),
+                bases=list_bases(self.base),
                 quantization=self.quantize,
             )
             studio = Studio(places)

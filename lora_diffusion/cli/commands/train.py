@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from lora_diffusion.cli.flags import Changes, parse_changes, quiet, settings_table
+from lora_diffusion.cli.flags import Changes, parse_changes, quiet_libraries, settings_table
 from lora_diffusion.config.settings import EMBEDDED_BASE, read_toml
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lora_diffusion.config.train import TrainConfig
 
 
-def settings_kind() -> "type[TrainConfig]":
+def train_config_class() -> "type[TrainConfig]":
     """Imported when it is asked for: a hundred settings take a while, which the help of all commands need not wait."""
     from lora_diffusion.config.train import TrainConfig
 
@@ -38,19 +38,19 @@ class RunFlags:
 
     def train(self, config: "TrainConfig") -> int:
         """Do it and say what came of it."""
-        return self.tried(config) if self.dry_run else self.trained(config)
+        return self.print_estimate(config) if self.dry_run else self.train_and_print(config)
 
-    def tried(self, config: "TrainConfig") -> int:
-        with quiet():
-            from lora_diffusion.workflows.training.dry_run import needs_facts, needs_text, tried
+    def print_estimate(self, config: "TrainConfig") -> int:
+        with quiet_libraries():
+            from lora_diffusion.workflows.training.dry_run import estimate_run, estimate_to_json, format_estimate
 
-            needs = tried(config)
+            needs = estimate_run(config)
         if needs.is_main_process:
-            print(json.dumps(needs_facts(needs)) if self.json else needs_text(needs, config))
+            print(json.dumps(estimate_to_json(needs)) if self.json else format_estimate(needs, config))
         return 0
 
-    def trained(self, config: "TrainConfig") -> int:
-        with quiet():
+    def train_and_print(self, config: "TrainConfig") -> int:
+        with quiet_libraries():
             from lora_diffusion.workflows.training.run import train_and_report
 
             result = train_and_report(config)
@@ -86,14 +86,14 @@ class Train:
     @classmethod
     def about(cls) -> str:
         """What help says of this command alone."""
-        return f"{cls.__doc__}\n\nSettings of the TOML file:\n{settings_table(settings_kind())}"
+        return f"{cls.__doc__}\n\nSettings of the TOML file:\n{settings_table(train_config_class())}"
 
     def run(self) -> int:
-        return self.how.train(read_toml(self.config, settings_kind(), parse_changes(self.how.set)))
+        return self.how.train(read_toml(self.config, train_config_class(), parse_changes(self.how.set)))
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuitedFlags:
+class DefaultsFlags:
     """What the defaults of a run are chosen for."""
 
     base: str = EMBEDDED_BASE
@@ -102,7 +102,7 @@ class SuitedFlags:
     """Memory of the GPU; settings that save memory are chosen by it."""
 
     def settings(self, purpose: "Purpose", told: Mapping[str, Any], changes: Changes) -> "TrainConfig":
-        with quiet():
+        with quiet_libraries():
             from lora_diffusion.training.presets import make_settings
 
         return make_settings(purpose, told, parse_changes(changes), base=self.base, gigabytes=self.gpu_gb)
@@ -116,7 +116,7 @@ class TrainStyle:
     """Pictures, each with its caption in a .txt file of the same name."""
     output: Path
     """The adapter file to write (.safetensors)."""
-    suited: Annotated[SuitedFlags, tyro.conf.arg(name="")]
+    suited: Annotated[DefaultsFlags, tyro.conf.arg(name="")]
     trigger: str = ""
     """Word that calls the style, as it stands in the captions."""
     how: Annotated[RunFlags, tyro.conf.arg(name="")]
@@ -138,11 +138,11 @@ class TrainDreambooth:
     """What the pictures show, with a word of the subject's own: "photo of sks dog"."""
     class_prompt: str = ""
     """What is to stay as it is: "photo of a dog"; the empty prompt if left out."""
-    suited: Annotated[SuitedFlags, tyro.conf.arg(name="")]
+    suited: Annotated[DefaultsFlags, tyro.conf.arg(name="")]
     how: Annotated[RunFlags, tyro.conf.arg(name="")]
 
     def run(self) -> int:
-        with quiet():
+        with quiet_libraries():
             from lora_diffusion.training.presets import subject_settings
 
         told = subject_settings(self.data, self.output, instance=self.instance, class_prompt=self.class_prompt)
@@ -157,7 +157,7 @@ class Report:
     """The run's folder, beside its adapter."""
 
     def run(self) -> None:
-        with quiet():
+        with quiet_libraries():
             from lora_diffusion.workflows.training.run import write_report
 
         print(write_report(self.folder))
@@ -173,7 +173,7 @@ class Demo:
     """Training steps; 0 takes the demo's own number."""
 
     def run(self) -> None:
-        with quiet():
+        with quiet_libraries():
             from lora_diffusion.workflows.demo import run_demo
 
-            run_demo(self.output, steps=self.steps, say=print)
+            run_demo(self.output, steps=self.steps, print_line=print)

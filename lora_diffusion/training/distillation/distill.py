@@ -111,7 +111,7 @@ def distill(
 def check_distillable(base: Base, blend: Blend, composition: Composition, config: DistillConfig) -> None:
     """Raise what `distill` raises before it begins."""
     if not blend.active:
-        raise ConfigError("there is nothing to distil; give at least one adapter with a weight other than 0")
+        raise ConfigError("there is nothing to distill; give at least one adapter with a weight other than 0")
     placed = [entry.name for entry in blend.entries if entry.region]
     if placed:
         raise ConfigError(f"{placed[0]}: acts in a region, and one adapter acts everywhere; leave the region out")
@@ -128,7 +128,7 @@ def check_distillable(base: Base, blend: Blend, composition: Composition, config
 def check_learnable(base: Base, total: BlendSum) -> None:
     """Raise ConfigError unless there is a linear module or a convolution in the UNet whose LoRA could learn."""
     if not any(is_unet_path(path) and len(weight_shape(module_at(base, path))) > 1 for path in total.layers):
-        raise ConfigError("none of the adapters changes a matrix of the UNet; there is nothing to distil")
+        raise ConfigError("none of the adapters changes a matrix of the UNet; there is nothing to distill")
 
 
 def record_teacher(
@@ -154,7 +154,7 @@ def split_prompts(prompts: Sequence[str], config: DistillConfig) -> tuple[list[s
     """
     distinct = list(dict.fromkeys(prompts))
     if not distinct:
-        raise ConfigError("there are no prompts to distil on; give at least one")
+        raise ConfigError("there are no prompts to distill on; give at least one")
     tagged = next((prompt for prompt in distinct if "<lora:" in prompt), "")
     if tagged:
         raise ConfigError(f"the prompt {tagged!r} has a tag in it; give adapters with --adapter and prompts without")
@@ -167,7 +167,7 @@ def measure_effect(base: Base, pairs: DistillationBatch, config: DistillConfig) 
     """Mean square of what the blend adds to the base's own predictions. Raises ConfigError if that is nothing."""
     effect = mean_squared_error(base, pairs, config)
     if effect <= ROUNDING * float(pairs.predictions.square().mean()):
-        raise ConfigError("the blend changes nothing that the base predicts; there is nothing to distil")
+        raise ConfigError("the blend changes nothing that the base predicts; there is nothing to distill")
     return effect
 
 

@@ -52,7 +52,7 @@ def train_student(
         factors = [factor for layer in learners.values() for factor in layer.factors.values()]
         optimizer = torch.optim.Adam(factors, lr=config.learning_rate)
         schedule = CosineAnnealingLR(optimizer, config.steps)
-        for step in tqdm(range(config.steps), desc="distil", unit="step"):
+        for step in tqdm(range(config.steps), desc="distill", unit="step"):
             batch = pairs.take(order[step * size : (step + 1) * size])
             loss = squared_error(base, batch, contexts).mean() / effect
             check_finite(loss.detach(), step + 1)

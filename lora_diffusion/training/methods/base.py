@@ -71,7 +71,7 @@ class TrainableLayer(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        self.told = AdapterState()
+        self.state = AdapterState()
 
     @abstractmethod
     def output(self, module: Any, x: Tensor, frozen: Frozen) -> Tensor:
@@ -102,7 +102,7 @@ def attach(module: Any, update: TrainableLayer) -> None:
     frozen = type(module).forward
 
     def forward(x: Tensor) -> Tensor:
-        return update.output(module, x, frozen) if update.told.now.active else frozen(module, x)
+        return update.output(module, x, frozen) if update.state.now.active else frozen(module, x)
 
     module.add_module(NAME, update)
     module.forward = forward

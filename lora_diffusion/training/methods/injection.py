@@ -94,9 +94,9 @@ def attach_layers(base: Base, updates: Mapping[str, TrainableLayer]) -> dict[str
     """Freeze the base, and put an update on each module; returns what learns, by path and factor."""
     for component in base.family.components:
         getattr(base.pipe, component).requires_grad_(False)
-    told = AdapterState()
+    state = AdapterState()
     for path, update in updates.items():
-        update.told = told
+        update.state = state
         attach(module_at(base, path), update)
     named = {f"{path}.{name}": p for path, update in updates.items() for name, p in update.named_parameters()}
     return {name: parameter for name, parameter in named.items() if parameter.requires_grad}
@@ -164,15 +164,15 @@ def list_layers(base: Base) -> list[TrainableLayer]:
 @contextmanager
 def adapter_disabled(base: Base) -> Iterator[None]:
     """The frozen base alone while the block runs, bit for bit."""
-    told = adapter_state_of(base)
-    with told.overridden(replace(told.now, active=False)):
+    state = adapter_state_of(base)
+    with state.overridden(replace(state.now, active=False)):
         yield
 
 
 def adapter_state_of(base: Base) -> AdapterState:
     """Where the updates of a base look up what holds for all of them."""
     found = list_layers(base)
-    return found[0].told if found else AdapterState()
+    return found[0].state if found else AdapterState()
 
 
 def list_factors(base: Base, paths: Sequence[str]) -> Iterator[tuple[Tensor, Tensor, float]]:

@@ -45,7 +45,7 @@ class LowRankLayer(AdditiveLayer):
     @property
     def current_scale(self) -> float:
         """What the product of the factors is multiplied by now."""
-        return self.scale * self.told.now.weight
+        return self.scale * self.state.now.weight
 
     def apply_rank_dropout(self, down: Tensor) -> Tensor:
         """`down` without the directions that are dropped in this step; the others stand in for them."""

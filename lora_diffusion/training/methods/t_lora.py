@@ -28,7 +28,7 @@ class TrainableTLoRA(TrainableLoRA):
     @property
     def active_directions(self) -> Tensor | None:
         """(n, r), true for each direction that a sample uses; None before the first pass."""
-        return self.told.now.used.get(self.sizes)
+        return self.state.now.used.get(self.sizes)
 
     def output(self, module: Any, x: Tensor, frozen: Frozen) -> Tensor:
         return AdditiveLayer.output(self, module, x, frozen)  # the fused passes know no samples
@@ -60,7 +60,7 @@ class TrainableTLoRA(TrainableLoRA):
 
 def follow_timesteps(unet: nn.Module, updates: Sequence[TrainableTLoRA], timesteps: int) -> None:
     """Tell the updates, which are of one base, at each call of the UNet which timesteps its samples are at."""
-    told, every_size = updates[0].told, {update.sizes for update in updates}
+    state, every_size = updates[0].state, {update.sizes for update in updates}
 
     def before_forward(_unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         sample = args[0] if args else kwargs["sample"]
@@ -70,6 +70,6 @@ def follow_timesteps(unet: nn.Module, updates: Sequence[TrainableTLoRA], timeste
         for sizes in every_size:
             ranks = torch.tensor([rank_at_step(share, *sizes) for share in shares.tolist()], device=sample.device)
             masks[sizes] = torch.arange(sizes[1], device=sample.device) < ranks[:, None]
-        told.now = replace(told.now, used=masks)
+        state.now = replace(state.now, used=masks)
 
     unet.register_forward_pre_hook(before_forward, with_kwargs=True)

@@ -62,6 +62,6 @@ class ConceptSliderLoss:
 @contextmanager
 def adapter_weight(base: Base, weight: float) -> Iterator[None]:
     """The trained updates at a weight, while the block runs."""
-    told = adapter_state_of(base)
-    with told.overridden(replace(told.now, weight=weight)):
+    state = adapter_state_of(base)
+    with state.overridden(replace(state.now, weight=weight)):
         yield

@@ -36,7 +36,7 @@ Facts = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Alone:
+class AdapterStats:
     """What is found of one adapter, by module path."""
 
     spectra: dict[str, SpectrumStats] = field(default_factory=dict[str, SpectrumStats])
@@ -45,7 +45,7 @@ class Alone:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Together:
+class PairStats:
     """What is found of two adapters, by module path."""
 
     overlaps: dict[str, Overlap] = field(default_factory=dict[str, Overlap])
@@ -64,27 +64,27 @@ def analyze_files(paths: Sequence[Path], base: str = "", ignore: Sequence[str] =
         raise ConfigError("no adapter to analyze; give at least one file")
     adapters = [load_adapter(path, ignore=ignore) for path in paths]
     check_same_base(adapters, paths)
-    weight_of = base_weights(base, adapters) if base else nothing_known
-    alone = [Alone() for _ in adapters]
-    together = {pair: Together() for pair in combinations(range(len(adapters)), 2)}
+    weight_of = open_base_weights(base, adapters) if base else no_base_weight
+    alone = [AdapterStats() for _ in adapters]
+    together = {pair: PairStats() for pair in combinations(range(len(adapters)), 2)}
     modules = sorted({module for adapter in adapters for module in adapter.layers})
     for module in tqdm(modules, desc="analyze", unit="module", leave=False):
         weight = weight_of(module)
         spectra = [spectrum_at(*pair, module, weight) for pair in zip(adapters, alone, strict=True)]
-        add_alone(alone, spectra, module, weight)
-        add_together(together, spectra, module)
+        add_adapter_stats(alone, spectra, module, weight)
+        add_pair_stats(together, spectra, module)
     for path, found in zip(paths, alone, strict=True):
         if not found.spectra:
-            raise ConfigError(f"{path}: {nothing_left(found)}")
-    names = distinct_names(adapters, paths)
-    pairs = [pair_facts(names[i], names[j], found) for (i, j), found in together.items()]
+            raise ConfigError(f"{path}: {explain_nothing_left(found)}")
+    names = make_distinct_names(adapters, paths)
+    pairs = [pair_to_json(names[i], names[j], found) for (i, j), found in together.items()]
     return {
         "base": base,
         "names": names,
-        "adapters": [adapter_facts(*each) for each in zip(names, paths, adapters, alone, strict=True)],
+        "adapters": [adapter_to_json(*each) for each in zip(names, paths, adapters, alone, strict=True)],
         "pairs": pairs,
-        "cosine": matrix(pairs, names, "cosine"),
-        "shared": matrix(pairs, names, "shared"),
+        "cosine": make_matrix(pairs, names, "cosine"),
+        "shared": make_matrix(pairs, names, "shared"),
     }
 
 
@@ -106,7 +106,7 @@ def check_same_base(adapters: Sequence[Adapter], paths: Sequence[Path]) -> None:
                 )
 
 
-def base_weights(base: str, adapters: Sequence[Adapter]) -> Callable[[str], Tensor | None]:
+def open_base_weights(base: str, adapters: Sequence[Adapter]) -> Callable[[str], Tensor | None]:
     """What reads the base's weight of a module, if an adapter changes it.
 
     Raises BaseModelError, FamilyMismatchError if anything finds no weight of its shape.
@@ -118,36 +118,38 @@ def base_weights(base: str, adapters: Sequence[Adapter]) -> Callable[[str], Tens
     return lambda module: parameters[f"{module}.weight"].read()
 
 
-def nothing_known(_module: str) -> None:
+def no_base_weight(_module: str) -> None:
     """The weight of a module where no base is given."""
 
 
-def spectrum_at(adapter: Adapter, found: Alone, module: str, weight: Tensor | None) -> Spectrum | None:
+def spectrum_at(adapter: Adapter, found: AdapterStats, module: str, weight: Tensor | None) -> Spectrum | None:
     """The spectrum of an adapter's delta at a module; None, noted in `found`, if it has none to decompose."""
     layer = adapter.layers.get(module)
     if layer is None:
         return None
-    reason = no_spectrum(layer, weight)
+    reason = explain_no_spectrum(layer, weight)
     if reason:
         found.left_out[module] = reason
         return None
     return spectrum_of([(1.0, layer)], weight)
 
 
-def no_spectrum(layer: Layer, weight: Tensor | None) -> str:
+def explain_no_spectrum(layer: Layer, weight: Tensor | None) -> str:
     """Why a layer's delta cannot be decomposed; empty if it can."""
     if len(layer.weight_shape) < 2:
         return "the weight of a norm is no matrix"
     return "DoRA needs the base's weight" if layer.kind == "DoRA" and weight is None else ""
 
 
-def nothing_left(found: Alone) -> str:
+def explain_nothing_left(found: AdapterStats) -> str:
     if "DoRA needs the base's weight" in found.left_out.values():
         return "its layers are DoRA, whose delta depends on the base; give the base with --base"
     return "no layer whose delta is a matrix; expected LoRA, LoHa, LoKr, DoRA or full differences of weights"
 
 
-def add_alone(alone: Sequence[Alone], spectra: Sequence[Spectrum | None], module: str, weight: Tensor | None) -> None:
+def add_adapter_stats(
+    alone: Sequence[AdapterStats], spectra: Sequence[Spectrum | None], module: str, weight: Tensor | None
+) -> None:
     for found, spectrum in zip(alone, spectra, strict=True):
         if spectrum is not None:
             found.spectra[module] = measure_spectrum(spectrum)
@@ -155,7 +157,9 @@ def add_alone(alone: Sequence[Alone], spectra: Sequence[Spectrum | None], module
             found.amplifications[module] = measure_amplification(spectrum, weight)
 
 
-def add_together(together: Mapping[tuple[int, int], Together], spectra: Sequence[Spectrum | None], module: str) -> None:
+def add_pair_stats(
+    together: Mapping[tuple[int, int], PairStats], spectra: Sequence[Spectrum | None], module: str
+) -> None:
     directions = [None if spectrum is None else leading_directions(spectrum) for spectrum in spectra]
     for (i, j), found in together.items():
         if spectra[i] is None and spectra[j] is None:
@@ -167,23 +171,23 @@ def add_together(together: Mapping[tuple[int, int], Together], spectra: Sequence
             found.outputs[module] = compare_subspaces(alive[0].output, alive[1].output)
 
 
-def distinct_names(adapters: Sequence[Adapter], paths: Sequence[Path]) -> list[str]:
+def make_distinct_names(adapters: Sequence[Adapter], paths: Sequence[Path]) -> list[str]:
     """What to call each: its own name, else its file's, else that with a number."""
     own, stems = [adapter.metadata.name for adapter in adapters], [path.stem for path in paths]
     numbered = [f"{stem} ({number})" for number, stem in enumerate(stems, start=1)]
     return next(names for names in (own, stems, numbered) if len(set(names)) == len(names) and all(names))
 
 
-def by_block(modules: Iterable[str]) -> dict[str, list[str]]:
+def group_by_block(modules: Iterable[str]) -> dict[str, list[str]]:
     blocks: dict[str, list[str]] = {}
     for module in modules:
         blocks.setdefault(block_prefix(module), []).append(module)
     return blocks
 
 
-def adapter_facts(name: str, path: Path, adapter: Adapter, found: Alone) -> Facts:
+def adapter_to_json(name: str, path: Path, adapter: Adapter, found: AdapterStats) -> Facts:
     """All of one adapter: in all, by block, by module."""
-    blocks = by_block(found.spectra)
+    blocks = group_by_block(found.spectra)
     facts: Facts = {
         "name": name,
         "file": str(path),
@@ -214,29 +218,29 @@ def median_amplification(found: Sequence[Amplification]) -> Facts:
     return {name: median(values) if values else None for name, values in known.items()}
 
 
-def pair_facts(first: str, second: str, found: Together) -> Facts:
+def pair_to_json(first: str, second: str, found: PairStats) -> Facts:
     """All of two adapters: in all, by block, by module."""
     return {
         "first": first,
         "second": second,
         "modules_in_both": len(found.inputs),
-        **overlap_facts(sum_overlaps(found.overlaps.values())),
-        "input": likeness_facts(list(found.inputs.values())),
-        "output": likeness_facts(list(found.outputs.values())),
+        **overlap_to_json(sum_overlaps(found.overlaps.values())),
+        "input": similarity_to_json(list(found.inputs.values())),
+        "output": similarity_to_json(list(found.outputs.values())),
         "blocks": {
-            block: overlap_facts(sum_overlaps(found.overlaps[module] for module in inside))
-            for block, inside in by_block(found.overlaps).items()
+            block: overlap_to_json(sum_overlaps(found.overlaps[module] for module in inside))
+            for block, inside in group_by_block(found.overlaps).items()
         },
-        "modules": {module: overlap_facts(overlap) for module, overlap in found.overlaps.items()},
+        "modules": {module: overlap_to_json(overlap) for module, overlap in found.overlaps.items()},
     }
 
 
-def overlap_facts(overlap: Overlap) -> Facts:
+def overlap_to_json(overlap: Overlap) -> Facts:
     """Cosine and shares; `shared` is how much the two will fight, `chance` what it is for random directions."""
     return {name: getattr(overlap, name) for name in ("cosine", "shared", "chance", "first_share", "second_share")}
 
 
-def likeness_facts(found: Sequence[SubspaceSimilarity]) -> Facts:
+def similarity_to_json(found: Sequence[SubspaceSimilarity]) -> Facts:
     """Means over modules of phi, for all pairs of numbers of directions and for all directions; empty for none."""
     if not found:
         return {}
@@ -255,7 +259,7 @@ def rounded_grid(grids: Sequence[Tensor]) -> list[list[float]]:
     return [[round(value, 4) for value in row] for row in mean_grid(grids).tolist()]
 
 
-def matrix(pairs: Sequence[Facts], names: Sequence[str], key: str) -> list[list[float]]:
+def make_matrix(pairs: Sequence[Facts], names: Sequence[str], key: str) -> list[list[float]]:
     """One number of each pair as a symmetrical matrix, in the adapters' order; 1 on the diagonal."""
     values = {(pair["first"], pair["second"]): pair[key] for pair in pairs}
     values |= {(second, first): value for (first, second), value in values.items()}

@@ -12,57 +12,60 @@ def describe_analysis(facts: Facts) -> str:
     """The facts of `analyze_files`: adapters, their blocks, what they do to the base, and how they get along."""
     adapters, pairs = facts["adapters"], sorted(facts["pairs"], key=lambda pair: -pair["shared"])
     parts = [
-        wholes(adapters),
-        by_block(
+        format_totals(adapters),
+        format_by_block(
             adapters, "effective rank by block, medians over modules", lambda found: f"{found['effective_rank']:.1f}"
         ),
-        by_block(adapters, "Frobenius norm by block, modules together", lambda found: digits(found["norm"])),
+        format_by_block(
+            adapters, "Frobenius norm by block, modules together", lambda found: format_digits(found["norm"])
+        ),
     ]
     if facts["base"]:
-        parts.append(amplifications(adapters, facts["base"]))
+        parts.append(format_amplifications(adapters, facts["base"]))
     if pairs:
-        parts.append(overlaps(pairs))
+        parts.append(format_overlaps(pairs))
     if len(pairs) == 1:
-        parts.append(overlap_by_block(pairs[0]))
-    return "\n\n".join([*parts, *left_out(adapters)])
+        parts.append(format_overlap_by_block(pairs[0]))
+    return "\n\n".join([*parts, *format_left_out(adapters)])
 
 
-def wholes(adapters: Sequence[Facts]) -> str:
+def format_totals(adapters: Sequence[Facts]) -> str:
     heading = ["", "family", "kind", "modules", "norm", "rank", "effective", "stable", "for 99 %"]
     title = "deltas; ranks are medians over modules, the last one holds 99 % of the energy"
-    return f"{title}\n{table([heading, *map(whole, adapters)], left=3)}"
+    return f"{title}\n{format_table([heading, *map(format_total, adapters)], left=3)}"
 
 
-def whole(adapter: Facts) -> list[str]:
+def format_total(adapter: Facts) -> list[str]:
     found = adapter["whole"]
     ranks = [f"{found['rank']:g}", f"{found['effective_rank']:.1f}", f"{found['stable_rank']:.1f}"]
-    names = [cut(adapter["name"]), adapter["family"], adapter["kind"]]
-    return [*names, str(found["modules"]), digits(found["norm"]), *ranks, f"{found['rank_99']:g}"]
+    names = [truncate_name(adapter["name"]), adapter["family"], adapter["kind"]]
+    return [*names, str(found["modules"]), format_digits(found["norm"]), *ranks, f"{found['rank_99']:g}"]
 
 
-def by_block(adapters: Sequence[Facts], title: str, cell: Callable[[Facts], str]) -> str:
+def format_by_block(adapters: Sequence[Facts], title: str, cell: Callable[[Facts], str]) -> str:
     """A row for each block, a column for each adapter."""
     blocks = sorted({block for adapter in adapters for block in adapter["blocks"]})
     found = [adapter["blocks"] for adapter in adapters]
     rows = [[block, *(cell(each[block]) if block in each else "-" for each in found)] for block in blocks]
-    return f"{title}\n{table([['', *(cut(adapter['name'], 12) for adapter in adapters)], *rows])}"
+    return f"{title}\n{format_table([['', *(truncate_name(adapter['name'], 12) for adapter in adapters)], *rows])}"
 
 
-def amplifications(adapters: Sequence[Facts], base: str) -> str:
+def format_amplifications(adapters: Sequence[Facts], base: str) -> str:
     """Medians over modules of the numbers of section 7.3 of LoRA [arXiv:2106.09685]."""
     keys = ("delta_norm", "projected", "own", "random", "factor")
     title = f"U'WV, what {base} holds in the delta's directions, in its own first ones, in random ones; medians"
     heading = ["", "|delta|", "|U'WV|", "own", "random", "|delta| / |U'WV|"]
-    medians = [(cut(adapter["name"]), adapter["amplification"]["whole"]) for adapter in adapters]
-    return f"{title}\n{table([heading, *([name, *(digits(found[key]) for key in keys)] for name, found in medians)])}"
+    medians = [(truncate_name(adapter["name"]), adapter["amplification"]["whole"]) for adapter in adapters]
+    rows = [[name, *(format_digits(found[key]) for key in keys)] for name, found in medians]
+    return f"{title}\n{format_table([heading, *rows])}"
 
 
-def digits(value: float | None) -> str:
+def format_digits(value: float | None) -> str:
     """Three significant digits."""
     return "-" if value is None else f"{value:#.3g}".rstrip(".")
 
 
-def overlaps(pairs: Sequence[Facts]) -> str:
+def format_overlaps(pairs: Sequence[Facts]) -> str:
     title = "overlap, most first"
     heading = ["", "cosine", "shared", "random", "inputs", "random", "outputs", "random", "most shared in"]
     notes = (
@@ -70,36 +73,40 @@ def overlaps(pairs: Sequence[Facts]) -> str:
         "shared: energy of each in the other's input and output directions, mean of both: how much they will fight",
         "inputs, outputs: phi of all directions of one side, 100 % if the one's lie inside the other's",
     )
-    rows = [[*pair_row(pair), most_in(pair)] for pair in pairs[:MOST_PAIRS]]
+    rows = [[*format_pair(pair), find_strongest_block(pair)] for pair in pairs[:MOST_PAIRS]]
     more = [f"and {len(pairs) - MOST_PAIRS} more, which --json lists"] if len(pairs) > MOST_PAIRS else []
-    return "\n".join([title, table([heading, *rows], left_last=True), *more, *notes])
+    return "\n".join([title, format_table([heading, *rows], left_last=True), *more, *notes])
 
 
-def pair_row(pair: Facts) -> list[str]:
+def format_pair(pair: Facts) -> list[str]:
     sides = [pair[side].get(key) for side in ("input", "output") for key in ("phi", "random_phi")]
     shares = [pair["shared"], pair["chance"], *sides]
-    return [f"{cut(pair['first'])} + {cut(pair['second'])}", f"{pair['cosine']:z.3f}", *map(percent, shares)]
+    return [
+        f"{truncate_name(pair['first'])} + {truncate_name(pair['second'])}",
+        f"{pair['cosine']:z.3f}",
+        *map(format_percent, shares),
+    ]
 
 
-def percent(share: float | None) -> str:
+def format_percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
-def most_in(pair: Facts) -> str:
+def find_strongest_block(pair: Facts) -> str:
     """The block in which most is shared."""
     block, found = max(pair["blocks"].items(), key=lambda item: item[1]["shared"])
-    return f"{block} {percent(found['shared'])}"
+    return f"{block} {format_percent(found['shared'])}"
 
 
-def overlap_by_block(pair: Facts) -> str:
+def format_overlap_by_block(pair: Facts) -> str:
     title = "overlap by block; the last two are each one's energy in the other's directions"
-    heading = ["", "cosine", "shared", cut(pair["first"]), cut(pair["second"])]
+    heading = ["", "cosine", "shared", truncate_name(pair["first"]), truncate_name(pair["second"])]
     keys = ("shared", "first_share", "second_share")
-    rows = [[b, f"{x['cosine']:z.3f}", *(percent(x[key]) for key in keys)] for b, x in pair["blocks"].items()]
-    return f"{title}\n{table([heading, *rows])}"
+    rows = [[b, f"{x['cosine']:z.3f}", *(format_percent(x[key]) for key in keys)] for b, x in pair["blocks"].items()]
+    return f"{title}\n{format_table([heading, *rows])}"
 
 
-def left_out(adapters: Iterable[Facts]) -> list[str]:
+def format_left_out(adapters: Iterable[Facts]) -> list[str]:
     """One line for each adapter and reason."""
     lines: list[str] = []
     for adapter in adapters:
@@ -109,11 +116,11 @@ def left_out(adapters: Iterable[Facts]) -> list[str]:
     return ["\n".join(lines)] if lines else []
 
 
-def cut(name: str, longest: int = 24) -> str:
+def truncate_name(name: str, longest: int = 24) -> str:
     return name if len(name) <= longest else f"{name[: longest - 1]}…"
 
 
-def table(rows: Rows, *, left: int = 1, left_last: bool = False) -> str:
+def format_table(rows: Rows, *, left: int = 1, left_last: bool = False) -> str:
     """Columns as wide as their widest cell; the first `left` begin, and the others end, at one place."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     last = len(widths) - 1

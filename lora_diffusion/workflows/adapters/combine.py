@@ -33,7 +33,7 @@ STALE = ("ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_network_
 
 
 @dataclass(frozen=True, kw_only=True)
-class Combination:
+class CombineConfig:
     """How adapters become one."""
 
     rule: RankRule | None = None
@@ -51,12 +51,12 @@ class Combination:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Combined:
+class CombineResult:
     """A file that was written, beside those that it was made of."""
 
     sources: tuple[Path, ...]
     output: Path
-    how: Combination
+    how: CombineConfig
     adapter: Adapter
     report: CompressionReport | None
     """What compression took; None for an exact sum."""
@@ -66,7 +66,7 @@ class Combined:
     bytes_after: int
 
 
-def combine_files(entries: Sequence[BlendEntry], output: Path, how: Combination) -> Combined:
+def combine_files(entries: Sequence[BlendEntry], output: Path, how: CombineConfig) -> CombineResult:
     """Read adapters in any dialect and write their weighted sum in the native layout; a lone one may be resized so.
 
     Raises OutputError if the output is an input, or there already, ConfigError if there is nothing to combine, or what
@@ -78,8 +78,8 @@ def combine_files(entries: Sequence[BlendEntry], output: Path, how: Combination)
     active = [entry for entry in blend.entries if not is_zero(entry.weight)]
     if not active:
         raise ConfigError("nothing to combine; give at least one adapter with a weight other than 0")
-    exact, report = one_adapter(with_deltas(blend, how.base) if how.base else blend, how)
-    dtype = common_type(active) if how.dtype == "keep" else torch_dtype(how.dtype)
+    exact, report = combine_blend(materialize_dora(blend, how.base) if how.base else blend, how)
+    dtype = find_common_dtype(active) if how.dtype == "keep" else torch_dtype(how.dtype)
     rounded = replace(cast_adapter(exact, dtype), tokens=exact.tokens)
     if rounded.non_finite:
         raise ConfigError(
@@ -87,10 +87,12 @@ def combine_files(entries: Sequence[BlendEntry], output: Path, how: Combination)
             "bfloat16 or float32"
         )
     error = rounding_error(exact, rounded)
-    metadata = joint_metadata(active, output.stem).model_copy(update={"training": record(active, how, report, error)})
+    metadata = merge_metadata(active, output.stem).model_copy(
+        update={"training": make_record(active, how, report, error)}
+    )
     written = replace(rounded, metadata=metadata)
     save_adapter(written, output)
-    return Combined(
+    return CombineResult(
         sources=sources,
         output=output,
         how=how,
@@ -102,7 +104,7 @@ def combine_files(entries: Sequence[BlendEntry], output: Path, how: Combination)
     )
 
 
-def one_adapter(blend: Blend, how: Combination) -> tuple[Adapter, CompressionReport | None]:
+def combine_blend(blend: Blend, how: CombineConfig) -> tuple[Adapter, CompressionReport | None]:
     """The blend as one adapter: the only place that knows the ways to make it. Raises LoRADiffusionError's children."""
     family = next((e.adapter.metadata.family for e in blend.active if e.adapter.metadata.family), "")
     layout = LAYOUTS.get(family)
@@ -111,14 +113,14 @@ def one_adapter(blend: Blend, how: Combination) -> tuple[Adapter, CompressionRep
             entries=(WeightedAdapter(adapter=combine_by_consensus(blend, how.consensus, AdapterMetadata(), layout)),)
         )
     if how.first is not None:
-        return truncate_adapter(combine(untimed(blend), AdapterMetadata(), layout), how.first)
+        return truncate_adapter(combine(disable_timestep_ranks(blend), AdapterMetadata(), layout), how.first)
     if how.rule is None:
         return combine(blend, AdapterMetadata(), layout), None
     adapter, report = compress(joint_sum(blend, layout), how.rule, AdapterMetadata())
     return replace(adapter, tokens=merge_tokens(blend)), report
 
 
-def with_deltas(blend: Blend, base: str) -> Blend:
+def materialize_dora(blend: Blend, base: str) -> Blend:
     """The blend with what each DoRA layer changes in the base's own weight in that layer's place, as a full difference.
 
     That is how a blend applies it: beside the others, never on top of them. Raises BaseModelError, FamilyMismatchError.
@@ -127,7 +129,7 @@ def with_deltas(blend: Blend, base: str) -> Blend:
 
     parameters = find_matching_checkpoint(base, blend).parameters
 
-    def plain(adapter: Adapter) -> Adapter:
+    def materialize(adapter: Adapter) -> Adapter:
         changed = {
             path: FullLayer(diff=layer.delta(parameters[f"{path}.weight"].read()))
             for path, layer in adapter.layers.items()
@@ -135,10 +137,10 @@ def with_deltas(blend: Blend, base: str) -> Blend:
         }
         return replace(adapter, layers={**adapter.layers, **changed})
 
-    return Blend(entries=tuple(replace(entry, adapter=plain(entry.adapter)) for entry in blend.entries))
+    return Blend(entries=tuple(replace(entry, adapter=materialize(entry.adapter)) for entry in blend.entries))
 
 
-def common_type(entries: Sequence[WeightedAdapter]) -> torch.dtype:
+def find_common_dtype(entries: Sequence[WeightedAdapter]) -> torch.dtype:
     """The type that all layers and biases share, if it is a half one; float32, which holds all, if they differ."""
     adapters = [entry.adapter for entry in entries]
     kinds = {
@@ -148,11 +150,11 @@ def common_type(entries: Sequence[WeightedAdapter]) -> torch.dtype:
     return kinds.pop() if kinds in ({torch.float16}, {torch.bfloat16}) else torch.float32
 
 
-def joint_metadata(entries: Sequence[WeightedAdapter], name: str) -> AdapterMetadata:
+def merge_metadata(entries: Sequence[WeightedAdapter], name: str) -> AdapterMetadata:
     """What is known of all the adapters together; what they do not agree on is left empty, and trigger words unite."""
     known = [entry.adapter.metadata for entry in entries]
 
-    def agreed(field: str) -> str:
+    def common_value(field: str) -> str:
         values = {getattr(metadata, field) for metadata in known} - {""}
         return values.pop() if len(values) == 1 else ""
 
@@ -160,10 +162,10 @@ def joint_metadata(entries: Sequence[WeightedAdapter], name: str) -> AdapterMeta
     odd = (f"made of adapters for bases of different variants ({', '.join(variants)})",) if len(variants) > 1 else ()
     return AdapterMetadata(
         name=name,
-        family=agreed("family"),
-        base_name=agreed("base_name"),
-        base_hash=agreed("base_hash"),
-        description=agreed("description"),
+        family=common_value("family"),
+        base_name=common_value("base_name"),
+        base_hash=common_value("base_hash"),
+        description=common_value("description"),
         variant=known[0].variant if len(variants) == 1 else "",
         trigger_words=tuple(dict.fromkeys(word for metadata in known for word in metadata.trigger_words)),
         created=known[0].created if len(known) == 1 else "",
@@ -172,17 +174,17 @@ def joint_metadata(entries: Sequence[WeightedAdapter], name: str) -> AdapterMeta
     )
 
 
-def untimed(blend: Blend) -> Blend:
+def disable_timestep_ranks(blend: Blend) -> Blend:
     """The blend with every direction of a T-LoRA acting at all steps."""
 
-    def still(adapter: Adapter) -> Adapter:
+    def disable(adapter: Adapter) -> Adapter:
         return replace(adapter, metadata=adapter.metadata.model_copy(update={"least_rank": 0}))
 
-    return Blend(entries=tuple(replace(entry, adapter=still(entry.adapter)) for entry in blend.entries))
+    return Blend(entries=tuple(replace(entry, adapter=disable(entry.adapter)) for entry in blend.entries))
 
 
-def record(
-    entries: Sequence[WeightedAdapter], how: Combination, report: CompressionReport | None, rounding: float
+def make_record(
+    entries: Sequence[WeightedAdapter], how: CombineConfig, report: CompressionReport | None, rounding: float
 ) -> dict[str, Any]:
     """What made the file, for its header; an adapter that was alone keeps the record of its training."""
     training = dict(entries[0].adapter.metadata.training) if len(entries) == 1 else {}
@@ -192,7 +194,7 @@ def record(
     ]
     made = {
         "adapters": parts,
-        "rule": how_cut(how),
+        "rule": describe_rule(how),
         "consensus": asdict(how.consensus) if how.consensus else None,
         "relative_error": 0.0 if report is None else report.total.relative,
         "rounding_error": rounding,
@@ -201,14 +203,14 @@ def record(
     return {key: value for key, value in training.items() if key not in STALE} | {"combination": made}
 
 
-def how_cut(how: Combination) -> str:
+def describe_rule(how: CombineConfig) -> str:
     """What chose the ranks, for a record."""
     if how.first is not None:
         return f"first {how.first}"
     return "exact" if how.rule is None else str(how.rule)
 
 
-def facts_of(done: Combined) -> dict[str, Any]:
+def to_json(done: CombineResult) -> dict[str, Any]:
     """What was done, as plain values, ready for JSON."""
     facts = {
         "from": [str(source) for source in done.sources],
@@ -221,27 +223,26 @@ def facts_of(done: Combined) -> dict[str, Any]:
     }
     if done.report is None:
         return facts
-    blocks = {block: loss_facts(loss) for block, loss in done.report.by_group(block_prefix).items()}
+    blocks = {block: loss_to_json(loss) for block, loss in done.report.by_group(block_prefix).items()}
     modules = {path: asdict(loss) for path, loss in done.report.modules.items()}
-    return {**facts, **loss_facts(done.report.total), "blocks": blocks, "by_module": modules}
+    return {**facts, **loss_to_json(done.report.total), "blocks": blocks, "by_module": modules}
 
 
-def loss_facts(loss: Loss) -> dict[str, Any]:
+def loss_to_json(loss: Loss) -> dict[str, Any]:
     return {**asdict(loss), "error": loss.relative}
 
 
-def described(done: Combined) -> str:
+def format_report(done: CombineResult) -> str:
     """What was done, as lines of text; with a table of what compression took from each block."""
-    sizes = (
-        f"{len(done.adapter.layers)} layers, {megabytes(done.bytes_before)} before, {megabytes(done.bytes_after)} after"
-    )
+    before, after = format_megabytes(done.bytes_before), format_megabytes(done.bytes_after)
+    sizes = f"{len(done.adapter.layers)} layers, {before} before, {after} after"
     rounding = f"rounding changed the delta by {done.rounding_error:.2%}"
     if done.report is None:
         made = f"made by {done.how.consensus.method}" if done.how.consensus else "the sum is exact"
         return f"{done.output}: {sizes}; {made}, {rounding}"
     rows = [*done.report.by_group(block_prefix).items(), ("all", done.report.total)]
     table = [
-        f"{name:<22}{loss.modules:>8}{span(loss.ranks_before):>10}{span(loss.ranks_after):>10}"
+        f"{name:<22}{loss.modules:>8}{format_range(loss.ranks_before):>10}{format_range(loss.ranks_after):>10}"
         f"{loss.norm:>12.4g}{loss.relative:>12.3g}"
         for name, loss in rows
     ]
@@ -249,10 +250,10 @@ def described(done: Combined) -> str:
     return "\n".join([f"{done.output}: {sizes}; {rounding}", head, *table])
 
 
-def span(ranks: tuple[int, int]) -> str:
+def format_range(ranks: tuple[int, int]) -> str:
     low, high = ranks
     return f"{low}" if low == high else f"{low}-{high}"
 
 
-def megabytes(size: int) -> str:
+def format_megabytes(size: int) -> str:
     return f"{size / 1e6:.2f} MB"

@@ -17,7 +17,7 @@ from lora_diffusion.formats.adapters.kohya import save_kohya
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.formats.adapters.textual_inversion import save_embedding
-from lora_diffusion.workflows.adapters.hub_card import hub_card
+from lora_diffusion.workflows.adapters.hub_card import format_hub_card
 
 WRITERS: Mapping[Dialect, Callable[[Adapter, Path], None]] = {
     "native": save_adapter,
@@ -27,7 +27,7 @@ WRITERS: Mapping[Dialect, Callable[[Adapter, Path], None]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conversion:
+class ConvertConfig:
     """What to make of each file."""
 
     to: Dialect
@@ -39,7 +39,7 @@ class Conversion:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Converted:
+class ConvertResult:
     """A file that was written, and what rounding took from it."""
 
     source: Path
@@ -48,7 +48,7 @@ class Converted:
     """Relative change of the deltas by rounding to the output dtype; 0 if the dtype stays the same."""
 
 
-def convert(source: Path, output: Path, how: Conversion) -> Converted:
+def convert(source: Path, output: Path, how: ConvertConfig) -> ConvertResult:
     """Read `source` in any dialect and write it to `output` in another.
 
     Raises OutputError if something is there already, AdapterFormatError, ConfigError for a type that cannot hold it.
@@ -74,11 +74,11 @@ def convert(source: Path, output: Path, how: Conversion) -> Converted:
     WRITERS[how.to](rounded, output)
     if how.card:
         with atomic_file(card) as part:
-            part.write_text(hub_card(rounded, output.name), encoding="utf-8")
-    return Converted(source=source, output=output, rounding_error=rounding_error(adapter, rounded))
+            part.write_text(format_hub_card(rounded, output.name), encoding="utf-8")
+    return ConvertResult(source=source, output=output, rounding_error=rounding_error(adapter, rounded))
 
 
-def outputs_for(sources: Sequence[Path], target: Path) -> list[Path]:
+def plan_outputs(sources: Sequence[Path], target: Path) -> list[Path]:
     """Where each of the files goes: to `target` itself, or into it if there are several or it is a folder.
 
     Raises ConfigError if two would take the same name.
@@ -94,7 +94,7 @@ def outputs_for(sources: Sequence[Path], target: Path) -> list[Path]:
     return outputs
 
 
-def convert_files(sources: Sequence[Path], target: Path, how: Conversion) -> list[Converted]:
+def convert_files(sources: Sequence[Path], target: Path, how: ConvertConfig) -> list[ConvertResult]:
     """Convert files to `target`, or into it; stops at the first bad one. Raises LoRADiffusionError's children."""
-    pairs = list(zip(sources, outputs_for(sources, target), strict=True))
+    pairs = list(zip(sources, plan_outputs(sources, target), strict=True))
     return [convert(source, output, how) for source, output in tqdm(pairs, unit="file", disable=len(pairs) < 2)]

@@ -41,7 +41,7 @@ SKETCHES: Mapping[Method, Sketch | None] = {"exact": None, "randomized": Sketch(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extracting:
+class ExtractConfig:
     """What is taken out of a checkpoint, and how."""
 
     rule: RankRule
@@ -56,7 +56,7 @@ class Extracting:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
+class ParameterGroup:
     """Parameters of one kind, and the norm of what they hold together."""
 
     count: int
@@ -64,18 +64,18 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Extracted:
+class ExtractResult:
     """A file that was written, and what of the checkpoint is not in it."""
 
     tuned: str
     """The checkpoint that it is taken out of; empty where that is the base itself."""
     base: str
     output: Path
-    how: Extracting
+    how: ExtractConfig
     found: Extraction
     kept: Mapping[str, Tensor]
     """Differences of norms and biases in the file, by parameter."""
-    left_out: Mapping[str, Group]
+    left_out: Mapping[str, ParameterGroup]
     """What differs but is not in the file, by kind."""
 
     @property
@@ -93,7 +93,7 @@ class Extracted:
         return hypot(self.found.report.total.lost, self.left_out_norm) / self.whole_norm
 
 
-def extract_file(tuned: str, base: str, output: Path, how: Extracting) -> Extracted:
+def extract_file(tuned: str, base: str, output: Path, how: ExtractConfig) -> ExtractResult:
     """Write what a checkpoint has over a base as an adapter in the native layout.
 
     Both are `tiny-sd`, a folder, a single file or a hub id. One module is in memory at a time, beside the result. The
@@ -102,56 +102,58 @@ def extract_file(tuned: str, base: str, output: Path, how: Extracting) -> Extrac
     BaseModelError.
     """
     first, second = find_checkpoint(base), find_checkpoint(tuned)
-    check_output(output, (*files_of(first), *files_of(second)), force=how.force)
-    check_same_make(first, second)
-    names = wanted_names(first, how)
-    pairs = ((path_of(n), first.parameters[n].read(), second.parameters[n].read()) for n in shown(names))
-    found = extract_layers(pairs, approximation_for(how, stored_types((first, second), names)))
-    kept, left_out = sorted_out(differences(first, second, others(first, names)), target_paths(first, how), how)
+    check_output(output, (*list_files(first), *list_files(second)), force=how.force)
+    check_same_architecture(first, second)
+    names = select_names(first, how)
+    pairs = ((parameter_module(n), first.parameters[n].read(), second.parameters[n].read()) for n in progress(names))
+    found = extract_layers(pairs, make_approximation(how, list_stored_dtypes((first, second), names)))
+    kept, left_out = split_kept_and_skipped(
+        iterate_differences(first, second, remaining_parameters(first, names)), target_paths(first, how), how
+    )
     if not found.layers and not kept:
-        raise ConfigError(nothing_message(tuned, base, left_out))
-    done = Extracted(tuned=tuned, base=base, output=output, how=how, found=found, kept=kept, left_out=left_out)
+        raise ConfigError(explain_no_difference(tuned, base, left_out))
+    done = ExtractResult(tuned=tuned, base=base, output=output, how=how, found=found, kept=kept, left_out=left_out)
     metadata = AdapterMetadata(
         name=output.stem,
         family=first.family.name,
-        variant=variant_of(first),
+        variant=detect_variant(first),
         base_name=base,
         base_hash=first.hash,
         description=f"Extracted from {second.path.name}: what it has over its base, {how.rule}.",
-        training={"extraction": {"tuned": tuned, "tuned_hash": second.hash, **record(done)}},
+        training={"extraction": {"tuned": tuned, "tuned_hash": second.hash, **make_record(done)}},
     )
-    save_adapter(adapter_of(done, metadata), output)
+    save_adapter(make_adapter(done, metadata), output)
     return done
 
 
-def approximate_file(base: str, output: Path, how: Extracting) -> Extracted:
+def approximate_file(base: str, output: Path, how: ExtractConfig) -> ExtractResult:
     """Write the low-rank part of a base's own weights, which is no change to any base and not to be blended.
 
     The file is an adapter's in layout only: its family is `low-rank part of ...`, so that every command that would add
     it to a base refuses. Norms, biases and embeddings are left out. Raises as `extract_file` does.
     """
     source = find_checkpoint(base)
-    check_output(output, files_of(source), force=how.force)
-    names = wanted_names(source, how)
-    weights = ((path_of(name), weight) for name, weight in values_of(source, shown(names)))
-    found = approximate_layers(weights, approximation_for(how, stored_types((source,), names)))
+    check_output(output, list_files(source), force=how.force)
+    names = select_names(source, how)
+    weights = ((parameter_module(name), weight) for name, weight in iterate_values(source, progress(names)))
+    found = approximate_layers(weights, make_approximation(how, list_stored_dtypes((source,), names)))
     if not found.layers:
         raise ConfigError(f"{base}: all weights at the targets are zero; there is nothing to approximate")
-    _, left_out = sorted_out(values_of(source, others(source, names)), (), how)
-    done = Extracted(tuned="", base=base, output=output, how=how, found=found, kept={}, left_out=left_out)
+    _, left_out = split_kept_and_skipped(iterate_values(source, remaining_parameters(source, names)), (), how)
+    done = ExtractResult(tuned="", base=base, output=output, how=how, found=found, kept={}, left_out=left_out)
     metadata = AdapterMetadata(
         name=f"low-rank part of {source.path.name}",
         family=f"low-rank part of {source.family.title}",
         base_name=base,
         base_hash=source.hash,
         description="The base's own weights at low rank, not a change to them: do not add it to a base.",
-        training={"approximation": record(done)},
+        training={"approximation": make_record(done)},
     )
-    save_adapter(adapter_of(done, metadata), output)
+    save_adapter(make_adapter(done, metadata), output)
     return done
 
 
-def record(done: Extracted) -> dict[str, Any]:
+def make_record(done: ExtractResult) -> dict[str, Any]:
     """What made the file, for its header."""
     how, total = done.how, done.found.report.total
     return {
@@ -165,12 +167,12 @@ def record(done: Extracted) -> dict[str, Any]:
     }
 
 
-def files_of(checkpoint: Checkpoint) -> list[Path]:
+def list_files(checkpoint: Checkpoint) -> list[Path]:
     """Every file of a checkpoint."""
     return [p for p in checkpoint.path.rglob("*") if p.is_file()] if checkpoint.is_folder else [checkpoint.path]
 
 
-def check_same_make(base: Checkpoint, tuned: Checkpoint) -> None:
+def check_same_architecture(base: Checkpoint, tuned: Checkpoint) -> None:
     """Raise FamilyMismatchError unless both have the same parameters; a vocabulary may have grown by learned words."""
     if tuned.family is not base.family:
         raise FamilyMismatchError(
@@ -191,52 +193,52 @@ def may_grow(name: str, one: tuple[int, ...], two: tuple[int, ...]) -> bool:
     return name.endswith(".token_embedding.weight") and one[1:] == two[1:]
 
 
-def target_paths(checkpoint: Checkpoint, how: Extracting) -> tuple[str, ...]:
+def target_paths(checkpoint: Checkpoint, how: ExtractConfig) -> tuple[str, ...]:
     """The modules, norms among them, that sets and patterns name. Raises ConfigError if one names none."""
     paths = changeable_paths(checkpoint.layout)
     return resolve_targets(paths, unet=how.unet, text_encoders=how.text_encoders)
 
 
-def wanted_names(checkpoint: Checkpoint, how: Extracting) -> list[str]:
+def select_names(checkpoint: Checkpoint, how: ExtractConfig) -> list[str]:
     """The weights that get a layer: those of two or four dimensions among the targets."""
     names = [f"{path}.weight" for path in target_paths(checkpoint, how)]
     return [name for name in names if name in checkpoint.parameters and len(checkpoint.shapes[name]) > 1]
 
 
-def path_of(name: str) -> str:
+def parameter_module(name: str) -> str:
     """The module of a parameter."""
     return name.rpartition(".")[0]
 
 
-def shown(names: Sequence[str]) -> Iterable[str]:
+def progress(names: Sequence[str]) -> Iterable[str]:
     """The names, with a bar on a terminal."""
     return tqdm(names, desc="extract", unit="module", leave=False, disable=None)
 
 
-def stored_types(checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> set[str]:
+def list_stored_dtypes(checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> set[str]:
     """The types that the weights are stored in."""
     return {checkpoint.parameters[name].kind[0] for checkpoint in checkpoints for name in names}
 
 
-def approximation_for(how: Extracting, types: set[str]) -> Approximation:
+def make_approximation(how: ExtractConfig, types: set[str]) -> Approximation:
     """The settings of the algebra. Raises ConfigError for a randomized method without a fixed rank."""
     kept = types.pop() if types in ({"float16"}, {"bfloat16"}) else "float32"
     dtype = torch_dtype(kept if how.dtype == "keep" else how.dtype)
     return Approximation(rule=how.rule, sketch=SKETCHES[how.method], dtype=dtype)
 
 
-def others(checkpoint: Checkpoint, names: Sequence[str]) -> list[str]:
+def remaining_parameters(checkpoint: Checkpoint, names: Sequence[str]) -> list[str]:
     """The other parameters."""
     taken = set(names)
     return [name for name in checkpoint.parameters if name not in taken]
 
 
-def values_of(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+def iterate_values(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """Parameters in float32, one at a time."""
     return ((name, checkpoint.parameters[name].read().float()) for name in names)
 
 
-def differences(base: Checkpoint, tuned: Checkpoint, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+def iterate_differences(base: Checkpoint, tuned: Checkpoint, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """What the checkpoints do not share, by parameter; the rows that only one has count whole."""
     for name in names:
         mine, other = base.parameters[name].read(), tuned.parameters[name].read()
@@ -245,9 +247,9 @@ def differences(base: Checkpoint, tuned: Checkpoint, names: Iterable[str]) -> It
         yield name, torch.cat([subtract_weights(mine[:rows], other[:rows]), longer[rows:].float()])
 
 
-def sorted_out(
-    parameters: Iterable[tuple[str, Tensor]], targets: Sequence[str], how: Extracting
-) -> tuple[dict[str, Tensor], dict[str, Group]]:
+def split_kept_and_skipped(
+    parameters: Iterable[tuple[str, Tensor]], targets: Sequence[str], how: ExtractConfig
+) -> tuple[dict[str, Tensor], dict[str, ParameterGroup]]:
     """The norms and biases of target modules, if they are to be kept; and all else that is not zero, by kind.
 
     Raises BaseModelError for NaN or infinity.
@@ -257,14 +259,14 @@ def sorted_out(
     for name, values in check_finite_weights(parameters):
         if not values.any():
             continue
-        if how.norms_and_biases == "keep" and values.ndim == 1 and path_of(name) in targets:
+        if how.norms_and_biases == "keep" and values.ndim == 1 and parameter_module(name) in targets:
             kept[name] = values
         else:
-            norms.setdefault(kind_of(name, values), []).append(frobenius_norm(values))
-    return kept, {kind: Group(count=len(found), norm=hypot(*found)) for kind, found in norms.items()}
+            norms.setdefault(parameter_kind(name, values), []).append(frobenius_norm(values))
+    return kept, {kind: ParameterGroup(count=len(found), norm=hypot(*found)) for kind, found in norms.items()}
 
 
-def kind_of(name: str, values: Tensor) -> str:
+def parameter_kind(name: str, values: Tensor) -> str:
     if "_embedding.weight" in name:
         return "embeddings"
     if name.endswith(".bias"):
@@ -272,28 +274,30 @@ def kind_of(name: str, values: Tensor) -> str:
     return "norm weights" if values.ndim == 1 else "modules beyond the targets"
 
 
-def nothing_message(tuned: str, base: str, left_out: Mapping[str, Group]) -> str:
+def explain_no_difference(tuned: str, base: str, left_out: Mapping[str, ParameterGroup]) -> str:
     if not left_out:
         return f"{tuned}: nothing to extract; its UNet and text encoders are those of {base}"
     return (
-        f"{tuned}: nothing to extract at the targets; only {listed(left_out)} differ from {base}; "
+        f"{tuned}: nothing to extract at the targets; only {format_groups(left_out)} differ from {base}; "
         "widen the targets, or keep norms and biases"
     )
 
 
-def listed(left_out: Mapping[str, Group]) -> str:
+def format_groups(left_out: Mapping[str, ParameterGroup]) -> str:
     """`biases (2), norm weights (1)`."""
     return ", ".join(f"{kind} ({found.count})" for kind, found in left_out.items())
 
 
-def variant_of(base: Checkpoint) -> str:
+def detect_variant(base: Checkpoint) -> str:
     """`v-prediction` if a folder's scheduler says so; a single file does not tell."""
     scheduler = base.path / "scheduler" / "scheduler_config.json"
     says = read_json(scheduler).get("prediction_type") if scheduler.is_file() else None
     return "v-prediction" if says == "v_prediction" else ""
 
 
-def adapter_of(done: Extracted, metadata: AdapterMetadata) -> Adapter:
-    norms = {path_of(name): FullLayer(diff=diff) for name, diff in done.kept.items() if name.endswith(".weight")}
-    biases = {path_of(name): bias for name, bias in done.kept.items() if name.endswith(".bias")}
+def make_adapter(done: ExtractResult, metadata: AdapterMetadata) -> Adapter:
+    norms = {
+        parameter_module(name): FullLayer(diff=diff) for name, diff in done.kept.items() if name.endswith(".weight")
+    }
+    biases = {parameter_module(name): bias for name, bias in done.kept.items() if name.endswith(".bias")}
     return Adapter(layers={**done.found.layers, **norms}, biases=biases, metadata=metadata)

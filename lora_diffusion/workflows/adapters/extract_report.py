@@ -6,11 +6,11 @@ from typing import Any
 from lora_diffusion.algebra.reduce.resize import Loss
 from lora_diffusion.architectures.blocks import block_prefix
 from lora_diffusion.core.atomic_files import count_bytes
-from lora_diffusion.workflows.adapters.combine import loss_facts, megabytes, span
-from lora_diffusion.workflows.adapters.extract import Extracted, listed
+from lora_diffusion.workflows.adapters.combine import format_megabytes, format_range, loss_to_json
+from lora_diffusion.workflows.adapters.extract import ExtractResult, format_groups
 
 
-def facts_of(done: Extracted) -> dict[str, Any]:
+def to_json(done: ExtractResult) -> dict[str, Any]:
     """Ready for JSON."""
     report = done.found.report
     return {
@@ -24,28 +24,28 @@ def facts_of(done: Extracted) -> dict[str, Any]:
         "left_out_share": done.left_out_norm / done.whole_norm,
         "whole_error": done.whole_error,
         "bytes": count_bytes(done.output),
-        **loss_facts(report.total),
-        "blocks": {block: loss_facts(loss) for block, loss in report.by_group(block_prefix).items()},
+        **loss_to_json(report.total),
+        "blocks": {block: loss_to_json(loss) for block, loss in report.by_group(block_prefix).items()},
         "by_module": {path: asdict(loss) for path, loss in report.modules.items()},
     }
 
 
-def described(done: Extracted) -> str:
+def format_report(done: ExtractResult) -> str:
     """A table of what each block misses, and a line for what is not in the file."""
     what = "of the difference" if done.tuned else "of the base's own weights, not to be added to a base"
-    head = f"{done.output}: {len(done.found.layers)} layers {what}, {megabytes(count_bytes(done.output))}"
+    head = f"{done.output}: {len(done.found.layers)} layers {what}, {format_megabytes(count_bytes(done.output))}"
     rows = [*done.found.report.by_group(block_prefix).items(), ("all", done.found.report.total)]
     columns = f"{'block':<22}{'modules':>8}{'rank':>10}{'norm':>12}{'error':>12}"
-    lines = [head, columns, *(row(name, loss) for name, loss in rows)]
+    lines = [head, columns, *(format_row(name, loss) for name, loss in rows)]
     if done.kept:
         lines.append(f"kept whole: {len(done.kept)} norms and biases")
     if done.found.equal:
         lines.append(f"no layer for {len(done.found.equal)} modules that are equal")
     if done.left_out:
         share = done.left_out_norm / done.whole_norm
-        lines.append(f"left out: {listed(done.left_out)}; {share:.2%} of the norm of the whole")
+        lines.append(f"left out: {format_groups(done.left_out)}; {share:.2%} of the norm of the whole")
     return "\n".join([*lines, f"error of the whole: {done.whole_error:.3g}"])
 
 
-def row(name: str, loss: Loss) -> str:
-    return f"{name:<22}{loss.modules:>8}{span(loss.ranks_after):>10}{loss.norm:>12.4g}{loss.relative:>12.3g}"
+def format_row(name: str, loss: Loss) -> str:
+    return f"{name:<22}{loss.modules:>8}{format_range(loss.ranks_after):>10}{loss.norm:>12.4g}{loss.relative:>12.3g}"

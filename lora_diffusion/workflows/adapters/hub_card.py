@@ -12,14 +12,16 @@ HUB_BASES = {
 }
 
 
-def hub_card(adapter: Adapter, file_name: str) -> str:
+def format_hub_card(adapter: Adapter, file_name: str) -> str:
     """Markdown with the Hub's front matter: base model, instance prompt, a widget, tags."""
     metadata = adapter.metadata
     trigger = ", ".join(metadata.trigger_words)
     base = HUB_BASES.get(metadata.family, metadata.base_name)
     front = ["library_name: diffusers", "pipeline_tag: text-to-image"]
-    front += [f"base_model: {quoted(base)}"] if base else []
-    front += [f"instance_prompt: {quoted(trigger)}", "widget:", f"  - text: {quoted(trigger)}"] if trigger else []
+    front += [f"base_model: {quote_yaml(base)}"] if base else []
+    front += (
+        [f"instance_prompt: {quote_yaml(trigger)}", "widget:", f"  - text: {quote_yaml(trigger)}"] if trigger else []
+    )
     front += ["tags:", "  - lora", "  - diffusers", "  - text-to-image"]
     front += ["  - template:sd-lora"] if trigger else []
     rows = {
@@ -37,6 +39,6 @@ def hub_card(adapter: Adapter, file_name: str) -> str:
     )
 
 
-def quoted(text: str) -> str:
+def quote_yaml(text: str) -> str:
     """A text as YAML, which reads JSON's strings."""
     return json.dumps(text, ensure_ascii=False)

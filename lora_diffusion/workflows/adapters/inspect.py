@@ -47,8 +47,10 @@ def inspect_adapter(path: Path, *, norms: bool = False, ignore: Sequence[str] = 
         "learned_tokens": {word: {c: list(v.shape) for c, v in t.items()} for word, t in adapter.tokens.items()},
         "parameters": adapter.num_parameters,
         "precision": sorted({dtype_name(tensor.dtype) for _, tensor in named_tensors(adapter)}),
-        "ranks": spread(value for layer in adapter.layers.values() if (value := getattr(layer, "rank", None))),
-        "alphas": spread(v for layer in adapter.layers.values() if (v := getattr(layer, "alpha", None)) is not None),
+        "ranks": summarize_range(value for layer in adapter.layers.values() if (value := getattr(layer, "rank", None))),
+        "alphas": summarize_range(
+            v for layer in adapter.layers.values() if (v := getattr(layer, "alpha", None)) is not None
+        ),
         "components": dict(Counter(path.split(".", 1)[0] for path in adapter.paths)),
         "blocks": dict(Counter(block_prefix(path) for path in adapter.paths)),
         "tags": dict(list(tags.items())[:MOST_TAGS]),
@@ -57,21 +59,21 @@ def inspect_adapter(path: Path, *, norms: bool = False, ignore: Sequence[str] = 
         "created": metadata.created,
         "notes": list(metadata.notes),
     }
-    return facts | (measured(adapter, path) if norms else {})
+    return facts | (measure_norms(adapter, path) if norms else {})
 
 
-def spread(values: Iterable[float]) -> dict[str, float]:
+def summarize_range(values: Iterable[float]) -> dict[str, float]:
     """Smallest, middle and largest value; empty for none."""
     listed = sorted(values)
     return {"min": listed[0], "median": median(listed), "max": listed[-1]} if listed else {}
 
 
-def measured(adapter: Adapter, path: Path) -> dict[str, Any]:
+def measure_norms(adapter: Adapter, path: Path) -> dict[str, Any]:
     """What only the tensors tell."""
     norms = {layer_path: delta_norm(layer) for layer_path, layer in adapter.layers.items()}
     facts: dict[str, Any] = {
         "hash": adapter_hash(adapter),
-        "norms": block_norms(norms),
+        "norms": summarize_block_norms(norms),
         "no_norm": sorted(layer_path for layer_path, norm in norms.items() if norm is None),
         "dead": sorted(layer_path for layer_path, norm in norms.items() if norm == 0),
         "non_finite": list(adapter.non_finite),
@@ -79,7 +81,7 @@ def measured(adapter: Adapter, path: Path) -> dict[str, Any]:
     return facts | (file_hashes(path) if path.is_file() and not is_pickled(path) else {})
 
 
-def block_norms(norms: Mapping[str, float | None]) -> dict[str, dict[str, float]]:
+def summarize_block_norms(norms: Mapping[str, float | None]) -> dict[str, dict[str, float]]:
     """Middle and largest norm of the deltas in each block."""
     blocks: dict[str, list[float]] = {}
     for path, norm in norms.items():
@@ -107,21 +109,21 @@ def describe_inspection(facts: Mapping[str, Any]) -> str:
     for key, value in facts.items():
         title = key.replace("_", " ")
         if key == "norms":
-            lines += ["delta norms, middle and largest:", *bars(value)]
+            lines += ["delta norms, middle and largest:", *format_bars(value)]
         elif value not in ("", [], {}, None):
-            lines.append(f"{title:<18}{shown(value)}")
+            lines.append(f"{title:<18}{format_value(value)}")
     return "\n".join(lines)
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {shown(inner)}" for key, inner in value.items())
+        return ", ".join(f"{key}: {format_value(inner)}" for key, inner in value.items())
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def bars(norms: Mapping[str, Mapping[str, float]], width: int = 40) -> list[str]:
+def format_bars(norms: Mapping[str, Mapping[str, float]], width: int = 40) -> list[str]:
     """One line for each block: name, bar, numbers."""
     longest = max((entry["median"] for entry in norms.values()), default=0) or 1
     lines: list[str] = []

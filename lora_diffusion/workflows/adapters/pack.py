@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Packing:
+class PackConfig:
     """How adapters are packed."""
 
     rank: int
@@ -36,7 +36,7 @@ class Packing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Packed:
+class PackResult:
     """A pack beside the files in it."""
 
     output: Path
@@ -48,7 +48,7 @@ class Packed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unpacked:
+class UnpackResult:
     """Files that came out of a pack."""
 
     pack: Path
@@ -61,7 +61,7 @@ class Unpacked:
     """How far each is from the adapter that was packed."""
 
 
-def pack_files(sources: Sequence[Path], output: Path, how: Packing) -> Packed:
+def pack_files(sources: Sequence[Path], output: Path, how: PackConfig) -> PackResult:
     """Pack adapter files, and all adapters below folders, into one file.
 
     An adapter's name in the pack is its file's name without the suffix. `keep` as a type is the files' own if they
@@ -69,12 +69,14 @@ def pack_files(sources: Sequence[Path], output: Path, how: Packing) -> Packed:
     is an input, or cannot be written; ConfigError for no adapters, two of one name, or kinds that cannot share factors;
     FamilyMismatchError; AdapterFormatError for a file that cannot be read.
     """
-    files = named_files(sources)
+    files = name_files(sources)
     check_output(output, files.values(), force=how.force)
     adapters = {name: load_adapter(path) for name, path in tqdm(files.items(), unit="file", disable=len(files) < 20)}
-    family = share_bases(adapters, how.rank, type_of(adapters) if how.dtype == "keep" else torch_dtype(how.dtype))
+    family = share_bases(
+        adapters, how.rank, find_common_dtype(adapters) if how.dtype == "keep" else torch_dtype(how.dtype)
+    )
     save_pack(family, output)
-    return Packed(
+    return PackResult(
         output=output,
         rank=how.rank,
         bytes_before=sum(count_bytes(path) for path in files.values()),
@@ -83,10 +85,10 @@ def pack_files(sources: Sequence[Path], output: Path, how: Packing) -> Packed:
     )
 
 
-def named_files(sources: Sequence[Path]) -> dict[str, Path]:
+def name_files(sources: Sequence[Path]) -> dict[str, Path]:
     """The adapters by name, sorted. Raises ConfigError for none, or two of one name."""
     files: dict[str, Path] = {}
-    for path in (file for source in sources for file in files_at(source)):
+    for path in (file for source in sources for file in list_adapter_files(source)):
         name = adapter_stem(path)
         if name in files:
             raise ConfigError(f"{files[name]} and {path} are both called {name!r}; give one of them another file name")
@@ -96,7 +98,7 @@ def named_files(sources: Sequence[Path]) -> dict[str, Path]:
     return dict(sorted(files.items()))
 
 
-def files_at(source: Path) -> Iterator[Path]:
+def list_adapter_files(source: Path) -> Iterator[Path]:
     """The file itself, or all adapters below a folder. Raises ConfigError for what cannot be looked at in a folder."""
     places, refused = scan_folder(source) if source.is_dir() else ([], [])
     if refused:
@@ -104,14 +106,14 @@ def files_at(source: Path) -> Iterator[Path]:
     yield from (place.path for place in places) if source.is_dir() else (source,)
 
 
-def type_of(adapters: Mapping[str, Adapter]) -> torch.dtype:
+def find_common_dtype(adapters: Mapping[str, Adapter]) -> torch.dtype:
     """The type of all factors, or float32 if they are of several, or have none."""
     layers = (layer for adapter in adapters.values() for layer in adapter.layers.values())
     types = {factor.dtype for layer in layers for factor in layer.factors.values()}
     return types.pop() if len(types) == 1 else torch_dtype("float32")
 
 
-def unpack_file(pack: Path, folder: Path, *, name: str = "", force: bool = False) -> Unpacked:
+def unpack_file(pack: Path, folder: Path, *, name: str = "", force: bool = False) -> UnpackResult:
     """Write the adapters of a pack, or the one of that name, as native files into a folder.
 
     Each is a plain LoRA of its own rank or, where that is less, of the pack's. One adapter is read without the others.
@@ -120,7 +122,7 @@ def unpack_file(pack: Path, folder: Path, *, name: str = "", force: bool = False
     """
     names = (name,) if name else list_members(pack)
     family = load_pack(pack, names)
-    files = {wanted: folder / f"{file_name(wanted, pack)}.safetensors" for wanted in names}
+    files = {wanted: folder / f"{check_file_name(wanted, pack)}.safetensors" for wanted in names}
     for path in files.values():
         if path.exists() and path.samefile(pack):
             raise OutputError(f"{path}: is the pack itself; give another folder")
@@ -128,7 +130,7 @@ def unpack_file(pack: Path, folder: Path, *, name: str = "", force: bool = False
             raise OutputError(f"{path}: already there; give another folder, or --force to replace it")
     for wanted, path in tqdm(files.items(), unit="file", disable=len(files) < 20):
         save_adapter(extract_member(family, wanted), path)
-    return Unpacked(
+    return UnpackResult(
         pack=pack,
         files=files,
         bytes_before=count_bytes(pack),
@@ -137,14 +139,14 @@ def unpack_file(pack: Path, folder: Path, *, name: str = "", force: bool = False
     )
 
 
-def file_name(name: str, pack: Path) -> str:
+def check_file_name(name: str, pack: Path) -> str:
     """The name, if it can be a file's. Raises ConfigError for one that would lead to another folder."""
     if name in ("", ".", "..") or any(letter in "/\\\0" for letter in name):
         raise ConfigError(f"{pack}: holds an adapter called {name!r}, which is no file name; the pack is not of ours")
     return name
 
 
-def pack_facts(done: Packed) -> dict[str, Any]:
+def pack_to_json(done: PackResult) -> dict[str, Any]:
     """What was packed, as plain values, ready for JSON."""
     return {
         "to": str(done.output),
@@ -152,41 +154,41 @@ def pack_facts(done: Packed) -> dict[str, Any]:
         "rank": done.rank,
         "bytes_before": done.bytes_before,
         "bytes_after": done.bytes_after,
-        **error_facts(done.errors),
+        **errors_to_json(done.errors),
     }
 
 
-def unpack_facts(done: Unpacked) -> dict[str, Any]:
+def unpack_to_json(done: UnpackResult) -> dict[str, Any]:
     """What was unpacked, as plain values, ready for JSON."""
     return {
         "from": str(done.pack),
         "files": {name: str(path) for name, path in done.files.items()},
         "bytes_before": done.bytes_before,
         "bytes_after": done.bytes_after,
-        **error_facts(done.errors),
+        **errors_to_json(done.errors),
     }
 
 
-def error_facts(errors: Mapping[str, float]) -> dict[str, Any]:
+def errors_to_json(errors: Mapping[str, float]) -> dict[str, Any]:
     worst = max(errors, key=lambda name: errors[name])
     found = {"worst": {worst: errors[worst]}, "median": median(errors.values())}
     return {"error": found, "errors": dict(errors)}
 
 
-def describe_pack(done: Packed) -> str:
+def describe_pack(done: PackResult) -> str:
     """What was packed, as lines of text."""
     share = done.bytes_after / done.bytes_before
     sizes = f"{done.bytes_before:,} bytes before, {done.bytes_after:,} after ({share:.1%})"
-    return f"{done.output}: {len(done.errors)} adapters at rank {done.rank}; {sizes}\n{described_errors(done.errors)}"
+    return f"{done.output}: {len(done.errors)} adapters at rank {done.rank}; {sizes}\n{describe_errors(done.errors)}"
 
 
-def describe_unpacked(done: Unpacked) -> str:
+def describe_unpack(done: UnpackResult) -> str:
     """What was unpacked, as lines of text."""
     sizes = f"{done.bytes_before:,} bytes in the pack, {done.bytes_after:,} unpacked"
     listed = list(map(str, done.files.values())) if len(done.files) == 1 else [f"{len(done.files)} files"]
-    return f"{done.pack}: {listed[0]}; {sizes}\n{described_errors(done.errors)}"
+    return f"{done.pack}: {listed[0]}; {sizes}\n{describe_errors(done.errors)}"
 
 
-def described_errors(errors: Mapping[str, float]) -> str:
+def describe_errors(errors: Mapping[str, float]) -> str:
     worst = max(errors, key=lambda name: errors[name])
     return f"error of the deltas: median {median(errors.values()):.3g}, worst {errors[worst]:.3g} ({worst})"

@@ -24,7 +24,7 @@ PRUNE = {"factors": prune_factors, "delta": prune_deltas}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slimming:
+class PruneConfig:
     """What is pruned, and how much of it stays."""
 
     keep: float
@@ -35,7 +35,7 @@ class Slimming:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slimmed:
+class PruneResult:
     """A pruned file beside the one that it was made of."""
 
     source: Path
@@ -54,7 +54,7 @@ class Slimmed:
         return {block: self.sparsity.error_over(paths) for block, paths in blocks.items()}
 
 
-def sparsify_file(source: Path, output: Path, how: Slimming) -> Slimmed:
+def prune_file(source: Path, output: Path, how: PruneConfig) -> PruneResult:
     """Read an adapter in any dialect, prune it, and write it in the native layout.
 
     `keep` as a type gives factors their own type, and a delta that of its layer's first factor. Raises OutputError if
@@ -66,12 +66,12 @@ def sparsify_file(source: Path, output: Path, how: Slimming) -> Slimmed:
     if not before.layers:
         raise AdapterFormatError(f"{source}: has no layers to prune; expected a LoRA")
     pruned = PRUNE[how.what](before, how.keep, how.scope)
-    after = like(pruned, before) if how.dtype == "keep" else cast_adapter(pruned, torch_dtype(how.dtype))
+    after = restore_dtypes(pruned, before) if how.dtype == "keep" else cast_adapter(pruned, torch_dtype(how.dtype))
     if after.non_finite:
         raise ConfigError(f"{source}: {after.non_finite[0]} is beyond the range of its type; choose --dtype float32")
     metadata = before.metadata.model_copy(update={"merged_from": (before.hash,)})
     save_adapter(replace(after, metadata=metadata), output)
-    return Slimmed(
+    return PruneResult(
         source=source,
         output=output,
         sparsity=measure_sparsity(before, after),
@@ -80,7 +80,7 @@ def sparsify_file(source: Path, output: Path, how: Slimming) -> Slimmed:
     )
 
 
-def like(pruned: Adapter, before: Adapter) -> Adapter:
+def restore_dtypes(pruned: Adapter, before: Adapter) -> Adapter:
     """Every factor in the type that its layer had; pruned factors have it already."""
     first = {path: next(iter(layer.factors.values())).dtype for path, layer in before.layers.items()}
     layers = {
@@ -92,7 +92,7 @@ def like(pruned: Adapter, before: Adapter) -> Adapter:
     return replace(pruned, layers=layers)
 
 
-def facts_of(done: Slimmed) -> dict[str, Any]:
+def to_json(done: PruneResult) -> dict[str, Any]:
     """What was done, as plain values, ready for JSON."""
     return {
         "from": str(done.source),
@@ -107,7 +107,7 @@ def facts_of(done: Slimmed) -> dict[str, Any]:
     }
 
 
-def described(done: Slimmed) -> str:
+def format_report(done: PruneResult) -> str:
     """What was done, as lines of text."""
     found = done.sparsity
     lines = [

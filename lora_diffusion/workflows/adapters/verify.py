@@ -20,7 +20,7 @@ HASH_KEY = "modelspec.hash_sha256"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check:
+class CheckResult:
     """One question and its answer; `passed` is None where it does not apply."""
 
     name: str
@@ -28,61 +28,63 @@ class Check:
     detail: str
 
 
-def verify(path: Path, *, base: str = "", ignore: Sequence[str] = ()) -> list[Check]:
+def verify(path: Path, *, base: str = "", ignore: Sequence[str] = ()) -> list[CheckResult]:
     """All checks of a file, and of how it fits `base` if one is given; never raises for a bad file."""
     try:
         adapter = load_adapter(path, ignore=ignore)
     except AdapterFormatError as error:
-        return [Check(name="readable and understood in full", passed=False, detail=str(error))]
+        return [CheckResult(name="readable and understood in full", passed=False, detail=str(error))]
     count = len(adapter.paths)
     said = (
         f"{adapter.metadata.source_format}: {', '.join(adapter.kinds)}, {count} modules, {len(adapter.tokens)} tokens"
     )
     checks = [
-        Check(name="readable and understood in full", passed=True, detail=said),
+        CheckResult(name="readable and understood in full", passed=True, detail=said),
         check_family_known(adapter),
         check_assumptions(adapter),
-        check_alive(adapter),
+        check_not_zero(adapter),
         check_payload(path),
     ]
     return [*checks, check_base(adapter, base)] if base else checks
 
 
-def check_family_known(adapter: Adapter) -> Check:
+def check_family_known(adapter: Adapter) -> CheckResult:
     family = family_title(adapter.metadata.family)
-    return Check(name="family recognized", passed=bool(family), detail=family or "fits several families, or none known")
+    return CheckResult(
+        name="family recognized", passed=bool(family), detail=family or "fits several families, or none known"
+    )
 
 
-def check_assumptions(adapter: Adapter) -> Check:
+def check_assumptions(adapter: Adapter) -> CheckResult:
     """Nothing had to be assumed; a file that leaves its alpha out is legal, so this never fails."""
     notes = adapter.metadata.notes
-    return Check(
+    return CheckResult(
         name="nothing assumed", passed=None if notes else True, detail="; ".join(notes) or "scales are all given"
     )
 
 
-def check_alive(adapter: Adapter) -> Check:
+def check_not_zero(adapter: Adapter) -> CheckResult:
     """Every layer adds something; a trained one always does."""
     dead = [path for path, layer in adapter.layers.items() if delta_norm(layer) == 0]
     detail = (
         f"{len(dead)} of {len(adapter.layers)} add nothing (first: {dead[0]})" if dead else "every layer adds something"
     )
-    return Check(name="no dead layers", passed=not dead, detail=detail)
+    return CheckResult(name="no dead layers", passed=not dead, detail=detail)
 
 
-def check_payload(path: Path) -> Check:
+def check_payload(path: Path) -> CheckResult:
     """The tensors are those that the header's ModelSpec hash names."""
     name = "tensors as hashed in the header"
     if not path.is_file() or path.suffix != ".safetensors":
-        return Check(name=name, passed=None, detail="no safetensors header")
+        return CheckResult(name=name, passed=None, detail="no safetensors header")
     stated = read_header(path).metadata.get(HASH_KEY, "")
     if not stated:
-        return Check(name=name, passed=None, detail=f"the header has no {HASH_KEY}")
+        return CheckResult(name=name, passed=None, detail=f"the header has no {HASH_KEY}")
     actual = file_hashes(path)["sshs_model_hash"]
-    return Check(name=name, passed=stated.removeprefix("0x") == actual, detail=stated)
+    return CheckResult(name=name, passed=stated.removeprefix("0x") == actual, detail=stated)
 
 
-def check_base(adapter: Adapter, base: str) -> Check:
+def check_base(adapter: Adapter, base: str) -> CheckResult:
     """Every layer finds a weight of its shape in the base; reads the base's headers alone."""
     name = f"fits {base}"
     try:
@@ -96,11 +98,11 @@ def check_base(adapter: Adapter, base: str) -> Check:
             shapes={name: found.shape for name, found in find_parameters(folder, expected_shapes(adapter)).items()},
         )
     except LoRADiffusionError as error:
-        return Check(name=name, passed=False, detail=str(error))
-    return Check(name=name, passed=True, detail=f"{len(adapter.paths)} modules matched")
+        return CheckResult(name=name, passed=False, detail=str(error))
+    return CheckResult(name=name, passed=True, detail=f"{len(adapter.paths)} modules matched")
 
 
-def describe_checks(checks: Sequence[Check]) -> str:
+def describe_checks(checks: Sequence[CheckResult]) -> str:
     """One line for each check."""
     words = {True: "ok", False: "FAILED", None: "note"}
     return "\n".join(f"{words[check.passed]:<8}{check.name}: {check.detail}" for check in checks)

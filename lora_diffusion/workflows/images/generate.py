@@ -25,14 +25,14 @@ from lora_diffusion.library.references import AdapterResolver, ResolvedBlend, lo
 from lora_diffusion.models.load import Base
 from lora_diffusion.models.locate import find_checkpoint
 from lora_diffusion.models.quantize import load_quantized_base
-from lora_diffusion.workflows.images.plan import Plan, with_tags
+from lora_diffusion.workflows.images.request import GenerationRequest, resolve_prompt_tags
 
 MOST_LOST = 0.1
 """Share of a blend's delta that rounding may take before a user is told."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Means:
+class LoadOptions:
     """Where things are looked for, and what is done to a blend before it is used."""
 
     resolver: AdapterResolver = field(default_factory=AdapterResolver)
@@ -46,7 +46,7 @@ class Means:
     """Take the base's own values back from its files, and keep no copies in memory."""
 
 
-def refuse_other_families(entries: Iterable[BlendEntry], base: str, ignore: Sequence[str] = ()) -> None:
+def check_families(entries: Iterable[BlendEntry], base: str, ignore: Sequence[str] = ()) -> None:
     """Raise FamilyMismatchError for an adapter of another family than the base's, from the files' headers alone."""
     family = find_checkpoint(base).family
     for entry in entries:
@@ -56,20 +56,20 @@ def refuse_other_families(entries: Iterable[BlendEntry], base: str, ignore: Sequ
         check_family(outline.metadata.family, outline.metadata.name, base_name=base, family=family.name)
 
 
-def prepared_blend(base: str, entries: tuple[BlendEntry, ...], means: Means) -> ResolvedBlend:
+def load_and_resolve_blend(base: str, entries: tuple[BlendEntry, ...], options: LoadOptions) -> ResolvedBlend:
     """The adapters loaded, their weights spelled out for this base and balanced if asked.
 
     Raises LoRADiffusionError's children.
     """
-    refuse_other_families(entries, base, means.ignore)
-    presets = read_block_presets(means.block_presets) if means.block_presets else None
+    check_families(entries, base, options.ignore)
+    presets = read_block_presets(options.block_presets) if options.block_presets else None
     layout = find_checkpoint(base).layout
-    found = load_blend(entries, means.resolver, ignore=means.ignore)
+    found = load_blend(entries, options.resolver, ignore=options.ignore)
     spelled = [
         replace(entry, weight=expand_block_preset(entry.weight, layout, presets)) for entry in found.blend.entries
     ]
     blend = Blend(entries=tuple(spelled))
-    return replace(found, blend=balance_weights(blend) if means.balance else blend)
+    return replace(found, blend=balance_weights(blend) if options.balance else blend)
 
 
 def check_base_hash(base: Base, recipe: Recipe) -> None:
@@ -82,123 +82,125 @@ def check_base_hash(base: Base, recipe: Recipe) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Written:
+class GeneratedImages:
     """Files of finished pictures, and what a user should know of them."""
 
     paths: tuple[Path, ...]
     notes: tuple[str, ...] = ()
 
 
-def generate_files(plan: Plan, output: Path, means: Means | None = None) -> Written:
-    """Make the pictures of a plan and write each into `output`, under names that are free, as soon as it is there.
+def generate_files(request: GenerationRequest, output: Path, options: LoadOptions | None = None) -> GeneratedImages:
+    """Make the pictures of a request and write each into `output`, under names that are free, as soon as it is there.
 
     Raises LoRADiffusionError's children.
     """
-    means = means or Means()
+    options = options or LoadOptions()
     check_writable(output / "00000.png")
-    plan = with_tags(plan, means.resolver)
-    found = prepared_blend(plan.base, plan.entries, means)
-    base = planned_base(plan)
-    with tqdm(total=plan.settings.count, desc="generate", unit="picture", leave=False) as bar:
+    request = resolve_prompt_tags(request, options.resolver)
+    found = load_and_resolve_blend(request.base, request.entries, options)
+    base = load_base_for(request)
+    with tqdm(total=request.settings.count, desc="generate", unit="picture", leave=False) as bar:
 
         def advance(_path: Path, _picture: GeneratedImage) -> None:
             bar.update()
 
-        return write_pictures(base, found, plan, output, means, on_picture=advance)
+        return write_images(base, found, request, output, options, on_picture=advance)
 
 
-def write_pictures(
+def write_images(
     base: Base,
     found: ResolvedBlend,
-    plan: Plan,
+    request: GenerationRequest,
     output: Path,
-    means: Means,
+    options: LoadOptions,
     *,
     on_picture: Callable[[Path, GeneratedImage], None],
     on_step: OnStep | None = None,
-) -> Written:
+) -> GeneratedImages:
     """The same with a base and adapters that are loaded; `on_picture` gets each as soon as it is written."""
-    notes = [*plan.notes, *found.notes]
-    if plan.recipe:
-        check_base_hash(base, plan.recipe)
+    notes = [*request.notes, *found.notes]
+    if request.recipe:
+        check_base_hash(base, request.recipe)
         notes += [
-            f"{note}; the pixels may differ" for note in list_differences(plan.recipe, device=base.pipe.device.type)
+            f"{note}; the pixels may differ" for note in list_differences(request.recipe, device=base.pipe.device.type)
         ]
-    notes += rounding_notes(base, found.blend, plan)
+    notes += warn_about_rounding(base, found.blend, request)
     paths: list[Path] = []
 
     def keep(picture: GeneratedImage) -> None:
-        paths.append(free_name(output))
+        paths.append(next_image_path(output))
         picture.save(paths[-1])
         on_picture(paths[-1], picture)
 
-    backup = "file" if means.low_memory else "memory"
+    backup = "file" if options.low_memory else "memory"
     generate(
         base,
-        [plan.settings],
+        [request.settings],
         found.blend,
-        composition=plan.composition,
+        composition=request.composition,
         backup=backup,
         on_picture=keep,
         on_step=on_step,
     )
-    return Written(paths=tuple(paths), notes=tuple(notes))
+    return GeneratedImages(paths=tuple(paths), notes=tuple(notes))
 
 
-def rounding_notes(base: Base, blend: Blend, plan: Plan) -> list[str]:
+def warn_about_rounding(base: Base, blend: Blend, request: GenerationRequest) -> list[str]:
     """A warning if adding to the weights would round away more of the blend than most people would accept."""
-    if plan.composition.exact or is_quantized(base) or base.pipe.unet.dtype == torch.float32:
+    if request.composition.exact or is_quantized(base) or base.pipe.unet.dtype == torch.float32:
         return []
     validate_blend(base, blend)
-    lost = rounding_loss(base, blend_sum(unscheduled(blend), base.layout))
+    lost = rounding_loss(base, blend_sum(without_schedules_and_regions(blend), base.layout))
     if lost <= MOST_LOST:
         return []
     kind = dtype_name(base.pipe.unet.dtype)
     return [f"rounding to {kind} loses {lost:.0%} of what the adapters change; --exact keeps it in a branch"]
 
 
-def unscheduled(blend: Blend) -> Blend:
+def without_schedules_and_regions(blend: Blend) -> Blend:
     """The blend at full weight everywhere, whatever its schedules and regions."""
     return Blend(entries=tuple(replace(e, region=None, weight=without_schedules(e.weight)) for e in blend.entries))
 
 
-def planned_base(plan: Plan) -> Base:
-    """The base of a plan; that of a replay in the recipe's type of number. Raises BaseModelError, ConfigError."""
-    precision = torch_dtype(plan.recipe.precision) if plan.recipe else None
-    return load_quantized_base(plan.base, plan.quantization, precision=precision)
+def load_base_for(request: GenerationRequest) -> Base:
+    """The base of a request; that of a replay in the recipe's type of number. Raises BaseModelError, ConfigError."""
+    precision = torch_dtype(request.recipe.precision) if request.recipe else None
+    return load_quantized_base(request.base, request.quantization, precision=precision)
 
 
-def free_name(folder: Path) -> Path:
+def next_image_path(folder: Path) -> Path:
     """The first five-digit PNG name after those already there."""
     taken = [int(p.stem) for p in folder.glob("*.png") if p.stem.isdecimal()] if folder.is_dir() else []
     return folder / f"{max(taken, default=-1) + 1:05d}.png"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saved:
+class SavedPreset:
     """A preset as it was written, and what a user should know of it."""
 
     preset: BlendPreset
     notes: tuple[str, ...]
 
 
-def save_plan(plan: Plan, path: Path, means: Means, *, name: str, description: str, force: bool) -> Saved:
-    """Write a plan as a preset, with every adapter's name and hash and its weight in full.
+def save_plan(
+    request: GenerationRequest, path: Path, options: LoadOptions, *, name: str, description: str, force: bool
+) -> SavedPreset:
+    """Write a request as a preset, with every adapter's name and hash and its weight in full.
 
     Raises LoRADiffusionError's children.
     """
     if path.suffix != ".json":
         raise ConfigError(f"{path}: a preset is a .json file; give one, e.g. my-blend.json")
-    plan = with_tags(plan, means.resolver)
-    if not plan.entries:
+    request = resolve_prompt_tags(request, options.resolver)
+    if not request.entries:
         raise ConfigError("nothing to save; give at least one --adapter, a prompt with a tag, or --from IMAGE")
-    found = prepared_blend(plan.base, plan.entries, means)
+    found = load_and_resolve_blend(request.base, request.entries, options)
     preset = BlendPreset(
         name=name or path.stem,
         description=description,
-        base=plan.base,
-        adapters=plan.entries,
-        composition=plan.composition,
-        settings=None if plan.settings == GenerateConfig(prompt="") else plan.settings,
+        base=request.base,
+        adapters=request.entries,
+        composition=request.composition,
+        settings=None if request.settings == GenerateConfig(prompt="") else request.settings,
     )
-    return Saved(preset=save_preset(preset, path, found.blend, force=force), notes=(*plan.notes, *found.notes))
+    return SavedPreset(preset=save_preset(preset, path, found.blend, force=force), notes=(*request.notes, *found.notes))

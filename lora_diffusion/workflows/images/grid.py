@@ -18,9 +18,15 @@ from lora_diffusion.library.recipe import PNG_KEY
 from lora_diffusion.library.references import ResolvedBlend
 from lora_diffusion.models.load import Base
 from lora_diffusion.models.locate import find_checkpoint
-from lora_diffusion.workflows.images.generate import Means, free_name, planned_base, prepared_blend, write_pictures
-from lora_diffusion.workflows.images.grid_axes import Axis, cells, without_blocks
-from lora_diffusion.workflows.images.plan import Plan, with_tags
+from lora_diffusion.workflows.images.generate import (
+    LoadOptions,
+    load_and_resolve_blend,
+    load_base_for,
+    next_image_path,
+    write_images,
+)
+from lora_diffusion.workflows.images.grid_axes import GridAxis, expand_grid, without_blocks
+from lora_diffusion.workflows.images.request import GenerationRequest, resolve_prompt_tags
 
 LEAST_CELL_PX, MOST_CELL_PX = 192, 512
 GRID_KEY = "lora_diffusion_grid"
@@ -38,46 +44,50 @@ class BlockEffect:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
+class RenderedGrid:
     """A finished grid, and what a user should know of it."""
 
     path: Path
     notes: tuple[str, ...] = ()
 
 
-def draw_grid(plan: Plan, across: Axis, down: Axis, output: Path, means: Means | None = None) -> Drawn:
+def draw_grid(
+    request: GenerationRequest, across: GridAxis, down: GridAxis, output: Path, options: LoadOptions | None = None
+) -> RenderedGrid:
     """Every picture of the grid into `output`, and the grid into its folder `grids`.
 
     All mistakes are found before the first picture. Raises LoRADiffusionError's children.
     """
-    means = means or Means()
+    options = options or LoadOptions()
     check_writable(output / "00000.png")
-    rows = cells(with_tags(plan, means.resolver), across, down)
-    found = [[prepared_blend(cell.base, cell.entries, means) for cell in row] for row in rows]
+    rows = expand_grid(resolve_prompt_tags(request, options.resolver), across, down)
+    found = [[load_and_resolve_blend(cell.base, cell.entries, options) for cell in row] for row in rows]
     for cell, blend in zip(chain.from_iterable(rows), chain.from_iterable(found), strict=True):
         check_composition(blend.blend, cell.composition)
-    base = planned_base(plan)
-    notes: list[str] = list(plan.notes)
+    base = load_base_for(request)
+    notes: list[str] = list(request.notes)
     paths: list[list[Path]] = []
     with tqdm(total=len(across.values) * len(down.values), desc="grid", unit="picture", leave=False) as bar:
         for line, blends in zip(rows, found, strict=True):
             paths.append([])
             for cell, blend in zip(line, blends, strict=True):
-                paths[-1].append(one_picture(base, blend, cell, output, means, notes))
+                paths[-1].append(draw_cell(base, blend, cell, output, options, notes))
                 bar.update()
-    return Drawn(path=save_sheet(paths, across, down, output), notes=tuple(dict.fromkeys(notes)))
+    return RenderedGrid(path=save_sheet(paths, across, down, output), notes=tuple(dict.fromkeys(notes)))
 
 
-def one_picture(base: Base, blend: ResolvedBlend, cell: Plan, output: Path, means: Means, notes: list[str]) -> Path:
-    """The picture of a plan that makes one; what a user should know is added to the notes."""
-    written = write_pictures(base, blend, cell, output, means, on_picture=lambda _path, _picture: None)
+def draw_cell(
+    base: Base, blend: ResolvedBlend, cell: GenerationRequest, output: Path, options: LoadOptions, notes: list[str]
+) -> Path:
+    """The picture of a request that makes one; what a user should know is added to the notes."""
+    written = write_images(base, blend, cell, output, options, on_picture=lambda _path, _picture: None)
     notes += written.notes
     return written.paths[0]
 
 
-def save_sheet(rows: Sequence[Sequence[Path]], across: Axis, down: Axis, output: Path) -> Path:
+def save_sheet(rows: Sequence[Sequence[Path]], across: GridAxis, down: GridAxis, output: Path) -> Path:
     """Pictures of ours as one labeled picture, which has the axes and their recipes in it. Raises OutputError."""
-    read = [[seen(path) for path in row] for row in rows]
+    read = [[open_image(path) for path in row] for row in rows]
     pictures = [[picture for picture, _ in row] for row in read]
     side_px = min(MOST_CELL_PX, max(LEAST_CELL_PX, *pictures[0][0].size))
     sheet = draw_image_grid(pictures, columns=across.labels, labels=down.labels, cell_px=side_px)
@@ -89,37 +99,43 @@ def save_sheet(rows: Sequence[Sequence[Path]], across: Axis, down: Axis, output:
     }
     texts = PngImagePlugin.PngInfo()
     texts.add_text(GRID_KEY, json.dumps(facts))
-    path = free_name(output / "grids")
+    path = next_image_path(output / "grids")
     with atomic_file(path) as part:
         sheet.save(part, format="PNG", pnginfo=texts)
     return path
 
 
-def seen(path: Path) -> tuple[Image.Image, str]:
+def open_image(path: Path) -> tuple[Image.Image, str]:
     """A picture of ours and its recipe."""
     with Image.open(path) as opened:
         return opened.convert("RGB"), opened.info[PNG_KEY]
 
 
-def measure_blocks(plan: Plan, of: str, output: Path, means: Means | None = None) -> tuple[BlockEffect, ...]:
+def measure_blocks(
+    request: GenerationRequest, of: str, output: Path, options: LoadOptions | None = None
+) -> tuple[BlockEffect, ...]:
     """Leave out one block of an adapter at a time; the strongest first. Raises LoRADiffusionError's children."""
-    means = means or Means()
+    options = options or LoadOptions()
     check_writable(output / "00000.png")
-    presets = read_block_presets(means.block_presets) if means.block_presets else None
-    plans = without_blocks(with_tags(plan, means.resolver), of, find_checkpoint(plan.base).layout, presets)
-    base = planned_base(plan)
+    presets = read_block_presets(options.block_presets) if options.block_presets else None
+    plans = without_blocks(
+        resolve_prompt_tags(request, options.resolver), of, find_checkpoint(request.base).layout, presets
+    )
+    base = load_base_for(request)
     paths: dict[str, Path] = {}
     for block, less in tqdm(plans.items(), desc="blocks", unit="picture", leave=False):
-        paths[block] = one_picture(base, prepared_blend(less.base, less.entries, means), less, output, means, [])
-    return strongest_first(paths)
+        paths[block] = draw_cell(
+            base, load_and_resolve_blend(less.base, less.entries, options), less, output, options, []
+        )
+    return rank_blocks(paths)
 
 
-def strongest_first(paths: Mapping[str, Path]) -> tuple[BlockEffect, ...]:
+def rank_blocks(paths: Mapping[str, Path]) -> tuple[BlockEffect, ...]:
     """How much each picture differs from the one with all blocks, which is under ""."""
-    effects = (block_effect(block, path, paths[""]) for block, path in paths.items() if block)
+    effects = (measure_block_effect(block, path, paths[""]) for block, path in paths.items() if block)
     return tuple(sorted(effects, key=lambda effect: -effect.change))
 
 
-def block_effect(block: str, without: Path, whole: Path) -> BlockEffect:
-    less, more = (np.asarray(seen(path)[0], dtype=np.float32) for path in (without, whole))
+def measure_block_effect(block: str, without: Path, whole: Path) -> BlockEffect:
+    less, more = (np.asarray(open_image(path)[0], dtype=np.float32) for path in (without, whole))
     return BlockEffect(block=block, change=float(np.abs(less - more).mean()), path=without)

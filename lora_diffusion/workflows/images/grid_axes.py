@@ -1,4 +1,4 @@
-"""What changes along the sides of a grid of pictures, and a blend without one of its blocks: plans made of a plan."""
+"""Grid axes: the requests of a grid of pictures over two settings, or of a blend without one block at a time."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from lora_diffusion.config.preset import BlendEntry, BlendWeight, Composition, W
 from lora_diffusion.config.settings import validate
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.library.entry import adapter_stem
-from lora_diffusion.workflows.images.plan import Plan
+from lora_diffusion.workflows.images.request import GenerationRequest
 
 MOST_CELLS = 64
 NOTHING = "nothing"
@@ -23,7 +23,7 @@ TEXTS = ("prompt", "negative_prompt")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Axis:
+class GridAxis:
     """What changes along one side."""
 
     what: str = NOTHING
@@ -43,96 +43,102 @@ class Axis:
         return tuple(f"{name} {value}" for value in self.values)
 
 
-def axis(what: str, text: str, of: str = "") -> Axis:
+def make_axis(what: str, text: str, of: str = "") -> GridAxis:
     """From what a person wrote: values with commas between, prompts with `|`. Raises ConfigError."""
     what = what.strip().replace("-", "_") if what.strip() != "block-preset" else "block preset"
     if what == NOTHING:
-        return Axis()
+        return GridAxis()
     if what not in CHANGES:
         raise ConfigError(f"{what!r} cannot be compared; choose one of {', '.join(CHANGES)}")
     values = tuple(part.strip() for part in text.split("|" if what in TEXTS else ",") if part.strip())
     if not values:
         raise ConfigError(f"no values for {what}; write some, with {'a |' if what in TEXTS else 'commas'} between")
-    return Axis(what=what, values=values, of=of)
+    return GridAxis(what=what, values=values, of=of)
 
 
-def axis_from(text: str) -> Axis:
+def parse_axis(text: str) -> GridAxis:
     """`weight:neon=0,0.5,1` or `seed=1,2` as the command line has it. Raises ConfigError."""
     found = re.fullmatch(r"(?P<what>[^:=]+)(?::(?P<of>[^=]+))?=(?P<values>.*)", text, re.DOTALL)
     if not found:
         raise ConfigError(f"{text!r}: expected WHAT=VALUES or WHAT:ADAPTER=VALUES, e.g. weight:neon=0,0.5,1")
-    return axis(found["what"], found["values"], found["of"] or "")
+    return make_axis(found["what"], found["values"], found["of"] or "")
 
 
-def axis_text(side: Axis) -> str:
+def format_axis(side: GridAxis) -> str:
     """The inverse."""
     what = "block-preset" if side.what == "block preset" else side.what
     between = "|" if side.what in TEXTS else ","
     return f"{what}{side.of and ':'}{side.of}={between.join(side.values)}"
 
 
-def cells(plan: Plan, across: Axis, down: Axis) -> list[list[Plan]]:
-    """The plan of each picture, row by row. Raises ConfigError for a value that cannot be."""
+def expand_grid(request: GenerationRequest, across: GridAxis, down: GridAxis) -> list[list[GenerationRequest]]:
+    """The request of each picture, row by row. Raises ConfigError for a value that cannot be."""
     count = len(across.values) * len(down.values)
     if count > MOST_CELLS:
         raise ConfigError(f"{count} pictures are more than a grid holds; {MOST_CELLS} at most")
-    single = replace(plan, settings=plan.settings.model_copy(update={"count": 1}))
-    return [[changed(changed(single, down, y), across, x) for x in across.values] for y in down.values]
+    single = replace(request, settings=request.settings.model_copy(update={"count": 1}))
+    return [
+        [apply_axis_value(apply_axis_value(single, down, y), across, x) for x in across.values] for y in down.values
+    ]
 
 
-def changed(plan: Plan, side: Axis, value: str) -> Plan:
-    """The plan with this value. Raises ConfigError."""
+def apply_axis_value(request: GenerationRequest, side: GridAxis, value: str) -> GenerationRequest:
+    """The request with this value. Raises ConfigError."""
     try:
-        return CHANGES[side.what](plan, value, side.of)
+        return CHANGES[side.what](request, value, side.of)
     except ConfigError:
         raise
     except ValueError:
         raise ConfigError(f"{side.what}: {value!r} is no number; write values like 0, 0.5, 1") from None
 
 
-def set_setting(name: str) -> Callable[[Plan, str, str], Plan]:
+def set_setting(name: str) -> Callable[[GenerationRequest, str, str], GenerationRequest]:
     """A setting of the picture."""
 
-    def change(plan: Plan, value: str, _of: str) -> Plan:
+    def change(request: GenerationRequest, value: str, _of: str) -> GenerationRequest:
         number = float(value) if name == "guidance" else int(value) if name in ("seed", "steps") else value
-        settings = validate(GenerateConfig, {**plan.settings.model_dump(), name: number}, source="the grid")
-        return replace(plan, settings=settings)
+        settings = validate(GenerateConfig, {**request.settings.model_dump(), name: number}, source="the grid")
+        return replace(request, settings=settings)
 
     return change
 
 
-def set_weight(update: Callable[[str], Mapping[str, Any]]) -> Callable[[Plan, str, str], Plan]:
+def set_weight(
+    update: Callable[[str], Mapping[str, Any]],
+) -> Callable[[GenerationRequest, str, str], GenerationRequest]:
     """A change of one adapter's weight."""
 
-    def change(plan: Plan, value: str, of: str) -> Plan:
-        at = place_of(plan.entries, of)
-        weight = validate(BlendWeight, {**in_full(plan.entries[at].weight).model_dump(), **update(value)}, source=value)
-        return replace(plan, entries=with_weight(plan.entries, at, weight))
+    def change(request: GenerationRequest, value: str, of: str) -> GenerationRequest:
+        at = find_entry(request.entries, of)
+        weight = validate(
+            BlendWeight, {**as_blend_weight(request.entries[at].weight).model_dump(), **update(value)}, source=value
+        )
+        return replace(request, entries=with_weight(request.entries, at, weight))
 
     return change
 
 
-def alone(plan: Plan, value: str, _of: str) -> Plan:
+def keep_only(request: GenerationRequest, value: str, _of: str) -> GenerationRequest:
     """One adapter by itself, at its weight."""
-    return replace(plan, entries=(plan.entries[place_of(plan.entries, value)],))
+    return replace(request, entries=(request.entries[find_entry(request.entries, value)],))
 
 
-def set_mode(plan: Plan, value: str, _of: str) -> Plan:
+def set_mode(request: GenerationRequest, value: str, _of: str) -> GenerationRequest:
     """Another way of putting the adapters together, with its own defaults."""
-    return replace(plan, composition=validate(Composition, {"mode": value}, source="the grid"))
+    return replace(request, composition=validate(Composition, {"mode": value}, source="the grid"))
 
 
-CHANGES: dict[str, Callable[[Plan, str, str], Plan]] = {
+CHANGES: dict[str, Callable[[GenerationRequest, str, str], GenerationRequest]] = {
     "weight": set_weight(lambda value: {"value": float(value)}),
     "block preset": set_weight(lambda value: {"blocks": value}),
-    "adapter": alone,
+    "adapter": keep_only,
     "mode": set_mode,
     **{name: set_setting(name) for name in ("seed", "steps", "guidance", "scheduler", *TEXTS)},
-    NOTHING: lambda plan, _, __: plan,
+    NOTHING: lambda request, _, __: request,
 }
 
 
-def place_of(entries: Sequence[BlendEntry], of: str) -> int:
+def find_entry(entries: Sequence[BlendEntry], of: str) -> int:
     """Which entry is meant: a number from 1, a file's name or the end of its path. Raises ConfigError."""
     if not entries:
         raise ConfigError("no adapter is on the table; put one there, or compare something else")
@@ -150,7 +156,7 @@ def place_of(entries: Sequence[BlendEntry], of: str) -> int:
     raise ConfigError(f"{of}: is not on the table; name one of {known}")
 
 
-def in_full(weight: Weight) -> BlendWeight:
+def as_blend_weight(weight: Weight) -> BlendWeight:
     """A weight that is a number, as one with parts."""
     return weight if isinstance(weight, BlendWeight) else BlendWeight(value=weight)
 
@@ -161,15 +167,17 @@ def with_weight(entries: tuple[BlendEntry, ...], at: int, weight: BlendWeight) -
     return (*entries[:at], entries[at].model_copy(update={"weight": plain}), *entries[at + 1 :])
 
 
-def without_blocks(plan: Plan, of: str, layout: ModelLayout, presets: BlockPresets | None = None) -> dict[str, Plan]:
-    """The plan without each block of one adapter, by block; under "" the plan with all of them. Raises ConfigError."""
-    single = replace(plan, settings=plan.settings.model_copy(update={"count": 1}))
-    at = place_of(plan.entries, of)
-    weight = in_full(expand_block_preset(plan.entries[at].weight, layout, presets))
+def without_blocks(
+    request: GenerationRequest, of: str, layout: ModelLayout, presets: BlockPresets | None = None
+) -> dict[str, GenerationRequest]:
+    """Return a request without each block of one adapter, by block, and with all under "". Raises ConfigError."""
+    single = replace(request, settings=request.settings.model_copy(update={"count": 1}))
+    at = find_entry(request.entries, of)
+    weight = as_blend_weight(expand_block_preset(request.entries[at].weight, layout, presets))
     factors = dict(weight.blocks) if isinstance(weight.blocks, Mapping) else {}
     _, attentive = vector_block_names(layout)
     found = {"": single}
     for block in attentive:
         less = weight.model_copy(update={"blocks": {**factors, block: 0.0}})
-        found[block] = replace(single, entries=with_weight(plan.entries, at, less))
+        found[block] = replace(single, entries=with_weight(request.entries, at, less))
     return found

@@ -32,14 +32,14 @@ def check_preset(path: Path, resolver: AdapterResolver, ignore: Sequence[str] = 
         checks.append(
             (
                 f"adapter {entry.name or entry.path}",
-                problem_with(entry, resolver, ignore, family.name if family else "", layout),
+                explain_entry_problem(entry, resolver, ignore, family.name if family else "", layout),
             )
         )
-    checks.append(("composition", problem_together(preset)))
+    checks.append(("composition", explain_composition_problem(preset)))
     return checks
 
 
-def problem_together(preset: BlendPreset) -> str:
+def explain_composition_problem(preset: BlendPreset) -> str:
     """Why its adapters cannot come together as the preset says; empty if they can."""
     active = sum(not is_zero(entry.weight) for entry in preset.adapters)
     try:
@@ -49,7 +49,7 @@ def problem_together(preset: BlendPreset) -> str:
     return ""
 
 
-def problem_with(
+def explain_entry_problem(
     entry: BlendEntry, resolver: AdapterResolver, ignore: Sequence[str], family: str, layout: ModelLayout | None
 ) -> str:
     """Why an adapter of a preset cannot be used as it says; empty if it can."""

@@ -23,7 +23,7 @@ EMPHASIS = re.compile(r"(?<!\\)[(\[]")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class GenerationRequest:
     """Pictures to make: base, adapters by reference, settings; for a replay also the recipe to hold to."""
 
     base: str
@@ -37,41 +37,41 @@ class Plan:
     """What is known already to make a replay differ."""
 
 
-def preset_plan(
+def request_from_preset(
     path: Path,
     *,
     base: str,
     settings: Mapping[str, Any],
     composition: Mapping[str, Any],
     adapters: tuple[BlendEntry, ...],
-) -> Plan:
+) -> GenerationRequest:
     """Pictures from a preset; what is given besides wins over it. Raises ConfigError."""
     preset = read_preset(path)
-    return Plan(
+    return GenerationRequest(
         base=base or preset.base,
         entries=resolve_entry_paths(preset.adapters, path.parent) + adapters,
-        settings=laid_over(GenerateConfig, preset.settings, settings, source=str(path)),
-        composition=laid_over(Composition, preset.composition, composition, source=str(path)),
+        settings=merge_settings(GenerateConfig, preset.settings, settings, source=str(path)),
+        composition=merge_settings(Composition, preset.composition, composition, source=str(path)),
     )
 
 
-def laid_over(kind: type[Model], kept: Model | None, given: Mapping[str, Any], *, source: str) -> Model:
+def merge_settings(kind: type[Model], kept: Model | None, given: Mapping[str, Any], *, source: str) -> Model:
     """Settings with those given in their place. Raises ConfigError."""
     return validate(kind, {**(kept.model_dump() if kept else {}), **given}, source=source)
 
 
-def replay_plan(image: Path, *, base: str, resolver: AdapterResolver) -> Plan:
+def request_from_image(image: Path, *, base: str, resolver: AdapterResolver) -> GenerationRequest:
     """The picture in a file once more: of ours from its recipe, of A1111 and Forge from their text.
 
     Raises ConfigError if it carries neither.
     """
     info = None if has_recipe(image) else read_infotext(image)
     if info is not None:
-        return foreign_plan(image, info, base=base, resolver=resolver)
+        return request_from_infotext(image, info, base=base, resolver=resolver)
     recipe = read_recipe(image)
     if recipe.kind != "image" or recipe.settings is None:
         raise ConfigError(f"{image}: carries the recipe of a {recipe.kind}, not of a picture")
-    return Plan(
+    return GenerationRequest(
         base=base or recipe.base,
         entries=recipe.adapters,
         settings=recipe.settings,
@@ -81,7 +81,7 @@ def replay_plan(image: Path, *, base: str, resolver: AdapterResolver) -> Plan:
     )
 
 
-def settings_plan(
+def request_from_settings(
     image: Path | None,
     *,
     base: str,
@@ -89,20 +89,20 @@ def settings_plan(
     composition: Mapping[str, Any],
     adapters: tuple[BlendEntry, ...],
     resolver: AdapterResolver,
-) -> Plan:
+) -> GenerationRequest:
     """What flags say, over what a picture's own recipe says, if one is given. Raises ConfigError."""
-    nothing = Plan(base=EMBEDDED_BASE, entries=(), settings=GenerateConfig(prompt=""))
-    start = replay_plan(image, base=base, resolver=resolver) if image else nothing
-    return Plan(
+    nothing = GenerationRequest(base=EMBEDDED_BASE, entries=(), settings=GenerateConfig(prompt=""))
+    start = request_from_image(image, base=base, resolver=resolver) if image else nothing
+    return GenerationRequest(
         base=base or start.base,
         entries=start.entries + adapters,
-        settings=laid_over(GenerateConfig, start.settings, settings, source="preset save"),
-        composition=laid_over(Composition, start.composition, composition, source="preset save"),
+        settings=merge_settings(GenerateConfig, start.settings, settings, source="preset save"),
+        composition=merge_settings(Composition, start.composition, composition, source="preset save"),
         notes=start.notes,
     )
 
 
-def foreign_plan(image: Path, info: Infotext, *, base: str, resolver: AdapterResolver) -> Plan:
+def request_from_infotext(image: Path, info: Infotext, *, base: str, resolver: AdapterResolver) -> GenerationRequest:
     """A picture of A1111 or Forge: its settings as far as they have a counterpart, its adapters by their hashes.
 
     Raises ConfigError if no base is given, as a picture names one that only its maker has.
@@ -114,10 +114,15 @@ def foreign_plan(image: Path, info: Infotext, *, base: str, resolver: AdapterRes
     prompt, tags = extract_tags(convert_a1111_tags(str(table.get("prompt", ""))))
     entries, more = resolve_hashes(tags, info, resolver)
     settings = validate(GenerateConfig, {**table, "prompt": prompt}, source=str(image))
-    return Plan(base=base, entries=entries, settings=settings, notes=(*notes, *more, *unread(info, settings)))
+    return GenerationRequest(
+        base=base,
+        entries=entries,
+        settings=settings,
+        notes=(*notes, *more, *unsupported_prompt_features(info, settings)),
+    )
 
 
-def unread(info: Infotext, settings: GenerateConfig) -> list[str]:
+def unsupported_prompt_features(info: Infotext, settings: GenerateConfig) -> list[str]:
     """What the other program makes of a prompt and this one does not."""
     notes: list[str] = []
     if info.ti_hashes:
@@ -131,14 +136,14 @@ def unread(info: Infotext, settings: GenerateConfig) -> list[str]:
     return notes
 
 
-def with_tags(plan: Plan, resolver: AdapterResolver) -> Plan:
-    """The plan with its prompt's tags turned into adapters. Raises ConfigError for a name that is unknown."""
-    if extract_tags(plan.settings.negative_prompt)[1]:
+def resolve_prompt_tags(request: GenerationRequest, resolver: AdapterResolver) -> GenerationRequest:
+    """The request with its prompt's tags turned into adapters. Raises ConfigError for a name that is unknown."""
+    if extract_tags(request.settings.negative_prompt)[1]:
         raise ConfigError(
-            f"the negative prompt has a tag in it: {plan.settings.negative_prompt!r}; tags go into the prompt"
+            f"the negative prompt has a tag in it: {request.settings.negative_prompt!r}; tags go into the prompt"
         )
-    prompt, tags = extract_tags(plan.settings.prompt)
+    prompt, tags = extract_tags(request.settings.prompt)
     if not tags:
-        return plan
-    settings = plan.settings.model_copy(update={"prompt": prompt})
-    return replace(plan, settings=settings, entries=(*plan.entries, *resolve_tags(tags, resolver)))
+        return request
+    settings = request.settings.model_copy(update={"prompt": prompt})
+    return replace(request, settings=settings, entries=(*request.entries, *resolve_tags(tags, resolver)))

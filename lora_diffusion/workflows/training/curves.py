@@ -14,7 +14,7 @@ MOST_POINTS = 2000
 BLUE, ORANGE, GREY = "#2b6cb0", "#c05621", "#a0aec0"
 
 
-def curves(log: Lines) -> bytes:
+def draw_curves(log: Lines) -> bytes:
     """A PNG: loss, validation with the best step marked and drift if there were any, gradient norm and rate."""
     steps = [line for line in log if "loss" in line]
     checked = [line for line in steps if "validation" in line]
@@ -44,7 +44,7 @@ def curves(log: Lines) -> bytes:
 
 def draw_loss(axes: Axes, steps: Lines) -> None:
     """Every step lightly, and a running mean over a fiftieth of the run, as single losses say little."""
-    x, y = thinned(steps, "loss")
+    x, y = average_points(steps, "loss")
     axes.plot(x, y, color=GREY, linewidth=0.7, alpha=0.7)
     width = max(1, len(y) // 50)
     smooth = np.convolve(y, np.ones(width) / width, mode="valid")
@@ -71,17 +71,17 @@ def draw_drift(axes: Axes, drifted: Lines) -> None:
 
 
 def draw_gradient(axes: Axes, steps: Lines) -> None:
-    axes.plot(*thinned(steps, "gradient_norm"), color=GREY, linewidth=0.9)
+    axes.plot(*average_points(steps, "gradient_norm"), color=GREY, linewidth=0.9)
     axes.set_title("gradient norm, before clipping")
 
 
 def draw_rate(axes: Axes, steps: Lines) -> None:
-    axes.plot(*thinned(steps, "rate"), color=BLUE, linewidth=1.4)
+    axes.plot(*average_points(steps, "rate"), color=BLUE, linewidth=1.4)
     axes.set_title("learning rate")
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
 
 
-def thinned(steps: Lines, key: str) -> tuple[np.ndarray, np.ndarray]:
+def average_points(steps: Lines, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values, means of equal stretches where there are too many."""
     x, y = (np.array([line[name] for line in steps], dtype=float) for name in ("step", key))
     each = -(-len(x) // MOST_POINTS)

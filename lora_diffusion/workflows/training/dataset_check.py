@@ -16,7 +16,7 @@ from lora_diffusion.models.text_encoding import split_chunks
 from lora_diffusion.prompts.emphasis import parse_literal
 
 
-def checked(config: DataConfig, base: str, trigger: str = "") -> DatasetReport:
+def check_dataset_for_base(config: DataConfig, base: str, trigger: str = "") -> DatasetReport:
     """The report for a base; of that, no weights are read. Raises BaseModelError, DatasetError."""
     folder = find_base(base)
     with quiet_libraries():
@@ -31,7 +31,7 @@ def checked(config: DataConfig, base: str, trigger: str = "") -> DatasetReport:
     )
 
 
-def save_sheet(report: DatasetReport, config: DataConfig, path: Path) -> None:
+def save_contact_sheet(report: DatasetReport, config: DataConfig, path: Path) -> None:
     """Write the contact sheet as PNG. Raises OutputError."""
     with atomic_file(path) as part:
         draw_contact_sheet(report, config).save(part, format="PNG")

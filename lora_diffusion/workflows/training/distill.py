@@ -14,8 +14,8 @@ from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.models.load import load_base
 from lora_diffusion.training.distillation.distill import DistillResult, distill
-from lora_diffusion.workflows.images.generate import Means, prepared_blend
-from lora_diffusion.workflows.images.plan import Plan
+from lora_diffusion.workflows.images.generate import LoadOptions, load_and_resolve_blend
+from lora_diffusion.workflows.images.request import GenerationRequest
 
 SCENES = (
     "a picture",
@@ -44,7 +44,7 @@ class PromptSource:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distilled:
+class DistillFileResult:
     """The file that was written, how close it comes, and what a user should know of the adapters."""
 
     path: Path
@@ -52,30 +52,36 @@ class Distilled:
     notes: tuple[str, ...] = ()
 
 
-def distil_file(
-    plan: Plan, source: PromptSource, config: DistillConfig, output: Path, means: Means, *, force: bool = False
-) -> Distilled:
-    """Distil the blend of a plan into an adapter file, written whole or not at all. The plan's prompt is not used.
+def distill_file(
+    request: GenerationRequest,
+    source: PromptSource,
+    config: DistillConfig,
+    output: Path,
+    options: LoadOptions,
+    *,
+    force: bool = False,
+) -> DistillFileResult:
+    """Distill the blend of a request into an adapter file, written atomically. Its prompt is not used.
 
     Raises LoRADiffusionError's children, for what can be seen from the input before the first step.
     """
-    check_output(output, [Path(entry.path) for entry in plan.entries], force=force)
-    found = prepared_blend(plan.base, plan.entries, means)
-    prompts = prompts_from(source, found.blend)
-    base = load_base(plan.base, precision=torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32)
-    backup = "file" if means.low_memory else "memory"
-    result = distill(base, found.blend, plan.composition, prompts, config, backup=backup)
+    check_output(output, [Path(entry.path) for entry in request.entries], force=force)
+    found = load_and_resolve_blend(request.base, request.entries, options)
+    prompts = load_prompts(source, found.blend)
+    base = load_base(request.base, precision=torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32)
+    backup = "file" if options.low_memory else "memory"
+    result = distill(base, found.blend, request.composition, prompts, config, backup=backup)
     save_adapter(result.adapter, output)
-    return Distilled(path=output, result=result, notes=(*plan.notes, *found.notes))
+    return DistillFileResult(path=output, result=result, notes=(*request.notes, *found.notes))
 
 
-def prompts_from(source: PromptSource, blend: Blend) -> tuple[str, ...]:
+def load_prompts(source: PromptSource, blend: Blend) -> tuple[str, ...]:
     """The prompts that the blend is distilled on. Raises ConfigError, and DatasetError for a folder."""
     if source.file and source.folder:
         raise ConfigError("prompts come from --prompts FILE or from the captions of --data FOLDER; give one of them")
     if source.folder:
         return tuple(example.caption for example in read_dataset(DataConfig(folder=source.folder)))
-    return read_prompts(source.file) if source.file else scenes_with_words(blend)
+    return read_prompts(source.file) if source.file else make_scene_prompts(blend)
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
@@ -90,7 +96,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return prompts
 
 
-def scenes_with_words(blend: Blend) -> tuple[str, ...]:
+def make_scene_prompts(blend: Blend) -> tuple[str, ...]:
     """Each scene with the trigger words of all adapters, in the order in which they are given."""
     words = [word for entry in blend.entries for word in entry.adapter.metadata.trigger_words]
     return tuple(", ".join([scene, *dict.fromkeys(words)]) for scene in SCENES)

@@ -21,14 +21,14 @@ from lora_diffusion.training.log import LOG, read_log
 from lora_diffusion.training.loop import train
 from lora_diffusion.training.objectives.prior_preservation import class_folder, missing_pictures
 from lora_diffusion.training.setup import TrainingContext, run_folder
-from lora_diffusion.workflows.training.dataset_check import checked
+from lora_diffusion.workflows.training.dataset_check import check_dataset_for_base
 
 STEPS = 4
 """The first is left out, as it warms up."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Needs:
+class ResourceEstimate:
     """What a run would take, by its first steps on this machine."""
 
     dataset: DatasetReport
@@ -50,14 +50,14 @@ class Needs:
     is_main_process: bool
 
 
-def tried(config: TrainConfig) -> Needs:
+def estimate_run(config: TrainConfig) -> ResourceEstimate:
     """Take a few steps of a run without a trace. Raises whatever the run would raise."""
     check_writable(config.output)
     trigger = "" if "{trigger}" in config.captions.template else " ".join(config.trigger_words)
-    dataset = checked(config.data, config.base, trigger)
+    dataset = check_dataset_for_base(config.data, config.base, trigger)
     seen: list[TrainingContext] = []
     with tempfile.TemporaryDirectory() as scratch:
-        trial = shortened(config, Path(scratch))
+        trial = make_trial_config(config, Path(scratch))
         result = train(trial, watch=lambda run, _: seen.append(run))
         lines = read_log(run_folder(trial.output) / LOG) if result.is_main_process else []
         size = result.path.stat().st_size if result.is_main_process else 0
@@ -68,13 +68,13 @@ def tried(config: TrainConfig) -> Needs:
     loading = sum(loading for _, loading in steps) / STEPS
     cached = config.data.cache != "none"
     loads = len(pictures) * config.data.variants / per_step if cached else config.steps
-    return Needs(
+    return ResourceEstimate(
         dataset=dataset,
         parameters=sum(parameter.numel() for parameter in run.parameters.values()),
         modules=len(run.paths),
         pictures_per_step=per_step,
         passes=config.steps * per_step / (sum(example.repeats for example in pictures) * repeats),
-        class_pictures=len(missing_class_pictures(config)),
+        class_pictures=len(find_missing_class_images(config)),
         seconds_per_step=seconds if cached else seconds + loading,
         seconds=seconds * config.steps + loading * loads,
         memory_mb=peak_memory_mb(),
@@ -83,14 +83,14 @@ def tried(config: TrainConfig) -> Needs:
     )
 
 
-def missing_class_pictures(config: TrainConfig) -> list[int]:
+def find_missing_class_images(config: TrainConfig) -> list[int]:
     """Seeds of class pictures that the run would make."""
     if config.prior.mode != "pictures":
         return []
     return missing_pictures(config.prior, class_folder(config.prior, run_folder(config.output)))
 
 
-def shortened(config: TrainConfig, scratch: Path) -> TrainConfig:
+def make_trial_config(config: TrainConfig, scratch: Path) -> TrainConfig:
     """A few steps of the run, all that it writes in a folder of its own; one class picture stands for all."""
     changes: dict[str, dict[str, Any]] = {
         "data": {"cache": "memory" if config.data.cache == "disk" else config.data.cache},
@@ -103,7 +103,7 @@ def shortened(config: TrainConfig, scratch: Path) -> TrainConfig:
     return config.model_copy(update={"output": output, "steps": STEPS, "save_every": 0, "state_every": 0, **sections})
 
 
-def needs_text(needs: Needs, config: TrainConfig) -> str:
+def format_estimate(needs: ResourceEstimate, config: TrainConfig) -> str:
     """The needs as lines of text."""
     count, each = f"{needs.parameters:,} parameters in {needs.modules} modules", needs.pictures_per_step
     lines = [
@@ -118,7 +118,7 @@ def needs_text(needs: Needs, config: TrainConfig) -> str:
     return "\n".join([*lines, "nothing was kept; leave out --dry-run to train"])
 
 
-def needs_facts(needs: Needs) -> dict[str, Any]:
+def estimate_to_json(needs: ResourceEstimate) -> dict[str, Any]:
     """The same as plain values, ready for JSON."""
     plain = {key: value for key, value in vars(needs).items() if key not in ("dataset", "is_main_process")}
     return {"dataset": to_json(needs.dataset), **plain, "machine": describe_machine()}

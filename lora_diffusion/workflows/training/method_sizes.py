@@ -37,7 +37,7 @@ class MethodSize:
     """Of the file."""
 
 
-def trained_and_saved(config: AdapterConfig, shape: Shape, rank: int) -> tuple[int, int]:
+def count_numbers(config: AdapterConfig, shape: Shape, rank: int) -> tuple[int, int]:
     """Numbers that learn, and numbers in the file, of one module whose weight is (out, in[, kh, kw])."""
     out, inputs = shape[0], prod(shape[1:])
     pair = rank * (inputs + out)
@@ -46,7 +46,7 @@ def trained_and_saved(config: AdapterConfig, shape: Shape, rank: int) -> tuple[i
         case "loha":
             return 2 * pair + magnitude, 2 * pair + magnitude
         case "lokr":
-            numbers = kronecker_numbers(shape, rank, config.lokr_factor)
+            numbers = count_kronecker_numbers(shape, rank, config.lokr_factor)
             return numbers + magnitude, numbers + magnitude
         case "vera":
             return rank + out, pair
@@ -60,24 +60,24 @@ def trained_and_saved(config: AdapterConfig, shape: Shape, rank: int) -> tuple[i
             return trained + magnitude, pair * (2 if config.start == "pissa" else 1) + magnitude
 
 
-def kronecker_numbers(shape: Shape, rank: int, most: int) -> int:
+def count_kronecker_numbers(shape: Shape, rank: int, most: int) -> int:
     """Of LoKr's small matrix and its larger one, whole or low-rank, whichever is smaller."""
     small_out, small_in = (max(d for d in range(1, most + 1) if side % d == 0) for side in shape[:2])
     out, inputs = shape[0] // small_out, prod(shape[1:]) // small_in
     return small_out * small_in + min(rank * (out + inputs), out * inputs)
 
 
-def method_size(method: Method, base: str, rank: int | None = None) -> MethodSize:
+def measure_method(method: Method, base: str, rank: int | None = None) -> MethodSize:
     """A method with the defaults for a style on a base. Raises BaseModelError, ConfigError."""
     checkpoint = find_checkpoint(base)
     table = with_method(default_settings("style", checkpoint.family.name), method)
     changes = {"rank": rank} if rank else {}
     config = validate(AdapterConfig, deep_merge(table["adapter"], changes), source=f"methods {method.name}")
     words = validate(TextualInversionConfig, table.get("words", {}), source=f"methods {method.name}")
-    return sized(method.name, base, config, words)
+    return measure_config(method.name, base, config, words)
 
 
-def sized(name: str, base: str, config: AdapterConfig, words: TextualInversionConfig) -> MethodSize:
+def measure_config(name: str, base: str, config: AdapterConfig, words: TextualInversionConfig) -> MethodSize:
     """What these settings come to on a base. Raises BaseModelError, ConfigError."""
     checkpoint = find_checkpoint(base)
     unet, text = config.unet_targets, config.text_encoder_targets
@@ -91,7 +91,7 @@ def sized(name: str, base: str, config: AdapterConfig, words: TextualInversionCo
     if words.words and words.alone == 1:
         paths, full = (), ()
     ranks = resolve_patterns(paths, config.ranks, "adapter.ranks", config.rank)
-    sizes = [trained_and_saved(config, shapes[f"{path}.weight"], ranks[path]) for path in paths]
+    sizes = [count_numbers(config, shapes[f"{path}.weight"], ranks[path]) for path in paths]
     whole = sum(prod(shapes.get(f"{path}.{part}", (0,))) for path in full for part in ("weight", "bias"))
     trained, saved = (sum(size[side] for size in sizes) + whole + vectors for side in (0, 1))
     total = sum(map(prod, shapes.values()))
@@ -107,12 +107,12 @@ def sized(name: str, base: str, config: AdapterConfig, words: TextualInversionCo
     )
 
 
-def listed(base: str, rank: int | None, names: Sequence[str]) -> list[tuple[Method, MethodSize]]:
+def list_methods(base: str, rank: int | None, names: Sequence[str]) -> list[tuple[Method, MethodSize]]:
     """The methods of these names, all if there are none, with their sizes."""
-    return [(each, method_size(each, base, rank)) for each in METHODS if not names or each.name in names]
+    return [(each, measure_method(each, base, rank)) for each in METHODS if not names or each.name in names]
 
 
-def described(found: Sequence[tuple[Method, MethodSize]], base: str) -> str:
+def format_methods(found: Sequence[tuple[Method, MethodSize]], base: str) -> str:
     """The listing for the terminal."""
     rows = [f"{'method':<12}{'rank':>5}{'trained':>13}{'of the base':>13}{'file, MB':>10}  chosen by"]
     for method, size in found:
@@ -120,15 +120,15 @@ def described(found: Sequence[tuple[Method, MethodSize]], base: str) -> str:
         numbers = f"{size.rank:>5}{size.trained:>13,}{size.share:>13.2%}{size.megabytes:>10.2f}"
         rows.append(f"{method.name:<12}{numbers}  {lines}")
     wrap = textwrap.TextWrapper(width=100, initial_indent="  ", subsequent_indent="  ")
-    about = [f"{method.name} [{source(method)}]\n{wrap.fill(method.about)}" for method, _ in found]
+    about = [f"{method.name} [{format_source(method)}]\n{wrap.fill(method.about)}" for method, _ in found]
     return "\n".join([f"On {base}, with the defaults for a style:", *rows, "", *about])
 
 
-def source(method: Method) -> str:
+def format_source(method: Method) -> str:
     return f"arXiv:{method.paper}"
 
 
-def facts(found: Sequence[tuple[Method, MethodSize]]) -> list[dict[str, Any]]:
+def to_json(found: Sequence[tuple[Method, MethodSize]]) -> list[dict[str, Any]]:
     """The listing as JSON has it."""
     return [
         {**asdict(size), "paper": method.paper, "about": method.about, "settings": list(method.lines)}

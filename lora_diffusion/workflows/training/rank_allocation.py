@@ -12,7 +12,7 @@ from lora_diffusion.architectures.blocks import block_prefix
 BLUE, GREY = "#2b6cb0", "#a0aec0"
 
 
-def allocation(adapter: Adapter) -> dict[str, list[int]]:
+def ranks_by_block(adapter: Adapter) -> dict[str, list[int]]:
     """The ranks of each block's modules; nothing where all modules have one rank."""
     found: dict[str, list[int]] = {}
     for path, layer in adapter.layers.items():
@@ -22,7 +22,7 @@ def allocation(adapter: Adapter) -> dict[str, list[int]]:
     return found if len(every) > 1 else {}
 
 
-def allocation_picture(ranks: Mapping[str, Sequence[int]]) -> bytes:
+def draw_allocation(ranks: Mapping[str, Sequence[int]]) -> bytes:
     """A PNG: for each block the mean rank as a bar, and a mark for every module."""
     blocks = sorted(ranks)
     figure = Figure(figsize=(9.6, 0.32 * len(blocks) + 1), layout="constrained")

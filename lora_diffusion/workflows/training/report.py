@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion.config.train import TrainConfig
-from lora_diffusion.workflows.training.curves import Lines, curves
-from lora_diffusion.workflows.training.rank_allocation import allocation_picture
+from lora_diffusion.workflows.training.curves import Lines, draw_curves
+from lora_diffusion.workflows.training.rank_allocation import draw_allocation
 from lora_diffusion.workflows.training.sample_sheet import sheet_path
 
 STYLE = """
@@ -36,8 +36,8 @@ def write_page(folder: Path, facts: Mapping[str, Any], log: Lines) -> str:
         samples = f"<h2>Samples</h2><ol>{prompts}</ol>{picture}"
     ranks = facts.get("allocation") or {}
     if ranks:
-        samples += f"<h2>Ranks by block</h2><img alt='ranks by block' src='{data_uri(allocation_picture(ranks))}'>"
-    points = "".join(f"<li>{html.escape(text)}</li>" for text in (*outcome(facts, log), *advice(log)))
+        samples += f"<h2>Ranks by block</h2><img alt='ranks by block' src='{data_uri(draw_allocation(ranks))}'>"
+    points = "".join(f"<li>{html.escape(text)}</li>" for text in (*describe_outcome(facts, log), *make_advice(log)))
     settings = html.escape(json.dumps(facts["settings"], indent=2))
     every = f"<details><summary>all of them</summary><pre>{settings}</pre></details>"
     return (
@@ -45,27 +45,27 @@ def write_page(folder: Path, facts: Mapping[str, Any], log: Lines) -> str:
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>{title}: training report</title><style>{STYLE}</style></head><body>"
         f"<h1>{title}</h1><p class='pale'>{html.escape(facts['finished'])}</p><ul>{points}</ul>"
-        f"<h2>Curves</h2><img alt='curves' src='{data_uri(curves(log))}'>{samples}"
-        f"<h2>Settings that are not the defaults</h2>{table(chosen(facts['settings']))}{every}"
-        f"<h2>Run</h2>{table(summary(facts))}"
+        f"<h2>Curves</h2><img alt='curves' src='{data_uri(draw_curves(log))}'>{samples}"
+        f"<h2>Settings that are not the defaults</h2>{html_table(changed_settings(facts['settings']))}{every}"
+        f"<h2>Run</h2>{html_table(describe_run(facts))}"
         "</body></html>\n"
     )
 
 
-def table(rows: Iterable[tuple[str, object]]) -> str:
+def html_table(rows: Iterable[tuple[str, object]]) -> str:
     cells = (f"<tr><td>{html.escape(key)}</td><td>{html.escape(str(value))}</td></tr>" for key, value in rows)
     return f"<table>{''.join(cells)}</table>"
 
 
-def chosen(settings: Mapping[str, Any]) -> list[tuple[str, object]]:
+def changed_settings(settings: Mapping[str, Any]) -> list[tuple[str, object]]:
     """Settings that somebody, or the defaults of a purpose, chose."""
     told = {"data": {"folder": settings["data"]["folder"]}, "output": settings["output"]}
-    plain = flat(TrainConfig.model_validate(told).model_dump(mode="json"))
+    plain = flatten(TrainConfig.model_validate(told).model_dump(mode="json"))
     always = ("data.folder", "output")
-    return [(key, value) for key, value in flat(settings).items() if key in always or plain.get(key) != value]
+    return [(key, value) for key, value in flatten(settings).items() if key in always or plain.get(key) != value]
 
 
-def flat(table: Mapping[str, Any]) -> dict[str, object]:
+def flatten(table: Mapping[str, Any]) -> dict[str, object]:
     """Settings in sections as `section.key`."""
     found: dict[str, object] = {}
     for key, value in table.items():
@@ -77,24 +77,24 @@ def data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def waiting(log: Lines) -> float:
+def data_wait_share(log: Lines) -> float:
     """Share of the steps' time in which their data were read and encoded."""
     taken = [(line["seconds"], line.get("data_seconds", 0.0)) for line in log if "seconds" in line]
     return sum(data for _, data in taken) / max(1e-9, sum(whole for whole, _ in taken))
 
 
-def validations(log: Lines) -> list[tuple[int, float]]:
+def list_validations(log: Lines) -> list[tuple[int, float]]:
     return [(line["step"], line["validation"]["loss"]) for line in log if "validation" in line]
 
 
-def outcome(facts: Mapping[str, Any], log: Lines) -> list[str]:
+def describe_outcome(facts: Mapping[str, Any], log: Lines) -> list[str]:
     """What came of the run, in sentences."""
     told = [
         f"{facts['steps_done']} steps in {facts['seconds']:.0f} s, {facts['seconds_per_step']:.2f} s each; "
-        f"{facts['memory_mb']:.0f} MB at most; {waiting(log):.0%} of the time went into waiting for data.",
+        f"{facts['memory_mb']:.0f} MB at most; {data_wait_share(log):.0%} of the time went into waiting for data.",
         f"Training loss {facts['first_loss']:.4f} at first, {facts['last_loss']:.4f} at the end.",
     ]
-    found = validations(log)
+    found = list_validations(log)
     if found:
         step, best = min(found, key=lambda item: item[1])
         told.append(f"Held-out loss {found[0][1]:.4f} at first, {best:.4f} at best, after step {step}.")
@@ -104,9 +104,9 @@ def outcome(facts: Mapping[str, Any], log: Lines) -> list[str]:
     return told
 
 
-def advice(log: Lines) -> list[str]:
+def make_advice(log: Lines) -> list[str]:
     """What to try next, as far as the figures bear it out."""
-    found = validations(log)
+    found = list_validations(log)
     if not found:
         return ["Nothing was held out, so nothing here tells overfitting; set validation.share to 0.1 or more."]
     step, best = min(found, key=lambda item: item[1])
@@ -124,7 +124,7 @@ def advice(log: Lines) -> list[str]:
     return told
 
 
-def summary(facts: Mapping[str, Any]) -> list[tuple[str, object]]:
+def describe_run(facts: Mapping[str, Any]) -> list[tuple[str, object]]:
     """The run's circumstances."""
     kept = ("base", "base_hash", "adapter", "adapter_hash", "pictures", "held_out", "buckets", "parameters", "machine")
     return [(key.replace("_", " "), facts[key]) for key in kept] + list(facts["versions"].items())

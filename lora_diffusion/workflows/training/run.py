@@ -17,7 +17,7 @@ from lora_diffusion.library.recipe import library_versions
 from lora_diffusion.training.log import LOG, read_log
 from lora_diffusion.training.loop import TrainResult, train
 from lora_diffusion.training.setup import TrainingContext
-from lora_diffusion.workflows.training.rank_allocation import allocation
+from lora_diffusion.workflows.training.rank_allocation import ranks_by_block
 from lora_diffusion.workflows.training.report import write_page
 from lora_diffusion.workflows.training.sample_sheet import draw_sheet
 
@@ -35,7 +35,7 @@ def train_and_report(config: TrainConfig) -> TrainResult:
 
     result = train(config, watch=watch)
     if config.tracking.report and result.is_main_process and not result.stopped:
-        facts = facts_of(seen[0], result, time.perf_counter() - started)
+        facts = to_json(seen[0], result, time.perf_counter() - started)
         with atomic_file(seen[0].folder / FACTS) as part:
             part.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         write_report(seen[0].folder)
@@ -57,7 +57,7 @@ def write_report(folder: Path) -> Path:
     return folder / REPORT
 
 
-def facts_of(run: TrainingContext, result: TrainResult, seconds: float) -> dict[str, Any]:
+def to_json(run: TrainingContext, result: TrainResult, seconds: float) -> dict[str, Any]:
     """What is known of a run at its end."""
     pictures = run.samples[0]
     taken = [line["seconds"] for line in read_log(run.folder / LOG) if "seconds" in line]
@@ -75,7 +75,7 @@ def facts_of(run: TrainingContext, result: TrainResult, seconds: float) -> dict[
         "pictures": len(pictures.examples),
         "held_out": len(run.held_out.views) if run.held_out else 0,
         "buckets": ", ".join(f"{n} of {b.width}x{b.height}" for b, n in sorted(Counter(pictures.buckets).items())),
-        "allocation": allocation(result.adapter),
+        "allocation": ranks_by_block(result.adapter),
         "parameters": sum(p.numel() for p in run.parameters.values()),
         "seconds": seconds,
         "seconds_per_step": sum(taken) / max(1, len(taken)),

@@ -119,7 +119,7 @@ def test_sparse_takes_the_weakest_away_and_the_file_gets_smaller(sd_folder: Path
     assert isinstance(made.rules, SparseCallbacks)
     whole = extract_adapter(base, paths, AdapterMetadata(), torch.float32).num_parameters
     shake(made.parameters)
-    strengths = torch.cat([get_layer(base, path).strengths().detach() for path in paths])
+    strengths = torch.cat([get_layer(base, path).compute_strengths().detach() for path in paths])
     made.rules.after_step(0, lambda _gate: 1e-3)
     assert made.rules.report()["share_left"] == 1
     made.rules.after_step(19, lambda _gate: 1e-3)

@@ -132,7 +132,7 @@ def test_a_t_lora_acts_as_trained_at_every_step_and_no_weights_hold_it(sd_folder
             ours = fresh.pipe.unet(latents, 1000 - 100 * step, encoder_hidden_states=hidden).sample
             theirs = base.pipe.unet(latents, 1000 - 100 * step, encoder_hidden_states=hidden).sample
             assert torch.allclose(ours, theirs, atol=1e-4)
-            ranks.append(int(get_layer(base, paths[0]).used.sum()))
+            ranks.append(int(get_layer(base, paths[0]).active_directions.sum()))
     assert ranks[0] == 2
     assert ranks == sorted(ranks)
     assert len(set(ranks)) == 3

@@ -30,7 +30,7 @@ from lora_diffusion.training.log import LOG, read_log
 from lora_diffusion.training.loop import train
 from lora_diffusion.training.methods.injection import adapter_disabled, extract_adapter
 from lora_diffusion.training.setup import set_up
-from lora_diffusion.workflows.training.method_sizes import method_size
+from lora_diffusion.workflows.training.method_sizes import measure_method
 from tests.helpers.method_cases import KINDS, METHODS, MOMENT, config_of, injected, predicted, shake
 from tests.helpers.short_runs import loss_before, settings, short_run
 from train_scripts.compare_methods import best_rate, known
@@ -110,7 +110,7 @@ def test_a_run_that_would_undo_its_method_is_refused(table: dict[str, Any], word
 
 @pytest.mark.parametrize("name", [each.name for each in methods.METHODS])
 def test_the_arithmetic_of_sizes_is_what_is_injected(name: str, tmp_path: Path) -> None:
-    size = method_size(methods.get_method(name), "tiny-sd")
+    size = measure_method(methods.get_method(name), "tiny-sd")
     table = methods.with_method(default_settings("style", "tiny-sd"), methods.get_method(name))
     table |= {"output": tmp_path / "it.safetensors"}
     shutil.copytree(sample_data_folder() / "styles" / "ink", tmp_path / "ink")

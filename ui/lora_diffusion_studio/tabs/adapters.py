@@ -8,25 +8,25 @@ import gradio as gr
 
 from lora_diffusion_studio.rows import LEAST, MOST
 from lora_diffusion_studio.shelf import (
-    Notes,
-    converted,
-    facts_of,
-    notes_of,
-    plots,
-    rename,
+    AdapterNotes,
+    convert_adapter,
+    draw_plots,
+    format_commands,
+    inspect_rows,
+    read_notes,
+    rename_adapter,
     set_preview,
-    shelf_commands,
-    verified,
+    verify_adapter,
     write_notes,
 )
 from lora_diffusion_studio.studio import Studio
-from lora_diffusion_studio.tabs.blend import Blend, choices
-from lora_diffusion_studio.tabs.events import DEVICE, QUICK, command_box, spoken
+from lora_diffusion_studio.tabs.blend import BlendTab, list_choices
+from lora_diffusion_studio.tabs.events import DEVICE, QUICK, command_box, with_messages
 
 
-def draw_adapters(studio: Studio, blend: Blend) -> None:
+def draw_adapters(studio: Studio, blend: BlendTab) -> None:
     """One adapter on the left, several on the right."""
-    offered = choices(studio, studio.places.bases[0])
+    offered = list_choices(studio, studio.places.bases[0])
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             one = gr.Dropdown(offered, label="Adapter to look at", value=None)
@@ -36,14 +36,14 @@ def draw_adapters(studio: Studio, blend: Blend) -> None:
     several = wire_plots(studio, blend, offered)
     twin, command = command_box("What is done here, on the command line")
 
-    @spoken
+    @with_messages
     def as_command(name: str | None, names: list[str] | None, base: str) -> str:
-        return shelf_commands(studio, name or "", names or [], base)
+        return format_commands(studio, name or "", names or [], base)
 
     twin.expand(as_command, [one, several, blend.base], command, **QUICK)
 
 
-def wire_one(studio: Studio, blend: Blend, one: gr.Dropdown) -> gr.Markdown:
+def wire_one(studio: Studio, blend: BlendTab, one: gr.Dropdown) -> gr.Markdown:
     """What is in an adapter, whether it is sound, and a copy in another layout."""
     facts = gr.Dataframe(
         headers=["what", "value"],
@@ -60,28 +60,28 @@ def wire_one(studio: Studio, blend: Blend, one: gr.Dropdown) -> gr.Markdown:
     result = gr.DownloadButton("Download the copy", visible=False)
     said = gr.Markdown()
 
-    @spoken
+    @with_messages
     def look(name: str | None) -> list[list[str]]:
-        return [list(row) for row in facts_of(studio, name)] if name else []
+        return [list(row) for row in inspect_rows(studio, name)] if name else []
 
     one.change(look, one, facts, **QUICK)
 
-    @spoken
+    @with_messages
     def verify_one(name: str | None, base: str) -> str:
-        return f"```\n{verified(studio, name or '', base)}\n```"
+        return f"```\n{verify_adapter(studio, name or '', base)}\n```"
 
     check.click(verify_one, [one, blend.base], said, **DEVICE)
 
-    @spoken
+    @with_messages
     def convert(name: str | None, dialect: Any) -> tuple[Any, ...]:
-        path, text = converted(studio, name or "", dialect)
+        path, text = convert_adapter(studio, name or "", dialect)
         return html.escape(text), gr.update(value=str(path), visible=True)
 
     turn.click(convert, [one, dialect], [said, result], **DEVICE)
     return said
 
 
-def wire_notes(studio: Studio, blend: Blend, one: gr.Dropdown, said: gr.Markdown) -> None:
+def wire_notes(studio: Studio, blend: BlendTab, one: gr.Dropdown, said: gr.Markdown) -> None:
     """What is kept beside an adapter, its name, and its preview."""
     with gr.Group():
         with gr.Row():
@@ -97,32 +97,32 @@ def wire_notes(studio: Studio, blend: Blend, one: gr.Dropdown, said: gr.Markdown
             renaming = gr.Button("Rename it", min_width=90)
             picture = gr.Button("Last picture as preview", min_width=140)
 
-    @spoken
+    @with_messages
     def look(name: str | None) -> list[Any]:
-        kept = notes_of(studio, name) if name else Notes()
+        kept = read_notes(studio, name) if name else AdapterNotes()
         return [kept.weight, *kept.range, kept.triggers, kept.notes]
 
     fields = [weight, least, most, triggers, notes]
     one.change(look, one, fields, **QUICK)
 
-    @spoken
+    @with_messages
     def write(name: str | None, weight: float, least: float, most: float, triggers: str, notes: str) -> str:
         ends = float(least or 0), float(most or 0)
-        told = Notes(weight=float(weight or 0), range=ends, triggers=triggers or "", notes=notes or "")
+        told = AdapterNotes(weight=float(weight or 0), range=ends, triggers=triggers or "", notes=notes or "")
         write_notes(studio, name or "", told)
         return "kept in the JSON file beside it"
 
     keep.click(write, [one, *fields], said, **QUICK)
 
-    @spoken
+    @with_messages
     def rename_one(name: str | None, new: str, base: str) -> list[Any]:
-        done = rename(studio, name or "", new)
-        fresh = choices(studio, base)
+        done = rename_adapter(studio, name or "", new)
+        fresh = list_choices(studio, base)
         return [gr.update(choices=fresh, value=done), gr.update(choices=fresh), "renamed"]
 
     renaming.click(rename_one, [one, new, blend.base], [one, blend.chosen, said], **QUICK)
 
-    @spoken
+    @with_messages
     def take(name: str | None, kept: list[str]) -> str:
         if not kept:
             raise gr.Error("there is no picture yet; generate one on the Blend tab", print_exception=False)
@@ -132,7 +132,7 @@ def wire_notes(studio: Studio, blend: Blend, one: gr.Dropdown, said: gr.Markdown
     picture.click(take, [one, blend.stage.kept], said, **QUICK)
 
 
-def wire_plots(studio: Studio, blend: Blend, offered: list[tuple[str, str]]) -> gr.Dropdown:
+def wire_plots(studio: Studio, blend: BlendTab, offered: list[tuple[str, str]]) -> gr.Dropdown:
     """Spectra and norms of adapters, and how they overlap; returns the choice of them."""
     with gr.Row(equal_height=True):
         several = gr.Dropdown(
@@ -149,9 +149,9 @@ def wire_plots(studio: Studio, blend: Blend, offered: list[tuple[str, str]]) -> 
         elem_classes="wide",
     )
 
-    @spoken
+    @with_messages
     def plot(names: list[str] | None, base: str) -> list[str]:
-        return [str(path) for path in plots(studio, names or [], base)]
+        return [str(path) for path in draw_plots(studio, names or [], base)]
 
     draw.click(plot, [several, blend.base], pictures, **DEVICE)
     return several

@@ -8,17 +8,17 @@ import gradio as gr
 
 from lora_diffusion.config.generate import Scheduler
 from lora_diffusion.config.preset import MODE_OF, Composition
-from lora_diffusion_studio.forms import MODES, MOST, SEEDS, Form
+from lora_diffusion_studio.forms import MODES, MOST, SEEDS, BlendForm
 from lora_diffusion_studio.studio import Studio
 from lora_diffusion_studio.tabs.events import command_box
-from lora_diffusion_studio.tabs.shelf import CardShelf, draw_shelf
-from lora_diffusion_studio.tabs.slots import FIELDS, SLOTS, Slot, draw_slot, rows_from, updates
+from lora_diffusion_studio.tabs.shelf import AdapterGallery, draw_gallery
+from lora_diffusion_studio.tabs.slots import FIELDS, SLOTS, SlotComponents, draw_slot, parse_slots, slot_updates
 
 COMPOSITION = (*MODE_OF, "exact")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class OutputPanel:
     """Where pictures appear, and the buttons that make them."""
 
     seeds: gr.Radio
@@ -38,18 +38,18 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Blend:
+class BlendTab:
     """What other tabs need of this one."""
 
     base: gr.Dropdown
-    shelf: CardShelf
+    shelf: AdapterGallery
     chosen: gr.Dropdown
-    slots: list[Slot]
+    slots: list[SlotComponents]
     mode: gr.Dropdown
     composition: dict[str, Any]
     """Components by the name of their setting, such as `switch_every`."""
     settings: dict[str, Any]
-    stage: Stage
+    stage: OutputPanel
 
     @property
     def form_inputs(self) -> list[Any]:
@@ -58,12 +58,12 @@ class Blend:
 
     @property
     def table_inputs(self) -> list[Any]:
-        """The fields of all places, in the order of `rows_from`."""
+        """The fields of all places, in the order of `parse_slots`."""
         return [slot.fields[name] for slot in self.slots for name in FIELDS]
 
     @property
     def table_outputs(self) -> list[Any]:
-        """All that shows the table, in the order of `updates`."""
+        """All that shows the table, in the order of `slot_updates`."""
         return [part for slot in self.slots for part in slot.outputs]
 
     @property
@@ -91,8 +91,8 @@ WHOLE = ("seed", "steps", "width", "height", "count", "variation_seed", "switch_
 """Settings that are whole numbers; a browser's numbers are not."""
 
 
-def form_from(values: Sequence[Any]) -> Form:
-    """The form in the values of `Blend.form_inputs`."""
+def form_from(values: Sequence[Any]) -> BlendForm:
+    """The form in the values of `BlendTab.form_inputs`."""
     base, mode, *rest = values
     kept, rest = rest[: len(COMPOSITION)], rest[len(COMPOSITION) :]
     composition = {name: value for name, value in zip(COMPOSITION, kept, strict=True) if is_used(name, value, mode)}
@@ -101,12 +101,12 @@ def form_from(values: Sequence[Any]) -> Form:
         given["variation_seed"] = 0
     used = {name: given[name] for name, plain in PLAIN.items() if given[name] not in (None, "", plain)}
     settings = {"prompt": "", "seed": 0, "steps": PLAIN["steps"], "guidance": given["guidance"], **used}
-    return Form(
+    return BlendForm(
         base=base,
         mode=mode,
-        rows=rows_from(rest[len(PLAIN) :]),
-        settings=whole(settings),
-        composition=whole(composition),
+        rows=parse_slots(rest[len(PLAIN) :]),
+        settings=round_whole_numbers(settings),
+        composition=round_whole_numbers(composition),
     )
 
 
@@ -115,17 +115,17 @@ def is_used(name: str, value: object, mode: str) -> bool:
     return bool(value) if name == "exact" else MODE_OF[name] == mode and value is not None
 
 
-def whole(settings: dict[str, Any]) -> dict[str, Any]:
+def round_whole_numbers(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: int(value) if name in WHOLE else value for name, value in settings.items()}
 
 
-def form_updates(studio: Studio, form: Form) -> list[Any]:
-    """What shows a form in `Blend.form_outputs`."""
+def form_updates(studio: Studio, form: BlendForm) -> list[Any]:
+    """What shows a form in `BlendTab.form_outputs`."""
     base = form.base if form.base in studio.places.bases else studio.places.bases[0]
-    chosen = gr.update(choices=choices(studio, base), value=[row.name for row in form.rows])
+    chosen = gr.update(choices=list_choices(studio, base), value=[row.name for row in form.rows])
     composition = mode_updates(form.mode, form.composition)
     settings = [form.settings.get(name, plain) for name, plain in PLAIN.items()]
-    return [base, chosen, form.mode, *composition, *settings, *updates(form.rows, studio.card)]
+    return [base, chosen, form.mode, *composition, *settings, *slot_updates(form.rows, studio.card)]
 
 
 def mode_updates(mode: str, given: Mapping[str, Any]) -> list[Any]:
@@ -136,7 +136,7 @@ def mode_updates(mode: str, given: Mapping[str, Any]) -> list[Any]:
     ]
 
 
-def choices(studio: Studio, base: str) -> list[tuple[str, str]]:
+def list_choices(studio: Studio, base: str) -> list[tuple[str, str]]:
     """Adapters on offer, as shown and as named."""
     return [
         (f"{card.title} ({', '.join(card.triggers)})" if card.triggers else card.title, card.name)
@@ -144,7 +144,7 @@ def choices(studio: Studio, base: str) -> list[tuple[str, str]]:
     ]
 
 
-def draw_blend(studio: Studio) -> Blend:
+def draw_blend(studio: Studio) -> BlendTab:
     """The tab's components, without their wiring."""
     base = studio.places.bases[0]
     with gr.Row():
@@ -152,7 +152,7 @@ def draw_blend(studio: Studio) -> Blend:
             with gr.Row():
                 base_box = gr.Dropdown(list(studio.places.bases), value=base, label="Base", scale=1, min_width=140)
                 chosen = gr.Dropdown(
-                    choices(studio, base),
+                    list_choices(studio, base),
                     label="Adapters",
                     multiselect=True,
                     max_choices=SLOTS,
@@ -160,14 +160,14 @@ def draw_blend(studio: Studio) -> Blend:
                     min_width=220,
                     info="on the table; only those that fit the base are offered",
                 )
-            shelf = draw_shelf(studio)
+            shelf = draw_gallery(studio)
             slots = [draw_slot(number + 1, studio.block_presets(base)) for number in range(SLOTS)]
             mode, composition = draw_composition()
             numbers, seeds = draw_numbers()
         with gr.Column(scale=6, min_width=320):
             prompts = draw_prompts()
             stage = draw_stage(seeds)
-    return Blend(
+    return BlendTab(
         base=base_box,
         resolver=shelf,
         chosen=chosen,
@@ -229,7 +229,7 @@ def draw_numbers() -> tuple[dict[str, Any], gr.Radio]:
     return dict(zip(list(PLAIN)[2:], parts, strict=True)), seeds
 
 
-def draw_stage(seeds: gr.Radio) -> Stage:
+def draw_stage(seeds: gr.Radio) -> OutputPanel:
     """Buttons above, pictures below."""
     with gr.Row():
         go = gr.Button("Generate", variant="primary", elem_id="generate", scale=2, min_width=120)
@@ -260,7 +260,7 @@ def draw_stage(seeds: gr.Radio) -> Stage:
         compare = gr.Button("Compare with the base", min_width=160)
         dropped = gr.File(label="Drop a picture to restore all its settings", file_types=[".png"], height=140)
     twin, command = command_box("The same on the command line")
-    return Stage(
+    return OutputPanel(
         seeds=seeds,
         live=live,
         go=go,

@@ -7,20 +7,20 @@ from typing import Any
 
 import gradio as gr
 
-from lora_diffusion_studio.forms import Form, seeded
+from lora_diffusion_studio.forms import BlendForm, with_next_seed
 from lora_diffusion_studio.rendering import Halted, Waiting
-from lora_diffusion_studio.rows import Row
-from lora_diffusion_studio.studio import Finished, Made, Step, Studio
-from lora_diffusion_studio.tabs.blend import Blend, choices, form_from, form_updates, mode_updates
-from lora_diffusion_studio.tabs.events import DEVICE, QUICK, spoken, visitor_of
-from lora_diffusion_studio.tabs.shelf import shelf_updates, with_picked
-from lora_diffusion_studio.tabs.slots import SLOTS, Slot, rows_from, updates
+from lora_diffusion_studio.rows import AdapterSlot
+from lora_diffusion_studio.studio import Finished, ImageSaved, StepTaken, Studio
+from lora_diffusion_studio.tabs.blend import BlendTab, form_from, form_updates, list_choices, mode_updates
+from lora_diffusion_studio.tabs.events import DEVICE, QUICK, visitor_id, with_messages
+from lora_diffusion_studio.tabs.shelf import add_picked, gallery_updates
+from lora_diffusion_studio.tabs.slots import SLOTS, SlotComponents, parse_slots, slot_updates
 
 KEPT = 48
 """Pictures in a visitor's gallery."""
 
 
-def wire_blend(studio: Studio, blend: Blend) -> None:
+def wire_blend(studio: Studio, blend: BlendTab) -> None:
     """Everything on the tab."""
     wire_generation(studio, blend)
     wire_comparison(studio, blend)
@@ -28,30 +28,30 @@ def wire_blend(studio: Studio, blend: Blend) -> None:
     wire_recall(studio, blend)
 
 
-def wire_generation(studio: Studio, blend: Blend) -> None:
+def wire_generation(studio: Studio, blend: BlendTab) -> None:
     """Generate, Stop, and drawing as a weight moves."""
 
     stage, settings = blend.stage, blend.settings
 
-    @spoken
+    @with_messages
     def generate(request: gr.Request, seeds: str, kept: list[str], *values: Any) -> Iterator[dict[Any, Any]]:
-        form = seeded(form_from(values), seeds)
-        for event in studio.render(form, visitor_of(request)):
-            if isinstance(event, Step):
+        form = with_next_seed(form_from(values), seeds)
+        for event in studio.render(form, visitor_id(request)):
+            if isinstance(event, StepTaken):
                 shown = {} if event.picture is None else {stage.picture: event.picture}
                 yield {stage.status: event.text, **shown}
             elif isinstance(event, Waiting | Halted):
                 yield {stage.status: event.text}
-            elif isinstance(event, Made):
+            elif isinstance(event, ImageSaved):
                 kept = [str(event.path), *kept][:KEPT]
                 yield {stage.picture: str(event.path), stage.gallery: kept, stage.kept: kept}
             else:
                 on = len(event.paths) if seeds == "next" else 0
                 used = {name: form.settings.get(name, 0) for name in ("seed", "variation", "variation_seed")}
                 used["seed"] += on
-                yield {stage.status: finished_text(event), **{settings[name]: value for name, value in used.items()}}
+                yield {stage.status: format_finished(event), **{settings[name]: value for name, value in used.items()}}
 
-    @spoken
+    @with_messages
     def generate_live(request: gr.Request, live: bool, *values: Any) -> Iterator[dict[Any, Any]]:
         yield {blend.stage.status: gr.skip()}  # a stream of nothing at all would empty every output
         if live:
@@ -73,25 +73,25 @@ def wire_generation(studio: Studio, blend: Blend) -> None:
     )
 
     def stop(request: gr.Request) -> None:
-        studio.device.stop(visitor_of(request))
+        studio.device.stop(visitor_id(request))
 
     stage.stop.click(stop, None, None, **QUICK)
 
 
-def wire_comparison(studio: Studio, blend: Blend) -> None:
+def wire_comparison(studio: Studio, blend: BlendTab) -> None:
     """The last picture beside what the base alone makes of the same settings."""
     stage = blend.stage
 
-    @spoken
+    @with_messages
     def against_base(request: gr.Request, kept: list[str], *values: Any) -> Iterator[tuple[Any, ...]]:
         form = form_from(values)
         if not kept:
             raise gr.Error("there is no picture yet; generate one first", print_exception=False)
-        alone = Form(base=form.base, settings={**form.settings, "count": 1})
-        for event in studio.render(alone, visitor_of(request)):
-            if isinstance(event, Step | Waiting | Halted):
+        alone = BlendForm(base=form.base, settings={**form.settings, "count": 1})
+        for event in studio.render(alone, visitor_id(request)):
+            if isinstance(event, StepTaken | Waiting | Halted):
                 yield event.text, gr.skip()
-            elif isinstance(event, Made):
+            elif isinstance(event, ImageSaved):
                 pair = str(event.path), kept[0]
                 yield "left of the line the base alone, right of it the blend", gr.update(value=pair, visible=True)
 
@@ -104,35 +104,37 @@ def wire_comparison(studio: Studio, blend: Blend) -> None:
     )
 
 
-def wire_recall(studio: Studio, blend: Blend) -> None:
+def wire_recall(studio: Studio, blend: BlendTab) -> None:
     """A picture that is dropped fills the form; the form is told as a command."""
     stage = blend.stage
 
-    @spoken
+    @with_messages
     def restore(path: str | None) -> list[Any]:
         if not path:
             return [gr.skip()] * (len(blend.form_outputs) + 1)
-        form, notes = studio.restored(Path(path))
+        form, notes = studio.restore_form(Path(path))
         return [*form_updates(studio, form), html.escape("; ".join(notes) or "restored")]
 
     stage.dropped.upload(restore, stage.dropped, [*blend.form_outputs, stage.status], **QUICK)
 
-    @spoken
+    @with_messages
     def as_command(*values: Any) -> str:
-        return studio.command(form_from(values))
+        return studio.format_command(form_from(values))
 
     stage.twin.expand(as_command, blend.form_inputs, stage.command, **QUICK)
 
 
-def wire_table(studio: Studio, blend: Blend) -> None:
+def wire_table(studio: Studio, blend: BlendTab) -> None:
     """Adapters are put on the table and taken off it."""
 
     def laid(chosen: list[str], values: Sequence[Any]) -> list[Any]:
-        present = {row.name: row for row in rows_from(values)}
-        fresh = {name: Row(name=name, weight=studio.card(name).preferred) for name in chosen if name not in present}
-        return updates([present.get(name) or fresh[name] for name in chosen], studio.card)
+        present = {row.name: row for row in parse_slots(values)}
+        fresh = {
+            name: AdapterSlot(name=name, weight=studio.card(name).preferred) for name in chosen if name not in present
+        }
+        return slot_updates([present.get(name) or fresh[name] for name in chosen], studio.card)
 
-    @spoken
+    @with_messages
     def lay(chosen: list[str], *values: Any) -> list[Any]:
         return laid(chosen, values)
 
@@ -140,18 +142,18 @@ def wire_table(studio: Studio, blend: Blend) -> None:
         lay, [blend.chosen, *blend.table_inputs], blend.table_outputs, trigger_mode="always_last", **QUICK
     )
 
-    @spoken
+    @with_messages
     def pick(data: gr.SelectData, names: list[str], chosen: list[str], *values: Any) -> list[Any]:
-        wanted = with_picked(chosen, names[int(data.index)], SLOTS)
+        wanted = add_picked(chosen, names[int(data.index)], SLOTS)
         return [wanted, gr.update(selected_index=None), *laid(wanted, values)]
 
     shelf = blend.shelf
     picked = [blend.chosen, shelf.cards, *blend.table_outputs]
     shelf.cards.select(pick, [shelf.names, blend.chosen, *blend.table_inputs], picked, **QUICK)
 
-    @spoken
+    @with_messages
     def look(base: str, text: str, kind: str) -> list[Any]:
-        return shelf_updates(studio, base, text or "", kind or "")
+        return gallery_updates(studio, base, text or "", kind or "")
 
     sought = [blend.base, shelf.text, shelf.kind]
     gr.on([shelf.text.change, shelf.kind.input], look, sought, shelf.outputs, trigger_mode="always_last", **QUICK)
@@ -160,13 +162,13 @@ def wire_table(studio: Studio, blend: Blend) -> None:
         wire_slot(studio, blend, slot)
 
 
-def wire_base(studio: Studio, blend: Blend) -> None:
+def wire_base(studio: Studio, blend: BlendTab) -> None:
     """Another base clears the table; a mode shows its settings."""
 
-    @spoken
+    @with_messages
     def rebase(base: str) -> list[Any]:
-        chosen = gr.update(choices=choices(studio, base), value=[])
-        return [chosen, *shelf_updates(studio, base), *updates([], studio.card)]
+        chosen = gr.update(choices=list_choices(studio, base), value=[])
+        return [chosen, *gallery_updates(studio, base), *slot_updates([], studio.card)]
 
     blend.base.input(rebase, blend.base, [blend.chosen, *blend.shelf.outputs, *blend.table_outputs], **QUICK)
 
@@ -176,7 +178,7 @@ def wire_base(studio: Studio, blend: Blend) -> None:
     blend.mode.input(show, blend.mode, list(blend.composition.values()), **QUICK)
 
 
-def wire_slot(studio: Studio, blend: Blend, slot: Slot) -> None:
+def wire_slot(studio: Studio, blend: BlendTab, slot: SlotComponents) -> None:
     """A trigger word that is clicked goes into the prompt; the picture shows how the adapter acts."""
 
     def say(prompt: str, word: str) -> list[Any]:
@@ -185,16 +187,16 @@ def wire_slot(studio: Studio, blend: Blend, slot: Slot) -> None:
     prompt = blend.settings["prompt"]
     slot.words.input(say, [prompt, slot.words], [prompt, slot.words], **QUICK)
 
-    @spoken
+    @with_messages
     def act(base: str, *values: Any) -> Any:
-        rows = rows_from(values)
-        return studio.acting(base, rows[0]) if rows else None
+        rows = parse_slots(values)
+        return studio.draw_effect(base, rows[0]) if rows else None
 
     watched = [slot.fields[name].change for name in ("weight", "lbw", "start", "stop", "curve", "options")]
     gr.on(watched, act, [blend.base, *slot.fields.values()], slot.picture, trigger_mode="always_last", **QUICK)
 
 
-def finished_text(event: Finished) -> str:
+def format_finished(event: Finished) -> str:
     """What is said at the end."""
     names = ", ".join(path.name for path in event.paths)
     notes = "".join(f" Note: {html.escape(note)}." for note in event.notes)

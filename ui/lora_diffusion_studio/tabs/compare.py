@@ -5,15 +5,15 @@ from typing import Any
 
 import gradio as gr
 
-from lora_diffusion.workflows.images.grid_axes import CHANGES, NOTHING, axis
-from lora_diffusion_studio.comparing import Sheet, block_effects, compare_commands, compared
+from lora_diffusion.workflows.images.grid_axes import CHANGES, NOTHING, make_axis
+from lora_diffusion_studio.comparing import GridDone, compare_commands, measure_block_effects, render_grid
 from lora_diffusion_studio.rendering import Halted, Waiting
-from lora_diffusion_studio.studio import Step, Studio
-from lora_diffusion_studio.tabs.blend import Blend, form_from
-from lora_diffusion_studio.tabs.events import DEVICE, QUICK, command_box, spoken, visitor_of
+from lora_diffusion_studio.studio import StepTaken, Studio
+from lora_diffusion_studio.tabs.blend import BlendTab, form_from
+from lora_diffusion_studio.tabs.events import DEVICE, QUICK, command_box, visitor_id, with_messages
 
 
-def draw_compare(studio: Studio, blend: Blend) -> None:
+def draw_compare(studio: Studio, blend: BlendTab) -> None:
     """Two axes, one grid; below, the blocks."""
     gr.Markdown("Everything else is as on the Blend tab. Values have commas between them, prompts a `|`.")
     with gr.Row():
@@ -22,9 +22,9 @@ def draw_compare(studio: Studio, blend: Blend) -> None:
     of = wire_blocks(studio, blend)
     twin, command = command_box("The same grid and block analysis on the command line")
 
-    @spoken
+    @with_messages
     def as_command(x: str, xs: str, xof: str, y: str, ys: str, yof: str, of: str | None, *values: Any) -> str:
-        across, down = axis(x, xs or "", xof or ""), axis(y, ys or "", yof or "")
+        across, down = make_axis(x, xs or "", xof or ""), make_axis(y, ys or "", yof or "")
         return compare_commands(studio, form_from(values), across, down, of or "")
 
     twin.expand(as_command, [*sides, of, *blend.form_inputs], command, **QUICK)
@@ -45,7 +45,7 @@ def draw_axis(side: str, what: str, values: str) -> tuple[gr.Dropdown, gr.Textbo
     return kind, text, of
 
 
-def wire_grid(studio: Studio, blend: Blend, sides: list[Any]) -> None:
+def wire_grid(studio: Studio, blend: BlendTab, sides: list[Any]) -> None:
     """The grid, picture by picture, until it is stopped."""
     with gr.Row():
         go = gr.Button("Draw the grid", variant="primary", scale=3)
@@ -55,26 +55,26 @@ def wire_grid(studio: Studio, blend: Blend, sides: list[Any]) -> None:
         label="Grid", format="png", interactive=False, buttons=["download", "fullscreen"], elem_classes="picture"
     )
 
-    @spoken
+    @with_messages
     def draw(
         request: gr.Request, x: str, xs: str, xof: str, y: str, ys: str, yof: str, *values: Any
     ) -> Iterator[tuple[Any, ...]]:
-        across, down = axis(x, xs or "", xof or ""), axis(y, ys or "", yof or "")
-        for event in compared(studio, form_from(values), across, down, visitor_of(request)):
-            if isinstance(event, Step | Waiting | Halted):
+        across, down = make_axis(x, xs or "", xof or ""), make_axis(y, ys or "", yof or "")
+        for event in render_grid(studio, form_from(values), across, down, visitor_id(request)):
+            if isinstance(event, StepTaken | Waiting | Halted):
                 yield event.text, gr.skip()
-            elif isinstance(event, Sheet):
+            elif isinstance(event, GridDone):
                 yield f"{event.path.name} is in the folder `grids`, with how it was made inside", str(event.path)
 
     go.click(draw, [*sides, *blend.form_inputs], [status, sheet], show_progress_on=[status], **DEVICE)
 
     def halt(request: gr.Request) -> None:
-        studio.device.stop(visitor_of(request))
+        studio.device.stop(visitor_id(request))
 
     stop.click(halt, None, None, **QUICK)
 
 
-def wire_blocks(studio: Studio, blend: Blend) -> gr.Dropdown:
+def wire_blocks(studio: Studio, blend: BlendTab) -> gr.Dropdown:
     """How much each block counts; returns the choice of an adapter."""
     gr.Markdown(
         "### Block by block\nLeaves one block of an adapter out at a time, and measures how much the picture changes."
@@ -96,21 +96,21 @@ def wire_blocks(studio: Studio, blend: Blend) -> gr.Dropdown:
         elem_classes="picture tidy",
     )
 
-    @spoken
+    @with_messages
     def blocks(request: gr.Request, name: str | None, *values: Any) -> Iterator[tuple[Any, ...]]:
-        for event in block_effects(studio, form_from(values), name or "", visitor_of(request)):
-            if isinstance(event, Step | Waiting | Halted):
+        for event in measure_block_effects(studio, form_from(values), name or "", visitor_id(request)):
+            if isinstance(event, StepTaken | Waiting | Halted):
                 yield event.text, gr.skip(), gr.skip()
             elif isinstance(event, tuple):
                 pictures = [(str(effect.path), f"{effect.block}: {effect.change:.2f}") for effect in event]
-                table = gr.update(value=table_of(event), visible=True)
+                table = gr.update(value=effects_table(event), visible=True)
                 yield "done; the strongest first", table, gr.update(value=pictures, visible=True)
 
     measure.click(blocks, [of, *blend.form_inputs], [status, bars, gallery], show_progress_on=[status], **DEVICE)
     return of
 
 
-def table_of(effects: tuple[Any, ...]) -> Any:
+def effects_table(effects: tuple[Any, ...]) -> Any:
     """What the bar plot takes."""
     import pandas as pd
 

@@ -24,7 +24,7 @@ Work = TypeVar("Work", bound=Callable[..., Any])
 
 
 @contextmanager
-def sentences(written: Callable[[str], str] = html.escape) -> Iterator[None]:
+def errors_as_messages(written: Callable[[str], str] = html.escape) -> Iterator[None]:
     """Turn what the library refuses into a message for the visitor, whose page reads it as HTML."""
     try:
         yield
@@ -40,20 +40,20 @@ def sentences(written: Callable[[str], str] = html.escape) -> Iterator[None]:
         ) from None
 
 
-def spoken(work: Work) -> Work:
+def with_messages(work: Work) -> Work:
     """A handler, or a stream of them, whose errors are sentences."""
     if inspect.isgeneratorfunction(work):
 
         @functools.wraps(work)
         def streaming(*arguments: Any) -> Iterator[Any]:
-            with sentences():
+            with errors_as_messages():
                 yield from work(*arguments)
 
         return streaming  # type: ignore[return-value]
 
     @functools.wraps(work)
     def once(*arguments: Any) -> Any:
-        with sentences():
+        with errors_as_messages():
             return work(*arguments)
 
     return once  # type: ignore[return-value]
@@ -66,6 +66,6 @@ def command_box(label: str) -> tuple[gr.Accordion, gr.Code]:
     return twin, box
 
 
-def visitor_of(request: gr.Request) -> str:
+def visitor_id(request: gr.Request) -> str:
     """Whose page this is."""
     return str(request.session_hash)

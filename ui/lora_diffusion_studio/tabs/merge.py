@@ -6,15 +6,22 @@ from typing import Any
 
 import gradio as gr
 
-from lora_diffusion_studio.merging import PRECISIONS, Target, Written, merge_command, merged, summary
+from lora_diffusion_studio.merging import (
+    PRECISIONS,
+    MergeDone,
+    MergeTarget,
+    format_merge_command,
+    run_merge,
+    summarize_merge,
+)
 from lora_diffusion_studio.studio import Studio
-from lora_diffusion_studio.tabs.blend import Blend, form_from
-from lora_diffusion_studio.tabs.events import DEVICE, QUICK, command_box, spoken, visitor_of
+from lora_diffusion_studio.tabs.blend import BlendTab, form_from
+from lora_diffusion_studio.tabs.events import DEVICE, QUICK, command_box, visitor_id, with_messages
 
 KINDS = [("Checkpoint: folder", "folder"), ("Checkpoint: single file", "file"), ("One adapter", "adapter")]
 
 
-def draw_merge(studio: Studio, blend: Blend) -> None:
+def draw_merge(studio: Studio, blend: BlendTab) -> None:
     """What to write, what that would come to, and the writing."""
     gr.Markdown("Writes the adapters on the table into weights of their own. The base stays as it is.")
     with gr.Row():
@@ -31,22 +38,22 @@ def draw_merge(studio: Studio, blend: Blend) -> None:
     twin, command = command_box("The same merge on the command line")
     inputs = [name, kind, precision, rank, *blend.form_inputs]
 
-    def target_of(name: str, kind: str, precision: str, rank: float) -> Target:
-        return Target(name=name, kind=kind, precision=precision, rank=int(rank))
+    def target_of(name: str, kind: str, precision: str, rank: float) -> MergeTarget:
+        return MergeTarget(name=name, kind=kind, precision=precision, rank=int(rank))
 
-    @spoken
+    @with_messages
     def tell(name: str, kind: str, precision: str, rank: float, *values: Any) -> str:
-        return html.escape(summary(studio, form_from(values), target_of(name, kind, precision, rank)))
+        return html.escape(summarize_merge(studio, form_from(values), target_of(name, kind, precision, rank)))
 
     look.click(tell, inputs, said, **QUICK)
 
-    @spoken
+    @with_messages
     def write(
         request: gr.Request, name: str, kind: str, precision: str, rank: float, *values: Any
     ) -> Iterator[tuple[Any, ...]]:
         target = target_of(name, kind, precision, rank)
-        for event in merged(studio, form_from(values), target, visitor_of(request)):
-            if isinstance(event, Written):
+        for event in run_merge(studio, form_from(values), target, visitor_id(request)):
+            if isinstance(event, MergeDone):
                 file = str(event.path) if event.path.is_file() else None
                 text = f"{html.escape(event.path.name)}: {html.escape(event.text)}"
                 yield text, gr.update(value=file, visible=file is not None)
@@ -56,12 +63,12 @@ def draw_merge(studio: Studio, blend: Blend) -> None:
     go.click(write, inputs, [said, download], show_progress_on=[said], **DEVICE)
 
     def halt(request: gr.Request) -> None:
-        studio.device.stop(visitor_of(request))
+        studio.device.stop(visitor_id(request))
 
     stop.click(halt, None, None, **QUICK)
 
-    @spoken
+    @with_messages
     def as_command(name: str, kind: str, precision: str, rank: float, *values: Any) -> str:
-        return merge_command(studio, form_from(values), target_of(name or "merged", kind, precision, rank))
+        return format_merge_command(studio, form_from(values), target_of(name or "merged", kind, precision, rank))
 
     twin.expand(as_command, inputs, command, **QUICK)

@@ -6,29 +6,31 @@ from typing import Any
 
 import gradio as gr
 
-from lora_diffusion_studio.cards import face
+from lora_diffusion_studio.cards import make_thumbnail
 from lora_diffusion_studio.keeping import (
-    Kept,
-    bring_in,
-    discard,
-    keep,
-    kept_preset,
-    kept_presets,
+    SavedPreset,
+    discard_preset,
+    get_preset,
+    import_preset,
+    list_saved_presets,
     preset_commands,
-    rename,
+    rename_preset,
+    save_form,
 )
 from lora_diffusion_studio.studio import Studio
-from lora_diffusion_studio.tabs.blend import Blend, form_from, form_updates
-from lora_diffusion_studio.tabs.events import QUICK, command_box, spoken
+from lora_diffusion_studio.tabs.blend import BlendTab, form_from, form_updates
+from lora_diffusion_studio.tabs.events import QUICK, command_box, with_messages
 from lora_diffusion_studio.tabs.shelf import card_gallery
 
 
-def draw_presets(studio: Studio, blend: Blend) -> list[Any]:
-    """List on the left, what can be done on the right; returns what `listed` shows."""
+def draw_presets(studio: Studio, blend: BlendTab) -> list[Any]:
+    """List on the left, what can be done on the right; returns what `list_updates` shows."""
     with gr.Row():
         with gr.Column(scale=3, min_width=300):
-            gallery = card_gallery(pictures(studio), label="Presets: click one", elem_classes="shelf tidy")
-            chosen = gr.Dropdown(names(studio), label="Preset", info="those marked (ready) come with the package")
+            gallery = card_gallery(preset_thumbnails(studio), label="Presets: click one", elem_classes="shelf tidy")
+            chosen = gr.Dropdown(
+                preset_names(studio), label="Preset", info="those marked (ready) come with the package"
+            )
             about = gr.Markdown()
             said = gr.Markdown()
             twin, command = command_box("The same preset on the command line")
@@ -39,25 +41,25 @@ def draw_presets(studio: Studio, blend: Blend) -> list[Any]:
             wire_keeping(studio, blend, [*shown, said])
             wire_changes(studio, [*shown, said])
 
-    @spoken
+    @with_messages
     def look(name: str | None) -> list[Any]:
-        return show(kept_preset(studio, name) if name else None)
+        return show_preset(get_preset(studio, name) if name else None)
 
     chosen.change(look, chosen, [about, export], **QUICK)
 
     def pick(data: gr.SelectData) -> str:
-        return names(studio)[int(data.index)]
+        return preset_names(studio)[int(data.index)]
 
     gallery.select(pick, None, chosen, **QUICK)
 
-    @spoken
+    @with_messages
     def put(name: str | None) -> list[Any]:
-        form, notes = studio.preset_form(kept_preset(studio, name or "").path)
+        form, notes = studio.form_from_preset(get_preset(studio, name or "").path)
         return [*form_updates(studio, form), html.escape("; ".join(notes) or "on the table: see the Blend tab")]
 
     load.click(put, chosen, [*blend.form_outputs, said], **QUICK)
 
-    @spoken
+    @with_messages
     def as_command(name: str | None) -> str:
         return preset_commands(studio, name or "")
 
@@ -65,7 +67,7 @@ def draw_presets(studio: Studio, blend: Blend) -> list[Any]:
     return [chosen, gallery]
 
 
-def wire_keeping(studio: Studio, blend: Blend, shown: list[Any]) -> None:
+def wire_keeping(studio: Studio, blend: BlendTab, shown: list[Any]) -> None:
     """A preset from the table, or from a file."""
     with gr.Group():
         name = gr.Textbox(label="Name of a preset to save or import", placeholder="Late neon")
@@ -74,18 +76,18 @@ def wire_keeping(studio: Studio, blend: Blend, shown: list[Any]) -> None:
         save = gr.Button("Save the table as a preset")
     imported = gr.File(label="Import a preset (.json)", file_types=[".json"], height=140)
 
-    @spoken
+    @with_messages
     def keep_form(name: str, description: str, replace: bool, kept: list[str], *values: Any) -> list[Any]:
         picture = Path(kept[0]) if kept else None
-        done = keep(studio, form_from(values), name, description, picture, replace=replace)
-        return [*refreshed(studio, done.name), f"saved as {html.escape(done.name)}"]
+        done = save_form(studio, form_from(values), name, description, picture, replace=replace)
+        return [*refresh_list(studio, done.name), f"saved as {html.escape(done.name)}"]
 
     save.click(keep_form, [name, description, replace, blend.stage.kept, *blend.form_inputs], shown, **QUICK)
 
-    @spoken
+    @with_messages
     def take(file: str | None, name: str) -> list[Any]:
         path = Path(file or "")
-        return [*refreshed(studio, bring_in(studio, path, name or path.stem).name), "imported"]
+        return [*refresh_list(studio, import_preset(studio, path, name or path.stem).name), "imported"]
 
     imported.upload(take, [imported, name], shown, **QUICK)
 
@@ -99,42 +101,42 @@ def wire_changes(studio: Studio, shown: list[Any]) -> None:
             remove = gr.Button("Remove", variant="stop", min_width=90)
     chosen = shown[0]
 
-    @spoken
+    @with_messages
     def rename_one(name: str | None, new: str) -> list[Any]:
-        return [*refreshed(studio, rename(studio, name or "", new).name), "renamed"]
+        return [*refresh_list(studio, rename_preset(studio, name or "", new).name), "renamed"]
 
     renaming.click(rename_one, [chosen, new], shown, **QUICK)
 
-    @spoken
+    @with_messages
     def remove_one(name: str | None) -> list[Any]:
-        discard(studio, name or "")
-        return [*refreshed(studio, ""), "removed; its file is in the folder `discarded`"]
+        discard_preset(studio, name or "")
+        return [*refresh_list(studio, ""), "removed; its file is in the folder `discarded`"]
 
     remove.click(remove_one, chosen, shown, **QUICK)
 
 
-def refreshed(studio: Studio, name: str) -> list[Any]:
+def refresh_list(studio: Studio, name: str) -> list[Any]:
     """The list with one chosen, and what is shown of it."""
-    found = [kept for kept in kept_presets(studio) if kept.name == name]
-    chosen, gallery = listed(studio)
-    return [{**chosen, "value": name or None}, gallery, *show(found[0] if found else None)]
+    found = [kept for kept in list_saved_presets(studio) if kept.name == name]
+    chosen, gallery = list_updates(studio)
+    return [{**chosen, "value": name or None}, gallery, *show_preset(found[0] if found else None)]
 
 
-def listed(studio: Studio) -> list[Any]:
+def list_updates(studio: Studio) -> list[Any]:
     """The list as it is now, by name and as pictures."""
-    return [gr.update(choices=names(studio)), gr.update(value=pictures(studio), selected_index=None)]
+    return [gr.update(choices=preset_names(studio)), gr.update(value=preset_thumbnails(studio), selected_index=None)]
 
 
-def names(studio: Studio) -> list[str]:
-    return [kept.name for kept in kept_presets(studio)]
+def preset_names(studio: Studio) -> list[str]:
+    return [kept.name for kept in list_saved_presets(studio)]
 
 
-def pictures(studio: Studio) -> list[Any]:
+def preset_thumbnails(studio: Studio) -> list[Any]:
     """Thumbnails with names."""
-    return [(face(kept.title, kept.thumbnail), kept.name) for kept in kept_presets(studio)]
+    return [(make_thumbnail(kept.title, kept.thumbnail), kept.name) for kept in list_saved_presets(studio)]
 
 
-def show(kept: Kept | None) -> list[Any]:
+def show_preset(kept: SavedPreset | None) -> list[Any]:
     """What is shown of a preset: text, and its file to export."""
     if kept is None:
         return ["", gr.update(value=None)]

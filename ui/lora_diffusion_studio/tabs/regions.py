@@ -4,14 +4,14 @@ from typing import Any
 
 import gradio as gr
 
-from lora_diffusion_studio.regions import SIDE_PX, kept_mask, placed
+from lora_diffusion_studio.regions import SIDE_PX, save_mask, set_region
 from lora_diffusion_studio.studio import Studio
-from lora_diffusion_studio.tabs.blend import Blend
-from lora_diffusion_studio.tabs.events import QUICK, spoken
-from lora_diffusion_studio.tabs.slots import rows_from, updates
+from lora_diffusion_studio.tabs.blend import BlendTab
+from lora_diffusion_studio.tabs.events import QUICK, with_messages
+from lora_diffusion_studio.tabs.slots import parse_slots, slot_updates
 
 
-def draw_regions(studio: Studio, blend: Blend) -> None:
+def draw_regions(studio: Studio, blend: BlendTab) -> None:
     """Which adapter, and where."""
     with gr.Accordion("Regions: where an adapter acts", open=False):
         of = gr.Dropdown([], label="Adapter to place")
@@ -32,18 +32,18 @@ def draw_regions(studio: Studio, blend: Blend) -> None:
             use = gr.Button("Only where it is painted")
             everywhere = gr.Button("Everywhere again")
 
-    @spoken
+    @with_messages
     def mask(name: str | None, painted: dict[str, Any] | None, *values: Any) -> list[Any]:
         image: Any = (painted or {}).get("composite")
         if image is None:
             raise gr.Error("nothing is painted; paint where the adapter acts", print_exception=False)
-        return updates(placed(rows_from(values), name or "", kept_mask(studio, image)), studio.card)
+        return slot_updates(set_region(parse_slots(values), name or "", save_mask(studio, image)), studio.card)
 
     use.click(mask, [of, canvas, *blend.table_inputs], blend.table_outputs, **QUICK)
 
-    @spoken
+    @with_messages
     def release(name: str | None, *values: Any) -> list[Any]:
-        return updates(placed(rows_from(values), name or "", None), studio.card)
+        return slot_updates(set_region(parse_slots(values), name or "", None), studio.card)
 
     everywhere.click(release, [of, *blend.table_inputs], blend.table_outputs, **QUICK)
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import gradio as gr
 
-from lora_diffusion_studio.cards import face
+from lora_diffusion_studio.cards import make_thumbnail
 from lora_diffusion_studio.studio import Studio
 
 KINDS_ANY = ("any", "")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CardShelf:
+class AdapterGallery:
     """The shelf's components."""
 
     text: gr.Textbox
@@ -24,20 +24,20 @@ class CardShelf:
 
     @property
     def outputs(self) -> list[Any]:
-        """What shows the shelf, in the order of `shelf_updates`."""
+        """What shows the shelf, in the order of `gallery_updates`."""
         return [self.kind, self.cards, self.names]
 
 
-def draw_shelf(studio: Studio) -> CardShelf:
+def draw_gallery(studio: Studio) -> AdapterGallery:
     """A search, and the cards that it finds."""
     base = studio.places.bases[0]
-    pictures, names = shown_cards(studio, base)
+    pictures, names = list_cards(studio, base)
     with gr.Accordion("Shelf: click a card to put it on the table", open=True):
         cards = card_gallery(pictures, label="Cards", show_label=False, elem_classes="shelf")
         with gr.Row():
             text = gr.Textbox(label="Search", placeholder="names and trigger words", scale=3, min_width=160)
-            kind = gr.Dropdown([KINDS_ANY, *kinds(studio, base)], value="", label="Kind", scale=1, min_width=100)
-    return CardShelf(text=text, kind=kind, cards=cards, names=gr.State(names))
+            kind = gr.Dropdown([KINDS_ANY, *list_kinds(studio, base)], value="", label="Kind", scale=1, min_width=100)
+    return AdapterGallery(text=text, kind=kind, cards=cards, names=gr.State(names))
 
 
 def card_gallery(pictures: list[Any], **shown: Any) -> gr.Gallery:
@@ -56,26 +56,30 @@ def card_gallery(pictures: list[Any], **shown: Any) -> gr.Gallery:
     )
 
 
-def kinds(studio: Studio, base: str) -> list[tuple[str, str]]:
+def list_kinds(studio: Studio, base: str) -> list[tuple[str, str]]:
     """Those of the adapters that fit a base."""
     found = sorted({kind for card in studio.cards(base) for kind in card.kinds})
     return [(kind, kind) for kind in found]
 
 
-def shown_cards(studio: Studio, base: str, text: str = "", kind: str = "") -> tuple[list[Any], list[str]]:
+def list_cards(studio: Studio, base: str, text: str = "", kind: str = "") -> tuple[list[Any], list[str]]:
     """Pictures with captions, and the adapters that they stand for."""
     found = studio.cards(base, text, kind)
-    pictures = [(face(card.title, card.preview), card.title) for card in found]
+    pictures = [(make_thumbnail(card.title, card.preview), card.title) for card in found]
     return pictures, [card.name for card in found]
 
 
-def shelf_updates(studio: Studio, base: str, text: str = "", kind: str = "") -> list[Any]:
+def gallery_updates(studio: Studio, base: str, text: str = "", kind: str = "") -> list[Any]:
     """What shows the shelf as it is now."""
-    pictures, names = shown_cards(studio, base, text, kind)
-    return [gr.update(choices=[KINDS_ANY, *kinds(studio, base)]), gr.update(value=pictures, selected_index=None), names]
+    pictures, names = list_cards(studio, base, text, kind)
+    return [
+        gr.update(choices=[KINDS_ANY, *list_kinds(studio, base)]),
+        gr.update(value=pictures, selected_index=None),
+        names,
+    ]
 
 
-def with_picked(chosen: Sequence[str] | None, name: str, most: int) -> list[str]:
+def add_picked(chosen: Sequence[str] | None, name: str, most: int) -> list[str]:
     """The table's adapters and one more. Raises gr.Error if there is no place for it."""
     present = list(chosen or [])
     if name in present:

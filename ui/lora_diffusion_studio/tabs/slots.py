@@ -7,8 +7,8 @@ from typing import Any
 
 import gradio as gr
 
-from lora_diffusion_studio.cards import Card, face
-from lora_diffusion_studio.rows import CURVES, LEAST, MOST, Row, curve_of, option, told, with_curve
+from lora_diffusion_studio.cards import Card, make_thumbnail
+from lora_diffusion_studio.rows import CURVES, LEAST, MOST, AdapterSlot, get_curve, get_option, with_curve, with_options
 
 SLOTS = 8
 FIELDS = ("name", "on", "weight", "unet", "te", "lbw", "start", "stop", "curve", "options", "full")
@@ -19,7 +19,7 @@ MOST_WORDS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slot:
+class SlotComponents:
     """The components of one place, by field."""
 
     group: gr.Group
@@ -31,11 +31,11 @@ class Slot:
 
     @property
     def outputs(self) -> list[Any]:
-        """What shows a row, in the order of `updates`."""
+        """What shows a row, in the order of `slot_updates`."""
         return [self.group, self.face, self.about, self.words, *self.fields.values()]
 
 
-def draw_slot(number: int, blocks: Sequence[str]) -> Slot:
+def draw_slot(number: int, blocks: Sequence[str]) -> SlotComponents:
     """One place, empty and hidden."""
     with gr.Group(visible=False, elem_classes="card") as group:
         name = gr.Textbox(visible=False)
@@ -60,7 +60,7 @@ def draw_slot(number: int, blocks: Sequence[str]) -> Slot:
         words = gr.Radio([], label="Trigger words: click to say", visible=False, elem_classes="words")
         details, picture = draw_details(blocks)
     fields = {"name": name, "on": on, "weight": weight, **details}
-    return Slot(group=group, face=face, about=about, words=words, picture=picture, fields=fields)
+    return SlotComponents(group=group, face=face, about=about, words=words, picture=picture, fields=fields)
 
 
 def draw_details(blocks: Sequence[str]) -> tuple[dict[str, Any], gr.Image]:
@@ -96,12 +96,12 @@ def draw_details(blocks: Sequence[str]) -> tuple[dict[str, Any], gr.Image]:
     return dict(zip(FIELDS[3:], parts, strict=True)), picture
 
 
-def row_from(values: Sequence[Any]) -> Row | None:
+def parse_slot(values: Sequence[Any]) -> AdapterSlot | None:
     """The row in the values of a place's fields; None for an empty place. Raises ConfigError."""
     field = dict(zip(FIELDS, values, strict=True))
     if not field["name"]:
         return None
-    row = Row(
+    row = AdapterSlot(
         name=field["name"],
         on=bool(field["on"]),
         weight=float(field["weight"] or 0),
@@ -109,7 +109,7 @@ def row_from(values: Sequence[Any]) -> Row | None:
         full=(field["full"] or "").strip(),
     )
     start, stop = float(field["start"] or 0), float(1 if field["stop"] is None else field["stop"])
-    row = told(
+    row = with_options(
         row,
         unet=(field["unet"] or "").strip(),
         te=(field["te"] or "").strip(),
@@ -121,37 +121,37 @@ def row_from(values: Sequence[Any]) -> Row | None:
     return with_curve(row, curve) if curve else row
 
 
-def rows_from(values: Sequence[Any]) -> tuple[Row, ...]:
+def parse_slots(values: Sequence[Any]) -> tuple[AdapterSlot, ...]:
     """The rows in the values of all places. Raises ConfigError."""
     count = len(FIELDS)
-    found = (row_from(values[start : start + count]) for start in range(0, len(values), count))
+    found = (parse_slot(values[start : start + count]) for start in range(0, len(values), count))
     return tuple(row for row in found if row)
 
 
-def values_of(row: Row | None, card: Card | None) -> list[Any]:
+def slot_values(row: AdapterSlot | None, card: Card | None) -> list[Any]:
     """What a row puts into the fields of a place."""
     if row is None or card is None:
         return ["", True, 1.0, "", "", "", 0, 1, "", "", gr.update(value="", visible=False)]
     title = row.name.removesuffix(".safetensors")
-    rest = with_curve(told(row, **dict.fromkeys(OWN, "")), "")
-    start, stop = option(row, "start"), option(row, "stop")
+    rest = with_curve(with_options(row, **dict.fromkeys(OWN, "")), "")
+    start, stop = get_option(row, "start"), get_option(row, "stop")
     least, most = min(card.range[0], row.weight), max(card.range[1], row.weight)
     return [
         row.name,
         gr.update(value=row.on, label=title),
         gr.update(value=row.weight, minimum=least, maximum=most, label=f"Weight of {title}"),
-        option(row, "unet"),
-        option(row, "te"),
-        option(row, "lbw"),
+        get_option(row, "unet"),
+        get_option(row, "te"),
+        get_option(row, "lbw"),
         float(start or 0),
         float(stop or 1),
-        curve_of(row),
+        get_curve(row),
         rest.options,
         gr.update(value=row.full, visible=bool(row.full)),
     ]
 
 
-def updates(rows: Sequence[Row], card_of: Callable[[str], Card]) -> list[Any]:
+def slot_updates(rows: Sequence[AdapterSlot], card_of: Callable[[str], Card]) -> list[Any]:
     """What shows these rows in the `outputs` of all places. Raises ConfigError for an adapter that is not there."""
     shown: list[Any] = []
     for number in range(SLOTS):
@@ -159,7 +159,7 @@ def updates(rows: Sequence[Row], card_of: Callable[[str], Card]) -> list[Any]:
         card = card_of(row.name) if row else None
         words = card.triggers[:MOST_WORDS] if card else ()
         about = html.escape(f"{card.about}; usual weight {card.preferred:g}") if card else ""
-        picture = face(card.title, card.preview) if card else None
+        picture = make_thumbnail(card.title, card.preview) if card else None
         choice = gr.update(choices=list(words), value=None, visible=bool(words))
-        shown += [gr.update(visible=row is not None), picture, about, choice, *values_of(row, card)]
+        shown += [gr.update(visible=row is not None), picture, about, choice, *slot_values(row, card)]
     return shown

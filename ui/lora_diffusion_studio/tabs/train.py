@@ -8,16 +8,16 @@ from typing import Any
 import gradio as gr
 
 from lora_diffusion_studio.studio import Studio
-from lora_diffusion_studio.tabs.blend import Blend, choices
-from lora_diffusion_studio.tabs.events import QUICK, command_box, spoken
-from lora_diffusion_studio.training import PURPOSES, Job, State, Trainer
+from lora_diffusion_studio.tabs.blend import BlendTab, list_choices
+from lora_diffusion_studio.tabs.events import QUICK, command_box, with_messages
+from lora_diffusion_studio.training import PURPOSES, Job, RunManager, RunStatus
 
 EVERY_S = 2.0
 
 
-def draw_train(studio: Studio, blend: Blend) -> None:
+def draw_train(studio: Studio, blend: BlendTab) -> None:
     """Data on the left, the run on the right."""
-    trainer = Trainer(studio)
+    trainer = RunManager(studio)
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             with gr.Row():
@@ -31,7 +31,7 @@ def draw_train(studio: Studio, blend: Blend) -> None:
             wire_run(studio, trainer, blend, name, job, check)
 
 
-def wire_data(trainer: Trainer, name: gr.Textbox) -> gr.Button:
+def wire_data(trainer: RunManager, name: gr.Textbox) -> gr.Button:
     """Pictures and their captions; returns the button that checks them."""
     files = gr.File(label="Pictures, and captions as .txt", file_count="multiple", height=130)
     captions = gr.Dataframe(
@@ -50,19 +50,19 @@ def wire_data(trainer: Trainer, name: gr.Textbox) -> gr.Button:
         check = gr.Button("Check the data")
     kept = gr.Markdown()
 
-    @spoken
+    @with_messages
     def add(files: list[str] | None, name: str) -> list[list[str]]:
-        return table_of(trainer, name, trainer.add_pictures(name, [Path(file) for file in files or ()]))
+        return captions_table(trainer, name, trainer.add_pictures(name, [Path(file) for file in files or ()]))
 
     files.upload(add, [files, name], captions, **QUICK)
 
-    @spoken
+    @with_messages
     def look(name: str) -> list[list[str]]:
-        return table_of(trainer, name, trainer.captions(name)) if name else []
+        return captions_table(trainer, name, trainer.captions(name)) if name else []
 
     name.submit(look, name, captions, **QUICK)
 
-    @spoken
+    @with_messages
     def write(name: str, rows: Any) -> str:
         trainer.write_captions(name, [row[1:] for row in rows.values.tolist()])
         return "captions kept"
@@ -84,7 +84,7 @@ def draw_job() -> list[Any]:
 
 
 def wire_run(
-    studio: Studio, trainer: Trainer, blend: Blend, name: gr.Textbox, job: list[Any], check: gr.Button
+    studio: Studio, trainer: RunManager, blend: BlendTab, name: gr.Textbox, job: list[Any], check: gr.Button
 ) -> None:
     """Start, stop, watch, and put the adapter onto the shelf."""
     with gr.Row():
@@ -99,48 +99,48 @@ def wire_run(
     twin, command = command_box("The same run on the command line")
     timer = gr.Timer(EVERY_S, active=False)
 
-    @spoken
+    @with_messages
     def look(*values: Any) -> str:
-        return text_of(trainer.check(job_of(values)))
+        return join_lines(trainer.check(parse_job(values)))
 
     check.click(look, job, said, **QUICK)
 
-    @spoken
+    @with_messages
     def begin(*values: Any) -> tuple[Any, ...]:
-        trainer.start(job_of(values))
+        trainer.start(parse_job(values))
         return "", gr.Timer(active=True)
 
     start.click(begin, job, [said, timer], **QUICK)
 
-    @spoken
+    @with_messages
     def end() -> str:
         trainer.stop()
         return "stopping; its state is kept"
 
     stop.click(end, None, said, **QUICK)
 
-    @spoken
+    @with_messages
     def watch(name: str) -> tuple[Any, ...]:
-        return state_updates(trainer.state(name)) if name else (gr.skip(),) * 5
+        return status_updates(trainer.state(name)) if name else (gr.skip(),) * 5
 
     shown = [state, curve, sheet, report, timer]
     gr.on([timer.tick, name.submit], watch, name, shown, **QUICK)
 
-    @spoken
+    @with_messages
     def shelve(name: str, base: str) -> tuple[Any, ...]:
         done = html.escape(trainer.publish(name))
-        return f"{done} is on the shelf; choose it on the Blend tab", gr.update(choices=choices(studio, base))
+        return f"{done} is on the shelf; choose it on the Blend tab", gr.update(choices=list_choices(studio, base))
 
     publish.click(shelve, [name, blend.base], [said, blend.chosen], **QUICK)
 
-    @spoken
+    @with_messages
     def as_command(*values: Any) -> str:
-        return trainer.command(job_of(values))
+        return trainer.command(parse_job(values))
 
     twin.expand(as_command, job, command, **QUICK)
 
 
-def job_of(values: Sequence[Any]) -> Job:
+def parse_job(values: Sequence[Any]) -> Job:
     name, purpose, base, trigger, instance, steps, extra, prompts = values
     return Job(
         name=name or "",
@@ -154,7 +154,7 @@ def job_of(values: Sequence[Any]) -> Job:
     )
 
 
-def table_of(trainer: Trainer, name: str, rows: list[tuple[str, str]]) -> list[list[str]]:
+def captions_table(trainer: RunManager, name: str, rows: list[tuple[str, str]]) -> list[list[str]]:
     """Pictures with their captions, as the table shows them."""
     return [
         [f'<img src="{trainer.thumbnail(name, picture)}" alt="{html.escape(picture)}">', picture, caption]
@@ -162,11 +162,11 @@ def table_of(trainer: Trainer, name: str, rows: list[tuple[str, str]]) -> list[l
     ]
 
 
-def text_of(lines: str) -> str:
+def join_lines(lines: str) -> str:
     return "\n".join(f"- {html.escape(line)}" for line in lines.splitlines())
 
 
-def state_updates(state: State) -> tuple[Any, ...]:
+def status_updates(state: RunStatus) -> tuple[Any, ...]:
     """How a run stands, in the tab's components."""
     import pandas as pd
 
