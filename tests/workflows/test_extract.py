@@ -369,7 +369,7 @@ def test_outputs_that_would_take_the_place_of_a_file_are_refused(sd: Base, tmp_p
         approximate_file(str(tuned), tuned.joinpath(*UNET), taking(force=True))
     assert tuned.joinpath(*UNET).read_bytes() == before
     (tmp_path / "x.safetensors").write_text("mine")
-    with pytest.raises(OutputError, match="already there"):
+    with pytest.raises(OutputError, match="already exists"):
         extract_file(str(tuned), str(sd.folder), tmp_path / "x.safetensors", taking())
     assert (tmp_path / "x.safetensors").read_text() == "mine"
     extract_file(str(tuned), str(sd.folder), tmp_path / "x.safetensors", taking(force=True))

@@ -351,7 +351,7 @@ def test_a_folder_becomes_a_pack_and_comes_out_again(files: Path, tmp_path: Path
 def test_files_are_not_replaced_unasked_and_inputs_never(files: Path, tmp_path: Path) -> None:
     pack, out, first = tmp_path / "pack.safetensors", tmp_path / "out", files / "file-0.safetensors"
     pack_files([files], pack, PackConfig(rank=2))
-    with pytest.raises(OutputError, match="already there; give another output, or --force"):
+    with pytest.raises(OutputError, match="already exists; choose another output, or replace it with --force"):
         pack_files([files], pack, PackConfig(rank=3))
     pack_files([files], pack, PackConfig(rank=3, force=True))
     with pytest.raises(OutputError, match="is one of the inputs"):
