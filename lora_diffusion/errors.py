@@ -1,50 +1,50 @@
-"""What can go wrong, as a tree of exceptions that a caller can catch.
+"""Exceptions that this library raises.
 
     LoRADiffusionError
-    ├── ConfigError            a setting, a command-line value or a recipe that cannot be used
-    ├── AdapterFormatError     a file that is no adapter, or one that is not understood in full
-    ├── FamilyMismatchError    an adapter and a base that do not belong together
-    ├── BaseModelError         a base that cannot be found, or is not Stable Diffusion
-    ├── DatasetError           pictures or captions that cannot be trained on
-    ├── TrainingError          a run that must not go on
-    ├── SamplingError          a picture that came to nothing
-    └── OutputError            a path that cannot be written
+    ├── ConfigError            an invalid setting, command-line value, prompt or recipe
+    ├── AdapterFormatError     a file that is not a valid adapter, or not fully understood
+    ├── FamilyMismatchError    an adapter and a base model that are incompatible
+    ├── BaseModelError         a base model that cannot be found or is not Stable Diffusion
+    ├── DatasetError           images or captions that cannot be trained on
+    ├── TrainingError          a training run that cannot continue
+    ├── SamplingError          an image that could not be generated
+    └── OutputError            an output path that cannot be written
 
 Every message says what is wrong, where, what was expected and what to do.
 """
 
 
 class LoRADiffusionError(Exception):
-    """Anything this library refuses to do, with one sentence that says why."""
+    """Base class of all errors that this library raises on purpose."""
 
 
 class ConfigError(LoRADiffusionError, ValueError):
-    """A setting, a command-line value or a recipe that cannot be used."""
+    """An invalid setting, command-line value, prompt or recipe."""
 
 
 class AdapterFormatError(LoRADiffusionError, ValueError):
-    """A file that is no adapter, or one that is not understood in full."""
+    """A file that is not a valid adapter, or whose keys are not all understood."""
 
 
 class FamilyMismatchError(LoRADiffusionError, ValueError):
-    """An adapter and a base that do not belong together."""
+    """An adapter and a base model that are incompatible: other family, modules or shapes."""
 
 
 class BaseModelError(LoRADiffusionError, ValueError):
-    """A base that cannot be found, or is not Stable Diffusion."""
+    """A base model that cannot be found or is not Stable Diffusion."""
 
 
 class DatasetError(LoRADiffusionError, ValueError):
-    """Pictures or captions that cannot be trained on."""
+    """Images or captions that cannot be trained on."""
 
 
 class TrainingError(LoRADiffusionError, RuntimeError):
-    """A run that must not go on, such as one whose loss is no longer a number."""
+    """A training run that cannot continue, for example because its loss is NaN."""
 
 
 class SamplingError(LoRADiffusionError, RuntimeError):
-    """A picture that came to nothing."""
+    """An image that could not be generated."""
 
 
 class OutputError(LoRADiffusionError, OSError):
-    """A path that cannot be written."""
+    """An output path that cannot be written."""

@@ -1,1 +1,1 @@
-"""Adapters as values: layers, the adapter, blends of adapters and what a weight comes to at each module."""
+"""Adapters, their layers, blends of adapters, and the arithmetic of weighted deltas."""

@@ -1,8 +1,8 @@
-"""What an adapter's weight comes to at one module and one step: by component, block, pattern and schedule.
+"""Evaluate the weight of an adapter at each module and denoising step: components, blocks, patterns and schedules.
 
-Blocks go by the names that users know: BASE is the text encoders, IN00 to IN11, M00 and OUT00 to OUT11 are the UNet's
-blocks in the order of the original checkpoints. A vector names all of them (26 values for SD 1.x and 2.x, 20 for SDXL)
-or those with attention (17, 12). One policy for whatever it does not name: it keeps the adapter's weight.
+Blocks have the names of sd-webui-lora-block-weight: BASE is the text encoders; IN00 to IN11, M00 and OUT00 to OUT11 are
+the blocks of the UNet in the order of the original checkpoints. A block vector lists either all blocks (26 values for
+SD 1.x and 2.x, 20 for SDXL) or those with attention (17 or 12). Blocks without a factor keep the adapter's weight.
 """
 
 import difflib
@@ -18,53 +18,55 @@ from lora_diffusion.config.preset import BlendWeight, Schedule, Weight
 from lora_diffusion.errors import ConfigError
 
 BlockPresets = Mapping[str, tuple[tuple[float, ...], ...]]
-"""Vectors by name; one name may have vectors for several families."""
+"""Block vectors by preset name. A name may have several vectors, of the lengths of different families."""
 
-FLUX_VECTOR = 61
+_VECTOR_LENGTHS = (12, 17, 20, 26)
+_FLUX_VECTOR_LENGTH = 61
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenoisingStep:
-    """One denoising step of a run."""
+    """One step of a denoising run."""
 
     index: int
-    """Its number, from 0."""
+    """Index of the step, from 0."""
     total: int
+    """Number of steps in the run."""
 
     def position(self, unit: str) -> float:
-        """Where a schedule sees it: its number in steps, or its middle as a fraction of the run."""
+        """Return the position in a schedule: the index for the unit `step`, (index + 0.5) / total for `fraction`."""
         return float(self.index) if unit == "step" else (self.index + 0.5) / self.total
 
 
 def schedule_factor(schedule: Schedule, denoising_step: DenoisingStep) -> float:
-    """The factor at one step."""
-    here = denoising_step.position(schedule.unit)
-    before = [point for point in schedule.points if point[0] <= here]
-    after = [point for point in schedule.points if point[0] > here]
+    """Evaluate a schedule at one denoising step."""
+    position = denoising_step.position(schedule.unit)
+    before = [point for point in schedule.points if point[0] <= position]
+    after = [point for point in schedule.points if point[0] > position]
     if not before or not after or schedule.curve == "hold":
         return (before[-1] if before else after[0])[1]
     (start, first), (end, last) = before[-1], after[0]
-    share = (here - start) / (end - start)
+    fraction = (position - start) / (end - start)
     if schedule.curve == "cosine":
-        share = (1 - math.cos(math.pi * share)) / 2
-    return first + (last - first) * share
+        fraction = (1 - math.cos(math.pi * fraction)) / 2
+    return first + (last - first) * fraction
 
 
 def stock_presets(layout: ModelLayout) -> dict[str, dict[str, float]]:
-    """Factors by block of the presets that everybody uses, by name.
+    """Return the factors by block of the stock block presets, by preset name.
 
-    INS and IND are the shallow and the deep half of the blocks with attention on the way in, OUTD and OUTS on the way
-    out; MIDD is all that is deep. For SD 1.x these are the 17 values of their origin
-    [github.com/hako-mikan/sd-webui-lora-block-weight]; for other families the same halves.
+    INS and IND are the shallow and the deep half of the input blocks with attention, OUTD and OUTS the deep and the
+    shallow half of the output blocks; MIDD is everything deep. For SD 1.x they are the 17 values of
+    [github.com/hako-mikan/sd-webui-lora-block-weight]; other families are divided into the same halves.
     """
-    _, attentive = vector_block_names(layout)
-    ins = [block for block in attentive if block.startswith("IN")]
-    outs = [block for block in attentive if block.startswith("OUT")]
+    _, attention_blocks = vector_block_names(layout)
+    ins = [block for block in attention_blocks if block.startswith("IN")]
+    outs = [block for block in attention_blocks if block.startswith("OUT")]
     shallow_in, deep_in = ins[: len(ins) // 2], ins[len(ins) // 2 :]
     deep_out, shallow_out = outs[: len(outs) // 2], outs[len(outs) // 2 :]
-    chosen: dict[str, list[str]] = {
+    enabled: dict[str, list[str]] = {
         "NONE": [],
-        "ALL": list(attentive),
+        "ALL": list(attention_blocks),
         "INS": ["BASE", *shallow_in],
         "IND": ["BASE", *deep_in],
         "INALL": ["BASE", *ins],
@@ -73,10 +75,10 @@ def stock_presets(layout: ModelLayout) -> dict[str, dict[str, float]]:
         "OUTS": ["BASE", *shallow_out],
         "OUTALL": ["BASE", *outs],
     }
-    if outs[:2] == ["OUT00", "OUT01"]:  # what adapters of B-LoRA [arXiv:2403.14572] are made of
-        chosen |= {"BLORA-CONTENT": ["OUT00"], "BLORA-STYLE": ["OUT01"]}
-    presets = {name: {block: float(block in on) for block in attentive} for name, on in chosen.items()}
-    return presets | {"ALL0.5": dict.fromkeys(attentive, 0.5)}
+    if outs[:2] == ["OUT00", "OUT01"]:  # the two blocks that B-LoRA trains [arXiv:2403.14572]
+        enabled |= {"BLORA-CONTENT": ["OUT00"], "BLORA-STYLE": ["OUT01"]}
+    presets = {name: {block: float(block in on) for block in attention_blocks} for name, on in enabled.items()}
+    return presets | {"ALL0.5": dict.fromkeys(attention_blocks, 0.5)}
 
 
 def block_factors(
@@ -84,26 +86,36 @@ def block_factors(
     layout: ModelLayout,
     presets: BlockPresets | None = None,
 ) -> dict[str, float | Schedule]:
-    """Factors by block name. Raises ConfigError for an unknown preset or block, or a vector of the wrong length."""
-    every, attentive = vector_block_names(layout)
+    """Resolve a block preset, block vector or mapping to factors by block name.
+
+    Args:
+        blocks: Name of a preset, vector of factors, or factors by block name.
+        layout: Layout of the base model.
+        presets: Presets of the user, which take precedence over the stock presets.
+
+    Raises:
+        ConfigError: If the preset or a block is unknown, or the vector has the wrong length.
+    """
+    all_blocks, attention_blocks = vector_block_names(layout)
     if isinstance(blocks, str):
-        return find_block_preset(blocks, layout, presets or {})
+        return _find_block_preset(blocks, layout, presets or {})
     if isinstance(blocks, tuple):
-        for names in (attentive, every):
+        for names in (attention_blocks, all_blocks):
             if len(names) == len(blocks):
                 return dict(zip(names, blocks, strict=True))
         raise ConfigError(
-            f"a block vector of {len(blocks)} values does not fit this base; expected {len(attentive)} "
-            f"({', '.join(attentive)}) or {len(every)} (all blocks)"
+            f"a block vector of {len(blocks)} values does not fit this base; expected {len(attention_blocks)} values "
+            f"({', '.join(attention_blocks)}) or {len(all_blocks)} (all blocks)"
         )
     for block in blocks:
-        if block not in every:
-            near = difflib.get_close_matches(block, every, n=1)
-            raise ConfigError(f"unknown block {block!r}{f'; did you mean {near[0]}?' if near else ''} ({every})")
+        if block not in all_blocks:
+            near = difflib.get_close_matches(block, all_blocks, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"unknown block {block!r}{hint} (blocks of this base: {', '.join(all_blocks)})")
     return dict(blocks)
 
 
-def find_block_preset(name: str, layout: ModelLayout, presets: BlockPresets) -> dict[str, float | Schedule]:
+def _find_block_preset(name: str, layout: ModelLayout, presets: BlockPresets) -> dict[str, float | Schedule]:
     if name in presets:
         fitting = [v for v in presets[name] if len(v) in map(len, vector_block_names(layout))]
         return block_factors((fitting or list(presets[name]))[0], layout)
@@ -111,15 +123,18 @@ def find_block_preset(name: str, layout: ModelLayout, presets: BlockPresets) -> 
     if name not in stock:
         known = [*stock, *presets]
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known ones: {', '.join(known)}"
+        hint = f"did you mean {near[0]!r}?" if near else f"known presets: {', '.join(known)}"
         raise ConfigError(f"unknown block preset {name!r}; {hint}")
     return dict(stock[name])
 
 
 def expand_block_preset(weight: Weight, layout: ModelLayout, presets: BlockPresets | None = None) -> Weight:
-    """The weight with its block preset or vector as factors by name, so that it means the same everywhere.
+    """Replace the block preset or vector of a weight by factors by block name.
 
-    Raises ConfigError as `block_factors` does.
+    A recipe with the expanded weight does not depend on the user's preset file.
+
+    Raises:
+        ConfigError: As `block_factors`.
     """
     if not isinstance(weight, BlendWeight) or not weight.blocks:
         return weight
@@ -129,41 +144,55 @@ def expand_block_preset(weight: Weight, layout: ModelLayout, presets: BlockPrese
 def coefficients(
     weight: Weight, paths: Iterable[str], layout: ModelLayout | None, denoising_step: DenoisingStep | None
 ) -> dict[str, float]:
-    """Evaluate the weight at each module path.
+    """Evaluate a weight at each module path.
 
-    Raises ConfigError for blocks that the base does not have, or for a schedule if `denoising_step` is None.
+    The coefficient is the weight of the component (or `value`), times the factor of the block, the factor of the last
+    matching module pattern and the schedule.
+
+    Args:
+        weight: Weight of an adapter in a blend.
+        paths: Module paths of the adapter.
+        layout: Layout of the base model, required for weights by block.
+        denoising_step: Step to evaluate, required for schedules.
+
+    Raises:
+        ConfigError: If a block does not exist in the base, or `layout` or `denoising_step` is missing where required.
     """
     if not isinstance(weight, BlendWeight):
         return dict.fromkeys(paths, weight)
     if weight.blocks and layout is None:
-        raise ConfigError("weights by block need a base of a known family; give factors by module pattern instead")
+        raise ConfigError("weights by block need a base of a known model family; use factors by module pattern instead")
     blocks = block_factors(weight.blocks, layout) if layout is not None and weight.blocks else {}
-    found: dict[str, float] = {}
-    own = {str(component): value for component, value in weight.components.items()}
+    result: dict[str, float] = {}
+    component_weights = {str(component): value for component, value in weight.components.items()}
     for path in paths:
         component = path.split(".", 1)[0]
         factor = blocks.get(block_name(path, layout), 1.0) if layout is not None and blocks else 1.0
         matching = [value for pattern, value in weight.modules if fnmatchcase(path, pattern)]
-        value = own.get(component, weight.value)
+        value = component_weights.get(component, weight.value)
         value *= matching[-1] if matching else 1.0
         for part in (factor, weight.schedule):
-            value *= factor_at_step(part, denoising_step, timeless=component != "unet")
-        found[path] = value
-    return found
+            value *= _factor_at_step(part, denoising_step, ignore_schedule=component != "unet")
+        result[path] = value
+    return result
 
 
-def factor_at_step(factor: float | Schedule | None, denoising_step: DenoisingStep | None, *, timeless: bool) -> float:
+def _factor_at_step(
+    factor: float | Schedule | None, denoising_step: DenoisingStep | None, *, ignore_schedule: bool
+) -> float:
     if not isinstance(factor, Schedule):
         return 1.0 if factor is None else factor
-    if timeless:
+    if ignore_schedule:  # text encoders run once, before the first denoising step
         return 1.0
     if denoising_step is None:
-        raise ConfigError("a schedule over steps has no meaning here, where there are none; give plain weights")
+        raise ConfigError(
+            "a schedule over denoising steps can only be applied while sampling; use a constant weight here"
+        )
     return schedule_factor(factor, denoising_step)
 
 
 def has_schedule(weight: Weight) -> bool:
-    """Whether it changes from step to step."""
+    """Return whether a weight changes from one denoising step to the next."""
     if not isinstance(weight, BlendWeight):
         return False
     blocks = weight.blocks.values() if isinstance(weight.blocks, Mapping) else ()
@@ -171,7 +200,7 @@ def has_schedule(weight: Weight) -> bool:
 
 
 def without_schedules(weight: Weight) -> Weight:
-    """The weight as if all its schedules were 1."""
+    """Return the weight with all schedules replaced by the constant factor 1."""
     if not isinstance(weight, BlendWeight):
         return weight
     blocks = weight.blocks
@@ -181,16 +210,20 @@ def without_schedules(weight: Weight) -> Weight:
 
 
 def is_zero(weight: Weight) -> bool:
-    """Whether it is 0 everywhere, at every step."""
+    """Return whether a weight and all its component weights are 0. Block and pattern factors are not examined."""
     if not isinstance(weight, BlendWeight):
         return weight == 0
     return weight.value == 0 and not any(weight.components.values())
 
 
 def read_block_presets(path: Path) -> BlockPresets:
-    """An `lbwpresets.txt`: one `NAME:value,...` a line, of 12, 17, 20 or 26 values; a line with a # is a comment.
+    """Read an `lbwpresets.txt` of sd-webui-lora-block-weight.
 
-    Lines of 61 values are for Flux and left out. Raises ConfigError for any other line.
+    Each line is `NAME:value,value,...` with 12, 17, 20 or 26 values. Lines that contain a # are comments. Lines of 61
+    values are presets for Flux and skipped.
+
+    Raises:
+        ConfigError: If the file cannot be read, or a line has another form.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -202,18 +235,26 @@ def read_block_presets(path: Path) -> BlockPresets:
         if "#" in line or not line.strip():
             continue
         vector = parse_vector(values, source=f"{path}, line {number}") if colon else ()
-        if len(vector) == FLUX_VECTOR:
+        if len(vector) == _FLUX_VECTOR_LENGTH:
             continue
-        if len(vector) not in (12, 17, 20, 26):
+        if len(vector) not in _VECTOR_LENGTHS:
             raise ConfigError(
-                f"{path}, line {number}: {len(vector)} values; expected NAME: and 12, 17, 20 or 26 values"
+                f"{path}, line {number}: has {len(vector)} values; expected NAME: and 12, 17, 20 or 26 values"
             )
         presets[name.strip()] = (*presets.get(name.strip(), ()), vector)
     return presets
 
 
 def parse_vector(text: str, *, source: str) -> tuple[float, ...]:
-    """Comma-separated numbers. Raises ConfigError."""
+    """Parse comma-separated numbers.
+
+    Args:
+        text: Numbers such as `1,0,0.5`.
+        source: Where the text comes from, for error messages.
+
+    Raises:
+        ConfigError: If a value is not a finite number.
+    """
     values: list[float] = []
     for part in text.split(","):
         try:
@@ -222,7 +263,7 @@ def parse_vector(text: str, *, source: str) -> tuple[float, ...]:
             values.append(math.nan)
         if not math.isfinite(values[-1]):
             raise ConfigError(
-                f"{source}: {part.strip()!r} is no number; letters such as R and U stand for random values, which no "
-                "recipe could repeat"
+                f"{source}: {part.strip()!r} is not a number; the letters R and U of sd-webui-lora-block-weight stand "
+                "for random values, which are not supported because a recipe could not repeat them"
             )
     return tuple(values)

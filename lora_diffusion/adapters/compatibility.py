@@ -1,4 +1,4 @@
-"""Whether adapters go together, and whether they fit a base."""
+"""Check that adapters can be combined with each other and applied to a base model."""
 
 import math
 from collections.abc import Mapping
@@ -11,57 +11,90 @@ from lora_diffusion.errors import ConfigError, FamilyMismatchError
 
 
 def validate_composition(composition: Composition, count: int, *, regions: bool) -> None:
-    """Raise ConfigError for a mode in which that many adapters, some with regions, cannot come together."""
+    """Check that a composition mode supports the adapters of a blend.
+
+    Args:
+        composition: Mode and its settings.
+        count: Number of adapters in the blend.
+        regions: Whether any adapter is limited to a region of the image.
+
+    Raises:
+        ConfigError: If it does not.
+    """
     mode = composition.mode
     if mode == "k-lora" and count != 2:
         raise ConfigError(f"k-lora chooses between two adapters, the subject first; this blend has {count}")
     if mode == "np-lora" and count < 2:
-        raise ConfigError(f"np-lora needs a subject and, after it, at least one style; this blend has {count}")
+        raise ConfigError(f"np-lora needs a subject followed by at least one style; this blend has {count}")
     if mode != "sum" and regions:
-        raise ConfigError(f"regions are blended by their masks, so that {mode} has no meaning with them; use sum")
+        raise ConfigError(f"the composition mode {mode} does not support regions; use sum")
 
 
 def check_fits(
     blend: Blend, *, base_name: str, family: str, paths: frozenset[str], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Raise FamilyMismatchError unless everything in every adapter finds a tensor of its shape in the base.
+    """Check that every layer and bias of a blend has a parameter of its shape in the base model.
 
-    `paths` are the module paths of the base's family, `shapes` the parameters (`<module path>.weight` or `.bias`) that
-    the blend would change.
+    Args:
+        blend: Blend to apply.
+        base_name: Name of the base model for messages.
+        family: Model family of the base.
+        paths: Module paths of the base's family.
+        shapes: Shapes of the base's parameters, by name (`<module path>.weight` or `<module path>.bias`).
+
+    Raises:
+        FamilyMismatchError: If an adapter belongs to another family, or a parameter is missing or has another shape.
     """
     for entry in blend.entries:
         adapter = entry.adapter
         check_family(adapter.metadata.family, entry.name, base_name=base_name, family=family)
-        wanted = expected_shapes(adapter)
-        unknown = [name for name in wanted if name.rpartition(".")[0] not in paths or name not in shapes]
+        expected = expected_shapes(adapter)
+        unknown = [name for name in expected if name.rpartition(".")[0] not in paths or name not in shapes]
         if unknown:
             raise FamilyMismatchError(
-                f"{entry.name}: {len(unknown)} of {len(wanted)} layers match no module of {base_name} "
-                f"({family_title(family)}; first: {unknown[0]}); use the base that it was trained on"
+                f"{entry.name}: {len(unknown)} of {len(expected)} layers match no module of {base_name} "
+                f"({family_title(family)}; first: {unknown[0]}); use the base that the adapter was trained on"
             )
-        for name, shape in wanted.items():
+        for name, shape in expected.items():
             if not is_same_weight(shape, shapes[name]):
                 raise FamilyMismatchError(
-                    f"{entry.name}: {name} is for a weight of shape {shape}, but {base_name} has {shapes[name]} there; "
-                    "use the base that it was trained on"
+                    f"{entry.name}: {name} has shape {shape}, but {shapes[name]} in {base_name}; "
+                    "use the base that the adapter was trained on"
                 )
 
 
-def check_family(own: str, name: str, *, base_name: str, family: str) -> None:
-    """Raise FamilyMismatchError if an adapter's family is known and not the base's."""
-    if own and own != family:
+def check_family(adapter_family: str, name: str, *, base_name: str, family: str) -> None:
+    """Check that an adapter belongs to the model family of a base.
+
+    Args:
+        adapter_family: Family of the adapter; empty if unknown, which is accepted.
+        name: Name of the adapter for messages.
+        base_name: Name of the base for messages.
+        family: Family of the base.
+
+    Raises:
+        FamilyMismatchError: If the families differ.
+    """
+    if adapter_family and adapter_family != family:
         raise FamilyMismatchError(
-            f"{name} is an adapter for {family_title(own)}, but {base_name} is {family_title(family)}; "
-            "use a base of its family"
+            f"{name} is an adapter for {family_title(adapter_family)}, but {base_name} is {family_title(family)}; "
+            "use a base of the same family"
         )
 
 
 def expected_shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
-    """The parameters that an adapter changes, `<module path>.weight` and `.bias`, with the shapes it expects."""
+    """Return the shapes of the parameters that an adapter changes, by name: `<module path>.weight` or `.bias`."""
     weights = {f"{path}.weight": layer.weight_shape for path, layer in adapter.layers.items()}
     return weights | {f"{path}.bias": tuple(bias.shape) for path, bias in adapter.biases.items()}
 
 
 def is_same_weight(layer: tuple[int, ...], weight: tuple[int, ...]) -> bool:
-    """Whether a layer's delta is that of the weight, be it with the kernel flattened or a 1x1 kernel left out."""
+    """Return whether a layer of one shape can update a weight of another.
+
+    The shapes may differ in a flattened convolution kernel or an omitted 1x1 kernel.
+
+    Args:
+        layer: `weight_shape` of the layer.
+        weight: Shape of the weight.
+    """
     return layer == weight or (layer[:1] == weight[:1] and math.prod(layer) == math.prod(weight) and len(weight) > 1)

@@ -1,4 +1,4 @@
-"""Sums of weighted deltas, and a base's weights with such a sum added."""
+"""Compute sums of weighted deltas, and add them to the weights of a base model."""
 
 import functools
 from collections.abc import Sequence
@@ -18,23 +18,35 @@ from lora_diffusion.errors import ConfigError
 
 
 def weighted_deltas(terms: Sequence[Term], base: Tensor | None) -> list[Tensor]:
-    """The weighted deltas of layers that cannot be stacked, on the base's device."""
+    """Compute the weighted delta of each layer separately, on the device of `base`.
+
+    Args:
+        terms: Layers of any kind with their coefficients.
+        base: Weight of the base model; required for DoRA.
+    """
     device = base.device if base is not None else None
     moved = [(w, x.with_factors({name: factor.to(device) for name, factor in x.factors.items()})) for w, x in terms]
     return [weight * layer.delta(base) for weight, layer in moved]
 
 
 def sum_deltas(terms: Sequence[Term], base: Tensor | None = None) -> Tensor:
-    """Sum of the weighted deltas at one module, float32, of the shape and on the device of the `base` weight.
+    """Sum the weighted deltas of one module in float32.
 
-    One product for all LoRA layers together. Without `base`, which DoRA needs, on the CPU in the layers' own shape.
+    The stacked factors of all LoRA layers are multiplied at once.
+
+    Args:
+        terms: Layers of the module with their coefficients; at least one.
+        base: Weight of the base model, which determines shape and device of the result; required for DoRA.
+
+    Returns:
+        The sum, of the shape of `base`, or of the layers' own shape if `base` is None.
     """
-    joinable, others = split_stackable(terms)
+    stackable, others = split_stackable(terms)
     deltas = weighted_deltas(others, base)
-    if joinable:
-        stack = stack_factors([layer for _, layer in joinable], base.device if base is not None else None)
-        product = stack.weighted_up(joinable) @ stack.down
-        deltas.insert(0, product.reshape(base.shape if base is not None else common_weight_shape(joinable)))
+    if stackable:
+        stack = stack_factors([layer for _, layer in stackable], base.device if base is not None else None)
+        product = stack.weighted_up(stackable) @ stack.down
+        deltas.insert(0, product.reshape(base.shape if base is not None else common_weight_shape(stackable)))
     shape = deltas[0].shape if base is None else base.shape
     return functools.reduce(torch.add, (delta.reshape(shape) for delta in deltas))
 
@@ -42,18 +54,23 @@ def sum_deltas(terms: Sequence[Term], base: Tensor | None = None) -> Tensor:
 def compute_blended_weight(
     base: Tensor, terms: Sequence[Term], *, stack: StackedFactors | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """The base's weight plus the sum of the terms, in float32.
+    """Add the weighted deltas of one module to the weight of the base model, in float32.
 
-    All LoRA layers are one product, added to the base as it is computed; the other kinds' deltas follow one by one.
-    `stack` holds the factors of the former, if they are at hand; `out`, float32 and not the base, is written to.
+    All LoRA layers are multiplied and added in one `addmm`; the deltas of other kinds are added one by one.
+
+    Args:
+        base: Weight of the base model.
+        terms: Layers of the module with their coefficients.
+        stack: Stacked factors of the LoRA layers in `terms`, if they are already available.
+        out: float32 tensor to write the result to; must not be `base`.
     """
-    joinable, others = split_stackable(terms)
+    stackable, others = split_stackable(terms)
     value = base.float()
     if out is None and value is not base:
-        out = value  # a copy of our own already
-    if joinable:
-        stack = stack or stack_factors([layer for _, layer in joinable], base.device)
-        up = stack.weighted_up(joinable)
+        out = value  # `float` made a copy, which may be overwritten
+    if stackable:
+        stack = stack or stack_factors([layer for _, layer in stackable], base.device)
+        up = stack.weighted_up(stackable)
         flat = None if out is None else out.view(up.shape[0], -1)
         value = torch.addmm(value.reshape(up.shape[0], -1), up, stack.down, out=flat).reshape(base.shape)
     for delta in weighted_deltas(others, base):
@@ -62,18 +79,33 @@ def compute_blended_weight(
 
 
 def compute_blended_bias(base: Tensor, terms: Sequence[BiasTerm]) -> Tensor:
-    """The base's bias plus the weighted biases, in float32."""
+    """Add weighted biases to the bias of the base model, in float32."""
     return functools.reduce(torch.add, (weight * bias.to(base.device).float() for weight, bias in terms), base.float())
 
 
 def cast_checked(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """The blended value in the base's type. Raises ConfigError if it does not fit into that."""
+    """Convert a blended parameter to the dtype of the base model.
+
+    Args:
+        value: Blended parameter in float32.
+        dtype: Dtype of the base model.
+        name: Name of the parameter for messages.
+
+    Raises:
+        ConfigError: If a value is beyond the range of `dtype`.
+    """
     check_range(value, dtype, name)
     return value.to(dtype)
 
 
 def check_range(value: Tensor, dtype: torch.dtype, name: str) -> None:
-    """Raise ConfigError if a blended value does not fit into the base's type; its extremes tell, at half the cost."""
+    """Check that a blended parameter fits into the range of a dtype.
+
+    Only the minimum and maximum are converted, which costs half as much as converting all values.
+
+    Raises:
+        ConfigError: If a value is beyond the range of `dtype`, or not finite.
+    """
     if dtype == torch.float32:
         return
     extremes = torch.stack(torch.aminmax(value)).to(dtype)

@@ -1,4 +1,4 @@
-"""Factors of several LoRA layers of one module, side by side."""
+"""Stack the factors of several LoRA layers of one module, so that the sum of their deltas is one product."""
 
 import functools
 from collections.abc import Sequence
@@ -11,46 +11,60 @@ from lora_diffusion.adapters.layers import Layer, LoRALayer
 from lora_diffusion.errors import ConfigError
 
 Term = tuple[float, Layer]
-"""A layer and its coefficient."""
+"""Coefficient and layer."""
 BiasTerm = tuple[float, Tensor]
+"""Coefficient and bias, (out,)."""
 
 
 def is_joinable(layer: Layer) -> bool:
-    """Whether its factors can be stacked with others': plain LoRA, without a Tucker core."""
+    """Return whether the factors of a layer can be stacked with those of others: plain LoRA without a Tucker core."""
     return isinstance(layer, LoRALayer) and layer.mid is None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StackedFactors:
-    """The factors of several LoRA layers of one module, side by side on one device; weights come later.
+    """Factors of several LoRA layers of one module, concatenated along the rank and on one device, without weights.
 
-    `up` is (out, sum of ranks) in the type of the layers, `down` (sum of ranks, in) in float32, kernels flattened.
-    Averaging factors instead of stacking them would add cross terms up_i @ down_j.
+    Averaging the factors instead of stacking them would add cross terms up_i @ down_j.
     """
 
     up: Tensor
+    """(out, sum of ranks), in the dtype of the layers."""
     down: Tensor
+    """(sum of ranks, in), in float32; convolution kernels are flattened into `in`."""
     ranks: tuple[int, ...]
+    """Rank of each layer."""
     scales: tuple[float, ...]
+    """alpha / rank of each layer."""
 
     def weighted_up(self, terms: Sequence[Term]) -> Tensor:
-        """`up` with each layer's columns times its scale and its coefficient in `terms`, float32."""
+        """Return `up` with the columns of each layer times its scale and its coefficient in `terms`, in float32."""
         factors = tuple(weight * scale for (weight, _), scale in zip(terms, self.scales, strict=True))
-        return torch.mul(self.up, repeat_by_rank(factors, self.ranks, self.up.device)).float()
+        return torch.mul(self.up, _repeat_by_rank(factors, self.ranks, self.up.device)).float()
 
 
-@functools.lru_cache(maxsize=16)
-def repeat_by_rank(factors: tuple[float, ...], ranks: tuple[int, ...], device: torch.device) -> Tensor:
-    """Each factor as often as its rank, float32; most modules of a blend ask for the very same ones."""
+@functools.lru_cache(maxsize=16)  # most modules of a blend have the same factors and ranks
+def _repeat_by_rank(factors: tuple[float, ...], ranks: tuple[int, ...], device: torch.device) -> Tensor:
+    """Repeat each factor as often as its rank, in float32."""
     return torch.tensor([value for value, rank in zip(factors, ranks, strict=True) for _ in range(rank)], device=device)
 
 
 def stack_factors(layers: Sequence[Layer], device: torch.device | None = None) -> StackedFactors:
-    """Plain LoRA layers as one pair of factors. Raises ConfigError for a kind whose factors cannot be stacked."""
+    """Stack the factors of plain LoRA layers.
+
+    Args:
+        layers: Layers of one module.
+        device: Device of the result; by default that of the layers.
+
+    Raises:
+        ConfigError: If a layer is not a plain LoRA layer.
+    """
     plain = [layer for layer in layers if isinstance(layer, LoRALayer) and layer.mid is None]
     if len(plain) < len(layers):
         kinds = sorted({layer.kind for layer in layers if not is_joinable(layer)})
-        raise ConfigError(f"{', '.join(kinds)} layers have no factors to stack; only plain LoRA combines exactly")
+        raise ConfigError(
+            f"the factors of {', '.join(kinds)} layers cannot be stacked; only plain LoRA combines exactly"
+        )
     ups, downs = [layer.up.flatten(1) for layer in plain], [layer.down.flatten(1) for layer in plain]
     if len({(tensor.dtype, tensor.device) for tensor in (*ups, *downs)}) > 1:
         ups, downs = ([tensor.to(device, torch.float32) for tensor in tensors] for tensors in (ups, downs))
@@ -63,9 +77,13 @@ def stack_factors(layers: Sequence[Layer], device: torch.device | None = None) -
 
 
 def join_layers(terms: Sequence[Term]) -> LoRALayer:
-    """Weighted LoRA layers of one module as a single layer of scale 1 in float32: factors stacked, ranks added.
+    """Combine weighted LoRA layers of one module into a single layer with the same delta.
 
-    Raises ConfigError for a kind whose factors cannot be stacked.
+    Returns:
+        A float32 layer of scale 1, whose rank is the sum of the ranks.
+
+    Raises:
+        ConfigError: If a layer is not a plain LoRA layer.
     """
     stack = stack_factors([layer for _, layer in terms])
     shape = common_weight_shape(terms)
@@ -76,9 +94,10 @@ def join_layers(terms: Sequence[Term]) -> LoRALayer:
 
 
 def split_stackable(terms: Sequence[Term]) -> tuple[list[Term], list[Term]]:
-    """Those whose factors can be stacked, and the others."""
+    """Split terms into those whose factors can be stacked and the others."""
     return [term for term in terms if is_joinable(term[1])], [term for term in terms if not is_joinable(term[1])]
 
 
 def common_weight_shape(terms: Sequence[Term]) -> tuple[int, ...]:
+    """Return the most detailed weight shape among the layers, so that a 1x1 kernel is kept if any layer has it."""
     return max((layer.weight_shape for _, layer in terms), key=len)

@@ -1,4 +1,4 @@
-"""Directions of a T-LoRA that act at a denoising step [arXiv:2507.05964]."""
+"""Truncate the layers of a T-LoRA to the rank that acts at a denoising step [arXiv:2507.05964]."""
 
 import math
 from weakref import WeakKeyDictionary
@@ -6,29 +6,38 @@ from weakref import WeakKeyDictionary
 from lora_diffusion.adapters.layers import Layer, LoRALayer
 
 
-def truncate_at_step(layer: Layer, least: int, share: float) -> Layer:
-    """The directions of a layer that act after a share of the steps; the same object for the same rank."""
+def truncate_at_step(layer: Layer, least: int, progress: float) -> Layer:
+    """Truncate a T-LoRA layer to the rank that acts at a point of the denoising run.
+
+    Args:
+        layer: Layer of any kind; only LoRA layers are truncated.
+        least: Rank that acts in pure noise (`AdapterMetadata.least_rank`).
+        progress: Completed share of the denoising steps, 0 to 1.
+
+    Returns:
+        The truncated layer; the same object whenever the same rank is asked for.
+    """
     if not isinstance(layer, LoRALayer):
         return layer
-    return truncate_layer(layer, rank_at_step(share, least, layer.rank))
+    return truncate_layer(layer, rank_at_step(progress, least, layer.rank))
 
 
-def rank_at_step(share: float, least: int, rank: int) -> int:
-    """How many directions of a T-LoRA act after a share of the way from noise to picture [arXiv:2507.05964]."""
+def rank_at_step(progress: float, least: int, rank: int) -> int:
+    """Return the rank of a T-LoRA that acts at a point of the denoising run: least + progress * (rank - least)."""
     least = min(least, rank)
-    return least + math.floor(share * (rank - least) + 1e-6)
+    return least + math.floor(progress * (rank - least) + 1e-6)
 
 
-CUTS: WeakKeyDictionary[LoRALayer, dict[int, LoRALayer]] = WeakKeyDictionary()
-"""Layers that were cut, by rank, so that the same cut is the same object; they go when the layer goes."""
+_TRUNCATED: WeakKeyDictionary[LoRALayer, dict[int, LoRALayer]] = WeakKeyDictionary()
+"""Truncated layers by layer and rank. Callers compare layers by identity, so a truncation must stay the same object."""
 
 
 def truncate_layer(layer: LoRALayer, rank: int) -> LoRALayer:
-    """A layer cut to its first directions, whose strength stays as it is."""
+    """Return the layer with its first `rank` directions only, at unchanged scale."""
     if rank >= layer.rank:
         return layer
-    known = CUTS.setdefault(layer, {})
-    if rank not in known:
+    by_rank = _TRUNCATED.setdefault(layer, {})
+    if rank not in by_rank:
         up = layer.up[:, :rank].contiguous()
-        known[rank] = LoRALayer(down=layer.down[:rank], up=up, alpha=layer.scale * rank)
-    return known[rank]
+        by_rank[rank] = LoRALayer(down=layer.down[:rank], up=up, alpha=layer.scale * rank)
+    return by_rank[rank]

@@ -1,1 +1,1 @@
-"""Files, number types, memory and hardware. Knows nothing of adapters."""
+"""Basic services without any knowledge of adapters: file output, dtypes, memory and hardware."""

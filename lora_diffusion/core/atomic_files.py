@@ -1,4 +1,8 @@
-"""Files that are there in full or not at all: written beside, synced, renamed; and where the package keeps its own."""
+"""Atomic file output, output checks and file hashes.
+
+A file or folder is written under a temporary name next to its destination, synced to disk and then renamed, so that it
+is either complete or absent.
+"""
 
 import contextlib
 import glob
@@ -16,11 +20,19 @@ from lora_diffusion.errors import OutputError
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; what is written there takes `path`'s place if the block ends well.
+    """Write a file atomically.
 
-    Raises OutputError if the place cannot be written.
+    Args:
+        path: Destination. An existing file is replaced.
+
+    Yields:
+        A temporary path to write to. It is renamed to `path` when the block ends without an exception, and deleted
+        otherwise.
+
+    Raises:
+        OutputError: If `path` is a folder or cannot be written.
     """
-    with scratch_folder(path) as folder:
+    with _scratch_folder(path) as folder:
         if path.is_dir():
             raise OutputError(f"{path}: is a folder; expected the path of a file to write")
         part = folder / path.name
@@ -32,13 +44,21 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """The same for a folder; a folder that is there already must be empty.
+    """Write a folder atomically.
 
-    Raises OutputError if the place cannot be written, or if something is in it.
+    Args:
+        path: Destination. It must not exist, or be an empty folder.
+
+    Yields:
+        A temporary folder to write to. It is renamed to `path` when the block ends without an exception, and deleted
+        otherwise.
+
+    Raises:
+        OutputError: If `path` cannot be written, or exists and is not an empty folder.
     """
-    with scratch_folder(path) as folder:
+    with _scratch_folder(path) as folder:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise OutputError(f"{path}: already there and not an empty folder; remove it or give another output")
+            raise OutputError(f"{path}: already exists and is not an empty folder; remove it or choose another output")
         part = folder / path.name
         part.mkdir()
         yield part
@@ -52,19 +72,19 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def scratch_folder(path: Path) -> Iterator[Path]:
-    """A scratch folder in `path`'s folder, removed afterwards, with the system's refusals turned into OutputError.
+def _scratch_folder(path: Path) -> Iterator[Path]:
+    """Create a temporary folder next to `path`, and remove it when the block ends.
 
-    Parent folders are made as needed and removed again if nothing came into them. A refusal that names a file
-    elsewhere, such as one that is being read, is passed on.
+    Missing parent folders are created, and removed again if they are still empty at the end. An OSError from inside
+    the block becomes an OutputError, unless it names a file outside the folder of `path`, such as an input.
     """
     scratch: Path | None = None
     absent: list[Path] = []
     try:
         absent = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(path)
-        scratch = Path(tempfile.mkdtemp(prefix=f"{scratch_name(path)}{os.getpid()}-", dir=path.parent))
+        _remove_abandoned(path)
+        scratch = Path(tempfile.mkdtemp(prefix=f"{_scratch_prefix(path)}{os.getpid()}-", dir=path.parent))
         yield scratch
     except OutputError:
         raise
@@ -81,23 +101,23 @@ def scratch_folder(path: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def scratch_name(path: Path) -> str:
-    """How names of scratch folders for `path` begin on this machine; the process's number follows."""
+def _scratch_prefix(path: Path) -> str:
+    """Return how the names of scratch folders for `path` begin on this machine; the process id follows."""
     return f".{path.name[:40]}.{platform.node()}-"
 
 
-def remove_abandoned(path: Path) -> None:
-    """Remove the scratch folders for `path` of processes that were killed, as none of their own code could."""
-    start = scratch_name(path)
-    for folder in path.parent.glob(f"{glob.escape(start)}*"):
-        process = folder.name.removeprefix(start).partition("-")[0]
-        if process.isdigit() and not is_running(int(process)):
+def _remove_abandoned(path: Path) -> None:
+    """Remove scratch folders for `path` that killed processes of this machine left behind."""
+    prefix = _scratch_prefix(path)
+    for folder in path.parent.glob(f"{glob.escape(prefix)}*"):
+        pid = folder.name.removeprefix(prefix).partition("-")[0]
+        if pid.isdigit() and not _is_running(int(pid)):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def is_running(process: int) -> bool:
+def _is_running(pid: int) -> bool:
     try:
-        os.kill(process, 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except OSError:
@@ -106,7 +126,7 @@ def is_running(process: int) -> bool:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Ask the system to put a file's or folder's bytes on disk."""
+    """Flush a file or folder to disk with fsync."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -115,20 +135,33 @@ def sync_to_disk(path: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise OutputError now, rather than after an hour's work, if nothing can be written at `path`."""
-    with scratch_folder(path):
+    """Check that a file can be written at `path`, before a long computation rather than after it.
+
+    Raises:
+        OutputError: If it cannot.
+    """
+    with _scratch_folder(path):
         pass
 
 
 def check_output(output: Path, inputs: Iterable[Path], *, force: bool) -> None:
-    """Raise OutputError unless an adapter can be written there: it is no input, and is free or may be replaced."""
+    """Check that an adapter file can be written at `output`.
+
+    Args:
+        output: Path of the .safetensors file to write.
+        inputs: Adapter files or PEFT folders that are read; none of them may be overwritten.
+        force: Whether an existing file may be replaced.
+
+    Raises:
+        OutputError: If `output` does not end in .safetensors, is an input, exists without `force`, or is not writable.
+    """
     if output.suffix != ".safetensors":
         raise OutputError(f"{output}: expected a file to write that ends in .safetensors")
     files = [file for path in inputs if path.exists() for file in (path, *path.glob("*.safetensors"))]
     if output.exists() and any(output.samefile(file) for file in files):
-        raise OutputError(f"{output}: is one of the inputs; give another output")
+        raise OutputError(f"{output}: is one of the inputs; choose another output")
     if output.exists() and not force:
-        raise OutputError(f"{output}: already there; give another output, or --force to replace it")
+        raise OutputError(f"{output}: already exists; choose another output, or replace it with --force")
     check_writable(output)
 
 
@@ -163,12 +196,12 @@ def _hash_file(path: Path, start: int) -> str:
 
 
 def sample_data_folder() -> Path:
-    """Where the embedded base and its adapters lie: inside an installed package, or at the checkout's top."""
+    """Return the folder of the embedded base and its adapters, in the installed package or in the source checkout."""
     inside = Path(__file__).parents[1] / "sample_data"
     return inside if inside.is_dir() else Path(__file__).parents[2] / "sample_data"
 
 
 def count_bytes(path: Path) -> int:
-    """Bytes of a file, or of all files in a PEFT folder."""
+    """Return the size in bytes of a file, or of all files in a PEFT folder."""
     files = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
     return sum(file.stat().st_size for file in files)

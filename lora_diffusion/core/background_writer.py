@@ -1,4 +1,4 @@
-"""Writing a large file beside the arithmetic: one thread hands bytes to the system, one has them put on disk."""
+"""Write a large file in background threads while the main thread computes."""
 
 import os
 from collections.abc import Iterator
@@ -9,7 +9,10 @@ from typing import BinaryIO
 
 
 class BackgroundWriter:
-    """What is written goes to a thread, one piece ahead at most; errors there come up at the next call."""
+    """Writes bytes to a file in one thread and syncs the file to disk in another.
+
+    At most one chunk is pending. An error in a thread is raised by the next call.
+    """
 
     def __init__(self, file: BinaryIO, threads: ThreadPoolExecutor) -> None:
         self.file, self.threads = file, threads
@@ -17,7 +20,7 @@ class BackgroundWriter:
         self.syncing: Future[None] | None = None
 
     def write(self, data: bytes | memoryview) -> None:
-        """Hand over bytes, which must not change before the next call."""
+        """Queue bytes for writing. They must not change before the next call returns."""
         if self.writing is not None:
             self.writing.result()
         self.writing = self.threads.submit(self.file.write, data)
@@ -26,12 +29,15 @@ class BackgroundWriter:
             self.syncing = self.threads.submit(os.fsync, self.file.fileno())
 
     def wait_for_disk(self) -> None:
-        """Raises what the disk refused: the system says so once, and not to whoever syncs the file later."""
+        """Wait for the running fsync, and raise its error.
+
+        The system reports a failed write-back once only, so a later fsync of the file would succeed.
+        """
         if self.syncing is not None:
             self.syncing.result()
 
     def wait(self) -> None:
-        """Return when all is written. Raises what writing or syncing raised."""
+        """Wait until everything is written, and raise any error of writing or syncing."""
         if self.writing is not None:
             self.writing.result()
         self.wait_for_disk()
@@ -39,8 +45,15 @@ class BackgroundWriter:
 
 @contextmanager
 def background_writer(path: Path) -> Iterator[BackgroundWriter]:
-    """A new file to write to; complete, but not all on disk, when the block ends. Raises OSError."""
+    """Open a new file for writing in the background.
+
+    Yields:
+        The writer. When the block ends the file is complete, but not necessarily synced to disk.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
     with path.open("wb") as file, ThreadPoolExecutor(2) as threads:
-        behind = BackgroundWriter(file, threads)
-        yield behind
-        behind.wait()
+        writer = BackgroundWriter(file, threads)
+        yield writer
+        writer.wait()

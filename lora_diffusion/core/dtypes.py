@@ -1,4 +1,4 @@
-"""Number types by name, and the bytes of a tensor."""
+"""Convert between dtypes and their names, and access the raw bytes of a tensor."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FLOAT_TYPES = ("float32", "float16", "bfloat16")
-"""The types that weights are written in."""
+"""Names of the dtypes in which weights can be saved."""
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """torch.float32 for `float32`. Raises KeyError for a name that is no type."""
+    """Return the dtype of a name, such as torch.float32 for `float32`.
+
+    Raises:
+        KeyError: If torch has no dtype of that name.
+    """
     import torch
 
     dtype = getattr(torch, name, None)
@@ -23,12 +27,15 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype | str) -> str:
-    """`float32` for torch.float32."""
+    """Return the name of a dtype, such as `float32` for torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The values in row-major order, whatever the tensor's device and memory layout; copied only if it needs to be."""
+    """Return the values of a tensor as bytes in row-major order, whatever its device and memory format.
+
+    The tensor is copied only if it is not already contiguous on the CPU.
+    """
     import torch
 
     flat = tensor.detach().cpu().contiguous(memory_format=torch.contiguous_format).reshape(-1)

@@ -1,4 +1,4 @@
-"""What a process runs on and what it took of it."""
+"""Report the hardware and the peak memory use of this process."""
 
 import platform
 import resource
@@ -8,7 +8,7 @@ import torch
 
 
 def peak_memory_mb() -> float:
-    """Of the GPU if there is one, else of the process."""
+    """Return the peak memory use in MB: of the GPU if there is one, otherwise of the process (resident set size)."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
     unit = 1 if sys.platform == "darwin" else 1024
@@ -16,7 +16,7 @@ def peak_memory_mb() -> float:
 
 
 def describe_machine() -> str:
-    """Architecture, GPU and threads, for a report."""
+    """Return the CPU architecture, GPU and number of torch threads as one line for reports."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     count = torch.get_num_threads()
     return f"{platform.machine()}, {gpu}, {count} thread{'s' * (count > 1)}"

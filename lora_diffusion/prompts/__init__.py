@@ -1,1 +1,1 @@
-"""Notation of prompts, tags of adapters, and what other programs write into pictures."""
+"""Prompt syntax (emphasis and `<lora:...>` tags) and the infotext of images by A1111, Forge and ComfyUI."""

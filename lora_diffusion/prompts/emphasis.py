@@ -1,11 +1,11 @@
-r"""A prompt as people write it: words that count more or less, and where a new chunk begins.
+r"""Parse A1111's prompt emphasis and chunk breaks.
 
-    (word)          1.1 times          (word:1.3)      1.3 times
-    [word]          1 / 1.1 times      ((word:0.8))    both, multiplied
-    \( \) \[ \]     the sign itself    BREAK           the next words start a new chunk
+    (word)          weight 1.1         (word:1.3)      weight 1.3
+    [word]          weight 1 / 1.1     ((word:0.8))    nested weights multiply
+    \( \) \[ \]     literal brackets   BREAK           start a new chunk
 
-This is the notation of A1111 and Forge, so that their prompts can be read. What they do with `[a:b:0.5]` and `[a|b]`,
-other words at other steps, is refused rather than misread.
+This is the syntax of A1111 and Forge. Their prompt editing `[a:b:0.5]` and alternation `[a|b]`, which change the prompt
+from step to step, are not supported and raise an error.
 """
 
 import re
@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from lora_diffusion.errors import ConfigError
 
 EMPHASIS = 1.1
-"""What a pair of plain brackets counts."""
-SIGNS = re.compile(
+"""Weight of one pair of round brackets; a pair of square brackets divides by it."""
+_TOKENS = re.compile(
     r"""\\(?P<literal>[()\[\]\\])
     | (?P<opens>[(\[])
     | :\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)
@@ -25,72 +25,82 @@ SIGNS = re.compile(
     | (?P<text>[^\\()\[\]:B]+|.)""",
     re.VERBOSE | re.DOTALL,
 )
-PAIRS = {")": "(", "]": "["}
+_PAIRS = {")": "(", "]": "["}
 
 
 @dataclass(frozen=True)
 class WeightedText:
-    """Words that count equally."""
+    """A span of a prompt with one weight."""
 
     text: str
     weight: float = 1.0
 
 
 Prompt = tuple[tuple[WeightedText, ...], ...]
-"""Spans in order, in sections that `BREAK` divides."""
+"""A parsed prompt: sections separated by `BREAK`, each a sequence of spans."""
 ReadText = Callable[[str], Prompt]
+"""A prompt parser: `parse_emphasis` or `parse_literal`."""
 
 
 def parse_literal(text: str) -> Prompt:
-    """The text to the letter, brackets and all."""
+    """Return the text as a single span, without interpreting brackets or `BREAK`."""
     return ((WeightedText(text),),)
 
 
 def parse_emphasis(text: str) -> Prompt:
-    """The text with its notation read. Raises ConfigError for brackets that do not pair and for what is not done."""
+    """Parse a prompt with A1111's emphasis syntax.
+
+    Raises:
+        ConfigError: If brackets do not pair, or the prompt uses prompt editing or alternation.
+    """
     sections: list[list[WeightedText]] = [[]]
     spans = sections[0]
     open_brackets: list[tuple[str, int]] = []
-    for match in SIGNS.finditer(text):
+    for match in _TOKENS.finditer(text):
         literal = match["literal"] or match["text"]
         if literal:
-            check_no_prompt_editing(text, literal, open_brackets)
+            _check_no_prompt_editing(text, literal, open_brackets)
             spans.append(WeightedText(literal))
         elif match["opens"]:
             open_brackets.append((match["opens"], len(spans)))
         elif match["section"]:
-            check_brackets_closed(text, open_brackets)
+            _check_brackets_closed(text, open_brackets)
             spans = []
             sections.append(spans)
         else:
             closes = match["closes"] or ")"
             opened, first = open_brackets.pop() if open_brackets else ("", 0)
-            if opened != PAIRS[closes]:
-                raise ConfigError(f"the prompt {text!r} closes a {closes!r} that is not open; write \\{closes} for it")
+            if opened != _PAIRS[closes]:
+                raise ConfigError(
+                    f"the prompt {text!r} closes a {closes!r} that is not open; write \\{closes} for a literal bracket"
+                )
             factor = float(match["weight"] or (EMPHASIS if closes == ")" else 1 / EMPHASIS))
             spans[first:] = [replace(span, weight=span.weight * factor) for span in spans[first:]]
-    check_brackets_closed(text, open_brackets)
-    return tuple(tuple(merge_spans(spans)) for spans in sections)
+    _check_brackets_closed(text, open_brackets)
+    return tuple(tuple(_merge_spans(spans)) for spans in sections)
 
 
-def check_brackets_closed(text: str, open_brackets: list[tuple[str, int]]) -> None:
-    """Raise ConfigError if a bracket is not closed by the end of its section."""
+def _check_brackets_closed(text: str, open_brackets: list[tuple[str, int]]) -> None:
+    """Raise ConfigError if a bracket is still open at the end of a section."""
     if open_brackets:
-        sign = open_brackets[-1][0]
-        raise ConfigError(f"the prompt {text!r} opens a {sign!r} and does not close it; close it, or write \\{sign}")
-
-
-def check_no_prompt_editing(text: str, piece: str, open_brackets: list[tuple[str, int]]) -> None:
-    """Raise ConfigError for what would change words from step to step."""
-    if open_brackets and open_brackets[-1][0] == "[" and (":" in piece or "|" in piece):
+        bracket = open_brackets[-1][0]
         raise ConfigError(
-            f"the prompt {text!r} has other words for other steps ([a:b:0.5] or [a|b]), which is not done here; "
-            "write \\[ for a plain bracket"
+            f"the prompt {text!r} opens a {bracket!r} and does not close it; close it, or write \\{bracket} for a "
+            "literal bracket"
         )
 
 
-def merge_spans(spans: list[WeightedText]) -> list[WeightedText]:
-    """The same with neighbors of one weight as one, so that a text without weights stays in one piece."""
+def _check_no_prompt_editing(text: str, piece: str, open_brackets: list[tuple[str, int]]) -> None:
+    """Raise ConfigError for A1111's prompt editing and alternation."""
+    if open_brackets and open_brackets[-1][0] == "[" and (":" in piece or "|" in piece):
+        raise ConfigError(
+            f"the prompt {text!r} uses prompt editing ([a:b:0.5]) or alternation ([a|b]), which are not supported; "
+            "write \\[ for a literal bracket"
+        )
+
+
+def _merge_spans(spans: list[WeightedText]) -> list[WeightedText]:
+    """Join neighboring spans of equal weight, so that text without emphasis is tokenized in one piece."""
     result: list[WeightedText] = []
     for span in spans:
         if result and result[-1].weight == span.weight:

@@ -1,4 +1,4 @@
-"""The infotext inside a picture: a PNG's `parameters`, or the EXIF UserComment of a JPEG or WebP in any coding."""
+"""Read the infotext of an image: the `parameters` of a PNG, or the EXIF UserComment of a JPEG or WebP."""
 
 import warnings
 from pathlib import Path
@@ -12,64 +12,71 @@ if TYPE_CHECKING:
 
 
 def read_infotext(path: Path) -> Infotext | None:
-    """What a PNG, JPEG or WebP says about how it was made, or None if it says nothing.
+    """Read the infotext of a PNG, JPEG or WebP.
 
-    Raises ConfigError if there is no such picture, or if its `parameters` are written in another way.
+    Returns:
+        The parsed infotext, or None if the image has none.
+
+    Raises:
+        ConfigError: If the image cannot be read, or its `parameters` are not an infotext.
     """
     from PIL import Image, UnidentifiedImageError
 
     try:
-        # what PIL warns of, such as broken EXIF, ends in None
+        # an image for which PIL warns, for example of broken EXIF, is treated as one without infotext
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as image:
-            text = read_png_text(image)
-            comment = "" if text.strip() else read_user_comment(image)
+            text = _read_png_text(image)
+            comment = "" if text.strip() else _read_user_comment(image)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; give a PNG, JPEG or WebP that A1111 or Forge wrote") from None
+        raise ConfigError(f"{path}: no such file; expected a PNG, JPEG or WebP written by A1111 or Forge") from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"{path}: not a readable PNG, JPEG or WebP ({error}); give one as A1111 wrote it") from None
+        raise ConfigError(
+            f"{path}: not a readable PNG, JPEG or WebP ({error}); expected an image written by A1111 or Forge"
+        ) from None
     if text.strip():
         return parse_infotext(text, source=str(path))
-    # cameras write into the same place, so a comment without settings is no mistake
+    # cameras write UserComment too, so a comment without settings is not an error
     return None if find_settings_line(split_lines(comment)) is None else parse_infotext(comment, source=str(path))
 
 
-def read_png_text(image: "Image.Image") -> str:
+def _read_png_text(image: "Image.Image") -> str:
     if image.format == "PNG" and "parameters" not in image.info:
-        image.load()  # some programs write their texts behind the pixels
+        image.load()  # some programs write text chunks after the pixels
     text = image.info.get("parameters", "")
     return text if isinstance(text, str) else ""
 
 
-def read_user_comment(image: "Image.Image") -> str:
-    """The EXIF UserComment as text, empty if there is none; Fooocus writes it one level too high."""
+def _read_user_comment(image: "Image.Image") -> str:
+    """Return the EXIF UserComment, or an empty string. Fooocus writes it into the main directory of the EXIF data."""
     from PIL import ExifTags
 
     exif = image.getexif()
     tag = ExifTags.Base.UserComment
     value = exif.get_ifd(ExifTags.IFD.Exif).get(tag) or exif.get(tag)
     if isinstance(value, bytes):
-        return decode_comment(value).rstrip("\0")  # padding
+        return decode_comment(value).rstrip("\0")
     return value if isinstance(value, str) else ""
 
 
 def decode_comment(value: bytes) -> str:
-    """A UserComment by its first eight bytes, which name the coding; some programs leave them out."""
+    """Decode an EXIF UserComment by its first eight bytes, which name the encoding; some programs omit them."""
     head, body = value[:8], value[8:]
     if head == b"UNICODE\0":
-        return decode_utf16(body)
-    return decode_utf8(body if head in (b"ASCII\0\0\0", bytes(8)) else value)
+        return _decode_utf16(body)
+    return _decode_utf8(body if head in (b"ASCII\0\0\0", bytes(8)) else value)
 
 
-def decode_utf16(body: bytes) -> str:
-    """Text in either byte order, since the standard leaves it open; the one with more ASCII in it is meant."""
+def _decode_utf16(body: bytes) -> str:
+    """Decode UTF-16 of unknown byte order, which the standard leaves open; the order with more ASCII is chosen."""
     if b"\0" not in body.rstrip(b"\0"):
-        return decode_utf8(body)  # settings have digits, and those a zero byte: written as UTF-8 against the standard
-    whole = body[: len(body) // 2 * 2]
-    texts = [whole.decode(order, errors="replace") for order in ("utf-16-be", "utf-16-le")]
+        # UTF-16 of any infotext has zero bytes because of its digits, so this is UTF-8, against the standard
+        return _decode_utf8(body)
+    even = body[: len(body) // 2 * 2]
+    texts = [even.decode(order, errors="replace") for order in ("utf-16-be", "utf-16-le")]
     return max(texts, key=lambda text: sum(map(str.isascii, text))).removeprefix("\ufeff")
 
 
-def decode_utf8(body: bytes) -> str:
+def _decode_utf8(body: bytes) -> str:
     try:
         return body.decode("utf-8")
     except UnicodeDecodeError:

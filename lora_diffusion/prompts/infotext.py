@@ -1,11 +1,11 @@
-"""How other programs say how a picture was made, read: the text that A1111 and Forge keep in it.
+"""Parse the infotext that A1111 and Forge write into images, and convert it to `GenerateConfig` settings.
 
     a lighthouse at night <lora:ink:0.8>
     Negative prompt: blurry
     Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 512x512, Lora hashes: "ink: 1585b50b9d7d"
 
-It lies under the key `parameters` of a PNG, or in the EXIF UserComment of a JPEG or WebP. Programs differ in how they
-write it, so what is understood is wide; what cannot be followed in a replay comes back as a sentence of its own.
+The text is stored under the key `parameters` of a PNG, or in the EXIF UserComment of a JPEG or WebP. Programs write it
+differently, so the parser is lenient. Each setting that cannot be reproduced is reported in a sentence of its own.
 """
 
 import json
@@ -19,89 +19,101 @@ from pydantic import ValidationError
 from lora_diffusion.config.generate import GenerateConfig, Scheduler
 from lora_diffusion.errors import ConfigError
 
-KEY = re.compile(r"\s*(\w[\w \-/]+):\s*")
-STRING = re.compile(r'"(?:\\.|[^\\"])*"')
-VALUE_END = re.compile(r"\s*(?:,|\Z)")
-HASH = re.compile(r"\s*[0-9A-Fa-f]+\s*")
-SIZE = re.compile(r"(\d+) ?[xX×] ?(\d+)", re.ASCII)
-NEGATIVE = "Negative prompt:"
-TEMPLATES = ("Template", "Negative Template")
-FEWEST_PAIRS = 3
-LONGEST_QUOTE = 60
-LONGEST_TABLE = 20_000  # characters; each attempt to read one may look at so many, and a line may hold as many attempts
+_KEY = re.compile(r"\s*(\w[\w \-/]+):\s*")
+_STRING = re.compile(r'"(?:\\.|[^\\"])*"')
+_VALUE_END = re.compile(r"\s*(?:,|\Z)")
+_HASH = re.compile(r"\s*[0-9A-Fa-f]+\s*")
+_SIZE = re.compile(r"(\d+) ?[xX×] ?(\d+)", re.ASCII)
+_NEGATIVE = "Negative prompt:"
+_TEMPLATES = ("Template", "Negative Template")
+_MIN_PAIRS = 3
+_MAX_QUOTE_LENGTH = 60
+# Characters of a JSON table that the parser reads at most for a value that starts with a bracket, so that a line with
+# many brackets does not take quadratic time.
+_MAX_TABLE_LENGTH = 20_000
 
-FIELDS = {"seed": "Seed", "steps": "Steps", "guidance": "CFG scale", "width": "Size", "height": "Size"}
-"""Our settings, and the keys that say them."""
-VARIATION = {"variation_seed": "Variation seed", "variation": "Variation seed strength"}
-"""The same of those that most pictures do not say."""
+_FIELDS = {"seed": "Seed", "steps": "Steps", "guidance": "CFG scale", "width": "Size", "height": "Size"}
+"""Settings of `GenerateConfig` and the infotext keys that hold them."""
+_VARIATION = {"variation_seed": "Variation seed", "variation": "Variation seed strength"}
+"""The same for optional settings, whose absence is not reported."""
 
-SAMPLERS: Mapping[str, Scheduler] = {
+_SAMPLERS: Mapping[str, Scheduler] = {
     **{name: name for name in get_args(Scheduler)},
     "euler a": "euler-ancestral",
     "euler ancestral": "euler-ancestral",
     "dpm++ 2m": "dpm++",
     "dpmpp 2m": "dpm++",
 }
-"""Samplers that exist here, by the names of A1111 and ComfyUI in small letters without underscores."""
+"""Supported schedulers by the sampler names of A1111 and ComfyUI, in lower case without underscores."""
 
-SCHEDULES = (
+_SCHEDULES = (
     *("karras", "polyexponential", "exponential", "sgm uniform", "uniform", "simple", "normal", "beta", "turbo"),
     *("kl optimal", "align your steps", "automatic"),
 )
-"""What may follow a sampler's name; the first that fits is meant, so a longer name stands before its own ending."""
+"""Schedules that may follow a sampler's name. The first match is used, so `polyexponential` precedes `exponential`."""
 
-OWN_SCHEDULES = ("", "automatic", "uniform")
-"""The steps that a sampler takes by itself, here as there."""
+_DEFAULT_SCHEDULES = ("", "automatic", "uniform")
+"""Schedules that select the default steps of a sampler."""
 
-SILENT = (
+_IGNORED_KEYS = (
     *("version", "model", "model hash", "vae hash", "lora hashes", "ti hashes", "hashes", "civitai resources"),
     *("civitai metadata", "created date", "user", "batch size", "batch pos", "template", "negative template"),
     *("sampler", "schedule type", "scheduler", "rng"),
 )
-"""Keys that change no pixel, or that have sentences of their own."""
+"""Keys in lower case that do not change the image, or that other code reports on."""
 
-MEANINGS = {
-    "hires": "no second pass at a higher resolution is made",
-    "adetailer": "nothing is found and painted again",
-    "clip": "no layer of the text encoder is skipped",
-    "denoising": "the picture starts from noise alone",
-    "refiner": "no second model takes over",
-    "vae": "the base's own VAE is used",
-    "controlnet": "no ControlNet is used",
+_UNSUPPORTED = {
+    "hires": "hires fix is not supported",
+    "adetailer": "ADetailer is not supported",
+    "clip": "CLIP skip is not supported",
+    "denoising": "the image starts from pure noise",
+    "refiner": "a refiner model is not supported",
+    "vae": "the VAE of the base is used",
+    "controlnet": "ControlNet is not supported",
 }
-"""What happens instead, by the first word of a key."""
+"""What happens with unsupported settings, by the first word of their key in lower case."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Infotext:
-    """What a picture says about how it was made, as written there."""
+    """A parsed infotext, with values as written in the image."""
 
     prompt: str
+    """Prompt, including its `<lora:...>` tags."""
     negative_prompt: str = ""
+    """Negative prompt; empty if there is none."""
     settings: dict[str, str] = field(default_factory=dict[str, str])
-    """Every pair of the settings line, in its order and spelling, values without their quotes."""
+    """All pairs of the settings line, in order and with unquoted values."""
     lora_hashes: dict[str, str] = field(default_factory=dict[str, str])
-    """Adapters by name: the first 12 hex digits of the SHA-256 over an adapter file's tensors."""
+    """Hashes of the adapters by name: the first 12 hex digits of the SHA-256 over the tensors of the file."""
     ti_hashes: dict[str, str] = field(default_factory=dict[str, str])
-    """The same for learned tokens (textual inversion)."""
+    """The same for textual inversion embeddings."""
     model: str = ""
+    """Name of the checkpoint."""
     model_hash: str = ""
+    """First hex digits of the checkpoint's SHA-256."""
 
 
 def parse_infotext(text: str, *, source: str) -> Infotext:
-    """The parts of an infotext; Windows line ends become plain ones, all else stays as written.
+    """Parse an infotext. Windows line endings are converted; all other text is kept as written.
 
-    Raises ConfigError that names `source` if no settings line ends the text.
+    Args:
+        text: The infotext.
+        source: Name of the image, for error messages.
+
+    Raises:
+        ConfigError: If the text does not end in a line of settings.
     """
     lines = split_lines(text)
     at = find_settings_line(lines)
     if at is None:
         raise ConfigError(
-            f"{source}: its text has no line of settings; expected a last line such as 'Steps: 20, Sampler: Euler a, "
-            "CFG scale: 7, Seed: 1, Size: 512x512', as A1111 and Forge write it (ComfyUI's JSON is not read)"
+            f"{source}: its infotext has no line of settings; expected a last line such as 'Steps: 20, Sampler: "
+            "Euler a, CFG scale: 7, Seed: 1, Size: 512x512', as A1111 and Forge write it (ComfyUI workflows are not "
+            "supported)"
         )
-    prompt, negative = parse_prompts(lines[:at])
-    settings = {**parse_pairs(lines[at]), **parse_templates(lines[at + 1 :])}
+    prompt, negative = _parse_prompts(lines[:at])
+    settings = {**_parse_pairs(lines[at]), **_parse_templates(lines[at + 1 :])}
     return Infotext(
         prompt=prompt,
         negative_prompt=negative,
@@ -114,40 +126,41 @@ def parse_infotext(text: str, *, source: str) -> Infotext:
 
 
 def quote_value(value: str) -> str:
-    """The value as A1111 writes it: as a JSON string where it would not read back as it is."""
+    """Quote a value as A1111 does: as a JSON string if it would not be parsed back unchanged."""
     plain = value == value.strip() != "" and not value.startswith('"') and not re.search("[,:\n]", value)
     return value if plain else json.dumps(value, ensure_ascii=False)
 
 
 def split_lines(text: str) -> list[str]:
+    """Split a text at Unix and Windows line endings."""
     return text.replace("\r\n", "\n").split("\n")
 
 
 def find_settings_line(lines: Sequence[str]) -> int | None:
-    """The number of the last line with three pairs or more, if it ends the text.
+    """Return the index of the settings line, the last line with at least three `key: value` pairs, or None.
 
-    The prompt extension of A1111 may write its templates below it; any other text there is a prompt, so that the line
-    only looks like settings.
+    Only blank lines and the templates of A1111's Dynamic Prompts extension may follow it. If other text follows, the
+    line belongs to the prompt.
     """
-    ends = True
+    at_end = True
     for at in range(len(lines) - 1, -1, -1):
-        template = is_template(lines[at])
-        if ends and not template and len(parse_pairs(lines[at])) >= FEWEST_PAIRS:
+        template = _is_template(lines[at])
+        if at_end and not template and len(_parse_pairs(lines[at])) >= _MIN_PAIRS:
             return at
         if lines[at].strip():
-            ends = template
+            at_end = template
     return None
 
 
-def is_template(line: str) -> bool:
-    return line.startswith(tuple(f"{key}:" for key in TEMPLATES))
+def _is_template(line: str) -> bool:
+    return line.startswith(tuple(f"{key}:" for key in _TEMPLATES))
 
 
-def parse_templates(lines: Sequence[str]) -> dict[str, str]:
-    """Templates below the settings line, each up to the next one."""
+def _parse_templates(lines: Sequence[str]) -> dict[str, str]:
+    """Parse the templates below the settings line, each of which extends to the next one."""
     found: dict[str, str] = {}
     for line in lines:
-        if is_template(line):
+        if _is_template(line):
             key, _, value = line.partition(":")
             found[key] = value
         elif found:
@@ -155,59 +168,59 @@ def parse_templates(lines: Sequence[str]) -> dict[str, str]:
     return {key: value.strip() for key, value in found.items()}
 
 
-def parse_prompts(lines: Sequence[str]) -> tuple[str, str]:
-    """The prompt and the negative prompt, which begins at its label and goes on to the end."""
-    labeled = (at for at, line in enumerate(lines) if line.lstrip().startswith(NEGATIVE))
+def _parse_prompts(lines: Sequence[str]) -> tuple[str, str]:
+    """Split lines into the prompt and the negative prompt, which extends from its label to the end."""
+    labeled = (at for at, line in enumerate(lines) if line.lstrip().startswith(_NEGATIVE))
     start = next(labeled, len(lines))
-    negative = "\n".join(lines[start:]).lstrip().removeprefix(NEGATIVE).removeprefix(" ")
+    negative = "\n".join(lines[start:]).lstrip().removeprefix(_NEGATIVE).removeprefix(" ")
     return "\n".join(lines[:start]), negative
 
 
-def parse_pairs(line: str) -> dict[str, str]:
-    """The `key: value` pairs of a line, separated by commas; of equal keys the last counts, as in A1111.
+def _parse_pairs(line: str) -> dict[str, str]:
+    """Parse the comma-separated `key: value` pairs of a line. The last of equal keys is used, as in A1111.
 
-    A1111 looks for keys anywhere. Here they stand at the start or after a comma, so that emphasis such as
-    `(masterpiece:1.2)` is none.
+    Unlike in A1111, a key must be at the start of the line or follow a comma, so that emphasis such as
+    `(masterpiece:1.2)` is not a key.
     """
     found: dict[str, str] = {}
     at = 0
     while at < len(line):
         end = at
-        if key := KEY.match(line, at):
-            found[key[1].strip()], end = read_value(line, key.end())
-        at = find_comma(line, end) + 1
+        if key := _KEY.match(line, at):
+            found[key[1].strip()], end = _read_value(line, key.end())
+        at = _find_comma(line, end) + 1
     return found
 
 
-def read_value(line: str, start: int) -> tuple[str, int]:
-    """The value that begins at `start`, without quotes, and where it ends."""
-    end = find_closing(line, start)
-    if end is None or not VALUE_END.match(line, end):
-        end = find_comma(line, start)
-    return unquote_value(line[start:end].strip()), end
+def _read_value(line: str, start: int) -> tuple[str, int]:
+    """Return the unquoted value that begins at `start`, and the index of its end."""
+    end = _find_closing(line, start)
+    if end is None or not _VALUE_END.match(line, end):
+        end = _find_comma(line, start)
+    return _unquote_value(line[start:end].strip()), end
 
 
-def find_comma(line: str, start: int) -> int:
-    """Where the next comma is, or the end of the line."""
+def _find_comma(line: str, start: int) -> int:
+    """Return the index of the next comma, or the end of the line."""
     at = line.find(",", start)
     return len(line) if at < 0 else at
 
 
-def find_closing(line: str, start: int) -> int | None:
-    """The end of the string, list or table at `start`, whose commas separate no pairs; CivitAI writes such tables."""
+def _find_closing(line: str, start: int) -> int | None:
+    """Return the end of the JSON string, list or object at `start`, or None; its commas do not separate pairs."""
     if line.startswith('"', start):
-        match = STRING.match(line, start)
+        match = _STRING.match(line, start)
         return match.end() if match else None
     if line.startswith(("{", "["), start):
         try:
-            return start + json.JSONDecoder().raw_decode(line[start : start + LONGEST_TABLE])[1]
+            return start + json.JSONDecoder().raw_decode(line[start : start + _MAX_TABLE_LENGTH])[1]
         except (ValueError, RecursionError):
             return None
     return None
 
 
-def unquote_value(text: str) -> str:
-    if not STRING.fullmatch(text):
+def _unquote_value(text: str) -> str:
+    if not _STRING.fullmatch(text):
         return text
     try:
         return str(json.loads(text, strict=False))
@@ -216,115 +229,130 @@ def unquote_value(text: str) -> str:
 
 
 def parse_hashes(text: str) -> dict[str, str]:
-    """Names and hashes in `a: 12hex, b: 12hex`; a name may hold commas and colons."""
+    """Parse hashes by name from `a: 12hex, b: 12hex`. A name may contain commas and colons."""
     found: dict[str, str] = {}
-    waiting: list[str] = []
+    pending: list[str] = []
     for part in text.split(","):
         name, _, value = part.rpartition(":")
-        if name and HASH.fullmatch(value):
-            found[",".join([*waiting, name]).strip()] = value.strip()
-            waiting = []
+        if name and _HASH.fullmatch(value):
+            found[",".join([*pending, name]).strip()] = value.strip()
+            pending = []
         else:
-            waiting.append(part)
+            pending.append(part)
     return found
 
 
 def convert_settings(info: Infotext, *, source: str) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What GenerateConfig has of it, tags still in the prompt, and one sentence on each thing that differs in a replay.
+    """Convert an infotext to settings of `GenerateConfig`.
 
-    Raises ConfigError that names every key whose value cannot be used.
+    Args:
+        info: Parsed infotext.
+        source: Name of the image, for error messages.
+
+    Returns:
+        The settings, with adapter tags still in the prompt, and one sentence for each difference from the original
+        image that is to be expected.
+
+    Raises:
+        ConfigError: If values are invalid; the message lists all of them.
     """
     written = {key.lower(): value for key, value in info.settings.items()}
     table: dict[str, Any] = {"prompt": info.prompt, "negative_prompt": info.negative_prompt}
-    plain = {**FIELDS, **VARIATION}
+    plain = {**_FIELDS, **_VARIATION}
     table |= {name: written[key.lower()] for name, key in plain.items() if key != "Size" and key.lower() in written}
-    if table.get("variation", "0").strip("0.") == "":  # a strength of 0 says that there is none
-        table = {name: value for name, value in table.items() if name not in VARIATION}
-    table |= parse_size(written, source)
-    scheduler, notes = parse_sampler(written)
+    if table.get("variation", "0").strip("0.") == "":  # a variation of strength 0 has no effect
+        table = {name: value for name, value in table.items() if name not in _VARIATION}
+    table |= _parse_size(written, source)
+    scheduler, notes = _parse_sampler(written)
     if scheduler:
         table["scheduler"] = scheduler
     try:
         config = GenerateConfig.model_validate(table)
     except ValidationError as error:
-        mistakes = "; ".join(describe_mistake(dict(item), written) for item in error.errors())
-        raise ConfigError(f"{source}: {mistakes}") from None
+        errors = "; ".join(_describe_error(dict(item), written) for item in error.errors())
+        raise ConfigError(f"{source}: {errors}") from None
     return config.model_dump(include=set(table)), (
         *notes,
-        *describe_missing(written),
-        *describe_unsupported(info.settings),
+        *_describe_missing(written),
+        *_describe_unsupported(info.settings),
     )
 
 
-def parse_size(written: Mapping[str, str], source: str) -> dict[str, str]:
-    """Width and height as texts, or nothing if the picture does not say them. Raises ConfigError."""
+def _parse_size(written: Mapping[str, str], source: str) -> dict[str, str]:
+    """Return the settings `width` and `height`, or nothing if the infotext has no size."""
     if "size" not in written:
         return {}
-    match = SIZE.fullmatch(written["size"])
+    match = _SIZE.fullmatch(written["size"])
     if not match:
         raise ConfigError(f"{source}: 'Size' is {written['size']!r}: expected width and height such as 512x768")
     return {"width": match[1], "height": match[2]}
 
 
-def describe_mistake(item: Mapping[str, Any], written: Mapping[str, str]) -> str:
-    """One mistake of a validation, in the words of the text rather than of GenerateConfig."""
+def _describe_error(item: Mapping[str, Any], written: Mapping[str, str]) -> str:
+    """Describe one validation error with the key of the infotext instead of the field of `GenerateConfig`."""
     name = str(item["loc"][0])
-    key = {**FIELDS, **VARIATION}.get(name, name)
+    key = {**_FIELDS, **_VARIATION}.get(name, name)
     about = f"{name} " if key == "Size" else ""
     reason = f"{item['msg'][0].lower()}{item['msg'][1:]}"
-    return f"{key!r} is {shorten_value(written.get(key.lower(), str(item['input'])))!r}: {about}{reason}"
+    return f"{key!r} is {_shorten_value(written.get(key.lower(), str(item['input'])))!r}: {about}{reason}"
 
 
-def parse_sampler(written: Mapping[str, str]) -> tuple[Scheduler | None, list[str]]:
-    """The sampler if it exists here, and sentences on how its pictures differ from those of the other program."""
+def _parse_sampler(written: Mapping[str, str]) -> tuple[Scheduler | None, list[str]]:
+    """Return the scheduler, or None if it is not supported, and sentences on the differences to be expected."""
     name = written.get("sampler", "")
-    kind, schedule = split_sampler(name)
+    kind, schedule = _split_sampler(name)
     schedule = written.get("schedule type", written.get("scheduler", schedule))
-    scheduler = SAMPLERS.get(kind)
+    scheduler = _SAMPLERS.get(kind)
     notes: list[str] = []
     if name and not scheduler:
         notes.append(
-            f"Sampler: {shorten_value(name)}: does not exist here, so the base's own is used and the pixels differ."
+            f"Sampler: {_shorten_value(name)}: is not supported, so the scheduler of the base is used and the pixels "
+            "differ."
         )
-    if schedule.lower() not in OWN_SCHEDULES:
-        notes.append(f"Schedule: {shorten_value(schedule)}: the sampler's own steps are taken, so the pixels differ.")
-    # A1111 draws its noise on the GPU unless it says otherwise; ComfyUI and this toolkit, whose names of samplers are
-    # spelled differently, draw it on the CPU.
+    if schedule.lower() not in _DEFAULT_SCHEDULES:
+        notes.append(
+            f"Schedule: {_shorten_value(schedule)}: is not supported, so the sampler's default steps are used and the "
+            "pixels differ."
+        )
+    # A1111 generates noise on the GPU by default. ComfyUI and this project, whose sampler names are in lower case,
+    # generate it on the CPU.
     noise = written.get("rng", "CPU" if name == name.lower() else "GPU")
     if noise.upper() != "CPU":
-        notes.append(f"RNG: {shorten_value(noise)}: the starting noise is drawn on the CPU here, so the pixels differ.")
+        notes.append(
+            f"RNG: {_shorten_value(noise)}: the initial noise is generated on the CPU here, so the pixels differ."
+        )
     return scheduler, notes
 
 
-def split_sampler(name: str) -> tuple[str, str]:
-    """A sampler's name in small letters and, where it ends in one, the schedule: `DPM++ 2M Karras`, `k_euler_a`."""
-    small = name.lower().replace("_", " ").strip().removeprefix("k ")
-    for schedule in SCHEDULES:
-        if small.endswith(f" {schedule}"):
-            return small.removesuffix(schedule).strip(), schedule
-    return small, ""
+def _split_sampler(name: str) -> tuple[str, str]:
+    """Split a name such as `DPM++ 2M Karras` or `k_euler_a` into sampler and schedule, in lower case."""
+    lower = name.lower().replace("_", " ").strip().removeprefix("k ")
+    for schedule in _SCHEDULES:
+        if lower.endswith(f" {schedule}"):
+            return lower.removesuffix(schedule).strip(), schedule
+    return lower, ""
 
 
-def describe_missing(written: Mapping[str, str]) -> list[str]:
-    keys = [key for key in dict.fromkeys([*FIELDS.values(), "Sampler"]) if key.lower() not in written]
-    return [f"{key}: not said in the picture, so the default is used and the pixels may differ." for key in keys]
+def _describe_missing(written: Mapping[str, str]) -> list[str]:
+    keys = [key for key in dict.fromkeys([*_FIELDS.values(), "Sampler"]) if key.lower() not in written]
+    return [f"{key}: missing in the image, so the default is used and the pixels may differ." for key in keys]
 
 
-def describe_unsupported(settings: Mapping[str, str]) -> list[str]:
-    """A sentence on each setting that nothing here follows; those with the same first word share one."""
-    known = {key.lower() for key in (*FIELDS.values(), *VARIATION.values())}.union(SILENT)
+def _describe_unsupported(settings: Mapping[str, str]) -> list[str]:
+    """Describe unsupported settings, one sentence for all whose keys begin with the same word."""
+    known = {key.lower() for key in (*_FIELDS.values(), *_VARIATION.values())}.union(_IGNORED_KEYS)
     groups: dict[str, list[str]] = {}
     for key, value in settings.items():
-        # Clip skip 1 is A1111's way to say that no layer is skipped
+        # A1111 writes Clip skip 1 if no layer is skipped
         if key.lower() not in known and (key.lower(), value) != ("clip skip", "1"):
-            groups.setdefault(key.lower().split()[0], []).append(f"{key}: {shorten_value(value)}")
+            groups.setdefault(key.lower().split()[0], []).append(f"{key}: {_shorten_value(value)}")
     return [
-        f"{', '.join(group)}: {MEANINGS.get(word, 'nothing here does the same')}, so the pixels may differ."
+        f"{', '.join(group)}: {_UNSUPPORTED.get(word, 'not supported')}, so the pixels may differ."
         for word, group in groups.items()
     ]
 
 
-def shorten_value(value: str) -> str:
-    """A value for a message, on one line and not too long."""
+def _shorten_value(value: str) -> str:
+    """Shorten a value to one line for a message."""
     line = " ".join(value.split())
-    return line if len(line) <= LONGEST_QUOTE else f"{line[:LONGEST_QUOTE]}…"
+    return line if len(line) <= _MAX_QUOTE_LENGTH else f"{line[:_MAX_QUOTE_LENGTH]}…"

@@ -1,18 +1,18 @@
-"""Adapters and their weights as people write them: `<lora:name:0.8:lbw=MIDD:start=0.2:stop=0.8>` in a prompt.
+"""Parse and format adapter tags such as `<lora:name:0.8:lbw=MIDD:start=0.2:stop=0.8>`.
 
-After the name come up to three numbers, the weight, or the UNet's, the text encoder's and the second text encoder's;
-then options:
+Up to three numbers follow the name: the weight, or the weights of the UNet, the text encoder and the second text
+encoder. Options follow the numbers:
 
-    te=0.5  te2=0.5  unet=0.8        the weight of one component
-    lbw=MIDD  lbw=1,0,0,...          factors by block, a preset's name or a vector
-    IN04=0.5  *.attn2.*=0            a factor for one block, or for a pattern of module paths
-    box=0,0,0.5,1  mask=FILE         where in the picture it acts: left, top, right, bottom, or a white mask
-    feather=0.1                      how soft the region's edge is
-    start=0.2  stop=0.8  step=5-10   when it acts: with a point as fractions of the run, whole numbers as steps
-    linear=0@0.2,1@0.8  cosine=...   factors at positions, and how to go from one to the next
+    te=0.5  te2=0.5  unet=0.8        weight of one component
+    lbw=MIDD  lbw=1,0,0,...          factors by block: a preset or a vector
+    IN04=0.5  *.attn2.*=0            factor of one block, or of a pattern of module paths
+    box=0,0,0.5,1  mask=FILE         region of the image: left, top, right, bottom, or a mask that is white inside
+    feather=0.1                      softness of the region's edge
+    start=0.2  stop=0.8  step=5-10   window of steps: numbers with a point are fractions of the run, integers are steps
+    linear=0@0.2,1@0.8  cosine=...   factors at positions, and the interpolation between them
 
-The same text follows a file on the command line. Papers and programs differ in the order of two numbers: A1111 has the
-text encoder first, which is how its pictures are read; here, as in this toolkit's own pictures, the UNet comes first.
+The same text follows a file name on the command line. A1111 puts the text encoder's weight before the UNet's, so its
+prompts are converted by `convert_a1111_tags`; everywhere else in this project the UNet comes first.
 """
 
 import re
@@ -25,48 +25,56 @@ from lora_diffusion.config.preset import BlendWeight, Curve, Region, Schedule, W
 from lora_diffusion.config.settings import validate
 from lora_diffusion.errors import ConfigError
 
-TAG = re.compile(r"<(?:lora|lyco):([^<>]*)>")
-UNKNOWN = re.compile(r"<(hypernet|lora|lyco)\b[^<>]*>?")
-BLOCK = re.compile(r"BASE|M00|(?:IN|OUT)\d\d")
-COMPONENTS: Mapping[str, tuple[str, ...]] = {
+_TAG = re.compile(r"<(?:lora|lyco):([^<>]*)>")
+_ANY_TAG = re.compile(r"<(hypernet|lora|lyco)\b[^<>]*>?")
+_BLOCK = re.compile(r"BASE|M00|(?:IN|OUT)\d\d")
+_COMPONENTS: Mapping[str, tuple[str, ...]] = {
     "unet": ("unet",),
     "te": ("text_encoder", "text_encoder_2"),
     "te2": ("text_encoder_2",),
 }
-REGION_OPTIONS = ("box", "mask", "feather")
-OPTIONS = (*COMPONENTS, *REGION_OPTIONS, "lbw", "start", "stop", "step", *get_args(Curve))
+_REGION_OPTIONS = ("box", "mask", "feather")
+_OPTIONS = (*_COMPONENTS, *_REGION_OPTIONS, "lbw", "start", "stop", "step", *get_args(Curve))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tag:
-    """An adapter that a prompt asks for."""
+    """A parsed `<lora:...>` tag."""
 
     name: str
+    """Name of the adapter in the library."""
     weight: Weight
     region: Region | None = None
+    """Region of the image that the adapter acts in; None for the whole image."""
 
 
 def extract_tags(prompt: str) -> tuple[str, tuple[Tag, ...]]:
-    """The prompt without its tags, and the adapters that they ask for.
+    """Split a prompt into its text and its adapter tags.
 
-    Raises ConfigError for a tag that cannot be read.
+    Returns:
+        The prompt without tags, and the tags in order.
+
+    Raises:
+        ConfigError: If a tag is malformed or not a `lora` or `lyco` tag.
     """
-    tags = tuple(parse_tag(match[1]) for match in TAG.finditer(prompt))
-    bare = TAG.sub("", prompt)
-    foreign = UNKNOWN.search(bare)
-    if foreign and (foreign[1] == "hypernet" or foreign[0].endswith(">")):
-        raise ConfigError(f"the prompt has the tag {foreign[0]!r}, which is no adapter; <lora:name:0.8> calls one")
-    if not tags and not foreign:
-        return prompt, ()
-    if "<lora" in bare:
+    tags = tuple(_parse_tag(match[1]) for match in _TAG.finditer(prompt))
+    text = _TAG.sub("", prompt)
+    other = _ANY_TAG.search(text)
+    if other and (other[1] == "hypernet" or other[0].endswith(">")):
         raise ConfigError(
-            f"the prompt has a tag without its end: {bare[bare.index('<lora') :][:40]!r}; close it with >"
+            f"the prompt has the tag {other[0]!r}, which is not supported; load an adapter with <lora:name:0.8>"
         )
-    return re.sub(r"[ \t]+", " ", bare).replace(" ,", ",").strip(), tags
+    if not tags and not other:
+        return prompt, ()
+    if "<lora" in text:
+        raise ConfigError(
+            f"the prompt has a tag that is not closed: {text[text.index('<lora') :][:40]!r}; close it with >"
+        )
+    return re.sub(r"[ \t]+", " ", text).replace(" ,", ",").strip(), tags
 
 
-def parse_tag(text: str) -> Tag:
-    """What stands between `<lora:` and `>`. Raises ConfigError."""
+def _parse_tag(text: str) -> Tag:
+    """Parse the text between `<lora:` and `>`."""
     name, *parts = text.split(":")
     if not name.strip():
         raise ConfigError(f"<lora:{text}>: has no name; write <lora:name:0.8>")
@@ -76,10 +84,10 @@ def parse_tag(text: str) -> Tag:
 
 
 def convert_a1111_tags(prompt: str) -> str:
-    """A prompt of A1111 or Forge with its tags as this toolkit writes them.
+    """Convert the tags of an A1111 or Forge prompt to this project's order of numbers.
 
-    There two numbers are the text encoder's weight and then the UNet's, and a third, the dynamic rank, has no meaning
-    here.
+    In A1111 the first of two numbers is the weight of the text encoder and the second that of the UNet. A third number,
+    the dynamic rank, has no equivalent here and is dropped.
     """
 
     def convert(match: re.Match[str]) -> str:
@@ -89,24 +97,38 @@ def convert_a1111_tags(prompt: str) -> str:
         options = [part for part in parts if "=" in part and not part.startswith("dyn=")]
         return f"<lora:{':'.join([name, *first, *options])}>"
 
-    return TAG.sub(convert, prompt)
+    return _TAG.sub(convert, prompt)
 
 
 def extract_region(parts: Sequence[str], *, source: str) -> tuple[list[str], Region | None]:
-    """The parts that are not about a region, and the region that the others describe. Raises ConfigError."""
-    rest = [part for part in parts if part.partition("=")[0] not in REGION_OPTIONS]
-    about = [part for part in parts if part not in rest]
-    table: dict[str, Any] = {part.partition("=")[0]: part.partition("=")[2] for part in about}
+    """Separate the region options of a tag from the others.
+
+    Args:
+        parts: Parts of the tag after the name.
+        source: The tag, for error messages.
+
+    Returns:
+        The other parts, and the region, or None if there are no region options.
+
+    Raises:
+        ConfigError: If the region is invalid.
+    """
+    rest = [part for part in parts if part.partition("=")[0] not in _REGION_OPTIONS]
+    options = [part for part in parts if part not in rest]
+    table: dict[str, Any] = {part.partition("=")[0]: part.partition("=")[2] for part in options}
     if not table:
         return rest, None
-    if len(table) < len(about) or "" in table.values():
-        raise ConfigError(f"{source}: {':'.join(about)} is no region; write box=0,0,0.5,1 or mask=FILE, each once")
+    if len(table) < len(options) or "" in table.values():
+        raise ConfigError(
+            f"{source}: {':'.join(options)} is not a region; write box=0,0,0.5,1 or mask=FILE, with each option once"
+        )
     if "box" in table:
         table["box"] = parse_vector(table["box"], source=f"{source}: box")
     return rest, validate(Region, table, source=source)
 
 
 def is_number(text: str) -> bool:
+    """Return whether `float` accepts the text."""
     try:
         float(text)
     except ValueError:
@@ -115,111 +137,127 @@ def is_number(text: str) -> bool:
 
 
 def parse_weight(parts: Sequence[str], *, source: str) -> Weight:
-    """Numbers and options in that order; a lone number, or nothing, which is 1, stays a number. Raises ConfigError."""
+    """Parse the numbers and options of a tag.
+
+    Args:
+        parts: Up to three numbers followed by `key=value` options, without region options.
+        source: The tag, for error messages.
+
+    Returns:
+        A float if there is one number and no options (1.0 if there is nothing), otherwise a `BlendWeight`.
+
+    Raises:
+        ConfigError: If a number or option is invalid.
+    """
     numbers = [part for part in parts if "=" not in part]
     options = dict(part.split("=", 1) for part in parts if "=" in part)
     if list(parts[: len(numbers)]) != numbers or len(numbers) > 3:
-        raise ConfigError(f"{source}: write up to three numbers first, then options such as lbw=MIDD")
+        raise ConfigError(f"{source}: expected up to three numbers, followed by options such as lbw=MIDD")
     if len(options) < len(parts) - len(numbers):
         raise ConfigError(f"{source}: has the same option twice")
-    values = [parse_number(part, source) for part in numbers]
+    values = [_parse_number(part, source) for part in numbers]
     if not options and len(values) < 2:
         return values[0] if values else 1.0
-    fields: dict[str, Any] = {"value": values[0] if values else 1.0, **parse_options(options, source)}
+    fields: dict[str, Any] = {"value": values[0] if values else 1.0, **_parse_options(options, source)}
     if len(values) > 1:
         encoders = {"text_encoder": values[1], "text_encoder_2": values[-1]}
         fields["components"] = {**encoders, **fields.get("components", {})}
     return validate(BlendWeight, fields, source=source)
 
 
-def parse_number(text: str, source: str) -> float:
+def _parse_number(text: str, source: str) -> float:
     if not is_number(text) or not abs(float(text)) < float("inf"):
-        raise ConfigError(f"{source}: {text!r} is no finite number; write name:0.8, or the name alone for weight 1")
+        raise ConfigError(f"{source}: {text!r} is not a finite number; write name:0.8, or the name alone for weight 1")
     return float(text)
 
 
-def parse_options(options: Mapping[str, str], source: str) -> dict[str, Any]:
-    """The options as fields of `BlendWeight`."""
+def _parse_options(options: Mapping[str, str], source: str) -> dict[str, Any]:
+    """Parse options to the fields of a `BlendWeight`."""
     fields: dict[str, Any] = {}
     components: dict[str, float] = {}
     blocks: dict[str, float] = {}
     modules: list[tuple[str, float]] = []
     for key, text in options.items():
-        if key in COMPONENTS:
-            components |= dict.fromkeys(COMPONENTS[key], parse_number(text, source))
+        if key in _COMPONENTS:
+            components |= dict.fromkeys(_COMPONENTS[key], _parse_number(text, source))
         elif key == "lbw" and not text:
-            raise ConfigError(f"{source}: lbw= names no preset and no vector; write lbw=MIDD")
+            raise ConfigError(f"{source}: lbw= is empty; write a preset such as lbw=MIDD, or a vector")
         elif key == "lbw":
             fields["blocks"] = parse_vector(text, source=source) if "," in text else text
-        elif BLOCK.fullmatch(key):
-            blocks[key] = parse_number(text, source)
-        elif any(sign in key for sign in "*?["):
-            modules.append((key, parse_number(text, source)))
-        elif key not in OPTIONS:
+        elif _BLOCK.fullmatch(key):
+            blocks[key] = _parse_number(text, source)
+        elif any(wildcard in key for wildcard in "*?["):
+            modules.append((key, _parse_number(text, source)))
+        elif key not in _OPTIONS:
             raise ConfigError(
-                f"{source}: unknown option {key!r}; known: {', '.join(OPTIONS)}, a block such as IN04=, "
-                "or a pattern with * in it"
+                f"{source}: unknown option {key!r}; expected one of {', '.join(_OPTIONS)}, a block such as IN04=, "
+                "or a pattern of module paths with *"
             )
     if blocks and "blocks" in fields:
-        raise ConfigError(f"{source}: gives both lbw= and single blocks; write all of them one way")
+        raise ConfigError(f"{source}: has both lbw= and factors for single blocks; use one of them")
     if blocks:
         fields["blocks"] = blocks
-    found = {"components": components, "modules": tuple(modules), "schedule": parse_schedule(options, source)}
-    return fields | {key: value for key, value in found.items() if value}
+    nested = {"components": components, "modules": tuple(modules), "schedule": _parse_schedule(options, source)}
+    return fields | {key: value for key, value in nested.items() if value}
 
 
-def parse_schedule(options: Mapping[str, str], source: str) -> Schedule | None:
-    """The schedule that the options ask for, one way only. Raises ConfigError."""
+def _parse_schedule(options: Mapping[str, str], source: str) -> Schedule | None:
+    """Parse the schedule options, of which only one form may be used."""
     curves = [curve for curve in get_args(Curve) if curve in options]
     window = [key for key in ("start", "stop", "step") if key in options]
     if len(curves) + bool(window) > 1 or ("step" in window and len(window) > 1):
-        raise ConfigError(f"{source}: says twice when it acts ({', '.join([*window, *curves])}); write one of them")
+        raise ConfigError(f"{source}: has more than one schedule ({', '.join([*window, *curves])}); use one of them")
     if curves:
-        return parse_curve(curves[0], options[curves[0]], source)
+        return _parse_curve(curves[0], options[curves[0]], source)
     if not window:
         return None
     if "step" in options:
         start, _, stop = options["step"].partition("-")
     else:
         start, stop = options.get("start", ""), options.get("stop", "")
-    return step_window(start, stop, source)
+    return _parse_window(start, stop, source)
 
 
-def step_window(start: str, stop: str, source: str) -> Schedule:
-    """On from `start` until before `stop`; either may be left out."""
+def _parse_window(start: str, stop: str, source: str) -> Schedule:
+    """Create a schedule that is 1 from `start` (inclusive) to `stop` (exclusive) and 0 elsewhere; each may be empty."""
     ends = [text for text in (start, stop) if text]
-    unit = infer_unit(ends, source)
-    points = [(0.0, 0.0 if start and parse_number(start, source) > 0 else 1.0)]
-    if start and parse_number(start, source) > 0:
-        points.append((parse_number(start, source), 1.0))
+    unit = _infer_unit(ends, source)
+    points = [(0.0, 0.0 if start and _parse_number(start, source) > 0 else 1.0)]
+    if start and _parse_number(start, source) > 0:
+        points.append((_parse_number(start, source), 1.0))
     if stop:
-        points.append((parse_number(stop, source), 0.0))
+        points.append((_parse_number(stop, source), 0.0))
     return validate(Schedule, {"points": points, "unit": unit, "curve": "hold"}, source=source)
 
 
-def parse_curve(curve: str, text: str, source: str) -> Schedule:
-    """`0@0.2,1@0.8`: factors at positions."""
+def _parse_curve(curve: str, text: str, source: str) -> Schedule:
+    """Parse factors at positions, such as `0@0.2,1@0.8`."""
     pairs = [part.partition("@") for part in text.split(",")]
-    if not all(at for _, at, _ in pairs):
-        raise ConfigError(f"{source}: {curve}={text} is no list of factor@position; write {curve}=0@0.2,1@0.8")
-    unit = infer_unit([position for _, _, position in pairs], source)
-    points = [(parse_number(position, source), parse_number(factor, source)) for factor, _, position in pairs]
+    if not all(separator for _, separator, _ in pairs):
+        raise ConfigError(f"{source}: {curve}={text} is not a list of factor@position; write {curve}=0@0.2,1@0.8")
+    unit = _infer_unit([position for _, _, position in pairs], source)
+    points = [(_parse_number(position, source), _parse_number(factor, source)) for factor, _, position in pairs]
     return validate(Schedule, {"points": points, "unit": unit, "curve": curve}, source=source)
 
 
-def infer_unit(positions: Sequence[str], source: str) -> str:
-    """Fractions have a point, steps have none; 0 is both."""
-    told = [position for position in positions if position.strip() != "0"]
-    fractions = ["." in position for position in told]
+def _infer_unit(positions: Sequence[str], source: str) -> str:
+    """Return `fraction` if the positions have a decimal point and `step` if they do not; 0 may be either."""
+    nonzero = [position for position in positions if position.strip() != "0"]
+    fractions = ["." in position for position in nonzero]
     if len(set(fractions)) > 1:
-        raise ConfigError(f"{source}: mixes fractions and steps; write 0.2 and 1.0, or 4 and 20")
-    if any(fractions) and any(parse_number(position, source) > 1 for position in told):
-        raise ConfigError(f"{source}: a fraction of the run is at most 1.0; write whole numbers for steps")
+        raise ConfigError(
+            f"{source}: mixes fractions and steps; write all positions as fractions (0.2, 1.0) or as steps (4, 20)"
+        )
+    if any(fractions) and any(_parse_number(position, source) > 1 for position in nonzero):
+        raise ConfigError(f"{source}: a fraction of the run is at most 1.0; write integers for steps")
     return "fraction" if any(fractions) else "step"
 
 
 def format_weight(weight: Weight) -> str:
-    """The weight as `parse_weight` reads it, without the name; what has no short form is in the recipe alone."""
+    """Format a weight as `parse_weight` reads it.
+
+    Schedules of single blocks have no text form and are left out; recipes record them.
+    """
     if not isinstance(weight, BlendWeight):
         return f"{weight:g}"
     parts = [f"{weight.value:g}"]
@@ -233,11 +271,11 @@ def format_weight(weight: Weight) -> str:
         parts += [f"{block}={f:g}" for block, f in weight.blocks.items() if not isinstance(f, Schedule)]
     parts += [f"{pattern}={factor:g}" for pattern, factor in weight.modules]
     if weight.schedule:
-        parts.append(format_schedule(weight.schedule))
+        parts.append(_format_schedule(weight.schedule))
     return ":".join(parts)
 
 
-def format_schedule(schedule: Schedule) -> str:
+def _format_schedule(schedule: Schedule) -> str:
     fraction = schedule.unit == "fraction"
     points = ",".join(f"{factor:g}@{position if fraction else int(position)}" for position, factor in schedule.points)
     return f"{schedule.curve}={points}"

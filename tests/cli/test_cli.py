@@ -142,7 +142,7 @@ def test_a_weight_may_follow_a_path_that_has_colons_of_its_own(tmp_path: Path) -
     assert parse_adapter(str(odd)).weight == 1.0
     assert parse_adapter(f"{odd}:-0.25").weight == -0.25
     assert parse_adapter("plain.safetensors").weight == 1.0
-    with pytest.raises(ConfigError, match="'strong' is no finite number"):
+    with pytest.raises(ConfigError, match="'strong' is not a finite number"):
         parse_adapter("plain.safetensors:strong")
 
 
@@ -159,7 +159,7 @@ def test_bad_input_ends_in_one_sentence(
     cases = [
         (["generate", *base, *out, "--prompt", "a", "--adapter", str(text)], "not a safetensors file"),
         (["generate", *base, *out, "--prompt", "a", "--adapter", "nowhere.safetensors"], "no such file"),
-        (["generate", *base, *out, "--prompt", "a", "--adapter", f"{adapter}:much"], "is no finite number"),
+        (["generate", *base, *out, "--prompt", "a", "--adapter", f"{adapter}:much"], "is not a finite number"),
         (["generate", *base, *out, "--prompt", "a", "--adapter", f"{adapter}:nan"], "finite"),
         (["generate", *base, *out], "'prompt' is missing"),
         (["generate", *base, *out, "--prompt", "a", "--steps", "0"], "'steps' is 0"),

@@ -114,7 +114,7 @@ def test_bad_flags_are_one_clear_error_and_no_file(files: Path, sd: Base) -> Non
         ([*new, "--prompts", str(files / "prompts.txt"), "--data", str(files)], ConfigError, "give one of them"),
         ([*new, "--data", str(files / "empty")], DatasetError, "no pictures in it"),
         (["--output", str(output)], ConfigError, "give at least one adapter"),
-        ([*blend, "--output", str(files / "two.safetensors")], OutputError, "already there"),
+        ([*blend, "--output", str(files / "two.safetensors")], OutputError, "already exists"),
         ([*blend, "--output", str(one), "--force"], OutputError, "is one of the inputs"),
         ([*blend, "--output", str(files / "new.pt")], OutputError, "ends in .safetensors"),
         ([*new[:2], "--adapter", f"{one}:box=0,0,0.5,1", *new[4:]], ConfigError, "leave the region out"),

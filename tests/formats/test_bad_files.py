@@ -81,7 +81,7 @@ def test_a_broken_container_is_one_typed_error(case: str, read: Callable[[Path],
 FACTORS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     "up without down": ({UP: torch.ones(48, 2)}, "missing: down"),
     "rank 0": ({UP: torch.ones(48, 0), DOWN: torch.ones(0, 48)}, "is empty"),
-    "ranks that differ": ({UP: torch.ones(48, 2), DOWN: torch.ones(3, 48)}, "do not follow each other"),
+    "ranks that differ": ({UP: torch.ones(48, 2), DOWN: torch.ones(3, 48)}, "invalid factor shapes"),
     "integers": ({UP: torch.ones(48, 2).int(), DOWN: torch.ones(2, 48).int()}, "floating point"),
     "NaN": ({UP: torch.full((48, 2), float("nan")), DOWN: torch.ones(2, 48)}, "hold NaN"),
     "infinity": ({UP: torch.full((48, 2), float("inf")), DOWN: torch.ones(2, 48)}, "hold NaN or infinity"),

@@ -284,7 +284,7 @@ def test_np_lora_without_strength_is_the_sum_and_against_itself_leaves_little(sd
     ("composition", "count", "message"),
     [
         (Composition(mode="k-lora"), 3, "k-lora chooses between two adapters"),
-        (Composition(mode="np-lora"), 1, "needs a subject and, after it, at least one style"),
+        (Composition(mode="np-lora"), 1, "needs a subject followed by at least one style"),
     ],
 )
 def test_a_mode_that_the_blend_cannot_have_is_refused(
@@ -297,7 +297,7 @@ def test_a_mode_that_the_blend_cannot_have_is_refused(
 
 def test_regions_and_modes_exclude_each_other(sd: Base) -> None:
     blend = placed(unet_only(sd, 1), Region(box=(0, 0, 0.5, 1)))
-    with pytest.raises(ConfigError, match="regions are blended by their masks"):
+    with pytest.raises(ConfigError, match="does not support regions; use sum"):
         generate(sd, [SMALL], blend, composition=Composition(mode="switch"))
 
 

@@ -1,4 +1,4 @@
-"""Spectra, similarity, amplification and overlap: laws against dense float64 formulas."""
+"""Spectra, subspace similarity, amplification and overlap against dense float64 formulas."""
 
 import math
 from dataclasses import replace
@@ -31,25 +31,25 @@ from lora_diffusion.algebra.metrics.subspace_similarity import (
 from lora_diffusion.algebra.svd.svd import spectrum_of, truncate_spectrum
 
 seeds = st.integers(0, 2**31)
-few = settings(max_examples=15)
+few_examples = settings(max_examples=15)
 
 
-def columns(dim: int, count: int, rng: torch.Generator) -> Tensor:
-    """Random orthonormal columns, float64."""
+def orthonormal_columns(dim: int, count: int, rng: torch.Generator) -> Tensor:
+    """Return random orthonormal columns, (dim, count) in float64."""
     return torch.linalg.qr(torch.randn(dim, count, generator=rng, dtype=torch.float64))[0]
 
 
 def lora(out: int, inner: tuple[int, ...], rank: int, seed: int, alpha: float = 3.0) -> LoRALayer:
-    """Singular values a factor of two apart, so that each direction is well defined."""
+    """Create a layer whose singular values are a factor of two apart, so that each direction is well defined."""
     rng = torch.Generator().manual_seed(seed)
     ones = [1] * (len(inner) - 1)
-    up = columns(out, rank, rng) * 2.0 ** -torch.arange(rank)
-    down = columns(math.prod(inner), rank, rng).T
+    up = orthonormal_columns(out, rank, rng) * 2.0 ** -torch.arange(rank)
+    down = orthonormal_columns(math.prod(inner), rank, rng).T
     return LoRALayer(up=up.float().reshape(out, rank, *ones), down=down.float().reshape(rank, *inner), alpha=alpha)
 
 
-def dense(layer: Layer) -> Tensor:
-    """The delta as a matrix, float64."""
+def dense_delta(layer: Layer) -> Tensor:
+    """Return the delta as a matrix in float64."""
     return layer.delta().double().flatten(1)
 
 
@@ -60,23 +60,23 @@ def dense_directions(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 @st.composite
 def pairs(draw: st.DrawFn) -> tuple[LoRALayer, LoRALayer]:
-    """Two layers of one module, of different ranks and alphas, linear or convolution."""
+    """Draw two layers of one module, of different ranks and alphas, linear or convolution."""
     inner = draw(st.sampled_from([(14,), (3, 3, 3)]))
     one = lora(12, inner, draw(st.integers(1, 5)), draw(seeds), alpha=draw(st.sampled_from([0.5, 4.0])))
     return one, lora(12, inner, draw(st.integers(1, 5)), draw(seeds))
 
 
 @given(st.integers(1, 40), st.floats(1e-3, 1e3))
-@few
-def test_the_effective_and_stable_rank_of_equal_values_is_their_number(count: int, value: float) -> None:
+@few_examples
+def test_the_effective_and_stable_rank_of_equal_values_is_their_count(count: int, value: float) -> None:
     values = torch.full((count,), value)
     assert effective_rank(values) == pytest.approx(count, rel=1e-5)
     assert stable_rank(values) == pytest.approx(count, rel=1e-5)
 
 
 @given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=20), st.floats(0.1, 10))
-@few
-def test_ranks_lie_between_one_and_the_count_and_do_not_know_the_scale(numbers: list[float], factor: float) -> None:
+@few_examples
+def test_ranks_lie_between_one_and_the_count_and_are_scale_invariant(numbers: list[float], factor: float) -> None:
     values = torch.tensor(sorted(numbers, reverse=True), dtype=torch.float64)
     for rank in (effective_rank, stable_rank):
         assert 1 - 1e-9 <= rank(values) <= len(numbers) + 1e-9
@@ -86,8 +86,8 @@ def test_ranks_lie_between_one_and_the_count_and_do_not_know_the_scale(numbers: 
 
 
 @given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=20), st.floats(0.01, 0.999))
-@few
-def test_energy_shares_rise_to_one_and_the_rank_that_holds_a_share_is_the_first(
+@few_examples
+def test_energy_shares_increase_to_one_and_rank_holding_is_the_first_to_reach_a_share(
     numbers: list[float], share: float
 ) -> None:
     values = torch.tensor(sorted(numbers, reverse=True), dtype=torch.float64)
@@ -98,20 +98,22 @@ def test_energy_shares_rise_to_one_and_the_rank_that_holds_a_share_is_the_first(
     assert rank == 1 or shares[rank - 2] < share
 
 
-def test_a_dead_layer_has_no_directions_and_overlaps_with_nothing() -> None:
-    living = lora(6, (5,), 2, seed=1)
-    dead = replace(living, up=torch.zeros_like(living.up))
-    facts = measure_spectrum(spectrum_of([(1.0, dead)]))
+def test_a_zero_layer_has_rank_zero_and_no_overlap() -> None:
+    nonzero = lora(6, (5,), 2, seed=1)
+    zero = replace(nonzero, up=torch.zeros_like(nonzero.up))
+    facts = measure_spectrum(spectrum_of([(1.0, zero)]))
     assert (facts.rank, facts.norm, facts.effective_rank, facts.stable_rank, facts.rank_99) == (0, 0, 0, 0, 0)
-    both = measure_overlap(spectrum_of([(1.0, dead)]), spectrum_of([(1.0, living)]))
+    both = measure_overlap(spectrum_of([(1.0, zero)]), spectrum_of([(1.0, nonzero)]))
     assert (both.cosine, both.first_share, both.second_share) == (0, 0, 0)
 
 
-def test_a_block_is_the_median_of_its_modules_and_its_norm_that_of_all_together() -> None:
+def test_a_block_summary_has_the_median_of_its_modules_and_the_total_norm() -> None:
     layers = [lora(6, (5,), rank, seed=rank, alpha=rank * 2.0**rank) for rank in (1, 2, 4)]
     block = summarize_block([measure_spectrum(spectrum_of([(1.0, layer)])) for layer in layers])
-    norms = [float(dense(layer).norm()) for layer in layers]
-    assert block.norm == pytest.approx(float(torch.cat([dense(layer).flatten() for layer in layers]).norm()), rel=1e-5)
+    norms = [float(dense_delta(layer).norm()) for layer in layers]
+    assert block.norm == pytest.approx(
+        float(torch.cat([dense_delta(layer).flatten() for layer in layers]).norm()), rel=1e-5
+    )
     assert (block.median_norm, block.largest_norm) == pytest.approx((sorted(norms)[1], max(norms)), rel=1e-5)
     assert block.rank == 2
     assert block.values == pytest.approx((4.0, 2.0, 0.0, 0.0), abs=1e-5)
@@ -127,22 +129,22 @@ FULL = FullLayer(diff=normal(12, 14))
 
 
 @pytest.mark.parametrize("layer", [LOHA, LOKR, FULL], ids=["LoHa", "LoKr", "full"])
-def test_other_kinds_are_measured_by_the_spectra_of_their_deltas(layer: Layer) -> None:
-    values = torch.linalg.svdvals(dense(layer))
+def test_other_layer_kinds_are_measured_by_the_spectra_of_their_deltas(layer: Layer) -> None:
+    values = torch.linalg.svdvals(dense_delta(layer))
     facts = measure_spectrum(spectrum_of([(1.0, layer)]))
-    rank = int(torch.linalg.matrix_rank(dense(layer), rtol=1e-5))
+    rank = int(torch.linalg.matrix_rank(dense_delta(layer), rtol=1e-5))
     assert facts.rank == rank
     assert facts.values == pytest.approx(values[:rank].tolist(), rel=1e-4)
     other = lora(12, (14,), 3, seed=0)
     both = measure_overlap(spectrum_of([(1.0, layer)]), spectrum_of([(1.0, other)]))
-    assert both.inner == pytest.approx(float((dense(layer) * dense(other)).sum()), abs=1e-5)
+    assert both.inner == pytest.approx(float((dense_delta(layer) * dense_delta(other)).sum()), abs=1e-5)
 
 
 @given(pairs())
-@few
-def test_phi_is_the_papers_formula_on_dense_deltas(both: tuple[LoRALayer, LoRALayer]) -> None:
+@few_examples
+def test_phi_equals_the_papers_formula_on_dense_deltas(both: tuple[LoRALayer, LoRALayer]) -> None:
     found = [leading_directions(spectrum_of([(1.0, layer)])) for layer in both]
-    exact = [dense_directions(dense(layer), layer.rank) for layer in both]
+    exact = [dense_directions(dense_delta(layer), layer.rank) for layer in both]
     for side in (0, 1):
         first, second = ((each.output, each.input)[side] for each in found)
         phi = subspace_similarity(first, second)
@@ -154,8 +156,8 @@ def test_phi_is_the_papers_formula_on_dense_deltas(both: tuple[LoRALayer, LoRALa
 
 
 @given(st.integers(1, 6), seeds)
-@few
-def test_an_adapter_is_like_itself_and_a_rank_of_it_lies_inside_a_higher_one(rank: int, seed: int) -> None:
+@few_examples
+def test_an_adapter_is_similar_to_itself_and_to_its_own_truncation(rank: int, seed: int) -> None:
     spectrum = spectrum_of([(1.0, lora(12, (14,), rank, seed))])
     lower = spectrum_of([(1.0, truncate_spectrum(spectrum, max(rank - 2, 1)))])
     whole, part = leading_directions(spectrum), leading_directions(lower)
@@ -166,72 +168,77 @@ def test_an_adapter_is_like_itself_and_a_rank_of_it_lies_inside_a_higher_one(ran
 
 
 @given(st.integers(1, 4), st.integers(1, 4), seeds)
-@few
-def test_orthogonal_subspaces_have_nothing_in_common(m: int, n: int, seed: int) -> None:
-    basis = columns(10, m + n, torch.Generator().manual_seed(seed))
+@few_examples
+def test_orthogonal_subspaces_have_similarity_zero(m: int, n: int, seed: int) -> None:
+    basis = orthonormal_columns(10, m + n, torch.Generator().manual_seed(seed))
     first, second = basis[:, :m], basis[:, m:]
     assert float(subspace_similarity(first, second).max()) == pytest.approx(0, abs=1e-12)
     assert grassmann_distance(first, second) == pytest.approx(math.pi / 2 * math.sqrt(min(m, n)))
 
 
 @pytest.mark.parametrize("angle", [1e-9, 1e-4, 0.7, math.pi / 2 - 1e-9])
-def test_the_distance_of_a_turned_subspace_is_the_angle_by_every_direction(angle: float) -> None:
-    basis = columns(12, 6, torch.Generator().manual_seed(3))
-    turned = math.cos(angle) * basis[:, :3] + math.sin(angle) * basis[:, 3:]
-    assert grassmann_distance(basis[:, :3], turned) == pytest.approx(math.sqrt(3) * angle, rel=1e-6)
-    assert float(subspace_similarity(basis[:, :3], turned)[2, 2]) == pytest.approx(math.cos(angle) ** 2)
+def test_the_distance_to_a_rotated_subspace_is_the_angle_in_every_direction(angle: float) -> None:
+    basis = orthonormal_columns(12, 6, torch.Generator().manual_seed(3))
+    rotated = math.cos(angle) * basis[:, :3] + math.sin(angle) * basis[:, 3:]
+    assert grassmann_distance(basis[:, :3], rotated) == pytest.approx(math.sqrt(3) * angle, rel=1e-6)
+    assert float(subspace_similarity(basis[:, :3], rotated)[2, 2]) == pytest.approx(math.cos(angle) ** 2)
 
 
-def test_random_subspaces_have_the_stated_likeness_on_average() -> None:
+def test_random_similarity_is_the_mean_over_random_subspaces() -> None:
     rng = torch.Generator().manual_seed(0)
-    drawn = [subspace_similarity(columns(30, 4, rng), columns(30, 6, rng)) for _ in range(400)]
+    drawn = [subspace_similarity(orthonormal_columns(30, 4, rng), orthonormal_columns(30, 6, rng)) for _ in range(400)]
     expected = random_similarity(4, 6, 30)
     assert float(expected[3, 5]) == pytest.approx(6 / 30)
     assert float(expected[3, 1]) == pytest.approx(4 / 30)
     assert torch.allclose(mean_grid(drawn), expected, atol=0.012)
 
 
-def test_a_mean_of_grids_takes_each_cell_from_those_that_have_it() -> None:
+def test_a_mean_grid_averages_each_cell_over_the_grids_that_have_it() -> None:
     mean = mean_grid([torch.tensor([[1.0]]), torch.tensor([[0.0, 0.5], [0.25, 1.0]])])
     assert mean.tolist() == [[0.5, 0.5], [0.25, 1.0]]
 
 
 @given(pairs(), seeds)
-@few
-def test_amplification_is_the_papers_formula_on_dense_matrices(both: tuple[LoRALayer, LoRALayer], seed: int) -> None:
+@few_examples
+def test_amplification_equals_the_papers_formula_on_dense_matrices(
+    both: tuple[LoRALayer, LoRALayer], seed: int
+) -> None:
     layer = both[0]
     weight = torch.randn(*layer.weight_shape, generator=torch.Generator().manual_seed(seed))
     found = measure_amplification(spectrum_of([(1.0, layer)]), weight)
     W = weight.double().flatten(1)
-    U, V = dense_directions(dense(layer), layer.rank)
+    U, V = dense_directions(dense_delta(layer), layer.rank)
     projected = float((U.T @ W @ V).norm())
     assert found.directions == layer.rank
     assert found.projected == pytest.approx(projected, rel=1e-4, abs=1e-5)
-    assert found.factor == pytest.approx(float(dense(layer).norm()) / found.projected, rel=1e-4)
+    assert found.factor == pytest.approx(float(dense_delta(layer).norm()) / found.projected, rel=1e-4)
     top_U, top_V = dense_directions(W, layer.rank)
     assert found.own == pytest.approx(float((top_U.T @ W @ top_V).norm()))
     assert found.base_norm == pytest.approx(float(W.norm()))
 
 
-def test_random_directions_hold_of_a_weight_what_is_stated() -> None:
+def test_the_norm_in_random_directions_is_the_mean_over_random_subspaces() -> None:
     rng = torch.Generator().manual_seed(0)
     W = torch.randn(10, 16, generator=rng, dtype=torch.float64)
     found = measure_amplification(spectrum_of([(1.0, lora(10, (16,), 3, seed=2))]), W)
-    squares = [float((columns(10, 3, rng).T @ W @ columns(16, 3, rng)).square().sum()) for _ in range(1000)]
+    squares = [
+        float((orthonormal_columns(10, 3, rng).T @ W @ orthonormal_columns(16, 3, rng)).square().sum())
+        for _ in range(1000)
+    ]
     assert found.random**2 == pytest.approx(np.mean(squares), rel=0.06)
 
 
-def test_a_weight_with_nothing_in_the_deltas_directions_has_no_factor() -> None:
+def test_a_weight_without_energy_in_the_deltas_directions_has_no_factor() -> None:
     assert measure_amplification(spectrum_of([(1.0, lora(6, (5,), 2, seed=1))]), torch.zeros(6, 5)).factor is None
 
 
 @given(st.lists(pairs(), min_size=1, max_size=3))
-@few
-def test_cosine_and_shares_over_modules_are_those_of_the_dense_deltas(
+@few_examples
+def test_cosine_and_shares_over_modules_equal_those_of_the_dense_deltas(
     modules: list[tuple[LoRALayer, LoRALayer]],
 ) -> None:
     total = sum_overlaps(measure_overlap(spectrum_of([(1.0, a)]), spectrum_of([(1.0, b)])) for a, b in modules)
-    first, second = (torch.cat([dense(pair[k]).flatten() for pair in modules]) for k in (0, 1))
+    first, second = (torch.cat([dense_delta(pair[k]).flatten() for pair in modules]) for k in (0, 1))
     assert total.cosine == pytest.approx(float(first @ second / first.norm() / second.norm()), abs=1e-5)
     assert total.first_share == pytest.approx(dense_share(modules), abs=1e-5)
     assert total.second_share == pytest.approx(dense_share([(b, a) for a, b in modules]), abs=1e-5)
@@ -239,18 +246,18 @@ def test_cosine_and_shares_over_modules_are_those_of_the_dense_deltas(
 
 
 def dense_share(modules: list[tuple[LoRALayer, LoRALayer]]) -> float:
-    """||P_U d1 P_V||^2 / ||d1||^2 with the projectors onto the second's columns and rows."""
+    """Compute ||P_U d1 P_V||^2 / ||d1||^2 with the projectors onto the columns and rows of the second delta."""
     inside = total = 0.0
     for a, b in modules:
-        delta, other = dense(a), dense(b)
+        delta, other = dense_delta(a), dense_delta(b)
         held = other @ torch.linalg.pinv(other, rtol=1e-5) @ delta @ torch.linalg.pinv(other, rtol=1e-5) @ other
         inside, total = inside + float(held.square().sum()), total + float(delta.square().sum())
     return inside / total
 
 
 @given(pairs(), st.floats(-3, 3).filter(lambda x: abs(x) > 0.1))
-@few
-def test_overlap_is_symmetrical_and_knows_the_sign_but_not_the_strength(
+@few_examples
+def test_overlap_is_symmetric_and_depends_on_the_sign_but_not_the_size_of_the_weight(
     both: tuple[LoRALayer, LoRALayer], weight: float
 ) -> None:
     first, second = both
@@ -262,7 +269,7 @@ def test_overlap_is_symmetrical_and_knows_the_sign_but_not_the_strength(
     assert (opposite.cosine, opposite.shared) == pytest.approx((math.copysign(1, weight), 1), abs=1e-5)
 
 
-def test_a_module_of_one_adapter_alone_counts_as_energy_and_not_as_overlap() -> None:
+def test_a_module_in_only_one_adapter_adds_energy_but_no_overlap() -> None:
     first, second = (spectrum_of([(1.0, lora(6, (5,), 2, seed, alpha=2.0))]) for seed in (1, 1))
     total = sum_overlaps([measure_overlap(first, second), measure_overlap(first, None)])
     assert total.first_share == pytest.approx(0.5)
@@ -271,7 +278,7 @@ def test_a_module_of_one_adapter_alone_counts_as_energy_and_not_as_overlap() -> 
     assert Overlap().cosine == 0
 
 
-def test_random_adapters_share_what_chance_says() -> None:
+def test_random_adapters_share_the_energy_expected_by_chance() -> None:
     drawn = [tuple(spectrum_of([(1.0, lora(12, (14,), r, 100 + 7 * n + r))]) for r in (3, 5)) for n in range(150)]
     total = sum_overlaps(measure_overlap(*pair) for pair in drawn)
     assert total.chance == pytest.approx((5 * 5 + 3 * 3) / 2 / (12 * 14))

@@ -173,7 +173,7 @@ def test_what_a1111_alone_makes_of_a_prompt_is_noted(sd: Base, shelf: Path, tmp_
     assert "words in brackets are moved away from the empty prompt" in notes
     assert "AND is read as a plain word" in notes
     edited = a1111_picture(tmp_path / "b.png", "a [cat:dog:0.5]")
-    assert "other words for other steps" in refused(capsys, "generate", "--from", edited, *common)
+    assert "prompt editing" in refused(capsys, "generate", "--from", edited, *common)
 
 
 def test_our_pictures_carry_the_hash_by_which_a1111_knows_a_file(sd: Base, shelf: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every kind of layer against the tools that write it: LyCORIS for kohya's files, PEFT for its own."""
+"""Every layer kind against the reference implementation: LyCORIS for kohya files, PEFT for its own."""
 
 import warnings
 from collections.abc import Callable
@@ -42,14 +42,14 @@ LYCORIS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 }
 
 
-def fresh(path: str) -> nn.Module:
-    """A module of the embedded base's shape at that path, with random weights."""
+def random_module(path: str) -> nn.Module:
+    """Create a module of the shape that the embedded base has at that path, with fixed random weights."""
     torch.manual_seed(3)
     return nn.Linear(48, 48, bias=True) if path == LINEAR else nn.Conv2d(48, 48, 3, padding=1)
 
 
 def random_state(module: Any) -> dict[str, Tensor]:
-    """What the module saves, after a training that left no factor at zero."""
+    """Return the state dict that the module saves, with random changes so that no factor is zero."""
     torch.manual_seed(4)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -61,27 +61,27 @@ def random_state(module: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("path", [LINEAR, CONV], ids=["linear", "conv"])
 @pytest.mark.parametrize("kind", LYCORIS)
-def test_a_lycoris_file_gives_lycoris_forward_pass(kind: str, path: str, tmp_path: Path) -> None:
-    """Its forward pass, because its own merge applies the scale of LoHa and LoKr twice."""
+def test_a_lycoris_file_has_the_forward_pass_of_lycoris(kind: str, path: str, tmp_path: Path) -> None:
+    """The forward pass is compared because merging in LyCORIS applies the scale of LoHa and LoKr twice."""
     build, options = LYCORIS[kind]
-    module = build("lora_unet_x", fresh(path), **options)
+    module = build("lora_unet_x", random_module(path), **options)
     module.apply_to()
     file = tmp_path / "lycoris.safetensors"
     name = kohya_name(path, "tiny-sd")
     save_file({f"{name}.{key}": value for key, value in random_state(module).items()}, file)
     adapter = load_adapter(file)
-    ours: Any = fresh(path)
-    picture = torch.randn(2, 48, 6, 6) if path == CONV else torch.eye(48)
+    ours: Any = random_module(path)
+    inputs = torch.randn(2, 48, 6, 6) if path == CONV else torch.eye(48)
     with torch.no_grad():
         weight = ours.weight.detach().clone()
         ours.weight.add_(adapter.layers[path].delta(weight).reshape(weight.shape))
         if kind == "full":
             ours.bias.add_(adapter.biases[path])
-        torch.testing.assert_close(ours(picture), module.org_module[0](picture), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(ours(inputs), module.org_module[0](inputs), atol=1e-5, rtol=1e-4)
     assert not torch.allclose(ours.weight, weight, atol=1e-3)
 
 
-def test_a_lycoris_norm_is_read(tmp_path: Path) -> None:
+def test_a_lycoris_norm_is_loaded(tmp_path: Path) -> None:
     norm = nn.GroupNorm(8, 48)
     module = NormModule("lora_unet_x", norm)
     state = random_state(module)
@@ -93,28 +93,28 @@ def test_a_lycoris_norm_is_read(tmp_path: Path) -> None:
     assert torch.equal(adapter.biases[NORM], state["b_norm"])
 
 
-def test_the_two_dora_conventions_are_told_apart(tmp_path: Path) -> None:
+def test_the_two_dora_conventions_are_distinguished(tmp_path: Path) -> None:
     layers = []
     for kind in ("dora", "dora-in"):
         build, options = LYCORIS[kind]
-        state = random_state(build("lora_unet_x", fresh(LINEAR), **options))
+        state = random_state(build("lora_unet_x", random_module(LINEAR), **options))
         save_file({f"{kohya_name(LINEAR, 'tiny-sd')}.{k}": v for k, v in state.items()}, tmp_path / "d.safetensors")
         layers.append(load_adapter(tmp_path / "d.safetensors").layers[LINEAR])
     assert [isinstance(x, DoRALayer) and x.per_output for x in layers] == [True, False]
 
 
 class Model(nn.Module):
-    """The two modules under the names that the embedded base's UNet has for them."""
+    """A model with two modules, under their names in the UNet of the embedded base."""
 
     def __init__(self) -> None:
         super().__init__()
         self.down_blocks = nn.ModuleList([nn.Module()])
         block: Any = self.down_blocks[0]
         attention, resnet, transformer, attn1 = (nn.Module() for _ in range(4))
-        attn1.to_q = fresh(LINEAR)
+        attn1.to_q = random_module(LINEAR)
         transformer.attn1 = attn1
         attention.transformer_blocks = nn.ModuleList([transformer])
-        resnet.conv1 = fresh(CONV)
+        resnet.conv1 = random_module(CONV)
         block.attentions, block.resnets = nn.ModuleList([attention]), nn.ModuleList([resnet])
 
 
@@ -135,9 +135,9 @@ PEFT: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("given", ["folder", "file"])
+@pytest.mark.parametrize("source", ["folder", "file"])
 @pytest.mark.parametrize("kind", PEFT)
-def test_a_peft_folder_changes_the_weights_as_peft_does(kind: str, given: str, tmp_path: Path) -> None:
+def test_a_peft_adapter_changes_the_weights_as_in_peft(kind: str, source: str, tmp_path: Path) -> None:
     model: Any = get_peft_model(Model(), PEFT[kind])
     torch.manual_seed(5)
     with torch.no_grad():
@@ -147,11 +147,11 @@ def test_a_peft_folder_changes_the_weights_as_peft_does(kind: str, given: str, t
             elif "magnitude" in name:
                 parameter.mul_(1.1)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT takes a bias for a shard of a factor
+        warnings.simplefilter("ignore")  # PEFT warns that a bias looks like a shard of a factor
         model.save_pretrained(tmp_path / "adapter")
-    adapter = load_adapter(tmp_path / "adapter" / ("" if given == "folder" else "adapter_model.safetensors"))
+    adapter = load_adapter(tmp_path / "adapter" / ("" if source == "folder" else "adapter_model.safetensors"))
     assert set(adapter.paths) == {LINEAR, CONV}
-    before = {path: fresh(path) for path in (LINEAR, CONV)}
+    before = {path: random_module(path) for path in (LINEAR, CONV)}
     merged = model.merge_and_unload()
     for path, original in before.items():
         after = merged.get_submodule(path.removeprefix("unet."))
@@ -165,8 +165,8 @@ def test_a_peft_folder_changes_the_weights_as_peft_does(kind: str, given: str, t
 @pytest.mark.parametrize(
     "kind", ["lora", "dora", "patterns", "loha", "loha-tucker", "lokr", "lokr-both", "lokr-tucker"]
 )
-def test_peft_loads_the_kinds_that_we_write(kind: str, tmp_path: Path) -> None:
-    """Our native keys, with the header's settings, into PEFT's own modules."""
+def test_peft_loads_the_layer_kinds_of_native_files(kind: str, tmp_path: Path) -> None:
+    """The keys of a native file are loaded into PEFT modules."""
     source: Any = get_peft_model(Model(), PEFT[kind])
     torch.manual_seed(6)
     with torch.no_grad():
@@ -181,7 +181,7 @@ def test_peft_loads_the_kinds_that_we_write(kind: str, tmp_path: Path) -> None:
     result = set_peft_model_state_dict(target, {f"base_model.model.{key}": value for key, value in state.items()})
     assert not result.unexpected_keys
     for path in (LINEAR, CONV):
-        weight = fresh(path).weight.detach()
+        weight = random_module(path).weight.detach()
         after = target.merge_and_unload().get_submodule(path.removeprefix("unet.")).weight.detach()
         ours = weight + adapter.layers[path].delta(weight).reshape(weight.shape)
         torch.testing.assert_close(ours, after, atol=2e-6, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""Merged checkpoints against what others make of the same files: diffusers' fused pipeline, LyCORIS' live network."""
+"""Merged checkpoints against reference implementations: the fused pipeline of diffusers, the network of LyCORIS."""
 
 import warnings
 from pathlib import Path
@@ -22,23 +22,25 @@ from tests.conftest import random_adapter
 from tests.oracles.test_layer_kinds import LYCORIS, random_state
 
 KINDS = [kind for kind in LYCORIS if "tucker" not in kind and kind != "dora-in"]
-"""Tucker's form is for kernels; a magnitude per input is what LyCORIS writes but does not read again."""
-SUMS = [kind for kind in KINDS if "dora" not in kind]
-"""Whose effect is linear in the weight; LyCORIS scales DoRA's delta and magnitude apart, we what they come to."""
+"""Kinds for linear modules. Tucker cores need kernels, and LyCORIS cannot load a magnitude per input."""
+LINEAR_KINDS = [kind for kind in KINDS if "dora" not in kind]
+"""Kinds whose effect is linear in the blend weight. For DoRA, LyCORIS scales delta and magnitude separately."""
 WEIGHTS = {"one": 0.8, "two": -0.5}
 
 
 @pytest.mark.parametrize("output", ["merged", "merged.safetensors"])
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_it_is_what_diffusers_fuses(family: str, output: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    """Two adapters with weights. PEFT adds one delta after the other: as many float32 roundings of a weight."""
+def test_a_merged_checkpoint_equals_the_fused_pipeline_of_diffusers(
+    family: str, output: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """PEFT adds one delta after the other and rounds to float32 each time, hence the tolerance."""
     base: Base = request.getfixturevalue(family)
     files = {name: tmp_path / f"{name}.safetensors" for name in WEIGHTS}
     save_adapter(random_adapter(base, seed=1, unet=("all",), text_encoders=("all",)), files["one"])
     save_adapter(random_adapter(base, seed=2, rank=2, alpha=5.0), files["two"])
     entries = [WeightedAdapter(adapter=load_adapter(files[name]), weight=WEIGHTS[name]) for name in WEIGHTS]
     merge(str(base.folder), Blend(entries=tuple(entries)), tmp_path / output)
-    ours, theirs = open_checkpoint(tmp_path / output), fused(base, files)
+    ours, theirs = open_checkpoint(tmp_path / output), load_fused(base, files)
     changed = 0
     for name, stored in ours.parameters.items():
         path, _, leaf = name.rpartition(".")
@@ -49,8 +51,8 @@ def test_it_is_what_diffusers_fuses(family: str, output: str, request: pytest.Fi
     assert changed == len({path for entry in entries for path in entry.adapter.layers})
 
 
-def fused(base: Base, files: dict[str, Path]) -> Base:
-    """A base of its own with the adapters in its weights, as diffusers' documentation says."""
+def load_fused(base: Base, files: dict[str, Path]) -> Base:
+    """Load the base again and fuse the adapters as documented by diffusers."""
     other = load_base(str(base.folder), device=torch.device("cpu"))
     pipe: Any = other.pipe
     with quiet_libraries(), warnings.catch_warnings():
@@ -64,40 +66,42 @@ def fused(base: Base, files: dict[str, Path]) -> Base:
 
 
 @pytest.mark.parametrize("output", ["merged", "merged.safetensors"])
-@pytest.mark.parametrize(("weight", "kinds"), [(1.0, KINDS), (0.6, SUMS)], ids=["all", "sums"])
-def test_it_is_what_lycoris_shows(weight: float, kinds: list[str], output: str, sd: Base, tmp_path: Path) -> None:
-    """A file with every kind of layer that LyCORIS writes, through its own modules around the UNet's."""
+@pytest.mark.parametrize(("weight", "kinds"), [(1.0, KINDS), (0.6, LINEAR_KINDS)], ids=["all", "linear"])
+def test_a_merged_checkpoint_equals_the_network_of_lycoris(
+    weight: float, kinds: list[str], output: str, sd: Base, tmp_path: Path
+) -> None:
+    """The file has every layer kind that LyCORIS writes; LyCORIS wraps the modules of the UNet."""
     file = tmp_path / "lycoris.safetensors"
-    save_file(layers_of(kinds, sd), file)
+    save_file(random_lycoris_tensors(kinds, sd), file)
     blend = Blend(entries=(WeightedAdapter(adapter=load_adapter(file), weight=weight),))
     merge(str(sd.folder), blend, tmp_path / output)
-    ours = unet_of(sd, tmp_path / output)
+    ours = load_unet(sd, tmp_path / output)
     theirs: Any = load_base(str(sd.folder), device=torch.device("cpu")).pipe.unet
-    plain = predicted(theirs)
-    for name, path in zip(*places(kinds, sd), strict=True):
+    without_adapter = predict_noise(theirs)
+    for name, path in zip(*projections(kinds, sd), strict=True):
         kind: Any
         kind, factors = get_module(load_file(file), name)
         module: Any = make_module(kind, factors, name, theirs.get_submodule(path.removeprefix("unet.")))
         module.multiplier = weight
         module.apply_to()
-    expected = predicted(theirs)
-    effect = (expected - plain).abs().max()
+    expected = predict_noise(theirs)
+    effect = (expected - without_adapter).abs().max()
     assert effect > 0.01
-    assert (predicted(ours) - expected).abs().max() < 1e-4 * effect
+    assert (predict_noise(ours) - expected).abs().max() < 1e-4 * effect
 
 
-def layers_of(kinds: list[str], base: Base) -> dict[str, Tensor]:
-    """One layer of each kind, each on a projection of the UNet of its own."""
+def random_lycoris_tensors(kinds: list[str], base: Base) -> dict[str, Tensor]:
+    """Create one layer of each kind, each for another projection of the UNet."""
     tensors: dict[str, Tensor] = {}
-    for kind, name, path in zip(kinds, *places(kinds, base), strict=True):
+    for kind, name, path in zip(kinds, *projections(kinds, base), strict=True):
         build, options = LYCORIS[kind]
         module: Any = build(name, clone(module_at(base, path)), **options)
         tensors |= {f"{name}.{key}": value for key, value in random_state(module).items()}
     return tensors
 
 
-def places(kinds: list[str], base: Base) -> tuple[list[str], list[str]]:
-    """As many projections as there are kinds, by kohya's name and ours."""
+def projections(kinds: list[str], base: Base) -> tuple[list[str], list[str]]:
+    """Return as many projections of the UNet as there are kinds, as kohya names and module paths."""
     paths = [path for path in base.paths if path.startswith("unet.") and path.endswith(("to_q", "to_v", "ff.net.2"))]
     paths = paths[: len(kinds)]
     return [kohya_name(path, base.family.name) for path in paths], paths
@@ -109,7 +113,7 @@ def clone(module: Any) -> nn.Module:
     return linear
 
 
-def unet_of(base: Base, merged: Path) -> Any:
+def load_unet(base: Base, merged: Path) -> Any:
     if merged.is_dir():
         return load_base(str(merged), device=torch.device("cpu")).pipe.unet
     parts = {name: part for name, part in base.pipe.components.items() if name.startswith(("text", "token"))}
@@ -119,7 +123,7 @@ def unet_of(base: Base, merged: Path) -> Any:
     return pipe.unet
 
 
-def predicted(unet: Any) -> Tensor:
+def predict_noise(unet: Any) -> Tensor:
     rng = torch.Generator().manual_seed(0)
     latents, states = torch.randn(1, 4, 16, 16, generator=rng), torch.randn(1, 77, 32, generator=rng)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The notation of prompts: A1111's documented examples, and laws for any text."""
+"""Prompt emphasis: the examples of A1111's documentation, and properties of arbitrary text."""
 
 import pytest
 from hypothesis import given
@@ -43,11 +43,11 @@ def spans(text: str) -> list[tuple[str, float]]:
         ("", [("", 1)]),
     ],
 )
-def test_the_notation_means_what_it_means_to_a1111(text: str, expected: list[tuple[str, float]]) -> None:
+def test_emphasis_equals_a1111(text: str, expected: list[tuple[str, float]]) -> None:
     assert spans(text) == expected
 
 
-def test_break_begins_a_section() -> None:
+def test_break_starts_a_section() -> None:
     assert parse_emphasis("a cat BREAK (a dog:1.5)") == (
         (WeightedText("a cat "),),
         (WeightedText(" "), WeightedText("a dog", 1.5)),
@@ -55,43 +55,43 @@ def test_break_begins_a_section() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ("a (cat", "opens a '('"),
         ("a cat)", "closes a ')' that is not open"),
         ("a [cat)", "closes a ')'"),
         ("(a BREAK b)", "opens a '('"),
-        ("[cat:dog:0.5]", "other words for other steps"),
-        ("[cat|dog]", "other words for other steps"),
+        ("[cat:dog:0.5]", "prompt editing"),
+        ("[cat|dog]", "prompt editing"),
         ("a cat:1.2)", "closes a ')'"),
     ],
 )
-def test_what_cannot_be_read_is_named(text: str, words: str) -> None:
+def test_invalid_syntax_raises_with_the_reason(text: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_emphasis(text)
-    assert words in str(caught.value)
+    assert message in str(caught.value)
     assert repr(text) in str(caught.value)
 
 
 @given(st.lists(st.tuples(WORDS, WEIGHTS), min_size=1, max_size=5))
-def test_weights_are_read_as_written(parts: list[tuple[str, float]]) -> None:
-    def by_letter(prompt: Prompt) -> list[tuple[str, float]]:
+def test_written_weights_parse_back(parts: list[tuple[str, float]]) -> None:
+    def weights_by_letter(prompt: Prompt) -> list[tuple[str, float]]:
         return [(letter, span.weight) for section in prompt for span in section for letter in span.text]
 
     written = "".join(f"({text}:{weight})" for text, weight in parts)
-    assert by_letter(parse_emphasis(written)) == [(letter, weight) for text, weight in parts for letter in text]
+    assert weights_by_letter(parse_emphasis(written)) == [(letter, weight) for text, weight in parts for letter in text]
 
 
 @given(st.text(alphabet="ab ()[]\\:.1|", max_size=20))
-def test_escaped_text_and_plain_text_mean_themselves(text: str) -> None:
+def test_escaped_text_parses_to_the_literal_text(text: str) -> None:
     escaped = "".join(f"\\{letter}" if letter in "()[]\\" else letter for letter in text)
     assert parse_emphasis(escaped) == parse_literal(text)
 
 
 @given(st.text(alphabet="ab ()[]\\:.1|B", max_size=20))
-def test_any_text_is_read_or_refused(text: str) -> None:
+def test_any_text_parses_or_raises_config_error(text: str) -> None:
     try:
-        read = parse_emphasis(text)
+        prompt = parse_emphasis(text)
     except ConfigError:
         return
-    assert all(section for section in read)
+    assert all(section for section in prompt)

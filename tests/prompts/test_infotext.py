@@ -1,4 +1,4 @@
-"""Infotexts of A1111, Forge and others: what is written comes back, and what cannot be followed is said."""
+"""Infotexts of A1111, Forge and other programs: parsing, conversion to settings and notes on unsupported settings."""
 
 import string
 from pathlib import Path
@@ -31,31 +31,31 @@ TI hashes: "bad: 0a1b2c3d4e5f", Version: v1.10.1"""
 
 PLAIN = {"Steps": "20", "Sampler": "Euler", "CFG scale": "7", "Seed": "1", "Size": "64x64", "RNG": "CPU"}
 
-# Windows line ends become plain ones, so a carriage return is no text that comes back
+# Windows line endings are converted, so texts with a carriage return do not parse back unchanged
 texts = st.text(st.characters(exclude_characters="\r", exclude_categories=["Cs"]), max_size=60)
-tricky = st.text(st.sampled_from('ab ,:\n"\\{}[]\t\r'), max_size=12)
+special_texts = st.text(st.sampled_from('ab ,:\n"\\{}[]\t\r'), max_size=12)
 keys = st.text(string.ascii_letters + string.digits + "_ -/", min_size=2, max_size=12).filter(
     lambda key: (key[0].isalnum() or key[0] == "_") and key == key.strip()
 )
-tables = st.dictionaries(keys, texts | tricky, min_size=3, max_size=8)
+tables = st.dictionaries(keys, texts | special_texts, min_size=3, max_size=8)
 
 
-def opens_negative(prompt: str) -> bool:
+def has_negative_label(prompt: str) -> bool:
     return any(line.lstrip().startswith("Negative prompt:") for line in prompt.split("\n"))
 
 
-def written(prompt: str, negative: str, table: dict[str, str]) -> str:
+def assemble_infotext(prompt: str, negative: str, table: dict[str, str]) -> str:
     last = ", ".join(f"{key}: {quote_value(value)}" for key, value in table.items())
     return f"{prompt}\nNegative prompt: {negative}\n{last}" if negative else f"{prompt}\n{last}"
 
 
-def replayed(changes: dict[str, str]) -> tuple[dict[str, object], tuple[str, ...]]:
+def convert(changes: dict[str, str]) -> tuple[dict[str, object], tuple[str, ...]]:
     return convert_settings(Infotext(prompt="a cat", settings={**PLAIN, **changes}), source="x.png")
 
 
-@given(texts.filter(lambda text: not opens_negative(text)), texts, tables)
-def test_what_is_written_comes_back(prompt: str, negative: str, table: dict[str, str]) -> None:
-    info = parse_infotext(written(prompt, negative, table), source="x.png")
+@given(texts.filter(lambda text: not has_negative_label(text)), texts, tables)
+def test_a_formatted_infotext_parses_back(prompt: str, negative: str, table: dict[str, str]) -> None:
+    info = parse_infotext(assemble_infotext(prompt, negative, table), source="x.png")
     assert (info.prompt, info.negative_prompt, info.settings) == (prompt, negative, table)
 
 
@@ -66,8 +66,8 @@ def test_of_equal_keys_the_last_counts(first: dict[str, str], second: dict[str, 
     assert parse_infotext(f"a cat\n{line}", source="x.png").settings == {**first, **second}
 
 
-@given(texts | tricky)
-def test_any_text_is_read_or_refused(text: str) -> None:
+@given(texts | special_texts)
+def test_any_text_parses_or_raises_config_error(text: str) -> None:
     try:
         parse_infotext(text, source="x.png")
     except ConfigError as error:
@@ -75,7 +75,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
 
 
 @given(tables, st.text("0123456789abcdef", min_size=12, max_size=12))
-def test_a_recipe_reads_back_from_its_infotext(table: dict[str, str], digest: str) -> None:
+def test_a_recipe_is_restored_from_its_infotext(table: dict[str, str], digest: str) -> None:
     model, *_ = table.values()
     config = GenerateConfig(prompt="a cat", negative_prompt="rain\nfog", seed=7, guidance=6.5, width=64, height=32)
     entry = BlendEntry(path="x.safetensors", name="wet, ink: two", hash=digest + "ff")
@@ -87,7 +87,7 @@ def test_a_recipe_reads_back_from_its_infotext(table: dict[str, str], digest: st
     assert notes == ()
 
 
-def test_forges_text_is_read_as_written() -> None:
+def test_a_forge_infotext_is_parsed_completely() -> None:
     info = parse_infotext(FORGE, source="x.png")
     assert info.prompt == "a lighthouse, (stormy:1.2) <lora:ink:0.8>\nBREAK oil on canvas"
     assert info.negative_prompt == "blurry, (worst quality:1.4)\ntext, watermark"
@@ -111,7 +111,7 @@ def test_forges_text_is_read_as_written() -> None:
     )
 
 
-def test_tables_of_other_programs_are_one_value() -> None:
+def test_a_json_table_is_one_value() -> None:
     civitai = 'Hashes: {"model": "6ce0161689", "lora:ink": "abc"}, Civitai resources: [{"type":"lora","weight":0.8}]'
     info = parse_infotext(f"a cat\nSteps: 20, {civitai}, Seed: 5, Note: [a, b", source="x.png")
     assert info.settings == {
@@ -125,7 +125,7 @@ def test_tables_of_other_programs_are_one_value() -> None:
     assert len(deep.settings["Note"]) == 100_000
 
 
-def test_templates_below_the_settings_belong_to_them() -> None:
+def test_templates_below_the_settings_line_are_settings() -> None:
     info = parse_infotext(f"{FORGE}\nTemplate:a {{cat|dog}},\nred: 1, aa: 2\nNegative Template: fog", source="x.png")
     assert info.prompt.startswith("a lighthouse")
     assert info.settings["Template"] == "a {cat|dog},\nred: 1, aa: 2"
@@ -143,12 +143,12 @@ def test_templates_below_the_settings_belong_to_them() -> None:
         '{"prompt": "a cat", "steps": 20, "seed": 1}',
     ],
 )
-def test_a_text_without_settings_at_its_end_is_refused(text: str) -> None:
+def test_a_text_without_a_final_settings_line_raises(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^x\.png: .*no line of settings; expected a last line such as 'Steps: 20"):
         parse_infotext(text, source="x.png")
 
 
-def test_a_text_may_have_no_prompts() -> None:
+def test_prompts_are_optional() -> None:
     assert parse_infotext("Steps: 1, Seed: 2, Size: 8x8", source="x").prompt == ""
     info = parse_infotext("Negative prompt:fog\nSteps: 1, Seed: 2, Size: 8x8", source="x")
     assert (info.prompt, info.negative_prompt) == ("", "fog")
@@ -165,17 +165,17 @@ def test_a_text_may_have_no_prompts() -> None:
         ("", '""'),
     ],
 )
-def test_values_are_quoted_where_they_must_be(value: str, expected: str) -> None:
+def test_values_are_quoted_where_required(value: str, expected: str) -> None:
     assert quote_value(value) == expected
 
 
-def test_what_is_no_hash_joins_the_name_after_it_or_nothing() -> None:
+def test_text_without_a_hash_belongs_to_the_following_name() -> None:
     assert parse_hashes("a: 12ab, b, c: d: 34CD, e: none") == {"a": "12ab", "b, c: d": "34CD"}
     assert parse_hashes("") == {}
 
 
 @pytest.mark.parametrize(
-    ("sampler", "schedule", "scheduler", "differs"),
+    ("sampler", "schedule", "scheduler", "unsupported_schedule"),
     [
         ("Euler a", "", "euler-ancestral", ""),
         ("Euler", "Automatic", "euler", ""),
@@ -190,42 +190,46 @@ def test_what_is_no_hash_joins_the_name_after_it_or_nothing() -> None:
         ("base", "", "base", ""),
     ],
 )
-def test_samplers_by_their_names_elsewhere(sampler: str, schedule: str, scheduler: str, differs: str) -> None:
-    table, notes = replayed({"Sampler": sampler, **({"Schedule type": schedule} if schedule else {})})
+def test_sampler_names_of_other_programs(
+    sampler: str, schedule: str, scheduler: str, unsupported_schedule: str
+) -> None:
+    table, notes = convert({"Sampler": sampler, **({"Schedule type": schedule} if schedule else {})})
     assert table["scheduler"] == scheduler
-    expected = f"Schedule: {differs}: the sampler's own steps are taken, so the pixels differ."
-    assert notes == ((expected,) if differs else ())
+    reason = "is not supported, so the sampler's default steps are used and the pixels differ."
+    assert notes == ((f"Schedule: {unsupported_schedule}: {reason}",) if unsupported_schedule else ())
 
 
 @pytest.mark.parametrize("sampler", ["DPM++ 2M SDE", "DPM++ SDE", "UniPC", "Restart", "Undefined"])
-def test_an_unknown_sampler_is_said(sampler: str) -> None:
-    table, notes = replayed({"Sampler": sampler})
+def test_an_unknown_sampler_is_noted(sampler: str) -> None:
+    table, notes = convert({"Sampler": sampler})
     assert "scheduler" not in table
-    assert notes == (f"Sampler: {sampler}: does not exist here, so the base's own is used and the pixels differ.",)
-
-
-def test_what_has_no_counterpart_is_said_once_for_each_kind() -> None:
-    changes = {"Hires upscale": "2", "Hires steps": "10", "ADetailer model": "face.pt", "Clip skip": "2"}
-    _, notes = replayed({**changes, "Denoising strength": "0.4", "Tiling": "x" * 99, "Version": "v1.10.1"})
     assert notes == (
-        "Hires upscale: 2, Hires steps: 10: no second pass at a higher resolution is made, so the pixels may differ.",
-        "ADetailer model: face.pt: nothing is found and painted again, so the pixels may differ.",
-        "Clip skip: 2: no layer of the text encoder is skipped, so the pixels may differ.",
-        "Denoising strength: 0.4: the picture starts from noise alone, so the pixels may differ.",
-        f"Tiling: {'x' * 60}…: nothing here does the same, so the pixels may differ.",
+        f"Sampler: {sampler}: is not supported, so the scheduler of the base is used and the pixels differ.",
     )
-    assert replayed({"Clip skip": "1"})[1] == ()
 
 
-def test_a1111_draws_its_noise_on_the_gpu_unless_it_says_otherwise() -> None:
+def test_unsupported_settings_are_noted_once_per_kind() -> None:
+    changes = {"Hires upscale": "2", "Hires steps": "10", "ADetailer model": "face.pt", "Clip skip": "2"}
+    _, notes = convert({**changes, "Denoising strength": "0.4", "Tiling": "x" * 99, "Version": "v1.10.1"})
+    assert notes == (
+        "Hires upscale: 2, Hires steps: 10: hires fix is not supported, so the pixels may differ.",
+        "ADetailer model: face.pt: ADetailer is not supported, so the pixels may differ.",
+        "Clip skip: 2: CLIP skip is not supported, so the pixels may differ.",
+        "Denoising strength: 0.4: the image starts from pure noise, so the pixels may differ.",
+        f"Tiling: {'x' * 60}…: not supported, so the pixels may differ.",
+    )
+    assert convert({"Clip skip": "1"})[1] == ()
+
+
+def test_noise_is_assumed_to_come_from_the_gpu_for_a1111_and_from_the_cpu_for_comfyui() -> None:
     without = {key: value for key, value in PLAIN.items() if key != "RNG"}
-    said = "RNG: GPU: the starting noise is drawn on the CPU here, so the pixels differ."
-    assert convert_settings(Infotext(prompt="", settings=without), source="x")[1] == (said,)
-    assert replayed({"RNG": "NV"})[1] == (said.replace("GPU", "NV", 1),)
+    note = "RNG: GPU: the initial noise is generated on the CPU here, so the pixels differ."
+    assert convert_settings(Infotext(prompt="", settings=without), source="x")[1] == (note,)
+    assert convert({"RNG": "NV"})[1] == (note.replace("GPU", "NV", 1),)
     assert convert_settings(Infotext(prompt="", settings={**without, "Sampler": "euler"}), source="x")[1] == ()
 
 
-def test_what_is_not_said_takes_the_default_and_is_noted() -> None:
+def test_missing_settings_take_the_default_and_are_noted() -> None:
     table, notes = convert_settings(Infotext(prompt="a cat", settings={"Steps": "9"}), source="x.png")
     assert table == {"prompt": "a cat", "negative_prompt": "", "steps": 9}
     assert [note.split(":")[0] for note in notes] == ["Seed", "CFG scale", "Size", "Sampler"]
@@ -245,45 +249,45 @@ def test_what_is_not_said_takes_the_default_and_is_noted() -> None:
         ({"Steps": "x", "Seed": "y"}, "'Seed' is 'y': .*; 'Steps' is 'x': "),
     ],
 )
-def test_values_that_cannot_be_used_are_named(changes: dict[str, str], message: str) -> None:
+def test_invalid_values_raise_with_their_keys(changes: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        replayed(changes)
+        convert(changes)
 
 
-def picture(path: Path, **options: object) -> Path:
+def save_image(path: Path, **options: object) -> Path:
     Image.new("RGB", (8, 8)).save(path, **options)
     return path
 
 
-def commented(path: Path, value: bytes) -> Path:
+def save_with_comment(path: Path, value: bytes) -> Path:
     exif = Image.Exif()
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = value
-    return picture(path, exif=exif.tobytes())  # PIL takes an Exif without a tag of its own for an empty one
+    return save_image(path, exif=exif.tobytes())  # PIL ignores an Exif object that has no tag in its main directory
 
 
 @pytest.mark.parametrize("prompt", ["a cat", "a café, 灯台 🐈"])
 @pytest.mark.parametrize("kind", ["tEXt", "iTXt", "zTXt"])
-def test_pngs_carry_it_under_parameters(tmp_path: Path, prompt: str, kind: str) -> None:
+def test_png_text_chunks_of_every_kind_are_read(tmp_path: Path, prompt: str, kind: str) -> None:
     chunks = PngImagePlugin.PngInfo()
-    text = written(prompt, "fog", PLAIN)
+    text = assemble_infotext(prompt, "fog", PLAIN)
     if kind == "iTXt":
         chunks.add_itxt("parameters", text)
     else:
         chunks.add_text("parameters", text, zip=kind == "zTXt")
-    assert read_infotext(picture(tmp_path / "x.png", pnginfo=chunks)) == parse_infotext(text, source="x")
+    assert read_infotext(save_image(tmp_path / "x.png", pnginfo=chunks)) == parse_infotext(text, source="x")
 
 
-def test_text_behind_the_pixels_is_found(tmp_path: Path) -> None:
+def test_a_text_chunk_after_the_pixels_is_read(tmp_path: Path) -> None:
     chunks = PngImagePlugin.PngInfo()
-    chunks.add(b"tEXt", b"parameters\0" + written("a cat", "", PLAIN).encode(), after_idat=True)
-    info = read_infotext(picture(tmp_path / "x.png", pnginfo=chunks))
+    chunks.add(b"tEXt", b"parameters\0" + assemble_infotext("a cat", "", PLAIN).encode(), after_idat=True)
+    info = read_infotext(save_image(tmp_path / "x.png", pnginfo=chunks))
     assert info is not None
     assert info.prompt == "a cat"
 
 
 @pytest.mark.parametrize("ending", ["jpg", "webp", "png"])
 @pytest.mark.parametrize(
-    ("head", "coding"),
+    ("head", "encoding"),
     [
         (b"UNICODE\0", "utf-16-be"),
         (b"UNICODE\0", "utf-16-le"),
@@ -295,13 +299,13 @@ def test_text_behind_the_pixels_is_found(tmp_path: Path) -> None:
         (b"", "utf-8"),
     ],
 )
-def test_user_comments_in_every_coding(tmp_path: Path, ending: str, head: bytes, coding: str) -> None:
-    text = written("a café" if coding == "latin-1" else "a café, 灯台 🐈", "fog", PLAIN)
-    path = commented(tmp_path / f"x.{ending}", head + text.encode(coding) + bytes(3))
+def test_user_comments_in_every_encoding_are_read(tmp_path: Path, ending: str, head: bytes, encoding: str) -> None:
+    text = assemble_infotext("a café" if encoding == "latin-1" else "a café, 灯台 🐈", "fog", PLAIN)
+    path = save_with_comment(tmp_path / f"x.{ending}", head + text.encode(encoding) + bytes(3))
     assert read_infotext(path) == parse_infotext(text, source="x")
 
 
-def test_our_own_pictures_are_read(tmp_path: Path) -> None:
+def test_images_of_this_project_are_read(tmp_path: Path) -> None:
     config = GenerateConfig(prompt="a cat, sitting", seed=3, width=8, height=8)
     recipe = Recipe(kind="image", base="tiny-sd", base_hash="ab" * 32, settings=config)
     write_png(Image.new("RGB", (8, 8)), tmp_path / "x.png", recipe)
@@ -310,21 +314,21 @@ def test_our_own_pictures_are_read(tmp_path: Path) -> None:
     assert (info.prompt, info.settings["Seed"], info.model) == ("a cat, sitting", "3", "tiny-sd")
 
 
-def test_pictures_without_it(tmp_path: Path) -> None:
-    assert read_infotext(picture(tmp_path / "x.png")) is None
-    assert read_infotext(picture(tmp_path / "x.jpg")) is None
-    assert read_infotext(commented(tmp_path / "y.jpg", b"ASCII\0\0\0taken at the sea")) is None
+def test_images_without_infotext_return_none(tmp_path: Path) -> None:
+    assert read_infotext(save_image(tmp_path / "x.png")) is None
+    assert read_infotext(save_image(tmp_path / "x.jpg")) is None
+    assert read_infotext(save_with_comment(tmp_path / "y.jpg", b"ASCII\0\0\0taken at the sea")) is None
 
 
-def test_parameters_of_another_kind_are_refused_by_name(tmp_path: Path) -> None:
+def test_parameters_that_are_not_an_infotext_raise(tmp_path: Path) -> None:
     chunks = PngImagePlugin.PngInfo()
     chunks.add_text("parameters", '{"prompt": "a cat"}')
-    with pytest.raises(ConfigError, match=r"x\.png: its text has no line of settings"):
-        read_infotext(picture(tmp_path / "x.png", pnginfo=chunks))
+    with pytest.raises(ConfigError, match=r"x\.png: its infotext has no line of settings"):
+        read_infotext(save_image(tmp_path / "x.png", pnginfo=chunks))
 
 
-def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"none\.png: no such file; give a PNG, JPEG or WebP"):
+def test_files_that_are_not_images_raise(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.png: no such file; expected a PNG, JPEG or WebP"):
         read_infotext(tmp_path / "none.png")
     with pytest.raises(ConfigError, match="not a readable PNG, JPEG or WebP"):
         read_infotext(tmp_path)
@@ -339,10 +343,12 @@ def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
     st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), min_size=1),
     st.integers(0, 400),
 )
-def test_damaged_pictures_are_read_or_refused(
+def test_damaged_images_are_read_or_raise_config_error(
     tmp_path: Path, ending: str, damage: list[tuple[int, int]], cut: int
 ) -> None:
-    path = commented(tmp_path / f"x.{ending}", b"UNICODE\0" + written("a cat", "", PLAIN).encode("utf-16-be"))
+    path = save_with_comment(
+        tmp_path / f"x.{ending}", b"UNICODE\0" + assemble_infotext("a cat", "", PLAIN).encode("utf-16-be")
+    )
     data = bytearray(path.read_bytes())
     for at, value in damage:
         data[at % len(data)] = value
@@ -354,5 +360,5 @@ def test_damaged_pictures_are_read_or_refused(
 
 
 @given(st.binary(max_size=80))
-def test_any_bytes_are_some_text(value: bytes) -> None:
+def test_any_bytes_decode_to_text(value: bytes) -> None:
     assert isinstance(decode_comment(value), str)

@@ -157,7 +157,7 @@ def test_refusals_say_what_to_do(sd: Base, sdxl: Base, saved: Saved) -> None:
         analyze_files([])
     with pytest.raises(FamilyMismatchError, match=r"tiny SD and .* for tiny SDXL; analyze one family at a time"):
         analyze_files([one, other])
-    with pytest.raises(FamilyMismatchError, match="use the base that it was trained on"):
+    with pytest.raises(FamilyMismatchError, match="use the base that the adapter was trained on"):
         analyze_files([ADAPTERS / "ink.safetensors"], base=str(sd.folder))
     with pytest.raises(FamilyMismatchError, match=r"tiny SDXL, but .* is tiny SD"):
         analyze_files([other], base=str(sd.folder))

@@ -369,7 +369,7 @@ def test_existing_files_are_not_overwritten(sd: Base, tmp_path: Path) -> None:
         approximate_file(str(tuned), tuned.joinpath(*UNET), settings_for(force=True))
     assert tuned.joinpath(*UNET).read_bytes() == before
     (tmp_path / "x.safetensors").write_text("mine")
-    with pytest.raises(OutputError, match="already there"):
+    with pytest.raises(OutputError, match="already exists"):
         extract_file(str(tuned), str(sd.folder), tmp_path / "x.safetensors", settings_for())
     assert (tmp_path / "x.safetensors").read_text() == "mine"
     extract_file(str(tuned), str(sd.folder), tmp_path / "x.safetensors", settings_for(force=True))

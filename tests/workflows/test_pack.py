@@ -349,7 +349,7 @@ def test_packing_and_unpacking_a_folder(files: Path, tmp_path: Path) -> None:
 def test_existing_files_and_inputs_are_not_overwritten(files: Path, tmp_path: Path) -> None:
     pack, out, first = tmp_path / "pack.safetensors", tmp_path / "out", files / "file-0.safetensors"
     pack_files([files], pack, PackConfig(rank=2))
-    with pytest.raises(OutputError, match="already there; give another output, or --force"):
+    with pytest.raises(OutputError, match="already exists; choose another output, or replace it with --force"):
         pack_files([files], pack, PackConfig(rank=3))
     pack_files([files], pack, PackConfig(rank=3, force=True))
     with pytest.raises(OutputError, match="is one of the inputs"):

@@ -232,7 +232,7 @@ def test_the_file_holds_what_is_reported(file: Path, tmp_path: Path, what: str, 
 def test_outputs_are_not_replaced_unasked_and_inputs_never(file: Path, tmp_path: Path) -> None:
     output, before = tmp_path / "out.safetensors", file.read_bytes()
     prune_file(file, output, PruneConfig(keep=0.5))
-    with pytest.raises(OutputError, match="already there; give another output, or --force"):
+    with pytest.raises(OutputError, match="already exists; choose another output, or replace it with --force"):
         prune_file(file, output, PruneConfig(keep=0.5))
     prune_file(file, output, PruneConfig(keep=0.25, force=True))
     assert measure_sparsity(load_adapter(file), load_adapter(output)).share == 0.25

@@ -15,8 +15,8 @@ from lora_diffusion.adapters.layers import (
     LoKrLayer,
     LoRALayer,
     LowRank,
-    kronecker_factor,
 )
+from lora_diffusion.adapters.low_rank_products import kronecker_factor
 from lora_diffusion.config.adapter import AdapterConfig
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.training.methods.base import AdapterSize, AdditiveLayer, TrainableLayer, make_parameter
