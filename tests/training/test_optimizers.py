@@ -128,20 +128,23 @@ def test_every_parameter_has_its_rate_and_groups_are_merged(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"text_encoder_learning_rate": (1e-5, 1e-5, 1e-5)}, "has 3 values; give one for all, or 2.*text_encoder_2"),
+        (
+            {"text_encoder_learning_rate": (1e-5, 1e-5, 1e-5)},
+            "has 3 values; expected one.*, or 2 values.*text_encoder_2",
+        ),
         ({"text_encoder_learning_rate": (1e-5,)}, "has 1 values"),
         ({"rates": {"unet.down_block.*": 0.5}}, "matches no trained module; did you mean 'unet.down_blocks'"),
         ({"rates": {"*.proj_inn": 0.5}}, r"did you mean '\*.proj_in'"),
-        ({"rates": {"*": 0.0}}, "freezes everything"),
+        ({"rates": {"*": 0.0}}, "freezes all trained parameters"),
         ({"kind": "adamm"}, "did you mean 'adamw'"),
         ({"kind": "torch.optim.AdanW"}, "torch.optim has no optimizer 'AdanW'"),
         ({"kind": "torch.nn:Linear"}, "torch.nn has no optimizer 'Linear'"),
         ({"kind": "no_such_package.Adam"}, "needs no_such_package, which cannot be imported.*check its spelling"),
         ({"options": {"betaz": [0.9, 0.99]}}, "AdamW has no option 'betaz'; did you mean 'betas'"),
-        ({"options": {"quux": 1}}, "it takes betas, eps"),
+        ({"options": {"quux": 1}}, "expected one of betas, eps"),
         ({"options": {"lr": 1}}, "set optimizer.learning_rate instead"),
         ({"options": {"weight_decay": 1}}, "set optimizer.weight_decay instead"),
-        ({"options": {"betas": [2.0, 0.99]}}, "AdamW refuses"),
+        ({"options": {"betas": [2.0, 0.99]}}, "AdamW rejects"),
         ({"kind": "torch.optim.Rprop"}, "Rprop has no weight decay; set optimizer.weight_decay to 0"),
     ],
 )
@@ -258,7 +261,7 @@ def test_prodigy_has_one_rate() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [1.0]
     new_optimizer(fresh(1), config_of(kind=kind, rates={"unet.mid_block.*": 0.0}), ENCODERS)
     for settings in ({"text_encoder_learning_rate": 0.5}, {"rates": {"unet.mid_block.*": 0.5}}):
-        with pytest.raises(ConfigError, match="finds one rate"):
+        with pytest.raises(ConfigError, match="finds one learning rate"):
             new_optimizer(fresh(1), config_of(kind=kind, **settings), ENCODERS)
 
 

@@ -1,1 +1,1 @@
-"""Noise, timesteps, noise schedules and losses."""
+"""Noise schedules, noise, timesteps and losses of diffusion training."""

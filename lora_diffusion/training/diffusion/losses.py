@@ -1,17 +1,20 @@
-"""How far a prediction is from its target: one number per sample.
+"""Losses of a prediction against its target, one value per sample.
 
-With alpha_bar, signal^2 = alpha_bar, sigma^2 = 1 - alpha_bar and SNR = alpha_bar / (1 - alpha_bar) at a timestep:
+With signal^2 = alpha_bar, sigma^2 = 1 - alpha_bar and SNR = alpha_bar / (1 - alpha_bar) at a timestep:
 
-    target      epsilon: noise           v: signal noise - sigma latent    [arXiv 2202.00512, appendix D]
-    distance    mse d^2, l1 |d|, and the pseudo-Huber losses below          [arXiv 2403.16728]
-    weight      none 1                    epsilon               v
-                min-SNR          min(1, gamma / SNR)   min(SNR, gamma) / (SNR + 1)    [arXiv 2303.09556]
-                debiased         1 / sqrt(SNR)         sqrt(SNR) / (SNR + 1)          [arXiv 2310.08442]
+    target      epsilon: noise           v: signal * noise - sigma * latent           [arXiv:2202.00512, appendix D]
+    distance    mse: d^2                 l1: |d|            huber, smooth-l1: see `elementwise_loss`
+    weighting                            epsilon               v
+                none                     1                     1
+                min-snr                  min(1, gamma / SNR)   min(SNR, gamma) / (SNR + 1)       [arXiv:2303.09556]
+                debiased                 1 / sqrt(SNR)         sqrt(SNR) / (SNR + 1)             [arXiv:2310.08442]
 
-Squared errors of the two parametrizations are related by err_epsilon^2 = signal^2 err_v^2, so a weight for v is the one
-for epsilon times SNR / (SNR + 1): the same network weighs the same either way. (kohya's trainer takes 1 / (SNR + 1) for
-debiased v.) At SNR 0 the weights for v are 0, that of min-SNR for epsilon is 1 and that of debiased epsilon is
-infinite, as in the formulas; `check_terminal_snr` keeps runs away from the last.
+The squared errors of the two parametrizations are related by err_epsilon^2 = signal^2 * err_v^2. The weight for v is
+therefore the weight for epsilon times SNR / (SNR + 1), so that the loss of a network does not depend on its
+parametrization. kohya's trainer uses 1 / (SNR + 1) for debiased v instead.
+
+At SNR 0 the weights for v are 0, the min-SNR weight for epsilon is 1, and the debiased weight for epsilon is infinite;
+`check_terminal_snr` rejects runs in which the last one could occur.
 """
 
 import torch
@@ -24,7 +27,18 @@ from lora_diffusion.training.diffusion.schedule import Predicts, signal_and_sigm
 def compute_target(
     latent: Tensor, noise: Tensor, timestep: Tensor, alphas_cumprod: Tensor, predicts: Predicts
 ) -> Tensor:
-    """What the UNet should predict (n, c, h, w) for latents and noise of that shape and timesteps (n,)."""
+    """Compute the target of the UNet's prediction: the noise, or the velocity v.
+
+    Args:
+        latent: (n, c, h, w).
+        noise: (n, c, h, w).
+        timestep: (n,), int64.
+        alphas_cumprod: (T,).
+        predicts: Parametrization of the UNet.
+
+    Returns:
+        The target (n, c, h, w).
+    """
     if predicts == "epsilon":
         return noise
     signal, sigma = signal_and_sigma(alphas_cumprod, timestep)
@@ -41,9 +55,19 @@ def sample_losses(
     config: ObjectiveConfig,
     mask: Tensor | None,
 ) -> Tensor:
-    """(n,) losses in float32 of predictions and targets (n, c, h, w) at timesteps (n,).
+    """Compute the weighted loss of each sample.
 
-    A mask (n, 1, h, w) of weights 0..1 says where the loss counts; `masked_mean` says how.
+    Args:
+        predicted: Predictions (n, c, h, w).
+        target: Targets (n, c, h, w).
+        timestep: (n,), int64.
+        alphas_cumprod: (T,).
+        predicts: Parametrization of the predictions.
+        config: Distance, its parameters and the weighting of timesteps.
+        mask: Weights 0..1 of the pixels (n, 1, h, w), or None for 1 everywhere; see `masked_mean`.
+
+    Returns:
+        Losses (n,) in float32.
     """
     difference = predicted.float() - target.float()
     losses = masked_mean(elementwise_loss(difference, huber_delta(timestep, alphas_cumprod, config), config), mask)
@@ -53,39 +77,40 @@ def sample_losses(
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Means (n,) of values (n, c, h, w), weighted by a mask (n, 1, h, w).
+    """Compute the means (n,) of values (n, c, h, w), weighted by a mask (n, 1, h, w).
 
-    Divided by the mask's own area, so that a small mask weighs as much as a whole picture. A mask that is 0 everywhere
-    gives 0: nothing of that picture counts.
+    The sums are divided by the area of the mask, so that a small mask has the same weight as a whole picture. The mean
+    is 0 where the mask is 0 everywhere.
     """
     if mask is None:
         return values.mean(dim=(1, 2, 3))
     weights = mask.float()
     area = weights.sum(dim=(1, 2, 3))
-    total = (values.mean(dim=1, keepdim=True) * weights).sum(dim=(1, 2, 3))
-    return torch.where(area > 0, total / torch.where(area > 0, area, 1), 0)
+    weighted_sum = (values.mean(dim=1, keepdim=True) * weights).sum(dim=(1, 2, 3))
+    return torch.where(area > 0, weighted_sum / torch.where(area > 0, area, 1), 0)
 
 
 def elementwise_loss(difference: Tensor, delta: Tensor, config: ObjectiveConfig) -> Tensor:
-    """Elementwise distance for differences (n, c, h, w) and turning points delta (n,).
+    """Compute the elementwise distance for differences d (n, c, h, w) and Huber parameters delta (n,).
 
-    huber is 2 delta (sqrt(d^2 + delta^2) - delta): d^2 where d is small, 2 delta |d| where it is large. smooth-l1 is
-    that divided by delta. Both are written without the subtraction, which would cancel for small d.
+    huber is the pseudo-Huber loss 2 delta (sqrt(d^2 + delta^2) - delta) [arXiv:2403.16728], which is about d^2 for
+    small d and 2 delta |d| for large d. smooth-l1 is huber / delta. Both are computed without the subtraction, which
+    would lose all digits for small d.
     """
     if config.loss == "mse":
         return difference.square()
     if config.loss == "l1":
         return difference.abs()
-    turn, square = delta.view(-1, 1, 1, 1), difference.square()
-    smooth = 2 * square / ((square + turn.square()).sqrt() + turn)
-    return turn * smooth if config.loss == "huber" else smooth
+    delta, square = delta.view(-1, 1, 1, 1), difference.square()
+    smooth = 2 * square / ((square + delta.square()).sqrt() + delta)
+    return delta * smooth if config.loss == "huber" else smooth
 
 
 def huber_delta(timestep: Tensor, alphas_cumprod: Tensor, config: ObjectiveConfig) -> Tensor:
-    """The turning point (n,) of the Huber losses, float32 [arXiv 2403.16728].
+    """Compute the parameter delta (n,) of the Huber losses at timesteps (n,), in float32 [arXiv:2403.16728].
 
-    Both schedules go from about 1 in clean pictures to `huber_delta` in pure noise, over T timesteps: exponential is
-    huber_delta^(t / T), snr is (1 - huber_delta) / (1 + sigma / signal)^2 + huber_delta.
+    `constant` uses `huber_delta` everywhere. The other schedules fall from about 1 at low noise to `huber_delta` in
+    pure noise: exponential is huber_delta^(t / T), snr is (1 - huber_delta) / (1 + sigma / signal)^2 + huber_delta.
     """
     if config.huber_schedule == "constant":
         return torch.full(timestep.shape, config.huber_delta, device=timestep.device)
@@ -97,7 +122,16 @@ def huber_delta(timestep: Tensor, alphas_cumprod: Tensor, config: ObjectiveConfi
 
 
 def loss_weight(ratio: Tensor, predicts: Predicts, config: ObjectiveConfig) -> Tensor:
-    """Weights of timesteps with signal-to-noise ratios `ratio`, any shape; the table above."""
+    """Compute the loss weights of timesteps from their signal-to-noise ratios, by the table in the module docstring.
+
+    Args:
+        ratio: Signal-to-noise ratios, of any shape.
+        predicts: Parametrization of the predictions.
+        config: Gives the weighting and `min_snr_gamma`.
+
+    Returns:
+        Weights of the shape of `ratio`.
+    """
     epsilon = predicts == "epsilon"
     if config.weighting == "min-snr":
         gamma = config.min_snr_gamma

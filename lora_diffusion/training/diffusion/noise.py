@@ -1,5 +1,4 @@
-"""The noise of a training sample: plain, shifted per channel, of many resolutions, and more in the input than the
-target knows of."""
+"""Noise of training samples: Gaussian, with offset noise, pyramid noise and input perturbation."""
 
 import torch
 from torch import Tensor
@@ -9,15 +8,25 @@ from lora_diffusion.config.train import ObjectiveConfig
 
 
 def draw_noise(shape: tuple[int, int, int], config: ObjectiveConfig, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The noise that the target knows and the noise that the input gets, each (c, h, w), float32.
+    """Draw the noise of one sample.
 
-    Without input perturbation both are one tensor. Offset noise adds `noise_offset * N(0, 1)` to each channel as a
-    whole (crosslabs.org/blog/diffusion-with-offset-noise). Input perturbation adds `input_perturbation * N(0, I)` to
-    the input alone [arXiv 2301.11706]. The offset comes after pyramid noise and keeps the size that is asked for.
+    Offset noise adds `noise_offset * N(0, 1)` to all pixels of a channel
+    (crosslabs.org/blog/diffusion-with-offset-noise). It is added after the normalization of pyramid noise, so that it
+    has the configured size. Input perturbation adds `input_perturbation * N(0, I)` to the input but not to the target
+    [arXiv:2301.11706].
+
+    Args:
+        shape: (c, h, w) of the latents.
+        config: Sizes of the kinds of noise.
+        rng: Random generator.
+
+    Returns:
+        The noise of the target and the noise of the input, each (c, h, w) in float32; the same tensor if there is no
+        input perturbation.
     """
     noise = torch.randn(shape, generator=rng)
     if config.pyramid_discount:
-        noise = with_pyramid(noise, config.pyramid_discount, config.pyramid_levels, rng)
+        noise = _add_pyramid_noise(noise, config.pyramid_discount, config.pyramid_levels, rng)
     if config.noise_offset:
         noise = noise + config.noise_offset * torch.randn(shape[0], 1, 1, generator=rng)
     if not config.input_perturbation:
@@ -25,20 +34,21 @@ def draw_noise(shape: tuple[int, int, int], config: ObjectiveConfig, rng: torch.
     return noise, noise + config.input_perturbation * torch.randn(shape, generator=rng)
 
 
-def with_pyramid(noise: Tensor, discount: float, levels: int, rng: torch.Generator) -> Tensor:
-    """Noise (c, h, w) with noise of lower resolutions on it, divided by the standard deviation of the whole.
+def _add_pyramid_noise(noise: Tensor, discount: float, levels: int, rng: torch.Generator) -> Tensor:
+    """Add noise of lower resolutions to noise (c, h, w), and divide the sum by its standard deviation.
 
-    Level i has sides 1 / r^i of the noise's, r drawn from 2..4 for each, is enlarged bilinearly and weighs discount^i.
-    Level 0 is there too, as in the source: it doubles the sharp noise's variance. The level that gets down to a single
-    row or column is the last one. (Whitaker, Multi-Resolution Noise for Diffusion Model Training, 2023.)
+    Level i has 1 / r^i of the height and width, with r drawn from 2..4 for each level, is upsampled bilinearly and
+    multiplied by discount^i. Level 0 is included, as in the source, and so doubles the variance of the full resolution.
+    The last level is `levels`, or the first one with a single row or column. (Whitaker, Multi-Resolution Noise for
+    Diffusion Model Training, 2023.)
     """
     channels, height, width = noise.shape
-    total = noise.clone()
+    pyramid = noise.clone()
     for level in range(levels + 1):
         shrink = (2 + 2 * float(torch.rand((), generator=rng))) ** level
-        low = (max(1, int(height / shrink)), max(1, int(width / shrink)))
-        coarse = torch.randn(1, channels, *low, generator=rng)
-        total += discount**level * functional.interpolate(coarse, size=(height, width), mode="bilinear")[0]
-        if 1 in low:
+        size = (max(1, int(height / shrink)), max(1, int(width / shrink)))
+        coarse = torch.randn(1, channels, *size, generator=rng)
+        pyramid += discount**level * functional.interpolate(coarse, size=(height, width), mode="bilinear")[0]
+        if 1 in size:
             break
-    return total / total.std()
+    return pyramid / pyramid.std()

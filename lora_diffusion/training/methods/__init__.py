@@ -1,1 +1,1 @@
-"""Trainable updates of frozen modules: one file for each way of writing a delta."""
+"""Trainable adapter layers, one module per method, and their injection into a base model."""

@@ -1,4 +1,9 @@
-"""What every trainable update has: where it sits, what it adds, and the layer that it is saved as."""
+"""Base classes of trainable adapter layers, and how they attach to frozen modules.
+
+A trainable layer is a submodule of the frozen linear layer, convolution or norm that it adapts. `attach` replaces the
+forward pass of the frozen module by one that calls the trainable layer. All trainable layers of a base share one
+`AdapterState`, through which they can be disabled or scaled together.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -13,108 +18,126 @@ from torch.utils.checkpoint import checkpoint
 from lora_diffusion.adapters.layers import Layer
 from lora_diffusion.config.adapter import AdapterConfig
 
-NAME = "update"
-"""Of the submodule that holds an update."""
-Frozen = Callable[[Any, Tensor], Tensor]
+SUBMODULE_NAME = "update"
+"""Name of the submodule under which a frozen module holds its trainable layer."""
+BaseForward = Callable[[Any, Tensor], Tensor]
+"""The forward method of a frozen module's class, called with the module and its input."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSize:
-    """How large a module's update is."""
+    """Rank and scale of one module's trainable layer."""
 
     rank: int
+    """Rank of the factors."""
     scale: float
-    """What the product of the factors is multiplied by."""
+    """Multiplier of the product of the factors, such as alpha / rank."""
     config: AdapterConfig
+    """Settings that all modules share."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardState:
-    """What holds for all updates of a base during one pass."""
+    """Settings shared by all adapter layers of a base during one forward pass."""
 
     active: bool = True
-    """Whether they do anything."""
+    """Whether the adapter layers are applied; if False, the base computes exactly what it does without them."""
     weight: float = 1.0
-    """What they are multiplied by."""
+    """Multiplier of every delta."""
     used: Mapping[tuple[int, int], Tensor] = field(default_factory=dict[tuple[int, int], Tensor])
-    """For updates of least and whole rank (l, r): (n, r), true for each direction that a sample uses."""
+    """T-LoRA's rank masks by (minimum rank, rank): (n, rank) booleans, true for the directions that a sample uses."""
 
 
 class AdapterState:
-    """Where the updates of a base look the conditions up."""
+    """Mutable holder of the `ForwardState` that the adapter layers of a base read in their forward pass."""
 
     def __init__(self) -> None:
-        self.now = ForwardState()
+        self.current = ForwardState()
 
     @contextmanager
-    def overridden(self, conditions: ForwardState) -> Iterator[None]:
-        """Other conditions while the block runs."""
-        before, self.now = self.now, conditions
+    def override(self, state: ForwardState) -> Iterator[None]:
+        """Use another forward state inside the context."""
+        previous, self.current = self.current, state
         try:
             yield
         finally:
-            self.now = before
+            self.current = previous
 
     def checkpoint(self, module: Any, *inputs: Any) -> Any:
-        """The module's output, computed again on the way back under the conditions of the way there."""
-        then = self.now
+        """Call a module under gradient checkpointing.
 
-        def recompute(*same: Any) -> Any:
-            with self.overridden(then):
-                return module(*same)
+        The backward pass may run when the forward state has already changed, so the recomputation restores the state
+        of the original forward pass.
+        """
+        state = self.current
+
+        def recompute(*recompute_inputs: Any) -> Any:
+            with self.override(state):
+                return module(*recompute_inputs)
 
         return checkpoint(recompute, *inputs, use_reentrant=False)
 
 
 class TrainableLayer(nn.Module, ABC):
-    """Trainable parameters beside a frozen module."""
+    """Trainable parameters that change the output of one frozen module."""
 
     def __init__(self) -> None:
         super().__init__()
         self.state = AdapterState()
 
     @abstractmethod
-    def output(self, module: Any, x: Tensor, frozen: Frozen) -> Tensor:
-        """The module's output with the update; `frozen` is the module's own forward."""
+    def output(self, module: Any, x: Tensor, base_forward: BaseForward) -> Tensor:
+        """Compute the adapted output of a frozen module.
+
+        Args:
+            module: The frozen module that this layer is attached to.
+            x: Input of the module.
+            base_forward: Forward method of the module's class, without the adapter.
+        """
 
     @abstractmethod
     def layer(self) -> Layer:
-        """The update as it is saved, float32; its tensors may be the parameters themselves."""
+        """Return the layer to save, in float32; its tensors may share memory with the parameters."""
 
     def bias(self) -> Tensor | None:
-        """What it adds to the module's bias, if anything."""
+        """Return the delta of the module's bias (out,), or None if the bias is not trained."""
         return None
 
 
 class AdditiveLayer(TrainableLayer):
-    """An update that is added to the frozen module's output."""
+    """A trainable layer whose output is added to that of the frozen module."""
 
-    def output(self, module: Any, x: Tensor, frozen: Frozen) -> Tensor:
-        return frozen(module, x) + self.forward_delta(module, x)
+    def output(self, module: Any, x: Tensor, base_forward: BaseForward) -> Tensor:
+        """Compute the output of the frozen module plus `forward_delta`."""
+        return base_forward(module, x) + self.forward_delta(module, x)
 
     @abstractmethod
     def forward_delta(self, module: Any, x: Tensor) -> Tensor:
-        """What it adds to the module's output."""
+        """Compute what the adapter adds to the module's output."""
 
 
-def attach(module: Any, update: TrainableLayer) -> None:
-    """Put an update on a module, whose forward goes through it from now on."""
-    frozen = type(module).forward
+def attach(module: Any, trainable: TrainableLayer) -> None:
+    """Attach a trainable layer to a frozen module and replace the module's forward method in place."""
+    base_forward = type(module).forward
 
     def forward(x: Tensor) -> Tensor:
-        return update.output(module, x, frozen) if update.state.now.active else frozen(module, x)
+        return trainable.output(module, x, base_forward) if trainable.state.current.active else base_forward(module, x)
 
-    module.add_module(NAME, update)
+    module.add_module(SUBMODULE_NAME, trainable)
     module.forward = forward
 
 
 def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Uniform noise whose bound is the root of one over the inputs: Kaiming's for a = sqrt(5), as PEFT and kohya."""
+    """Draw a float32 tensor from U(-b, b) with b = 1 / sqrt(fan_in).
+
+    This is Kaiming's initialization with a = sqrt(5), which PEFT and kohya use. The fan-in is the product of all
+    dimensions after the first.
+    """
     values = torch.empty(shape)
     bound = values[0].numel() ** -0.5
     return values.uniform_(-bound, bound, generator=generator)
 
 
 def make_parameter(values: Tensor, module: Any) -> nn.Parameter:
-    """A parameter, float32, where the module's weight is."""
+    """Make a float32 parameter on the device of the module's weight."""
     return nn.Parameter(values.float().to(module.weight.device))

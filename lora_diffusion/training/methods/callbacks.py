@@ -1,4 +1,4 @@
-"""What a kind does to all its updates together, from step to step; most do nothing."""
+"""Callbacks through which a training method acts on all its layers between the phases of a training step."""
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -7,86 +7,108 @@ from typing import Any
 from torch import Tensor, nn
 
 RateOf = Callable[[nn.Parameter], float]
-"""The learning rate of a parameter in this step."""
+"""A function that returns the learning rate of a parameter in the current step."""
 
 
 class MethodCallbacks:
-    """Called by the loop, in this order at each step. State is a function of the step, or kept with the run's."""
+    """Hooks of the training loop; the default does nothing.
+
+    In each step the loop calls `before_step`, `penalty`, `frozen_parameters`, `after_gradients` and `after_step`, in
+    this order. State must be a function of the step, or be in `state_dict`, so that a resumed run is bit-identical.
+    """
 
     def before_step(self, step: int) -> None:
-        """Before the first batch of a step, counted from 0."""
+        """Prepare a step before its first batch; steps count from 0."""
 
     def penalty(self) -> Tensor | None:
-        """What is added to each batch's loss."""
+        """Return a scalar that is added to the loss of each batch, or None."""
         return None
 
-    def frozen_parameters(self, step: int) -> Iterable[nn.Parameter]:  # noqa: ARG002 (most methods rest nothing)
-        """Parameters that do not learn in this step."""
+    def frozen_parameters(self, step: int) -> Iterable[nn.Parameter]:  # noqa: ARG002 (used by subclasses)
+        """Return the parameters that do not learn in this step; the loop drops their gradients."""
         return ()
 
     def after_gradients(self, step: int) -> None:
-        """When the gradients of a step are whole, finite and not yet used."""
+        """Read the gradients, which are complete and finite, before the optimizer step."""
 
     def after_step(self, step: int, rate_of: RateOf) -> None:
-        """When the parameters have moved, each at its learning rate."""
+        """Change the parameters after the optimizer step.
 
-    def is_stable(self, step: int) -> bool:  # noqa: ARG002 (most methods are from the start)
-        """Whether after so many steps all that is saved at the end learns, and no more than that."""
+        Args:
+            step: Number of the step, from 0.
+            rate_of: Returns the learning rate that a parameter had in this step.
+        """
+
+    def is_stable(self, step: int) -> bool:  # noqa: ARG002 (used by subclasses)
+        """Return whether, after `step` steps, exactly those parameters learn that the final file will contain.
+
+        The moving average and the selection of the best checkpoint start only then.
+        """
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """What a stopped run needs to go on, besides the parameters."""
+        """Return the state that a resumed run needs besides the parameters."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse."""
+        """Restore the state returned by `state_dict`."""
 
     def truncations(self) -> dict[int, AbstractContextManager[None]]:
-        """Ranks that the file can be cut to, each with what evaluates it so."""
+        """Return the ranks to which the saved file can be cut, each with a context that evaluates the model so."""
         return {}
 
     def report(self) -> dict[str, Any]:
-        """What is told of the method at the end of a run."""
+        """Return facts about the method for the metadata of the trained adapter."""
         return {}
 
 
 class CallbackList(MethodCallbacks):
-    """Several methods at once."""
+    """The callbacks of several methods, called in order."""
 
-    def __init__(self, *parts: MethodCallbacks) -> None:
-        self.parts = parts
+    def __init__(self, *callbacks: MethodCallbacks) -> None:
+        self.callbacks = callbacks
 
     def before_step(self, step: int) -> None:
-        for part in self.parts:
-            part.before_step(step)
+        """Call `before_step` of each."""
+        for callback in self.callbacks:
+            callback.before_step(step)
 
     def penalty(self) -> Tensor | None:
-        found = [value for part in self.parts if (value := part.penalty()) is not None]
-        return sum(found[1:], start=found[0]) if found else None
+        """Return the sum of all penalties, or None if there is none."""
+        penalties = [value for callback in self.callbacks if (value := callback.penalty()) is not None]
+        return sum(penalties[1:], start=penalties[0]) if penalties else None
 
     def frozen_parameters(self, step: int) -> Iterable[nn.Parameter]:
-        return [parameter for part in self.parts for parameter in part.frozen_parameters(step)]
+        """Return the parameters that any callback freezes in this step."""
+        return [parameter for callback in self.callbacks for parameter in callback.frozen_parameters(step)]
 
     def after_gradients(self, step: int) -> None:
-        for part in self.parts:
-            part.after_gradients(step)
+        """Call `after_gradients` of each."""
+        for callback in self.callbacks:
+            callback.after_gradients(step)
 
     def after_step(self, step: int, rate_of: RateOf) -> None:
-        for part in self.parts:
-            part.after_step(step, rate_of)
+        """Call `after_step` of each."""
+        for callback in self.callbacks:
+            callback.after_step(step, rate_of)
 
     def is_stable(self, step: int) -> bool:
-        return all(part.is_stable(step) for part in self.parts)
+        """Return whether all callbacks are stable after `step` steps."""
+        return all(callback.is_stable(step) for callback in self.callbacks)
 
     def state_dict(self) -> dict[str, Any]:
-        return {str(place): part.state_dict() for place, part in enumerate(self.parts)}
+        """Return the states of all callbacks by position."""
+        return {str(index): callback.state_dict() for index, callback in enumerate(self.callbacks)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for place, part in enumerate(self.parts):
-            part.load_state_dict(state[str(place)])
+        """Restore the states of all callbacks by position."""
+        for index, callback in enumerate(self.callbacks):
+            callback.load_state_dict(state[str(index)])
 
     def truncations(self) -> dict[int, AbstractContextManager[None]]:
-        return {rank: cut for part in self.parts for rank, cut in part.truncations().items()}
+        """Return the truncations of all callbacks."""
+        return {rank: context for callback in self.callbacks for rank, context in callback.truncations().items()}
 
     def report(self) -> dict[str, Any]:
-        return {key: value for part in self.parts for key, value in part.report().items()}
+        """Return the reports of all callbacks, merged."""
+        return {key: value for callback in self.callbacks for key, value in callback.report().items()}

@@ -1,7 +1,8 @@
-"""DyLoRA: the first b directions are trained to do alone, for every b up to the rank [arXiv:2210.07558].
+"""DyLoRA [arXiv:2210.07558]: a LoRA that can be truncated to any lower rank after training.
 
-Each step draws one b for all modules and trains direction b, with those before it as they are (the paper's frozen
-variant, which is the cheaper and its default). Cutting the file to any rank is then no approximation.
+Each step draws one rank b for all modules and trains direction b with the directions before it frozen. This is the
+paper's frozen variant, its default and the cheaper one. For every b, the first b directions are thereby trained to work
+alone, so that truncating the file to rank b is exact.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,52 +18,55 @@ from lora_diffusion.training.methods.lora import TrainableLoRA
 
 
 class TrainableDyLoRA(TrainableLoRA):
-    """LoRA of which a step uses the first directions."""
+    """LoRA that uses its first `training_rank` directions in training and `eval_rank` in evaluation."""
 
     def __init__(self, module: nn.Linear | nn.Conv2d, size: AdapterSize, generator: torch.Generator) -> None:
         super().__init__(module, size, generator)
-        self.used = self.shown = size.rank
+        self.training_rank = self.eval_rank = size.rank
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """The first few directions; in training the last of them learns."""
+        """Return the factors truncated to the current rank; in training only the last direction has a gradient."""
         if not self.training:
-            return self.down[: self.shown], self.up[:, : self.shown]
-        last = self.used - 1
-        down = torch.cat([self.down[:last].detach(), self.down[last : self.used]])
-        up = torch.cat([self.up[:, :last].detach(), self.up[:, last : self.used]], dim=1)
+            return self.down[: self.eval_rank], self.up[:, : self.eval_rank]
+        rank = self.training_rank
+        down = torch.cat([self.down[: rank - 1].detach(), self.down[rank - 1 : rank]])
+        up = torch.cat([self.up[:, : rank - 1].detach(), self.up[:, rank - 1 : rank]], dim=1)
         return down, up
 
     def saved_factors(self) -> tuple[Tensor, Tensor]:
+        """Return the factors at full rank."""
         return self.down, self.up
 
 
 class DyLoRACallbacks(MethodCallbacks):
-    """Draws the number of directions of each step."""
+    """Draws the rank of each training step."""
 
-    def __init__(self, updates: Sequence[TrainableDyLoRA], seed: int) -> None:
-        self.updates, self.seed = updates, seed
+    def __init__(self, layers: Sequence[TrainableDyLoRA], seed: int) -> None:
+        self.layers, self.seed = layers, seed
 
     def before_step(self, step: int) -> None:
-        draw = torch.rand((), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + step))
-        for update in self.updates:
-            update.used = 1 + int(draw * update.down.shape[0])
+        """Draw the rank of a step, as a function of the seed and the step alone."""
+        fraction = torch.rand((), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + step))
+        for layer in self.layers:
+            layer.training_rank = 1 + int(fraction * layer.down.shape[0])
 
     @contextmanager
     def truncated_to(self, rank: int) -> Iterator[None]:
-        """Evaluate with the first directions alone."""
-        for update in self.updates:
-            update.shown = min(rank, update.down.shape[0])
+        """Evaluate all layers with their first `rank` directions inside the context."""
+        for layer in self.layers:
+            layer.eval_rank = min(rank, layer.down.shape[0])
         try:
             yield
         finally:
-            for update in self.updates:
-                update.shown = update.down.shape[0]
+            for layer in self.layers:
+                layer.eval_rank = layer.down.shape[0]
 
     def truncations(self) -> dict[int, AbstractContextManager[None]]:
-        """The powers of two, and the whole."""
-        most = max(update.down.shape[0] for update in self.updates)
-        ranks = [2**power for power in range(most.bit_length()) if 2**power < most] + [most]
+        """Return contexts for the powers of two below the full rank, and for the full rank."""
+        max_rank = max(layer.down.shape[0] for layer in self.layers)
+        ranks = [2**power for power in range(max_rank.bit_length()) if 2**power < max_rank] + [max_rank]
         return {rank: self.truncated_to(rank) for rank in ranks}
 
     def report(self) -> dict[str, Any]:
-        return {"ranks_to_choose_from": max(update.down.shape[0] for update in self.updates)}
+        """Return the largest rank that the file can be truncated to."""
+        return {"ranks_to_choose_from": max(layer.down.shape[0] for layer in self.layers)}

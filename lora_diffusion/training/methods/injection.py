@@ -1,4 +1,4 @@
-"""Updates put on a base's modules, switched off and on, and read as an adapter."""
+"""Inject trainable adapter layers into a base, disable them, and extract them as an adapter."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from lora_diffusion.architectures.targets import resolve_patterns
 from lora_diffusion.config.adapter import AdapterConfig
 from lora_diffusion.models.load import Base, module_at
 from lora_diffusion.training.methods.adalora import AdaLoRACallbacks, TrainableAdaLoRA
-from lora_diffusion.training.methods.base import NAME, AdapterSize, AdapterState, TrainableLayer, attach
+from lora_diffusion.training.methods.base import SUBMODULE_NAME, AdapterSize, AdapterState, TrainableLayer, attach
 from lora_diffusion.training.methods.callbacks import MethodCallbacks
 from lora_diffusion.training.methods.dylora import DyLoRACallbacks, TrainableDyLoRA
 from lora_diffusion.training.methods.loha_lokr_dora import (
@@ -31,7 +31,7 @@ from lora_diffusion.training.methods.sparse import SparseCallbacks, TrainableSpa
 from lora_diffusion.training.methods.t_lora import TrainableTLoRA, follow_timesteps
 from lora_diffusion.training.methods.vera import TrainableVeRA, VeRAFactors, make_vera_factors
 
-KINDS: Mapping[str, Any] = {
+_LAYER_CLASSES: Mapping[str, Any] = {
     "lora": TrainableLoRA,
     "loha": TrainableLoHa,
     "lokr": TrainableLoKr,
@@ -40,164 +40,194 @@ KINDS: Mapping[str, Any] = {
     "sparse": TrainableSparseLoRA,
     "t-lora": TrainableTLoRA,
 }
-"""Updates that need nothing but their module; VeRA's share their factors."""
+"""Trainable layer by `adapter.kind`, except for VeRA, whose layers share their factors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InjectedAdapter:
-    """What was put on a base."""
+    """The trainable layers that have been injected into a base."""
 
     parameters: dict[str, nn.Parameter]
-    """Those that learn, by path and factor."""
+    """Trained parameters by module path and factor, such as `unet.conv_in.down`."""
     rules: MethodCallbacks
+    """Callbacks of the training method."""
 
 
 def inject(
     base: Base, paths: Sequence[str], config: AdapterConfig, seed: int, *, full: Sequence[str] = (), steps: int = 1
 ) -> InjectedAdapter:
-    """Put trainable updates on the modules at `paths`, and differences on those at `full`; all else is frozen.
+    """Inject new trainable layers into a base and freeze everything else. Mutates the models of the base.
 
-    A fresh update changes nothing. Its random numbers depend on seed and path alone, so that a module starts alike
-    whatever else is trained. `steps` are those of the run, for kinds with a schedule. Mutates the base's models.
-    Raises KeyError for a path that the base does not have, ConfigError for a pattern that matches nothing and for a
-    module that the kind cannot be put on.
+    New layers do not change the output of the base. The initial values of a layer depend on the seed and its path
+    alone, not on which other modules are trained.
+
+    Args:
+        base: The base to train on.
+        paths: Paths of the modules that get a layer of the configured kind.
+        config: Method, ranks and scales.
+        seed: Seed of the initial values.
+        full: Paths of the modules that are trained in full, as differences of weight and bias.
+        steps: Number of steps of the run, for methods with a schedule.
+
+    Raises:
+        KeyError: The base has no module at a path.
+        ConfigError: A pattern in `config` matches no module, or the method does not support a module.
     """
     modules = {path: module_at(base, path) for path in paths}
-    sizes = resolve_sizes(paths, config)
+    sizes = _resolve_sizes(paths, config)
     shared = (
-        make_vera_factors([*modules.values()], config.rank, make_generator(seed, "vera"))
+        make_vera_factors([*modules.values()], config.rank, _make_generator(seed, "vera"))
         if config.kind == "vera"
         else None
     )
-    updates = {path: new_layer(modules[path], sizes[path], make_generator(seed, path), shared) for path in paths}
-    updates |= {path: TrainableFullLayer(module_at(base, path)) for path in full}
-    parameters = attach_layers(base, updates)
-    timed = [update for update in updates.values() if isinstance(update, TrainableTLoRA)]
-    if timed:
-        follow_timesteps(base.pipe.unet, timed, base.pipe.scheduler.config.num_train_timesteps)
-    return InjectedAdapter(parameters=parameters, rules=make_callbacks(updates, config, seed, steps))
+    layers: dict[str, TrainableLayer] = {
+        path: _new_layer(modules[path], sizes[path], _make_generator(seed, path), shared) for path in paths
+    }
+    layers |= {path: TrainableFullLayer(module_at(base, path)) for path in full}
+    parameters = _attach_layers(base, layers)
+    t_lora_layers = [layer for layer in layers.values() if isinstance(layer, TrainableTLoRA)]
+    if t_lora_layers:
+        follow_timesteps(base.pipe.unet, t_lora_layers, base.pipe.scheduler.config.num_train_timesteps)
+    return InjectedAdapter(parameters=parameters, rules=_make_callbacks(layers, config, seed, steps))
 
 
 def inject_adapter(base: Base, adapter: Adapter, config: AdapterConfig) -> InjectedAdapter:
-    """Put trainable updates on a base that begin as an adapter's layers; all else is frozen.
+    """Inject trainable layers that start as the layers of an adapter, and freeze everything else.
 
-    Raises ConfigError for a layer that cannot be trained on, KeyError for a path that the base does not have.
+    Args:
+        base: The base to train on; its models are mutated.
+        adapter: Gives the modules, methods, ranks, scales and initial values.
+        config: Gives the dropout settings.
+
+    Raises:
+        ConfigError: Training does not support a layer of the adapter.
+        KeyError: The base has no module at one of the adapter's paths.
     """
-    updates = {
+    layers = {
         path: layer_from_adapter(path, module_at(base, path), layer, adapter.biases.get(path), config)
         for path, layer in adapter.layers.items()
     }
-    return InjectedAdapter(parameters=attach_layers(base, updates), rules=MethodCallbacks())
+    return InjectedAdapter(parameters=_attach_layers(base, layers), rules=MethodCallbacks())
 
 
-def attach_layers(base: Base, updates: Mapping[str, TrainableLayer]) -> dict[str, nn.Parameter]:
-    """Freeze the base, and put an update on each module; returns what learns, by path and factor."""
+def _attach_layers(base: Base, layers: Mapping[str, TrainableLayer]) -> dict[str, nn.Parameter]:
+    """Freeze the base, attach the layers, and return the trained parameters by module path and factor."""
     for component in base.family.components:
         getattr(base.pipe, component).requires_grad_(False)
     state = AdapterState()
-    for path, update in updates.items():
-        update.state = state
-        attach(module_at(base, path), update)
-    named = {f"{path}.{name}": p for path, update in updates.items() for name, p in update.named_parameters()}
+    for path, layer in layers.items():
+        layer.state = state
+        attach(module_at(base, path), layer)
+    named = {f"{path}.{name}": p for path, layer in layers.items() for name, p in layer.named_parameters()}
     return {name: parameter for name, parameter in named.items() if parameter.requires_grad}
 
 
-def new_layer(module: Any, size: AdapterSize, generator: torch.Generator, shared: VeRAFactors | None) -> TrainableLayer:
-    """Raises ConfigError for a module that the kind cannot be put on."""
+def _new_layer(
+    module: Any, size: AdapterSize, generator: torch.Generator, shared: VeRAFactors | None
+) -> TrainableLayer:
+    """Make a trainable layer of the configured kind. Raises ConfigError if it does not support the module."""
     config = size.config
     if shared is not None:
         return TrainableVeRA(module, size, shared)
-    kind = TrainablePiSSA if config.start == "pissa" else KINDS[config.kind]
-    update = kind(module, size, generator)
-    return TrainableDoRA(module, update) if config.dora else update
+    layer_class = TrainablePiSSA if config.start == "pissa" else _LAYER_CLASSES[config.kind]
+    layer = layer_class(module, size, generator)
+    return TrainableDoRA(module, layer) if config.dora else layer
 
 
-def make_callbacks(
-    updates: Mapping[str, TrainableLayer], config: AdapterConfig, seed: int, steps: int
+def _make_callbacks(
+    layers: Mapping[str, TrainableLayer], config: AdapterConfig, seed: int, steps: int
 ) -> MethodCallbacks:
-    """What the kind does from step to step."""
-    adaptive = [update for update in updates.values() if isinstance(update, TrainableAdaLoRA)]
-    nested = [update for update in updates.values() if isinstance(update, TrainableDyLoRA)]
-    gated: dict[str, list[TrainableSparseLoRA]] = {}
-    for path, update in updates.items():
-        if isinstance(update, TrainableSparseLoRA):
-            gated.setdefault(path.partition(".")[0], []).append(update)
-    if adaptive:
-        return AdaLoRACallbacks(adaptive, steps)
-    if nested:
-        return DyLoRACallbacks(nested, seed)
-    return SparseCallbacks([*gated.values()], config, steps) if gated else MethodCallbacks()
+    """Make the callbacks of the configured method."""
+    adalora = [layer for layer in layers.values() if isinstance(layer, TrainableAdaLoRA)]
+    dylora = [layer for layer in layers.values() if isinstance(layer, TrainableDyLoRA)]
+    sparse_by_component: dict[str, list[TrainableSparseLoRA]] = {}
+    for path, layer in layers.items():
+        if isinstance(layer, TrainableSparseLoRA):
+            sparse_by_component.setdefault(path.partition(".")[0], []).append(layer)
+    if adalora:
+        return AdaLoRACallbacks(adalora, steps)
+    if dylora:
+        return DyLoRACallbacks(dylora, seed)
+    if sparse_by_component:
+        return SparseCallbacks([*sparse_by_component.values()], config, steps)
+    return MethodCallbacks()
 
 
-def resolve_sizes(paths: Sequence[str], config: AdapterConfig) -> dict[str, AdapterSize]:
-    """Rank and scale of each module. Raises ConfigError for a pattern that matches none."""
+def _resolve_sizes(paths: Sequence[str], config: AdapterConfig) -> dict[str, AdapterSize]:
+    """Compute rank and scale of each module. Raises ConfigError if a pattern matches no module."""
     ranks = resolve_patterns(paths, config.ranks, "adapter.ranks", config.rank)
     alphas = resolve_patterns(paths, config.alphas, "adapter.alphas", config.alpha)
     return {
-        path: AdapterSize(rank=ranks[path], scale=compute_scale(ranks[path], alphas[path], config), config=config)
+        path: AdapterSize(rank=ranks[path], scale=_compute_scale(ranks[path], alphas[path], config), config=config)
         for path in paths
     }
 
 
-def compute_scale(rank: int, alpha: float | None, config: AdapterConfig) -> float:
-    """Alpha over the rank, or over its root; 1 if there is no alpha."""
+def _compute_scale(rank: int, alpha: float | None, config: AdapterConfig) -> float:
+    """Compute alpha / rank, or alpha / sqrt(rank) for rsLoRA; 1 without an alpha."""
     if alpha is None:
         return 1.0
     return alpha / (rank**0.5 if config.scaling == "sqrt-rank" else rank)
 
 
-def make_generator(seed: int, path: str) -> torch.Generator:
+def _make_generator(seed: int, path: str) -> torch.Generator:
+    """Make a random generator that depends on the seed and the path alone."""
     digest = hashlib.sha256(f"{seed} {path}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def get_layer(base: Base, path: str) -> Any:
-    return getattr(module_at(base, path), NAME)
+    """Return the trainable layer of the module at a path."""
+    return getattr(module_at(base, path), SUBMODULE_NAME)
 
 
-def list_layers(base: Base) -> list[TrainableLayer]:
-    """Every update on a base's models."""
+def _list_layers(base: Base) -> list[TrainableLayer]:
+    """List all trainable layers of a base."""
     models = [getattr(base.pipe, component) for component in base.family.components]
     return [module for model in models for module in model.modules() if isinstance(module, TrainableLayer)]
 
 
 @contextmanager
 def adapter_disabled(base: Base) -> Iterator[None]:
-    """The frozen base alone while the block runs, bit for bit."""
+    """Disable all trainable layers inside the context, so that the base predicts exactly as without them."""
     state = adapter_state_of(base)
-    with state.overridden(replace(state.now, active=False)):
+    with state.override(replace(state.current, active=False)):
         yield
 
 
 def adapter_state_of(base: Base) -> AdapterState:
-    """Where the updates of a base look up what holds for all of them."""
-    found = list_layers(base)
-    return found[0].state if found else AdapterState()
+    """Return the state that all trainable layers of a base share, or a new one if there are none."""
+    layers = _list_layers(base)
+    return layers[0].state if layers else AdapterState()
 
 
 def list_factors(base: Base, paths: Sequence[str]) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """Down, up and scale of each update that has plain factors."""
+    """Yield `down`, `up` and the scale of the layers at `paths` that are LoRA; other methods are skipped."""
     for path in paths:
-        update = get_layer(base, path)
-        if isinstance(update, TrainableLoRA):
-            yield update.down, update.up, update.scale
+        layer = get_layer(base, path)
+        if isinstance(layer, TrainableLoRA):
+            yield layer.down, layer.up, layer.scale
 
 
 @torch.no_grad()
 def extract_adapter(base: Base, paths: Sequence[str], metadata: AdapterMetadata, dtype: torch.dtype) -> Adapter:
-    """The updates at `paths` as a value, copied to the CPU in `dtype`."""
-    updates = {path: get_layer(base, path) for path in paths}
+    """Extract the trained layers at `paths` as an adapter, copied to the CPU.
 
-    def is_kept(values: Tensor, name: str = "") -> Tensor:
-        exact = name == "magnitude"  # rounded, it would move the base's own weight and not the delta alone
-        return values.detach().to("cpu", torch.float32 if exact else dtype, copy=True).contiguous()
+    Tensors are converted to `dtype`, except for DoRA's magnitudes, which stay float32.
+    """
+    layers: dict[str, TrainableLayer] = {path: get_layer(base, path) for path in paths}
 
-    def detach(layer: Layer) -> Layer:
-        return layer.with_factors({name: is_kept(factor, name) for name, factor in layer.factors.items()})
+    def copy_tensor(values: Tensor, name: str = "") -> Tensor:
+        # A rounded magnitude would change the base weight itself, not only the delta.
+        target = torch.float32 if name == "magnitude" else dtype
+        return values.detach().to("cpu", target, copy=True).contiguous()
 
-    biases = {path: update.bias() for path, update in updates.items()}
+    def copy_layer(layer: Layer) -> Layer:
+        return layer.with_factors({name: copy_tensor(factor, name) for name, factor in layer.factors.items()})
+
+    biases = {path: layer.bias() for path, layer in layers.items()}
     return Adapter(
-        layers={path: detach(update.layer()) for path, update in updates.items()},
-        biases={path: is_kept(bias) for path, bias in biases.items() if bias is not None},
+        layers={path: copy_layer(layer.layer()) for path, layer in layers.items()},
+        biases={path: copy_tensor(bias) for path, bias in biases.items() if bias is not None},
         metadata=metadata,
     )

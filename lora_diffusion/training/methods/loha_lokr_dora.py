@@ -1,7 +1,8 @@
-"""Updates that make a whole delta of their factors: LoHa, LoKr, full differences, and DoRA around any.
+"""Trainable layers that materialize their delta: LoHa, LoKr, full weight differences, and DoRA around any of them.
 
-The delta is computed in float32. In half precision it acts beside the frozen weight, as a sum of the two would round
-small deltas away, and what it is made of is computed again on the way back, and not kept.
+The delta is computed in float32. If the layer computes in half precision, the delta is applied separately from the
+frozen weight, because adding it to the weight would round small deltas away; it is then recomputed in the backward pass
+instead of stored.
 """
 
 from abc import abstractmethod
@@ -17,19 +18,26 @@ from lora_diffusion.adapters.layers import FLOAT32_EPSILON, DoRALayer, FullLayer
 from lora_diffusion.training.methods.base import (
     AdapterSize,
     AdditiveLayer,
-    Frozen,
+    BaseForward,
     TrainableLayer,
     kaiming_uniform,
     make_parameter,
 )
 from lora_diffusion.training.methods.fused_ops import cast_for_compute, compute_dtype
 
-LOHA_SMALL = 0.1
-"""Spread of the first half's outer factor [github.com/KohakuBlueleaf/LyCORIS]."""
+_LOHA_W1_A_STD = 0.1
+"""Standard deviation of the initial `w1_a`, as in LyCORIS [github.com/KohakuBlueleaf/LyCORIS]."""
 
 
-def functional_forward(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A linear layer or convolution of the module's geometry with other values."""
+def _functional_forward(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Apply a linear layer or convolution like `module`, with another weight and bias.
+
+    Args:
+        module: Gives the type and, for a convolution, stride, padding and dilation.
+        x: Input of the module.
+        weight: Weight with the shape of the module's own.
+        bias: Bias (out,), or None for none.
+    """
     x, weight, bias = (
         cast_for_compute(x, x),
         cast_for_compute(weight, x),
@@ -42,20 +50,24 @@ def functional_forward(module: Any, x: Tensor, weight: Tensor, bias: Tensor | No
 
 
 class TrainableFullLayer(AdditiveLayer):
-    """A difference for every value of a module, weight and bias."""
+    """A trained difference for each value of a module's weight and bias, initially zero.
+
+    Supports linear layers, convolutions, group norms and layer norms.
+    """
 
     def __init__(self, module: Any) -> None:
         super().__init__()
         self.diff = make_parameter(torch.zeros_like(module.weight, dtype=torch.float32), module)
         self.bias_diff = None if module.bias is None else make_parameter(torch.zeros_like(module.bias), module)
 
-    def output(self, module: Any, x: Tensor, frozen: Frozen) -> Tensor:
+    def output(self, module: Any, x: Tensor, base_forward: BaseForward) -> Tensor:
+        """Compute the adapted output; norms are computed from the sums of weights and differences."""
         if isinstance(module, nn.GroupNorm | nn.LayerNorm):
-            return self.forward_norm(module, x)
-        return super().output(module, x, frozen)
+            return self._forward_norm(module, x)
+        return super().output(module, x, base_forward)
 
-    def forward_norm(self, module: Any, x: Tensor) -> Tensor:
-        """A norm with both of its values, in float32, as a sum in half precision rounds small differences away."""
+    def _forward_norm(self, module: Any, x: Tensor) -> Tensor:
+        """Compute a norm in float32, because sums in half precision would round small differences away."""
         weight = module.weight.float() + self.diff
         bias = None if self.bias_diff is None else module.bias.float() + self.bias_diff
         if isinstance(module, nn.GroupNorm):
@@ -65,60 +77,71 @@ class TrainableFullLayer(AdditiveLayer):
         return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
     def forward_delta(self, module: Any, x: Tensor) -> Tensor:
-        return functional_forward(module, x, self.diff, self.bias_diff)
+        """Apply the differences of weight and bias to the input."""
+        return _functional_forward(module, x, self.diff, self.bias_diff)
 
     def bias(self) -> Tensor | None:
+        """Return the difference of the bias."""
         return self.bias_diff
 
     def layer(self) -> FullLayer:
+        """Return the difference of the weight."""
         return FullLayer(diff=self.diff)
 
 
 class DenseDeltaLayer(AdditiveLayer):
-    """A delta of factors, in the way of the layer that it is saved as."""
+    """A trainable layer whose delta is computed by the layer that it is saved as."""
 
     @abstractmethod
-    def layer(self) -> LowRank: ...
+    def layer(self) -> LowRank:
+        """Return the layer to save, whose `delta` is the trained one."""
 
-    def output(self, module: Any, x: Tensor, frozen: Frozen) -> Tensor:
+    def output(self, module: Any, x: Tensor, base_forward: BaseForward) -> Tensor:
+        """Compute the adapted output; in float32 with the delta added to the weight, which needs one product less."""
         if compute_dtype(x) != torch.float32:
-            return super().output(module, x, frozen)
-        return functional_forward(
+            return super().output(module, x, base_forward)
+        return _functional_forward(
             module, x, module.weight + self.layer().delta().reshape(module.weight.shape), module.bias
         )
 
     def forward_delta(self, module: Any, x: Tensor) -> Tensor:
+        """Apply the delta to the input; the backward pass recomputes the delta."""
         with torch.autocast(x.device.type, enabled=False):
             delta = checkpoint(lambda: self.layer().delta(), use_reentrant=False, preserve_rng_state=False)
-        return functional_forward(module, x, delta.reshape(module.weight.shape))
+        return _functional_forward(module, x, delta.reshape(module.weight.shape))
 
 
 class TrainableLoHa(DenseDeltaLayer):
-    """LoHa: the product, number by number, of two low-rank matrices, of rank r * r [arXiv:2108.06098]."""
+    """LoHa [arXiv:2108.06098]: the Hadamard product of two low-rank matrices, which has a rank of up to r * r.
+
+    delta = scale * (w1_a @ w1_b) * (w2_a @ w2_b)
+    """
 
     def __init__(self, module: nn.Linear | nn.Conv2d, size: AdapterSize, generator: torch.Generator) -> None:
         super().__init__()
         rank, out, inputs = size.rank, module.weight.shape[0], module.weight[0].numel()
-        self.w1_a = make_parameter(torch.randn(out, rank, generator=generator) * LOHA_SMALL, module)
+        self.w1_a = make_parameter(torch.randn(out, rank, generator=generator) * _LOHA_W1_A_STD, module)
         self.w1_b = make_parameter(torch.randn(rank, inputs, generator=generator), module)
         self.w2_a = make_parameter(torch.zeros(out, rank), module)
         self.w2_b = make_parameter(torch.randn(rank, inputs, generator=generator), module)
         self.alpha = size.scale * rank
 
     def layer(self) -> LoHaLayer:
+        """Return the four factors."""
         return LoHaLayer(w1_a=self.w1_a, w1_b=self.w1_b, w2_a=self.w2_a, w2_b=self.w2_b, alpha=self.alpha)
 
 
 class TrainableLoKr(DenseDeltaLayer):
-    """LoKr: the Kronecker product of a small matrix and a larger low-rank one [arXiv:2309.14859].
+    """LoKr [arXiv:2309.14859]: the Kronecker product of a small matrix w1 and a larger matrix w2.
 
-    The larger one is whole where its low-rank factors would hold as many numbers.
+    The larger matrix is the low-rank product w2_a @ w2_b, or a full matrix where the factors would have at least as
+    many parameters. The sides of w1 are the largest divisors of the weight's sides up to `lokr_factor`.
     """
 
     def __init__(self, module: nn.Linear | nn.Conv2d, size: AdapterSize, generator: torch.Generator) -> None:
         super().__init__()
-        shape, most = module.weight.shape, size.config.lokr_factor
-        small_out, small_in = largest_divisor(shape[0], most), largest_divisor(shape[1], most)
+        shape, max_side = module.weight.shape, size.config.lokr_factor
+        small_out, small_in = _largest_divisor(shape[0], max_side), _largest_divisor(shape[1], max_side)
         out, inputs, kernel = shape[0] // small_out, shape[1] // small_in, tuple(shape[2:])
         flat, rank = inputs * prod(kernel), size.rank
         self.w1 = make_parameter(kaiming_uniform((small_out, small_in), generator), module)
@@ -131,54 +154,63 @@ class TrainableLoKr(DenseDeltaLayer):
             self.w2 = make_parameter(torch.zeros(out, *self.kernel_inputs), module)
 
     def layer(self) -> LoKrLayer:
+        """Return w1 and w2, or the factors of w2."""
         alpha = self.scale * (self.rank if self.w2 is None else 1)
         return LoKrLayer(alpha=alpha, w1=self.w1, w2=self.w2, w2_a=self.w2_a, w2_b=self.w2_b)
 
 
-def largest_divisor(number: int, most: int) -> int:
-    """The largest divisor up to `most`."""
-    return max(each for each in range(1, most + 1) if number % each == 0)
+def _largest_divisor(number: int, limit: int) -> int:
+    """Return the largest divisor of a number up to a limit."""
+    return max(divisor for divisor in range(1, limit + 1) if number % divisor == 0)
 
 
 class TrainableDoRA(TrainableLayer):
-    """DoRA: magnitude and direction of each output apart [arXiv:2402.09353].
+    """DoRA [arXiv:2402.09353]: a trained magnitude (out, 1[, 1, 1]) for each output, and its direction.
 
         W' = magnitude * V / norm(V),  V = W + delta
 
-    The norm is taken as a constant in the backward pass, as section 4.3 of the paper has it.
+    The norm is a constant in the backward pass, as in section 4.3 of the paper. The delta is that of the inner layer.
     """
 
     def __init__(self, module: nn.Linear | nn.Conv2d, inner: AdditiveLayer) -> None:
         super().__init__()
         self.inner = inner
-        self.magnitude = make_parameter(output_norms(module.weight.detach().float()), module)
+        self.magnitude = make_parameter(_output_norms(module.weight.detach().float()), module)
 
-    def output(self, module: Any, x: Tensor, frozen: Frozen) -> Tensor:
-        """W x + bias + (share - 1) W x + share * delta x, as a share of nearly 1 would round to 1."""
-        y = frozen(module, x)
-        bare = y if module.bias is None else y - broadcast_over_outputs(cast_for_compute(module.bias, x), module)
-        share = (self.magnitude / self.compute_norms(module)).flatten()
-        less, more = (broadcast_over_outputs(cast_for_compute(each, x), module) for each in (share - 1, share))
-        return y + (less * bare + more * self.inner.forward_delta(module, x))
+    def output(self, module: Any, x: Tensor, base_forward: BaseForward) -> Tensor:
+        """Compute W x + bias + (ratio - 1) W x + ratio * delta x, with ratio = magnitude / norm(V).
+
+        The difference ratio - 1 is computed in float32, because a ratio near 1 would round to 1 in half precision.
+        """
+        y = base_forward(module, x)
+        without_bias = (
+            y if module.bias is None else y - _broadcast_over_outputs(cast_for_compute(module.bias, x), module)
+        )
+        ratio = (self.magnitude / self._compute_norms(module)).flatten()
+        ratio_minus_one, ratio = (
+            _broadcast_over_outputs(cast_for_compute(each, x), module) for each in (ratio - 1, ratio)
+        )
+        return y + (ratio_minus_one * without_bias + ratio * self.inner.forward_delta(module, x))
 
     @torch.no_grad()
-    def compute_norms(self, module: Any) -> Tensor:
-        """The norms of V."""
+    def _compute_norms(self, module: Any) -> Tensor:
+        """Compute norm(V) for each output."""
         inner: Any = self.inner.layer()
         with torch.autocast(module.weight.device.type, enabled=False):
-            return output_norms(module.weight.float() + inner.delta().reshape(module.weight.shape))
+            return _output_norms(module.weight.float() + inner.delta().reshape(module.weight.shape))
 
     def layer(self) -> Layer:
+        """Return the inner layer with the magnitudes."""
         inner: Any = self.inner.layer()
         return DoRALayer(inner=inner, magnitude=self.magnitude)
 
 
-def broadcast_over_outputs(values: Tensor, module: Any) -> Tensor:
-    """A value for each output (out,), to be multiplied with a linear layer's outputs or a convolution's."""
+def _broadcast_over_outputs(values: Tensor, module: Any) -> Tensor:
+    """Reshape values (out,) so that they broadcast with the output of a linear layer or convolution."""
     return values if isinstance(module, nn.Linear) else values[:, None, None]
 
 
-def output_norms(weight: Tensor) -> Tensor:
-    """Of each output's weights, (out, 1[, 1, 1])."""
+def _output_norms(weight: Tensor) -> Tensor:
+    """Compute the norm of the weights of each output, (out, 1[, 1, 1]), bounded away from zero."""
     squares = weight.square().sum(dim=tuple(range(1, weight.ndim)), keepdim=True)
     return squares.sqrt().clamp(min=FLOAT32_EPSILON)

@@ -1,4 +1,4 @@
-"""Updates that begin as the layers of an adapter, whatever its kind and wherever it came from."""
+"""Make trainable layers that start from the layers of an existing adapter (`adapter.begin_with`)."""
 
 from dataclasses import replace
 from typing import Any
@@ -30,87 +30,119 @@ from lora_diffusion.training.methods.lora import TrainableLoRA
 
 
 def check_continuable(adapter: Adapter, path: str) -> None:
-    """Raise ConfigError for what would be lost, or cannot be trained on."""
+    """Check that training can continue from an adapter.
+
+    Args:
+        adapter: The adapter to start from.
+        path: Its file, for the error message.
+
+    Raises:
+        ConfigError: The adapter has learned words, is a T-LoRA, or has no layers.
+    """
     if adapter.tokens:
         raise ConfigError(
-            f"adapter.begin_with: {path} has learned words ({', '.join(adapter.tokens)}), which training goes on "
-            "without; leave them out (`lora-diffusion convert --without-tokens`), or train anew"
+            f"adapter.begin_with: {path} has learned words ({', '.join(adapter.tokens)}), which training would lose; "
+            "remove them first (`lora-diffusion convert --without-tokens`), or train a new adapter"
         )
     if adapter.metadata.least_rank:
         raise ConfigError(
-            f"adapter.begin_with: {path} is T-LoRA, whose ranks go with the timestep, which training would not go on "
-            "with; cut it to plain LoRA first (`lora-diffusion resize --first`), or train anew"
+            f"adapter.begin_with: {path} is a T-LoRA, whose rank depends on the timestep; training cannot continue "
+            "from it; truncate it to plain LoRA first (`lora-diffusion resize --first`), or train a new adapter"
         )
     if not adapter.layers:
-        raise ConfigError(f"adapter.begin_with: {path} has no layers to go on with")
+        raise ConfigError(f"adapter.begin_with: {path} has no layers; expected an adapter with at least one layer")
 
 
 def layer_from_adapter(
     path: str, module: Any, layer: Layer, bias: Tensor | None, config: AdapterConfig
 ) -> TrainableLayer:
-    """A trainable update with a layer's values. Raises ConfigError for a kind that cannot be trained on."""
+    """Make a trainable layer with the values of a saved one.
+
+    Args:
+        path: Path of the module, for error messages.
+        module: The frozen module.
+        layer: The saved layer.
+        bias: The saved delta of the module's bias, if there is one.
+        config: Gives the dropout settings; everything else comes from the saved layer.
+
+    Raises:
+        ConfigError: Training does not support the kind of the layer, or a setting does not apply to it.
+    """
     if not isinstance(layer, LoRALayer):
-        check_no_dropout(path, layer, config)
+        _check_no_dropout(path, layer, config)
     if isinstance(layer, FullLayer):
-        return from_full(module, layer, bias)
+        return _from_full(module, layer, bias)
     if bias is not None or not isinstance(module, nn.Linear | nn.Conv2d):
-        raise ConfigError(f"{path}: has a bias or sits on a norm, which goes on only as a full difference")
+        raise ConfigError(
+            f"{path}: training cannot continue from a {layer.kind} layer that has a bias or is on a norm; expected a "
+            "full difference there"
+        )
     if isinstance(layer, DoRALayer):
-        return from_dora(path, module, layer, config)
+        return _from_dora(path, module, layer, config)
     if isinstance(layer, LoRALayer | LoHaLayer | LoKrLayer):
-        return from_factors(path, module, layer, config)
-    raise ConfigError(f"{path}: is {layer.kind}, which cannot be trained on; extract or combine it to LoRA first")
+        return _from_factors(path, module, layer, config)
+    raise ConfigError(
+        f"{path}: training cannot continue from a {layer.kind} layer; convert it to LoRA first, with "
+        "`lora-diffusion extract` or `lora-diffusion combine`"
+    )
 
 
-def check_no_dropout(path: str, layer: Layer, config: AdapterConfig) -> None:
-    """Raise ConfigError for settings of plain factors, which the layer has not."""
+def _check_no_dropout(path: str, layer: Layer, config: AdapterConfig) -> None:
+    """Raise ConfigError if a setting is on that applies to plain LoRA only."""
     for name in ("dropout", "rank_dropout", "module_dropout", "max_norm"):
         if getattr(config, name):
             raise ConfigError(
-                f"adapter.{name} is of plain factors, and {path} in adapter.begin_with is {layer.kind}; leave it out"
+                f"adapter.{name} applies to plain LoRA only, but {path} in adapter.begin_with is {layer.kind}; remove "
+                f"adapter.{name}"
             )
 
 
-def from_factors(path: str, module: nn.Linear | nn.Conv2d, layer: LowRank, config: AdapterConfig) -> AdditiveLayer:
-    """Of factors; those with Tucker cores have no update here."""
+def _from_factors(path: str, module: nn.Linear | nn.Conv2d, layer: LowRank, config: AdapterConfig) -> AdditiveLayer:
+    """Make a trainable LoRA, LoHa or LoKr layer. Raises ConfigError for a Tucker core."""
     if getattr(layer, "mid", None) is not None or any(name in layer.factors for name in ("t1", "t2")):
-        raise ConfigError(f"{path}: is {layer.kind} with a Tucker core, which cannot be trained on; resize it to LoRA")
-    size, rng = AdapterSize(rank=layer.rank, scale=layer.scale, config=dropout_config(config)), torch.Generator()
+        raise ConfigError(
+            f"{path}: training cannot continue from a {layer.kind} layer with a Tucker core; convert it to LoRA first, "
+            "with `lora-diffusion resize`"
+        )
+    size = AdapterSize(rank=layer.rank, scale=layer.scale, config=_dropout_config(config))
+    generator = torch.Generator()  # its values are overwritten below
     if isinstance(layer, LoRALayer):
-        update: Any = TrainableLoRA(module, size, rng)
-        update.down = make_parameter(layer.down.reshape(update.down.shape), module)
-        update.up = make_parameter(layer.up.reshape(update.up.shape), module)
-        return update
+        trainable: Any = TrainableLoRA(module, size, generator)
+        trainable.down = make_parameter(layer.down.reshape(trainable.down.shape), module)
+        trainable.up = make_parameter(layer.up.reshape(trainable.up.shape), module)
+        return trainable
     if isinstance(layer, LoHaLayer):
-        update = TrainableLoHa(module, size, rng)
+        trainable = TrainableLoHa(module, size, generator)
     else:
-        update = TrainableLoKr(module, size, rng)
-        update.w2 = update.w2_a = update.w2_b = None
+        trainable = TrainableLoKr(module, size, generator)
+        trainable.w2 = trainable.w2_a = trainable.w2_b = None
         layer = replace(layer, w1=kronecker_factor(layer.w1, layer.w1_a, layer.w1_b, None), w1_a=None, w1_b=None)
     for name, values in layer.factors.items():
-        setattr(update, name, make_parameter(values, module))
-    return update
+        setattr(trainable, name, make_parameter(values, module))
+    return trainable
 
 
-def dropout_config(config: AdapterConfig) -> AdapterConfig:
-    """What of a config still holds where kind, ranks and scales are the file's own: dropout."""
-    kept = {"dropout": config.dropout, "rank_dropout": config.rank_dropout, "module_dropout": config.module_dropout}
-    return AdapterConfig.model_validate(kept)
+def _dropout_config(config: AdapterConfig) -> AdapterConfig:
+    """Return a config with the dropout settings only; method, ranks and scales come from the file."""
+    settings = {"dropout": config.dropout, "rank_dropout": config.rank_dropout, "module_dropout": config.module_dropout}
+    return AdapterConfig.model_validate(settings)
 
 
-def from_dora(path: str, module: nn.Linear | nn.Conv2d, layer: DoRALayer, config: AdapterConfig) -> TrainableLayer:
+def _from_dora(path: str, module: nn.Linear | nn.Conv2d, layer: DoRALayer, config: AdapterConfig) -> TrainableLayer:
+    """Make a trainable DoRA layer. Raises ConfigError for magnitudes by input."""
     if not layer.per_output:
         raise ConfigError(
-            f"{path}: is DoRA with magnitudes by input, of which training goes on with those by output only"
+            f"{path}: training cannot continue from a DoRA layer with one magnitude per input; expected one per output"
         )
-    update = TrainableDoRA(module, from_factors(path, module, layer.inner, config))
-    update.magnitude = make_parameter(layer.magnitude.reshape(update.magnitude.shape), module)
-    return update
+    trainable = TrainableDoRA(module, _from_factors(path, module, layer.inner, config))
+    trainable.magnitude = make_parameter(layer.magnitude.reshape(trainable.magnitude.shape), module)
+    return trainable
 
 
-def from_full(module: Any, layer: FullLayer, bias: Tensor | None) -> TrainableLayer:
-    update = TrainableFullLayer(module)
-    update.diff = make_parameter(layer.diff.reshape(module.weight.shape), module)
+def _from_full(module: Any, layer: FullLayer, bias: Tensor | None) -> TrainableLayer:
+    """Make a trainable full difference."""
+    trainable = TrainableFullLayer(module)
+    trainable.diff = make_parameter(layer.diff.reshape(module.weight.shape), module)
     if bias is not None:
-        update.bias_diff = make_parameter(bias, module)
-    return update
+        trainable.bias_diff = make_parameter(bias, module)
+    return trainable

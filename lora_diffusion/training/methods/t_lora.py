@@ -1,7 +1,8 @@
-"""T-LoRA: few directions where a picture is nearly noise, all of them where it is nearly done [arXiv:2507.05964].
+"""T-LoRA [arXiv:2507.05964]: a LoRA whose rank grows as the noise falls.
 
-At timestep t of T the first r(t) = least + floor((T - t) / T * (rank - least)) directions act. A subject of few
-pictures then cannot copy their layout, which is decided in noise, at full strength.
+At timestep t of T, the first r(t) = min_rank + floor((T - t) / T * (rank - min_rank)) directions are used. The layout
+of a picture is decided at high noise, where the rank is low, so an adapter trained on few pictures of a subject copies
+their layout less.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_diffusion.adapters.t_lora import rank_at_step
-from lora_diffusion.training.methods.base import AdapterSize, AdditiveLayer, Frozen
+from lora_diffusion.training.methods.base import AdapterSize, AdditiveLayer, BaseForward
 from lora_diffusion.training.methods.fused_ops import cast_for_compute
 from lora_diffusion.training.methods.lora import TrainableLoRA
 
 
 class TrainableTLoRA(TrainableLoRA):
-    """LoRA of which each sample uses the first directions, as many as its timestep says."""
+    """LoRA in which each sample of a batch uses as many directions as its timestep allows."""
 
     def __init__(self, module: nn.Linear | nn.Conv2d, size: AdapterSize, generator: torch.Generator) -> None:
         super().__init__(module, size, generator)
@@ -27,49 +28,50 @@ class TrainableTLoRA(TrainableLoRA):
 
     @property
     def active_directions(self) -> Tensor | None:
-        """(n, r), true for each direction that a sample uses; None before the first pass."""
-        return self.state.now.used.get(self.sizes)
+        """Mask (n, r), true for each direction that a sample uses; None before the first call of the UNet."""
+        return self.state.current.used.get(self.sizes)
 
-    def output(self, module: Any, x: Tensor, frozen: Frozen) -> Tensor:
-        return AdditiveLayer.output(self, module, x, frozen)  # the fused passes know no samples
+    def output(self, module: Any, x: Tensor, base_forward: BaseForward) -> Tensor:
+        """Compute the adapted output without the fused operations, which cannot mask directions by sample."""
+        return AdditiveLayer.output(self, module, x, base_forward)
 
     def forward_delta(self, module: Any, x: Tensor) -> Tensor:
+        """Compute scale * up @ mask(down @ dropout(x)), with the mask of each sample."""
         down, up = (cast_for_compute(factor, x) for factor in (self.apply_rank_dropout(self.down), self.up))
-        thin = functional.dropout(x, self.config.dropout, self.training)
+        x = functional.dropout(x, self.config.dropout, self.training)
         with torch.autocast(x.device.type, enabled=False):
-            inner = self.mask_directions(module, cast_for_compute(thin, x), down)
-            added = functional.linear(inner, up) if isinstance(module, nn.Linear) else functional.conv2d(inner, up)
-        return self.current_scale * added
+            hidden = self._masked_down(module, cast_for_compute(x, x), down)
+            delta = functional.linear(hidden, up) if isinstance(module, nn.Linear) else functional.conv2d(hidden, up)
+        return self.current_scale * delta
 
-    def mask_directions(self, module: Any, x: Tensor, down: Tensor) -> Tensor:
-        """What the first factor makes of the input, without the directions that rest."""
+    def _masked_down(self, module: Any, x: Tensor, down: Tensor) -> Tensor:
+        """Apply `down` to the input and set the directions that a sample does not use to zero."""
+        mask = self.active_directions
         if isinstance(module, nn.Linear):
-            inner = functional.linear(x, down)
-            return (
-                inner
-                if self.active_directions is None
-                else inner * self.active_directions.to(inner.dtype).view(len(x), *[1] * (x.ndim - 2), -1)
-            )
-        inner = functional.conv2d(x, down, None, module.stride, module.padding, module.dilation)
-        return (
-            inner
-            if self.active_directions is None
-            else inner * self.active_directions.to(inner.dtype)[:, :, None, None]
-        )
+            hidden = functional.linear(x, down)
+            return hidden if mask is None else hidden * mask.to(hidden.dtype).view(len(x), *[1] * (x.ndim - 2), -1)
+        hidden = functional.conv2d(x, down, None, module.stride, module.padding, module.dilation)
+        return hidden if mask is None else hidden * mask.to(hidden.dtype)[:, :, None, None]
 
 
-def follow_timesteps(unet: nn.Module, updates: Sequence[TrainableTLoRA], timesteps: int) -> None:
-    """Tell the updates, which are of one base, at each call of the UNet which timesteps its samples are at."""
-    state, every_size = updates[0].state, {update.sizes for update in updates}
+def follow_timesteps(unet: nn.Module, layers: Sequence[TrainableTLoRA], timesteps: int) -> None:
+    """Register a hook on the UNet that sets the rank masks of the layers from the timesteps of each call.
 
-    def before_forward(_unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    Args:
+        unet: The UNet that the layers are attached to.
+        layers: All T-LoRA layers of one base; they share an `AdapterState`.
+        timesteps: Number of timesteps that the base was trained with.
+    """
+    state, all_sizes = layers[0].state, {layer.sizes for layer in layers}
+
+    def set_masks(_unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         sample = args[0] if args else kwargs["sample"]
-        at = torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"], device=sample.device)
-        shares = 1 - at.float().expand(len(sample)) / timesteps
+        timestep = torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"], device=sample.device)
+        progress = 1 - timestep.float().expand(len(sample)) / timesteps
         masks: dict[tuple[int, int], Tensor] = {}
-        for sizes in every_size:
-            ranks = torch.tensor([rank_at_step(share, *sizes) for share in shares.tolist()], device=sample.device)
+        for sizes in all_sizes:
+            ranks = torch.tensor([rank_at_step(each, *sizes) for each in progress.tolist()], device=sample.device)
             masks[sizes] = torch.arange(sizes[1], device=sample.device) < ranks[:, None]
-        state.now = replace(state.now, used=masks)
+        state.current = replace(state.current, used=masks)
 
-    unet.register_forward_pre_hook(before_forward, with_kwargs=True)
+    unet.register_forward_pre_hook(set_masks, with_kwargs=True)

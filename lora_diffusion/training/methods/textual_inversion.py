@@ -1,8 +1,7 @@
-"""Words whose vectors are learned: textual inversion [arXiv:2208.01618], before or beside an adapter (pivotal tuning
-[arXiv:2106.05744]).
+"""Textual inversion [arXiv:2208.01618], alone or together with an adapter (pivotal tuning, arXiv:2106.05744).
 
-A word gets rows of its own behind each text encoder's table of embeddings; nothing else in the table can change. Each
-vector keeps the length that it began with, as longer ones drown the rest of the prompt.
+Each learned word gets rows of its own after the embedding table of each text encoder; the table itself stays frozen.
+Each vector keeps its initial norm, because a longer one would dominate the rest of the prompt.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,23 +29,23 @@ from lora_diffusion.models.textual_inversion import (
 from lora_diffusion.prompts.emphasis import Prompt, ReadText
 from lora_diffusion.training.methods.callbacks import MethodCallbacks, RateOf
 
-PREFIX = "words"
-"""Of the names of vectors among the parameters: `text_encoder.words.sks`."""
+_SUBMODULE_NAME = "words"
+"""Second part of the parameter names of learned vectors, as in `text_encoder.words.sks`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearnedTokens:
-    """The words of a run, put into its base."""
+    """Learned words that have been added to a base."""
 
     parameters: dict[str, nn.Parameter]
-    """Vectors (n, width) by component and word, float32."""
+    """Vectors (n, width) in float32, by parameter name such as `text_encoder.words.sks`."""
     rewrite: Callable[[str], str]
-    """Turns the words of a text into their tokens' names."""
+    """Replaces the learned words in a text by the names of their tokens."""
     open_words: ExitStack
-    """What holds the words in the base's tokenizers; never closed, as the base is the run's own."""
+    """Contexts that keep the words in the tokenizers; never closed, because the base belongs to the training run."""
 
     def wrap_parser(self, read: ReadText) -> ReadText:
-        """The same notation, of texts with these words."""
+        """Return a prompt parser that replaces the learned words first."""
 
         def parse(text: str) -> Prompt:
             return read(self.rewrite(text))
@@ -54,69 +53,90 @@ class LearnedTokens:
         return parse
 
     def extract_tokens(self, dtype: torch.dtype) -> dict[str, Token]:
-        """What has been learned, on the CPU."""
-        found: dict[str, dict[str, Tensor]] = {}
+        """Return the learned vectors by word and component, copied to the CPU in `dtype`."""
+        tokens: dict[str, dict[str, Tensor]] = {}
         for name, vectors in self.parameters.items():
             component, _, word = name.split(".", 2)
-            found.setdefault(word, {})[component] = vectors.detach().to("cpu", dtype, copy=True)
-        return dict(found)
+            tokens.setdefault(word, {})[component] = vectors.detach().to("cpu", dtype, copy=True)
+        return dict(tokens)
 
 
 def add_learned_tokens(base: Base, config: TextualInversionConfig, seed: int) -> LearnedTokens:
-    """Give the base words that learn. Mutates its tokenizers and text encoders.
+    """Add trainable words to a base. Mutates its tokenizers and text encoders.
 
-    Raises ConfigError for a word to begin as that is no word of the base.
+    Args:
+        base: The base to train on.
+        config: The words, their number of vectors and their initial value.
+        seed: Seed of the random initial vectors.
+
+    Raises:
+        ConfigError: `words.begin_as` gives no tokens in one of the tokenizers.
     """
-    starts = {
+    initial = {
         word: {
-            component: initial_vectors(base, component, config, seed, place) for component in base.layout.text_layers
+            component: _initial_vectors(base, component, config, seed, index) for component in base.layout.text_layers
         }
-        for place, word in enumerate(config.words)
+        for index, word in enumerate(config.words)
     }
-    holder = WeightedAdapter(adapter=Adapter(layers={}, tokens=starts))
-    words = tuple(make_token_names(holder, place, word, starts[word]) for place, word in enumerate(config.words))
+    entry = WeightedAdapter(adapter=Adapter(layers={}, tokens=initial))
+    words = tuple(make_token_names(entry, index, word, initial[word]) for index, word in enumerate(config.words))
     parameters: dict[str, nn.Parameter] = {}
     open_words = ExitStack()
     for component in base.layout.text_layers:
         open_words.enter_context(extended_vocabulary(base, component, {word: word.token[component] for word in words}))
-        parameters |= add_trainable_rows(base, component, words)
+        parameters |= _add_trainable_rows(base, component, words)
     return LearnedTokens(parameters=parameters, rewrite=prompt_rewriter(words), open_words=open_words)
 
 
-def initial_vectors(base: Base, component: str, config: TextualInversionConfig, seed: int, place: int) -> Tensor:
-    """What a word begins as (n, width): the vectors of another word in turn, or noise like the table's own vectors."""
+def _initial_vectors(base: Base, component: str, config: TextualInversionConfig, seed: int, index: int) -> Tensor:
+    """Compute the initial vectors (n, width) of the word at an index.
+
+    They are the token vectors of `begin_as`, repeated as needed, or normal noise with the mean and the standard
+    deviation of the embedding table.
+    """
     table = embedding_table(base, component).weight.detach().float().cpu()
     if not config.begin_as:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + place)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
         noise = torch.randn(config.vectors, table.shape[1], generator=generator)
         return table.mean(dim=0) + table.std(dim=0) * noise
     tokenizer = getattr(base.pipe, TOKENIZERS[component])
     ids = tokenizer(config.begin_as, add_special_tokens=False).input_ids
     if not ids:
-        raise ConfigError(f"words.begin_as: {config.begin_as!r} is nothing to {component}; name a word such as 'style'")
+        raise ConfigError(
+            f"words.begin_as is {config.begin_as!r}, which has no tokens in the tokenizer of {component}; expected a "
+            "word such as 'style'"
+        )
     return table[[ids[i % len(ids)] for i in range(config.vectors)]]
 
 
-def add_trainable_rows(base: Base, component: str, words: Sequence[LearnedToken]) -> dict[str, nn.Parameter]:
-    """Rows behind one encoder's table whose gradients come through; the table's own rows stay frozen."""
+def _add_trainable_rows(base: Base, component: str, words: Sequence[LearnedToken]) -> dict[str, nn.Parameter]:
+    """Add trainable rows after the embedding table of one text encoder; the rows of the table stay frozen."""
     table: Any = embedding_table(base, component)
     count = len(getattr(base.pipe, TOKENIZERS[component])) - sum(len(word.names) for word in words)
-    starts = [word.token[component].to(table.weight.device, torch.float32, copy=True) for word in words]
-    rows = nn.ParameterList(nn.Parameter(start) for start in starts)
+    initial = [word.token[component].to(table.weight.device, torch.float32, copy=True) for word in words]
+    rows = nn.ParameterList(nn.Parameter(vectors) for vectors in initial)
 
     def forward(ids: Tensor) -> Tensor:
-        own = functional.embedding(ids, table.weight)
-        learned = torch.cat([*rows]).to(own.dtype)
-        place = (ids - count).clamp(min=0, max=len(learned) - 1)
-        return torch.where((ids >= count)[..., None], functional.embedding(place, learned), own)
+        frozen = functional.embedding(ids, table.weight)
+        learned = torch.cat([*rows]).to(frozen.dtype)
+        row = (ids - count).clamp(min=0, max=len(learned) - 1)
+        return torch.where((ids >= count)[..., None], functional.embedding(row, learned), frozen)
 
-    table.add_module(PREFIX, rows)  # where parallel processes find them
+    table.add_module(_SUBMODULE_NAME, rows)  # as a submodule, so that DDP finds the parameters
     table.forward = forward
-    return {f"{component}.{PREFIX}.{word.word}": row for word, row in zip(words, rows, strict=True)}
+    return {f"{component}.{_SUBMODULE_NAME}.{word.word}": row for word, row in zip(words, rows, strict=True)}
 
 
 class TextualInversionCallbacks(MethodCallbacks):
-    """Who learns when, and that each vector keeps its length."""
+    """Decides when words and adapter learn, and restores the norm of each vector after each step.
+
+    Args:
+        words: Parameters of the learned words.
+        others: All other trained parameters.
+        config: `alone`, the fraction of the run in which only words learn, and `until`, the fraction after which they
+            are frozen.
+        steps: Number of steps of the run.
+    """
 
     def __init__(
         self,
@@ -127,19 +147,23 @@ class TextualInversionCallbacks(MethodCallbacks):
     ) -> None:
         self.words, self.others = words, others
         self.alone, self.until = config.alone * steps, config.until * steps
-        self.lengths = {name: vectors.detach().norm(dim=1, keepdim=True) for name, vectors in words.items()}
+        self.norms = {name: vectors.detach().norm(dim=1, keepdim=True) for name, vectors in words.items()}
 
     def frozen_parameters(self, step: int) -> Iterable[nn.Parameter]:
+        """Return the other parameters before `alone`, and the words from `until` on."""
         others = self.others.values() if step < self.alone else ()
         return (*others, *(self.words.values() if step >= self.until else ()))
 
     def is_stable(self, step: int) -> bool:
+        """Return whether the adapter, if there is one, has started to learn."""
         return not self.others or step > self.alone
 
     @torch.no_grad()
     def after_step(self, step: int, rate_of: RateOf) -> None:  # noqa: ARG002 (the same at every step)
+        """Scale each vector to its initial norm."""
         for name, vectors in self.words.items():
-            vectors.mul_(self.lengths[name] / vectors.norm(dim=1, keepdim=True))
+            vectors.mul_(self.norms[name] / vectors.norm(dim=1, keepdim=True))
 
     def report(self) -> dict[str, Any]:
+        """Return the learned words, one entry per text encoder."""
         return {"words": [name.split(".", 2)[2] for name in self.words]}

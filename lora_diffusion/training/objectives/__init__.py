@@ -1,1 +1,1 @@
-"""What the denoiser is trained for."""
+"""Training objectives: the denoising loss, prior preservation and concept sliders."""

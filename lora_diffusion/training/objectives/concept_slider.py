@@ -1,11 +1,11 @@
-"""Sliders: an adapter that is an attribute, learned from prompts, with a sign [arXiv:2311.12092].
+"""Concept sliders [arXiv:2311.12092]: an adapter for one attribute, trained from prompts instead of captions.
 
-At weight s, +1 or -1, the adapted base shall say of the target prompt what the frozen one says of it, moved along the
-difference of two prompts:
+With weight s = +1 or -1, the adapted model is trained to predict for the target prompt what the frozen base predicts
+for it, shifted along the difference of two prompts:
 
     e*(x, target) = e(x, target) + s * strength * (e(x, positive) - e(x, negative))
 
-Pictures only tell at which noisy latents this is learned; their captions are not read.
+The training pictures only provide the noisy latents x; their captions are not used.
 """
 
 from collections.abc import Iterator
@@ -22,20 +22,34 @@ from lora_diffusion.training.inputs.captions import CaptionEncoder, make_context
 from lora_diffusion.training.methods.injection import adapter_disabled, adapter_state_of
 from lora_diffusion.training.objectives.denoiser import Denoiser
 
-SIGNS = (1.0, -1.0)
+_SIGNS = (1.0, -1.0)
 
 
 class ConceptSliderLoss:
-    """The losses of both signs, in place of the pictures' own."""
+    """The concept slider loss, which replaces the denoising loss of the pictures.
+
+    Args:
+        base: The base with the trainable layers.
+        encoder: Encodes the three prompts.
+        config: The prompts and the strength.
+    """
 
     def __init__(self, base: Base, encoder: CaptionEncoder, config: SliderConfig) -> None:
         self.base, self.encoder, self.config = base, encoder, config
-        self.read: dict[str, dict[str, Tensor]] = {}
+        self.encoded_prompts: dict[str, dict[str, Tensor]] = {}
 
     def compute_losses(
         self, denoiser: Denoiser, latent: Tensor, noise: Tensor, timestep: Tensor, time_ids: Tensor
     ) -> Tensor:
-        """(n,) losses, the mean of both signs."""
+        """Compute the losses (n,) of a batch, the mean over both signs.
+
+        Args:
+            denoiser: Predicts with the base.
+            latent: Latents of the pictures (n, c, h, w).
+            noise: (n, c, h, w).
+            timestep: (n,), int64.
+            time_ids: SDXL's size and crop conditioning (n, 6).
+        """
 
         def predict(text: str) -> Tensor:
             context = self.context(text, latent, time_ids)
@@ -43,25 +57,29 @@ class ConceptSliderLoss:
 
         config = self.config
         with torch.no_grad(), adapter_disabled(self.base):
-            plain, direction = predict(config.target), predict(config.positive) - predict(config.negative)
-        total = torch.zeros(len(latent), device=latent.device)
-        for sign in SIGNS:
+            base_prediction, direction = predict(config.target), predict(config.positive) - predict(config.negative)
+        losses = torch.zeros(len(latent), device=latent.device)
+        for sign in _SIGNS:
             with adapter_weight(self.base, sign):
-                error = predict(config.target) - (plain + sign * config.strength * direction)
-            total = total + error.square().mean(dim=(1, 2, 3))
-        return total / len(SIGNS)
+                error = predict(config.target) - (base_prediction + sign * config.strength * direction)
+            losses = losses + error.square().mean(dim=(1, 2, 3))
+        return losses / len(_SIGNS)
 
     def context(self, text: str, latent: Tensor, time_ids: Tensor) -> TextContext:
-        """One prompt, which is read once, for all latents of a batch."""
-        if text not in self.read:
-            self.read[text] = {key: value.to(latent.device) for key, value in self.encoder.encode_batch([text]).items()}
-        texts = {key: value.expand(len(latent), *value.shape[1:]) for key, value in self.read[text].items()}
-        return make_context(texts["hidden"], texts.get("pooled"), time_ids)
+        """Return the conditioning of one prompt for a batch of latents; each prompt is encoded once per run."""
+        if text not in self.encoded_prompts:
+            self.encoded_prompts[text] = {
+                key: value.to(latent.device) for key, value in self.encoder.encode_batch([text]).items()
+            }
+        tensors = {
+            key: value.expand(len(latent), *value.shape[1:]) for key, value in self.encoded_prompts[text].items()
+        }
+        return make_context(tensors["hidden"], tensors.get("pooled"), time_ids)
 
 
 @contextmanager
 def adapter_weight(base: Base, weight: float) -> Iterator[None]:
-    """The trained updates at a weight, while the block runs."""
+    """Set the weight of all trainable layers of a base inside the context."""
     state = adapter_state_of(base)
-    with state.overridden(replace(state.now, weight=weight)):
+    with state.override(replace(state.current, weight=weight)):
         yield

@@ -1,4 +1,4 @@
-"""What a training step minimizes: target, noise schedule and parametrization together."""
+"""The denoising objective: prediction, target and loss of a batch."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
@@ -13,21 +13,29 @@ from lora_diffusion.training.diffusion.losses import compute_target, sample_loss
 from lora_diffusion.training.diffusion.schedule import Predicts, alphas_cumprod_of, check_terminal_snr, noisy_latent
 from lora_diffusion.training.inputs.captions import make_context
 
-PREDICTIONS: dict[str, Predicts] = {"epsilon": "epsilon", "v": "v_prediction"}
+_PREDICTION_TYPES: dict[str, Predicts] = {"epsilon": "epsilon", "v": "v_prediction"}
 
 
 class AuxiliaryLoss(Protocol):
-    """A loss that is not the pictures' own."""
+    """A loss beside or instead of the denoising loss of the pictures."""
 
     def compute_losses(
         self, denoiser: "Denoiser", latent: Tensor, noise: Tensor, timestep: Tensor, time_ids: Tensor
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Compute the losses (n,) for latents and noise (n, c, h, w), timesteps (n,) and time ids (n, 6)."""
+        ...
 
 
 class Denoiser(nn.Module):
-    """The trainable parts of a base, with the loss as its forward pass.
+    """The trained models of a base, with the loss as the forward pass.
 
-    Gives one loss per sample, so that the loop never learns what is predicted.
+    Target, noise schedule and parametrization are handled here; the training loop sees one loss per sample.
+
+    Args:
+        base: The base with the trainable layers.
+        config: Prediction type, noise schedule and loss.
+        read: Parser of the captions.
+        text_learns: Whether text encoders or learned words are trained, so that captions must be encoded in each step.
     """
 
     def __init__(
@@ -36,15 +44,15 @@ class Denoiser(nn.Module):
         super().__init__()
         self.unet: nn.Module = base.pipe.unet
         self.text_learns = text_learns
-        encoders = base.layout.text_layers if text_learns else ()  # frozen ones may wait elsewhere than on the device
+        encoders = base.layout.text_layers if text_learns else ()  # frozen ones may be offloaded
         self.text_encoders = nn.ModuleList(getattr(base.pipe, name) for name in encoders)
         self.base = base
         self.config, self.read = config, read
         self.auxiliary_loss: AuxiliaryLoss | None = None
-        """A loss beside the pictures' own."""
+        """A loss that is added to the denoising loss in training."""
         self.replacement_loss: AuxiliaryLoss | None = None
-        """A loss in their place."""
-        self.predicts: Predicts = PREDICTIONS.get(config.prediction) or cast("Predicts", prediction_type(base))
+        """A loss that replaces the denoising loss."""
+        self.predicts: Predicts = _PREDICTION_TYPES.get(config.prediction) or cast("Predicts", prediction_type(base))
         self.alphas_cumprod = alphas_cumprod_of(base.pipe.scheduler.alphas_cumprod, config).to(base.device)
         check_terminal_snr(self.alphas_cumprod, self.predicts)
         self.num_timesteps = len(self.alphas_cumprod)
@@ -62,9 +70,21 @@ class Denoiser(nn.Module):
         hidden: Tensor | None = None,
         pooled: Tensor | None = None,
     ) -> Tensor:
-        """(n,) losses for latents, noise and the input's noise (n, c, h, w), timesteps (n,) and measures (n, 6).
+        """Compute the loss of each sample of a batch.
 
-        `hidden` and `pooled` are the captions as frozen encoders read them; without them they are encoded here.
+        Args:
+            latent: Latents (n, c, h, w).
+            noise: Noise of the target (n, c, h, w).
+            input_noise: Noise of the input (n, c, h, w), which differs with input perturbation.
+            timestep: (n,), int64.
+            captions: Captions of the samples.
+            time_ids: SDXL's size and crop conditioning (n, 6).
+            mask: Weights of the pixels (n, 1, h, w).
+            hidden: Cached hidden states of the captions; if None, the captions are encoded here.
+            pooled: Cached pooled embeddings of the captions, for SDXL.
+
+        Returns:
+            Losses (n,) in float32.
         """
         if self.replacement_loss is not None:
             return self.replacement_loss.compute_losses(self, latent, noise, timestep, time_ids)
@@ -87,17 +107,34 @@ class Denoiser(nn.Module):
     def make_context(
         self, captions: list[str], time_ids: Tensor, hidden: Tensor | None, pooled: Tensor | None
     ) -> TextContext:
+        """Return the conditioning of a batch from cached embeddings, or encode the captions if `hidden` is None."""
         if hidden is not None:
             return make_context(hidden, pooled, time_ids)
         context = encode_prompts(self.base, captions, size_px=self.base.size_px, read=self.read)
         return make_context(context.hidden, (context.added or {}).get("text_embeds"), time_ids)
 
     def encode_trained_context(self, captions: Sequence[str], time_ids: Tensor, frozen: TextContext) -> TextContext:
-        """Captions as what is trained reads them; `frozen` is what the base alone reads."""
+        """Encode captions with the trained text encoders.
+
+        Args:
+            captions: Captions of the samples.
+            time_ids: SDXL's size and crop conditioning (n, 6).
+            frozen: Conditioning of the same captions by the frozen base, returned if no text encoder is trained.
+        """
         return self.make_context([*captions], time_ids, None, None) if self.text_learns else frozen
 
     def predict(self, latent: Tensor, noise: Tensor, timestep: Tensor, context: TextContext) -> Tensor:
-        """What the UNet makes of noisy latents."""
+        """Add noise to latents and predict with the UNet.
+
+        Args:
+            latent: (n, c, h, w).
+            noise: (n, c, h, w).
+            timestep: (n,), int64.
+            context: Conditioning of the batch.
+
+        Returns:
+            The prediction (n, c, h, w), in the parametrization of the base.
+        """
         noisy = noisy_latent(latent, noise, timestep, self.alphas_cumprod)
         unet: Any = self.unet
         return unet(

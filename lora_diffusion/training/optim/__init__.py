@@ -1,1 +1,1 @@
-"""Optimizers, learning rates, moving averages and norm limits."""
+"""Optimizers, learning rates and their schedules, the moving average of parameters, and max-norm regularization."""

@@ -1,4 +1,4 @@
-"""A running mean of the trained parameters, as a value."""
+"""Exponential moving average (EMA) of the trained parameters, as an immutable value."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,19 +11,30 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class MovingAverage:
-    """Mean of the parameters p_1..p_n after each of n steps, in which p_i weighs decay^(n - i).
+    """Bias-corrected EMA of the parameters p_1..p_n after each of n steps.
 
-    The weights are divided by their sum, as Adam divides its moments [arXiv 1412.6980, section 3], so that the initial
-    values, which are random, never take part and a short run has a mean of its own.
+    The weight of p_i is decay^(n - i), divided by the sum of all weights, like the bias correction of Adam
+    [arXiv:1412.6980, section 3]. The initial values, which are random, therefore have no weight, and the average is
+    also correct for short runs.
     """
 
     decay: float
+    """Factor by which the weight of a step falls with each later step, in [0, 1)."""
     steps: int = 0
+    """Number of steps that the average contains."""
     means: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """Averages by parameter name; empty before the first step."""
 
     @torch.no_grad()
     def update(self, parameters: Mapping[str, Tensor]) -> "MovingAverage":
-        """The mean with one more step in it, of the same names at every step. Raises KeyError for a new one."""
+        """Return the average with one more step.
+
+        Args:
+            parameters: Parameters after the step, with the same names in every step.
+
+        Raises:
+            KeyError: A parameter was not in the previous steps.
+        """
         share = (1 - self.decay) / (1 - self.decay ** (self.steps + 1))
         if self.steps == 0:
             means = {name: p.detach().clone() for name, p in parameters.items()}
@@ -34,30 +45,36 @@ class MovingAverage:
         return replace(self, steps=self.steps + 1, means=means)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, for `MovingAverage(**state)`."""
+        """Return all fields; `MovingAverage(**state)` restores the average."""
         return {"decay": self.decay, "steps": self.steps, "means": dict(self.means)}
 
 
 @contextmanager
 def swapped_parameters(parameters: Mapping[str, Tensor], average: MovingAverage) -> Iterator[None]:
-    """The means in place of the parameters; afterwards the parameters' own values are back, bit for bit.
+    """Replace the parameters by their averages inside the context, and restore them bit for bit afterwards.
 
-    Before the first step there is no mean, and the parameters stay as they are. Raises KeyError if a parameter has no
-    mean, before anything is touched.
+    Before the first step there is no average, and the parameters stay as they are.
+
+    Raises:
+        KeyError: A parameter has no average; no parameter has been changed.
     """
     if average.steps == 0:
         yield
         return
-    own = {name: p.detach().clone() for name, p in parameters.items()}
+    original = {name: p.detach().clone() for name, p in parameters.items()}
     copy_values(parameters, average.means)
     try:
         yield
     finally:
-        copy_values(parameters, own)
+        copy_values(parameters, original)
 
 
 @torch.no_grad()
 def copy_values(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copy values into parameters of the same names. Raises KeyError if one is missing, before anything is touched."""
+    """Copy values into the parameters of the same names.
+
+    Raises:
+        KeyError: A parameter has no value; no parameter has been changed.
+    """
     for p, value in [(p, values[name]) for name, p in parameters.items()]:
         p.copy_(value)

@@ -1,4 +1,4 @@
-"""The peak learning rate of each parameter: by component, then by pattern."""
+"""Peak learning rate of each parameter, from the rate of its component and the factors of matching patterns."""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,72 +8,91 @@ from lora_diffusion.config.train import OptimizerConfig
 from lora_diffusion.errors import ConfigError
 
 TEXT_ENCODER_SHARE = 0.1
-"""Text encoders learn at a tenth of the UNet's rate if nothing else is said: they forget faster."""
+"""Default learning rate of text encoders relative to the UNet's; they forget faster, so it is lower."""
 
 
 def resolve_peak_rates(
     names: Iterable[str], config: OptimizerConfig, text_encoders: Sequence[str], *, share: float = TEXT_ENCODER_SHARE
 ) -> dict[str, float]:
-    """The peak rate of each parameter; 0 for one that a pattern freezes.
+    """Compute the peak learning rate of each parameter.
 
-    Names begin with their component, as in `unet.mid_block.attentions.0.proj_in.down`. `text_encoders` are all that the
-    base has, in order; without a rate of their own they get `share` of the UNet's. Raises ConfigError for a pattern
-    that matches nothing, for too few or too many rates, and for a rate of text encoders that are not trained.
+    Args:
+        names: Names of the parameters, which start with their component, such as
+            `unet.mid_block.attentions.0.proj_in.down`.
+        config: The learning rates, the factors by pattern (`rates`) and the factor of `up` (`up_rate`, LoRA+).
+        text_encoders: All text encoders of the base, in order.
+        share: Rate of the text encoders relative to the UNet's, if they have none of their own.
+
+    Returns:
+        Learning rates by name; 0 for parameters that a pattern freezes.
+
+    Raises:
+        ConfigError: A pattern matches no parameter, the number of text encoder rates is wrong, a text encoder rate is
+            set although no text encoder is trained, or `up_rate` is set although no layer has a factor `up`.
     """
     names = tuple(names)
-    by_component = resolve_component_rates(config, text_encoders, share)
+    by_component = _resolve_component_rates(config, text_encoders, share)
     if config.text_encoder_learning_rate is not None and all(name.startswith("unet.") for name in names):
         raise ConfigError(
-            "optimizer.text_encoder_learning_rate is set, but no text encoder is trained; name modules in "
-            "adapter.text_encoder_targets, or leave the rate out"
+            "optimizer.text_encoder_learning_rate is set, but no text encoder is trained; set "
+            "adapter.text_encoder_targets, or remove the rate"
         )
     if config.up_rate != 1 and not any(name.endswith(".up") for name in names):
         raise ConfigError(
-            "optimizer.up_rate is the rate of second factors, and nothing that is trained here has one; set it to 1"
+            f"optimizer.up_rate is {config.up_rate}, but no trained layer has a factor `up`; "
+            "set it to 1, or adapter.kind to lora"
         )
-    factors = resolve_rate_factors(names, {**config.rates, **({"*.up": config.up_rate} if config.up_rate != 1 else {})})
-    own = {
+    factors = _resolve_rate_factors(
+        names, {**config.rates, **({"*.up": config.up_rate} if config.up_rate != 1 else {})}
+    )
+    rates = {
         name: config.word_learning_rate if ".words." in name else by_component[name.partition(".")[0]] for name in names
     }
-    return {name: own[name] * factors[name] for name in names}
+    return {name: rates[name] * factors[name] for name in names}
 
 
 def find_frozen(names: Iterable[str], config: OptimizerConfig) -> tuple[str, ...]:
-    """The parameters that a factor of 0 freezes. Raises ConfigError for a pattern that matches nothing."""
-    return tuple(name for name, factor in resolve_rate_factors(tuple(names), config.rates).items() if factor == 0)
+    """List the parameters that a pattern in `config.rates` freezes with a factor of 0.
+
+    Raises:
+        ConfigError: A pattern matches no parameter.
+    """
+    return tuple(name for name, factor in _resolve_rate_factors(tuple(names), config.rates).items() if factor == 0)
 
 
-def resolve_component_rates(config: OptimizerConfig, text_encoders: Sequence[str], share: float) -> dict[str, float]:
-    """The peak rate of each component. Raises ConfigError unless there is one rate, or one for each encoder."""
+def _resolve_component_rates(config: OptimizerConfig, text_encoders: Sequence[str], share: float) -> dict[str, float]:
+    """Compute the peak rate of each component. Raises ConfigError for a wrong number of text encoder rates."""
     given = config.text_encoder_learning_rate
     if isinstance(given, tuple) and len(given) != len(text_encoders):
         raise ConfigError(
-            f"optimizer.text_encoder_learning_rate has {len(given)} values; give one for all, or "
-            f"{len(text_encoders)}, one for each of {', '.join(text_encoders)}"
+            f"optimizer.text_encoder_learning_rate has {len(given)} values; expected one value for all text encoders, "
+            f"or {len(text_encoders)} values, for {', '.join(text_encoders)}"
         )
     default = config.learning_rate * share if given is None else given
     each = default if isinstance(default, tuple) else (default,) * len(text_encoders)
     return {"unet": config.learning_rate, **dict(zip(text_encoders, each, strict=True))}
 
 
-def resolve_rate_factors(names: Sequence[str], rates: Mapping[str, float]) -> dict[str, float]:
-    """The product of the factors of all patterns that match a parameter.
+def _resolve_rate_factors(names: Sequence[str], rates: Mapping[str, float]) -> dict[str, float]:
+    """Compute for each parameter the product of the factors of all patterns that match it.
 
-    A pattern is a glob over the whole path with its component; it may name a parameter (`*.up`), a module (`*.to_q`)
-    or all that lies below one (`unet.down_blocks.0`). Raises ConfigError for one that matches nothing.
+    A pattern is a glob over the whole path with its component; it may match a parameter (`*.up`), a module (`*.to_q`)
+    or a parent of modules (`unet.down_blocks.0`). Raises ConfigError for a pattern that matches nothing.
     """
     factors = dict.fromkeys(names, 1.0)
     for pattern, factor in rates.items():
         matched = [name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")]
         if not matched:
-            raise ConfigError(f"optimizer.rates: {pattern!r} matches no trained module; {suggest_path(pattern, names)}")
+            raise ConfigError(
+                f"optimizer.rates: {pattern!r} matches no trained module; {_suggest_path(pattern, names)}"
+            )
         for name in matched:
             factors[name] *= factor
     return factors
 
 
-def suggest_path(pattern: str, names: Sequence[str]) -> str:
-    """A hint: the path, or the end of one, that a pattern is most like."""
+def _suggest_path(pattern: str, names: Sequence[str]) -> str:
+    """Return a hint with the path, or the end of a path, that is most similar to a pattern."""
     parts = [name.split(".") for name in names]
     paths = {".".join(path[:end]) for path in parts for end in range(1, len(path) + 1)}
     ends = {f"*.{'.'.join(path[start:])}" for path in parts for start in range(max(1, len(path) - 2), len(path))}

@@ -1,4 +1,4 @@
-"""The learning rate over a run, in closed form: a step's rate needs nothing but its number."""
+"""Learning rate schedules with warmup, as functions of the step."""
 
 import math
 
@@ -6,11 +6,23 @@ from lora_diffusion.config.train import OptimizerConfig
 
 
 def lr_fraction(step: int, config: OptimizerConfig, steps: int) -> float:
-    """Share of the peak rate, 0..1, at step 0..steps of a run of `steps`.
+    """Compute the learning rate of a step as a fraction of the peak rate.
 
-    Warm-up is linear and reaches the peak at step `warmup_steps`; no step has rate 0, as a first step at 0 would be
-    wasted. Then, with p going from 0 to 1 at the last step: constant 1; linear 1 - p; cosine (1 + cos(pi p)) / 2
-    [arXiv 1608.03983]; restarts, that cosine `restarts` + 1 times over, each from 1 to 0.
+    Warmup is linear and reaches the peak at step `warmup_steps`. It starts above 0, because a step with rate 0 would be
+    wasted. After warmup, p rises from 0 to 1 at the end of the run, and the fraction is
+
+    - constant: 1;
+    - linear: 1 - p;
+    - cosine: (1 + cos(pi p)) / 2 [arXiv:1608.03983];
+    - restarts: the cosine schedule `restarts` + 1 times in a row.
+
+    Args:
+        step: Number of the step, 0..steps.
+        config: Gives the schedule, `warmup_steps` and `restarts`.
+        steps: Number of steps of the run.
+
+    Returns:
+        A fraction, 0..1.
     """
     warmup = config.warmup_steps
     if step < warmup:

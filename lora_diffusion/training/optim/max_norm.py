@@ -1,4 +1,4 @@
-"""Keep every delta below a norm, so that no module drowns the others (kohya's `scale_weight_norms`)."""
+"""Max-norm regularization: keep the norm of every delta below a limit (kohya's `scale_weight_norms`)."""
 
 from collections.abc import Iterable
 
@@ -8,11 +8,18 @@ from torch import Tensor
 
 @torch.no_grad()
 def limit_norms(pairs: Iterable[tuple[Tensor, Tensor, float]], largest: float) -> int:
-    """Scale factors in place until every ||scale * up @ down||_F is at most `largest`; how many were scaled.
+    """Scale factors in place so that every ||scale * up @ down||_F is at most `largest`.
 
-    Each pair is down (r, in) or (r, in, kh, kw), up (out, r) or (out, r, 1, 1), and the scale alpha / r. Both factors
-    of a module that is too large are multiplied by sqrt(largest / norm), which keeps them as balanced as they were;
-    all others keep their bits. All pairs must be on one device, which is waited for once.
+    Both factors of a module whose norm is too large are multiplied by sqrt(largest / norm), which keeps the ratio of
+    their norms. All other factors are left untouched. The device is synchronized once.
+
+    Args:
+        pairs: down (r, in) or (r, in, kh, kw), up (out, r) or (out, r, 1, 1) and the scale alpha / r of each module.
+            All tensors must be on one device.
+        largest: Largest norm allowed.
+
+    Returns:
+        The number of modules that were scaled.
     """
     modules = tuple(pairs)
     if not modules:
@@ -27,9 +34,18 @@ def limit_norms(pairs: Iterable[tuple[Tensor, Tensor, float]], largest: float) -
 
 
 def delta_norm(down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """||scale * up @ down||_F, a scalar, from two r x r Gram matrices: its square is scale^2 tr(up' up down down').
+    """Compute ||scale * up @ down||_F, a scalar, without forming the product.
 
-    In float64 where there is one, as the trace of the product loses digits if up and down nearly cancel.
+    The square of the norm is scale^2 tr(up^T up down down^T), from two r x r Gram matrices. It is computed in float64
+    where the device supports it, because the trace loses digits when up and down nearly cancel.
+
+    Args:
+        down: (r, in) or (r, in, kh, kw).
+        up: (out, r) or (out, r, 1, 1).
+        scale: Multiplier of the product.
+
+    Raises:
+        ValueError: `up` has a kernel larger than 1 x 1.
     """
     if up[0, 0].numel() != 1:
         raise ValueError(f"up has shape {tuple(up.shape)}; expected (out, r) or (out, r, 1, 1)")

@@ -40,11 +40,11 @@ def test_the_first_directions_of_dylora_are_trained_alone(sd_folder: Path) -> No
     seen: set[int] = set()
     for step in range(60):
         made.rules.before_step(step)
-        seen.add(update.used)
-        assert {get_layer(base, path).used for path in paths} == {update.used}
+        seen.add(update.training_rank)
+        assert {get_layer(base, path).training_rank for path in paths} == {update.training_rank}
     assert seen == {1, 2, 3, 4}
     update.train()
-    update.used = 2
+    update.training_rank = 2
     down, up = update.factors()
     assert down.shape[0] == up.shape[1] == 2
     (down.square().sum() + up.square().sum()).backward()
@@ -84,7 +84,7 @@ def test_adalora_ends_within_its_budget_with_the_directions_that_matter(sd_folde
         rules.after_gradients(step)
         rules.after_step(step, lambda _strength: 1e-3)
     left = [int((get_layer(base, path).strength != 0).sum()) for path in paths]
-    assert sum(left) <= rules.last
+    assert sum(left) <= rules.final_budget
     assert left[0] == loud.strength.numel() > 4
     saved = extract_adapter(base, paths, AdapterMetadata(), torch.float32)
     ranks = {layer.rank for layer in saved.layers.values() if isinstance(layer, LoRALayer)}

@@ -205,5 +205,5 @@ def test_t_lora_drops_its_input(sd_folder: Path) -> None:
 def test_a_rate_of_second_factors_needs_them(pictures: Path, sd_folder: Path) -> None:
     changes = {**UNET_ONLY, "optimizer": {"up_rate": 4, "text_encoder_learning_rate": None}}
     changes["adapter"] = {**changes["adapter"], "kind": "loha"}
-    with pytest.raises(ConfigError, match=r"optimizer.up_rate is the rate of second factors"):
+    with pytest.raises(ConfigError, match=r"optimizer.up_rate is 4.0, but no trained layer has a factor"):
         train(settings(pictures, sd_folder, changes))

@@ -108,6 +108,6 @@ def test_a_file_is_gone_on_with_as_it_is_and_where_it_fits(pictures: Path, sd: B
     fits = LoRALayer(down=torch.ones(2, size[1], *kernel), up=torch.ones(size[0], 2, *kernel), alpha=2.0)
     other = LoRALayer(down=torch.ones(2, 7, *kernel), up=torch.ones(9, 2, *kernel), alpha=2.0)
     full = FullLayer(diff=torch.ones(*size))
-    refused(fits, "ranks go with the timestep", least_rank=1)
+    refused(fits, "rank depends on the timestep", least_rank=1)
     refused(other, "proj_in")
-    refused(full, r"adapter.dropout is of plain factors", dropout=0.1)
+    refused(full, r"adapter.dropout applies to plain LoRA only", dropout=0.1)
