@@ -1,4 +1,4 @@
-"""Sliders: an attribute with a sign, from prompts alone."""
+"""Concept sliders: training, the loss and settings that are rejected."""
 
 import shutil
 from pathlib import Path
@@ -27,13 +27,13 @@ NIGHT = {"positive": "a house at night", "negative": "a house at noon", "target"
 
 
 def brightness(base: Base, adapter: Adapter, weight: float) -> float:
-    """Mean of the pixels of three pictures."""
+    """Compute the mean pixel value of three pictures."""
     configs = [GenerateConfig(prompt="a red house", seed=seed, steps=8) for seed in (1, 2, 3)]
     made = generate(base, configs, Blend(entries=(WeightedAdapter(adapter=adapter, weight=weight),)))
     return float(np.mean([np.asarray(picture.image, dtype=float) for picture in made]))
 
 
-def test_a_slider_darkens_one_way_and_brightens_the_other(tmp_path: Path, tiny: Base) -> None:
+def test_slider_darkens_with_positive_weight_and_brightens_with_negative(tmp_path: Path, tiny: Base) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for file in sorted((sample_data_folder() / "styles" / "watercolour").glob("0[0-5].*")):
@@ -56,25 +56,25 @@ def test_a_slider_darkens_one_way_and_brightens_the_other(tmp_path: Path, tiny: 
     assert plain < light
 
 
-def test_a_fresh_slider_misses_by_the_direction_alone(pictures: Path, sd_folder: Path) -> None:
-    """Before a step both signs miss the same: what lies between the two prompts, squared."""
+def test_initial_loss_is_the_squared_direction(pictures: Path, sd_folder: Path) -> None:
+    """Before the first step, the error of both signs is the difference between the two prompts."""
     config = settings(pictures, sd_folder, {**UNET_ONLY, "slider": {**NIGHT, "strength": 2.0}})
     run = set_up(config)
     latent = torch.randn(2, 4, 8, 8)
     noise, timestep, ids = torch.randn(2, 4, 8, 8), torch.tensor([100, 600]), torch.zeros(2, 6)
-    lesson: Any = run.denoiser.replacement_loss
+    slider_loss: Any = run.denoiser.replacement_loss
     with torch.no_grad():
-        loss = lesson.compute_losses(run.denoiser, latent, noise, timestep, ids)
+        loss = slider_loss.compute_losses(run.denoiser, latent, noise, timestep, ids)
         with adapter_disabled(run.base):
             ends = [
-                run.denoiser.predict(latent, noise, timestep, lesson.context(text, latent, ids))
+                run.denoiser.predict(latent, noise, timestep, slider_loss.context(text, latent, ids))
                 for text in (NIGHT["positive"], NIGHT["negative"])
             ]
     expected = (2.0 * (ends[0] - ends[1])).square().mean(dim=(1, 2, 3))
     assert torch.allclose(loss, expected, rtol=1e-4)
 
 
-def test_a_weight_holds_inside_and_not_after(pictures: Path, sd_folder: Path) -> None:
+def test_adapter_weight_applies_inside_the_context_only(pictures: Path, sd_folder: Path) -> None:
     run = set_up(settings(pictures, sd_folder, {**UNET_ONLY, "adapter": {"alpha": 3.0, "text_encoder_targets": []}}))
     update = get_layer(run.base, run.paths[0])
     with adapter_weight(run.base, -1.0):
@@ -82,27 +82,29 @@ def test_a_weight_holds_inside_and_not_after(pictures: Path, sd_folder: Path) ->
     assert update.current_scale == 1.5
 
 
-def test_both_signs_learn_alike_when_activations_are_computed_again(pictures: Path, sd_folder: Path) -> None:
-    """The pass of one sign is repeated on the way back, when the other one's is over."""
+def test_gradient_checkpointing_does_not_change_the_gradients(pictures: Path, sd_folder: Path) -> None:
+    """The forward pass of the first sign is recomputed after the weight has changed to that of the second."""
     found: list[list[torch.Tensor]] = []
-    for again in (False, True):
-        changes = {**UNET_ONLY, "slider": NIGHT, "compute": {"gradient_checkpointing": again}}
+    for checkpointing in (False, True):
+        changes = {**UNET_ONLY, "slider": NIGHT, "compute": {"gradient_checkpointing": checkpointing}}
         run = set_up(settings(pictures, sd_folder, changes))
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for parameter in run.parameters.values():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         latent, noise = torch.randn(2, 2, 4, 8, 8, generator=generator)
-        lesson: Any = run.denoiser.replacement_loss
+        slider_loss: Any = run.denoiser.replacement_loss
         run.denoiser.train()
-        loss = lesson.compute_losses(run.denoiser, latent, noise, torch.tensor([100, 600]), torch.zeros(2, 6)).mean()
+        loss = slider_loss.compute_losses(
+            run.denoiser, latent, noise, torch.tensor([100, 600]), torch.zeros(2, 6)
+        ).mean()
         found.append([*torch.autograd.grad(loss, [*run.parameters.values()])])
-    for whole, repeated in zip(*found, strict=True):
-        assert torch.allclose(whole, repeated, rtol=1e-4, atol=1e-6)
+    for plain, checkpointed in zip(*found, strict=True):
+        assert torch.allclose(plain, checkpointed, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"slider": {**NIGHT, "negative": NIGHT["positive"]}}, "say the same"),
         ({"slider": {"negative": "a"}}, "name what is more of it in positive"),
@@ -112,9 +114,9 @@ def test_both_signs_learn_alike_when_activations_are_computed_again(pictures: Pa
         ({"slider": NIGHT, "objective": {"loss": "huber"}}, "knows no objective.loss"),
     ],
 )
-def test_what_makes_no_slider_is_one_sentence(
-    changes: dict[str, Any], said: str, pictures: Path, sd_folder: Path
+def test_invalid_slider_settings_are_rejected(
+    changes: dict[str, Any], message: str, pictures: Path, sd_folder: Path
 ) -> None:
     with pytest.raises((ConfigError, ValueError)) as caught:
         settings(pictures, sd_folder, {**UNET_ONLY, **changes})
-    assert said in str(caught.value)
+    assert message in str(caught.value)

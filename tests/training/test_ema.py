@@ -1,4 +1,4 @@
-"""The moving average is the weighted mean that it says, and lending it changes nothing."""
+"""The moving average equals its formula, and swapping it in restores the parameters."""
 
 import pytest
 import torch
@@ -21,21 +21,21 @@ def average_of(values: Tensor, decay: float) -> MovingAverage:
 
 
 @given(seed=st.integers(0, 2**32), steps=st.integers(1, 30), decay=st.floats(0, 0.9999))
-def test_it_is_the_weighted_mean_of_all_steps(seed: int, steps: int, decay: float) -> None:
+def test_average_equals_the_weighted_mean_of_all_steps(seed: int, steps: int, decay: float) -> None:
     values = history(seed, steps)
     weights = torch.tensor([decay ** (steps - 1 - i) for i in range(steps)], dtype=torch.float64)
     expected = (weights.view(-1, 1, 1) * values.double()).sum(0) / weights.sum()
     found = average_of(values, decay).means["up"]
-    # each step rounds a few times at the size of the values, below 6
+    # each step rounds a few times, and the values are below 6
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=6 * 4 * steps * 2**-24)
 
 
-def test_a_mean_without_memory_is_the_parameters() -> None:
+def test_decay_zero_returns_the_last_parameters() -> None:
     values = history(0, 5)
     assert torch.equal(average_of(values, 0.0).means["up"], values[-1])
 
 
-def test_an_update_leaves_older_means_alone() -> None:
+def test_update_does_not_change_the_previous_average() -> None:
     parameter = nn.Parameter(torch.zeros(2))
     first = MovingAverage(decay=0.5).update({"up": parameter})
     with torch.no_grad():
@@ -46,7 +46,7 @@ def test_an_update_leaves_older_means_alone() -> None:
 
 
 @given(seed=st.integers(0, 2**32), at=st.integers(1, 9))
-def test_a_saved_mean_goes_on_to_the_bit(seed: int, at: int) -> None:
+def test_resumed_average_is_bit_identical(seed: int, at: int) -> None:
     values = history(seed, 10)
     resumed = MovingAverage(**average_of(values[:at], 0.9).state_dict())
     for value in values[at:]:
@@ -55,7 +55,7 @@ def test_a_saved_mean_goes_on_to_the_bit(seed: int, at: int) -> None:
     assert resumed.steps == straight.steps and torch.equal(resumed.means["up"], straight.means["up"])
 
 
-def test_parameters_are_back_to_the_bit_even_after_an_error() -> None:
+def test_parameters_are_restored_bit_for_bit_after_an_error() -> None:
     parameter = nn.Parameter(torch.tensor([0.1, -0.0, 1e-30, 3.7]))
     before, average = parameter.detach().clone(), MovingAverage(decay=0.5).update({"up": torch.ones(4)})
     with pytest.raises(RuntimeError, match="in the middle"), swapped_parameters({"up": parameter}, average):
@@ -66,7 +66,7 @@ def test_parameters_are_back_to_the_bit_even_after_an_error() -> None:
         assert torch.equal(parameter, before)
 
 
-def test_a_missing_name_touches_nothing() -> None:
+def test_missing_name_changes_nothing() -> None:
     parameters = {"down": nn.Parameter(torch.zeros(2)), "up": nn.Parameter(torch.zeros(2))}
     average = MovingAverage(decay=0.5).update({"down": torch.ones(2)})
     with pytest.raises(KeyError, match="up"), swapped_parameters(parameters, average):

@@ -1,4 +1,4 @@
-"""Losses per sample: the plain one to the bit, the others against their formulas in float64."""
+"""Losses per sample: MSE bit for bit, the others against their formulas in float64."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ from lora_diffusion.training.diffusion.losses import (
 from lora_diffusion.training.diffusion.schedule import Predicts, alphas_cumprod_of, noisy_latent
 
 EPSILON = 2**-24
-"""What one rounding to float32 can cost, relative."""
+"""Largest relative error of one rounding to float32."""
 BETAS = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 ALPHAS: Tensor = BETAS.alphas_cumprod
 LOSSES = ("mse", "huber", "smooth-l1", "l1")
@@ -61,7 +61,7 @@ def pair(seed: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) 
 
 
 @given(seed=st.integers(0, 2**32), n=st.integers(1, 4), height=st.integers(1, 9), half=st.booleans())
-def test_the_plain_loss_is_the_mean_squared_error_to_the_bit(seed: int, n: int, height: int, half: bool) -> None:
+def test_default_loss_is_the_mean_squared_error_bit_for_bit(seed: int, n: int, height: int, half: bool) -> None:
     predicted, target = pair(seed, (n, 4, height, 7), torch.float16 if half else torch.float32)
     expected = (predicted.float() - target.float()).square().mean(dim=(1, 2, 3))
     assert torch.equal(losses_of(predicted, target, ObjectiveConfig()), expected)
@@ -73,7 +73,7 @@ def huber_in_float64(difference: Tensor, delta: Tensor) -> Tensor:
 
 
 @given(seed=st.integers(0, 2**32), low=st.floats(-3, 1), size=st.floats(-2, 2))
-def test_huber_losses_are_their_formulas(seed: int, low: float, size: float) -> None:
+def test_huber_losses_equal_their_formulas(seed: int, low: float, size: float) -> None:
     difference = pair(seed, (3, 4, 5, 5))[0] * 10**size
     delta = torch.tensor([10**low, 0.1, 1.0])
     expected = huber_in_float64(difference, delta)
@@ -86,7 +86,7 @@ def test_huber_losses_are_their_formulas(seed: int, low: float, size: float) -> 
     torch.testing.assert_close(smooth.double(), expected, rtol=9 * EPSILON, atol=1e-12 / 10**low)
 
 
-def test_huber_is_square_near_zero_and_linear_far_away() -> None:
+def test_huber_is_quadratic_near_zero_and_linear_far_away() -> None:
     delta, config = torch.ones(1), objective(loss="huber")
     near = torch.full((1, 1, 1, 1), 1e-5)
     # the next term of the series is d^2 / 4 relative; a subtraction in float32 would give 0 here
@@ -97,7 +97,7 @@ def test_huber_is_square_near_zero_and_linear_far_away() -> None:
 
 
 @given(delta=st.floats(0.01, 2))
-def test_turning_points_are_their_formulas(delta: float) -> None:
+def test_huber_deltas_equal_their_formulas(delta: float) -> None:
     steps, alphas = torch.arange(1000), ALPHAS.double()
     sigmas = ((1 - alphas) / alphas).sqrt()
     formulas = {
@@ -112,7 +112,7 @@ def test_turning_points_are_their_formulas(delta: float) -> None:
 
 
 @given(seed=st.integers(0, 2**32), error=st.floats(0.1, 10), share=st.floats(0.05, 1))
-def test_a_small_mask_weighs_as_a_whole_picture(seed: int, error: float, share: float) -> None:
+def test_small_mask_has_the_weight_of_a_whole_picture(seed: int, error: float, share: float) -> None:
     rng = torch.Generator().manual_seed(seed)
     mask = (torch.rand(2, 1, 6, 6, generator=rng) < share).float()
     mask[:, :, 0, 0] = 1
@@ -124,7 +124,7 @@ def test_a_small_mask_weighs_as_a_whole_picture(seed: int, error: float, share: 
 
 
 @given(seed=st.integers(0, 2**32), factor=st.floats(0.01, 1))
-def test_a_mask_is_a_weighted_mean(seed: int, factor: float) -> None:
+def test_masked_mean_is_a_weighted_mean(seed: int, factor: float) -> None:
     rng = torch.Generator().manual_seed(seed)
     values, mask = torch.rand(3, 4, 5, 6, generator=rng), torch.rand(3, 1, 5, 6, generator=rng) + 0.01
     expected = (values.double() * mask.double()).sum((1, 2, 3)) / (4 * mask.double().sum((1, 2, 3)))
@@ -135,7 +135,7 @@ def test_a_mask_is_a_weighted_mean(seed: int, factor: float) -> None:
     torch.testing.assert_close(everywhere, masked_mean(values, None), **slack)
 
 
-def test_an_empty_mask_costs_and_teaches_nothing() -> None:
+def test_empty_mask_has_zero_loss_and_zero_gradient() -> None:
     predicted, target = pair(0, (2, 4, 3, 3))
     predicted.requires_grad_()
     mask = torch.ones(2, 1, 3, 3)
@@ -147,7 +147,7 @@ def test_an_empty_mask_costs_and_teaches_nothing() -> None:
 
 
 @given(exponent=st.floats(-6, 6), gamma=st.floats(0.5, 20))
-def test_weights_are_their_formulas(exponent: float, gamma: float) -> None:
+def test_weights_equal_their_formulas(exponent: float, gamma: float) -> None:
     ratio = torch.tensor([10**exponent])
     exact = ratio.double()
     formulas: dict[tuple[str, Predicts], Tensor] = {
@@ -162,17 +162,17 @@ def test_weights_are_their_formulas(exponent: float, gamma: float) -> None:
         torch.testing.assert_close(found, expected, rtol=8 * EPSILON, atol=0)
 
 
-def test_weights_of_pure_noise_are_the_limits() -> None:
-    nothing, almost = torch.zeros(1), torch.full((1,), 1e-30)
+def test_weights_at_pure_noise_are_the_limits() -> None:
+    zero, tiny = torch.zeros(1), torch.full((1,), 1e-30)
     for weighting, predicts in (("min-snr", "epsilon"), ("min-snr", "v_prediction"), ("debiased", "v_prediction")):
         config = objective(weighting=weighting)
-        at, near = loss_weight(nothing, predicts, config), loss_weight(almost, predicts, config)
+        at, near = loss_weight(zero, predicts, config), loss_weight(tiny, predicts, config)
         torch.testing.assert_close(at, near, rtol=0, atol=1e-14)
-    assert float(loss_weight(nothing, "epsilon", objective(weighting="min-snr"))) == 1
+    assert float(loss_weight(zero, "epsilon", objective(weighting="min-snr"))) == 1
 
 
 @given(seed=st.integers(0, 2**32), step=st.integers(0, 800))
-def test_a_network_weighs_alike_in_either_parametrization(seed: int, step: int) -> None:
+def test_weighted_loss_does_not_depend_on_the_parametrization(seed: int, step: int) -> None:
     latent, noise = (x.double() for x in pair(seed, (1, 4, 6, 6)))
     epsilon_hat = noise + pair(seed + 1, (1, 4, 6, 6))[0]
     timestep, alphas = torch.tensor([step]), ALPHAS.double()
@@ -189,11 +189,11 @@ def test_a_network_weighs_alike_in_either_parametrization(seed: int, step: int) 
 
 
 @pytest.mark.parametrize(("loss", "schedule", "weighting"), [*itertools.product(LOSSES, SCHEDULES, WEIGHTINGS)])
-def test_pure_noise_gives_finite_losses_and_gradients(loss: str, schedule: str, weighting: str) -> None:
+def test_losses_and_gradients_at_pure_noise_are_finite(loss: str, schedule: str, weighting: str) -> None:
     config = objective(loss=loss, huber_schedule=schedule, weighting=weighting, zero_terminal_snr=True)
     alphas = alphas_cumprod_of(ALPHAS, config)
     predicted, target = pair(3, (3, 4, 3, 3))
-    predicted[0, 0, 0, 0] = target[0, 0, 0, 0]  # where a distance may have no slope
+    predicted[0, 0, 0, 0] = target[0, 0, 0, 0]  # a distance of 0, where the derivative may not exist
     predicted.requires_grad_()
     timestep = torch.tensor([999, 998, 0])
     losses = losses_of(predicted, target, config, timestep=timestep, predicts="v_prediction", alphas=alphas)

@@ -1,4 +1,4 @@
-"""Norms of deltas from the factors' Gram matrices, against the dense product."""
+"""Delta norms from Gram matrices, compared with the norm of the dense product."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ Pair = tuple[nn.Parameter, nn.Parameter, float]
 
 
 def factors(seed: int, rank: int, *, kernel: int, alpha: float = 2.0) -> Pair:
-    """A linear module's factors, or a convolution's if there is a kernel."""
+    """Draw the factors of a linear layer, or of a convolution if `kernel` is not 0."""
     rng = torch.Generator().manual_seed(seed)
     inner, outer = ((5, kernel, kernel), (7, rank, 1, 1)) if kernel else ((5,), (7, rank))
     down, up = torch.randn(rank, *inner, generator=rng), torch.randn(*outer, generator=rng)
@@ -31,16 +31,16 @@ modules = st.tuples(st.integers(0, 2**32), st.integers(1, 6), st.sampled_from([0
 
 
 @given(module=modules, alpha=st.floats(0.1, 20))
-def test_the_norm_is_that_of_the_product(module: tuple[int, int, int], alpha: float) -> None:
+def test_norm_equals_that_of_the_dense_product(module: tuple[int, int, int], alpha: float) -> None:
     seed, rank, kernel = module
     pair = factors(seed, rank, kernel=kernel, alpha=alpha)
     expected = dense(pair).norm()
-    # ours is in float64; the dense product is rounded to float32 once, which moves a norm by no more
+    # ours is in float64; the dense product is rounded to float32 once, which changes its norm by no more
     torch.testing.assert_close(delta_norm(*pair), expected, rtol=2 * EPSILON, atol=0)
 
 
 @given(drawn=st.lists(modules, min_size=1, max_size=5), largest=st.floats(0.1, 30))
-def test_no_delta_is_larger_and_directions_stay(drawn: list[tuple[int, int, int]], largest: float) -> None:
+def test_large_deltas_are_scaled_and_others_are_untouched(drawn: list[tuple[int, int, int]], largest: float) -> None:
     pairs = [factors(seed, rank, kernel=kernel) for seed, rank, kernel in drawn]
     before = [dense(pair) for pair in pairs]
     bits = [(down.detach().clone(), up.detach().clone()) for down, up, _ in pairs]
@@ -59,7 +59,7 @@ def test_no_delta_is_larger_and_directions_stay(drawn: list[tuple[int, int, int]
     assert limit_norms(pairs, largest * (1 + slack)) == 0
 
 
-def test_factors_that_nearly_cancel_are_measured_all_the_same() -> None:
+def test_norm_is_accurate_if_factors_nearly_cancel() -> None:
     # up's columns lie where down's rows are dependent: the product is a millionth of the factors
     down = torch.tensor([[1.0, 0.0], [1.0, 2.0**-20]])
     up = torch.tensor([[1.0, -1.0], [1.0, -1.0]])
@@ -67,12 +67,12 @@ def test_factors_that_nearly_cancel_are_measured_all_the_same() -> None:
     torch.testing.assert_close(delta_norm(down, up, 1.0), expected, rtol=1e-3, atol=0)
 
 
-def test_a_fresh_adapter_is_left_alone() -> None:
+def test_zero_deltas_are_not_scaled() -> None:
     down = nn.Parameter(torch.randn(4, 5))
     assert limit_norms([(down, nn.Parameter(torch.zeros(6, 4)), 1.0)], 1e-6) == 0
     assert limit_norms([], 1.0) == 0
 
 
-def test_an_up_with_a_kernel_is_refused() -> None:
+def test_up_with_a_kernel_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"expected \(out, r\)"):
         delta_norm(torch.zeros(2, 3), torch.zeros(4, 2, 3, 3), 1.0)

@@ -1,4 +1,4 @@
-"""Noise, timesteps and the noise schedule: laws, distributions, and diffusers' own numbers."""
+"""Noise, timesteps and the noise schedule: invariants, distributions, and comparison with diffusers."""
 
 import math
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from lora_diffusion.training.diffusion.schedule import alphas_cumprod_of, check_
 from lora_diffusion.training.diffusion.timesteps import check_timesteps, draw_timestep
 
 EPSILON = 2**-24
-"""Half a unit in the last place of float32, relative: what one rounding can cost."""
+"""Largest relative error of one rounding to float32."""
 SHAPE = (4, 24, 40)
 DISTRIBUTIONS = ("uniform", "logit-normal", "content", "style")
 
@@ -36,7 +36,7 @@ def scheduler() -> DDPMScheduler:
 
 
 @given(seed=st.integers(0, 2**32), height=st.integers(1, 9), width=st.integers(1, 9))
-def test_plain_noise_is_one_draw(seed: int, height: int, width: int) -> None:
+def test_default_noise_is_one_draw_of_randn(seed: int, height: int, width: int) -> None:
     shape, rng, plain = (4, height, width), seeded(seed), seeded(seed)
     noise, input_noise = draw_noise(shape, ObjectiveConfig(), rng)
     assert input_noise is noise
@@ -45,7 +45,7 @@ def test_plain_noise_is_one_draw(seed: int, height: int, width: int) -> None:
 
 
 @given(seed=st.integers(0, 2**32), offset=st.floats(0.01, 1))
-def test_offset_shifts_channels_as_wholes_by_its_size(seed: int, offset: float) -> None:
+def test_noise_offset_shifts_whole_channels_in_proportion(seed: int, offset: float) -> None:
     plain, _ = draw_noise(SHAPE, ObjectiveConfig(), seeded(seed))
     once, same = draw_noise(SHAPE, ObjectiveConfig(noise_offset=offset), seeded(seed))
     twice, _ = draw_noise(SHAPE, ObjectiveConfig(noise_offset=2 * offset), seeded(seed))
@@ -56,7 +56,7 @@ def test_offset_shifts_channels_as_wholes_by_its_size(seed: int, offset: float) 
     torch.testing.assert_close(twice - plain, 2 * shift, rtol=0, atol=4 * bound)
 
 
-def test_offsets_have_the_size_asked_for() -> None:
+def test_noise_offset_has_the_configured_size() -> None:
     config = ObjectiveConfig(noise_offset=0.5)
     shifts = [
         draw_noise((4, 1, 1), config, seeded(i))[0] - torch.randn(4, 1, 1, generator=seeded(i)) for i in range(500)
@@ -65,7 +65,7 @@ def test_offsets_have_the_size_asked_for() -> None:
     assert measured == pytest.approx(0.5, rel=4 / math.sqrt(2 * 2000))  # four standard errors of 2,000 draws
 
 
-def test_the_target_does_not_know_of_the_perturbation() -> None:
+def test_input_perturbation_is_not_in_the_target() -> None:
     config = ObjectiveConfig(input_perturbation=0.1)
     noise, input_noise = draw_noise((4, 64, 64), config, seeded(1))
     assert torch.equal(noise, draw_noise((4, 64, 64), ObjectiveConfig(), seeded(1))[0])
@@ -77,13 +77,13 @@ def test_the_target_does_not_know_of_the_perturbation() -> None:
 
 
 def coarse_variance(discount: float, levels: int = 6) -> float:
-    """Mean variance of 8 x 8 block means, which is 1 / 64 for plain noise."""
+    """Compute the mean square of the means of 8 x 8 blocks, which is 1 / 64 for Gaussian noise."""
     config = ObjectiveConfig(pyramid_discount=discount, pyramid_levels=levels)
     noises = torch.stack([draw_noise((4, 32, 32), config, seeded(i))[0] for i in range(60)])
     return float(torch.nn.functional.avg_pool2d(noises, 8).square().mean())
 
 
-def test_pyramid_noise_is_coarser_the_less_it_is_discounted() -> None:
+def test_pyramid_noise_is_coarser_with_a_higher_discount_factor() -> None:
     measured = [coarse_variance(discount) for discount in (0.0, 0.3, 0.6, 0.9)]
     assert measured[0] == pytest.approx(1 / 64, rel=4 * math.sqrt(2 / (60 * 4 * 16)))
     assert measured == sorted(measured)
@@ -92,8 +92,8 @@ def test_pyramid_noise_is_coarser_the_less_it_is_discounted() -> None:
 
 
 @given(seed=st.integers(0, 2**32))
-def test_each_level_is_weaker_by_the_discount(seed: int) -> None:
-    """Levels below the first one weigh discount^2 and less; both runs draw the same first one."""
+def test_each_pyramid_level_is_multiplied_by_the_discount(seed: int) -> None:
+    """Levels 2 and 3 have weights of at most discount^2; both calls draw the same level 1."""
     one, three = (
         draw_noise((4, 32, 32), ObjectiveConfig(pyramid_discount=0.01, pyramid_levels=levels), seeded(seed))[0]
         for levels in (1, 3)
@@ -119,7 +119,7 @@ def test_pyramid_noise_has_unit_standard_deviation(
 
 
 @given(seed=st.integers(0, 2**32), first=st.integers(0, 999), count=st.integers(1, 1000))
-def test_timesteps_stay_in_their_range(seed: int, first: int, count: int) -> None:
+def test_timesteps_are_in_the_configured_range(seed: int, first: int, count: int) -> None:
     last = min(first + count - 1, 999)
     for distribution in DISTRIBUTIONS:
         config = ObjectiveConfig(timesteps=distribution, first_timestep=first, last_timestep=last)
@@ -130,7 +130,7 @@ def test_timesteps_stay_in_their_range(seed: int, first: int, count: int) -> Non
 
 
 @given(seed=st.integers(0, 2**32))
-def test_plain_timesteps_are_randint(seed: int) -> None:
+def test_uniform_timesteps_are_randint(seed: int) -> None:
     assert torch.equal(
         draw_timestep(ObjectiveConfig(), 1000, seeded(seed)), torch.randint(1000, (), generator=seeded(seed))
     )
@@ -150,7 +150,7 @@ def logit_normal(x: Tensor) -> Tensor:
         ("style", lambda x: x ** (1 / 3)),
     ],
 )
-def test_timesteps_have_their_distribution(distribution: str, cumulative: Callable[[Tensor], Tensor]) -> None:
+def test_timesteps_follow_their_distribution(distribution: str, cumulative: Callable[[Tensor], Tensor]) -> None:
     draws, rng = 4000, seeded(7)
     config = ObjectiveConfig.model_validate({"timesteps": distribution, "first_timestep": 100, "last_timestep": 899})
     drawn = torch.stack([draw_timestep(config, 1000, rng) for _ in range(draws)])
@@ -163,23 +163,23 @@ def test_timesteps_have_their_distribution(distribution: str, cumulative: Callab
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"last_timestep": 1000}, "last_timestep is 1000, but the base has 1000"),
         ({"first_timestep": 1000}, "first_timestep is 1000"),
         ({"first_timestep": 600, "last_timestep": 500}, "first_timestep 600 is above last_timestep 500"),
     ],
 )
-def test_impossible_ranges_are_refused(settings: dict[str, int], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_invalid_timestep_ranges_are_rejected(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         check_timesteps(ObjectiveConfig.model_validate(settings), 1000)
 
 
-def test_zero_terminal_snr_is_diffusers(scheduler: DDPMScheduler) -> None:
+def test_zero_terminal_snr_agrees_with_diffusers(scheduler: DDPMScheduler) -> None:
     config = ObjectiveConfig(zero_terminal_snr=True)
     ours = alphas_cumprod_of(scheduler.alphas_cumprod, config)
     theirs = torch.cumprod(1 - rescale_zero_terminal_snr(scheduler.betas), dim=0)
-    # theirs divides neighbors and multiplies all of them again: a few roundings for each of 1,000
+    # diffusers divides neighbors and multiplies them again: a few roundings for each of 1,000 timesteps
     torch.testing.assert_close(ours, theirs, rtol=4 * 1000 * EPSILON, atol=EPSILON)
     assert float(ours[-1]) == 0
     assert torch.equal(ours[0], scheduler.alphas_cumprod[0])
@@ -196,14 +196,14 @@ def test_pure_noise_needs_v_prediction(scheduler: DDPMScheduler) -> None:
     check_terminal_snr(scheduler.alphas_cumprod, "epsilon")
 
 
-def test_snr_is_diffusers(scheduler: DDPMScheduler) -> None:
+def test_snr_agrees_with_diffusers(scheduler: DDPMScheduler) -> None:
     timesteps = torch.arange(1000)
     theirs = compute_snr(scheduler, timesteps)
     torch.testing.assert_close(snr(scheduler.alphas_cumprod), theirs, rtol=8 * EPSILON, atol=0)  # eight roundings
     assert float(snr(torch.zeros(1))) == 0
 
 
-def test_noisy_latents_and_targets_are_diffusers(scheduler: DDPMScheduler) -> None:
+def test_noisy_latents_and_targets_agree_with_diffusers(scheduler: DDPMScheduler) -> None:
     latent, noise = torch.randn(2, 5, 4, 3, 3, generator=seeded(0)).unbind()
     timestep, alphas = torch.tensor([0, 17, 400, 998, 999]), scheduler.alphas_cumprod
     close = {"rtol": 0, "atol": 6 * 4 * EPSILON}  # values below 6, four roundings

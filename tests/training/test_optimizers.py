@@ -1,6 +1,6 @@
-"""Optimizers by name, rates by component and pattern, and the rate over a run.
+"""Optimizers by name, learning rates by component and pattern, and learning rate schedules.
 
-Kinds whose package is not installed are skipped; that a missing one is said in one sentence is tested everywhere.
+Optimizers whose package is not installed are skipped; the error message for a missing package is always tested.
 """
 
 import copy
@@ -46,14 +46,14 @@ def config_of(**settings: object) -> OptimizerConfig:
 
 
 def fresh(size: int = 8) -> dict[str, nn.Parameter]:
-    """Factors as training starts with them: normal `down`, zero `up`."""
+    """Make initial factors: normal `down`, zero `up`."""
     rng = torch.Generator().manual_seed(0)
     drawn = {name: torch.randn(size, size, generator=rng) for name in NAMES}
     return {name: nn.Parameter(x if name.endswith("down") else torch.zeros_like(x)) for name, x in drawn.items()}
 
 
 def step(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], number: int) -> None:
-    """One step with gradients that depend on the parameters and the number alone."""
+    """Take one step with gradients that depend on the parameters and the step number alone."""
     rng = torch.Generator().manual_seed(number)
     for p in parameters.values():
         p.grad = p.detach() + torch.randn(p.shape, generator=rng) if p.requires_grad else None
@@ -61,10 +61,10 @@ def step(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], 
 
 
 def runnable(kind: str) -> str:
-    """The kind, if its package is here and it runs on this device."""
+    """Return the optimizer name; skip the test if its package is missing or it needs another device."""
     pytest.importorskip(KINDS[kind][0].partition(".")[0])
     if kind.startswith("paged"):
-        pytest.skip("pages the memory of a GPU")
+        pytest.skip("needs a GPU")
     return kind
 
 
@@ -72,7 +72,7 @@ def rates_in(optimizer: torch.optim.Optimizer) -> dict[int, float]:
     return {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
 
 
-def test_the_default_is_adamw_with_a_tenth_for_text_encoders() -> None:
+def test_default_is_adamw_with_a_tenth_of_the_rate_for_text_encoders() -> None:
     ours, theirs = fresh(), fresh()
     optimizer = new_optimizer(ours, OptimizerConfig(), ENCODERS)
     oracle = torch.optim.AdamW(
@@ -96,7 +96,7 @@ def test_the_default_is_adamw_with_a_tenth_for_text_encoders() -> None:
         st.sampled_from([0.0, 0.5, 1.0, 4.0]),
     ),
 )
-def test_every_parameter_has_its_rate_and_groups_are_merged(
+def test_every_parameter_has_its_rate_and_equal_rates_share_a_group(
     rate: float, text: float | tuple[float, float] | None, factors: dict[str, float]
 ) -> None:
     assume(factors.get("*") != 0.0)
@@ -126,7 +126,7 @@ def test_every_parameter_has_its_rate_and_groups_are_merged(
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         (
             {"text_encoder_learning_rate": (1e-5, 1e-5, 1e-5)},
@@ -148,12 +148,12 @@ def test_every_parameter_has_its_rate_and_groups_are_merged(
         ({"kind": "torch.optim.Rprop"}, "Rprop has no weight decay; set optimizer.weight_decay to 0"),
     ],
 )
-def test_what_cannot_be_done_is_said(settings: dict[str, object], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_invalid_settings_are_rejected(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         new_optimizer(fresh(1), config_of(**settings), ENCODERS)
 
 
-def test_a_rate_for_text_encoders_that_are_not_trained_is_refused() -> None:
+def test_rate_of_untrained_text_encoders_is_rejected() -> None:
     unet = {name: p for name, p in fresh(1).items() if name.startswith("unet.")}
     with pytest.raises(ConfigError, match="no text encoder is trained"):
         new_optimizer(unet, config_of(text_encoder_learning_rate=1e-5), ENCODERS)
@@ -161,7 +161,7 @@ def test_a_rate_for_text_encoders_that_are_not_trained_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["prodigy", "lion", "schedule-free", "adamw-8bit"])
-def test_a_missing_package_is_named(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_names_the_missing_package(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     package = KINDS[kind][0].partition(".")[0]
     for module in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, module)
@@ -171,7 +171,7 @@ def test_a_missing_package_is_named(kind: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("path", ["torch.optim.SGD", "torch.optim:SGD"])
-def test_a_class_by_its_path_takes_its_options(path: str) -> None:
+def test_optimizer_by_import_path_gets_its_options(path: str) -> None:
     config = config_of(kind=path, options={"momentum": 0.9}, weight_decay=0.0, learning_rate=0.5)
     optimizer = new_optimizer(fresh(1), config, ENCODERS)
     assert type(optimizer) is torch.optim.SGD
@@ -179,18 +179,18 @@ def test_a_class_by_its_path_takes_its_options(path: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw-8bit", "adafactor", "lion", "schedule-free"])
-def test_a_first_step_moves_zero_factors_by_the_rate(kind: str) -> None:
+def test_first_step_moves_zero_factors_by_the_learning_rate(kind: str) -> None:
     parameters = {name: p for name, p in fresh(64).items() if name.startswith("unet.")}
     optimizer = new_optimizer(parameters, config_of(kind=runnable(kind), learning_rate=1e-3), ())
     step(optimizer, parameters, 0)
     for name, p in parameters.items():
         if name.endswith(".up"):
             moved = float(p.detach().square().mean().sqrt())
-            assert moved == pytest.approx(1e-3, rel=0.1)  # adafactor's estimate of 64 x 64 squares is of rank one
+            assert moved == pytest.approx(1e-3, rel=0.1)  # Adafactor's second moment is a rank-one estimate
 
 
 @pytest.mark.parametrize("kind", [*KINDS])
-def test_a_saved_optimizer_goes_on_to_the_bit(kind: str) -> None:
+def test_resumed_optimizer_is_bit_identical(kind: str) -> None:
     config = config_of(kind=runnable(kind), rates={"unet.mid_block.*": 0.0})
     straight, parts = fresh(64), fresh(64)
     first, optimizer = new_optimizer(parts, config, ENCODERS), new_optimizer(straight, config, ENCODERS)
@@ -212,7 +212,7 @@ def test_a_saved_optimizer_goes_on_to_the_bit(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [*KINDS])
-def test_looking_at_a_run_changes_no_bit_of_it(kind: str) -> None:
+def test_evaluation_mode_does_not_change_the_run(kind: str) -> None:
     config = config_of(kind=runnable(kind), learning_rate=1e-2)
     unseen, seen = fresh(64), fresh(64)
     AcceleratorState._reset_state()
@@ -224,13 +224,13 @@ def test_looking_at_a_run_changes_no_bit_of_it(kind: str) -> None:
         trained = copy.deepcopy(seen)
         with evaluation_mode(wrapped):
             same = all(torch.equal(trained[name], seen[name]) for name in NAMES)
-        assert same == (kind != "schedule-free" or number == 0)  # the mean of one step is the step
+        assert same == (kind != "schedule-free" or number == 0)  # the average of one step is the step itself
         assert all(torch.equal(trained[name], seen[name]) for name in NAMES)
     assert all(torch.equal(unseen[name], seen[name]) for name in NAMES)
 
 
-def test_schedule_free_evaluates_the_mean_of_its_steps() -> None:
-    """With a constant rate, x is the plain mean of the points z that steps lead to [arXiv 2405.15682, eq. 5]."""
+def test_schedule_free_evaluates_the_average_of_its_steps() -> None:
+    """With a constant rate, x is the mean of the iterates z [arXiv:2405.15682, eq. 5]."""
     parameters = fresh()
     optimizer = new_optimizer(parameters, config_of(kind=runnable("schedule-free")), ENCODERS)
     points: list[torch.Tensor] = []
@@ -239,12 +239,12 @@ def test_schedule_free_evaluates_the_mean_of_its_steps() -> None:
         step(optimizer, parameters, number)
         points.append(optimizer.state[up]["z"].clone())
     with evaluation_mode(optimizer):
-        # x is had from y and z, whose difference is divided by 0.9
+        # x is computed from y and z, whose difference is divided by 0.9
         torch.testing.assert_close(up.detach(), torch.stack(points).mean(0), rtol=0, atol=40 * 2**-24 * 1e-3)
 
 
-def test_prodigy_finds_a_rate_from_nothing() -> None:
-    """On a plain quadratic it grows its step by orders of magnitude and gets near the minimum."""
+def test_prodigy_estimates_the_learning_rate() -> None:
+    """On a quadratic function, the step size grows by orders of magnitude and the minimum is nearly reached."""
     p = nn.Parameter(torch.zeros(4, 4))
     optimizer = new_optimizer({"unet.x.up": p}, config_of(kind=runnable("prodigy"), weight_decay=0.0), ())
     goal = torch.ones(4, 4)
@@ -255,7 +255,7 @@ def test_prodigy_finds_a_rate_from_nothing() -> None:
     assert float((p.detach() - goal).abs().max()) < 0.1
 
 
-def test_prodigy_has_one_rate() -> None:
+def test_prodigy_supports_one_rate_only() -> None:
     kind = runnable("prodigy")
     optimizer = new_optimizer(fresh(1), config_of(kind=kind), ENCODERS)
     assert [group["lr"] for group in optimizer.param_groups] == [1.0]
@@ -265,13 +265,13 @@ def test_prodigy_has_one_rate() -> None:
             new_optimizer(fresh(1), config_of(kind=kind, **settings), ENCODERS)
 
 
-def test_paged_states_need_a_gpu() -> None:
+def test_paged_optimizer_needs_a_gpu() -> None:
     pytest.importorskip("bitsandbytes")
     with pytest.raises(ConfigError, match="use 'adamw-8bit'"):
         new_optimizer(fresh(1), config_of(kind="paged-adamw-8bit"), ENCODERS)
 
 
-def test_kinds_have_defaults_of_their_own() -> None:
+def test_optimizers_have_their_own_defaults() -> None:
     assert config_of(kind="prodigy").learning_rate == config_of(kind="prodigy").word_learning_rate == 1
     assert config_of(kind="prodigy", learning_rate=0.5).learning_rate == 0.5
     free = config_of(kind="schedule-free")
@@ -297,7 +297,7 @@ def test_kinds_have_defaults_of_their_own() -> None:
     ],
 )
 @pytest.mark.parametrize(("steps", "warmup", "restarts"), [(50, 0, 1), (50, 7, 3), (1, 0, 1), (13, 12, 2)])
-def test_rates_after_warmup_are_those_of_transformers(
+def test_schedules_after_warmup_agree_with_transformers(
     schedule: str, oracle: Callable[..., torch.optim.lr_scheduler.LambdaLR], steps: int, warmup: int, restarts: int
 ) -> None:
     config = config_of(schedule=schedule, warmup_steps=warmup, restarts=restarts)

@@ -1,4 +1,4 @@
-"""Runs that are stopped or killed, and go on: the adapter is that of an uninterrupted run, bit for bit."""
+"""Stopped and killed runs that resume produce the adapter of an uninterrupted run, bit for bit."""
 
 import json
 import random
@@ -30,11 +30,11 @@ EVERYTHING: dict[str, Any] = {
     "optimizer": {"ema_decay": 0.9},
     "validation": {"share": 0.25, "every": 3, "draws": 2},
 }
-"""Everything in a run that has a state or draws at random."""
+"""Settings that turn on everything in a run that has state or uses random numbers."""
 
 
 def stop_after(config: Any, steps: int) -> None:
-    """A run that is asked to stop in the middle, as Ctrl-C does, and saves its state."""
+    """Run for a number of steps, then request a stop as Ctrl-C does; the run saves its state."""
     progress, request = Trainer(set_up(config), lambda *_: None), StopRequest()
     one_step = progress.train_step
 
@@ -49,7 +49,7 @@ def stop_after(config: Any, steps: int) -> None:
 
 
 @pytest.mark.parametrize("stops", [(1,), (4, 5)])
-def test_a_stopped_run_goes_on_bit_for_bit(stops: tuple[int, ...], pictures: Path, sd_folder: Path) -> None:
+def test_resumed_run_is_bit_identical(stops: tuple[int, ...], pictures: Path, sd_folder: Path) -> None:
     changes = deep_merge(EVERYTHING, {"data": {"folder": str(pictures)}})
     whole = train(settings(pictures, sd_folder, changes, steps=8, save_precision="float32"))
     output = pictures.parent / "again" / "style.safetensors"
@@ -67,10 +67,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(stops: tuple[int, ...], pictures: Pat
     assert not list_states(output.parent / "style-run")
 
 
-def test_what_other_prompts_are_held_to_does_not_depend_on_where_a_run_was_stopped(
-    pictures: Path, sd_folder: Path
-) -> None:
-    """The text encoder learns, and the frozen side of prior and drift is read by the frozen one, before and after."""
+def test_prior_and_drift_do_not_depend_on_where_a_run_was_stopped(pictures: Path, sd_folder: Path) -> None:
+    """Prior preservation and drift encode their prompts with the frozen text encoder, also after resuming."""
     prior = {"mode": "prediction", "prompt": "a dog"}
     changes = {"prior": prior, "validation": {"share": 0.25, "every": 3, "draws": 2, "base_prompts": ["a blue house"]}}
     whole = train(settings(pictures, sd_folder, changes, steps=6, save_precision="float32"))
@@ -84,7 +82,7 @@ def test_what_other_prompts_are_held_to_does_not_depend_on_where_a_run_was_stopp
     assert drifts[0] == drifts[1]
 
 
-def test_a_state_holds_nothing_of_the_frozen_base(pictures: Path, sd_folder: Path) -> None:
+def test_state_does_not_contain_the_frozen_base(pictures: Path, sd_folder: Path) -> None:
     config = settings(pictures, sd_folder, steps=8)
     stop_after(config, 2)
     (state,) = list_states(config.output.parent / "style-run")
@@ -94,7 +92,7 @@ def test_a_state_holds_nothing_of_the_frozen_base(pictures: Path, sd_folder: Pat
     assert {name.rpartition(".")[2] for name in parameters} == {"down", "up"}
 
 
-def test_the_state_of_another_run_is_not_gone_on_from(pictures: Path, sd_folder: Path) -> None:
+def test_state_of_a_run_with_other_settings_is_rejected(pictures: Path, sd_folder: Path) -> None:
     stop_after(settings(pictures, sd_folder, steps=8), 2)
     other = settings(pictures, sd_folder, {"adapter": {"rank": 3}}, steps=8, seed=9)
     with pytest.raises(ConfigError, match=r"other settings \(adapter, seed differ\); set resume to false"):
@@ -116,8 +114,8 @@ def command(config: Any, folder: Path) -> list[str]:
     return [sys.executable, "-c", code, str(path)]
 
 
-def killed_runs(config: Any, folder: Path, *, kills: int, rng: random.Random) -> list[int]:
-    """Start a run again and again, each time killed at a random moment after a new step; the steps it had taken."""
+def kill_runs(config: Any, folder: Path, *, kills: int, rng: random.Random) -> list[int]:
+    """Start a run repeatedly and kill it at random times after a new step; return the steps reached by each."""
     log, reached = config.output.parent / "style-run" / "log.jsonl", [0]
     for _ in range(kills):
         process = subprocess.Popen(command(config, folder), stderr=subprocess.DEVNULL)
@@ -136,18 +134,18 @@ def last_step(log: Path) -> int:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(pictures: Path, sd_folder: Path, drawn_seed: int) -> None:
-    """kill -9 at random moments, wherever they fall: in a step, or while a state is being written."""
+def test_killed_run_resumes_bit_for_bit(pictures: Path, sd_folder: Path) -> None:
+    """kill -9 at random times: during a step, or while a state is being written."""
     changes = deep_merge(EVERYTHING, {"data": {"folder": str(pictures)}})
     whole = train(settings(pictures, sd_folder, changes, steps=40, save_precision="float32"))
     output = pictures.parent / "again" / "style.safetensors"
     config = settings(pictures, sd_folder, changes, steps=40, save_precision="float32", output=output, state_every=1)
-    reached = killed_runs(config, pictures.parent, kills=2, rng=random.Random(drawn_seed))
+    reached = kill_runs(config, pictures.parent, kills=2, rng=random.Random())
     train(config)
     assert adapter_hash(load_adapter(output)) == adapter_hash(whole.adapter), reached
     assert not list((output.parent / "style-run").glob(".*")), "nothing half-written is left"
 
 
-def test_settings_go_through_json(pictures: Path, sd_folder: Path) -> None:
+def test_settings_survive_a_json_round_trip(pictures: Path, sd_folder: Path) -> None:
     config = settings(pictures, sd_folder, EVERYTHING)
     assert type(config).model_validate(json.loads(config.model_dump_json())) == config

@@ -1,4 +1,4 @@
-"""Words that are learned: alone, before an adapter, and what must not change meanwhile."""
+"""Training of textual inversion, alone and with an adapter (pivotal tuning)."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def config_of(ink: Path, tmp_path: Path, **words: object) -> TrainConfig:
 
 
 @pytest.mark.parametrize("words", [{"alone": 1.0, "vectors": 3}, {"alone": 0.5}], ids=["inversion", "pivotal"])
-def test_a_word_is_learned_on_the_embedded_base(words: dict[str, Any], ink: Path, tmp_path: Path, tiny: Base) -> None:
+def test_word_is_learned_on_the_embedded_base(words: dict[str, Any], ink: Path, tmp_path: Path, tiny: Base) -> None:
     config = config_of(ink, tmp_path, **words)
     before = loss_before(config)
     result = train(config)
@@ -45,7 +45,7 @@ def test_a_word_is_learned_on_the_embedded_base(words: dict[str, Any], ink: Path
     assert own != moved
 
 
-def test_only_these_rows_change_and_keep_their_length(pictures: Path, sd_folder: Path) -> None:
+def test_only_learned_rows_change_and_keep_their_norm(pictures: Path, sd_folder: Path) -> None:
     config = settings(
         pictures, sd_folder, {**UNET_ONLY, "words": {"words": ["sks"], "alone": 1.0, "begin_as": "style"}}
     )
@@ -65,7 +65,7 @@ def test_only_these_rows_change_and_keep_their_length(pictures: Path, sd_folder:
     )
 
 
-def test_the_adapter_waits_for_the_words_and_then_they_for_it(pictures: Path, sd_folder: Path) -> None:
+def test_adapter_starts_when_the_words_are_frozen(pictures: Path, sd_folder: Path) -> None:
     words = {"words": ["sks"], "alone": 0.5, "until": 0.5}
     half = train(
         settings(pictures, sd_folder, {**UNET_ONLY, "words": words}, steps=4, save_every=2, save_precision="float32")
@@ -76,7 +76,7 @@ def test_the_adapter_waits_for_the_words_and_then_they_for_it(pictures: Path, sd
     assert torch.equal(begun.tokens["sks"]["text_encoder"], half.adapter.tokens["sks"]["text_encoder"])
 
 
-def test_a_learned_word_reads_in_training_as_it_does_in_sampling(sd_folder: Path) -> None:
+def test_learned_word_is_encoded_alike_in_training_and_sampling(sd_folder: Path) -> None:
     from lora_diffusion.models.text_encoding import encode_prompts
     from lora_diffusion.prompts.emphasis import parse_literal
 
@@ -93,7 +93,7 @@ def test_a_learned_word_reads_in_training_as_it_does_in_sampling(sd_folder: Path
     assert not torch.equal(ours, other)
 
 
-def test_a_stopped_run_with_words_goes_on_as_if_it_had_not(pictures: Path, sd_folder: Path) -> None:
+def test_resumed_run_with_words_is_bit_identical(pictures: Path, sd_folder: Path) -> None:
     changes = {**UNET_ONLY, "words": {"words": ["sks"], "alone": 0.3}, "samples": {"every": 3}}
     config = settings(pictures, sd_folder, changes, state_every=1)
     whole = train(config).adapter
@@ -101,7 +101,7 @@ def test_a_stopped_run_with_words_goes_on_as_if_it_had_not(pictures: Path, sd_fo
     assert train(config).adapter.hash == whole.hash
 
 
-def test_lengths_hold_exactly_as_they_were() -> None:
+def test_norms_are_restored_after_a_step() -> None:
     vectors = torch.nn.Parameter(torch.randn(3, 8))
     before = vectors.detach().norm(dim=1)
     rules = TextualInversionCallbacks(
@@ -114,7 +114,7 @@ def test_lengths_hold_exactly_as_they_were() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ({"words": ["nobody"]}, "'nobody' stands in no caption"),
         ({"words": ["sks"], "alone": 0.8, "until": 0.2}, "nothing would learn in between"),
@@ -123,15 +123,15 @@ def test_lengths_hold_exactly_as_they_were() -> None:
         ({"words": ["sks"], "vectors": 40}, "vectors"),
     ],
 )
-def test_what_cannot_be_learned_is_one_sentence(
-    words: dict[str, Any], said: str, pictures: Path, sd_folder: Path
+def test_invalid_word_settings_are_rejected(
+    words: dict[str, Any], message: str, pictures: Path, sd_folder: Path
 ) -> None:
     with pytest.raises((ConfigError, ValueError)) as caught:
         train(settings(pictures, sd_folder, {**UNET_ONLY, "words": words}))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_what_rests_has_no_part_in_means_and_best_steps() -> None:
+def test_frozen_phases_and_stability_of_pivotal_tuning() -> None:
     words, others = ({name: torch.nn.Parameter(torch.ones(1, 2))} for name in ("text_encoder.words.a", "unet.x.up"))
     rules = TextualInversionCallbacks(
         words, others, TextualInversionConfig(words=("a",), alone=0.5, until=0.75), steps=8

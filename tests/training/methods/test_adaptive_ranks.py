@@ -1,4 +1,4 @@
-"""Ranks that are found in training: DyLoRA's nested ones, AdaLoRA's and sparse LoRA's falling ones."""
+"""Methods that choose ranks in training: DyLoRA, AdaLoRA and sparse LoRA."""
 
 import io
 from pathlib import Path
@@ -32,7 +32,7 @@ from tests.helpers.method_cases import config_of, injected, module_of, shake
 from tests.helpers.short_runs import UNET_ONLY, interrupted, settings, short_run
 
 
-def test_the_first_directions_of_dylora_are_trained_alone(sd_folder: Path) -> None:
+def test_dylora_trains_the_last_used_direction_only(sd_folder: Path) -> None:
     base = load_base(str(sd_folder))
     paths, made = injected(base, config_of("dylora"))
     assert isinstance(made.rules, DyLoRACallbacks)
@@ -52,8 +52,8 @@ def test_the_first_directions_of_dylora_are_trained_alone(sd_folder: Path) -> No
     assert moved.tolist() == [False, True, False, False]
 
 
-def test_a_dylora_file_is_cut_to_any_rank_that_was_trained(ink: Path, tmp_path: Path) -> None:
-    """The loss that a run reports for a rank is that of the file cut to it."""
+def test_dylora_file_truncated_to_a_rank_has_the_reported_loss(ink: Path, tmp_path: Path) -> None:
+    """The loss that a run reports for a rank is that of the file truncated to it."""
     changes = {"save_precision": "float32", "adapter": {"kind": "dylora"}, "optimizer": {"learning_rate": 1e-2}}
     config = short_run(ink, tmp_path / "it.safetensors", 24, changes)
     result = train(config)
@@ -71,13 +71,13 @@ def test_a_dylora_file_is_cut_to_any_rank_that_was_trained(ink: Path, tmp_path: 
     assert main(["resize", str(result.path), str(tmp_path / "x.safetensors"), "--first", "2", "--rank", "2"]) == 2
 
 
-def test_adalora_ends_within_its_budget_with_the_directions_that_matter(sd_folder: Path) -> None:
+def test_adalora_ends_within_its_budget_with_the_important_directions(sd_folder: Path) -> None:
     base = load_base(str(sd_folder))
     paths, made = injected(base, config_of("adalora", unet_targets=("attention",)))
     rules = made.rules
     assert isinstance(rules, AdaLoRACallbacks)
     shake(made.parameters)
-    loud: TrainableAdaLoRA = get_layer(base, paths[0])
+    important: TrainableAdaLoRA = get_layer(base, paths[0])
     for step in range(20):
         for name, parameter in made.parameters.items():
             parameter.grad = torch.ones_like(parameter) * (10.0 if name.startswith(paths[0]) else 1.0)
@@ -85,13 +85,13 @@ def test_adalora_ends_within_its_budget_with_the_directions_that_matter(sd_folde
         rules.after_step(step, lambda _strength: 1e-3)
     left = [int((get_layer(base, path).strength != 0).sum()) for path in paths]
     assert sum(left) <= rules.final_budget
-    assert left[0] == loud.strength.numel() > 4
+    assert left[0] == important.strength.numel() > 4
     saved = extract_adapter(base, paths, AdapterMetadata(), torch.float32)
     ranks = {layer.rank for layer in saved.layers.values() if isinstance(layer, LoRALayer)}
     assert len(ranks) > 1
 
 
-def test_the_allocation_is_drawn_in_the_report(ink: Path, tmp_path: Path) -> None:
+def test_report_shows_the_rank_allocation(ink: Path, tmp_path: Path) -> None:
     changes = {"adapter": {"kind": "adalora", "rank": 2}}
     result = train_and_report(short_run(ink, tmp_path / "it.safetensors", 20, changes))
     ranks = ranks_by_block(result.adapter)
@@ -104,7 +104,7 @@ def test_the_allocation_is_drawn_in_the_report(ink: Path, tmp_path: Path) -> Non
     assert result.adapter.metadata.training["method"]["directions_left"] <= 2 * len(result.adapter.layers)
 
 
-def test_a_stopped_adalora_run_goes_on_as_if_it_had_not(pictures: Path, sd_folder: Path) -> None:
+def test_resumed_adalora_run_is_bit_identical(pictures: Path, sd_folder: Path) -> None:
     changes = deep_merge(UNET_ONLY, {"adapter": {"kind": "adalora"}, "samples": {"every": 5}})
     config = settings(pictures, sd_folder, changes, state_every=1, steps=12)
     whole = train(config).adapter
@@ -113,7 +113,7 @@ def test_a_stopped_adalora_run_goes_on_as_if_it_had_not(pictures: Path, sd_folde
     assert train(config).adapter.hash == whole.hash
 
 
-def test_sparse_takes_the_weakest_away_and_the_file_gets_smaller(sd_folder: Path) -> None:
+def test_sparse_prunes_the_weakest_directions_and_shrinks_the_file(sd_folder: Path) -> None:
     base = load_base(str(sd_folder))
     paths, made = injected(base, config_of("sparse", unet_targets=("attention",), sparse_l1=0.0, sparse_keep=0.25))
     assert isinstance(made.rules, SparseCallbacks)
@@ -137,8 +137,8 @@ def test_sparse_takes_the_weakest_away_and_the_file_gets_smaller(sd_folder: Path
     assert torch.equal(update.gate, torch.zeros(3))
 
 
-def test_the_best_step_is_one_after_the_directions_were_taken(ink: Path, tmp_path: Path) -> None:
-    """Before the middle of the run nothing is cut, and what was learned until then is better than the little left."""
+def test_best_step_is_after_the_pruning(ink: Path, tmp_path: Path) -> None:
+    """Before the pruning the loss is lower, but those steps do not count."""
     changes = {
         "adapter": {"kind": "sparse", "sparse_keep": 0.01},
         "validation": {"every": 2},
@@ -153,10 +153,10 @@ def test_the_best_step_is_one_after_the_directions_were_taken(ink: Path, tmp_pat
     assert result.best.step >= 8
     begun = 4 * len(result.adapter.layers)
     left = sum(layer.rank for layer in result.adapter.layers.values() if isinstance(layer, LoRALayer))
-    assert left < 0.5 * begun  # one of each module stays, as a layer has one
+    assert left < 0.5 * begun  # each layer keeps at least one direction
 
 
-def test_the_strength_of_a_direction_knows_its_scale() -> None:
+def test_strength_of_a_direction_includes_the_scale() -> None:
     config = AdapterConfig(kind="sparse")
     plain, doubled = (
         TrainableSparseLoRA(
@@ -170,8 +170,8 @@ def test_the_strength_of_a_direction_knows_its_scale() -> None:
     assert torch.allclose(doubled.compute_strengths(), 2 * plain.compute_strengths())
 
 
-def test_each_component_keeps_its_share() -> None:
-    """Text encoders learn at lower rates, and would lose all to the UNet."""
+def test_each_component_is_pruned_separately() -> None:
+    """Text encoders learn at lower rates; pruned together with the UNet, they would lose all directions."""
     config = AdapterConfig(kind="sparse", sparse_keep=0.5)
     unet, text = (
         TrainableSparseLoRA(

@@ -1,4 +1,4 @@
-"""The trained layers' own forward and backward passes, against PEFT's layers and finite differences."""
+"""Fused forward and backward passes, compared with PEFT's layers and finite differences."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def input_for(module: nn.Module) -> Tensor:
 
 
 def both(kind: str, dropout: float = 0.0) -> tuple[Any, Any]:
-    """The same layer with the same factors: ours, and PEFT's."""
+    """Make our layer and PEFT's with the same weights and factors."""
     torch.manual_seed(0)
     ours: Any = MODULES[kind]().requires_grad_(False)
     holder = nn.Sequential(MODULES[kind]())
@@ -46,7 +46,7 @@ def both(kind: str, dropout: float = 0.0) -> tuple[Any, Any]:
 
 
 def passed(module: Any, x: Tensor, factors: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """Output and gradients of input, down and up, for a loss that weighs every output differently."""
+    """Compute the output and the gradients of input, down and up for a loss with a different weight per output."""
     x = x.clone().requires_grad_()
     y = module(x)
     weights = torch.linspace(-1, 1, y.numel()).reshape(y.shape)
@@ -56,7 +56,7 @@ def passed(module: Any, x: Tensor, factors: tuple[Tensor, Tensor]) -> list[Tenso
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", MODULES)
-def test_output_and_gradients_are_pefts(kind: str, autocast: bool) -> None:
+def test_output_and_gradients_agree_with_peft(kind: str, autocast: bool) -> None:
     ours, theirs = both(kind)
     x = input_for(ours)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -69,7 +69,7 @@ def test_output_and_gradients_are_pefts(kind: str, autocast: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", MODULES)
-def test_dropout_is_pefts_draw_for_draw(kind: str) -> None:
+def test_dropout_agrees_with_peft_for_the_same_seed(kind: str) -> None:
     ours, theirs = both(kind, dropout=0.4)
     x = input_for(ours)
     torch.manual_seed(5)
@@ -79,24 +79,33 @@ def test_dropout_is_pefts_draw_for_draw(kind: str) -> None:
     assert not torch.allclose(ours.eval()(x), found, atol=1e-3)
 
 
-def test_gradients_are_those_of_finite_differences() -> None:
-    def doubled(*shape: int, learns: bool = True) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64, requires_grad=learns)
+def test_gradients_agree_with_finite_differences() -> None:
+    def draw_float64(*shape: int, requires_grad: bool = True) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=requires_grad)
 
     torch.manual_seed(0)
-    linear = (doubled(3, 4), doubled(5, 4, learns=False), doubled(5, learns=False), doubled(2, 4), doubled(5, 2), 1.5)
-    assert torch.autograd.gradcheck(LowRankLinear.apply, linear)
-    kernel = (
-        doubled(3, 4, 3, 3, learns=False),
-        doubled(3, learns=False),
-        doubled(2, 4, 3, 3),
-        doubled(3, 2, 1, 1),
+    linear = (
+        draw_float64(3, 4),
+        draw_float64(5, 4, requires_grad=False),
+        draw_float64(5, requires_grad=False),
+        draw_float64(2, 4),
+        draw_float64(5, 2),
         1.5,
     )
-    assert torch.autograd.gradcheck(LowRankConvolution.apply, (doubled(1, 4, 5, 5), *kernel, (2, 2), (1, 1), (1, 1)))
+    assert torch.autograd.gradcheck(LowRankLinear.apply, linear)
+    kernel = (
+        draw_float64(3, 4, 3, 3, requires_grad=False),
+        draw_float64(3, requires_grad=False),
+        draw_float64(2, 4, 3, 3),
+        draw_float64(3, 2, 1, 1),
+        1.5,
+    )
+    assert torch.autograd.gradcheck(
+        LowRankConvolution.apply, (draw_float64(1, 4, 5, 5), *kernel, (2, 2), (1, 1), (1, 1))
+    )
 
 
-def test_checkpointing_gives_the_same_gradients() -> None:
+def test_checkpointing_does_not_change_the_gradients() -> None:
     ours, _ = both("linear")
     x = input_for(ours).requires_grad_()
     factors = (ours.update.down, ours.update.up)
@@ -105,10 +114,10 @@ def test_checkpointing_gives_the_same_gradients() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's compiler has its own
+@pytest.mark.filterwarnings("ignore")  # torch.compile emits its own warnings
 @pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_the_compiler_takes_the_layers_whole(kind: str) -> None:
-    """One graph, without a break, and the same gradients; the backend only traces, as generating code takes minutes."""
+def test_torch_compile_gives_one_graph(kind: str) -> None:
+    """No graph break and the same gradients; the backend only traces, because code generation takes minutes."""
     ours, _ = both(kind)
     x, factors = input_for(ours), (ours.update.down, ours.update.up)
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
@@ -116,13 +125,13 @@ def test_the_compiler_takes_the_layers_whole(kind: str) -> None:
         assert torch.allclose(found, wanted, atol=1e-6)
 
 
-def test_an_input_that_needs_no_gradient_gets_none() -> None:
+def test_input_without_gradient_is_supported() -> None:
     ours, _ = both("linear")
     ours(input_for(ours)).sum().backward()
     assert ours.update.up.grad is not None
 
 
-def test_where_a_module_starts_depends_on_seed_and_path_alone(sd_folder: object) -> None:
+def test_initial_values_depend_on_seed_and_path_alone(sd_folder: object) -> None:
     from lora_diffusion.models.load import load_base
     from lora_diffusion.training.methods.injection import inject
 

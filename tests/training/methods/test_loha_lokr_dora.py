@@ -1,4 +1,4 @@
-"""DoRA, LoHa and LoKr compute what PEFT's layers compute."""
+"""DoRA, LoHa and LoKr agree with PEFT's layers; full differences and half precision."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from tests.helpers.method_cases import config_of, injected, module_of
 
 
 def theirs_of(module: Any, config: Any) -> Any:
-    """The same module with PEFT's adapter."""
+    """Make a copy of a module with PEFT's adapter."""
     holder = nn.Sequential(type(module)(12, 8) if isinstance(module, nn.Linear) else nn.Conv2d(12, 8, 3, padding=1))
     holder[0].load_state_dict({name: value for name, value in module.state_dict().items() if "update" not in name})
     inject_adapter_in_model(config, holder)
@@ -33,7 +33,7 @@ def theirs_of(module: Any, config: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_dora_is_pefts(kind: str) -> None:
+def test_dora_agrees_with_peft(kind: str) -> None:
     ours = module_of(kind)
     inner = TrainableLoRA(
         ours, AdapterSize(rank=2, scale=1.5, config=AdapterConfig()), torch.Generator().manual_seed(0)
@@ -59,7 +59,7 @@ def test_dora_is_pefts(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["loha", "lokr"])
-def test_loha_and_lokr_are_pefts(kind: str) -> None:
+def test_loha_and_lokr_agree_with_peft(kind: str) -> None:
     ours = module_of("linear")
     size = AdapterSize(rank=2, scale=1.5, config=AdapterConfig(kind="lokr", lokr_factor=4))
     if kind == "loha":
@@ -83,8 +83,8 @@ def test_loha_and_lokr_are_pefts(kind: str) -> None:
     assert torch.allclose(ours(x), theirs(x), atol=1e-5)
 
 
-def test_what_half_precision_would_round_away_acts_all_the_same() -> None:
-    """A delta of a thousandth of the weight is half a step of bfloat16 and less."""
+def test_small_deltas_are_applied_in_half_precision() -> None:
+    """A delta of a thousandth of the weight is at most half a unit in the last place of bfloat16."""
     module = nn.Linear(256, 64, dtype=torch.bfloat16).requires_grad_(False)
     update = TrainableLoHa(
         module, AdapterSize(rank=2, scale=1e-3, config=AdapterConfig()), torch.Generator().manual_seed(0)
@@ -97,12 +97,12 @@ def test_what_half_precision_would_round_away_acts_all_the_same() -> None:
     assert float(delta.norm()) < 0.01 * float(module.weight.float().norm())
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         added = update.forward_delta(module, x.bfloat16()).float()
-    rounded = x.bfloat16().float() @ delta.bfloat16().float().T  # what half precision can say at best
+    rounded = x.bfloat16().float() @ delta.bfloat16().float().T  # the best result that half precision allows
     assert float((added - rounded).norm()) < 3e-3 * float(exact.norm())
     assert float((rounded - exact).norm()) < 0.01 * float(exact.norm())
 
 
-def test_a_norms_small_difference_acts_in_half_precision() -> None:
+def test_small_differences_of_norms_are_applied_in_half_precision() -> None:
     module = nn.GroupNorm(2, 8, dtype=torch.bfloat16).requires_grad_(False)
     update = TrainableFullLayer(module)
     attach(module, update)
@@ -113,8 +113,8 @@ def test_a_norms_small_difference_acts_in_half_precision() -> None:
         assert torch.allclose(module(x).float(), before * 1.001, rtol=1e-4, atol=1e-6)
 
 
-def test_magnitudes_are_saved_whole(sd_folder: Path) -> None:
-    """Rounded, they would move the base's own weight."""
+def test_magnitudes_are_saved_in_float32(sd_folder: Path) -> None:
+    """Rounded magnitudes would change the base weight itself."""
     base = load_base(str(sd_folder))
     paths, _ = injected(base, config_of("dora"))
     layer = extract_adapter(base, paths, AdapterMetadata(), torch.float16).layers[paths[0]]

@@ -1,4 +1,4 @@
-"""LoRA and what differs from it by a setting: places, ranks, scales, rates, starts, timesteps."""
+"""LoRA and its variants: targets, ranks, scales, LoRA+, initialization, T-LoRA, VeRA and PiSSA."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from tests.helpers.method_cases import config_of, injected, predicted, shake
 from tests.helpers.short_runs import UNET_ONLY, settings
 
 
-def test_exactly_the_chosen_modules_train(sd_folder: Path) -> None:
+def test_only_the_target_modules_train(sd_folder: Path) -> None:
     base = load_base(str(sd_folder))
     config = config_of("mixed", unet_targets=("attention",))
     paths, made = injected(base, config)
@@ -50,14 +50,14 @@ def test_ranks_and_alphas_by_pattern(sd_folder: Path) -> None:
         injected(load_base(str(sd_folder)), config_of("lora", ranks={"*.nowhere": 2}))
 
 
-def test_the_scale_of_rslora_is_kept_in_the_file(sd_folder: Path) -> None:
+def test_saved_layer_has_the_scale_of_rslora(sd_folder: Path) -> None:
     base = load_base(str(sd_folder))
     paths, _ = injected(base, config_of("rslora", rank=9))
     assert get_layer(base, paths[0]).layer().scale == pytest.approx(2 / 3)
 
 
-def test_lora_fa_keeps_no_input(sd_folder: Path) -> None:
-    kept: list[int] = []
+def test_lora_fa_saves_no_input_for_the_backward_pass(sd_folder: Path) -> None:
+    saved_counts: list[int] = []
     for method in ("lora", "lora-fa"):
         base = load_base(str(sd_folder))
         _, made = injected(base, config_of(method))
@@ -72,12 +72,12 @@ def test_lora_fa_keeps_no_input(sd_folder: Path) -> None:
         latents = torch.randn(1, unet.config.in_channels, 8, 8)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda values: values):
             unet(latents, 5, encoder_hidden_states=torch.randn(1, 77, unet.config.cross_attention_dim))
-        kept.append(total)
+        saved_counts.append(total)
         assert all(name.endswith(".down") is False for name in made.parameters) is (method == "lora-fa")
-    assert kept[1] < 0.9 * kept[0]
+    assert saved_counts[1] < 0.9 * saved_counts[0]
 
 
-def test_the_second_factor_learns_faster_by_lora_plus(pictures: Path, sd_folder: Path) -> None:
+def test_lora_plus_trains_up_faster(pictures: Path, sd_folder: Path) -> None:
     plain, plus = (
         train(settings(pictures, sd_folder, {"optimizer": {"up_rate": rate}}, steps=1)).adapter for rate in (1.0, 8.0)
     )
@@ -92,14 +92,14 @@ def test_the_second_factor_learns_faster_by_lora_plus(pictures: Path, sd_folder:
             settings(pictures, sd_folder, {"optimizer": optimizer})
 
 
-def test_a_spectral_start_on_convolutions_is_refused(pictures: Path, sd_folder: Path) -> None:
+def test_pissa_on_convolutions_is_rejected(pictures: Path, sd_folder: Path) -> None:
     changes = {"adapter": {"start": "pissa", "unet_targets": ["convolutions"], "text_encoder_targets": ["attention"]}}
     with pytest.raises(ConfigError, match=r"adapter.start 'pissa'.*convolution"):
         train(settings(pictures, sd_folder, changes))
 
 
 @pytest.mark.parametrize(("part", "block"), [("content", "OUT00"), ("style", "OUT01")])
-def test_b_loras_places_have_the_blend_preset_of_their_name(part: str, block: str) -> None:
+def test_b_lora_targets_match_the_block_preset_of_that_name(part: str, block: str) -> None:
     layout = LAYOUTS["sdxl"]
     paths = resolve_targets(trainable_paths(layout), unet=[f"b-lora-{part}"], text_encoders=())
     assert len(paths) == 10 * 8  # ten transformers, two attentions of four projections each
@@ -112,7 +112,7 @@ def test_b_loras_places_have_the_blend_preset_of_their_name(part: str, block: st
         block_factors(f"BLORA-{part.upper()}", LAYOUTS["sd1"])
 
 
-def test_a_t_lora_acts_as_trained_at_every_step_and_no_weights_hold_it(sd_folder: Path, tmp_path: Path) -> None:
+def test_t_lora_samples_as_trained_and_cannot_be_merged(sd_folder: Path, tmp_path: Path) -> None:
     base, fresh = load_base(str(sd_folder)), load_base(str(sd_folder))
     paths, made = injected(base, config_of("t-lora", least_rank=2, rank=5))
     shake(made.parameters)
@@ -148,7 +148,7 @@ def test_a_t_lora_acts_as_trained_at_every_step_and_no_weights_hold_it(sd_folder
     assert {layer.rank for layer in cut.layers.values() if isinstance(layer, LoRALayer)} == {3}
 
 
-def test_vera_trains_two_vectors_and_shares_the_rest(sd_folder: Path) -> None:
+def test_vera_trains_two_vectors_and_shares_the_factors(sd_folder: Path) -> None:
     base = load_base(str(sd_folder))
     paths, made = injected(base, config_of("vera"))
     expected = sum(16 + module_at(base, path).weight.shape[0] for path in paths)
@@ -159,8 +159,8 @@ def test_vera_trains_two_vectors_and_shares_the_rest(sd_folder: Path) -> None:
     assert torch.equal(ours, theirs)
 
 
-def test_pissa_is_exact_however_little_was_learned(sd_folder: Path) -> None:
-    """What is saved in half precision is off by a part of the delta, not of the base's main directions."""
+def test_pissa_in_half_precision_rounds_relative_to_the_delta(sd_folder: Path) -> None:
+    """The rounding error is relative to the delta, not to the principal part of the base weight."""
     base = load_base(str(sd_folder))
     paths, made = injected(base, config_of("pissa"))
     with torch.no_grad():
@@ -173,7 +173,7 @@ def test_pissa_is_exact_however_little_was_learned(sd_folder: Path) -> None:
         assert float((half.layers[path].delta(torch.zeros_like(delta)) - delta).norm()) < 2e-3 * float(delta.norm())
 
 
-def test_a_dropped_direction_of_pissa_leaves_nothing_behind(sd_folder: Path) -> None:
+def test_rank_dropout_of_pissa_drops_both_copies_of_a_direction(sd_folder: Path) -> None:
     base = load_base(str(sd_folder))
     before = predicted(base)
     injected(base, config_of("pissa", rank_dropout=0.5))
@@ -181,7 +181,7 @@ def test_a_dropped_direction_of_pissa_leaves_nothing_behind(sd_folder: Path) -> 
     assert torch.equal(predicted(base), before)
 
 
-def test_orthogonal_rows_beyond_the_inputs_stay_noise(sd_folder: Path) -> None:
+def test_orthogonal_rows_beyond_the_inputs_keep_their_noise(sd_folder: Path) -> None:
     base = load_base(str(sd_folder))
     _, made = injected(base, config_of("orthogonal", unet_targets=("conv_in",), rank=64))
     down = made.parameters["unet.conv_in.down"].detach().flatten(1)
@@ -192,7 +192,7 @@ def test_orthogonal_rows_beyond_the_inputs_stay_noise(sd_folder: Path) -> None:
     predicted(base)
 
 
-def test_t_lora_drops_its_input(sd_folder: Path) -> None:
+def test_t_lora_applies_dropout(sd_folder: Path) -> None:
     base = load_base(str(sd_folder))
     _, made = injected(base, config_of("t-lora", dropout=0.9))
     shake(made.parameters)
@@ -202,7 +202,7 @@ def test_t_lora_drops_its_input(sd_folder: Path) -> None:
     assert not torch.equal(predicted(base), predicted(base))
 
 
-def test_a_rate_of_second_factors_needs_them(pictures: Path, sd_folder: Path) -> None:
+def test_lora_plus_without_up_factors_is_rejected(pictures: Path, sd_folder: Path) -> None:
     changes = {**UNET_ONLY, "optimizer": {"up_rate": 4, "text_encoder_learning_rate": None}}
     changes["adapter"] = {**changes["adapter"], "kind": "loha"}
     with pytest.raises(ConfigError, match=r"optimizer.up_rate is 4.0, but no trained layer has a factor"):

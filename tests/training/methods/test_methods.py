@@ -1,4 +1,4 @@
-"""Every method in the one loop: it begins as nothing, learns, and is saved as what it computed."""
+"""All training methods: a zero start, training, saved files and invalid settings."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ from train_scripts.compare_methods import best_rate, known
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_fresh_update_changes_nothing(method: str, sd_folder: Path) -> None:
+def test_new_layers_do_not_change_the_output(method: str, sd_folder: Path) -> None:
     base = load_base(str(sd_folder))
     before = predicted(base)
     paths, _ = injected(base, config_of(method))
@@ -51,8 +51,7 @@ def test_a_fresh_update_changes_nothing(method: str, sd_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_saved_is_what_was_computed(method: str, sd_folder: Path) -> None:
-    """A blend of the saved adapter predicts what the trained modules predicted."""
+def test_saved_adapter_predicts_what_the_trained_modules_predict(method: str, sd_folder: Path) -> None:
     base, fresh = load_base(str(sd_folder)), load_base(str(sd_folder))
     paths, made = injected(base, config_of(method))
     shake(made.parameters)
@@ -72,7 +71,7 @@ def test_what_is_saved_is_what_was_computed(method: str, sd_folder: Path) -> Non
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_learns_on_the_embedded_base(method: str, ink: Path, tmp_path: Path, tiny: Base) -> None:
-    """The loss at fixed noise falls, pictures move, and the file holds the kind that was asked for."""
+    """The validation loss falls, samples change, and the file contains layers of the configured kind."""
     rate = {"vera": 2e-1, "adalora": 2e-2, "mixed": 1e-3, "loha": 2e-2}.get(method, 5e-3)
     changes = {"adapter": METHODS[method], "optimizer": {"learning_rate": rate}}
     config = short_run(ink, tmp_path / "it.safetensors", 24, changes)
@@ -102,15 +101,17 @@ def test_each_method_learns_on_the_embedded_base(method: str, ink: Path, tmp_pat
         ({"words": {"words": ["sks"], "alone": 0.5}, "adapter": {"kind": "adalora"}}, ("words.alone", "'adalora'")),
     ],
 )
-def test_a_run_that_would_undo_its_method_is_refused(table: dict[str, Any], words: tuple[str, ...], ink: Path) -> None:
+def test_settings_that_conflict_with_the_method_are_rejected(
+    table: dict[str, Any], words: tuple[str, ...], ink: Path
+) -> None:
     with pytest.raises(ConfigError) as caught:
         short_run(ink, ink / "it.safetensors", 4, table)
     assert all(word in str(caught.value) for word in words)
 
 
 @pytest.mark.parametrize("name", [each.name for each in methods.METHODS])
-def test_the_arithmetic_of_sizes_is_what_is_injected(name: str, tmp_path: Path) -> None:
-    size = measure_method(methods.get_method(name), "tiny-sd")
+def test_computed_sizes_equal_those_of_injected_layers(name: str, tmp_path: Path) -> None:
+    size = method_size(methods.get_method(name), "tiny-sd")
     table = methods.with_method(default_settings("style", "tiny-sd"), methods.get_method(name))
     table |= {"output": tmp_path / "it.safetensors"}
     shutil.copytree(sample_data_folder() / "styles" / "ink", tmp_path / "ink")
@@ -118,13 +119,13 @@ def test_the_arithmetic_of_sizes_is_what_is_injected(name: str, tmp_path: Path) 
     run = set_up(validate(TrainConfig, table, source="test"))
     assert size.trained == sum(parameter.numel() for parameter in run.parameters.values())
     assert size.modules == len(run.paths)
-    if name not in ("adalora", "sparse"):  # whose files depend on what is taken away
+    if name not in ("adalora", "sparse"):  # their files depend on what is pruned
         saved = extract_adapter(run.base, run.paths, AdapterMetadata(), torch.float16)
         words = sum(vectors.numel() for vectors in run.words.parameters.values()) if run.words else 0
         assert size.saved == saved.num_parameters + words
 
 
-def test_the_rates_of_methods_are_the_best_of_those_tried_and_those_compared() -> None:
+def test_default_rates_of_methods_are_the_best_measured() -> None:
     for name, row in known()["methods"].items():
         assert methods.get_method(name).rate == best_rate(row) == row["rate"], name
 
@@ -141,7 +142,7 @@ def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_methods_file_is_converted_merged_and_inspected_like_any_other(
+def test_files_of_all_methods_are_converted_merged_and_inspected(
     method: str, sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = load_base(str(sd_folder))
@@ -150,7 +151,7 @@ def test_a_methods_file_is_converted_merged_and_inspected_like_any_other(
     metadata = AdapterMetadata(name="it", family=base.family.name)
     adapter = extract_adapter(base, paths, metadata, torch.float32)
     own, theirs = tmp_path / "it.safetensors", tmp_path / "kohya.safetensors"
-    save_adapter(adapter, own)  # of T-LoRA the factors; what sets it apart has tests of its own
+    save_adapter(adapter, own)  # for T-LoRA only the factors; its ranks by timestep are tested elsewhere
     assert main(["convert", str(own), str(theirs), "--to", "kohya"]) == 0
     again = load_adapter(theirs)
     assert again.paths == adapter.paths
@@ -196,7 +197,7 @@ def test_a_methods_file_is_converted_merged_and_inspected_like_any_other(
         ({"kind": "dylora", "lokr_factor": 4}, ("lokr_factor", "'dylora'")),
     ],
 )
-def test_what_makes_no_sense_together_is_refused_by_name(table: dict[str, Any], words: tuple[str, ...]) -> None:
+def test_invalid_combinations_are_rejected(table: dict[str, Any], words: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError) as caught:
         validate(AdapterConfig, table, source="adapter")
     assert all(word in str(caught.value) for word in words)
@@ -204,7 +205,7 @@ def test_what_makes_no_sense_together_is_refused_by_name(table: dict[str, Any], 
     assert len(INVALID_COMBINATIONS) == 13
 
 
-def test_a_module_is_trained_one_way(pictures: Path, sd_folder: Path) -> None:
+def test_module_in_two_kinds_of_targets_is_rejected(pictures: Path, sd_folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"full_targets and by the other targets"):
         train(settings(pictures, sd_folder, {"adapter": {"full_targets": ["unet.*.to_q"]}}))
     with pytest.raises(ConfigError, match=r"'unet.nowhere' names no module"):

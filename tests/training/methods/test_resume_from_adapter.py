@@ -1,4 +1,4 @@
-"""Training goes on from an adapter, or on top of others."""
+"""Training that starts from an adapter, or on top of other adapters."""
 
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ CONTINUED = ("lora", "rslora", "dora", "loha", "lokr", "dora on lokr", "pissa", 
 
 
 @pytest.mark.parametrize("method", CONTINUED)
-def test_training_goes_on_as_an_adapter_of_any_kind(method: str, sd_folder: Path) -> None:
-    """Before a step it is the adapter itself, to the bit."""
+def test_injected_adapter_equals_the_original(method: str, sd_folder: Path) -> None:
+    """Before the first step, layers and predictions are those of the adapter."""
     base, fresh = load_base(str(sd_folder)), load_base(str(sd_folder))
     paths, made = injected(base, config_of(method))
     shake(made.parameters)
@@ -46,7 +46,7 @@ def test_training_goes_on_as_an_adapter_of_any_kind(method: str, sd_folder: Path
     assert torch.allclose(predicted(fresh), predicted(base), atol=1e-4)
 
 
-def test_a_run_goes_on_from_a_file_and_on_top_of_others(ink: Path, tmp_path: Path) -> None:
+def test_run_starts_from_a_file_and_on_top_of_others(ink: Path, tmp_path: Path) -> None:
     ready = sample_data_folder() / "adapters" / "gloop.safetensors"
     table: dict[str, Any] = {
         "data": {"folder": ink},
@@ -79,7 +79,7 @@ def test_a_run_goes_on_from_a_file_and_on_top_of_others(ink: Path, tmp_path: Pat
         train(validate(TrainConfig, {**on_top, "on_top_of": {str(tmp_path / "nowhere.safetensors"): 1}}, source="test"))
 
 
-def test_words_would_be_lost_and_are_not_gone_on_with(sd: Base, tmp_path: Path) -> None:
+def test_adapters_with_learned_words_or_no_layers_are_rejected(sd: Base, tmp_path: Path) -> None:
     words = Adapter(layers={}, tokens={"sks": {"text_encoder": torch.ones(1, 4)}})
     with pytest.raises(ConfigError, match="learned words"):
         check_continuable(words, "a.safetensors")
@@ -90,24 +90,24 @@ def test_words_would_be_lost_and_are_not_gone_on_with(sd: Base, tmp_path: Path) 
         add_base_adapters(sd, {tmp_path / "words.safetensors": 1.0})
 
 
-def test_a_file_is_gone_on_with_as_it_is_and_where_it_fits(pictures: Path, sd: Base, tmp_path: Path) -> None:
+def test_unsupported_adapters_are_rejected(pictures: Path, sd: Base, tmp_path: Path) -> None:
     file, base = tmp_path / "begun.safetensors", Path(sd.name)
     path = "unet.mid_block.attentions.0.proj_in"
     size = sd.pipe.unet.mid_block.attentions[0].proj_in.weight.shape
     changes = {**UNET_ONLY, "adapter": {**UNET_ONLY["adapter"], "begin_with": str(file)}}
 
-    def refused(layer: Any, said: str, least_rank: int = 0, **more: Any) -> None:
+    def assert_rejected(layer: Any, message: str, least_rank: int = 0, **more: Any) -> None:
         metadata = AdapterMetadata(family=sd.family.name, least_rank=least_rank)
         save_adapter(Adapter(layers={path: layer}, metadata=metadata), file)
         own = AdapterConfig()
         adapter = {**changes["adapter"], **more, "unet_targets": own.unet_targets, "rank": own.rank}
-        with pytest.raises((ConfigError, FamilyMismatchError), match=said):
+        with pytest.raises((ConfigError, FamilyMismatchError), match=message):
             train(settings(pictures, base, {**changes, "adapter": adapter}))
 
     kernel = [1] * (len(size) - 2)
     fits = LoRALayer(down=torch.ones(2, size[1], *kernel), up=torch.ones(size[0], 2, *kernel), alpha=2.0)
     other = LoRALayer(down=torch.ones(2, 7, *kernel), up=torch.ones(9, 2, *kernel), alpha=2.0)
     full = FullLayer(diff=torch.ones(*size))
-    refused(fits, "rank depends on the timestep", least_rank=1)
-    refused(other, "proj_in")
-    refused(full, r"adapter.dropout applies to plain LoRA only", dropout=0.1)
+    assert_rejected(fits, "rank depends on the timestep", least_rank=1)
+    assert_rejected(other, "proj_in")
+    assert_rejected(full, r"adapter.dropout applies to plain LoRA only", dropout=0.1)
