@@ -66,10 +66,6 @@ def _compute_pissa_factors(
     Uses a randomized SVD with its own generator, because `torch.svd_lowrank` draws from the global one.
     """
     width = min(rank + _OVERSAMPLING, *weight.shape)
-    probes = torch.randn(weight.shape[1], width, generator=generator).to(weight.device)
-    basis = torch.linalg.qr(weight @ probes).Q
-    for _ in range(_SVD_ITERATIONS):
-        basis = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ basis).Q).Q
-    left, singular_values, right = torch.linalg.svd(basis.T @ weight, full_matrices=False)
+    left, singular_values, right = randomized_svd(weight, width, power_iterations=_SVD_ITERATIONS, generator=generator)
     root = (singular_values[:rank] / scale).sqrt()
-    return root[:, None] * right[:rank], (basis @ left)[:, :rank] * root
+    return root[:, None] * right[:rank], left[:, :rank] * root

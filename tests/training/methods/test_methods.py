@@ -111,7 +111,7 @@ def test_settings_that_conflict_with_the_method_are_rejected(
 
 @pytest.mark.parametrize("name", [each.name for each in methods.METHODS])
 def test_computed_sizes_equal_those_of_injected_layers(name: str, tmp_path: Path) -> None:
-    size = method_size(methods.get_method(name), "tiny-sd")
+    size = measure_method(methods.get_method(name), "tiny-sd")
     table = methods.with_method(default_settings("style", "tiny-sd"), methods.get_method(name))
     table |= {"output": tmp_path / "it.safetensors"}
     shutil.copytree(sample_data_folder() / "styles" / "ink", tmp_path / "ink")
