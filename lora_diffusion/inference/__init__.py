@@ -1,1 +1,1 @@
-"""Blends in a live base, and pictures made with it."""
+"""Apply blends to a loaded base model and generate images with it."""

@@ -1,8 +1,10 @@
-"""Put blends into a loaded base and take them out: in place, exact, reversible.
+"""Apply blends to the weights of a loaded base model and restore the original weights bit for bit.
 
-Every written value is computed from the base's own value, of which a copy is kept, and never from the current one: a
-result depends on the base and the blend alone, and undo, which copies, restores the base bit for bit.
-Going from one blend to the next touches only the parameters for which they differ.
+    W' = W + sum over adapters of coefficient * delta
+
+Blended weights are always computed from a backup of the original weights W, never from the current ones. The result
+therefore depends on the base and the blend only, not on earlier blends, and the original weights can be restored
+exactly. Changing from one blend to another writes only the parameters whose terms differ.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -24,21 +26,32 @@ from lora_diffusion.architectures.module_paths import changeable_paths
 from lora_diffusion.errors import AdapterFormatError, ConfigError
 from lora_diffusion.formats.checkpoints.diffusers import find_parameters
 from lora_diffusion.formats.safetensors import map_safetensors
-from lora_diffusion.models.load import Base, module_at
+from lora_diffusion.models.load import Base, PatchKind, module_at
 
-PATCHED: WeakSet[Base] = WeakSet()
-"""Bases that have a patch open at this denoising_step."""
 Backup = Literal["memory", "file"]
-Terms = tuple[tuple[float, object], ...]
+"""Where the original values of changed parameters come from: copies in memory, or the files of the base."""
+_Terms = tuple[tuple[float, object], ...]
 
 
 def weight_at(base: Base, path: str) -> Tensor:
-    """The live weight of the module at `path`. Raises KeyError."""
+    """Return the current weight of a module, without a copy.
+
+    Raises:
+        KeyError: If the base has no such weight.
+    """
     return parameter_at(base, f"{path}.weight")
 
 
 def parameter_at(base: Base, name: str) -> Tensor:
-    """The live tensor of a parameter, `<module path>.weight` or `.bias`. Raises KeyError if there is none."""
+    """Return the current tensor of a parameter, without a copy.
+
+    Args:
+        base: Base model.
+        name: `<module path>.weight` or `<module path>.bias`.
+
+    Raises:
+        KeyError: If the base has no such parameter.
+    """
     path, _, leaf = name.rpartition(".")
     tensor = getattr(module_at(base, path), leaf, None)
     if not isinstance(tensor, Tensor):
@@ -47,18 +60,18 @@ def parameter_at(base: Base, name: str) -> Tensor:
 
 
 def live_shapes(base: Base, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """The shapes of those parameters that the base has, quantized weights as they were before."""
-    found: dict[str, tuple[int, ...]] = {}
+    """Return the shapes of the named parameters that the base has; for quantized weights, those before quantization."""
+    shapes: dict[str, tuple[int, ...]] = {}
     for name in names:
         path, _, leaf = name.rpartition(".")
         with suppress(KeyError):
             tensor = parameter_at(base, name)
-            found[name] = weight_shape(module_at(base, path)) if leaf == "weight" else tuple(tensor.shape)
-    return found
+            shapes[name] = weight_shape(module_at(base, path)) if leaf == "weight" else tuple(tensor.shape)
+    return shapes
 
 
 def weight_shape(module: nn.Module) -> tuple[int, ...]:
-    """The shape of a module's weight; of a quantized one, as it was before."""
+    """Return the shape of a module's weight; for a quantized linear layer, the shape before quantization."""
     if isinstance(module, nn.Linear):
         return (module.out_features, module.in_features)
     weight = module.weight
@@ -67,128 +80,161 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
 
 
 def is_quantized(base: Base) -> bool:
-    """Whether weights of any component are quantized, so that nothing can be added to them."""
+    """Return whether any component has quantized linear layers, to whose weights no delta can be added."""
     models = (getattr(base.pipe, component, None) for component in base.family.components)
     linear = (module for model in models if model for module in model.modules() if isinstance(module, nn.Linear))
     return any(not module.weight.dtype.is_floating_point for module in linear)
 
 
 def validate_blend(base: Base, blend: Blend) -> None:
-    """Raise AdapterFormatError for NaN, and FamilyMismatchError unless everything finds its place. Touches nothing."""
+    """Check that a blend can be applied to a base.
+
+    Raises:
+        AdapterFormatError: If a tensor of an adapter contains NaN or infinity.
+        FamilyMismatchError: If a layer matches no module of the base, or one of another shape.
+    """
     for entry in blend.entries:
-        broken = entry.adapter.non_finite
-        if broken:
-            raise AdapterFormatError(f"{entry.name}: {broken[0]} holds NaN or infinity; it is not used")
+        non_finite = entry.adapter.non_finite
+        if non_finite:
+            raise AdapterFormatError(
+                f"{entry.name}: {non_finite[0]} contains NaN or infinity; remove the adapter from the blend"
+            )
     check_base_fits(base, blend)
 
 
 def check_base_fits(base: Base, blend: Blend) -> None:
-    """Raise FamilyMismatchError unless every layer of every adapter finds a weight of its shape. Touches nothing."""
+    """Check that every layer of every adapter matches a weight of the same shape in the base.
+
+    Raises:
+        FamilyMismatchError: If a layer matches no module of the base, or one of another shape.
+    """
     paths = frozenset(changeable_paths(base.layout))
-    wanted = {name for entry in blend.entries for name in expected_shapes(entry.adapter)}
-    shapes = live_shapes(base, (name for name in wanted if name.rpartition(".")[0] in paths))
+    names = {name for entry in blend.entries for name in expected_shapes(entry.adapter)}
+    shapes = live_shapes(base, (name for name in names if name.rpartition(".")[0] in paths))
     check_fits(blend, base_name=base.name, family=base.family.name, paths=paths, shapes=shapes)
 
 
 class WeightPatch:
-    """A base whose weights hold one blend after another; `weight_patch` opens one and undoes it.
+    """Applies blends, one after another, to the weights of a base; opened and undone by `weight_patch`.
 
-    Holds what makes switching cheap: the base's own values of every parameter touched so far (in memory, or mapped from
-    its files), which terms each parameter has in it now, and the stacked factors of the blend that is applied.
+    To make changes of the blend fast, it keeps the original values of all parameters changed so far (through the
+    backup), the terms that each parameter contains at present, and the stacked factors of the current blend.
     """
 
     def __init__(self, base: Base, original: Callable[[str, Tensor], Tensor]) -> None:
+        """Create a patch that has not changed any weight.
+
+        Args:
+            base: Base model to change.
+            original: Returns the original value of a parameter, given its name and its current tensor; see
+                `memory_backup`.
+        """
         self.base = base
         self.original = original
-        """The base's own value of a parameter, given its name and the live tensor."""
-        self.applied: dict[str, Terms] = {}
-        """What each changed parameter holds; empty terms if a write was cut off."""
+        self.applied: dict[str, _Terms] = {}
+        """Terms in each changed parameter, by parameter name; empty if writing was interrupted."""
         self.live: dict[str, Tensor] = {}
+        """Current tensors of the parameters accessed so far, by parameter name."""
         self.stacks: dict[str, tuple[tuple[Layer, ...], StackedFactors]] = {}
-        self.checked: WeakSet[Adapter] = WeakSet()
+        """Stacked factors of the current blend and the layers they belong to, by module path."""
+        self._validated: WeakSet[Adapter] = WeakSet()
 
     def apply(self, blend: Blend, denoising_step: DenoisingStep | None = None) -> None:
-        """Make the weights those of the blend, whatever is in them now; at one denoising step if it has a schedule.
+        """Replace the current blend.
 
-        Raises FamilyMismatchError, ConfigError, and AdapterFormatError for NaN, all before anything is touched; and
-        ConfigError, with the base's own values back, if a blended weight is beyond the range of the base's type.
+        Args:
+            blend: Blend to apply; an empty one restores the original weights.
+            denoising_step: Step to evaluate the blend at, required if it has a schedule.
+
+        Raises:
+            FamilyMismatchError: If an adapter does not fit the base. The weights are unchanged.
+            AdapterFormatError: If an adapter contains NaN or infinity. The weights are unchanged.
+            ConfigError: If the blend needs regions or a step that is not given; the weights are unchanged. Or if a
+                blended weight exceeds the range of the base's type; the original weights are restored.
         """
-        self.check(blend)
+        self._validate(blend)
         self.write(blend_sum(blend, self.base.layout, denoising_step))
 
-    def check(self, blend: Blend) -> None:
-        """Raise what `apply` would; each adapter is looked at once."""
-        new = tuple(entry for entry in blend.entries if entry.adapter not in self.checked)
+    def _validate(self, blend: Blend) -> None:
+        new = tuple(entry for entry in blend.entries if entry.adapter not in self._validated)
         if not new:
             return
         validate_blend(self.base, Blend(entries=new))
-        self.checked.update(entry.adapter for entry in new)
+        self._validated.update(entry.adapter for entry in new)
 
-    def write(self, total: BlendSum) -> None:
-        """Make the weights the base's plus these terms; touches only the parameters whose terms are others now.
+    def write(self, deltas: BlendSum) -> None:
+        """Set the weights to the original weights plus `deltas`, without validating the adapters.
 
-        Raises ConfigError, with the base's own values back, for a value beyond the range of the base's type.
+        Only the parameters whose terms changed are written.
+
+        Raises:
+            ConfigError: If a blended weight exceeds the range of the base's type; the original weights are restored.
         """
         try:
             with full_precision(self.base):
-                for name in [name for name in self.applied if not is_changed(total, name)]:
+                for name in [name for name in self.applied if not _has_parameter(deltas, name)]:
                     self.restore(name)
-                for path, terms in total.layers.items():
+                for path, terms in deltas.layers.items():
                     self.write_weight(path, terms)
-                for path, biases in total.biases.items():
-                    self.write_bias(path, biases)
+                for path, biases in deltas.biases.items():
+                    self._write_bias(path, biases)
         except BaseException:
             self.undo()
             raise
-        self.stacks = {path: kept for path, kept in self.stacks.items() if path in total.layers}
+        self.stacks = {path: stack for path, stack in self.stacks.items() if path in deltas.layers}
 
     def write_weight(self, path: str, terms: tuple[tuple[float, Layer], ...]) -> None:
+        """Set the weight of a module to the original weight plus the deltas of weighted layers."""
         name = f"{path}.weight"
         if terms_equal(self.applied.get(name), terms):
             return
-        live = self.live_tensor(name)
-        own = self.original(name, live)
+        live = self._live_tensor(name)
+        original = self.original(name, live)
         self.applied[name] = ()
         in_place = live.dtype == torch.float32 and live.is_contiguous()
-        value = compute_blended_weight(own, terms, stack=self.stack(path, terms, live), out=live if in_place else None)
+        stack = self._stacked_factors(path, terms, live)
+        value = compute_blended_weight(original, terms, stack=stack, out=live if in_place else None)
         if not in_place:
             check_range(value, live.dtype, name)
             live.copy_(value)
         self.applied[name] = terms
 
-    def write_bias(self, path: str, terms: tuple[tuple[float, Tensor], ...]) -> None:
+    def _write_bias(self, path: str, terms: tuple[tuple[float, Tensor], ...]) -> None:
         name = f"{path}.bias"
         if terms_equal(self.applied.get(name), terms):
             return
-        live = self.live_tensor(name)
+        live = self._live_tensor(name)
         value = compute_blended_bias(self.original(name, live), terms)
         check_range(value, live.dtype, name)
         self.applied[name] = ()
         live.copy_(value)
         self.applied[name] = terms
 
-    def stack(self, path: str, terms: tuple[tuple[float, Layer], ...], live: Tensor) -> StackedFactors | None:
-        """The module's factors side by side, from the last time if they are the same; None if none can be stacked."""
+    def _stacked_factors(
+        self, path: str, terms: tuple[tuple[float, Layer], ...], live: Tensor
+    ) -> StackedFactors | None:
+        """Stack the factors of a module's LoRA layers, or reuse those of the last blend if the layers are the same."""
         layers = tuple(layer for _, layer in split_stackable(terms)[0])
         if not layers:
             return None
-        kept = self.stacks.get(path)
-        if kept is None or kept[0] != layers:
-            kept = self.stacks[path] = (layers, stack_factors(layers, live.device))
-        return kept[1]
+        cached = self.stacks.get(path)
+        if cached is None or cached[0] != layers:
+            cached = self.stacks[path] = (layers, stack_factors(layers, live.device))
+        return cached[1]
 
-    def live_tensor(self, name: str) -> Tensor:
+    def _live_tensor(self, name: str) -> Tensor:
         if name not in self.live:
             self.live[name] = parameter_at(self.base, name)
         return self.live[name]
 
     def restore(self, name: str) -> None:
-        live = self.live_tensor(name)
+        """Copy the original value of a parameter back into the base."""
+        live = self._live_tensor(name)
         live.copy_(self.original(name, live))
         del self.applied[name]
 
     def undo(self) -> None:
-        """Copy the base's own values back; a Ctrl-C meanwhile comes through when they are."""
+        """Restore all parameters; a KeyboardInterrupt during the restoration is raised after it is complete."""
         interrupted: BaseException | None = None
         while self.applied:
             try:
@@ -202,61 +248,77 @@ class WeightPatch:
             raise interrupted
 
 
+def _has_parameter(deltas: BlendSum, name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    return path in (deltas.layers if leaf == "weight" else deltas.biases)
+
+
 @contextmanager
 def full_precision(base: Base) -> Iterator[None]:
-    """No gradients, and float32 as it says: autocast would compute the deltas in half precision."""
+    """Disable gradients and autocast, which would compute float32 deltas in half precision."""
     with torch.no_grad(), torch.autocast(base.device.type, enabled=False):
         yield
 
 
-def rounding_loss(base: Base, total: BlendSum) -> float:
-    """What rounding to the base's type takes from these terms in its weights: norm of the loss over norm of the delta.
+def rounding_loss(base: Base, deltas: BlendSum) -> float:
+    """Measure how much of the deltas is lost when blended weights are rounded to the base's type.
 
-    bfloat16 can lose half of a gentle adapter, because its steps are wider than the delta.
+    In bfloat16, whose spacing can exceed a small delta, half of the change made by an adapter of low weight can be
+    lost.
+
+    Args:
+        base: Base model with its original weights.
+        deltas: Sum of deltas; biases are ignored.
+
+    Returns:
+        Frobenius norm of the rounding error divided by that of the deltas, 0 without deltas.
     """
-    lost = delta = 0.0
+    squared_error = squared_delta = 0.0
     with full_precision(base):
-        for path, terms in total.layers.items():
-            own = weight_at(base, path)
-            exact = compute_blended_weight(own, terms)
-            lost += float((cast_checked(exact, own.dtype, path).float() - exact).square().sum())
-            delta += float((exact - own.float()).square().sum())
-    return (lost / delta) ** 0.5 if delta else 0.0
-
-
-def is_changed(total: BlendSum, name: str) -> bool:
-    path, _, leaf = name.rpartition(".")
-    return path in (total.layers if leaf == "weight" else total.biases)
+        for path, terms in deltas.layers.items():
+            original = weight_at(base, path)
+            exact = compute_blended_weight(original, terms)
+            rounded = cast_checked(exact, original.dtype, path)
+            squared_error += float((rounded.float() - exact).square().sum())
+            squared_delta += float((exact - original.float()).square().sum())
+    return (squared_error / squared_delta) ** 0.5 if squared_delta else 0.0
 
 
 def memory_backup() -> Callable[[str, Tensor], Tensor]:
-    """The base's own values from copies made when a parameter is first touched."""
-    kept: dict[str, Tensor] = {}
+    """Create a backup that copies each parameter in memory when it is first requested.
+
+    Returns:
+        A function that returns the original value of a parameter, given its name and its current tensor.
+    """
+    copies: dict[str, Tensor] = {}
 
     def get_original(name: str, live: Tensor) -> Tensor:
-        if name not in kept:
-            kept[name] = live.clone()
-        return kept[name]
+        if name not in copies:
+            copies[name] = live.clone()
+        return copies[name]
 
     return get_original
 
 
-def file_backup(base: Base) -> Callable[[str, Tensor], Tensor]:
-    """The base's own values from its files, mapped and not read into memory.
+def _file_backup(base: Base) -> Callable[[str, Tensor], Tensor]:
+    """Create a backup that reads original values from the memory-mapped files of the base.
 
-    Raises ConfigError when a parameter is first touched whose live value is not the file's: then the files are no
-    backup, because the weights were changed after loading.
+    The returned function raises ConfigError if a parameter differs from the file when it is first requested: the
+    weights have then been changed after loading, and the files cannot restore them.
     """
     paths = changeable_paths(base.layout)
-    places = find_parameters(base.folder, (f"{path}.{leaf}" for path in paths for leaf in ("weight", "bias")))
-    files = {file: map_safetensors(file) for file in {place.file for place in places.values()}}
+    locations = find_parameters(base.folder, (f"{path}.{leaf}" for path in paths for leaf in ("weight", "bias")))
+    files = {file: map_safetensors(file) for file in {location.file for location in locations.values()}}
     compared: set[str] = set()
 
     def get_original(name: str, live: Tensor) -> Tensor:
-        place = places[name]
-        value = files[place.file][place.key].reshape(live.shape).to(live.device, live.dtype)
+        location = locations[name]
+        value = files[location.file][location.key].reshape(live.shape).to(live.device, live.dtype)
         if name not in compared and not torch.equal(value, live):
-            raise ConfigError(f"{name}: is not what {base.folder} holds; keep the backup in memory instead")
+            raise ConfigError(
+                f"{name}: differs from the value in {base.folder}, so it could not be restored from there; "
+                "keep the backup in memory instead"
+            )
         compared.add(name)
         return value
 
@@ -264,40 +326,74 @@ def file_backup(base: Base) -> Callable[[str, Tensor], Tensor]:
 
 
 @contextmanager
-def weight_patch(base: Base, *, backup: Backup = "memory") -> Iterator[WeightPatch]:
-    """A patch on the base, to apply blends one after another; the base's own values are back afterwards, whatever
-    happens inside.
+def exclusive_patch(base: Base, kind: PatchKind, conflict: str) -> Iterator[None]:
+    """Record on the base that a patch of a kind is open, until the context exits.
 
-    `backup` says where they come from: copies in memory, of the parameters touched, or the base's files, which costs no
-    memory. Raises ConfigError if the base has a patch already, which would take the first one's weights for its own.
+    Args:
+        base: Base model.
+        kind: Kind of the patch.
+        conflict: Error message for a base that has a patch of this kind.
+
+    Raises:
+        ConfigError: If a patch of this kind is open already.
     """
-    if base in PATCHED:
-        raise ConfigError(
-            f"{base.name} has a blend in its weights already; leave that one first, or load a second base"
-        )
-    if is_quantized(base):
-        raise ConfigError(
-            f"{base.name}: its weights are quantized, nothing can be added to them; keep a branch (exact)"
-        )
-    patch = WeightPatch(base, memory_backup() if backup == "memory" else file_backup(base))
-    PATCHED.add(base)
+    if kind in base.open_patches:
+        raise ConfigError(conflict)
+    base.open_patches.add(kind)
     try:
-        yield patch
+        yield
     finally:
+        base.open_patches.discard(kind)
+
+
+@contextmanager
+def weight_patch(base: Base, *, backup: Backup = "memory") -> Iterator[WeightPatch]:
+    """Open a patch that applies blends to the weights; the original weights are restored when the context exits.
+
+    Args:
+        base: Base model.
+        backup: Where the original values come from: `memory` copies each parameter that is changed, `file` reads them
+            from the files of the base and needs no memory.
+
+    Raises:
+        ConfigError: If a weight patch is open on this base already, whose blended weights would be taken for the
+            original ones, or if the base is quantized.
+    """
+    conflict = (
+        f"{base.name}: a blend is applied to the weights of this base already; close that weight patch first, or load "
+        "the base a second time"
+    )
+    with exclusive_patch(base, "weights", conflict):
+        if is_quantized(base):
+            raise ConfigError(
+                f"{base.name}: deltas cannot be added to quantized weights; use a parallel patch instead (exact)"
+            )
+        patch = WeightPatch(base, memory_backup() if backup == "memory" else _file_backup(base))
         try:
-            patch.undo()
+            yield patch
         finally:
-            PATCHED.discard(base)
+            patch.undo()
 
 
 @contextmanager
 def blended_weights(
     base: Base, blend: Blend, denoising_step: DenoisingStep | None = None, *, backup: Backup = "memory"
 ) -> Iterator[WeightPatch]:
-    """The base with the blend in its weights; the base's own values are back afterwards, whatever happens inside.
+    """Apply a blend to the weights; the original weights are restored when the context exits.
 
-    Learned words are not weights; `models.textual_inversion.learned_tokens` opens them beside this. Raises as
-    `WeightPatch.apply` and `weight_patch` do.
+    Textual-inversion embeddings of the adapters are not applied; `models.textual_inversion.learned_tokens` does that.
+
+    Args:
+        base: Base model.
+        blend: Blend to apply.
+        denoising_step: Step to evaluate the blend at, required if it has a schedule.
+        backup: Where the original values come from; see `weight_patch`.
+
+    Raises:
+        FamilyMismatchError: If an adapter does not fit the base.
+        AdapterFormatError: If an adapter contains NaN or infinity.
+        ConfigError: If the base cannot be patched, the blend needs regions or a step that is not given, or a blended
+            weight exceeds the range of the base's type.
     """
     with weight_patch(base, backup=backup) as patch:
         patch.apply(blend, denoising_step)

@@ -1,12 +1,15 @@
-"""Adapters that act in parts of the picture: in every layer, a side's output counts as its mask says there.
+"""Limit adapters to regions of the image, by masking their contribution to the output of each UNet layer.
 
-The keys and values of cross-attention come from the prompt, which has no place in the picture. So an attention that
-reads the prompt is run once for each region, with that region's keys and values and with the prompt as that region's
-text encoders read it, and once without; what a region changes counts as its mask says.
+For layers with a spatial output y, each region adds its delta times its mask, resized to the resolution of the layer.
 
-    y = y_0 + sum over regions of mask * (y_region - y_0)
+Keys and values of cross-attention are computed from the prompt and have no position in the image. Each cross-attention
+layer is therefore evaluated once without regional deltas (y_0) and once per region (y_r), with the keys and values of
+that region and with the prompt encoded by that region's text encoders:
 
-SDXL's pooled text vector, which is added to the time, is the whole picture's.
+    y = y_0 + sum over regions r of mask_r * (y_r - y_0)
+
+The pooled text embedding of SDXL, which is added to the time embedding, has no position either; it is shared by the
+whole image.
 """
 
 import re
@@ -16,131 +19,170 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_diffusion.adapters.blend import BlendSum
 from lora_diffusion.adapters.masks import infer_token_grid, resize_mask
 from lora_diffusion.architectures.module_paths import changeable_paths
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.inference.parallel import Forward, ForwardOverrides, ParallelDelta, add_delta, build_delta
+from lora_diffusion.inference.parallel import Forward, ForwardOverrides, ModuleDelta, build_delta
 from lora_diffusion.models.load import Base, module_at
 
-PROMPT_READERS = re.compile(r"\.attn2\.to_[kv]$")
-PLACELESS = re.compile(r"time_emb|time_embedding|add_embedding")
+CROSS_ATTENTION_KV = re.compile(r"\.attn2\.to_[kv]$")
+"""Matches the paths of the key and value projections of cross-attention, whose input is the prompt."""
+NON_SPATIAL = re.compile(r"time_emb|time_embedding|add_embedding")
+"""Matches the paths of modules whose output has no position in the image."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RegionalDelta:
-    """What acts in one region: the terms of its adapters in the UNet, and its mask (SIDE, SIDE)."""
+    """The deltas of one region of the image."""
 
-    total: BlendSum
+    deltas: BlendSum
+    """Deltas of UNet modules."""
     mask: Tensor
+    """Weight of the region at each position, (height, width); resized to the resolution of each layer."""
     prompt: Tensor | None = None
-    """The prompt as its text encoders read it, in the order of the UNet's batch; None if they are everybody's."""
+    """Hidden states of the region's prompt in the UNet's batch order; None to use those given to the UNet."""
 
 
-def check_spatial(total: BlendSum) -> None:
-    """Raise ConfigError for layers that have no place in a picture."""
-    placeless = next((path for path in sorted({*total.layers, *total.biases}) if PLACELESS.search(path)), None)
-    if placeless:
-        raise ConfigError(f"{placeless}: acts on the whole picture, so that no region holds it; leave it out")
+def check_spatial(deltas: BlendSum) -> None:
+    """Check that all deltas belong to modules whose output has positions in the image.
+
+    Raises:
+        ConfigError: If a module of the time or text embedding is changed.
+    """
+    path = next((path for path in sorted({*deltas.layers, *deltas.biases}) if NON_SPATIAL.search(path)), None)
+    if path:
+        raise ConfigError(
+            f"{path}: acts on the whole image and cannot be limited to a region; exclude this module, or use the "
+            "adapter without a region"
+        )
 
 
 class RegionalPatch:
-    """A UNet whose modules add regional deltas to their outputs; `regional_patch` opens one and removes it."""
+    """Applies regional deltas to the modules of a UNet; opened and undone by `regional_patch`."""
 
     def __init__(self, base: Base, size: tuple[int, int]) -> None:
+        """Create a patch without regions.
+
+        Args:
+            base: Base model.
+            size: Height and width of the latents.
+        """
         self.base = base
         self.size = size
-        """Height and width of the latents."""
-        self.forwards = ForwardOverrides()
-        self.masks: dict[tuple[RegionalDelta, tuple[int, ...]], Tensor] = {}
-        """Masks at the resolutions that were asked for so far."""
-        self.reading: int | None = None
-        """The lane whose keys and values the prompt's readers use now; None is none."""
+        self._forwards = ForwardOverrides()
+        self._masks: dict[tuple[RegionalDelta, tuple[int, ...]], Tensor] = {}
+        """Masks resized so far, by region and output shape."""
+        self._kv_region: int | None = None
+        """Index of the region whose keys and values cross-attention computes; None for no region."""
 
-    def apply(self, lanes: Sequence[RegionalDelta], outside: Tensor | None = None) -> None:
-        """Put these lanes in the place of any before; `outside` is the prompt as it is read outside of all of them."""
+    def apply(self, regions: Sequence[RegionalDelta], outside: Tensor | None = None) -> None:
+        """Replace the current regions.
+
+        Args:
+            regions: Deltas, mask and prompt of each region.
+            outside: Hidden states of the prompt outside all regions; None to use those given to the UNet.
+
+        Raises:
+            ConfigError: If a DoRA layer is to be applied to a quantized weight.
+        """
         self.undo()
-        paths = sorted({path for lane in lanes for path in (*lane.total.layers, *lane.total.biases)})
+        paths = sorted({path for region in regions for path in (*region.deltas.layers, *region.deltas.biases)})
         for path in paths:
             module = module_at(self.base, path)
-            held = [path in lane.total.layers or path in lane.total.biases for lane in lanes]
-            sides = [
-                build_delta(module, path, [lane.total]) if has else None for lane, has in zip(lanes, held, strict=True)
+            module_deltas = [
+                build_delta(module, path, [region.deltas])
+                if path in region.deltas.layers or path in region.deltas.biases
+                else None
+                for region in regions
             ]
-            make = self.wrap_prompt_reader if PROMPT_READERS.search(path) else self.wrap_spatial
-            self.forwards.replace(module, make(module, module.forward, sides, lanes))
-        everywhere = changeable_paths(self.base.layout) if outside is not None else paths
-        for path in {path.rpartition(".")[0] for path in everywhere if PROMPT_READERS.search(path)}:
+            if CROSS_ATTENTION_KV.search(path):
+                forward = self._wrap_kv_projection(module.forward, module_deltas)
+            else:
+                forward = self._wrap_spatial(module.forward, module_deltas, regions)
+            self._forwards.replace(module, forward)
+        candidates = changeable_paths(self.base.layout) if outside is not None else paths
+        for path in {path.rpartition(".")[0] for path in candidates if CROSS_ATTENTION_KV.search(path)}:
             attention = module_at(self.base, path)
-            self.forwards.replace(attention, self.wrap_attention(attention.forward, lanes, outside))
+            self._forwards.replace(attention, self._wrap_attention(attention.forward, regions, outside))
 
-    def wrap_spatial(
-        self, module: nn.Module, own: Forward, sides: Sequence[ParallelDelta | None], lanes: Sequence[RegionalDelta]
+    def _wrap_spatial(
+        self,
+        original_forward: Forward,
+        module_deltas: Sequence[ModuleDelta | None],
+        regions: Sequence[RegionalDelta],
     ) -> Forward:
-        """A module whose output has places: each side counts as its mask says there."""
+        """Return the forward method of a module with spatial output: each delta is multiplied by its region's mask."""
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            y = own(x, *args, **kwargs)
-            for side, lane in zip(sides, lanes, strict=True):
-                if side is not None:
-                    y = y + self.mask_for(y, lane) * (add_delta(module, x, y.clone(), side) - y)
+            y = original_forward(x, *args, **kwargs)
+            for module_delta, region in zip(module_deltas, regions, strict=True):
+                if module_delta is not None:
+                    y = y + self._resized_mask(y, region) * (module_delta.add_to(x, y.clone()) - y)
             return y
 
         return forward
 
-    def wrap_prompt_reader(
-        self, module: nn.Module, own: Forward, sides: Sequence[ParallelDelta | None], _lanes: Sequence[RegionalDelta]
-    ) -> Forward:
-        """A module that reads the prompt: it has the side of the lane that is read now."""
+    def _wrap_kv_projection(self, original_forward: Forward, module_deltas: Sequence[ModuleDelta | None]) -> Forward:
+        """Return the forward method of a key or value projection: it uses the delta of the current region only."""
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            y = own(x, *args, **kwargs)
-            side = sides[self.reading] if self.reading is not None else None
-            return y if side is None else add_delta(module, x, y, side)
+            y = original_forward(x, *args, **kwargs)
+            module_delta = module_deltas[self._kv_region] if self._kv_region is not None else None
+            return y if module_delta is None else module_delta.add_to(x, y)
 
         return forward
 
-    def wrap_attention(self, own: Forward, lanes: Sequence[RegionalDelta], outside: Tensor | None) -> Forward:
-        """An attention that reads the prompt: once as it is outside, and once for each region."""
+    def _wrap_attention(
+        self, original_forward: Forward, regions: Sequence[RegionalDelta], outside: Tensor | None
+    ) -> Forward:
+        """Return the forward method of a cross-attention layer, evaluated once without regions and once per region."""
 
         def forward(x: Tensor, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             def attend(prompt: Tensor | None) -> Tensor:
-                return own(x, encoder_hidden_states if prompt is None else prompt, *args, **kwargs)
+                return original_forward(x, encoder_hidden_states if prompt is None else prompt, *args, **kwargs)
 
-            bare = y = attend(outside)
-            for number, lane in enumerate(lanes):
-                self.reading = number
+            y_outside = y = attend(outside)
+            for index, region in enumerate(regions):
+                self._kv_region = index
                 try:
-                    y = y + self.mask_for(bare, lane) * (attend(lane.prompt) - bare)
+                    y = y + self._resized_mask(y_outside, region) * (attend(region.prompt) - y_outside)
                 finally:
-                    self.reading = None
+                    self._kv_region = None
             return y
 
         return forward
 
-    def mask_for(self, y: Tensor, lane: RegionalDelta) -> Tensor:
-        """The lane's mask at the resolution of an output (n, tokens, width) or (n, channels, h, w)."""
+    def _resized_mask(self, y: Tensor, region: RegionalDelta) -> Tensor:
+        """Resize a region's mask to an output of shape (batch, tokens, width) or (batch, channels, height, width)."""
         shape = tuple(y.shape[2:]) if y.ndim == 4 else (y.shape[1],)
-        if (lane, shape) not in self.masks:
+        if (region, shape) not in self._masks:
             rows, columns = shape if len(shape) == 2 else infer_token_grid(shape[0], *self.size)
-            mask = resize_mask(lane.mask, rows, columns).to(y.device, y.dtype)
-            self.masks[lane, shape] = mask if len(shape) == 2 else mask.reshape(1, -1, 1)
-        return self.masks[lane, shape]
+            mask = resize_mask(region.mask, rows, columns).to(y.device, y.dtype)
+            self._masks[region, shape] = mask if len(shape) == 2 else mask.reshape(1, -1, 1)
+        return self._masks[region, shape]
 
     def undo(self) -> None:
-        """Take every lane away."""
-        self.forwards.restore()
-        self.masks.clear()
+        """Remove all regions and put back the previous forward methods."""
+        self._forwards.restore()
+        self._masks.clear()
 
 
 @contextmanager
 def regional_patch(base: Base, size: tuple[int, int]) -> Iterator[RegionalPatch]:
-    """Lanes beside the UNet's modules, for latents of (height, width); gone afterwards, whatever happens inside."""
-    lanes = RegionalPatch(base, size)
+    """Open a patch that applies regional deltas to the UNet; it is removed when the context exits.
+
+    Gradients are disabled inside.
+
+    Args:
+        base: Base model.
+        size: Height and width of the latents.
+    """
+    patch = RegionalPatch(base, size)
     try:
         with torch.no_grad():
-            yield lanes
+            yield patch
     finally:
-        lanes.undo()
+        patch.undo()

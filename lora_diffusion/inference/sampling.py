@@ -1,4 +1,8 @@
-"""The one way to make an image."""
+"""Generate images from a base model and a blend; the commands, previews and studio all sample through this module.
+
+Each image is sampled on its own, with noise drawn on the CPU, so that it depends neither on other images of the same
+run nor on the device's random generator.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,42 +43,64 @@ from lora_diffusion.prompts.emphasis import parse_emphasis
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratedImage:
-    """An image and the recipe that makes it again."""
+    """A generated image with the recipe that reproduces it."""
 
     image: Image.Image
     recipe: Recipe
 
     def save(self, path: Path) -> None:
-        """Write a PNG that carries the recipe. Raises OutputError."""
+        """Write the image as a PNG with the recipe in its metadata.
+
+        Raises:
+            OutputError: If the file cannot be written.
+        """
         write_png(self.image, path, self.recipe)
 
 
 def single_settings(base: Base, config: GenerateConfig) -> list[GenerateConfig]:
-    """The settings of each picture alone: its own seed, the size spelled out. Raises ConfigError."""
+    """Split settings for several images into settings for one image each.
+
+    Args:
+        base: Base model, whose default size replaces a missing width or height.
+        config: Settings for `count` images.
+
+    Returns:
+        Settings with `count` 1 and an explicit size. The seed increases by one from image to image; for variations, it
+        is `variation_seed` that increases.
+
+    Raises:
+        ConfigError: If a prompt contains a `<lora:...>` tag, or `steps` exceeds the base's training timesteps.
+    """
     tagged = next((text for text in (config.prompt, config.negative_prompt) if "<lora:" in text), "")
     if tagged:
         raise ConfigError(
-            f"the prompt {tagged!r} has a tag in it; `extract_tags` and `resolve_tags` turn it into a blend"
+            f"the prompt {tagged!r} contains a <lora:...> tag, which is not applied here; convert tags to a blend with "
+            "`extract_tags` and `resolve_tags`"
         )
-    most = int(base.pipe.scheduler.config.num_train_timesteps)
-    if config.steps > most:
-        raise ConfigError(f"'steps' is {config.steps}; {base.name} was trained with {most} timesteps, use fewer")
+    max_steps = int(base.pipe.scheduler.config.num_train_timesteps)
+    if config.steps > max_steps:
+        raise ConfigError(
+            f"'steps' is {config.steps}, but {base.name} was trained with {max_steps} timesteps; use at most that many"
+        )
     size = {"width": config.width or base.size_px, "height": config.height or base.size_px}
-    counted = "variation_seed" if config.variation else "seed"
-    table = {**config.model_dump(), **size, "count": 1}
+    seed_name = "variation_seed" if config.variation else "seed"
+    fields = {**config.model_dump(), **size, "count": 1}
     return [
-        validate(GenerateConfig, {**table, counted: table[counted] + i}, source="generate") for i in range(config.count)
+        validate(GenerateConfig, {**fields, seed_name: fields[seed_name] + i}, source="generate")
+        for i in range(config.count)
     ]
 
 
 def pipeline_with(base: Base, scheduler: Scheduler) -> Any:
-    """The base's models in a pipeline with a scheduler of its own, so that no state is shared between two runs."""
+    """Create a pipeline from the base's models with a new scheduler, so that runs do not share scheduler state."""
     components = {**base.pipe.components, "scheduler": new_scheduler(base, scheduler)}
     if "safety_checker" in components:
         options: dict[str, Any] = {"requires_safety_checker": False}
     else:
-        zeros = base.pipe.config.force_zeros_for_empty_prompt
-        options = {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
+        options = {
+            "force_zeros_for_empty_prompt": base.pipe.config.force_zeros_for_empty_prompt,
+            "add_watermarker": False,
+        }
     with quiet_libraries():
         pipe = type(base.pipe)(**components, **options)
     pipe.set_progress_bar_config(disable=True)
@@ -82,16 +108,22 @@ def pipeline_with(base: Base, scheduler: Scheduler) -> Any:
 
 
 OnStep = Callable[[DenoisingStep, Tensor], None]
-"""Told of each denoising step that was taken, with the latents (1, c, h, w) after it; what it raises ends sampling."""
+"""Callback after each denoising step, with the latents (1, c, h, w); an exception that it raises stops sampling."""
 
 
 def sample(
     base: Base, settings: GenerateConfig, before_step: BeforeStep | None = None, on_step: OnStep | None = None
 ) -> Image.Image:
-    """One picture from the base as it stands. Noise comes from the CPU, so that devices agree on it.
+    """Sample one image from the base with its current weights; noise is drawn on the CPU.
 
-    `before_step` is called with each denoising step before it is taken; the first comes before the prompt is read.
-    `on_step` changes nothing. Raises SamplingError if the result holds NaN.
+    Args:
+        base: Base model.
+        settings: Settings of one image, with an explicit size; see `single_settings`.
+        before_step: Hook called before each denoising step; the first call comes before the prompt is encoded.
+        on_step: Callback after each denoising step; must not change the latents.
+
+    Raises:
+        SamplingError: If the image contains NaN or infinity.
     """
     pipe = pipeline_with(base, settings.scheduler)
     before_step = before_step or (lambda _, __: None)
@@ -102,49 +134,55 @@ def sample(
     before_step(DenoisingStep(index=0, total=settings.steps), encode)
     arguments = prompt_arguments(encode_contexts(base, settings))
 
-    def after_step(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        calls = len(pipe.scheduler.timesteps)  # some schedulers take more than one to a step
+    def after_step(_pipe: Any, call: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        calls = len(pipe.scheduler.timesteps)  # some schedulers, such as PNDM, call the UNet more often than `steps`
         if on_step:
-            on_step(DenoisingStep(index=step * settings.steps // calls, total=settings.steps), tensors["latents"])
-        if step + 1 < calls:
-            before_step(DenoisingStep(index=(step + 1) * settings.steps // calls, total=settings.steps), encode)
+            on_step(DenoisingStep(index=call * settings.steps // calls, total=settings.steps), tensors["latents"])
+        if call + 1 < calls:
+            before_step(DenoisingStep(index=(call + 1) * settings.steps // calls, total=settings.steps), encode)
         return {}
 
-    with kept_vae_dtype(pipe.vae):
+    with _preserve_vae_dtype(pipe.vae):
         result = pipe(
             **arguments,
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance,
             width=settings.width,
             height=settings.height,
-            **noise_arguments(base, settings, arguments["prompt_embeds"].dtype),
+            **_noise_arguments(base, settings, arguments["prompt_embeds"].dtype),
             output_type="np",
             callback_on_step_end=after_step,
             callback_on_step_end_tensor_inputs=["latents"],
         )
     if not np.isfinite(result.images).all():
         raise SamplingError(
-            f"the picture of seed {settings.seed} came out as NaN; lower the adapters' weights, or use a precision of "
-            "wider range"
+            f"the image of seed {settings.seed} contains NaN; use lower adapter weights or a precision with a wider "
+            "range, such as float32"
         )
     return pipe.numpy_to_pil(result.images)[0]
 
 
-def noise_arguments(base: Base, settings: GenerateConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The source of all noise as a pipeline takes it; of a variation also the noise that it starts from."""
+def _noise_arguments(base: Base, settings: GenerateConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the pipeline arguments for noise: the generator, and for a variation also the initial latents."""
     generator = torch.Generator("cpu").manual_seed(settings.seed)
     if not settings.variation:
         return {"generator": generator}
-    shape = (1, base.pipe.unet.config.in_channels, *latent_size(base, settings))
+    shape = (1, base.pipe.unet.config.in_channels, *_latent_size(base, settings))
     noise = variation_noise(shape, generator, settings.variation_seed, settings.variation, dtype)
     return {"generator": generator, "latents": noise}
 
 
 @torch.no_grad()
-def decode_preview(base: Base, latents: Tensor, most: int = 32) -> Image.Image:
-    """What latents (1, c, h, w) look like, quickly: shrunk to at most `most` on a side before they are decoded."""
-    share = min(1.0, most / max(latents.shape[2:]))
-    small = functional.interpolate(latents.float(), scale_factor=share, mode="area") if share < 1 else latents
+def decode_preview(base: Base, latents: Tensor, max_side: int = 32) -> Image.Image:
+    """Decode a small preview of latents.
+
+    Args:
+        base: Base model, whose autoencoder decodes.
+        latents: Latents (1, c, h, w).
+        max_side: Larger latents are downscaled to this height or width before decoding.
+    """
+    scale = min(1.0, max_side / max(latents.shape[2:]))
+    small = functional.interpolate(latents.float(), scale_factor=scale, mode="area") if scale < 1 else latents
     vae = base.pipe.vae
     decoded = vae.decode(small.to(vae.dtype) / vae.config.scaling_factor).sample
     pixels = ((decoded[0].float() / 2 + 0.5).clamp(0, 1) * 255).nan_to_num().round().byte()
@@ -153,7 +191,11 @@ def decode_preview(base: Base, latents: Tensor, most: int = 32) -> Image.Image:
 
 @torch.no_grad()
 def encode_contexts(base: Base, settings: GenerateConfig) -> list[TextContext]:
-    """What the UNet is told, equally long: the negative prompt comes first if there is guidance, then the prompt."""
+    """Encode the prompts of one image to the same number of tokens.
+
+    Returns:
+        The negative context (only with classifier-free guidance), then the prompt's.
+    """
     guided = settings.guidance > 1 and base.pipe.unet.config.time_cond_proj_dim is None
     texts = [settings.negative_prompt] * guided + [settings.prompt]
     chunks = count_chunks(base, [parse_emphasis(text) for text in texts])
@@ -164,7 +206,7 @@ def encode_contexts(base: Base, settings: GenerateConfig) -> list[TextContext]:
 
 
 def prompt_arguments(contexts: Sequence[TextContext]) -> dict[str, Tensor]:
-    """The contexts as a pipeline takes them."""
+    """Convert contexts, in the order of `encode_contexts`, to the pipeline arguments for prompt embeddings."""
     arguments: dict[str, Tensor] = {}
     for prefix, context in zip(("", "negative_"), reversed(contexts), strict=False):
         arguments[f"{prefix}prompt_embeds"] = context.hidden
@@ -174,13 +216,13 @@ def prompt_arguments(contexts: Sequence[TextContext]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def kept_vae_dtype(vae: Any) -> Iterator[None]:
-    """Give the autoencoder its type back: diffusers widens SDXL's to decode, and leaves it so after a Ctrl-C."""
+def _preserve_vae_dtype(vae: Any) -> Iterator[None]:
+    """Restore the autoencoder's dtype on exit: diffusers upcasts SDXL's to decode and does not undo it after Ctrl-C."""
     dtype = vae.dtype
     try:
         yield
     finally:
-        with quiet_libraries():  # diffusers would warn of it at each picture
+        with quiet_libraries():  # diffusers warns about the cast for each image
             vae.to(dtype)
 
 
@@ -194,47 +236,57 @@ def generate(
     on_picture: Callable[[GeneratedImage], None] | None = None,
     on_step: OnStep | None = None,
 ) -> list[GeneratedImage]:
-    """Pictures of all settings under one blend, each with its recipe.
+    """Generate images with a blend, one after another; the base is restored afterwards.
 
-    They are made one after another, so that none depends on its neighbors; `composition` says how the adapters come
-    together, by default as a sum; `backup` where the base's own values are kept meanwhile; `on_picture` gets each
-    picture as soon as it is there, and `on_step` each denoising step. Raises FamilyMismatchError if an adapter does not
-    belong to the base, AdapterFormatError for NaN, ConfigError, SamplingError.
+    Args:
+        base: Base model.
+        configs: Settings of the images.
+        blend: Adapters to apply; the base alone if omitted.
+        composition: How the adapters are combined; as a sum if omitted.
+        backup: Where the original values of changed parameters come from; see `weight_patch`.
+        on_picture: Callback with each image as soon as it is finished.
+        on_step: Callback after each denoising step.
+
+    Returns:
+        All images, each with its recipe.
+
+    Raises:
+        FamilyMismatchError: If an adapter does not fit the base.
+        AdapterFormatError: If an adapter contains NaN or infinity.
+        ConfigError: If the settings, the composition and the blend do not fit each other or the base.
+        SamplingError: If an image contains NaN or infinity.
     """
     blend, composition = blend or Blend(), composition or Composition()
-    pictures: list[GeneratedImage] = []
+    images: list[GeneratedImage] = []
     singles = [single for config in configs for single in single_settings(base, config)]
-    for size, group in groupby(singles, key=partial(latent_size, base)):
+    for size, group in groupby(singles, key=partial(_latent_size, base)):
         with (
             composition_context(base, blend, composition, size, backup=backup) as before_step,
             learned_tokens(base, blend) as rewrite,
         ):
             for settings in group:
-                recipe = make_recipe(base, blend, composition, settings)
-                pictures.append(
-                    GeneratedImage(
-                        image=sample(base, rewrite_prompts(settings, rewrite), before_step, on_step), recipe=recipe
-                    )
-                )
+                recipe = _make_recipe(base, blend, composition, settings)
+                image = sample(base, rewrite_prompts(settings, rewrite), before_step, on_step)
+                images.append(GeneratedImage(image=image, recipe=recipe))
                 if on_picture:
-                    on_picture(pictures[-1])
-    return pictures
+                    on_picture(images[-1])
+    return images
 
 
 def rewrite_prompts(settings: GenerateConfig, rewrite: Callable[[str], str]) -> GenerateConfig:
-    """The settings with both prompts rewritten."""
-    texts = {"prompt": rewrite(settings.prompt), "negative_prompt": rewrite(settings.negative_prompt)}
-    return settings.model_copy(update=texts)
+    """Return the settings with a function applied to the prompt and the negative prompt."""
+    prompts = {"prompt": rewrite(settings.prompt), "negative_prompt": rewrite(settings.negative_prompt)}
+    return settings.model_copy(update=prompts)
 
 
-def latent_size(base: Base, settings: GenerateConfig) -> tuple[int, int]:
-    """Height and width of the latents of a picture."""
+def _latent_size(base: Base, settings: GenerateConfig) -> tuple[int, int]:
+    """Return the height and width of the latents of an image."""
     factor = int(base.pipe.vae_scale_factor)
     return (settings.height or base.size_px) // factor, (settings.width or base.size_px) // factor
 
 
-def make_recipe(base: Base, blend: Blend, composition: Composition, settings: GenerateConfig) -> Recipe:
-    """What it takes to make a picture again."""
+def _make_recipe(base: Base, blend: Blend, composition: Composition, settings: GenerateConfig) -> Recipe:
+    """Record what is needed to reproduce an image."""
     return Recipe(
         kind="image",
         base=base.name,

@@ -1,1 +1,1 @@
-"""Merging into a checkpoint, in any layout, and taking it out again."""
+"""Merge adapters and checkpoints into a checkpoint of any layout, and undo such a merge."""

@@ -1,4 +1,7 @@
-"""Merge adapters and other checkpoints into a base: tensor by tensor, in float32, rounded once."""
+"""Merge a blend of adapters, and other checkpoints, into the weights of a base checkpoint on disk.
+
+Tensors are read, merged in float32, rounded once to the output's type and written one at a time.
+"""
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,28 +27,36 @@ from lora_diffusion.merging.recipe import (
 )
 from lora_diffusion.merging.tensors import BaseChange, MergedTensors
 from lora_diffusion.merging.textual_inversion import add_to_folder, embedding_rows, save_beside
-from lora_diffusion.merging.writer import OnShare, check_disk_space, patch_header_hashes, with_rows, write_checkpoint
+from lora_diffusion.merging.writer import (
+    OnShare,
+    add_embedding_rows,
+    check_disk_space,
+    patch_header_hashes,
+    write_checkpoint,
+)
 from lora_diffusion.models.locate import check_fits_checkpoint, find_base, find_checkpoint
 
-PROBED = 24
-"""So many tensors tell what rounding will take."""
+_MAX_SAMPLED_TENSORS = 24
+"""About how many of the changed tensors `estimate_rounding` computes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeReport:
-    """What was merged, and what the output's precision cost."""
+    """Result of a merge."""
 
     output: Path
+    """Folder or single file that was written."""
     merged_modules: int
+    """Number of modules whose weights were changed by adapters."""
     rounding_error: float
-    """Norm of what rounding changed over norm of what was merged in."""
+    """Frobenius norm of the rounding errors divided by that of all changes."""
     num_bytes: int
-    """Of the weights that were written."""
-    words: tuple[Path, ...] = ()
-    """Files of learned words beside a single file."""
+    """Size of the written weights."""
+    embedding_files: tuple[Path, ...] = ()
+    """Textual-inversion files written beside a single-file checkpoint."""
 
 
-def merge(  # noqa: PLR0913 (what a merge may be told)
+def merge(  # noqa: PLR0913 (all of it is optional but for the first three)
     base: str,
     blend: Blend,
     output: Path,
@@ -56,136 +67,174 @@ def merge(  # noqa: PLR0913 (what a merge may be told)
     force: bool = False,
     on_share: OnShare | None = None,
 ) -> MergeReport:
-    """Write a base with a blend, and other checkpoints, in its weights: a single file if `output` ends in
-    `.safetensors`, else a folder in diffusers' layout.
+    """Write a checkpoint with a blend, and optionally other checkpoints, merged into its weights.
 
-    `base` is `tiny-sd`, a folder, a single file or a hub id; `bases` are checkpoints to be blended in; `like` is a
-    folder of the same family that lends tokenizer and configuration when a single file becomes a folder. A base that
-    carries this very merge already, and an output that is there, are refused unless `force`. `on_share` is told how far
-    the writing is.
+    If the merge fails, nothing is written.
 
-    Raises ConfigError if there is nothing to merge, BaseModelError, FamilyMismatchError if anything finds no tensor,
-    OutputError if `output` cannot be written; in each case nothing is left behind.
+    Args:
+        base: Checkpoint to merge into: `tiny-sd`, a folder in diffusers' layout, a single file or a hub id.
+        blend: Adapters to merge.
+        output: Single file to write if it ends in `.safetensors`, otherwise a folder in diffusers' layout.
+        config: Output type, shard size and rounding.
+        bases: Weighted differences of checkpoints to add to the weights.
+        like: Folder of the same family whose tokenizer and configuration are copied; required to write a single-file
+            base as a folder.
+        force: Overwrite an existing file, and merge even if the base contains the same merge already.
+        on_share: Callback with the fraction of tensors written so far.
+
+    Raises:
+        ConfigError: If there is nothing to merge, the base contains the same merge already, or a value exceeds the
+            range of the output's type.
+        BaseModelError: If a checkpoint cannot be found or read.
+        FamilyMismatchError: If an adapter or checkpoint does not fit the base.
+        OutputError: If the output exists, is the base itself, or cannot be written.
     """
     config, single = config or MergeConfig(), output.suffix == ".safetensors"
     source = find_checkpoint(base)
-    changes, terms = open_terms(source, bases)
-    merged = make_merged_tensors(source, blend, changes, config, base_name=base, rows=not single)
-    words = merge_tokens(blend)
-    if not (merged.total.names or changes or words):
+    changes, terms = _open_terms(source, bases)
+    merged = _make_merged_tensors(source, blend, changes, config, base_name=base, append_embeddings=not single)
+    tokens = merge_tokens(blend)
+    if not (merged.deltas.names or changes or tokens):
         raise ConfigError("nothing to merge; give at least one adapter with a weight other than 0")
-    touched = frozenset(source.parameters if changes else merged.total.names)
+    changed_names = frozenset(source.parameters if changes else merged.deltas.names)
     recipe = MergeRecipe(
         base=base,
         adapters=blend_entries(blend),
         bases=terms,
         config=config,
         like=str(like or ""),
-        touched_types=tuple(sorted({source.parameters[name].kind[0] for name in touched})),
+        touched_types=tuple(sorted({source.parameters[name].kind[0] for name in changed_names})),
     )
     if output.resolve() == source.path.resolve():
-        raise OutputError(f"{output}: is the base itself; give another output")
+        raise OutputError(f"{output}: is the base itself; choose another output")
     if not force:
-        check_not_merged_twice(source, output, recipe)
-    lender = find_base(str(like)) if like else None
-    plan = with_rows(plan_output(source, single=single, like=lender, config=config), merged.appended)
+        _check_not_merged(source, output, recipe)
+    template = find_base(str(like)) if like else None
+    plan = add_embedding_rows(plan_output(source, single=single, like=template, config=config), merged.appended)
     check_disk_space(output, plan)
-    with ThreadPoolExecutor(1) as reader:
-        hashes = reader.submit(
-            compute_recipe_hashes, source, touched
-        )  # the base is read for them while it is being merged
+    with ThreadPoolExecutor(1) as executor:
+        # Hashing reads the whole base, so it runs while the tensors are merged; the hashes are patched in afterwards.
+        hashes = executor.submit(_compute_recipe_hashes, source, changed_names)
         with write_checkpoint(output, plan, merged, recipe, on_share) as part:
             recipe = patch_header_hashes(part, plan, recipe, hashes.result())
             if not single:
                 (part / RECIPE_FILE).write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
                 (part / "README.md").write_text(format_model_card(recipe, merged.rounding_error), encoding="utf-8")
-                add_to_folder(part, words, source)
+                add_to_folder(part, tokens, source)
     return MergeReport(
         output=output,
-        merged_modules=len(merged.total.layers),
+        merged_modules=len(merged.deltas.layers),
         rounding_error=merged.rounding_error,
         num_bytes=plan.num_bytes,
-        words=tuple(save_beside(output, words, source.family.name)) if single else (),
+        embedding_files=tuple(save_beside(output, tokens, source.family.name)) if single else (),
     )
 
 
 def estimate_rounding(base: str, blend: Blend, config: MergeConfig) -> float:
-    """The rounding error that a merge into a folder would report, from a few of its tensors; nothing is written.
+    """Estimate the rounding error of a merge into a folder from some of its tensors, without writing anything.
 
-    Raises FamilyMismatchError if a layer finds no tensor.
+    Args:
+        base: Checkpoint to merge into, as in `merge`.
+        blend: Adapters to merge.
+        config: Output type and rounding.
+
+    Returns:
+        Estimate of `MergeReport.rounding_error`.
+
+    Raises:
+        BaseModelError: If the base cannot be found or read.
+        FamilyMismatchError: If an adapter does not fit the base.
     """
     source = find_checkpoint(base)
-    merged = make_merged_tensors(source, blend, (), config, base_name=base, rows=False)
+    merged = _make_merged_tensors(source, blend, (), config, base_name=base, append_embeddings=False)
     plan = plan_output(source, single=False, like=None, config=config)
     tensors = [tensor for file in plan.files for tensor in file.tensors.values()]
-    touched = [tensor for tensor in tensors if any(part.name in merged.total.names for part in tensor.parts)]
-    for tensor in touched[:: max(1, len(touched) // PROBED)]:
+    changed = [tensor for tensor in tensors if any(part.name in merged.deltas.names for part in tensor.parts)]
+    for tensor in changed[:: max(1, len(changed) // _MAX_SAMPLED_TENSORS)]:
         merged.value(tensor)
     return merged.rounding_error
 
 
-def make_merged_tensors(
+def _make_merged_tensors(
     source: Checkpoint,
     blend: Blend,
     changes: tuple[BaseChange, ...],
     config: MergeConfig,
     *,
     base_name: str,
-    rows: bool,
+    append_embeddings: bool,
 ) -> MergedTensors:
-    """What the tensors of a base become; with `rows`, learned words go into its embeddings.
+    """Validate the blend and prepare the computation of the merged tensors.
 
-    Raises FamilyMismatchError if a layer finds no tensor.
+    Args:
+        source: Checkpoint to merge into.
+        blend: Adapters to merge.
+        changes: Other checkpoints to merge.
+        config: Output type and rounding.
+        base_name: Name of the checkpoint for error messages.
+        append_embeddings: Append textual-inversion vectors to the token embeddings.
+
+    Raises:
+        FamilyMismatchError: If an adapter does not fit the base.
     """
     check_fits_checkpoint(blend, source, base_name)
-    appended = embedding_rows(merge_tokens(blend), source) if rows else {}
-    return MergedTensors(total=blend_sum(blend, source.layout), bases=changes, config=config, appended=appended)
+    appended = embedding_rows(merge_tokens(blend), source) if append_embeddings else {}
+    return MergedTensors(deltas=blend_sum(blend, source.layout), bases=changes, config=config, appended=appended)
 
 
-def open_terms(source: Checkpoint, bases: Sequence[BaseTerm]) -> tuple[tuple[BaseChange, ...], tuple[BaseTerm, ...]]:
-    """The checkpoints to be blended in, and the terms with their hashes.
+def _open_terms(source: Checkpoint, bases: Sequence[BaseTerm]) -> tuple[tuple[BaseChange, ...], tuple[BaseTerm, ...]]:
+    """Open the checkpoints to merge, and add their hashes to the terms for the recipe.
 
-    Raises FamilyMismatchError for one of another family or shape, ConfigError if one is not what a recipe says.
+    Raises:
+        FamilyMismatchError: If a checkpoint has another family, or a parameter of another shape.
+        ConfigError: If a checkpoint differs from the hash in its term.
     """
     changes: list[BaseChange] = []
-    known: list[BaseTerm] = []
+    terms_with_hashes: list[BaseTerm] = []
     for term in bases:
-        added = open_matching(source, term.added, term.added_hash)
-        taken = open_matching(source, term.taken, term.taken_hash) if term.taken else None
+        added = _open_matching(source, term.added, term.added_hash)
+        taken = _open_matching(source, term.taken, term.taken_hash) if term.taken else None
         changes.append(BaseChange(weight=term.weight, added=added, taken=taken))
         hashes = {"added_hash": added.hash, "taken_hash": taken.hash if taken else ""}
-        known.append(term.model_copy(update=hashes))
-    return tuple(changes), tuple(known)
+        terms_with_hashes.append(term.model_copy(update=hashes))
+    return tuple(changes), tuple(terms_with_hashes)
 
 
-def open_matching(source: Checkpoint, name: str, known_hash: str) -> Checkpoint:
-    """A checkpoint with every parameter of the base."""
+def _open_matching(source: Checkpoint, name: str, expected_hash: str) -> Checkpoint:
+    """Open a checkpoint that has every parameter of the base, in the same shape."""
     other = find_checkpoint(name)
-    if known_hash and other.hash != known_hash:
-        raise ConfigError(f"{name}: its hash {other.hash[:12]} is not that of the recipe ({known_hash[:12]})")
+    if expected_hash and other.hash != expected_hash:
+        raise ConfigError(
+            f"{name}: the recipe was made with another checkpoint (hash {expected_hash[:12]}, this one has "
+            f"{other.hash[:12]}); give that one"
+        )
     if other.family is not source.family:
-        raise FamilyMismatchError(f"{name} is {other.family.title}, but {source.path} is {source.family.title}")
+        raise FamilyMismatchError(
+            f"{name} is {other.family.title}, but {source.path} is {source.family.title}; merge checkpoints of one "
+            "family"
+        )
     for parameter, stored in source.parameters.items():
         shape = other.shapes.get(parameter)
         if shape is None or not is_same_weight(shape, stored.kind[1]):
             raise FamilyMismatchError(
-                f"{name}: {parameter} is {shape or 'missing'}, but {source.path} has {stored.kind[1]}; they cannot be "
-                "blended"
+                f"{name}: {parameter} {f'has the shape {shape}' if shape else 'is missing'}, but {source.path} has "
+                f"{stored.kind[1]}; the checkpoints cannot be merged"
             )
     return other
 
 
-def compute_recipe_hashes(base: Checkpoint, touched: Iterable[str]) -> dict[str, str]:
-    """What a recipe tells a base by: all of it, and the parameters that the merge changes."""
-    return {"base_hash": base.hash, "touched_hash": touched_hash(base, touched)}
+def _compute_recipe_hashes(base: Checkpoint, changed_names: Iterable[str]) -> dict[str, str]:
+    """Compute the recipe's hashes of the base: of the whole checkpoint and of the parameters that the merge changes."""
+    return {"base_hash": base.hash, "touched_hash": touched_hash(base, changed_names)}
 
 
-def check_not_merged_twice(source: Checkpoint, output: Path, recipe: MergeRecipe) -> None:
-    """Raise ConfigError for a base that has the merge in it already, OutputError for an output that is there."""
-    found = find_merge_recipe(source.path)
-    if found and is_same_merge(found, recipe):
+def _check_not_merged(source: Checkpoint, output: Path, recipe: MergeRecipe) -> None:
+    """Check that the base does not contain the same merge, and that no output file would be overwritten."""
+    previous = find_merge_recipe(source.path)
+    if previous and is_same_merge(previous, recipe):
         raise ConfigError(
-            f"{source.path}: has this very merge in it already; merging twice doubles the weights, --force does it"
+            f"{source.path}: contains this very merge already, and merging again would double the weights; choose the "
+            "original base, or merge again with --force"
         )
     if output.suffix == ".safetensors" and output.is_file():
-        raise OutputError(f"{output}: already there; give another output, or --force to replace it")
+        raise OutputError(f"{output}: already there; choose another output, or use --force to replace it")

@@ -1,4 +1,4 @@
-"""The recipe of a merge, which is in every weight file that it wrote, and runs again."""
+"""Read, write and compare merge recipes, which are stored in the header of each merged weight file."""
 
 import hashlib
 import json
@@ -18,43 +18,70 @@ from lora_diffusion.formats.checkpoints.diffusers import read_base_header, weigh
 from lora_diffusion.prompts.tags import format_weight
 
 RECIPE_FILE = "lora_diffusion_recipe.json"
+"""Name of the recipe file in a merged folder."""
 RECIPE_KEY = "lora_diffusion_recipe"
-BLANK = "0" * 64
-"""In place of a hash that is not known yet."""
+"""Key of the recipe in the metadata of a safetensors header."""
+_BLANK_HASH = "0" * 64
+"""Placeholder, as long as a hash, for one that is computed while the weights are written."""
 
 
 class MergeRecipe(Settings):
-    """Everything needed to make a merged checkpoint again, byte for byte, and to take the merge out of it."""
+    """Everything needed to reproduce a merged checkpoint byte for byte, and to undo the merge."""
 
     kind: Literal["merge"] = "merge"
+    """Marks the JSON as the recipe of a merge."""
     base: str
-    base_hash: str = BLANK
+    """Checkpoint that was merged into: `tiny-sd`, a folder, a single file or a hub id."""
+    base_hash: str = _BLANK_HASH
+    """Content hash of the base."""
     adapters: tuple[BlendEntry, ...] = ()
+    """Adapters with paths, hashes and weights."""
     bases: tuple[BaseTerm, ...] = ()
+    """Differences of checkpoints that were added, with hashes and weights."""
     config: MergeConfig = MergeConfig()
+    """Output type, shard size and rounding."""
     like: str = ""
-    """Folder that lent tokenizer and configuration to a single file."""
-    touched_hash: str = BLANK
-    """Over the base's own values of what was changed; see `touched_hash`."""
+    """Folder whose tokenizer and configuration were copied for a single-file base; empty if none was needed."""
+    touched_hash: str = _BLANK_HASH
+    """Hash of the base's values of all changed parameters; see the function `touched_hash`."""
     touched_types: tuple[str, ...] = ()
-    """Their types."""
+    """Types of the changed parameters in the base, sorted."""
 
 
 def touched_hash(base: Checkpoint, names: Iterable[str]) -> str:
-    """A hash of parameters by name and content, whatever their order and the files' layout."""
-    total = 0
+    """Hash parameters by name, type, shape and values.
+
+    The hashes of the parameters are added modulo 2**256, so the result depends neither on their order nor on the layout
+    of the files.
+
+    Args:
+        base: Checkpoint to read the parameters from.
+        names: Parameter names.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    hash_sum = 0
     for name in names:
         stored = base.parameters[name]
         digest = hashlib.sha256(f"{name}|{stored.kind[0]}|{stored.kind[1]}|".encode())
         digest.update(tensor_bytes(stored.read()))
-        total = (total + int.from_bytes(digest.digest(), "little")) % 2**256
-    return f"{total:064x}"
+        hash_sum = (hash_sum + int.from_bytes(digest.digest(), "little")) % 2**256
+    return f"{hash_sum:064x}"
 
 
 def find_merge_recipe(path: Path) -> MergeRecipe | None:
-    """The recipe in a checkpoint, a folder or a single file; None if it carries none.
+    """Read the recipe of a merged checkpoint.
 
-    Raises ConfigError for one that cannot be used, BaseModelError for a broken file.
+    Args:
+        path: Folder or single file.
+
+    Returns:
+        The recipe, or None if the checkpoint has none.
+
+    Raises:
+        ConfigError: If the recipe is invalid.
+        BaseModelError: If a weight file cannot be read.
     """
     file = path if path.is_file() else weight_files(path, "unet")[0]
     text = read_base_header(file).metadata.get(RECIPE_KEY)
@@ -63,31 +90,44 @@ def find_merge_recipe(path: Path) -> MergeRecipe | None:
     try:
         return MergeRecipe.model_validate_json(text)
     except ValidationError as error:
-        raise ConfigError(f"{path}: its recipe cannot be used: {format_validation_error(error, MergeRecipe)}") from None
+        raise ConfigError(f"{path}: its recipe is invalid: {format_validation_error(error, MergeRecipe)}") from None
 
 
 def read_merge_recipe(path: Path) -> MergeRecipe:
-    """The same. Raises ConfigError if there is none."""
+    """Read the recipe of a checkpoint that must have one.
+
+    Args:
+        path: Folder or single file.
+
+    Raises:
+        ConfigError: If the path does not exist, or the checkpoint has no valid recipe.
+        BaseModelError: If a weight file cannot be read.
+    """
     if not path.exists():
-        raise ConfigError(f"{path}: no such file or folder; give a checkpoint that `lora-diffusion merge` wrote")
+        raise ConfigError(f"{path}: no such file or folder; give a checkpoint written by `lora-diffusion merge`")
     recipe = find_merge_recipe(path)
     if recipe is None:
-        raise ConfigError(f"{path}: carries no recipe; give a checkpoint that `lora-diffusion merge` wrote")
+        raise ConfigError(f"{path}: carries no recipe; give a checkpoint written by `lora-diffusion merge`")
     return recipe
 
 
 def is_same_merge(first: MergeRecipe, second: MergeRecipe) -> bool:
-    """Whether two recipes blend in the same adapters and checkpoints at the same weights."""
-    return list_merged(first) == list_merged(second)
+    """Return whether two recipes merge the same adapters and checkpoints with the same weights."""
+    return _list_merged(first) == _list_merged(second)
 
 
-def list_merged(recipe: MergeRecipe) -> list[str]:
+def _list_merged(recipe: MergeRecipe) -> list[str]:
     adapters = [f"{entry.hash} {format_weight(entry.weight)}" for entry in recipe.adapters]
     return sorted([*adapters, *(f"{term.added_hash} {term.taken_hash} {term.weight}" for term in recipe.bases)])
 
 
 def format_model_card(recipe: MergeRecipe, rounding_error: float) -> str:
-    """A README for the merged checkpoint."""
+    """Format the README of a merged checkpoint in Markdown.
+
+    Args:
+        recipe: Recipe of the merge, with hashes.
+        rounding_error: Norm of the rounding errors divided by that of all changes.
+    """
     rows = [f"| {e.name or e.path} | {format_weight(e.weight)} | `{e.hash[:16]}` |" for e in recipe.adapters]
     rows += [
         f"| {term.added} minus {term.taken or recipe.base} | {term.weight:g} | `{term.added_hash[:16]}` |"
@@ -97,12 +137,12 @@ def format_model_card(recipe: MergeRecipe, rounding_error: float) -> str:
     return (
         f"# {recipe.base} with {len(rows)} merged in\n\n"
         f"| merged in | weight | hash |\n|---|---|---|\n{table}\n\n"
-        f"Base: {recipe.base} (`{recipe.base_hash[:16]}`). Rounding to the stored precision changed what was merged in "
-        f"by {rounding_error:.2%}. The recipe is in `{RECIPE_FILE}` and in the header of each weight file: "
-        "`lora-diffusion merge --from` runs it again. Merged by lora_diffusion.\n"
+        f"Base: {recipe.base} (`{recipe.base_hash[:16]}`). Rounding to the stored precision altered the merged changes "
+        f"by {rounding_error:.2%}. The recipe is stored in `{RECIPE_FILE}` and in the header of each weight file; "
+        "`lora-diffusion merge --from` reproduces this checkpoint from it. Merged by lora_diffusion.\n"
     )
 
 
 def recipe_json(recipe: MergeRecipe) -> str:
-    """As it stands in headers."""
+    """Format a recipe as the JSON text that is stored in headers."""
     return json.dumps(recipe.model_dump(mode="json"), sort_keys=True)

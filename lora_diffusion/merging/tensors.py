@@ -1,4 +1,4 @@
-"""What each tensor of a merged checkpoint becomes: computed in float32, rounded once, and what rounding cost."""
+"""Compute the tensors of a merged checkpoint in float32, round them once, and measure the rounding error."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,52 +17,62 @@ from lora_diffusion.merging.layout import OutputTensor, SourceTensor
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BaseChange:
-    """Another checkpoint blended in: weight * (added - taken), where None stands for the base itself."""
+    """A weighted difference of checkpoints, weight * (added - taken), that is added to the base."""
 
     weight: float
     added: Checkpoint
+    """Checkpoint that is added."""
     taken: Checkpoint | None = None
+    """Checkpoint that is subtracted; None for the base itself."""
 
 
 @dataclass(kw_only=True, eq=False)
 class MergedTensors:
-    """The values of a merge, one tensor at a time, and running sums of what rounding did to them."""
+    """Computes the tensors of a merge one at a time, and accumulates their rounding error."""
 
-    total: BlendSum
+    deltas: BlendSum
+    """Sum of the adapters' deltas."""
     bases: tuple[BaseChange, ...]
+    """Other checkpoints to merge."""
     config: MergeConfig
     appended: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """Rows to be put below parameters: the vectors of learned words."""
-    error: float = 0.0
-    delta: float = 0.0
+    """Textual-inversion vectors to append as rows, by the name of the token-embedding parameter."""
+    squared_error: float = 0.0
+    """Squared norm of the rounding errors so far."""
+    squared_delta: float = 0.0
+    """Squared norm of the changes so far."""
 
     def value(self, tensor: OutputTensor) -> Tensor:
-        """An output tensor. Raises ConfigError for a value beyond the range of its type."""
-        dtype = torch_dtype(tensor.kind[0])
-        parts = [self.merge_source(part, dtype) for part in tensor.parts]
-        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return (whole.T.contiguous() if tensor.transposed else whole).reshape(tensor.kind[1])
+        """Compute an output tensor in its output type and shape.
 
-    def merge_source(self, part: SourceTensor, dtype: torch.dtype) -> Tensor:
-        own = part.stored.read()
-        exact = self.merge_parameter(part.name, own)
+        Raises:
+            ConfigError: If a value exceeds the range of the type.
+        """
+        dtype = torch_dtype(tensor.kind[0])
+        parts = [self._merge_source(part, dtype) for part in tensor.parts]
+        joined = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return (joined.T.contiguous() if tensor.transposed else joined).reshape(tensor.kind[1])
+
+    def _merge_source(self, part: SourceTensor, dtype: torch.dtype) -> Tensor:
+        original = part.stored.read()
+        exact = self._merge_parameter(part.name, original)
         if exact is None:
-            return own.to(dtype)
-        value = round_checked(exact, dtype, part.name, self.config)
-        self.error += squared_norm(torch.sub(value, exact))
-        self.delta += squared_norm(torch.sub(own, exact)) if exact.shape == own.shape else 0.0
+            return original.to(dtype)
+        value = _round_checked(exact, dtype, part.name, self.config)
+        self.squared_error += _squared_norm(torch.sub(value, exact))
+        self.squared_delta += _squared_norm(torch.sub(original, exact)) if exact.shape == original.shape else 0.0
         return value
 
-    def merge_parameter(self, name: str, own: Tensor) -> Tensor | None:
-        """The merged parameter in float32; None if nothing changes it."""
+    def _merge_parameter(self, name: str, original: Tensor) -> Tensor | None:
+        """Compute a merged parameter in float32; None if the merge does not change it."""
         path, _, leaf = name.rpartition(".")
-        layers = self.total.layers.get(path, ()) if leaf == "weight" else ()
-        biases = self.total.biases.get(path, ()) if leaf == "bias" else ()
+        layers = self.deltas.layers.get(path, ()) if leaf == "weight" else ()
+        biases = self.deltas.biases.get(path, ()) if leaf == "bias" else ()
         if not name or not (self.bases or layers or biases or name in self.appended):
             return None
-        value = own.float()
+        value = original.float()
         for change in self.bases:
-            taken = own if change.taken is None else change.taken.parameters[name].read()
+            taken = original if change.taken is None else change.taken.parameters[name].read()
             value = value + change.weight * (change.added.parameters[name].read().float() - taken.float())
         value = compute_blended_weight(value, layers) if layers else value
         value = compute_blended_bias(value, biases) if biases else value
@@ -70,28 +80,40 @@ class MergedTensors:
 
     @property
     def rounding_error(self) -> float:
-        """Norm of what rounding changed over norm of what the merge changes."""
-        return (self.error / self.delta) ** 0.5 if self.delta else 0.0
+        """Frobenius norm of the rounding errors divided by that of all changes, for the tensors computed so far."""
+        return (self.squared_error / self.squared_delta) ** 0.5 if self.squared_delta else 0.0
 
 
-def squared_norm(tensor: Tensor) -> float:
-    """The squared Frobenius norm of a float32 tensor."""
+def _squared_norm(tensor: Tensor) -> float:
+    """Return the squared Frobenius norm of a float32 tensor."""
     return float(torch.linalg.vector_norm(tensor)) ** 2
 
 
-def round_checked(exact: Tensor, dtype: torch.dtype, name: str, config: MergeConfig) -> Tensor:
-    """A float32 tensor in the output's type. Raises ConfigError if it does not fit, unless that is allowed."""
+def _round_checked(exact: Tensor, dtype: torch.dtype, name: str, config: MergeConfig) -> Tensor:
+    """Round a float32 tensor to the output type; with `allow_overflow`, values beyond its range are clamped.
+
+    Raises:
+        ConfigError: If a value exceeds the range of the type and `allow_overflow` is off.
+    """
     if config.allow_overflow:
         limit = torch.finfo(dtype).max
         exact = exact.clamp(-limit, limit)
     check_range(exact, dtype, name)
     if config.stochastic_seed is None or dtype not in (torch.float16, torch.bfloat16):
         return exact.to(dtype)
-    return round_stochastically(exact, dtype, make_generator(config.stochastic_seed, name))
+    return _round_stochastically(exact, dtype, make_generator(config.stochastic_seed, name))
 
 
-def round_stochastically(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Stochastic rounding: one of the two 16-bit neighbors, the nearer one more likely, so that the mean is exact."""
+def _round_stochastically(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Round float32 values stochastically to a 16-bit type.
+
+    Each value is rounded to one of its two neighbors, with a probability that makes the expected result exact.
+
+    Args:
+        exact: Finite float32 values within the range of `dtype`.
+        dtype: float16 or bfloat16.
+        generator: CPU generator of the random numbers.
+    """
     nearest = exact.to(dtype)
     error = exact - nearest.float()
     bits = nearest.view(torch.int16)
@@ -99,6 +121,6 @@ def round_stochastically(exact: Tensor, dtype: torch.dtype, generator: torch.Gen
     stepped = bits + torch.where(away, 1, -1).to(torch.int16)
     smallest = torch.where(error < 0, -32767, 1).to(torch.int16)
     other = torch.where(nearest == 0, smallest, stepped).view(dtype)
-    chance = error.abs() / (other.float() - nearest.float()).abs()
-    take = torch.rand(exact.shape, generator=generator) < chance
-    return torch.where(take & other.isfinite(), other, nearest)
+    probability = error.abs() / (other.float() - nearest.float()).abs()
+    take_other = torch.rand(exact.shape, generator=generator) < probability
+    return torch.where(take_other & other.isfinite(), other, nearest)

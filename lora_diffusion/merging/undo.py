@@ -1,4 +1,4 @@
-"""Taking a merge out of a checkpoint again: bit for bit, or not at all."""
+"""Undo a merge: copy the original base, or subtract the adapters if that restores the base bit for bit."""
 
 import shutil
 from pathlib import Path
@@ -16,19 +16,38 @@ from lora_diffusion.models.locate import find_checkpoint
 
 
 def find_original_base(recipe: MergeRecipe, name: str = "") -> Checkpoint | None:
-    """The base that the recipe names, or that is given instead, if it is there and is the very one."""
+    """Find the checkpoint that a merge was made from.
+
+    Args:
+        recipe: Recipe of the merge.
+        name: Checkpoint to use instead of the one that the recipe names.
+
+    Returns:
+        The checkpoint, or None if its hash differs from the recipe's, or if the recipe's checkpoint cannot be found.
+
+    Raises:
+        BaseModelError: If `name` cannot be found.
+    """
     try:
-        found = find_checkpoint(name or recipe.base)
+        checkpoint = find_checkpoint(name or recipe.base)
     except BaseModelError:
         if name:
             raise
         return None
-    return found if found.hash == recipe.base_hash else None
+    return checkpoint if checkpoint.hash == recipe.base_hash else None
 
 
 def copy_base(base: Checkpoint, output: Path) -> None:
-    """The base as it is. Raises OutputError."""
-    check_output_free(output)
+    """Copy a checkpoint unchanged.
+
+    Args:
+        base: Folder or single file.
+        output: Where to write the copy.
+
+    Raises:
+        OutputError: If the output exists or cannot be written.
+    """
+    _check_output_free(output)
     if not base.is_folder:
         with atomic_file(output) as part:
             shutil.copyfile(base.path, part)
@@ -37,48 +56,63 @@ def copy_base(base: Checkpoint, output: Path) -> None:
         shutil.copytree(base.path, part, dirs_exist_ok=True)
 
 
-def check_output_free(output: Path) -> None:
-    """Raise OutputError for a file that is there."""
+def _check_output_free(output: Path) -> None:
     if output.is_file():
-        raise OutputError(f"{output}: already there; give another output")
+        raise OutputError(f"{output}: already there; choose another output")
 
 
 def subtract_blend(merged: Path, recipe: MergeRecipe, blend: Blend, output: Path) -> None:
-    """Subtract the blend again, and keep the result only if every changed weight is the base's own, bit for bit.
+    """Subtract a blend from a merged checkpoint and write the result if it equals the original base bit for bit.
 
-    That is so where the merged file is of a wider type than the base, as float32 is than float16. Raises ConfigError
-    where it is not, or where subtracting cannot undo what was merged.
+    This succeeds if the merged file has a wider type than the base, such as float32 for a float16 base.
+
+    Args:
+        merged: Merged checkpoint.
+        recipe: Its recipe.
+        blend: The adapters that were merged, with their weights.
+        output: Folder or file to write, in the layout of `merged`.
+
+    Raises:
+        ConfigError: If the merge cannot be undone by subtraction, or rounding has made the result inexact.
+        OutputError: If the output exists or cannot be written.
+        BaseModelError: If the merged checkpoint cannot be read.
     """
-    check_output_free(output)
-    reason = explain_not_subtractable(recipe, blend)
+    _check_output_free(output)
+    obstacle = _explain_not_subtractable(recipe, blend)
     source = open_checkpoint(merged)
-    if reason:
-        raise ConfigError(f"{merged}: {reason}; give the base (hash {recipe.base_hash[:12]}) with --base")
+    use_base = f"give the original base (hash {recipe.base_hash[:12]}) with --base"
+    if obstacle:
+        raise ConfigError(f"{merged}: cannot be undone by subtraction: {obstacle}; {use_base}")
     config = MergeConfig(precision=recipe.touched_types[0])  # type: ignore[arg-type]
-    total = blend_sum(blend, source.layout)
+    deltas = blend_sum(blend, source.layout)
     plan = plan_output(source, single=not source.is_folder, like=None, config=config)
-    with write_checkpoint(output, plan, MergedTensors(total=negate(total), bases=(), config=config), None) as part:
-        if touched_hash(open_checkpoint(part), total.names) != recipe.touched_hash:
+    tensors = MergedTensors(deltas=_negate(deltas), bases=(), config=config)
+    with write_checkpoint(output, plan, tensors, None) as part:
+        if touched_hash(open_checkpoint(part), deltas.names) != recipe.touched_hash:
             raise ConfigError(
-                f"{merged}: rounding has taken bits that subtracting does not give back; give the base "
-                f"(hash {recipe.base_hash[:12]}) with --base"
+                f"{merged}: subtracting the adapters does not restore the original weights exactly, because the merge "
+                f"has rounded them; {use_base}"
             )
 
 
-def explain_not_subtractable(recipe: MergeRecipe, blend: Blend) -> str:
-    """Why the adapters alone cannot take the merge out; empty if they can be tried."""
+def _explain_not_subtractable(recipe: MergeRecipe, blend: Blend) -> str:
+    """Explain why a merge cannot be undone by subtraction; empty if it may be possible."""
     if recipe.bases:
-        return "other checkpoints were blended in, which is not taken out without the base"
+        return "other checkpoints were merged as well"
     if any(entry.adapter.tokens for entry in blend.active):
-        return "learned words were added to it, which are not taken out without the base"
+        return "textual-inversion embeddings were added"
     if any(layer.kind == "DoRA" for entry in blend.active for layer in entry.adapter.layers.values()):
-        return "DoRA is no sum, and is not taken out without the base"
-    return "" if len(recipe.touched_types) == 1 else "the base had weights of several types"
+        return "DoRA rescales the base's weights instead of adding to them"
+    return "" if len(recipe.touched_types) == 1 else "the base has weights of several types"
 
 
-def negate(total: BlendSum) -> BlendSum:
-    """The sum with every coefficient's sign turned."""
+def _negate(deltas: BlendSum) -> BlendSum:
+    """Reverse the sign of each coefficient."""
     return BlendSum(
-        layers={path: tuple((-weight, layer) for weight, layer in terms) for path, terms in total.layers.items()},
-        biases={path: tuple((-weight, bias) for weight, bias in terms) for path, terms in total.biases.items()},
+        layers={
+            path: tuple((-coefficient, layer) for coefficient, layer in terms) for path, terms in deltas.layers.items()
+        },
+        biases={
+            path: tuple((-coefficient, bias) for coefficient, bias in terms) for path, terms in deltas.biases.items()
+        },
     )

@@ -7,9 +7,9 @@ import contextlib
 import hashlib
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -46,6 +46,10 @@ SCHEDULERS: dict[str, Any] = {
 }
 
 
+PatchKind = Literal["weights", "parallel"]
+"""How deltas are applied to a loaded base: added to its weights, or computed beside them in the forward pass."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Base:
     """A loaded checkpoint: the pipeline, what it is and where it came from."""
@@ -59,6 +63,8 @@ class Base:
     """Hashes and weights of adapters that were added to it for good."""
     quantization: Quantization = "none"
     """What the UNet's linear layers are kept in."""
+    open_patches: set[PatchKind] = field(default_factory=set[PatchKind], init=False, repr=False)
+    """Kinds of patches that are open on this base now; maintained by `lora_diffusion.inference`."""
 
     @property
     def hash(self) -> str:

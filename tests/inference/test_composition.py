@@ -1,4 +1,4 @@
-"""More than a sum: adapters in turn, side by side, chosen, projected, and by region."""
+"""Composition modes: LoRA Switch, Composite, K-LoRA, NP-LoRA and regions."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from lora_diffusion.config.settings import validate
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.inference.composition import composition_context
 from lora_diffusion.inference.in_place import blended_weights, weight_at
-from lora_diffusion.inference.regional import PLACELESS
+from lora_diffusion.inference.regional import NON_SPATIAL
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import Base
 from lora_diffusion.models.text_encoding import encode_prompts
@@ -92,10 +92,10 @@ def test_composite_is_the_mean_of_what_each_adapter_predicts(family: str, reques
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_a_region_that_is_the_whole_picture_is_no_region(family: str, request: pytest.FixtureRequest) -> None:
+def test_a_region_that_covers_the_image_equals_no_region(family: str, request: pytest.FixtureRequest) -> None:
     base: Base = request.getfixturevalue(family)
     adapter = everywhere(base, 1)
-    layers = {path: layer for path, layer in adapter.layers.items() if not PLACELESS.search(path)}
+    layers = {path: layer for path, layer in adapter.layers.items() if not NON_SPATIAL.search(path)}
     whole = Adapter(layers=layers, biases=adapter.biases, metadata=adapter.metadata)
     with blended_weights(base, blend_of((whole, 0.5))):
         expected = predict(base)
@@ -105,7 +105,7 @@ def test_a_region_that_is_the_whole_picture_is_no_region(family: str, request: p
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_a_picture_is_the_same_where_the_region_is_all_of_it(family: str, request: pytest.FixtureRequest) -> None:
+def test_an_image_with_a_region_that_covers_it_equals_one_without(family: str, request: pytest.FixtureRequest) -> None:
     base: Base = request.getfixturevalue(family)
     adapter = random_adapter(base, seed=1)
     assert set(adapter.components) == set(base.family.components)
@@ -116,8 +116,8 @@ def test_a_picture_is_the_same_where_the_region_is_all_of_it(family: str, reques
         assert np.abs(np.asarray(one.image, dtype=int) - np.asarray(other.image, dtype=int)).max() <= 1
 
 
-def test_a_region_reads_the_prompt_with_its_own_text_encoder(sd: Base) -> None:
-    """The left half as the adapter reads it, the right half as the base does, be it that neither touches the UNet."""
+def test_the_prompt_of_a_region_is_encoded_with_its_own_text_encoder(sd: Base) -> None:
+    """The left half uses the prompt encoded with the adapter, the right half without; the UNet is not changed."""
     adapter = random_adapter(sd, seed=1, unet=())
     assert adapter.components == ("text_encoder",)
     module = sd.pipe.unet.get_submodule("up_blocks.1.attentions.2.transformer_blocks.0.attn2")
@@ -141,7 +141,7 @@ def test_a_region_reads_the_prompt_with_its_own_text_encoder(sd: Base) -> None:
 
 
 def test_an_adapter_acts_in_its_region_and_nowhere_else(sd: Base) -> None:
-    """The last convolution alone, so that nothing spreads what it does."""
+    """The adapter changes the last convolution only, so that no later layer spreads its effect."""
     path = "unet.conv_out"
     rng = torch.Generator().manual_seed(0)
     shape = weight_at(sd, path).shape
@@ -157,8 +157,8 @@ def test_an_adapter_acts_in_its_region_and_nowhere_else(sd: Base) -> None:
     assert float(change[:, 8:].max()) == 0
 
 
-def test_two_regions_meet_without_touching_each_other(sd: Base) -> None:
-    """Keys and values of the prompt: the left half reads with one adapter, the right half with the other."""
+def test_two_adjacent_regions_do_not_affect_each_other(sd: Base) -> None:
+    """Each half of the image uses the cross-attention values of its own adapter."""
     path = "unet.up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_v"
     out, inner = weight_at(sd, path).shape
     rng = torch.Generator().manual_seed(0)
@@ -189,9 +189,9 @@ def test_two_regions_meet_without_touching_each_other(sd: Base) -> None:
     assert not torch.allclose(halves[0], halves[1], atol=1e-2)
 
 
-def test_what_has_no_place_in_a_picture_cannot_be_in_a_region(sd: Base) -> None:
+def test_modules_without_spatial_output_are_refused_in_a_region(sd: Base) -> None:
     with (
-        pytest.raises(ConfigError, match="acts on the whole picture"),
+        pytest.raises(ConfigError, match="acts on the whole image"),
         composition_context(
             sd, placed(everywhere(sd, 1), Region(box=(0, 0, 0.5, 1))), Composition(), SIZE
         ) as before_step,
@@ -218,7 +218,7 @@ def test_masks_are_drawn_or_boxes_and_soft_at_the_edge(tmp_path: object) -> None
 
 
 @given(st.integers(1, 130), st.integers(1, 130), st.integers(0, 4))
-def test_tokens_have_their_places_at_every_scale(height: int, width: int, halvings: int) -> None:
+def test_the_token_grid_is_inferred_at_every_scale(height: int, width: int, halvings: int) -> None:
     rows, columns = height, width
     for _ in range(halvings):
         rows, columns = (rows + 1) // 2, (columns + 1) // 2
@@ -337,7 +337,7 @@ def test_the_base_file_serves_as_the_backup_of_every_mode(sd: Base) -> None:
     assert same(before, parameters(sd))
 
 
-def test_what_is_transparent_or_dark_in_a_mask_does_not_act(tmp_path: Path) -> None:
+def test_transparent_and_dark_parts_of_a_mask_are_outside_the_region(tmp_path: Path) -> None:
     clear = Image.new("RGBA", (4, 4), (255, 255, 255, 0))
     clear.paste((255, 255, 255, 255), (0, 0, 2, 4))
     clear.save(tmp_path / "clear.png")

@@ -1,4 +1,4 @@
-"""Blends in a live base: what is written depends on base and blend alone, and undo gives the base back bit for bit."""
+"""Weight patches: the weights depend on base and blend only, and undo restores the original weights bit for bit."""
 
 import random
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendWeight, Region, Schedule, Weight
 from lora_diffusion.errors import AdapterFormatError, ConfigError, LoRADiffusionError
 from lora_diffusion.formats.adapters.native import save_adapter
-from lora_diffusion.inference.composition import ReadPrompt
+from lora_diffusion.inference.composition import EncodePrompt
 from lora_diffusion.inference.in_place import (
     WeightPatch,
     blended_weights,
@@ -40,7 +40,7 @@ ONE, TWO = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj", PATH
 
 
 def parameters(base: Base) -> dict[str, Tensor]:
-    """Copies of every parameter that an adapter may change."""
+    """Copy every parameter that an adapter may change."""
     names = [f"{path}.{leaf}" for path in changeable_paths(base.layout) for leaf in ("weight", "bias")]
     return {name: parameter_at(base, name).clone() for name in live_shapes(base, names)}
 
@@ -51,14 +51,14 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 @pytest.fixture
 def before(sd: Base) -> Iterator[dict[str, Tensor]]:
-    """The base's parameters; the test fails if one has changed afterwards."""
-    kept = parameters(sd)
-    yield kept
-    assert same(kept, parameters(sd))
+    """Yield the base's parameters, and check afterwards that none of them has changed."""
+    original = parameters(sd)
+    yield original
+    assert same(original, parameters(sd))
 
 
 def mixed_adapter(base: Base, seed: int) -> Adapter:
-    """One layer of every kind, with a bias."""
+    """Create an adapter with a layer of each kind and a bias."""
     rng = torch.Generator().manual_seed(seed)
     plain = random_adapter(base, seed=seed)
     paths = sorted(path for path in plain.layers if path.startswith("unet."))[:5]
@@ -114,12 +114,12 @@ def test_after_200_random_blends_failures_included_the_base_is_bit_identical(sd:
         for _ in range(200):
             chosen = rng.sample([*good, broken, stranger], rng.randint(0, 3))
             blend = blend_of(*((adapter, rng.choice([-1.5, 0.0, 0.3, 1.0])) for adapter in chosen))
-            held = {name: patch.live[name].clone() for name in patch.applied}
+            previous = {name: patch.live[name].clone() for name in patch.applied}
             try:
                 patch.apply(blend)
             except LoRADiffusionError:
                 failures += 1
-                assert all(torch.equal(patch.live[name], value) for name, value in held.items())
+                assert all(torch.equal(patch.live[name], value) for name, value in previous.items())
         last = blend_of((good[0], 0.5), (good[4], 1.0))
         patch.apply(last)
         after_all = parameters(sd)
@@ -128,20 +128,20 @@ def test_after_200_random_blends_failures_included_the_base_is_bit_identical(sd:
 
 
 @pytest.mark.usefixtures("before")
-def test_new_weights_give_bit_for_bit_what_a_fresh_application_gives(sd: Base) -> None:
+def test_changed_coefficients_give_bit_for_bit_what_a_new_patch_gives(sd: Base) -> None:
     adapters = [mixed_adapter(sd, seed) for seed in range(4)]
     with weight_patch(sd) as patch:
         patch.apply(blend_of(*((adapter, 1.0) for adapter in adapters)))
         stacks = dict(patch.stacks)
         moved = blend_of(*zip(adapters, (0.3, 1.0, -2.0, 0.7), strict=True))
         patch.apply(moved)
-        assert all(patch.stacks[path] is kept for path, kept in stacks.items()), "the factors were prepared anew"
+        assert all(patch.stacks[path] is stack for path, stack in stacks.items()), "the factors were stacked again"
         live = parameters(sd)
     assert same(live, fresh(sd, moved))
 
 
 @pytest.mark.usefixtures("before")
-def test_switching_touches_only_what_differs(sd: Base) -> None:
+def test_changing_the_blend_writes_only_parameters_whose_terms_differ(sd: Base) -> None:
     first, second = random_adapter(sd, seed=1), random_adapter(sd, seed=2, text_encoders=())
     with weight_patch(sd) as patch:
         patch.apply(blend_of((first, 1.0)))
@@ -152,18 +152,16 @@ def test_switching_touches_only_what_differs(sd: Base) -> None:
 
 
 @pytest.mark.usefixtures("before")
-def test_ctrl_c_leaves_the_base_as_it_was(sd: Base) -> None:
+def test_ctrl_c_restores_the_base(sd: Base) -> None:
     with pytest.raises(KeyboardInterrupt), blended_weights(sd, blend_of((mixed_adapter(sd, 1), 1.0))):
         raise KeyboardInterrupt
 
 
-def test_an_interruption_in_the_middle_of_writing_is_undone(
-    sd: Base, before: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    written = WeightPatch.write_weight
+def test_an_interrupted_write_is_undone(sd: Base, before: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    write_weight = WeightPatch.write_weight
 
     def interrupted(self: WeightPatch, path: str, terms: tuple[tuple[float, LoRALayer], ...]) -> None:
-        written(self, path, terms)
+        write_weight(self, path, terms)
         if path == PATH:
             raise KeyboardInterrupt
 
@@ -175,28 +173,28 @@ def test_an_interruption_in_the_middle_of_writing_is_undone(
 
 
 @pytest.mark.usefixtures("before")
-def test_a_nan_adapter_is_refused_and_poisons_nothing(sd: Base) -> None:
+def test_an_adapter_with_nan_is_refused_and_changes_nothing(sd: Base) -> None:
     good = random_adapter(sd, seed=1)
     layer = good.layers[ONE]
     assert isinstance(layer, LoRALayer)
     bad = Adapter(layers={**good.layers, ONE: replace(layer, up=torch.full_like(layer.up, torch.nan))})
     with weight_patch(sd) as patch:
         patch.apply(blend_of((good, 1.0)))
-        held = parameters(sd)
-        with pytest.raises(AdapterFormatError, match="holds NaN or infinity"):
+        previous = parameters(sd)
+        with pytest.raises(AdapterFormatError, match="contains NaN or infinity"):
             patch.apply(blend_of((good, 1.0), (bad, 0.1)))
-        assert same(held, parameters(sd))
+        assert same(previous, parameters(sd))
 
 
-def test_a_half_precision_base_that_overflows_is_given_back(sd_folder: Path) -> None:
+def test_a_half_precision_base_is_restored_after_an_overflow(sd_folder: Path) -> None:
     base = load_base(str(sd_folder), device=torch.device("cpu"), precision=torch.float16)
-    kept = parameters(base)
+    original = parameters(base)
     with weight_patch(base) as patch:
         with pytest.raises(ConfigError, match=r"beyond the range of torch\.float16; lower the weights"):
             patch.apply(blend_of((random_adapter(base, seed=1), 1e6)))
-        assert same(kept, parameters(base))
+        assert same(original, parameters(base))
         patch.apply(blend_of((random_adapter(base, seed=1), 1.0)))
-    assert same(kept, parameters(base))
+    assert same(original, parameters(base))
 
 
 @pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
@@ -214,11 +212,11 @@ def test_in_half_precision_the_blend_is_rounded_once(sd: Base, sd_folder: Path, 
 @pytest.mark.parametrize("precision", [torch.float32, torch.float16])
 def test_the_base_file_can_be_the_backup(sd_folder: Path, precision: torch.dtype) -> None:
     base = load_base(str(sd_folder), device=torch.device("cpu"), precision=precision)
-    kept = parameters(base)
+    original = parameters(base)
     blend = blend_of((mixed_adapter(base, 1), 0.5))
     with blended_weights(base, blend, backup="file"):
         from_file = parameters(base)
-    assert same(kept, parameters(base))
+    assert same(original, parameters(base))
     assert same(from_file, fresh(base, blend))
 
 
@@ -232,7 +230,7 @@ def test_a_base_that_was_changed_after_loading_has_no_backup_on_disk(sd_folder: 
         pass
 
 
-def test_blocks_that_are_off_are_not_touched(sd: Base, before: dict[str, Tensor]) -> None:
+def test_blocks_with_factor_0_are_not_changed(sd: Base, before: dict[str, Tensor]) -> None:
     adapter = random_adapter(sd, seed=1, unet=("all",))
     live = fresh(sd, blend_of((adapter, BlendWeight(value=0.8, blocks={"M00": 0.0, "BASE": 0.5}))))
     assert torch.equal(live[f"{PATH}.weight"], before[f"{PATH}.weight"])
@@ -251,14 +249,14 @@ def test_a_schedule_gives_at_each_step_exactly_the_blend_of_that_step(sd: Base) 
     blend, seen = blend_of((scheduled, fading()), (steady, 0.5)), []
     with weight_patch(sd) as patch:
 
-        def look(denoising_step: DenoisingStep, _read: ReadPrompt) -> None:
+        def look(denoising_step: DenoisingStep, _encode: EncodePrompt) -> None:
             patch.apply(blend, denoising_step)
             seen.append((denoising_step, parameters(sd)))
 
         sample(sd, GenerateConfig(prompt="a cat", steps=4, width=32, height=32), look)
-    assert [denoising_step.step for denoising_step, _ in seen] == [0, 1, 2, 3]
+    assert [denoising_step.index for denoising_step, _ in seen] == [0, 1, 2, 3]
     for denoising_step, live in seen:
-        middle = (denoising_step.step + 0.5) / 4
+        middle = (denoising_step.index + 0.5) / 4
         factor = 2 * middle if middle <= 0.5 else 1 - 3 * (middle - 0.5)
         plain = BlendWeight(value=0.9 * factor, components={"text_encoder": 0.9})
         expected = fresh(sd, blend_of((scheduled, plain), (steady, 0.5)))
@@ -298,7 +296,7 @@ def test_pictures_follow_the_schedule(sd: Base) -> None:
 
 @contextmanager
 def peft_pipeline(base: Base, files: list[Path], weights: list[float]) -> Iterator[object]:
-    """The same base and adapters as diffusers and PEFT put them together."""
+    """Load the same base and adapters with diffusers and PEFT."""
     kind = StableDiffusionXLPipeline if len(base.layout.text_layers) == 2 else StableDiffusionPipeline
     pipe = kind.from_pretrained(base.folder, safety_checker=None) if kind is StableDiffusionPipeline else None
     pipe = pipe or kind.from_pretrained(base.folder, add_watermarker=False)
@@ -326,7 +324,7 @@ def test_pixels_are_those_of_peft_with_set_adapters(
     assert abs(theirs - ours).max() < 1e-4
 
 
-def test_ctrl_c_during_undo_comes_through_after_it(
+def test_ctrl_c_during_undo_is_raised_after_it(
     sd: Base, before: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     restore, calls = WeightPatch.restore, []
@@ -365,7 +363,7 @@ def test_adapters_stored_in_different_types_sum(sd: Base) -> None:
     assert torch.allclose(live, expected, atol=1e-6)
 
 
-def test_weights_hold_no_region(sd: Base) -> None:
+def test_a_weight_patch_refuses_regions(sd: Base) -> None:
     entry = WeightedAdapter(adapter=random_adapter(sd, seed=1), region=Region(box=(0, 0, 0.5, 1)))
     with pytest.raises(ConfigError, match="acts in a region"), blended_weights(sd, Blend(entries=(entry,))):
         pass
@@ -376,7 +374,7 @@ def test_a_pattern_that_matches_no_module_is_refused(sd: Base) -> None:
         blend_of((random_adapter(sd, seed=1), BlendWeight(modules=(("*.attnn2.*", 0.0),))))
 
 
-def test_combining_keeps_biases_and_words(sd: Base) -> None:
+def test_combining_keeps_biases_and_embeddings(sd: Base) -> None:
     plain = random_adapter(sd, seed=1)
     biased = Adapter(layers=plain.layers, biases={PATH: torch.ones(64)})
     one = combine(blend_of((biased, 0.5), (biased, 1.0)), AdapterMetadata())
@@ -386,7 +384,7 @@ def test_combining_keeps_biases_and_words(sd: Base) -> None:
     assert torch.equal(both.tokens["sks"]["text_encoder"], torch.ones(1, 32))
 
 
-def test_a_scheduler_with_more_calls_than_steps_is_told_the_step_it_is_in(sd: Base) -> None:
+def test_a_scheduler_with_more_calls_than_steps_reports_the_current_step(sd: Base) -> None:
     own = sd.pipe.scheduler
     sd.pipe.scheduler = PNDMScheduler(skip_prk_steps=True, num_train_timesteps=1000)
     seen: list[int] = []

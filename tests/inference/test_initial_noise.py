@@ -1,4 +1,4 @@
-"""Variations: noise between that of two seeds."""
+"""Variations: noise interpolated between two seeds."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def test_the_ends_are_the_two_seeds_own() -> None:
     assert torch.allclose(noise(3, 0.0, 4), first, atol=1e-6)
 
 
-def test_between_equal_or_opposite_directions_nothing_is_lost_in_a_division() -> None:
+def test_equal_and_opposite_directions_give_finite_noise() -> None:
     start = torch.randn(SHAPE)
     for end in (start, -start, start * 2):
         assert torch.isfinite(slerp_columns(start, end, 0.3)).all()
@@ -69,7 +69,7 @@ def test_further_pictures_are_further_variations_and_each_is_made_again(tmp_path
     assert again.image.tobytes() == made[1].image.tobytes()
 
 
-def test_a_strength_of_nothing_is_no_variation() -> None:
+def test_a_strength_of_0_is_no_variation() -> None:
     line = (
         "a\nSteps: 2, Sampler: euler, CFG scale: 4, Seed: 1, Size: 64x64, Variation seed: 9, Variation seed strength: "
     )
@@ -80,6 +80,6 @@ def test_a_strength_of_nothing_is_no_variation() -> None:
         convert_settings(parse_infotext(f"{line}2", source="it"), source="it")
 
 
-def test_an_idle_seed_is_refused() -> None:
+def test_a_variation_seed_without_strength_is_refused() -> None:
     with pytest.raises(ConfigError, match="variation_seed does nothing"):
         validate(GenerateConfig, {"prompt": "a", "variation_seed": 3}, source="test")

@@ -1,4 +1,4 @@
-"""The parallel branch gives what the weights in place give, for every kind of layer, and each sample its own blend."""
+"""Parallel patches: the same outputs as weight patches for each kind of layer, and a blend of its own per sample."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,7 +32,7 @@ PROMPTS = ["a cat", "a dog", "a red boat", "nothing"]
 
 @torch.no_grad()
 def predict(base: Base, rows: slice = slice(None)) -> Tensor:
-    """The denoiser's output for some of four samples, text encoders included."""
+    """Encode some of four prompts and compute the UNet's output for them."""
     context = encode_prompts(base, PROMPTS[rows], size_px=32)
     options = {} if context.added is None else {"added_cond_kwargs": context.added}
     dtype = base.pipe.unet.dtype
@@ -40,7 +40,7 @@ def predict(base: Base, rows: slice = slice(None)) -> Tensor:
 
 
 def everywhere(base: Base, seed: int) -> Adapter:
-    """Every kind of layer on linear modules, convolutions and norms, with biases."""
+    """Create an adapter with every kind of layer on linear modules, convolutions and norms, with biases."""
     adapter = mixed_adapter(base, seed)
     wide = random_adapter(base, seed=seed + 50, unet=("all",), text_encoders=("all",))
     rng = torch.Generator().manual_seed(seed)
@@ -58,16 +58,16 @@ def everywhere(base: Base, seed: int) -> Adapter:
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_a_branch_agrees_with_the_weights_in_place(family: str, request: pytest.FixtureRequest) -> None:
+def test_a_parallel_patch_agrees_with_a_weight_patch(family: str, request: pytest.FixtureRequest) -> None:
     base: Base = request.getfixturevalue(family)
     blend = blend_of((everywhere(base, 1), 0.6), (everywhere(base, 2), -0.3), (random_adapter(base, seed=3), 1.2))
     bare = predict(base)
     with blended_weights(base, blend):
         in_place = predict(base)
     with parallel_blend(base, blend):
-        beside = predict(base)
+        parallel = predict(base)
     assert (in_place - bare).abs().max() > 0.05
-    assert torch.allclose(beside, in_place, atol=1e-4)
+    assert torch.allclose(parallel, in_place, atol=1e-4)
     assert torch.equal(predict(base), bare)
 
 
@@ -81,8 +81,8 @@ def test_each_sample_of_a_batch_has_its_own_blend(sd: Base) -> None:
             assert torch.allclose(predict(sd, slice(row, row + 1)), together[row : row + 1], atol=1e-4)
 
 
-def test_two_blends_share_a_batch_of_four_in_turn(sd: Base) -> None:
-    """Guidance puts the unconditional samples before the others, so that blend i is at i and at i + n."""
+def test_two_blends_alternate_in_a_batch_of_four(sd: Base) -> None:
+    """With guidance, the unconditional samples come first, so blend i applies to the samples i and i + n."""
     first, second = blend_of((random_adapter(sd, seed=1), 1.0)), blend_of((random_adapter(sd, seed=2), 1.0))
     with parallel_blend(sd, first, second):
         two = predict(sd)
@@ -92,11 +92,11 @@ def test_two_blends_share_a_batch_of_four_in_turn(sd: Base) -> None:
 
 def test_a_batch_that_the_blends_do_not_divide_is_refused(sd: Base) -> None:
     blends = [blend_of((random_adapter(sd, seed=seed), 1.0)) for seed in range(3)]
-    with pytest.raises(ConfigError, match="3 blends for a batch of 4"), parallel_blend(sd, *blends):
+    with pytest.raises(ConfigError, match="cannot apply 3 blends to a batch of 4"), parallel_blend(sd, *blends):
         predict(sd)
 
 
-def test_the_weights_are_never_touched_and_nothing_is_left(sd: Base) -> None:
+def test_the_weights_stay_unchanged_and_the_forwards_are_restored(sd: Base) -> None:
     before, forwards = parameters(sd), [id(m.forward.__func__) for m in sd.pipe.unet.modules()]
     with pytest.raises(RuntimeError, match="inside"), parallel_blend(sd, blend_of((everywhere(sd, 1), 1.0))):
         assert same(before, parameters(sd))
@@ -109,25 +109,25 @@ def test_the_weights_are_never_touched_and_nothing_is_left(sd: Base) -> None:
 def test_a_broken_adapter_changes_nothing(sd: Base) -> None:
     broken = Adapter(layers={PATH: LoRALayer(down=torch.full((1, 64), torch.nan), up=torch.ones(64, 1), alpha=1.0)})
     good = blend_of((random_adapter(sd, seed=1), 1.0))
-    with parallel_patch(sd) as branch:
-        branch.apply([good])
-        held = predict(sd)
+    with parallel_patch(sd) as patch:
+        patch.apply([good])
+        previous = predict(sd)
         with pytest.raises(AdapterFormatError, match="NaN"):
-            branch.apply([good, blend_of((broken, 1.0))])
-        assert torch.equal(predict(sd), held)
+            patch.apply([good, blend_of((broken, 1.0))])
+        assert torch.equal(predict(sd), previous)
 
 
 def test_going_from_blend_to_blend_gives_the_last_one(sd: Base) -> None:
     one, two = everywhere(sd, 1), random_adapter(sd, seed=2)
-    with parallel_patch(sd) as branch:
+    with parallel_patch(sd) as patch:
         for blend in (blend_of((one, 1.0)), blend_of((two, 0.5)), Blend(), blend_of((one, 0.3), (two, 0.5))):
-            branch.apply([blend])
+            patch.apply([blend])
             live = predict(sd)
     with parallel_blend(sd, blend_of((one, 0.3), (two, 0.5))):
         assert torch.equal(live, predict(sd))
 
 
-def test_a_schedule_acts_in_a_branch_too(sd: Base) -> None:
+def test_a_parallel_patch_follows_a_schedule(sd: Base) -> None:
     adapter = random_adapter(sd, seed=1, text_encoders=())
     late = BlendWeight(schedule=Schedule(points=((0.0, 0.0), (0.5, 1.0))))
     bare = predict(sd)
@@ -143,7 +143,7 @@ def test_a_schedule_acts_in_a_branch_too(sd: Base) -> None:
 
 
 class Operations(TorchDispatchMode):
-    """Counts what reaches the kernels."""
+    """Counts the operations that are dispatched."""
 
     count = 0
 
@@ -171,7 +171,7 @@ def test_operations_do_not_grow_with_the_number_of_adapters(sd: Base) -> None:
 
 
 class Int8Linear(nn.Linear):
-    """A linear module whose weight is stored in codes of one byte."""
+    """A linear module whose weight is quantized to int8."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None)
@@ -191,7 +191,7 @@ def quantize(base: Base) -> None:
             setattr(base.pipe.unet.get_submodule(parent), leaf, Int8Linear(module))
 
 
-def test_a_quantized_base_takes_a_branch_and_refuses_to_be_written_to(sd: Base, sd_folder: object) -> None:
+def test_a_quantized_base_accepts_a_parallel_patch(sd: Base, sd_folder: object) -> None:
     base = load_base(str(sd_folder), device=torch.device("cpu"))
     quantize(base)
     blend = blend_of((random_adapter(sd, seed=1), 0.8))
@@ -211,7 +211,7 @@ def test_a_quantized_base_takes_a_branch_and_refuses_to_be_written_to(sd: Base, 
     assert (moved - bare).abs().max() > 0.01
 
 
-def test_a_quantized_base_is_not_patched(sd: Base, sd_folder: object) -> None:
+def test_a_quantized_base_refuses_a_weight_patch_and_dora(sd: Base, sd_folder: object) -> None:
     base = load_base(str(sd_folder), device=torch.device("cpu"))
     quantize(base)
     with (
@@ -232,14 +232,14 @@ def test_a_quantized_base_is_not_patched(sd: Base, sd_folder: object) -> None:
         pass
 
 
-def test_bfloat16_keeps_in_a_branch_what_rounding_the_weights_would_swallow(sd: Base, sd_folder: object) -> None:
+def test_a_parallel_patch_in_bfloat16_keeps_deltas_that_rounding_would_lose(sd: Base, sd_folder: object) -> None:
     base = load_base(str(sd_folder), device=torch.device("cpu"), precision=torch.bfloat16)
     blend = blend_of((random_adapter(sd, seed=1, text_encoders=()), 0.004))
     path = next(iter(blend.entries[0].adapter.layers))
     bare = weight_at(base, path).clone()
     with blended_weights(base, blend):
-        swallowed = (weight_at(base, path) == bare).float().mean()
-    assert swallowed > 0.3
+        unchanged = (weight_at(base, path) == bare).float().mean()
+    assert unchanged > 0.3
     x = torch.randn(1, 8, bare.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
     module = module_at(base, path)
     layer = blend.entries[0].adapter.layers[path]
@@ -253,7 +253,7 @@ def test_bfloat16_keeps_in_a_branch_what_rounding_the_weights_would_swallow(sd: 
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [(torch.float16, 0.02), (torch.bfloat16, 0.06)])
-def test_in_half_precision_branch_and_weights_agree_to_its_rounding(
+def test_in_half_precision_both_patches_agree_up_to_rounding(
     sd_folder: object, precision: torch.dtype, tolerance: float
 ) -> None:
     base = load_base(str(sd_folder), device=torch.device("cpu"), precision=precision)
@@ -262,12 +262,12 @@ def test_in_half_precision_branch_and_weights_agree_to_its_rounding(
     with blended_weights(base, blend):
         in_place = predict(base)
     with parallel_blend(base, blend):
-        beside = predict(base)
+        parallel = predict(base)
     assert (in_place - bare).abs().max() > 4 * tolerance
-    assert (beside - in_place).abs().max() < tolerance
+    assert (parallel - in_place).abs().max() < tolerance
 
 
-def test_a_user_is_told_when_rounding_would_swallow_an_adapter(sd: Base, sd_folder: object) -> None:
+def test_a_note_warns_when_rounding_would_lose_most_of_an_adapter(sd: Base, sd_folder: object) -> None:
     base = load_base(str(sd_folder), device=torch.device("cpu"), precision=torch.bfloat16)
     gentle, strong = (blend_of((random_adapter(sd, seed=1), weight)) for weight in (0.004, 2.0))
     plan = GenerationRequest(base=base.name, entries=(), settings=GenerateConfig(prompt="a cat"))
@@ -291,7 +291,7 @@ def test_a_user_is_told_when_rounding_would_swallow_an_adapter(sd: Base, sd_fold
     assert warn_about_rounding(sd, gentle, plan) == []
 
 
-def test_a_second_branch_is_refused_and_other_tools_forwards_are_put_back(sd: Base) -> None:
+def test_a_second_parallel_patch_is_refused_and_forwards_of_other_tools_are_restored(sd: Base) -> None:
     blend = blend_of((random_adapter(sd, seed=1), 1.0))
     path = next(path for path in blend.entries[0].adapter.layers if path.startswith("unet."))
     module = module_at(sd, path)
@@ -303,16 +303,19 @@ def test_a_second_branch_is_refused_and_other_tools_forwards_are_put_back(sd: Ba
     module.forward = hook  # type: ignore[method-assign]
     try:
         with parallel_blend(sd, blend):
-            with pytest.raises(ConfigError, match="has a branch beside its weights already"), parallel_blend(sd, blend):
+            with (
+                pytest.raises(ConfigError, match="a parallel patch is open on this base already"),
+                parallel_blend(sd, blend),
+            ):
                 pass
-            with pytest.raises(ConfigError, match="unknown to any recipe"):
+            with pytest.raises(ConfigError, match="recipe would not record"):
                 generate(sd, [GenerateConfig(prompt="a cat", steps=1, width=32, height=32)])
         assert module.forward is hook
     finally:
         del module.forward
 
 
-def test_a_quantized_text_encoder_is_not_patched_either(sd: Base, sd_folder: object) -> None:
+def test_a_quantized_text_encoder_refuses_a_weight_patch(sd: Base, sd_folder: object) -> None:
     base = load_base(str(sd_folder), device=torch.device("cpu"))
     encoder = base.pipe.text_encoder
     for name, module in list(encoder.named_modules()):
@@ -326,7 +329,7 @@ def test_a_quantized_text_encoder_is_not_patched_either(sd: Base, sd_folder: obj
         pass
 
 
-def test_a_branch_works_under_autocast(sd: Base) -> None:
+def test_a_parallel_patch_works_under_autocast(sd: Base) -> None:
     blend = blend_of((random_adapter(sd, seed=1), 0.8))
     with parallel_blend(sd, blend):
         plain = predict(sd)

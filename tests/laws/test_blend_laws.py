@@ -168,7 +168,7 @@ def test_an_adapter_of_another_family_raises_before_weights_change(
 def test_a_second_blend_into_the_same_base_raises(sd: Base, untouched: dict[str, Tensor]) -> None:
     with blended_weights(sd, two_adapters(sd, 1.0, 0.0)):
         with (
-            pytest.raises(ConfigError, match="has a blend in its weights already"),
+            pytest.raises(ConfigError, match="a blend is applied to the weights of this base already"),
             blended_weights(sd, two_adapters(sd, 0.5, 0.5)),
         ):
             pass

@@ -1,4 +1,4 @@
-"""Merging into a checkpoint folder: the same weights as the live blend, and nothing half-written."""
+"""Merging into a folder: the same weights as a weight patch, and no partial output after an error."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def merged(base: Base, blend: Blend, output: Path, precision: WeightType = "keep
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_the_merged_checkpoint_holds_the_live_blends_weights(
+def test_the_merged_checkpoint_has_the_weights_of_the_live_blend(
     family: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     base: Base = request.getfixturevalue(family)
@@ -63,7 +63,7 @@ def test_merging_a_weight_and_its_negative_gives_the_base_within_rounding(sd: Ba
     assert all(torch.allclose(weight_at(back, path), weight_at(sd, path), atol=1e-6) for path in sd.paths)
 
 
-def test_half_precision_is_rounded_once_and_its_loss_reported(sd: Base, tmp_path: Path) -> None:
+def test_half_precision_is_rounded_once_and_the_error_reported(sd: Base, tmp_path: Path) -> None:
     blend = two(sd)
     report = merged(sd, blend, tmp_path / "merged", precision="float16")
     tensors = load_file(tmp_path / "merged" / "unet" / "diffusion_pytorch_model.safetensors")
@@ -74,7 +74,7 @@ def test_half_precision_is_rounded_once_and_its_loss_reported(sd: Base, tmp_path
     assert {t.dtype for t in tensors.values()} == {torch.float16}
 
 
-def test_the_output_tells_how_it_was_made(sd: Base, tmp_path: Path) -> None:
+def test_the_output_contains_its_recipe(sd: Base, tmp_path: Path) -> None:
     merged(sd, two(sd), tmp_path / "merged")
     recipe = json.loads((tmp_path / "merged" / RECIPE_FILE).read_text())
     assert recipe["base_hash"] == sd.hash
@@ -87,7 +87,7 @@ def test_the_output_tells_how_it_was_made(sd: Base, tmp_path: Path) -> None:
     assert "random-1" in (tmp_path / "merged" / "README.md").read_text()
 
 
-def test_the_base_on_disk_is_left_alone(sd: Base, tmp_path: Path) -> None:
+def test_the_base_on_disk_is_unchanged(sd: Base, tmp_path: Path) -> None:
     before = {p: p.read_bytes() for p in sorted(sd.folder.rglob("*")) if p.is_file()}
     merged(sd, two(sd), tmp_path / "merged")
     assert before == {p: p.read_bytes() for p in sorted(sd.folder.rglob("*")) if p.is_file()}
@@ -103,7 +103,7 @@ def test_sharded_weights_are_merged_shard_by_shard(sd: Base, tmp_path: Path) -> 
         assert all(torch.equal(weight_at(again, path), weight_at(sd, path)) for path in sd.paths)
 
 
-def test_an_output_that_is_in_use_is_refused(sd: Base, tmp_path: Path) -> None:
+def test_an_output_folder_with_files_is_refused(sd: Base, tmp_path: Path) -> None:
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "mine.txt").write_text("keep")
     with pytest.raises(OutputError, match="not an empty folder"):
@@ -157,7 +157,7 @@ def test_weights_beyond_the_outputs_range_are_refused(sd: Base, tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
-def test_further_components_of_the_base_come_along(sd: Base, tmp_path: Path) -> None:
+def test_other_components_of_the_base_are_copied(sd: Base, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(sd.folder, source)
     index = json.loads((source / "model_index.json").read_text())
@@ -181,7 +181,7 @@ def test_a_truncated_base_is_named_and_nothing_is_left(sd: Base, tmp_path: Path)
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
-def test_learned_words_become_tokens_of_the_merged_folder(sd: Base, tmp_path: Path) -> None:
+def test_embeddings_become_tokens_of_the_merged_folder(sd: Base, tmp_path: Path) -> None:
     vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
     adapter = Adapter(layers=random_adapter(sd, seed=1).layers, tokens={"<s1>": {"text_encoder": vectors}})
     blend = Blend(entries=(WeightedAdapter(adapter=adapter, weight=0.5),))

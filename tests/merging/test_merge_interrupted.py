@@ -1,4 +1,4 @@
-"""A merge that is stopped, killed or runs out of room: all of the output or none, and inputs untouched."""
+"""A merge that is stopped, killed or runs out of disk space leaves the whole output or none, and unchanged inputs."""
 
 import hashlib
 import random
@@ -36,7 +36,7 @@ class Inputs:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> Inputs:
-    """A base whose UNet takes a moment to merge: 190 MB in float16."""
+    """Write a base whose UNet, 190 MB in float16, takes long enough to merge to be interrupted."""
     folder = tmp_path_factory.mktemp("large")
     base = load_base(str(sd_folder), device=torch.device("cpu"))
     with quiet_libraries():
@@ -49,18 +49,18 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> Inputs:
     return Inputs(base=folder / "base", adapter=folder / "adapter.safetensors")
 
 
-def started(inputs: Inputs, output: Path) -> subprocess.Popen[str]:
-    """The command, at the point where its scratch folder has appeared beside the output."""
+def start(inputs: Inputs, output: Path) -> subprocess.Popen[str]:
+    """Start the command and wait until its temporary folder appears beside the output."""
     process = subprocess.Popen(inputs.command(output), stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not scratch_folders(output):
         time.sleep(0.001)
     return process
 
 
-def struck(inputs: Inputs, output: Path, number: signal.Signals, moment: float) -> tuple[str, int]:
-    """What the command says and returns if a signal reaches it so many seconds after it began to write."""
-    process = started(inputs, output)
-    time.sleep(moment)
+def interrupt(inputs: Inputs, output: Path, number: signal.Signals, delay: float) -> tuple[str, int]:
+    """Start the command, send a signal `delay` seconds after it began to write, and return its stderr and exit code."""
+    process = start(inputs, output)
+    time.sleep(delay)
     process.send_signal(number)
     _, text = process.communicate(timeout=60)
     return text, process.returncode
@@ -71,8 +71,8 @@ def scratch_folders(output: Path) -> list[Path]:
 
 
 @pytest.fixture
-def moments(drawn_seed: int) -> Iterator[float]:
-    """Seconds after the first byte at which to strike; other ones in each run, as it must hold at any."""
+def delays(drawn_seed: int) -> Iterator[float]:
+    """Yield random delays in seconds; they differ between runs, because the result must not depend on them."""
     rng = random.Random(drawn_seed)
     return iter(lambda: rng.uniform(0, 0.4), None)
 
@@ -80,36 +80,36 @@ def moments(drawn_seed: int) -> Iterator[float]:
 @pytest.mark.parametrize(
     ("number", "output"), [(signal.SIGTERM, "merged"), (signal.SIGINT, "merged.safetensors")], ids=["term", "int"]
 )
-def test_a_stopped_merge_leaves_all_or_nothing(
-    number: signal.Signals, output: str, inputs: Inputs, moments: Iterator[float], tmp_path: Path
+def test_a_stopped_merge_leaves_the_whole_output_or_none(
+    number: signal.Signals, output: str, inputs: Inputs, delays: Iterator[float], tmp_path: Path
 ) -> None:
-    before, target, moment = inputs.hashes(), tmp_path / output, next(moments)
-    text, code = struck(inputs, target, number, moment)
+    before, target, delay = inputs.hashes(), tmp_path / output, next(delays)
+    text, code = interrupt(inputs, target, number, delay)
     assert inputs.hashes() == before
-    assert not scratch_folders(target), (moment, text)
+    assert not scratch_folders(target), (delay, text)
     if code != 0:
-        assert code == 128 + number, (moment, text)
-        assert text.splitlines()[-1].startswith("stopped"), (moment, text)
-    assert target.exists() == (code == 0), (moment, text)
+        assert code == 128 + number, (delay, text)
+        assert text.splitlines()[-1].startswith("stopped"), (delay, text)
+    assert target.exists() == (code == 0), (delay, text)
 
 
 @pytest.mark.parametrize("output", ["merged", "merged.safetensors"])
-def test_what_a_killed_merge_left_is_cleared_away_by_the_next(
-    output: str, inputs: Inputs, moments: Iterator[float], tmp_path: Path
+def test_the_next_merge_removes_temporary_files_of_a_killed_one(
+    output: str, inputs: Inputs, delays: Iterator[float], tmp_path: Path
 ) -> None:
-    before, target, moment = inputs.hashes(), tmp_path / output, next(moments)
-    struck(inputs, target, signal.SIGKILL, moment)
+    before, target, delay = inputs.hashes(), tmp_path / output, next(delays)
+    interrupt(inputs, target, signal.SIGKILL, delay)
     assert inputs.hashes() == before
-    refused = target.is_dir()  # it was whole already, and a folder that is there is never replaced
+    refused = target.is_dir()  # the first merge had finished, and an existing folder is never replaced
     again = subprocess.run([*inputs.command(target), "--force"], capture_output=True, text=True, timeout=60)
-    assert again.returncode == (2 if refused else 0), (moment, again.stderr)
-    assert not scratch_folders(target), moment
+    assert again.returncode == (2 if refused else 0), (delay, again.stderr)
+    assert not scratch_folders(target), delay
     assert target.exists()
 
 
 @pytest.mark.parametrize("output", ["merged", "merged.safetensors"])
-def test_a_disk_that_fills_up_leaves_nothing(output: str, inputs: Inputs, tmp_path: Path) -> None:
-    """The system refuses to let a file grow beyond a limit, in the middle of the UNet."""
+def test_a_full_disk_leaves_no_output(output: str, inputs: Inputs, tmp_path: Path) -> None:
+    """A limit on the file size makes writing fail in the middle of the UNet."""
 
     def limited() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

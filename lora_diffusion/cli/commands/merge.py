@@ -69,13 +69,13 @@ class Merge:
             "merged_modules": report.merged_modules,
             "rounding_error": report.rounding_error,
             "bytes": report.num_bytes,
-            "words": [str(file) for file in report.words],
+            "words": [str(file) for file in report.embedding_files],
         }
         text = (
             f"{report.output}: {report.merged_modules} modules merged, {report.num_bytes / 1e6:,.0f} MB; "
             f"rounding changed what was merged in by {report.rounding_error:.2%}"
         )
-        lines = [text, *(f"{file}: learned word" for file in report.words)]
+        lines = [text, *(f"{file}: learned word" for file in report.embedding_files)]
         print(json.dumps(facts) if self.json else "\n".join(lines))
         return None
 
