@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from lora_diffusion.core.atomic_files import atomic_file
 
 _BACKGROUND, _HEADING_COLOR, _LABEL_COLOR = (250, 250, 248), (30, 32, 40), (110, 114, 124)
-_MARGIN_PX, _HEADER_PX, _LABEL_PX = 10, 44, 190
+MARGIN_PX, HEADER_PX, LABEL_PX = 10, 44, 190
+"""Gap around cells, height of the column headings and width of the row labels, in pixels."""
 
 
 def draw_image_grid(
@@ -30,26 +31,26 @@ def draw_image_grid(
         labels: The labels of the rows.
         cell_px: Width and height of a cell in pixels.
     """
-    width = _LABEL_PX + len(columns) * (cell_px + _MARGIN_PX) + _MARGIN_PX
-    height = _HEADER_PX + len(rows) * (cell_px + _MARGIN_PX)
+    width = LABEL_PX + len(columns) * (cell_px + MARGIN_PX) + MARGIN_PX
+    height = HEADER_PX + len(rows) * (cell_px + MARGIN_PX)
     sheet = Image.new("RGB", (width, height), _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     heading, text = ImageFont.load_default(18), ImageFont.load_default(16)
     for x, title in enumerate(columns):
-        center = _LABEL_PX + x * (cell_px + _MARGIN_PX) + cell_px // 2
-        draw.text((center, _HEADER_PX // 2), title, fill=_HEADING_COLOR, font=heading, anchor="mm")
+        center = LABEL_PX + x * (cell_px + MARGIN_PX) + cell_px // 2
+        draw.text((center, HEADER_PX // 2), title, fill=_HEADING_COLOR, font=heading, anchor="mm")
     for y, (pictures, label) in enumerate(zip(rows, labels, strict=True)):
-        top = _HEADER_PX + y * (cell_px + _MARGIN_PX)
+        top = HEADER_PX + y * (cell_px + MARGIN_PX)
         wrapped = textwrap.fill(label, 21)
         draw.multiline_text(
-            (_MARGIN_PX, top + cell_px // 2), wrapped, fill=_LABEL_COLOR, font=text, anchor="lm", spacing=5
+            (MARGIN_PX, top + cell_px // 2), wrapped, fill=_LABEL_COLOR, font=text, anchor="lm", spacing=5
         )
         for x, picture in enumerate(pictures):
             small = max(picture.size) <= cell_px
             method = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
             sheet.paste(
                 ImageOps.pad(picture, (cell_px, cell_px), method, _BACKGROUND),
-                (_LABEL_PX + x * (cell_px + _MARGIN_PX), top),
+                (LABEL_PX + x * (cell_px + MARGIN_PX), top),
             )
     return sheet
 
