@@ -1,1 +1,1 @@
-"""Pictures and captions for training, up to what a model is shown. Knows nothing of models."""
+"""Read training images and captions, and prepare the crops and batches that a training step takes."""

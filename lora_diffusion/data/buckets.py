@@ -1,6 +1,6 @@
-"""Aspect-ratio buckets: sizes of about one area, so that pictures keep their shape and batches have one.
+"""Aspect-ratio buckets: image sizes of about the same area, so that images of similar shape share a batch.
 
-After NovelAI's aspect-ratio bucketing (2022).
+This is NovelAI's aspect-ratio bucketing (2022).
 """
 
 import math
@@ -10,32 +10,39 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """A size in pixels."""
+    """An image size in pixels."""
 
     width: int
+    """Width in pixels."""
     height: int
+    """Height in pixels."""
 
     @property
     def aspect(self) -> float:
-        """Width over height."""
+        """Width divided by height."""
         return self.width / self.height
 
 
 def bucket_sizes(resolution: int, step: int, largest_aspect: float) -> tuple[Bucket, ...]:
-    """The square, and for each width the tallest bucket whose area is no larger, and each of those on its side.
+    """List the buckets for a training resolution.
 
-    Sides are multiples of `step`; no side is over `largest_aspect` times the other.
+    They are the square, for each smaller width the tallest bucket that has no larger area, and the transpose of each.
+
+    Args:
+        resolution: Side of the square in pixels.
+        step: All widths and heights are multiples of this.
+        largest_aspect: The greatest ratio of the longer to the shorter side.
     """
     square = Bucket(resolution, resolution)
-    found = {square}
+    buckets = {square}
     for width in range(step, resolution + 1, step):
         height = resolution**2 // width // step * step
         if height / width <= largest_aspect:
-            found |= {Bucket(width, height), Bucket(height, width)}
-    return tuple(sorted(found))
+            buckets |= {Bucket(width, height), Bucket(height, width)}
+    return tuple(sorted(buckets))
 
 
 def nearest_bucket(buckets: Sequence[Bucket], width: int, height: int) -> Bucket:
-    """The bucket whose shape is nearest to a picture's, by the ratio of aspects; of equal ones the largest."""
-    aspect = math.log(width / height)
-    return min(buckets, key=lambda b: (round(abs(math.log(b.aspect) - aspect), 9), -b.width * b.height))
+    """Return the bucket whose aspect ratio is nearest to an image's, and the largest of several equally near ones."""
+    log_aspect = math.log(width / height)
+    return min(buckets, key=lambda b: (round(abs(math.log(b.aspect) - log_aspect), 9), -b.width * b.height))

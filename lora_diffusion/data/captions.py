@@ -1,4 +1,4 @@
-"""What becomes of a caption before a step sees it: template, order of its parts, dropout."""
+"""Augment captions for training: template, tag shuffling, tag dropout and caption dropout."""
 
 import torch
 from torch import Generator
@@ -8,27 +8,39 @@ from lora_diffusion.prompts.emphasis import ReadText, parse_emphasis, parse_lite
 
 
 def augment_caption(caption: str, config: CaptionConfig, trigger_words: tuple[str, ...], rng: Generator) -> str:
-    """The caption for one sample. Draws the same number of random numbers whatever comes of them."""
+    """Return the caption of one training sample.
+
+    All random numbers are always drawn, so that turning on one kind of dropout does not change the other choices.
+
+    Args:
+        caption: The caption as it was read.
+        config: The caption settings.
+        trigger_words: The words that replace `{trigger}` in the template.
+        rng: The random number generator, which is advanced.
+
+    Returns:
+        The augmented caption, or the empty caption with probability `config.dropout`.
+    """
     dropped = bool(torch.rand((), generator=rng) < config.dropout)
-    parts = [part.strip() for part in caption.split(config.separator)]
-    chances = torch.rand(len(parts), generator=rng)
-    order = torch.randperm(len(parts), generator=rng).tolist()
-    kept = [i for i in range(len(parts)) if i < config.keep or chances[i] >= config.part_dropout]
+    tags = [tag.strip() for tag in caption.split(config.separator)]
+    draws = torch.rand(len(tags), generator=rng)
+    order = torch.randperm(len(tags), generator=rng).tolist()
+    chosen = [i for i in range(len(tags)) if i < config.keep or draws[i] >= config.part_dropout]
     if config.shuffle:
-        moved = iter([i for i in order if i in kept and i >= config.keep])
-        kept = [i if i < config.keep else next(moved) for i in kept]
-    untouched = not (config.shuffle or config.part_dropout)
-    text = caption if untouched else f"{config.separator} ".join(parts[i] for i in kept)
+        shuffled = iter([i for i in order if i in chosen and i >= config.keep])
+        chosen = [i if i < config.keep else next(shuffled) for i in chosen]
+    unchanged = not (config.shuffle or config.part_dropout)
+    text = caption if unchanged else f"{config.separator} ".join(tags[i] for i in chosen)
     filled = config.template.replace("{caption}", text).replace("{trigger}", " ".join(trigger_words))
     return "" if dropped else filled.strip()
 
 
 def format_caption(caption: str, config: CaptionConfig, trigger_words: tuple[str, ...]) -> str:
-    """The caption with nothing left to chance: all its parts, in their order."""
-    unchanged = config.model_copy(update={"dropout": 0.0, "part_dropout": 0.0, "shuffle": False})
-    return augment_caption(caption, unchanged, trigger_words, Generator())
+    """Fill the template without any random change: all tags, in their original order."""
+    without_dropout = config.model_copy(update={"dropout": 0.0, "part_dropout": 0.0, "shuffle": False})
+    return augment_caption(caption, without_dropout, trigger_words, Generator())
 
 
 def caption_parser(config: CaptionConfig) -> ReadText:
-    """What notation captions are in."""
+    """Return the parser of captions: with emphasis such as `(red:1.3)` if `config.weights`, or else literal."""
     return parse_emphasis if config.weights else parse_literal

@@ -1,4 +1,4 @@
-"""What a folder of training data holds, and what in it may go wrong, as plain values."""
+"""Check a training folder for common problems before training: duplicates, small images, long captions."""
 
 import re
 from collections import Counter
@@ -12,43 +12,54 @@ from lora_diffusion.data.duplicates import find_near_duplicates, hash_file
 from lora_diffusion.data.folder import Example, read_dataset
 from lora_diffusion.data.images import read_size
 
-NOTATION = re.compile(r"\\[()\[\]]|:\s*[+-]?[\d.]+\s*\)|\bBREAK\b")
-"""What a caption has that was written as a prompt."""
+_PROMPT_SYNTAX = re.compile(r"\\[()\[\]]|:\s*[+-]?[\d.]+\s*\)|\bBREAK\b")
+r"""Matches A1111 prompt syntax in a caption: escaped brackets such as `\(`, weights such as `:1.3)`, and BREAK."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetReport:
-    """A folder as training sees it."""
+    """The contents of a training folder and its problems."""
 
     examples: tuple[Example, ...]
+    """All images with their captions, sorted by path."""
     buckets: tuple[Bucket, ...]
-    """Of each example."""
-    enlarged: tuple[Path, ...]
-    """Pictures smaller than their bucket, which are scaled up and look soft."""
-    twins: tuple[tuple[Path, Path], ...]
-    """Pictures that look the same."""
-    long: tuple[tuple[Path, int], ...]
-    """Captions longer than a text encoder reads at once, and in how many chunks they are read."""
-    notation: tuple[Path, ...]
-    """Captions with weights or escaped brackets, which are read to the letter unless asked for."""
-    untriggered: tuple[Path, ...]
-    """Captions without the trigger word."""
+    """The aspect-ratio bucket of each example."""
+    upscaled: tuple[Path, ...]
+    """Images that are smaller than their bucket, so that training upscales them."""
+    duplicates: tuple[tuple[Path, Path], ...]
+    """Pairs of images that look the same."""
+    long_captions: tuple[tuple[Path, int], ...]
+    """Images whose caption needs more than one chunk of 75 tokens, with the number of chunks."""
+    with_prompt_syntax: tuple[Path, ...]
+    """Images whose caption contains weights, escaped brackets or BREAK."""
+    without_trigger: tuple[Path, ...]
+    """Images whose caption lacks the trigger word."""
 
     @property
     def samples_per_epoch(self) -> int:
-        """Pictures in one pass over the data, repeats included."""
+        """Number of samples in one epoch, with repeats."""
         return sum(example.repeats for example in self.examples)
 
     @property
     def has_single_caption(self) -> bool:
-        """Whether all pictures have the same caption."""
+        """Whether all images have the same caption."""
         return len({example.caption for example in self.examples}) == 1
 
 
 def check_dataset(
     config: DataConfig, *, size_px: int, count_chunks: Callable[[str], int], trigger: str = ""
 ) -> DatasetReport:
-    """Read a folder and look at it. Raises DatasetError for what training would refuse."""
+    """Read a training folder and look for problems.
+
+    Args:
+        config: The data settings.
+        size_px: The training resolution in pixels.
+        count_chunks: Returns the number of chunks of 75 tokens that a caption needs.
+        trigger: The trigger word that captions should contain; empty to skip this check.
+
+    Raises:
+        DatasetError: If training would refuse the folder.
+    """
     examples = read_dataset(config)
     sizes = [read_size(example.picture) for example in examples]
     buckets = assign_buckets(sizes, config, size_px)
@@ -56,57 +67,63 @@ def check_dataset(
     return DatasetReport(
         examples=examples,
         buckets=buckets,
-        enlarged=tuple(
+        upscaled=tuple(
             example.picture
             for example, (width, height), bucket in zip(examples, sizes, buckets, strict=True)
             if width < bucket.width or height < bucket.height
         ),
-        twins=find_near_duplicates({example.picture: hash_file(example.picture) for example in examples}),
-        long=tuple((picture, count) for picture, count in counts if count > 1),
-        notation=tuple(e.picture for e in examples if NOTATION.search(e.caption)),
-        untriggered=tuple(e.picture for e in examples if trigger and trigger not in e.caption),
+        duplicates=find_near_duplicates({example.picture: hash_file(example.picture) for example in examples}),
+        long_captions=tuple((picture, count) for picture, count in counts if count > 1),
+        with_prompt_syntax=tuple(e.picture for e in examples if _PROMPT_SYNTAX.search(e.caption)),
+        without_trigger=tuple(e.picture for e in examples if trigger and trigger not in e.caption),
     )
 
 
 def assign_buckets(sizes: Sequence[tuple[int, int]], config: DataConfig, size_px: int) -> tuple[Bucket, ...]:
-    """The bucket of each picture of those widths and heights."""
+    """Assign each image, given by width and height in pixels, to an aspect-ratio bucket.
+
+    Without bucketing, every image gets the square of `size_px` pixels.
+    """
     if not config.buckets:
         return (Bucket(size_px, size_px),) * len(sizes)
     step = config.bucket_step or max(8, size_px // 64 * 8)
-    known = bucket_sizes(size_px, step, config.largest_aspect)
-    return tuple(nearest_bucket(known, *size) for size in sizes)
+    buckets = bucket_sizes(size_px, step, config.largest_aspect)
+    return tuple(nearest_bucket(buckets, *size) for size in sizes)
 
 
 def format_report(report: DatasetReport) -> str:
-    """The report as lines of text: what is there, then what to look at."""
-    kinds = sorted(Counter(report.buckets).items())
+    """Format a report as text: a summary line, then one line for each problem."""
+    bucket_counts = sorted(Counter(report.buckets).items())
     lines = [
-        f"{len(report.examples)} pictures, {report.samples_per_epoch} shown in a pass; "
-        + ", ".join(f"{count} as {bucket.width}x{bucket.height}" for bucket, count in kinds)
+        f"{len(report.examples)} images, {report.samples_per_epoch} samples per epoch; "
+        + ", ".join(f"{count} as {bucket.width}x{bucket.height}" for bucket, count in bucket_counts)
     ]
-    lines += [f"look the same: {a.name} and {b.name}; keep one, or both learn as twice" for a, b in report.twins]
-    lines += [f"is enlarged, and looks soft: {path.name}" for path in report.enlarged]
-    lines += [f"caption is long, and read in {count} chunks: {path.name}" for path, count in report.long]
     lines += [
-        f"caption has weights, escapes or BREAK, which are read only with captions.weights: {path.name}"
-        for path in report.notation
+        f"near duplicates: {a.name} and {b.name}; remove one, or it counts twice in training"
+        for a, b in report.duplicates
     ]
-    lines += [f"caption lacks the trigger word: {path.name}" for path in report.untriggered]
+    lines += [f"smaller than its bucket, will be upscaled: {path.name}" for path in report.upscaled]
+    lines += [f"long caption, split into {count} chunks: {path.name}" for path, count in report.long_captions]
+    lines += [
+        f"caption has weights, escaped brackets or BREAK, which have no effect without captions.weights: {path.name}"
+        for path in report.with_prompt_syntax
+    ]
+    lines += [f"caption lacks the trigger word: {path.name}" for path in report.without_trigger]
     if report.has_single_caption and len(report.examples) > 1:
-        lines.append("all captions are the same: right for a subject, but a style learns better from what differs")
-    return "\n".join(lines if len(lines) > 1 else [*lines, "nothing to complain of"])
+        lines.append("all captions are the same: suitable for a subject, but a style needs captions that differ")
+    return "\n".join(lines if len(lines) > 1 else [*lines, "no problems found"])
 
 
 def to_json(report: DatasetReport) -> dict[str, object]:
-    """The same as plain values, ready for JSON."""
+    """Convert a report to a dictionary of JSON values."""
     return {
         "pictures": len(report.examples),
         "shown_per_pass": report.samples_per_epoch,
         "buckets": {f"{b.width}x{b.height}": count for b, count in sorted(Counter(report.buckets).items())},
-        "twins": [[str(a), str(b)] for a, b in report.twins],
-        "enlarged": [str(path) for path in report.enlarged],
-        "long_captions": {str(path): count for path, count in report.long},
-        "notation": [str(path) for path in report.notation],
-        "without_trigger": [str(path) for path in report.untriggered],
+        "twins": [[str(a), str(b)] for a, b in report.duplicates],
+        "enlarged": [str(path) for path in report.upscaled],
+        "long_captions": {str(path): count for path, count in report.long_captions},
+        "notation": [str(path) for path in report.with_prompt_syntax],
+        "without_trigger": [str(path) for path in report.without_trigger],
         "one_caption": report.has_single_caption,
     }

@@ -1,4 +1,8 @@
-"""A folder of pictures with captions, read strictly: nothing is skipped without a word. Knows nothing of models."""
+"""Read a training folder of images with captions and masks.
+
+Nothing is skipped silently: an image without a caption, a caption without an image, or an unsupported image format is
+an error.
+"""
 
 import hashlib
 import json
@@ -14,131 +18,154 @@ from lora_diffusion.data.images import FORMATS, OTHER_SUFFIXES
 from lora_diffusion.errors import DatasetError
 
 CAPTION_SUFFIXES = (".txt", ".caption")
+"""Suffixes of caption files."""
 METADATA = "metadata.jsonl"
-REPEATED = re.compile(r"(\d+)_(.+)")
-"""kohya's names of folders: repeats, and words that pictures without a caption get."""
+"""The file with all captions in a Hugging Face `imagefolder` dataset."""
+_KOHYA_FOLDER = re.compile(r"(\d+)_(.+)")
+"""kohya's folder names: the number of repeats, and the caption of images that have none (`10_sks dog`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One picture and what it is called."""
+    """One training image with its caption."""
 
     picture: Path
+    """The image file."""
     caption: str
+    """The caption, with runs of whitespace replaced by single spaces."""
     repeats: int = 1
+    """How often the image occurs in one pass over its folder."""
     mask: Path | None = None
-    """The file with its mask; the picture itself where that is its alpha."""
+    """The file with the loss mask; the image itself if its alpha channel is the mask."""
 
 
 def read_dataset(config: DataConfig) -> tuple[Example, ...]:
-    """Pictures and captions of a folder and of those in it that kohya's naming repeats, sorted by path.
+    """Read the images and captions of a folder and of its kohya subfolders, such as `10_sks dog`.
 
-    A caption stands in `a.txt` or `a.caption` beside `a.png`, or in metadata.jsonl (`file_name` with `text` or
-    `caption`, as Hugging Face's image folders have it); otherwise it is the instance prompt, or the words in the name
-    of a kohya folder. Raises DatasetError for a missing or empty folder, and for anything that would be passed over: a
-    picture without caption, a caption without picture, a picture of a kind that is not read, a mask that is missing.
+    The caption of `a.png` is read from `a.txt` or `a.caption`, or from the folder's metadata.jsonl, with the keys
+    `file_name` and `text` or `caption` as in a Hugging Face `imagefolder` dataset. An image without a caption gets
+    `config.instance_prompt`, or the words in the name of its kohya folder.
+
+    Args:
+        config: The data settings.
+
+    Returns:
+        The examples, sorted by path.
+
+    Raises:
+        DatasetError: If the folder is missing or empty, an image lacks its caption or mask, a caption or mask lacks its
+            image, or an image has an unsupported format.
     """
     folder = config.folder
-    inner = [path for path in list_entries(folder) if path.is_dir() and REPEATED.fullmatch(path.name)]
-    if not inner and (folder / "train").is_dir():
-        inner = [folder / "train"]
-    examples = [example for place in (folder, *inner) for example in read_folder(place, config)]
+    subfolders = [path for path in _list_entries(folder) if path.is_dir() and _KOHYA_FOLDER.fullmatch(path.name)]
+    if not subfolders and (folder / "train").is_dir():
+        subfolders = [folder / "train"]
+    examples = [example for path in (folder, *subfolders) for example in _read_folder(path, config)]
     if not examples:
         raise DatasetError(
-            f"{folder}: no pictures in it; expected {', '.join(FORMATS)} files, each with a .txt caption, or folders "
-            "of them named like 10_cat"
+            f"{folder}: no images found; expected {', '.join(FORMATS)} files, each with a .txt caption, or subfolders "
+            "of them with names such as 10_cat"
         )
     return tuple(sorted(examples, key=lambda example: example.picture))
 
 
-def list_entries(folder: Path) -> list[Path]:
-    """What is in a folder, sorted, hidden files left out. Raises DatasetError."""
+def _list_entries(folder: Path) -> list[Path]:
+    """List the contents of a folder without hidden files, sorted. Raises DatasetError."""
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except (FileNotFoundError, NotADirectoryError):
-        raise DatasetError(f"{folder}: no such folder; expected pictures, each with a caption in a .txt file") from None
+        raise DatasetError(f"{folder}: no such folder; expected a folder of images with .txt captions") from None
     except OSError as error:
         raise DatasetError(
-            f"{folder}: cannot be read ({error.strerror}); give a folder of captioned pictures"
+            f"{folder}: cannot be read ({error.strerror}); give a folder of images with .txt captions"
         ) from None
 
 
-def read_folder(folder: Path, config: DataConfig) -> list[Example]:
-    """The pictures of one folder."""
-    files = [path for path in list_entries(folder) if path.is_file()]
-    pictures = [p for p in files if p.suffix.lower() in FORMATS and not is_mask(p)]
-    check_no_ignored_files(files, pictures)
-    listed = read_metadata(folder, pictures) if (folder / METADATA).is_file() else {}
-    named = REPEATED.fullmatch(folder.name)
-    repeats, words = (int(named[1]), named[2]) if named else (1, "")
+def _read_folder(folder: Path, config: DataConfig) -> list[Example]:
+    """Read the images of one folder, without its subfolders."""
+    files = [path for path in _list_entries(folder) if path.is_file()]
+    pictures = [p for p in files if p.suffix.lower() in FORMATS and not _is_mask(p)]
+    _check_no_ignored_files(files, pictures)
+    metadata = _read_metadata(folder, pictures) if (folder / METADATA).is_file() else {}
+    match = _KOHYA_FOLDER.fullmatch(folder.name)
+    repeats, words = (int(match[1]), match[2]) if match else (1, "")
     if repeats < 1:
-        raise DatasetError(f"{folder}: its name asks for 0 repeats; name it 1_{words} or move it away")
+        raise DatasetError(f"{folder}: its name asks for 0 repeats; rename it to 1_{words} or move it elsewhere")
     fallback = config.instance_prompt or words.replace("_", " ").strip()
     return [
         Example(
             picture=picture,
-            caption=listed.get(picture.name) or read_caption(picture, fallback),
+            caption=metadata.get(picture.name) or _read_caption(picture, fallback),
             repeats=repeats,
-            mask=find_mask(picture, config),
+            mask=_find_mask(picture, config),
         )
         for picture in pictures
     ]
 
 
-def check_no_ignored_files(files: Sequence[Path], pictures: Sequence[Path]) -> None:
-    """Raise DatasetError for files that would be left out in silence."""
-    foreign = [p for p in files if p.suffix.lower() in OTHER_SUFFIXES]
-    if foreign:
+def _check_no_ignored_files(files: Sequence[Path], pictures: Sequence[Path]) -> None:
+    """Raise DatasetError for files that would otherwise be ignored or ambiguous."""
+    unsupported = [p for p in files if p.suffix.lower() in OTHER_SUFFIXES]
+    if unsupported:
         raise DatasetError(
-            f"{foreign[0]}: a picture of a kind that is not read ({len(foreign)} in all); convert it to PNG"
+            f"{unsupported[0]}: unsupported image format ({len(unsupported)} such files); convert it to PNG"
         )
     stems = [p.stem for p in pictures]
-    twin = next((p for p in pictures if stems.count(p.stem) > 1), None)
-    if twin:
-        raise DatasetError(f"{twin}: two pictures share the caption {twin.stem}.txt; rename one of them")
+    clash = next((p for p in pictures if stems.count(p.stem) > 1), None)
+    if clash:
+        raise DatasetError(f"{clash}: two images share the caption {clash.stem}.txt; rename one of them")
     captions = [p for p in files if p.suffix.lower() in CAPTION_SUFFIXES]
     orphans = [p for p in captions if p.stem not in stems]
     if orphans:
         raise DatasetError(
-            f"{orphans[0]}: a caption without its picture ({len(orphans)} in all); "
+            f"{orphans[0]}: caption without an image ({len(orphans)} such files); "
             f"add {orphans[0].stem}.png or remove the caption"
         )
-    masks = [p for p in files if p.suffix.lower() in FORMATS and is_mask(p) and Path(p.stem).stem not in stems]
+    masks = [p for p in files if p.suffix.lower() in FORMATS and _is_mask(p) and Path(p.stem).stem not in stems]
     if masks:
-        raise DatasetError(f"{masks[0]}: a mask without its picture ({len(masks)} in all); add it or remove the mask")
+        raise DatasetError(
+            f"{masks[0]}: mask without an image ({len(masks)} such files); add the image or remove the mask"
+        )
 
 
-def is_mask(path: Path) -> bool:
+def _is_mask(path: Path) -> bool:
+    """Return whether a file is a mask, such as `a.mask.png`."""
     return Path(path.stem).suffix.lower() == ".mask"
 
 
-def read_caption(picture: Path, fallback: str) -> str:
-    """From the file beside the picture, white space folded. Raises DatasetError for none, two, or an empty one."""
-    found = [path for suffix in CAPTION_SUFFIXES if (path := picture.with_suffix(suffix)).is_file()]
-    texts = {path: read_text(path) for path in found}
+def _read_caption(picture: Path, fallback: str) -> str:
+    """Read the caption file of an image.
+
+    Raises DatasetError if there is none and no fallback, if two files differ, or if the caption is empty.
+    """
+    files = [path for suffix in CAPTION_SUFFIXES if (path := picture.with_suffix(suffix)).is_file()]
+    texts = {path: _read_text(path) for path in files}
     if len(set(texts.values())) > 1:
-        raise DatasetError(f"{picture}: {found[0].name} and {found[1].name} say different things; keep one of them")
-    if not found:
+        raise DatasetError(
+            f"{picture}: {files[0].name} and {files[1].name} have different captions; remove one of them"
+        )
+    if not files:
         if fallback:
             return fallback
         raise DatasetError(
-            f"{picture}: has no caption; write one into {picture.stem}.txt beside it, or give data.instance_prompt"
+            f"{picture}: has no caption; write one to {picture.stem}.txt next to it, or set data.instance_prompt"
         )
-    return texts[found[0]]
+    return texts[files[0]]
 
 
-def read_text(path: Path) -> str:
+def _read_text(path: Path) -> str:
+    """Read a caption file, with runs of whitespace replaced by single spaces. Raises DatasetError."""
     try:
         caption = " ".join(path.read_text(encoding="utf-8-sig").split())
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path}: cannot be read ({error}); expected a caption as UTF-8 text") from None
     if not caption:
-        raise DatasetError(f"{path}: is empty; write what the picture shows")
+        raise DatasetError(f"{path}: is empty; write a caption that describes the image")
     return caption
 
 
-def read_metadata(folder: Path, pictures: Iterable[Path]) -> dict[str, str]:
-    """Captions by file name, for every picture of the folder. Raises DatasetError."""
+def _read_metadata(folder: Path, pictures: Iterable[Path]) -> dict[str, str]:
+    """Read the captions in metadata.jsonl by file name, for every image of a folder. Raises DatasetError."""
     path, captions = folder / METADATA, dict[str, str]()
     names = {picture.name for picture in pictures}
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
@@ -148,32 +175,38 @@ def read_metadata(folder: Path, pictures: Iterable[Path]) -> dict[str, str]:
             row: Any = json.loads(line)
             name, caption = str(row["file_name"]), str(row.get("text") or row["caption"])
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise DatasetError(f"{path}: line {number} is no row with file_name and text; mend or remove it") from None
+            raise DatasetError(
+                f'{path}: line {number} is not valid; expected {{"file_name": ..., "text": ...}}; correct or remove it'
+            ) from None
         if name not in names:
-            raise DatasetError(f"{path}: line {number} names {name}, which is not there; add it or remove the line")
+            raise DatasetError(
+                f"{path}: line {number} names {name}, which does not exist; add the image or remove the line"
+            )
         captions[name] = " ".join(caption.split())
     missing = sorted(names - captions.keys())
     if missing:
-        raise DatasetError(f"{folder / missing[0]}: is not in {METADATA} ({len(missing)} in all); add a line for it")
+        raise DatasetError(
+            f"{folder / missing[0]}: is not in {METADATA} ({len(missing)} such images); add a line for it"
+        )
     return captions
 
 
-def find_mask(picture: Path, config: DataConfig) -> Path | None:
-    """Where the picture's mask is. Raises DatasetError if it should have one and has not."""
+def _find_mask(picture: Path, config: DataConfig) -> Path | None:
+    """Return the mask file of an image if masks are enabled. Raises DatasetError if it is missing."""
     if config.masks == "none":
         return None
     if config.masks == "alpha":
         return picture
-    found = next(
+    mask = next(
         (path for suffix in FORMATS if (path := picture.with_name(f"{picture.stem}.mask{suffix}")).is_file()), None
     )
-    if found is None:
-        raise DatasetError(f"{picture}: has no mask; draw {picture.stem}.mask.png, white where the loss should count")
-    return found
+    if mask is None:
+        raise DatasetError(f"{picture}: has no mask; add {picture.stem}.mask.png, white where the loss should count")
+    return mask
 
 
 def data_hash(examples: Iterable[Example]) -> str:
-    """SHA-256 over the bytes of all pictures and masks, captions and repeats, in order."""
+    """Compute the SHA-256 of a dataset: the bytes of all images and masks, the captions and the repeats, in order."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(bytes.fromhex(file_hash(example.picture)))

@@ -1,10 +1,10 @@
-"""Picture files as they are meant to be seen: upright, 8-bit, in sRGB. What cannot be read is named."""
+"""Read image files as upright 8-bit sRGB, with EXIF rotation, transparency and color profiles applied."""
 
 import io
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
@@ -19,80 +19,101 @@ FORMATS = {
     ".tif": "TIFF",
     ".tiff": "TIFF",
 }
+"""Suffixes of supported image files, with Pillow's name of the format."""
 OTHER_SUFFIXES = (".gif", ".heic", ".heif", ".avif", ".jxl", ".psd", ".svg")
-"""Pictures of kinds that are not read; they are named rather than passed over."""
-ROTATED = range(5, 9)
+"""Suffixes of unsupported image files, which are reported as errors instead of being ignored."""
+_SWAPPED_ORIENTATIONS = range(5, 9)
 """EXIF orientations that swap width and height."""
 
 
 @contextmanager
-def open_image(path: Path) -> Iterator[Image.Image]:
-    """A picture file, its header read. Raises DatasetError for one that cannot be decoded, or has several frames."""
+def _open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """Open an image file and read its header. Raises DatasetError if it cannot be decoded or has several frames."""
     try:
         with warnings.catch_warnings(), Image.open(path, formats=tuple(dict.fromkeys(FORMATS.values()))) as picture:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             frames = getattr(picture, "n_frames", 1)
             if frames > 1:
-                raise DatasetError(f"{path}: has {frames} frames; save the one to train on")
+                raise DatasetError(f"{path}: has {frames} frames; save the frame to train on as a still image")
             yield picture
     except DatasetError:
         raise
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        raise DatasetError(f"{path}: cannot be read as a picture ({error}); replace or remove it") from None
+        raise DatasetError(f"{path}: cannot be read as an image ({error}); replace or remove it") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DatasetError(f"{path}: is too large to be opened safely ({error}); scale it down") from None
+        raise DatasetError(f"{path}: is too large to be opened safely ({error}); downscale it") from None
 
 
-def read_size(path: Path) -> tuple[int, int]:
-    """Width and height upright, from the header alone."""
-    with open_image(path) as picture:
+def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Read the width and height of an image after EXIF rotation, without decoding the pixels.
+
+    Raises:
+        DatasetError: If the file cannot be read as an image or has several frames.
+    """
+    with _open_image(path) as picture:
         width, height = picture.size
-        turned = picture.getexif().get(0x0112) in ROTATED
-    return (height, width) if turned else (width, height)
+        swapped = picture.getexif().get(0x0112) in _SWAPPED_ORIENTATIONS
+    return (height, width) if swapped else (width, height)
 
 
-def read_picture(path: Path) -> Image.Image:
-    """RGB, upright: transparency on white, 16-bit gray scaled rather than clipped, colors turned into sRGB."""
-    with open_image(path) as picture:
+def read_picture(path: str | os.PathLike[str]) -> Image.Image:
+    """Read an image as 8-bit sRGB with its EXIF rotation applied.
+
+    Transparent pixels are composited on white, 16-bit gray is scaled to 8 bits, and an embedded color profile is
+    converted to sRGB.
+
+    Raises:
+        DatasetError: If the file cannot be read as an image or has several frames.
+    """
+    with _open_image(path) as picture:
         picture.load()
-        return to_rgb(ImageOps.exif_transpose(picture))
+        return _to_rgb(ImageOps.exif_transpose(picture))
 
 
-def read_alpha(path: Path) -> Image.Image:
-    """The picture's own transparency, upright, 255 where it is opaque."""
-    with open_image(path) as picture:
+def read_alpha(path: str | os.PathLike[str]) -> Image.Image:
+    """Read the alpha channel of an image, with its EXIF rotation applied; 255 is opaque.
+
+    Raises:
+        DatasetError: If the file cannot be read as an image or has several frames.
+    """
+    with _open_image(path) as picture:
         picture.load()
         return ImageOps.exif_transpose(picture).convert("RGBA").getchannel("A")
 
 
-def read_mask(path: Path) -> Image.Image:
-    """A mask as 8-bit gray, upright."""
-    with open_image(path) as picture:
+def read_mask(path: str | os.PathLike[str]) -> Image.Image:
+    """Read a mask as 8-bit gray, with its EXIF rotation applied.
+
+    Raises:
+        DatasetError: If the file cannot be read as an image or has several frames.
+    """
+    with _open_image(path) as picture:
         picture.load()
         return ImageOps.exif_transpose(picture).convert("L")
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    """Convert an image of any mode to sRGB."""
     profile = picture.info.get("icc_profile")
     if picture.mode.startswith("I"):
         picture = picture.convert("I").point(lambda value: value / 257).convert("L")
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         layer = picture.convert("RGBA")
-        ground = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        picture = Image.alpha_composite(ground, layer).convert("RGB")
+        background = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        picture = Image.alpha_composite(background, layer).convert("RGB")
     if picture.mode not in ("CMYK", "L"):
         picture = picture.convert("RGB")
-    return to_srgb(picture, profile)
+    return _to_srgb(picture, profile)
 
 
-def to_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
-    """RGB by a color profile, if there is one that can be read for the picture's mode, as CMYK from print has."""
+def _to_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
+    """Convert an image to sRGB by its ICC profile, if it has a valid one for its mode."""
     if profile:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            turned = ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-            assert turned is not None
-            return turned
+            converted = ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            assert converted is not None
+            return converted
         except (ImageCms.PyCMSError, OSError):
-            pass  # a broken profile is common and harmless; the plain conversion follows
+            pass  # broken profiles are common; the plain conversion below is good enough
     return picture.convert("RGB")

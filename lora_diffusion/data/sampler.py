@@ -1,4 +1,4 @@
-"""Which examples come at which step: all of a step from one bucket, and every example as often as it should."""
+"""Plan the order of training examples, so that each optimizer step takes all of its examples from one bucket."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,26 +11,38 @@ from lora_diffusion.data.buckets import Bucket
 def plan_batches(
     sizes: Sequence[Bucket], repeats: Sequence[int], *, per_step: int, steps: int, seed: int
 ) -> tuple[tuple[int, ...], ...]:
-    """`per_step` example numbers for each optimizer step, all of one bucket; the first steps do not depend on `steps`.
+    """Choose the examples of every optimizer step.
 
-    Each bucket goes through its examples again and again, each pass in a new order with every example as often as it
-    repeats. A step takes the bucket that is most behind its share, so that no bucket is ever off by more than a step,
-    and no window of gradients is ever incomplete.
+    Each bucket cycles through its examples in a new random order per pass, with each example as often as it repeats.
+    A step takes the bucket that is furthest behind its share of the examples, so no bucket is ever off by more than one
+    step, and gradient accumulation never sees an incomplete batch. The first steps do not depend on `steps`.
+
+    Args:
+        sizes: The bucket of each example.
+        repeats: How often each example occurs in one pass.
+        per_step: The number of examples per optimizer step.
+        steps: The number of optimizer steps.
+        seed: The random seed.
+
+    Returns:
+        For each step, the indices of `per_step` examples.
     """
-    names = sorted(set(sizes))
-    members = {name: [i for i, size in enumerate(sizes) if size == name for _ in range(repeats[i])] for name in names}
-    streams = {name: repeat_shuffled(members[name], seed + place) for place, name in enumerate(names)}
-    total, given = sum(map(len, members.values())), dict.fromkeys(names, 0)
-    result: list[tuple[int, ...]] = []
+    buckets = sorted(set(sizes))
+    members = {
+        bucket: [i for i, size in enumerate(sizes) if size == bucket for _ in range(repeats[i])] for bucket in buckets
+    }
+    streams = {bucket: _repeat_shuffled(members[bucket], seed + i) for i, bucket in enumerate(buckets)}
+    total, steps_taken = sum(map(len, members.values())), dict.fromkeys(buckets, 0)
+    batches: list[tuple[int, ...]] = []
     for step in range(1, steps + 1):
-        due = max(names, key=lambda name: step * len(members[name]) / total - given[name])
-        given[due] += 1
-        result.append(tuple(next(streams[due]) for _ in range(per_step)))
-    return tuple(result)
+        due = max(buckets, key=lambda bucket: step * len(members[bucket]) / total - steps_taken[bucket])
+        steps_taken[due] += 1
+        batches.append(tuple(next(streams[due]) for _ in range(per_step)))
+    return tuple(batches)
 
 
-def repeat_shuffled(numbers: Sequence[int], seed: int) -> Iterator[int]:
-    """Permutations of the numbers, one after another."""
+def _repeat_shuffled(indices: Sequence[int], seed: int) -> Iterator[int]:
+    """Yield the indices forever, in a new random order per pass."""
     rng = Generator().manual_seed(seed)
     while True:
-        yield from (numbers[i] for i in torch.randperm(len(numbers), generator=rng).tolist())
+        yield from (indices[i] for i in torch.randperm(len(indices), generator=rng).tolist())

@@ -1,4 +1,4 @@
-"""Examples that are held out of training, to see whether it still gets better."""
+"""Split a dataset into training and validation examples."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,22 +10,37 @@ from lora_diffusion.errors import DatasetError
 def split_validation(
     examples: Sequence[Example], share: float, seed: int
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Those to train on and those held out, at least one of each; by content, whatever names and order.
+    """Split examples into a training set and a validation set.
 
-    Raises DatasetError for fewer than two examples.
+    The choice depends on the contents of the images, not on their names or order.
+
+    Args:
+        examples: All examples.
+        share: The fraction of examples for validation; 0 for none, or else at least one example goes to each set.
+        seed: The random seed.
+
+    Returns:
+        The training examples and the validation examples.
+
+    Raises:
+        DatasetError: If there are fewer than two examples to split.
     """
     if share == 0:
         return tuple(examples), ()
     if len(examples) < 2:
-        raise DatasetError("one picture cannot be trained on and held out; give more, or set validation.share to 0")
+        raise DatasetError(
+            "a validation split needs at least two images, but the dataset has only one; add images, or set "
+            "validation.share to 0"
+        )
     count = min(len(examples) - 1, max(1, round(share * len(examples))))
-    ranked = sorted(examples, key=lambda example: split_key(example, seed))
-    chosen = {example.picture for example in ranked[:count]}
+    ranked = sorted(examples, key=lambda example: _split_key(example, seed))
+    validation = {example.picture for example in ranked[:count]}
     return (
-        tuple(example for example in examples if example.picture not in chosen),
-        tuple(example for example in examples if example.picture in chosen),
+        tuple(example for example in examples if example.picture not in validation),
+        tuple(example for example in examples if example.picture in validation),
     )
 
 
-def split_key(example: Example, seed: int) -> bytes:
+def _split_key(example: Example, seed: int) -> bytes:
+    """Return the pseudo-random sort key of an example."""
     return hashlib.sha256(f"{seed}".encode() + example.picture.read_bytes()).digest()

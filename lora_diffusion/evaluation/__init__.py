@@ -1,1 +1,1 @@
-"""Measures of what an adapter does, and pictures that show it."""
+"""Measure adapters and generated images, and plot the results."""

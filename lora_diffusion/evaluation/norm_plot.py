@@ -1,14 +1,24 @@
-"""A plot of how strongly an adapter changes each block."""
+"""Plot how strongly an adapter changes each block."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from lora_diffusion.core.atomic_files import atomic_file
 
 
-def save_norm_plot(norms: Mapping[str, Mapping[str, float]], path: Path, *, title: str) -> None:
-    """Bars of each block's middle delta norm, the largest as a mark, as a whole PNG. Raises OutputError."""
-    from matplotlib.figure import Figure  # slow to import, and only this needs it
+def save_norm_plot(norms: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str], *, title: str) -> None:
+    """Plot the Frobenius norms of an adapter's deltas: a bar for each block's median, and a mark for its maximum.
+
+    Args:
+        norms: For each block, the `median` and the `max` of the norms of its modules.
+        path: The PNG file to write.
+        title: The title of the plot.
+
+    Raises:
+        OutputError: If the file cannot be written.
+    """
+    from matplotlib.figure import Figure  # slow to import
 
     names = list(norms)
     figure = Figure(figsize=(8, 0.32 * len(names) + 1.4), layout="constrained")
@@ -20,5 +30,5 @@ def save_norm_plot(norms: Mapping[str, Mapping[str, float]], path: Path, *, titl
     axes.set_title(title)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    with atomic_file(path) as part:
+    with atomic_file(Path(path)) as part:
         figure.savefig(part, format="png", dpi=120)

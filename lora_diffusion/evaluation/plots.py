@@ -1,5 +1,6 @@
-"""All plots of an analysis into a folder."""
+"""Write all plots of an adapter analysis to a folder."""
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,26 +12,45 @@ from lora_diffusion.evaluation.rank_plot import save_rank_plot
 from lora_diffusion.evaluation.similarity_plot import save_similarity_plot
 from lora_diffusion.evaluation.spectrum_plot import save_spectrum_plot
 
-ALONE = ("spectrum.png", "effective_rank.png")
-TOGETHER = ("similarity.png", "overlap.png", "overlap_by_block.png")
+_ADAPTER_PLOTS = ("spectrum.png", "effective_rank.png")
+_PAIR_PLOTS = ("similarity.png", "overlap.png", "overlap_by_block.png")
 
 
-def check_plots_free(folder: Path, count: int, *, force: bool = False) -> None:
-    """Raise OutputError now, before the work, if a plot of `count` adapters cannot be written.
+def check_plots_free(folder: str | os.PathLike[str], count: int, *, force: bool = False) -> None:
+    """Check, before the analysis, that its plots can be written.
 
-    One that is there is replaced with `force` only.
+    Args:
+        folder: The folder for the plots.
+        count: The number of adapters; two or more have plots of pairs.
+        force: Whether to replace existing files.
+
+    Raises:
+        OutputError: If a file exists and `force` is not given, or if the folder is not writable.
     """
-    for name in (*ALONE, *(TOGETHER if count > 1 else ())):
+    folder = Path(folder)
+    for name in (*_ADAPTER_PLOTS, *(_PAIR_PLOTS if count > 1 else ())):
         if (folder / name).exists() and not force:
-            raise OutputError(f"{folder / name}: already there; give another folder, or --force to replace it")
-    check_writable(folder / ALONE[0])
+            raise OutputError(f"{folder / name}: already exists; give another folder, or --force to replace it")
+    check_writable(folder / _ADAPTER_PLOTS[0])
 
 
-def save_analysis_plots(facts: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw what `analyze_files` found; returns the files. Raises OutputError.
+def save_analysis_plots(facts: Mapping[str, Any], folder: str | os.PathLike[str]) -> list[Path]:
+    """Draw the plots of an analysis.
 
-    phi is drawn for the two adapters that share most.
+    Spectrum and effective rank are drawn for every adapter, and overlap for two or more. The subspace similarity is
+    drawn for the pair with the largest shared energy.
+
+    Args:
+        facts: The result of `analyze_files`.
+        folder: The folder for the plots.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        OutputError: If a file cannot be written.
     """
+    folder = Path(folder)
     adapters, pairs = facts["adapters"], facts["pairs"]
     draw: dict[str, Callable[[Path], None]] = {
         "spectrum.png": lambda path: save_spectrum_plot(adapters, path),

@@ -1,7 +1,7 @@
-"""A plot of the effective rank of each block, adapters side by side."""
+"""Plot the effective rank of each block for several adapters."""
 
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from lora_diffusion.evaluation.plot_style import (
@@ -16,17 +16,25 @@ from lora_diffusion.evaluation.plot_style import (
 )
 
 
-def save_rank_plot(adapters: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A row for each block, a mark for each adapter at the median over its modules. Raises OutputError."""
+def save_rank_plot(adapters: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Plot a row for each block, with a mark for each adapter's effective rank (median over the block's modules).
+
+    Args:
+        adapters: The `adapters` in the result of `analyze_files`.
+        path: The PNG file to write.
+
+    Raises:
+        OutputError: If the file cannot be written.
+    """
     blocks = sorted({block for adapter in adapters for block in adapter["blocks"]})
     height = 0.3 + 0.045 * len(adapters)
     figure = new_figure(8, height * len(blocks) + 1.2)
     axes = figure.add_subplot()
     step = 0.6 / len(adapters)
     for i, adapter in enumerate(adapters):
-        found = {block: facts["effective_rank"] for block, facts in adapter["blocks"].items()}
-        rows = [y + step * (i - (len(adapters) - 1) / 2) for y, block in enumerate(blocks) if block in found]
-        values = [found[block] for block in blocks if block in found]
+        ranks = {block: facts["effective_rank"] for block, facts in adapter["blocks"].items()}
+        rows = [y + step * (i - (len(adapters) - 1) / 2) for y, block in enumerate(blocks) if block in ranks]
+        values = [ranks[block] for block in blocks if block in ranks]
         color, marker = COLORS[i % len(COLORS)], MARKERS[i // len(COLORS) % len(MARKERS)]
         label = f"{shorten_name(adapter['name'])} (rank {adapter['whole']['rank']:g})"
         axes.plot(values, rows, marker, color=color, ms=6, label=label)

@@ -1,10 +1,10 @@
-"""A plot of the singular values of each block: how steeply they fall says how many directions matter."""
+"""Plot the singular values of each block; the steeper they fall, the lower is the rank that an adapter needs."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from math import ceil
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.evaluation.plot_style import (
@@ -20,19 +20,27 @@ from lora_diffusion.evaluation.plot_style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MOST_COLUMNS = 3
+_MAX_COLUMNS = 3
 
 
-def save_spectrum_plot(adapters: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A panel for each adapter, a line for each block: medians over its modules, on a log scale. Raises OutputError."""
-    columns = min(len(adapters), MOST_COLUMNS)
+def save_spectrum_plot(adapters: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Plot a panel for each adapter, with a line for each block: the median spectrum of its modules on a log scale.
+
+    Args:
+        adapters: The `adapters` in the result of `analyze_files`.
+        path: The PNG file to write.
+
+    Raises:
+        OutputError: If the file cannot be written.
+    """
+    columns = min(len(adapters), _MAX_COLUMNS)
     rows = ceil(len(adapters) / columns)
     figure = new_figure(3.4 * columns + 1.9, 3.1 * rows + 0.4)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     flat: list[Axes] = list(panels.flat)
-    colors = block_colors(sorted({block for adapter in adapters for block in adapter["blocks"]}))
+    colors = _block_colors(sorted({block for adapter in adapters for block in adapter["blocks"]}))
     for axes, adapter in zip(flat, adapters, strict=False):
-        draw_spectra(axes, adapter, colors)
+        _draw_spectra(axes, adapter, colors)
     for axes in flat[len(adapters) :]:
         axes.set_visible(False)
     for axes in flat[max(len(adapters) - columns, 0) : len(adapters)]:
@@ -46,21 +54,22 @@ def save_spectrum_plot(adapters: Sequence[Mapping[str, Any]], path: Path) -> Non
     save_figure(figure, path)
 
 
-def block_colors(blocks: Sequence[str]) -> dict[str, Any]:
-    """Ink for the text encoders; from dark to bright along the UNet."""
+def _block_colors(blocks: Sequence[str]) -> dict[str, Any]:
+    """Choose a color for each block: viridis along the UNet, and dark gray for the text encoders."""
     import matplotlib
 
     palette = matplotlib.colormaps["viridis"]
-    inner = [block for block in blocks if block.startswith("unet.")]
-    places = {block: 0.92 * i / max(len(inner) - 1, 1) for i, block in enumerate(inner)}
-    return {block: palette(places[block]) if block in places else INK for block in blocks}
+    unet_blocks = [block for block in blocks if block.startswith("unet.")]
+    positions = {block: 0.92 * i / max(len(unet_blocks) - 1, 1) for i, block in enumerate(unet_blocks)}
+    return {block: palette(positions[block]) if block in positions else INK for block in blocks}
 
 
-def draw_spectra(axes: Axes, adapter: Mapping[str, Any], colors: Mapping[str, Any]) -> None:
+def _draw_spectra(axes: Axes, adapter: Mapping[str, Any], colors: Mapping[str, Any]) -> None:
+    """Draw the spectra of one adapter."""
     from matplotlib.ticker import MaxNLocator
 
-    for block, found in adapter["blocks"].items():
-        values = [value for value in found["values"] if value > 0]
+    for block, facts in adapter["blocks"].items():
+        values = [value for value in facts["values"] if value > 0]
         style = "-" if block.startswith("unet.") else "--"
         marker = "o" if len(values) <= 16 else ""
         numbers = range(1, len(values) + 1)

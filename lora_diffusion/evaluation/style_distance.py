@@ -1,9 +1,10 @@
-"""How far pictures are from a style, in the features of the base's own autoencoder.
+"""Measure the distance of images from a style, in the features of the base's own VAE encoder.
 
-No further network is needed, so the measure works offline and for every base. It tells a base from an adapter, and
-weak from strong; small differences between two adapters are within its noise.
+No other network is needed, so the measure works offline and for every base. It can tell an adapter from the plain base
+and a low weight from a high one; small differences between two adapters are within its noise.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,9 +18,16 @@ from lora_diffusion.models.load import Base
 
 @torch.no_grad()
 def style_features(base: Base, pictures: Sequence[Image.Image]) -> list[Tensor]:
-    """For each level of the encoder: mean and standard deviation of every channel, averaged over the pictures.
+    """Compute the mean and standard deviation of every channel in each level of the VAE encoder.
 
-    The channel statistics of AdaIN [arXiv:1703.06868]. Pictures of any size; each is scaled to the base's own.
+    These are the channel statistics of AdaIN [arXiv:1703.06868], averaged over the images.
+
+    Args:
+        base: The base whose VAE is used.
+        pictures: Images of any size, which are scaled to the base's default size.
+
+    Returns:
+        A tensor (2 * channels,) for each level.
     """
     encoder: nn.Module = base.pipe.vae.encoder
     levels: list[Tensor] = []
@@ -28,24 +36,24 @@ def style_features(base: Base, pictures: Sequence[Image.Image]) -> list[Tensor]:
         *encoder.get_submodule("down_blocks").children(),
     ]
     hooks = [
-        block.register_forward_hook(lambda _m, _i, out: levels.append(channel_statistics(out))) for block in blocks
+        block.register_forward_hook(lambda _m, _i, out: levels.append(_channel_statistics(out))) for block in blocks
     ]
     try:
-        encoder(stack_images(pictures, base.size_px).to(base.pipe.vae.device, base.pipe.vae.dtype))
+        encoder(_stack_images(pictures, base.size_px).to(base.pipe.vae.device, base.pipe.vae.dtype))
     finally:
         for hook in hooks:
             hook.remove()
     return levels
 
 
-def channel_statistics(features: Tensor) -> Tensor:
-    """(2 * channels,): mean and standard deviation over space, averaged over (n, channels, h, w)."""
+def _channel_statistics(features: Tensor) -> Tensor:
+    """Reduce features (n, channels, h, w) to spatial means and standard deviations (2 * channels,), averaged over n."""
     flat = features.float().flatten(2)
     return torch.cat([flat.mean(dim=2), flat.std(dim=2)], dim=1).mean(dim=0)
 
 
-def stack_images(pictures: Sequence[Image.Image], size_px: int) -> Tensor:
-    """(n, 3, size, size) in -1..1."""
+def _stack_images(pictures: Sequence[Image.Image], size_px: int) -> Tensor:
+    """Scale images to squares and stack them to a tensor (n, 3, size, size) in [-1, 1]."""
     arrays = [
         np.array(p.convert("RGB").resize((size_px, size_px), Image.Resampling.LANCZOS), dtype=np.float32)
         for p in pictures
@@ -54,11 +62,21 @@ def stack_images(pictures: Sequence[Image.Image], size_px: int) -> Tensor:
 
 
 def style_distance(base: Base, pictures: Sequence[Image.Image], style: Sequence[Image.Image]) -> float:
-    """Mean over the encoder's levels of the relative difference of their channel statistics; 0 is the same style."""
+    """Measure how far images are from a style.
+
+    Args:
+        base: The base whose VAE is used.
+        pictures: The images to measure.
+        style: Images in the style, such as the training set.
+
+    Returns:
+        The relative difference ||a - b|| / ||b|| of the channel statistics, averaged over the encoder's levels; 0 means
+        the same statistics.
+    """
     pairs = zip(style_features(base, pictures), style_features(base, style), strict=True)
     return float(np.mean([float((a - b).norm() / b.norm()) for a, b in pairs]))
 
 
-def list_style_images(folder: Path) -> list[Image.Image]:
-    """The PNG pictures of a training set."""
-    return [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))]
+def list_style_images(folder: str | os.PathLike[str]) -> list[Image.Image]:
+    """Read all PNG images in a folder as RGB, sorted by name."""
+    return [Image.open(path).convert("RGB") for path in sorted(Path(folder).glob("*.png"))]

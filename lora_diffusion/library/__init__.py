@@ -1,1 +1,1 @@
-"""Folders of adapters, and how an adapter is found by path, name or hash."""
+"""Find adapters in folders by path, name or hash, and read and write presets and recipes."""

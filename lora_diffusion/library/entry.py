@@ -1,6 +1,6 @@
-"""One adapter of a library: found on disk, and read from its header and the small files beside it.
+"""Scan a folder for adapters, and read what their headers, sidecar files and previews say.
 
-Nothing here imports torch.
+The tensors are not read, so nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -22,82 +22,108 @@ from lora_diffusion.formats.adapters.load import FOLDER_CONFIG, FOLDER_FILE, HEA
 from lora_diffusion.formats.adapters.pickle import SUFFIXES, is_pickled
 
 ADAPTER_SUFFIXES = (".safetensors", *SUFFIXES)
-PICTURES = ("png", "jpg", "jpeg", "webp", "gif")
-SHA256 = re.compile(r"[0-9a-f]{64}")
-CLAIMS = ("sshs_model_hash", "modelspec.hash_sha256")
-"""Header entries in which a file says what the hash of its tensors is."""
+"""Suffixes of adapter files, lower case: safetensors and pickled ones."""
+PREVIEW_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif")
+"""Suffixes of preview images, in the order in which they are looked for."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_HASH_KEYS = ("sshs_model_hash", "modelspec.hash_sha256")
+"""Header entries in which other tools record the hash of the tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LibraryEntry:
-    """One adapter of a library, or a file that cannot be used as one, with the reason."""
+    """An adapter in a library, or a file that cannot be used as one.
+
+    The sidecar is the JSON file with the adapter's name that A1111 and Forge write next to it.
+    """
 
     path: Path
-    """Absolute; a folder where PEFT saved one."""
+    """Absolute path of the file, or of the folder if PEFT saved the adapter."""
     relative: str
-    """The same inside the library's folder, with `/` between its parts."""
+    """Path inside the library's folder, with `/` as the separator."""
     name: str
+    """Name from the file's header, or else the file's name without its suffix."""
     family: str = ""
+    """Model family, such as `sd1`; empty if unknown."""
     variant: str = ""
+    """Variant of the base within the family, such as `v-prediction` or `inpainting`; usually empty."""
     dialect: str = ""
+    """File format: `native`, `kohya`, `peft`, `pickled` and so on."""
     kinds: tuple[str, ...] = ()
+    """Kinds of layers, such as `LoRA`, `LoHa` or `textual inversion`."""
     trigger_words: tuple[str, ...] = ()
-    """From the file's header, then from the `activation text` of the JSON file beside it."""
+    """Trigger words from the file's header, then from `activation text` in the sidecar."""
     learned_tokens: tuple[str, ...] = ()
+    """Tokens with embeddings in the file (textual inversion)."""
     preview: Path | None = None
-    """A picture beside it: `name.png`, `name.preview.png`, and so on."""
+    """An image next to the file: `name.png`, `name.preview.png`, and so on."""
     preferred_weight: float | None = None
-    """From the JSON file beside it, where it is other than 0."""
+    """`preferred weight` in the sidecar; None if it is missing or 0."""
     weight_range: tuple[float, float] | None = None
-    """The least and the greatest weight that it is made for, from `weight range` in that file."""
+    """Least and greatest useful weight, from `weight range` in the sidecar."""
     bytes: int = 0
+    """Size of the weight file in bytes."""
     problem: str = ""
-    """Why it cannot be used, in one sentence; empty for a usable one."""
+    """Why the file cannot be used, in one sentence; empty if it can."""
     notes: tuple[str, ...] = ()
-    """What is odd beside it without making it useless."""
+    """Harmless problems, such as a sidecar that is not valid JSON."""
     content_hash: str = ""
-    """Over the tensors, as `adapter_hash` has it; of a native file as its header says, which loading it checks."""
+    """`adapter_hash` of the tensors. For a native file it comes from the header; loading the file verifies it."""
     payload_hash: str = ""
     """SHA-256 of the bytes after the header: kohya's `sshs_model_hash`, A1111's `Lora hashes`."""
     file_hash: str = ""
-    """SHA-256 of the whole file, whose first ten digits are AutoV2."""
+    """SHA-256 of the whole file; its first ten digits are the AutoV2 hash."""
     claims: tuple[str, ...] = ()
-    """What the header says of its hashes; believed only so far as to say which file is hashed first."""
+    """Hashes recorded in the header. They are not trusted; they only decide which file is hashed first."""
     stamp: str = ""
-    """Size and time of the file when it was read; another stamp means that it must be read again."""
+    """Size and modification time of the file when it was read. If they change, the file is read again."""
     context: str = ""
-    """The same of the JSON file beside it, and the version that read both."""
+    """Size and modification time of the sidecar, and the version of this package that read both files."""
 
     @property
     def stem(self) -> str:
-        """The file's name without its suffix; the name of a folder."""
+        """The name of the file without its suffix, or the name of the folder."""
         return adapter_stem(self.path)
 
 
-def adapter_stem(path: Path) -> str:
-    """The name of a file without its suffix, or of a folder, whose dots are part of its name."""
+def adapter_stem(path: str | os.PathLike[str]) -> str:
+    """Return the name of an adapter file without its suffix, or the whole name of a PEFT folder.
+
+    Dots in a folder's name are not taken for a suffix.
+    """
+    path = Path(path)
     return path.stem if path.suffix.lower() in ADAPTER_SUFFIXES else path.name
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterLocation:
-    """An adapter on disk and what lies beside it, before anything is read."""
+    """Where an adapter, its sidecar and its preview are on disk; nothing has been read yet."""
 
     path: Path
+    """Absolute path of the file or PEFT folder."""
     relative: str
+    """Path inside the library's folder, with `/` as the separator."""
     sidecar: Path | None
+    """The JSON file with the adapter's name next to it."""
     preview: Path | None
+    """An image with the adapter's name next to it."""
     stamp: str
+    """Size and modification time of the file; see `file_stamp`."""
     context: str
+    """Version of this package, and size and modification time of the sidecar."""
 
 
-def scan_folder(folder: Path) -> tuple[list[AdapterLocation], list[LibraryEntry]]:
-    """Every adapter below a folder, and what cannot even be looked at.
+def scan_folder(folder: str | os.PathLike[str]) -> tuple[list[AdapterLocation], list[LibraryEntry]]:
+    """Find every adapter below a folder.
 
-    Hidden files and folders are passed over: half-written files, trash and the like. A folder of PEFT's is one adapter.
-    Folders that are reached twice, through links, are looked at once.
+    Hidden files and folders are skipped. A folder that PEFT saved counts as one adapter. Symbolic links are followed,
+    and a folder that is reached twice is scanned once.
+
+    Returns:
+        The adapters, and an entry with a problem for each file or folder that cannot be listed or has an unusable name.
     """
-    places: list[AdapterLocation] = []
+    folder = Path(folder)
+    locations: list[AdapterLocation] = []
     errors: list[OSError] = []
     listed: dict[Path, Collection[str]] = {}
     seen: set[str] = set()
@@ -110,47 +136,53 @@ def scan_folder(folder: Path) -> tuple[list[AdapterLocation], list[LibraryEntry]
         listed[here] = set(files)
         saved_by_peft = FOLDER_FILE in files and FOLDER_CONFIG in files
         if saved_by_peft:
-            places.append(locate_adapter(here, folder, listed.get(here.parent, ())))
+            locations.append(_locate_adapter(here, folder, listed.get(here.parent, ())))
         for name in files:
             inside = saved_by_peft and name == FOLDER_FILE
             if name.lower().endswith(ADAPTER_SUFFIXES) and not name.startswith(".") and not inside:
-                places.append(locate_adapter(here / name, folder, listed[here]))
-    refused = [problem_entry(Path(error.filename), folder, f"cannot be listed ({error.strerror})") for error in errors]
-    odd = [place for place in places if not is_text(place.relative)]
-    refused += [
-        problem_entry(place.path, folder, "its name has a line break or is not valid UTF-8; rename it") for place in odd
+                locations.append(_locate_adapter(here / name, folder, listed[here]))
+    refused = [
+        _problem_entry(Path(error.filename), folder, f"cannot be listed ({error.strerror}); check its permissions")
+        for error in errors
     ]
-    return [place for place in places if is_text(place.relative)], refused
+    refused += [
+        _problem_entry(location.path, folder, "its name has a line break or is not valid UTF-8; rename it")
+        for location in locations
+        if not _is_text(location.relative)
+    ]
+    return [location for location in locations if _is_text(location.relative)], refused
 
 
-def locate_adapter(path: Path, folder: Path, neighbors: Collection[str]) -> AdapterLocation:
-    """An adapter with its sidecar and preview, which are among the names beside it."""
+def _locate_adapter(path: Path, folder: Path, neighbors: Collection[str]) -> AdapterLocation:
+    """Find the sidecar and the preview of an adapter among the names in its folder."""
     stem = adapter_stem(path)
     sidecar = path.with_name(f"{stem}.json")
     sidecar_stamp = file_stamp(sidecar) if sidecar.name in neighbors else ""
-    pictures = (f"{stem}{middle}.{suffix}" for suffix in PICTURES for middle in ("", ".preview"))
-    preview = next((path.with_name(name) for name in pictures if name in neighbors), None)
+    previews = (f"{stem}{middle}.{suffix}" for suffix in PREVIEW_SUFFIXES for middle in ("", ".preview"))
+    preview = next((path.with_name(name) for name in previews if name in neighbors), None)
     return AdapterLocation(
         path=path,
         relative=path.relative_to(folder).as_posix(),
         sidecar=sidecar if sidecar_stamp else None,
         preview=preview,
         stamp=file_stamp(path),
-        context=f"{index_version()} {sidecar_stamp}",
+        context=f"{_package_version()} {sidecar_stamp}",
     )
 
 
 @cache
-def index_version() -> str:
-    """A newer version may understand what an older one did not, so it reads every file once more."""
+def _package_version() -> str:
+    """Return the version of this package; a newer one may read formats that an older one could not."""
     return version("lora-diffusion")
 
 
-def file_stamp(path: Path) -> str:
-    """Size and time of the last change of a file, or of both files of a PEFT folder.
+def file_stamp(path: str | os.PathLike[str]) -> str:
+    """Return size and modification time of a file, or of both files of a PEFT folder.
 
-    Empty if there is none, or something that is no file at all, such as a pipe, which nobody should try to read.
+    Returns:
+        `size:nanoseconds` for each file; empty if the file is missing or is not a regular file (a pipe, for instance).
     """
+    path = Path(path)
     try:
         stats = [(path / name).stat() for name in (FOLDER_FILE, FOLDER_CONFIG)] if path.is_dir() else [path.stat()]
     except OSError:
@@ -159,62 +191,69 @@ def file_stamp(path: Path) -> str:
     return " ".join(f"{each.st_size}:{each.st_mtime_ns}" for each in stats) if plain_files else ""
 
 
-def is_text(name: str) -> bool:
-    """Whether it can be printed and stored; Linux allows any bytes in a file's name."""
+def _is_text(name: str) -> bool:
+    """Return whether a name can be printed and stored; Linux allows any bytes in file names."""
     return to_printable(name) == name
 
 
 def to_printable(text: str) -> str:
-    """The text in one line, with a question mark for what no encoding can hold."""
+    """Join the lines of a text and replace characters that are not valid Unicode by question marks."""
     return " ".join(text.encode("utf-8", "replace").decode().splitlines())
 
 
-def problem_entry(path: Path, folder: Path, reason: str) -> LibraryEntry:
-    """What stands for something that cannot even be looked at; it never goes into the index."""
+def _problem_entry(path: Path, folder: Path, reason: str) -> LibraryEntry:
+    """Return an entry for something that cannot be read. It has no stamp, so it never goes into the index."""
     relative = path.relative_to(folder).as_posix()
     return LibraryEntry(
         path=path, relative=relative, name=adapter_stem(path), problem=f"{to_printable(str(path))}: {reason}"
     )
 
 
-def read_entry(place: AdapterLocation) -> LibraryEntry:
-    """What header and sidecar say. A pickled file is not opened: reading it would need torch, and all of the file."""
-    beside = read_sidecar(place.sidecar) if place.sidecar else Sidecar()
+def read_entry(location: AdapterLocation) -> LibraryEntry:
+    """Read the header and the sidecar of an adapter.
+
+    Pickled files are not opened, because that would need torch and the whole file. Errors do not raise: they become
+    the entry's `problem`.
+    """
+    sidecar = _read_sidecar(location.sidecar) if location.sidecar else _Sidecar()
     entry = LibraryEntry(
-        path=place.path,
-        relative=place.relative,
-        name=adapter_stem(place.path),
-        trigger_words=beside.words,
-        preview=place.preview,
-        preferred_weight=beside.weight,
-        weight_range=beside.range,
-        bytes=int(place.stamp.partition(":")[0] or 0),
-        notes=beside.notes,
-        stamp=place.stamp,
-        context=place.context,
+        path=location.path,
+        relative=location.relative,
+        name=adapter_stem(location.path),
+        trigger_words=sidecar.words,
+        preview=location.preview,
+        preferred_weight=sidecar.weight,
+        weight_range=sidecar.range,
+        bytes=int(location.stamp.partition(":")[0] or 0),
+        notes=sidecar.notes,
+        stamp=location.stamp,
+        context=location.context,
     )
-    if not place.stamp:
-        return replace(entry, problem=f"{place.path}: no file, or no right to look at it; is it a link to nowhere?")
-    if is_pickled(place.path):
+    if not location.stamp:
+        return replace(
+            entry,
+            problem=f"{location.path}: not a readable file; check its permissions, or whether it is a broken link",
+        )
+    if is_pickled(location.path):
         return replace(entry, dialect="pickled", kinds=("pickled",))
     try:
-        return with_header(entry)
+        return _with_header(entry)
     except (LoRADiffusionError, OSError, ValueError) as error:
         return replace(entry, problem=to_printable(str(error)))
 
 
-def with_header(entry: LibraryEntry) -> LibraryEntry:
-    """The entry with what the file's header says. Raises AdapterFormatError."""
-    texts: dict[str, str] = {}
+def _with_header(entry: LibraryEntry) -> LibraryEntry:
+    """Return the entry with the facts in the file's header. Raises AdapterFormatError."""
+    header: dict[str, str] = {}
 
-    def with_notes(file: Path) -> Content:
-        tensors, entries = HEADER_ONLY.file(file)
-        texts.update(entries)
-        return tensors, entries
+    def read_and_record_header(file: Path) -> Content:
+        tensors, header_entries = HEADER_ONLY.file(file)
+        header.update(header_entries)
+        return tensors, header_entries
 
-    record, adapter = read_adapter(entry.path, replace(HEADER_ONLY, file=with_notes), ())
+    record, adapter = read_adapter(entry.path, replace(HEADER_ONLY, file=read_and_record_header), ())
     metadata = adapter.metadata
-    claims = (texts.get(key, "").lower().removeprefix("0x") for key in CLAIMS)
+    claims = (header.get(key, "").lower().removeprefix("0x") for key in _HASH_KEYS)
     return replace(
         entry,
         name=entry.stem if entry.path.is_dir() else to_printable(metadata.name).strip() or entry.stem,
@@ -222,20 +261,20 @@ def with_header(entry: LibraryEntry) -> LibraryEntry:
         variant=metadata.variant,
         dialect=metadata.source_format,
         kinds=adapter.kinds,
-        trigger_words=unique(map(to_printable, (*metadata.trigger_words, *entry.trigger_words))),
-        learned_tokens=unique(map(to_printable, adapter.tokens)),
-        content_hash=record.hash if record and SHA256.fullmatch(record.hash) else "",
-        claims=unique(claim for claim in claims if SHA256.fullmatch(claim)),
+        trigger_words=_unique(map(to_printable, (*metadata.trigger_words, *entry.trigger_words))),
+        learned_tokens=_unique(map(to_printable, adapter.tokens)),
+        content_hash=record.hash if record and _SHA256.fullmatch(record.hash) else "",
+        claims=_unique(claim for claim in claims if _SHA256.fullmatch(claim)),
     )
 
 
-def unique(texts: Iterable[str]) -> tuple[str, ...]:
+def _unique(texts: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(texts))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sidecar:
-    """What the JSON file beside an adapter says of it."""
+class _Sidecar:
+    """The contents of the JSON file next to an adapter."""
 
     words: tuple[str, ...] = ()
     weight: float | None = None
@@ -243,36 +282,37 @@ class Sidecar:
     notes: tuple[str, ...] = ()
 
 
-def read_sidecar(file: Path) -> Sidecar:
-    """Trigger words, preferred weight and notes from the JSON file that A1111 and Forge keep beside an adapter.
+def _read_sidecar(file: Path) -> _Sidecar:
+    """Read trigger words and weights from the JSON file that A1111 and Forge write next to an adapter.
 
-    Other tools have files of that name with other things in them, so what is not there is not missed.
+    Other tools write different JSON files under the same name, so missing keys are not an error.
     """
     try:
         table = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         reason = to_printable(str(error))[:80]
-        note = f"{file.name} cannot be read as JSON ({reason}); its trigger words and weight are left out"
-        return Sidecar(notes=(note,))
+        note = f"{file.name} cannot be read as JSON ({reason}); its trigger words and weight are ignored"
+        return _Sidecar(notes=(note,))
     if not isinstance(table, dict):
-        return Sidecar()
-    text, weight = table.get("activation text"), finite_or_none(table.get("preferred weight"))
+        return _Sidecar()
+    text, weight = table.get("activation text"), _finite_or_none(table.get("preferred weight"))
     words = (word.strip() for word in to_printable(text).split(",")) if isinstance(text, str) else ()
-    return Sidecar(
-        words=unique(word for word in words if word),
+    return _Sidecar(
+        words=_unique(word for word in words if word),
         weight=weight or None,
-        range=parse_range(table.get("weight range")),
+        range=_parse_range(table.get("weight range")),
     )
 
 
-def parse_range(value: object) -> tuple[float, float] | None:
-    """Two rising numbers, or nothing."""
+def _parse_range(value: object) -> tuple[float, float] | None:
+    """Return a JSON value as a range if it is a list of two increasing finite numbers."""
     if not isinstance(value, list) or len(cast("list[object]", value)) != 2:
         return None
-    least, most = map(finite_or_none, cast("list[object]", value))
+    least, most = map(_finite_or_none, cast("list[object]", value))
     return (least, most) if least is not None and most is not None and least < most else None
 
 
-def finite_or_none(value: object) -> float | None:
+def _finite_or_none(value: object) -> float | None:
+    """Return a JSON value as a float if it is a finite number."""
     usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return float(cast(float, value)) if usable else None

@@ -1,5 +1,9 @@
-"""Preset files: read, written with paths from their own folder, listed and described."""
+"""Read, write, list and describe blend presets, which are JSON files.
 
+Paths in a preset are relative to the folder of the preset file.
+"""
+
+import os
 from pathlib import Path
 
 from lora_diffusion.adapters.blend import Blend
@@ -10,30 +14,53 @@ from lora_diffusion.library.references import make_references
 from lora_diffusion.prompts.tags import format_weight
 
 
-def read_preset(path: Path) -> BlendPreset:
-    """A blend preset from its JSON file. Raises ConfigError."""
+def read_preset(path: str | os.PathLike[str]) -> BlendPreset:
+    """Read a blend preset from a JSON file.
+
+    Raises:
+        ConfigError: If the file cannot be read or is not a valid preset.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); expected a blend preset as JSON") from None
     return BlendPreset.from_json(text, source=str(path))
 
 
-def save_preset(preset: BlendPreset, path: Path, blend: Blend, *, force: bool = False) -> BlendPreset:
-    """Write a preset with the adapters of a blend, by path from the file's folder, by name and by hash.
+def save_preset(preset: BlendPreset, path: str | os.PathLike[str], blend: Blend, *, force: bool = False) -> BlendPreset:
+    """Write a preset with references to the adapters of a blend: by relative path, by name and by hash.
 
-    Raises OutputError if there is a file already and `force` does not say to replace it, or if it cannot be written.
+    Args:
+        preset: The settings to save; its adapters are replaced by those of `blend`.
+        path: The JSON file to write.
+        blend: The loaded adapters.
+        force: Whether to replace an existing file.
+
+    Returns:
+        The preset as it was written.
+
+    Raises:
+        OutputError: If the file exists and `force` is not given, or if it cannot be written.
     """
+    path = Path(path)
     if path.exists() and not force:
-        raise OutputError(f"{path}: already there; give another file, or --force to replace it")
-    whole = preset.model_copy(update={"adapters": make_references(blend, path.parent)})
+        raise OutputError(f"{path}: already exists; give another file, or --force to replace it")
+    complete = preset.model_copy(update={"adapters": make_references(blend, path.parent)})
     with atomic_file(path) as part:
-        part.write_text(whole.model_dump_json(indent=2, exclude_defaults=True) + "\n", encoding="utf-8")
-    return whole
+        part.write_text(complete.model_dump_json(indent=2, exclude_defaults=True) + "\n", encoding="utf-8")
+    return complete
 
 
-def list_presets(folder: Path) -> list[tuple[Path, BlendPreset | str]]:
-    """Every preset below a folder, or why a JSON file there is none. Raises ConfigError if there is no such folder."""
+def list_presets(folder: str | os.PathLike[str]) -> list[tuple[Path, BlendPreset | str]]:
+    """Read every JSON file below a folder as a preset.
+
+    Returns:
+        For each file, sorted by path, the preset or the message that says why it is not one.
+
+    Raises:
+        ConfigError: If there is no such folder.
+    """
+    folder = Path(folder)
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; give a folder of presets (.json)")
     found: list[tuple[Path, BlendPreset | str]] = []
@@ -46,19 +73,21 @@ def list_presets(folder: Path) -> list[tuple[Path, BlendPreset | str]]:
 
 
 def describe_preset(preset: BlendPreset) -> str:
-    """A preset as aligned lines of text."""
+    """Format a preset as aligned lines of text."""
     lines = [f"{'name':<14}{preset.name}", f"{'base':<14}{preset.base}"]
     lines += [f"{'description':<14}{preset.description}"] * bool(preset.description)
     lines += [
-        f"{'adapter':<14}{e.name or e.path}:{format_weight(e.weight)}{format_region(e.region)}" for e in preset.adapters
+        f"{'adapter':<14}{e.name or e.path}:{format_weight(e.weight)}{_format_region(e.region)}"
+        for e in preset.adapters
     ]
     changed = preset.composition.model_dump(exclude_defaults=True)
     lines += [f"{key.replace('_', ' '):<14}{value}" for key, value in changed.items()]
-    kept = preset.settings.model_dump(exclude_defaults=True) if preset.settings else {}
-    return "\n".join([*lines, *(f"{key.replace('_', ' '):<14}{value}" for key, value in kept.items())])
+    settings = preset.settings.model_dump(exclude_defaults=True) if preset.settings else {}
+    return "\n".join([*lines, *(f"{key.replace('_', ' '):<14}{value}" for key, value in settings.items())])
 
 
-def format_region(region: Region | None) -> str:
+def _format_region(region: Region | None) -> str:
+    """Format a region as ` in <mask file>` or ` in <left, top, right, bottom>`."""
     if region is None:
         return ""
     return f" in {region.mask or ', '.join(f'{side:g}' for side in region.box or ())}"

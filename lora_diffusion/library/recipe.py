@@ -1,5 +1,10 @@
-"""The recipe that made an output, keyed by content hashes, and PNG files that carry it."""
+"""Recipes, which record how an image or a merged checkpoint was made, and PNG files that carry them.
 
+A recipe identifies the base and the adapters by content hash. It is stored as JSON in the PNG text chunk
+`lora_diffusion`; the chunk `parameters` repeats it as an A1111 infotext for other programs.
+"""
+
+import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -19,31 +24,43 @@ from lora_diffusion.prompts.infotext import quote_value
 from lora_diffusion.prompts.tags import format_weight
 
 PNG_KEY = "lora_diffusion"
+"""Key of the PNG text chunk with the recipe."""
 INFOTEXT_KEY = "parameters"
+"""Key of the PNG text chunk in which A1111 stores its generation parameters."""
 
 
 class Recipe(Settings):
-    """Everything needed to make an image or a merged checkpoint again."""
+    """Everything needed to reproduce an image or a merged checkpoint."""
 
     kind: Literal["image", "merge"]
+    """Whether it describes an image or a merged checkpoint."""
     base: str
+    """Name, path or hub id of the base."""
     base_hash: str
+    """SHA-256 over the base's weight files; see `Base.hash`."""
     adapters: tuple[BlendEntry, ...] = ()
+    """The adapters with their weights and hashes."""
     composition: Composition = Composition()
+    """How the adapters are combined."""
     settings: GenerateConfig | None = None
+    """The sampling settings of an image; None for a merged checkpoint."""
     precision: str = "float32"
+    """Data type of the weights, as torch names it."""
     quantization: Quantization = "none"
+    """Quantized data type of the UNet's linear layers."""
     device: str = "cpu"
+    """Type of the device, such as `cpu` or `cuda`."""
     versions: Mapping[str, str] = {}
+    """Versions of the packages in `library_versions`."""
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what decides the pixels."""
+    """Return the versions of the installed packages that affect the result of sampling."""
     return {name: version(name) for name in ("lora-diffusion", "torch", "diffusers", "transformers")}
 
 
 def blend_entries(blend: Blend) -> tuple[BlendEntry, ...]:
-    """The blend by reference: where each adapter was found, its hash and weight."""
+    """Describe the adapters of a blend by path, name, hash, weight and region, as a recipe stores them."""
     return tuple(
         BlendEntry(
             path=str(e.path or e.name),
@@ -58,7 +75,12 @@ def blend_entries(blend: Blend) -> tuple[BlendEntry, ...]:
 
 
 def list_differences(recipe: Recipe, *, device: str) -> list[str]:
-    """What may change the pixels of a replay: another device or other versions than the recipe's."""
+    """List what may make a replay of a recipe differ from the original: another device or other package versions.
+
+    Args:
+        recipe: The recipe to replay.
+        device: The type of the device that it is replayed on.
+    """
     found = [] if recipe.device == device else [f"made on {recipe.device}, replayed on {device}"]
     for name, own in library_versions().items():
         if recipe.versions.get(name, own) != own:
@@ -67,7 +89,7 @@ def list_differences(recipe: Recipe, *, device: str) -> list[str]:
 
 
 def format_infotext(recipe: Recipe) -> str:
-    """The recipe as other programs show it (the A1111 convention under the PNG key `parameters`)."""
+    """Format a recipe as an A1111 infotext; empty for a recipe without sampling settings."""
     settings = recipe.settings
     if settings is None:
         return ""
@@ -93,17 +115,21 @@ def format_infotext(recipe: Recipe) -> str:
     return "\n".join([settings.prompt + tags, *negative, ", ".join(f"{k}: {quote_value(v)}" for k, v in pairs.items())])
 
 
-def write_png(image: Image.Image, path: Path, recipe: Recipe) -> None:
-    """Write the image with its recipe, whole or not at all. Raises OutputError."""
+def write_png(image: Image.Image, path: str | os.PathLike[str], recipe: Recipe) -> None:
+    """Write an image as a PNG file with its recipe, atomically.
+
+    Raises:
+        OutputError: If the file cannot be written.
+    """
     texts = PngImagePlugin.PngInfo()
     texts.add_text(PNG_KEY, recipe.model_dump_json())
     texts.add_text(INFOTEXT_KEY, format_infotext(recipe))
-    with atomic_file(path) as part:
+    with atomic_file(Path(path)) as part:
         image.save(part, format="PNG", pnginfo=texts)
 
 
-def has_recipe(path: Path) -> bool:
-    """Whether a file is a PNG with a recipe of ours in it, readable or not."""
+def has_recipe(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file is a PNG with a recipe of this package; the recipe itself is not validated."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             return PNG_KEY in image.info
@@ -111,18 +137,24 @@ def has_recipe(path: Path) -> bool:
         return False
 
 
-def read_recipe(path: Path) -> Recipe:
-    """The recipe inside a PNG that `generate` wrote. Raises ConfigError if there is none."""
+def read_recipe(path: str | os.PathLike[str]) -> Recipe:
+    """Read the recipe from a PNG that `lora-diffusion generate` wrote.
+
+    Raises:
+        ConfigError: If the file is missing, is not a PNG, or has no valid recipe.
+    """
     try:
         with Image.open(path, formats=["PNG"]) as image:
             text = image.info.get(PNG_KEY)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; give a PNG that `lora-diffusion generate` wrote") from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"{path}: not a readable PNG ({error}); give one that `generate` wrote") from None
+        raise ConfigError(
+            f"{path}: not a readable PNG ({error}); give one that `lora-diffusion generate` wrote"
+        ) from None
     if not isinstance(text, str):
         raise ConfigError(f"{path}: carries no recipe; give a PNG that `lora-diffusion generate` wrote")
     try:
         return Recipe.model_validate_json(text)
     except ValidationError as error:
-        raise ConfigError(f"{path}: its recipe cannot be used: {format_validation_error(error, Recipe)}") from None
+        raise ConfigError(f"{path}: its recipe is not valid: {format_validation_error(error, Recipe)}") from None

@@ -1,10 +1,9 @@
-"""A folder of adapters, in which one is found by its name or by a hash.
+"""Open a folder of adapters as a library, and find adapters in it by name, by words or by hash.
 
-    library = open_library(Path("adapters"))
-    entry = find(library, "neon")
+    library = open_library("adapters")
+    entry = find_adapter(library, "neon")
 
-Whatever refers to an adapter by name, hash or tag comes through here. Only content hashes of other tools' files need
-torch, when none of the cheaper hashes is the one looked for.
+torch is imported only to compute content hashes, which `find_by_hash` tries last.
 """
 
 from __future__ import annotations
@@ -30,163 +29,197 @@ from lora_diffusion.library.entry import LibraryEntry, file_stamp, to_printable
 from lora_diffusion.library.index import ENTRY, index_file, load_entries, refresh_index, save_entries
 
 FOLDER_VARIABLE = "LORA_DIFFUSION_LIBRARY"
-DIGEST = re.compile(r"[0-9a-f]{8,64}")
-WIDEST_CELL = 40
-INTERNAL = {"claims", "stamp", "context"}
-"""Fields of an entry that are the index's own business."""
+"""Environment variable with the default library folder."""
+_DIGEST = re.compile(r"[0-9a-f]{8,64}")
+_MAX_CELL_WIDTH = 40
+_INTERNAL_FIELDS = {"claims", "stamp", "context"}
+"""Fields of an entry that only the index uses."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Library:
-    """The adapters below a folder as they were when it was opened, sorted by path."""
+    """The adapters below a folder, as they were when the library was opened."""
 
     folder: Path
+    """Absolute path of the folder."""
     entries: tuple[LibraryEntry, ...]
+    """All adapters, and files that cannot be used as one, sorted by relative path."""
     index: Path
-    """Where what is known of them is kept."""
+    """The SQLite file that caches the entries."""
 
 
 def default_folder() -> Path:
-    """The folder that LORA_DIFFUSION_LIBRARY names, or that of the package's own adapters."""
-    named = os.environ.get(FOLDER_VARIABLE, "")
-    return Path(named) if named else sample_data_folder() / "adapters"
+    """Return the folder in the environment variable LORA_DIFFUSION_LIBRARY, or that of the sample adapters."""
+    value = os.environ.get(FOLDER_VARIABLE, "")
+    return Path(value) if value else sample_data_folder() / "adapters"
 
 
-def open_library(folder: Path) -> Library:
-    """The adapters below a folder: safetensors, pickled files, and folders that PEFT saved.
+def open_library(folder: str | os.PathLike[str]) -> Library:
+    """List the adapters below a folder: safetensors files, pickled files, and folders that PEFT saved.
 
-    Only headers of new and changed files are read. A file that cannot be used is there too, with its problem. Raises
-    ConfigError if there is no such folder.
+    Only the headers of new and changed files are read. A file that cannot be used gets an entry with a `problem`.
+
+    Args:
+        folder: The folder to search, including its subfolders; `~` is expanded.
+
+    Raises:
+        ConfigError: If there is no such folder.
     """
-    absolute = Path(os.path.abspath(folder.expanduser()))  # noqa: PTH100 (keeps links in the path as the user gave them)
+    absolute = Path(os.path.abspath(Path(folder).expanduser()))  # noqa: PTH100 (does not resolve symbolic links)
     if not absolute.is_dir():
         reason = "is a file" if absolute.exists() else "no such folder"
-        raise ConfigError(f"{folder}: {reason}; give a folder of adapters, or name one in {FOLDER_VARIABLE}")
+        raise ConfigError(f"{folder}: {reason}; give a folder of adapters, or set {FOLDER_VARIABLE} to one")
     index = index_file(absolute)
     return Library(folder=absolute, entries=tuple(refresh_index(absolute, index)), index=index)
 
 
 def find_adapter(library: Library, name: str) -> LibraryEntry:
-    """The one adapter of that name.
+    """Find an adapter by name.
 
-    A name is, in this order: the path inside the library; the same without its suffix, or the file's name without it;
-    the name in the file's header; and any of them in other letters of case. Raises ConfigError for a name that is
-    unknown or means several, AdapterFormatError for a file that cannot be used.
+    The name is compared with, in this order: the path inside the library; the path or the file's name without the
+    suffix; the name in the file's header. If nothing matches, the comparison is repeated ignoring case.
+
+    Raises:
+        ConfigError: If no adapter or more than one adapter has that name.
+        AdapterFormatError: If the file cannot be used.
     """
     wanted = name.strip().removeprefix("./")
-    named = [(entry, list_names(entry)) for entry in library.entries]
-    for same in (str, str.casefold):
+    candidates = [(entry, _list_names(entry)) for entry in library.entries]
+    for normalize in (str, str.casefold):
         for tier in range(3):
-            found = [entry for entry, names in named if same(wanted) in map(same, names[tier])]
-            if found:
-                return require_one(found, name, library)
-    raise ConfigError(f"no adapter called {name!r} in {library.folder}; {suggest_name(library, wanted)}")
+            matches = [entry for entry, names in candidates if normalize(wanted) in map(normalize, names[tier])]
+            if matches:
+                return _require_one(matches, name, library)
+    raise ConfigError(f"no adapter called {name!r} in {library.folder}; {_suggest_name(library, wanted)}")
 
 
-def list_names(entry: LibraryEntry) -> tuple[tuple[str, ...], ...]:
-    """What an adapter may be called, in the order in which names count.
+def _list_names(entry: LibraryEntry) -> tuple[tuple[str, ...], ...]:
+    """Return the names of an adapter in three tiers of precedence.
 
-    The file's name comes before the header's, which the states of one training run have in common.
+    The file's name precedes the header's, because all checkpoints of a training run have the same name in the header.
     """
-    inside = entry.relative.rpartition("/")[0]
-    return (entry.relative,), (f"{inside}/{entry.stem}" if inside else entry.stem, entry.stem), (entry.name,)
+    parent = entry.relative.rpartition("/")[0]
+    return (entry.relative,), (f"{parent}/{entry.stem}" if parent else entry.stem, entry.stem), (entry.name,)
 
 
-def require_one(found: Sequence[LibraryEntry], name: str, library: Library) -> LibraryEntry:
-    """The one that was found. Raises ConfigError if there are several, AdapterFormatError if it cannot be used."""
-    if len(found) > 1:
-        paths = ", ".join(entry.relative for entry in found)
-        raise ConfigError(f"{name!r} means {len(found)} adapters in {library.folder}: {paths}; give one of these paths")
-    if found[0].problem:
-        raise AdapterFormatError(found[0].problem)
-    return found[0]
+def _require_one(matches: Sequence[LibraryEntry], name: str, library: Library) -> LibraryEntry:
+    """Return the only match. Raises ConfigError if there are several, AdapterFormatError if it cannot be used."""
+    if len(matches) > 1:
+        paths = ", ".join(entry.relative for entry in matches)
+        raise ConfigError(
+            f"{name!r} is ambiguous: it matches {len(matches)} adapters in {library.folder}: {paths}; give one of "
+            "these paths"
+        )
+    if matches[0].problem:
+        raise AdapterFormatError(matches[0].problem)
+    return matches[0]
 
 
-def suggest_name(library: Library, wanted: str) -> str:
-    """The nearest name, or where to look for one."""
-    known = {name.casefold(): name for entry in library.entries for tier in list_names(entry)[1:] for name in tier}
+def _suggest_name(library: Library, wanted: str) -> str:
+    """Return the end of an error message: the most similar name, or how to list all names."""
+    known = {name.casefold(): name for entry in library.entries for tier in _list_names(entry)[1:] for name in tier}
     near = difflib.get_close_matches(wanted.casefold(), known, n=1)
     if near:
         return f"did you mean {known[near[0]]!r}?"
-    return f"`lora-diffusion library {library.folder}` lists the {len(library.entries)} that are there"
+    return f"`lora-diffusion library {library.folder}` lists all {len(library.entries)} adapters"
 
 
 def search(library: Library, text: str, family: str = "") -> tuple[LibraryEntry, ...]:
-    """The adapters with every word of `text` in their name, trigger words, learned tokens or path.
+    """Find the adapters that contain every word of `text` in their name, trigger words, learned tokens or path.
 
-    Raises ConfigError for a family that does not exist.
+    Args:
+        library: The library to search.
+        text: Words separated by spaces; case is ignored. The empty text matches everything.
+        family: A model family such as `sd1` to restrict the search to; empty for all.
+
+    Raises:
+        ConfigError: If there is no such family.
     """
     if family and family not in FAMILIES:
-        raise ConfigError(f"family {family!r}: there is none of that name; choose one of {', '.join(FAMILIES)}")
+        raise ConfigError(f"unknown family {family!r}; choose one of {', '.join(FAMILIES)}")
     words = text.casefold().split()
     return tuple(
         entry
         for entry in library.entries
-        if (not family or entry.family == family) and all(word in search_text(entry) for word in words)
+        if (not family or entry.family == family) and all(word in _search_text(entry) for word in words)
     )
 
 
-def search_text(entry: LibraryEntry) -> str:
+def _search_text(entry: LibraryEntry) -> str:
+    """Return the case-folded text of an entry that is searched."""
     return "\n".join((entry.name, *entry.trigger_words, *entry.learned_tokens, entry.relative)).casefold()
 
 
 def find_by_hash(library: Library, digest: str) -> LibraryEntry | None:
-    """The adapter with a hash that begins with `digest`: of its content, of its bytes after the header, of its file.
+    """Find an adapter by its content hash, payload hash or file hash; see `LibraryEntry`.
 
-    What is not known yet is computed, cheap hashes before content hashes, up to the first that fits, and kept in the
-    index; None means that every usable file has been looked at. The entry has a problem if loading it has shown one.
-    Raises ConfigError for a digest of fewer than 8 digits.
+    Hashes that are not in the index yet are computed until one matches, file hashes before content hashes, and are
+    saved in the index.
+
+    Args:
+        library: The library to search.
+        digest: The first 8 to 64 hexadecimal digits of the hash, with or without `0x`.
+
+    Returns:
+        The first match, or None if no usable file has that hash.
+
+    Raises:
+        ConfigError: If `digest` is not a hexadecimal number of 8 to 64 digits.
     """
     wanted = digest.strip().lower().removeprefix("0x")
-    if not DIGEST.fullmatch(wanted):
+    if not _DIGEST.fullmatch(wanted):
         raise ConfigError(f"hash {digest!r}: expected 8 to 64 hexadecimal digits")
-    known = next((entry for entry in library.entries if has_hash(entry, wanted)), None)
+    known = next((entry for entry in library.entries if _has_hash(entry, wanted)), None)
     if known:
         return known
     indexed = load_entries(library.index)
-    later = [indexed.get(entry.relative, entry) for entry in library.entries]
-    newest = [new if new.stamp == old.stamp else old for old, new in zip(library.entries, later, strict=True)]
-    known = next((entry for entry in newest if has_hash(entry, wanted)), None)
-    return known or compute_hashes_until(newest, wanted, library.index)
+    updated = [indexed.get(entry.relative, entry) for entry in library.entries]
+    newest = [new if new.stamp == old.stamp else old for old, new in zip(library.entries, updated, strict=True)]
+    known = next((entry for entry in newest if _has_hash(entry, wanted)), None)
+    return known or _compute_hashes_until(newest, wanted, library.index)
 
 
-def has_hash(entry: LibraryEntry, wanted: str) -> bool:
-    """Whether a known hash begins so, and the file is still the one that has it."""
+def _has_hash(entry: LibraryEntry, wanted: str) -> bool:
+    """Return whether a computed hash starts with `wanted` and the file has not changed since."""
     known = (entry.content_hash, entry.payload_hash, entry.file_hash)
-    return any(digest.startswith(wanted) for digest in known) and is_unchanged(entry)
+    return any(digest.startswith(wanted) for digest in known) and _is_unchanged(entry)
 
 
-def is_unchanged(entry: LibraryEntry) -> bool:
+def _is_unchanged(entry: LibraryEntry) -> bool:
+    """Return whether the file still has the size and modification time that it was read with."""
     return file_stamp(entry.path) == entry.stamp != ""
 
 
-def compute_hashes_until(entries: Sequence[LibraryEntry], wanted: str, index: Path) -> LibraryEntry | None:
-    """Compute what is missing until a hash fits; what has been computed by then goes into the index."""
+def _compute_hashes_until(entries: Sequence[LibraryEntry], wanted: str, index: Path) -> LibraryEntry | None:
+    """Compute missing hashes until one starts with `wanted`, and save all computed hashes in the index."""
     hashed: dict[str, LibraryEntry] = {}
-    usable = [entry for entry in sort_by_likelihood(entries, wanted) if not entry.problem]
+    usable = [entry for entry in _sort_by_likelihood(entries, wanted) if not entry.problem]
     steps: tuple[Callable[[LibraryEntry], LibraryEntry], ...] = (with_file_hashes, with_content_hash)
     try:
         for step in steps:
             for entry in tqdm(usable, desc="hashing", unit="file", delay=1, leave=False, disable=None):
                 known = hashed.get(entry.relative, entry)
-                more = step(known)
-                if more is known or not is_unchanged(more):  # nothing new, or the file has changed meanwhile
+                updated = step(known)
+                if updated is known or not _is_unchanged(updated):  # no new hash, or the file has changed meanwhile
                     continue
-                hashed[more.relative] = more
-                if has_hash(more, wanted):
-                    return more
+                hashed[updated.relative] = updated
+                if _has_hash(updated, wanted):
+                    return updated
     finally:
         save_entries(index, hashed, ())
     return None
 
 
-def sort_by_likelihood(entries: Iterable[LibraryEntry], wanted: str) -> list[LibraryEntry]:
-    """Files that claim the hash come first, though it is computed for them too; then small ones before large ones."""
+def _sort_by_likelihood(entries: Iterable[LibraryEntry], wanted: str) -> list[LibraryEntry]:
+    """Sort files whose header claims the hash first, and then small files before large ones.
+
+    A claim only decides the order; the hash is computed for these files too.
+    """
     return sorted(entries, key=lambda e: (not any(claim.startswith(wanted) for claim in e.claims), e.bytes))
 
 
 def with_file_hashes(entry: LibraryEntry) -> LibraryEntry:
-    """The entry with the hashes of its bytes, unchanged if the file has gone."""
+    """Return the entry with its file hash and payload hash; the same object if the file cannot be read."""
     if entry.file_hash:
         return entry
     file = entry.path / FOLDER_FILE if entry.path.is_dir() else entry.path
@@ -200,7 +233,7 @@ def with_file_hashes(entry: LibraryEntry) -> LibraryEntry:
 
 
 def with_content_hash(entry: LibraryEntry) -> LibraryEntry:
-    """The entry with the hash of its tensors, or with the problem that only loading it has brought to light."""
+    """Load an adapter and return its entry with the content hash, or with a `problem` if it cannot be loaded."""
     if entry.content_hash or entry.problem:
         return entry
     try:
@@ -210,14 +243,14 @@ def with_content_hash(entry: LibraryEntry) -> LibraryEntry:
 
 
 def entry_to_json(entry: LibraryEntry) -> dict[str, Any]:
-    """An entry as plain values, ready for JSON."""
-    return ENTRY.dump_python(entry, mode="json", exclude=INTERNAL)
+    """Convert an entry to a dictionary of JSON values, without the fields that only the index uses."""
+    return ENTRY.dump_python(entry, mode="json", exclude=_INTERNAL_FIELDS)
 
 
 def describe_library(library: Library, entries: Sequence[LibraryEntry]) -> str:
-    """An aligned table of the usable entries, and a line for each problem and note."""
+    """Format entries as a table, followed by one line for each problem and note."""
     titles = ("name", "family", "kind", "weight", "triggers", "file")
-    rows = [titles, *(format_row(entry) for entry in entries if not entry.problem)]
+    rows = [titles, *(_format_row(entry) for entry in entries if not entry.problem)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(titles))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     if len(rows) == 1:
@@ -226,21 +259,23 @@ def describe_library(library: Library, entries: Sequence[LibraryEntry]) -> str:
     return "\n".join([*lines, *(f"note: {entry.relative}: {note}" for entry in entries for note in entry.notes)])
 
 
-def format_row(entry: LibraryEntry) -> tuple[str, ...]:
+def _format_row(entry: LibraryEntry) -> tuple[str, ...]:
+    """Return the cells of an entry in the table."""
     weight = "" if entry.preferred_weight is None else f"{entry.preferred_weight:g}"
     words = ", ".join((*entry.trigger_words, *entry.learned_tokens))
     family = " ".join(filter(None, (family_title(entry.family), entry.variant)))
     cells = (entry.name, family, ", ".join(entry.kinds), weight, words)
     return (
-        *(truncate_cell(strip_control_characters(cell)) for cell in cells),
-        strip_control_characters(entry.relative),
+        *(_truncate_cell(_strip_control_characters(cell)) for cell in cells),
+        _strip_control_characters(entry.relative),
     )
 
 
-def strip_control_characters(text: str) -> str:
-    """A text of another tool's without anything that a terminal would obey."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
+def _strip_control_characters(text: str) -> str:
+    """Replace unprintable characters, such as terminal escape sequences in another tool's header, by spaces."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
-def truncate_cell(cell: str) -> str:
-    return cell if len(cell) <= WIDEST_CELL else f"{cell[: WIDEST_CELL - 1]}…"
+def _truncate_cell(cell: str) -> str:
+    """Shorten a cell of the table to the greatest width."""
+    return cell if len(cell) <= _MAX_CELL_WIDTH else f"{cell[: _MAX_CELL_WIDTH - 1]}…"

@@ -1,1 +1,1 @@
-"""Loaded bases: pipelines, text encoding, quantized weights. The home of diffusers and transformers."""
+"""Load and quantize base models, encode prompts, and add learned tokens to text encoders."""

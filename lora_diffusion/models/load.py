@@ -1,15 +1,16 @@
-"""Load a base and ask it things: the one home of diffusers and transformers.
+"""Load Stable Diffusion base models and look up their modules, schedulers and settings.
 
-Knows nothing of adapters.
+This is the layer that wraps diffusers and transformers. It does not depend on adapters.
 """
 
 import contextlib
 import hashlib
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import diffusers
 import torch
@@ -38,7 +39,10 @@ from lora_diffusion.formats.checkpoints.diffusers import (
 )
 from lora_diffusion.models.locate import find_base, first_line
 
-SCHEDULERS: dict[str, Any] = {
+Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
+"""The diffusers pipelines that a base can be loaded into: one for SD 1.x and SD 2.x, one for SDXL."""
+
+_SCHEDULERS: dict[str, Any] = {
     "ddim": DDIMScheduler,
     "euler": EulerDiscreteScheduler,
     "euler-ancestral": EulerAncestralDiscreteScheduler,
@@ -52,65 +56,91 @@ PatchKind = Literal["weights", "parallel"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Base:
-    """A loaded checkpoint: the pipeline, what it is and where it came from."""
+    """A loaded base model: its diffusers pipeline, its architecture and its origin."""
 
-    pipe: Any
+    pipe: Pipeline
+    """The diffusers pipeline; every parameter is frozen and every model is in evaluation mode."""
     name: str
+    """The name, path or hub id that the base was loaded by."""
     folder: Path
+    """The folder with its weights, in diffusers' layout."""
     family: Family
+    """The model family, such as SD 1.x or SDXL."""
     layout: ModelLayout
+    """The layers and widths of the UNet and the text encoders."""
     merged: tuple[str, ...] = ()
-    """Hashes and weights of adapters that were added to it for good."""
+    """Hashes and weights of adapters that have been merged into the loaded weights."""
     quantization: Quantization = "none"
-    """What the UNet's linear layers are kept in."""
+    """The data type of the UNet's linear layers: `nf4`, `fp4`, `int8`, or `none` if they are not quantized."""
     open_patches: set[PatchKind] = field(default_factory=set[PatchKind], init=False, repr=False)
     """Kinds of patches that are open on this base now; maintained by `lora_diffusion.inference`."""
 
+    def __repr__(self) -> str:
+        """Return one line with the family, name, folder, dtype and device; `hash` would have to read all files."""
+        origin = f"family={self.family.name!r}, name={self.name!r}, folder={str(self.folder)!r}"
+        quantization = "" if self.quantization == "none" else f", quantization={self.quantization!r}"
+        return f"Base({origin}, dtype={self.dtype}, device='{self.device}'{quantization})"
+
     @property
     def hash(self) -> str:
-        """Content hash of its weight files, and of what was added to them."""
+        """SHA-256 over the weight files, and over the adapters merged into the base, as hexadecimal digits."""
         own = base_hash(self.folder)
         return hashlib.sha256("\n".join((own, *self.merged)).encode()).hexdigest() if self.merged else own
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The data type of the UNet's unquantized parameters."""
+        return next(p.dtype for p in self.pipe.unet.parameters() if p.is_floating_point())
+
+    @property
     def device(self) -> torch.device:
-        """Where the UNet is; diffusers' own answer walks every module, which takes a tenth of what a blend does."""
+        """The device of the UNet."""
+        # pipe.device visits every module, which takes a tenth of the time that switching a blend takes
         return next(self.pipe.unet.parameters()).device
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Every module that an adapter may change."""
+        """Module paths of all modules that an adapter can change, such as `unet.mid_block.attentions.0.proj_in`."""
         return module_paths(self.layout)
 
     @property
     def size_px(self) -> int:
-        """Side of the square pictures that it makes by default."""
+        """The default width and height of generated images, in pixels."""
         return int(self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor)
 
 
 def default_device() -> torch.device:
-    """The accelerator if there is one, else the CPU."""
+    """Return the first available device out of CUDA, MPS and CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def default_precision(device: torch.device) -> torch.dtype:
-    """Half precision where it is fast."""
+    """Return float32 on a CPU and float16 on a GPU."""
     return torch.float32 if device.type == "cpu" else torch.float16
 
 
 def load_base(
-    name: str = EMBEDDED_BASE, *, device: torch.device | None = None, precision: torch.dtype | None = None
+    name: str | os.PathLike[str] = EMBEDDED_BASE,
+    *,
+    device: torch.device | None = None,
+    precision: torch.dtype | None = None,
 ) -> Base:
-    """Load a base for sampling or training; all its parameters are frozen.
+    """Load a base model for sampling or training, with all parameters frozen.
 
-    Raises BaseModelError.
+    Args:
+        name: `tiny-sd` for the embedded base, a folder in diffusers' layout, or a hub id such as `owner/name`.
+        device: Where to put the models; by default the GPU if there is one.
+        precision: The data type of the weights; by default float16 on a GPU and float32 on a CPU.
+
+    Raises:
+        BaseModelError: If the base is not found, is not Stable Diffusion, or cannot be loaded.
     """
     folder = find_base(name)
-    family, shape = read_layout(folder)
+    family, layout = read_layout(folder)
     device = device or default_device()
-    two_encoders = len(shape.text_layers) == 2
+    two_encoders = len(layout.text_layers) == 2
     arguments: dict[str, Any] = {"add_watermarker": False} if two_encoders else {"safety_checker": None}
     try:
         with quiet_libraries():
@@ -123,16 +153,18 @@ def load_base(
             )
             pipe.to(device)
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError, SafetensorError) as error:
-        raise BaseModelError(f"{folder}: the base cannot be loaded ({first_line(error)}); is it complete?") from None
+        raise BaseModelError(
+            f"{folder}: the base cannot be loaded ({first_line(error)}); check that its files are complete"
+        ) from None
     pipe.set_progress_bar_config(disable=True)
     for component in (*family.components, "vae"):
         getattr(pipe, component).requires_grad_(False).eval()
-    return Base(pipe=pipe, name=name, folder=folder, family=family, layout=shape)
+    return Base(pipe=pipe, name=os.fspath(name), folder=folder, family=family, layout=layout)
 
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Hold back notices of diffusers and transformers that a user of this library can do nothing about."""
+    """Silence warnings, log messages and progress bars of diffusers and transformers inside the block."""
     levels = diffusers.utils.logging.get_verbosity(), transformers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
@@ -148,12 +180,19 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def transformers_path(model: nn.Module, path: str) -> str:
-    """A module path (without its component) as this version of transformers spells it."""
+    """Convert a path inside a component to the module names of the installed version of transformers.
+
+    Newer versions of transformers have no `text_model` level in CLIP text encoders.
+    """
     return path if hasattr(model, "text_model") else path.removeprefix("text_model.")
 
 
 def module_at(base: Base, path: str) -> nn.Module:
-    """The module at a path such as `unet.mid_block.attentions.0.proj_in`. Raises KeyError."""
+    """Return the module at a module path such as `unet.mid_block.attentions.0.proj_in`.
+
+    Raises:
+        KeyError: If the base has no such module.
+    """
     component, inner = path.split(".", 1)
     model: nn.Module = getattr(base.pipe, component)
     try:
@@ -163,15 +202,28 @@ def module_at(base: Base, path: str) -> nn.Module:
 
 
 def new_scheduler(base: Base, name: Scheduler) -> Any:
-    """A scheduler of its own for each use, so that nothing is shared between two runs."""
+    """Create a scheduler with the base's noise schedule.
+
+    Schedulers hold state while they step, so every run needs one of its own.
+
+    Args:
+        base: The base whose scheduler configuration is used.
+        name: The sampler, or `base` for the one that the base comes with.
+    """
     config = base.pipe.scheduler.config
-    kind = type(base.pipe.scheduler) if name == "base" else SCHEDULERS[name]
-    return kind.from_config(config)
+    scheduler_class = type(base.pipe.scheduler) if name == "base" else _SCHEDULERS[name]
+    return scheduler_class.from_config(config)
 
 
 def prediction_type(base: Base) -> str:
-    """`epsilon` or `v_prediction`. Raises BaseModelError for anything else."""
+    """Return what the UNet predicts: `epsilon` or `v_prediction`.
+
+    Raises:
+        BaseModelError: If the scheduler's configuration names another prediction type.
+    """
     kind = read_json(base.folder / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction"):
-        raise BaseModelError(f"{base.folder}: predicts {kind!r}; expected epsilon or v_prediction")
+        raise BaseModelError(
+            f"{base.folder}: its scheduler has prediction_type {kind!r}; expected epsilon or v_prediction"
+        )
     return str(kind)

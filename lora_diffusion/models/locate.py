@@ -1,5 +1,6 @@
-"""Where a base's files are: the embedded base, a folder, a single file or a hub id."""
+"""Find the files of a base: the embedded base, a local folder, a single file or a hub id."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -16,38 +17,63 @@ from lora_diffusion.formats.checkpoints.checkpoint import Checkpoint, open_check
 from lora_diffusion.formats.checkpoints.diffusers import check_is_stable_diffusion, check_pipeline_kind
 
 
-def find_base(name: str) -> Path:
-    """The folder of a base by the embedded one's name, a path or a hub id.
+def find_base(name: str | os.PathLike[str]) -> Path:
+    """Return the folder of a base, and download it from the hub if necessary.
 
-    Raises BaseModelError if there is none, or if it is not Stable Diffusion.
+    Args:
+        name: `tiny-sd` for the embedded base, a folder in diffusers' layout, or a hub id such as `owner/name`.
+
+    Raises:
+        BaseModelError: If there is no such base, or if it is not Stable Diffusion.
     """
+    name = os.fspath(name)
     folder = sample_data_folder() / "tiny-sd" if name == EMBEDDED_BASE else Path(name)
     if folder.is_file():
-        raise BaseModelError(f"{name}: is a single file; this version reads folders in diffusers' layout and hub ids")
+        raise BaseModelError(
+            f"{name}: single-file checkpoints are not supported here; give a folder in diffusers' layout or a hub id"
+        )
     if not folder.is_dir():
-        folder = download(name)
+        folder = _download(name)
     check_is_stable_diffusion(folder)
     return folder.resolve()
 
 
-def find_checkpoint(name: str) -> Checkpoint:
-    """The weights of a base on disk: the embedded one, a folder, a single file in the original layout, or a hub id.
+def find_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
+    """Open the weight files of a base without loading them.
 
-    Raises BaseModelError.
+    Args:
+        name: `tiny-sd`, a folder in diffusers' layout, a single file in the original (LDM) layout, or a hub id.
+
+    Raises:
+        BaseModelError: If there is no such base, or if it is not Stable Diffusion.
     """
     path = Path(name)
     return open_checkpoint(path.resolve() if path.is_file() else find_base(name))
 
 
-def find_matching_checkpoint(name: str, blend: Blend) -> Checkpoint:
-    """The same, if everything in every adapter finds its tensor there. Raises FamilyMismatchError as well."""
+def find_matching_checkpoint(name: str | os.PathLike[str], blend: Blend) -> Checkpoint:
+    """Open the weight files of a base and check that every adapter of a blend fits them.
+
+    Raises:
+        BaseModelError: If there is no such base, or if it is not Stable Diffusion.
+        FamilyMismatchError: If an adapter changes a tensor that the base lacks or has in another shape.
+    """
     checkpoint = find_checkpoint(name)
-    check_fits_checkpoint(blend, checkpoint, name)
+    check_fits_checkpoint(blend, checkpoint, os.fspath(name))
     return checkpoint
 
 
 def check_fits_checkpoint(blend: Blend, checkpoint: Checkpoint, name: str) -> None:
-    """Raise FamilyMismatchError unless everything in every adapter finds a tensor of its shape."""
+    """Check that every tensor that a blend changes exists in a checkpoint with the same shape.
+
+    Args:
+        blend: The adapters to check.
+        checkpoint: The weight files of the base.
+        name: The base's name for error messages.
+
+    Raises:
+        FamilyMismatchError: If a tensor is missing or has another shape.
+    """
     check_fits(
         blend,
         base_name=name,
@@ -57,8 +83,8 @@ def check_fits_checkpoint(blend: Blend, checkpoint: Checkpoint, name: str) -> No
     )
 
 
-def download(name: str) -> Path:
-    """The local snapshot of a hub id."""
+def _download(name: str) -> Path:
+    """Return the local snapshot of a hub id, and download what is missing. Raises BaseModelError."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise BaseModelError(f"{name}: no such folder; expected `{EMBEDDED_BASE}`, a folder or a hub id (owner/name)")
     try:
@@ -70,11 +96,11 @@ def download(name: str) -> Path:
             raise
         reason = first_line(error)
         raise BaseModelError(
-            f"{name}: neither a folder here nor a base that the hub gives out ({reason}); check the name, "
-            "the network, and HF_HUB_OFFLINE"
+            f"{name}: not a local folder, and it cannot be downloaded from the Hugging Face hub ({reason}); check the "
+            "name, the network, and HF_HUB_OFFLINE"
         ) from None
 
 
 def first_line(error: Exception) -> str:
-    """The gist of a library's message."""
+    """Return the first line of an exception's message, or its type if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]

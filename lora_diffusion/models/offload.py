@@ -1,4 +1,4 @@
-"""Models that a step does not need wait in the processor's memory, and are on the device only while they work."""
+"""Move the VAE and the text encoders to the CPU while the UNet trains, to save GPU memory."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,12 +10,20 @@ from lora_diffusion.models.load import Base
 
 
 def list_idle_models(base: Base, *, text_encoders_learn: bool) -> list[str]:
-    """What a step does not need while encoded pictures and captions come from the cache."""
+    """List the models that a training step does not run while latents and text embeddings are cached.
+
+    Args:
+        base: The base that is trained on.
+        text_encoders_learn: Whether the text encoders are trained, so that every step runs them.
+
+    Returns:
+        Attribute names of the pipeline, such as `vae` and `text_encoder`.
+    """
     return ["vae", *(() if text_encoders_learn else base.layout.text_layers)]
 
 
 def offload(base: Base, names: Sequence[str]) -> None:
-    """Move models off the device."""
+    """Move models of the pipeline, given by attribute name, to the CPU and free their GPU memory."""
     for name in names:
         getattr(base.pipe, name).to("cpu")
     if base.device.type == "cuda":
@@ -24,13 +32,15 @@ def offload(base: Base, names: Sequence[str]) -> None:
 
 @contextmanager
 def on_device(base: Base, names: Sequence[str]) -> Iterator[None]:
-    """Models on the base's device while the block runs, and where they were afterwards."""
+    """Keep models on the base's device inside the block, and offload those again that were offloaded before it."""
     models: list[nn.Module] = [getattr(base.pipe, name) for name in names]
-    away = [name for name, model in zip(names, models, strict=True) if next(model.parameters()).device != base.device]
-    for name in away:
+    offloaded = [
+        name for name, model in zip(names, models, strict=True) if next(model.parameters()).device != base.device
+    ]
+    for name in offloaded:
         getattr(base.pipe, name).to(base.device)
     try:
         yield
     finally:
-        if away:
-            offload(base, away)
+        if offloaded:
+            offload(base, offloaded)

@@ -1,12 +1,12 @@
-"""What text encoders make of prompts of any length, with words that count more or less.
+"""Encode prompts of any length, with emphasis weights on tokens.
 
-A text encoder reads 75 tokens. Longer prompts are read in chunks, each as a prompt of its own, and what comes out is
-put one after another (the way of A1111 and of kohya's trainer). A chunk ends at a comma among its last tokens, else at
-the end of a word. SDXL's pooled state is that of the first chunk.
+A CLIP text encoder reads 75 tokens. A longer prompt is split into chunks, which are encoded as separate prompts and
+concatenated along the token axis, as A1111 and kohya's trainer do. A chunk ends at a comma among its last 20 tokens, or
+else at the end of a word. SDXL's pooled embedding is that of the first chunk.
 
-A token's weight moves its hidden state along the line from what the empty prompt has at that position: 0 leaves the
-empty prompt's, 1 is as read, 1.3 goes further (ComfyUI's way). A1111 multiplies hidden states and rescales all so that
-their mean stays, which for SDXL divides by a mean near zero.
+A token with weight w gets the hidden state `empty + w * (hidden - empty)`, where `empty` is the hidden state of the
+empty prompt at the same position, as in ComfyUI. A1111 multiplies hidden states and then rescales them to their old
+mean, which for SDXL divides by a mean near zero.
 """
 
 import itertools
@@ -22,41 +22,66 @@ from lora_diffusion.models.load import Base
 from lora_diffusion.prompts.emphasis import Prompt, ReadText, parse_emphasis
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+"""The pipeline's attribute for the tokenizer of each text encoder."""
 Chunk = list[tuple[int, float]]
-"""Ids of tokens with their weights."""
+"""Token ids with their emphasis weights, without start, end and padding tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextContext:
-    """What the UNet is told: hidden states (n, tokens, width), and for SDXL pooled states and size ids."""
+    """Prompt embeddings as the UNet takes them."""
 
     hidden: Tensor
+    """Hidden states (n, tokens, width) for cross-attention."""
     added: dict[str, Tensor] | None = None
+    """SDXL's `added_cond_kwargs`: pooled `text_embeds` (n, width) and `time_ids` (n, 6); None for SD 1.x and 2.x."""
 
 
 def encode_prompts(
     base: Base, prompts: Sequence[str], *, size_px: int, read: ReadText = parse_emphasis, chunks: int = 1
 ) -> TextContext:
-    """Encode prompts with every text encoder; gradients flow if the encoders have trainable parts.
+    """Encode prompts with every text encoder of a base.
 
-    `read` says what notation the texts are in. All come out equally long, filled up with chunks of the empty prompt,
-    and `chunks` long at least. Raises ConfigError for a prompt that cannot be read.
+    Gradients flow into trainable parameters of the encoders. Shorter prompts are padded to the length of the longest
+    one with chunks of the empty prompt.
+
+    Args:
+        base: The base whose text encoders are used.
+        prompts: The texts to encode.
+        size_px: Width and height of the image in pixels, for SDXL's size conditioning.
+        read: The parser of the texts: with emphasis such as `(red:1.3)`, or literal.
+        chunks: The least number of chunks to pad to.
+
+    Raises:
+        ConfigError: If a prompt cannot be parsed.
     """
-    texts = [read(text) for text in prompts]
-    count = max(chunks, count_chunks(base, texts))
+    parsed = [read(text) for text in prompts]
+    count = max(chunks, count_chunks(base, parsed))
     if len(base.layout.text_layers) == 1:
-        return TextContext(hidden=encode_with(base, "text_encoder", texts, count)[0])
-    found = [encode_with(base, component, texts, count) for component in base.layout.text_layers]
-    pooled = found[-1][1]
-    ids = torch.tensor([[size_px, size_px, 0, 0, size_px, size_px]] * len(texts), dtype=pooled.dtype)
+        return TextContext(hidden=_encode_component(base, "text_encoder", parsed, count)[0])
+    encoded = [_encode_component(base, component, parsed, count) for component in base.layout.text_layers]
+    pooled = encoded[-1][1]
+    ids = torch.tensor([[size_px, size_px, 0, 0, size_px, size_px]] * len(parsed), dtype=pooled.dtype)
     return TextContext(
-        hidden=torch.cat([hidden for hidden, _ in found], dim=-1),
+        hidden=torch.cat([hidden for hidden, _ in encoded], dim=-1),
         added={"text_embeds": pooled, "time_ids": ids.to(pooled.device)},
     )
 
 
 def negative_context(base: Base, prompt: str, *, size_px: int, chunks: int = 1) -> TextContext:
-    """A negative prompt as sampling takes it: where a base has zeros for the empty one, as SDXL does, those."""
+    """Encode a negative prompt.
+
+    An empty one gives zeros if the pipeline's configuration has `force_zeros_for_empty_prompt`, as SDXL's does.
+
+    Args:
+        base: The base whose text encoders are used.
+        prompt: The negative prompt, perhaps empty.
+        size_px: Width and height of the image in pixels, for SDXL's size conditioning.
+        chunks: The least number of chunks to pad to.
+
+    Raises:
+        ConfigError: If the prompt cannot be parsed.
+    """
     context = encode_prompts(base, [prompt], size_px=size_px, chunks=chunks)
     if prompt or not base.pipe.config.get("force_zeros_for_empty_prompt", False) or context.added is None:
         return context
@@ -65,7 +90,7 @@ def negative_context(base: Base, prompt: str, *, size_px: int, chunks: int = 1) 
 
 
 def concatenate_contexts(contexts: Sequence[TextContext]) -> TextContext:
-    """Of several prompts, equally long, for one batch."""
+    """Concatenate embeddings of the same number of tokens along the batch axis."""
     added = [context.added for context in contexts if context.added is not None]
     return TextContext(
         hidden=torch.cat([context.hidden for context in contexts]),
@@ -73,17 +98,22 @@ def concatenate_contexts(contexts: Sequence[TextContext]) -> TextContext:
     )
 
 
-def encode_with(base: Base, component: str, prompts: Sequence[Prompt], count: int) -> tuple[Tensor, Tensor]:
-    """One text encoder's hidden states (n, tokens of all chunks, width), and the first output of each first chunk."""
+def _encode_component(base: Base, component: str, prompts: Sequence[Prompt], count: int) -> tuple[Tensor, Tensor]:
+    """Encode prompts in `count` chunks each with one text encoder.
+
+    Returns:
+        Hidden states (n, count * tokens per chunk, width), and the encoder's first output for the first chunk of each
+        prompt, which is the pooled embedding of SDXL's second encoder.
+    """
     encoder, tokenizer = getattr(base.pipe, component), getattr(base.pipe, TOKENIZERS[component])
-    alone = len(base.layout.text_layers) == 1
+    single_encoder = len(base.layout.text_layers) == 1
 
     def encode_chunks(chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor]:
-        ids = torch.tensor([add_special_tokens(tokenizer, [token for token, _ in chunk]) for chunk in chunks])
-        output = encoder(ids.to(encoder.device), output_hidden_states=not alone)
-        return output.last_hidden_state if alone else output.hidden_states[-2], output[0]
+        ids = torch.tensor([_add_special_tokens(tokenizer, [token for token, _ in chunk]) for chunk in chunks])
+        output = encoder(ids.to(encoder.device), output_hidden_states=not single_encoder)
+        return output.last_hidden_state if single_encoder else output.hidden_states[-2], output[0]
 
-    chunks = [chunk for prompt in prompts for chunk in pad_chunks(split_chunks(tokenizer, prompt), count)]
+    chunks = [chunk for prompt in prompts for chunk in _pad_chunks(split_chunks(tokenizer, prompt), count)]
     hidden, first = encode_chunks(chunks)
     weights = torch.ones(hidden.shape[:2], dtype=hidden.dtype)
     for row, chunk in zip(weights, chunks, strict=True):
@@ -96,29 +126,37 @@ def encode_with(base: Base, component: str, prompts: Sequence[Prompt], count: in
 
 
 def count_chunks(base: Base, prompts: Sequence[Prompt]) -> int:
-    """In how many chunks the longest of some prompts is read."""
+    """Return the number of chunks of the longest prompt, in the tokenizer that needs the most."""
     tokenizers = [getattr(base.pipe, TOKENIZERS[name]) for name in base.layout.text_layers]
     return max(len(split_chunks(tokenizer, prompt)) for tokenizer in tokenizers for prompt in prompts)
 
 
 def split_chunks(tokenizer: Any, prompt: Prompt) -> list[Chunk]:
-    """The tokens of a prompt, in chunks that the encoder can read; one at least."""
-    room = tokenizer.model_max_length - 2
+    """Tokenize a prompt and split it into chunks that fit the text encoder.
+
+    Args:
+        tokenizer: A CLIP tokenizer of transformers.
+        prompt: A parsed prompt; each of its sections, which BREAK separates, starts a new chunk.
+
+    Returns:
+        At least one chunk of at most `model_max_length - 2` tokens, without start, end and padding tokens.
+    """
+    max_tokens = tokenizer.model_max_length - 2
     sections = [
-        [(token, span.weight) for span in section for token in tokenize(tokenizer, span.text)] for section in prompt
+        [(token, span.weight) for span in section for token in _tokenize(tokenizer, span.text)] for section in prompt
     ]
-    return [chunk for section in sections for chunk in split_tokens(tokenizer, section, room)]
+    return [chunk for section in sections for chunk in _split_tokens(tokenizer, section, max_tokens)]
 
 
-def tokenize(tokenizer: Any, text: str) -> list[int]:
-    """A text's tokens, with all vectors of a word that the tokenizer has several for."""
-    for word, names in find_multi_vector_tokens(tokenizer).items():
+def _tokenize(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of a text, with multi-vector tokens expanded to all of their vectors."""
+    for word, names in _find_multi_vector_tokens(tokenizer).items():
         text = re.sub(rf"{re.escape(word)}(?!_\d)", lambda _, names=names: " ".join(names), text)
     return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
 
 
-def find_multi_vector_tokens(tokenizer: Any) -> dict[str, list[str]]:
-    """Words that are in the tokenizer as `word`, `word_1`, `word_2` and so on, as diffusers names their vectors."""
+def _find_multi_vector_tokens(tokenizer: Any) -> dict[str, list[str]]:
+    """Find added tokens with several vectors, which diffusers names `word`, `word_1`, `word_2` and so on."""
     added = tokenizer.get_added_vocab()
     found: dict[str, list[str]] = {}
     for word in added:
@@ -128,38 +166,41 @@ def find_multi_vector_tokens(tokenizer: Any) -> dict[str, list[str]]:
     return found
 
 
-def split_tokens(tokenizer: Any, tokens: Chunk, room: int) -> Iterator[Chunk]:
-    """A section in chunks of at most `room` tokens."""
-    while len(tokens) > room:
-        end = find_chunk_end(tokenizer, [token for token, _ in tokens[: room + 1]])
+def _split_tokens(tokenizer: Any, tokens: Chunk, max_tokens: int) -> Iterator[Chunk]:
+    """Split the tokens of a section into chunks of at most `max_tokens`."""
+    while len(tokens) > max_tokens:
+        end = _find_chunk_end(tokenizer, [token for token, _ in tokens[: max_tokens + 1]])
         yield tokens[:end]
         tokens = tokens[end:]
     yield tokens
 
 
-def find_chunk_end(tokenizer: Any, ids: Sequence[int]) -> int:
-    """How many of these, less the last, go into a chunk: up to a comma near its end, or else up to a word's end."""
-    room = len(ids) - 1
+def _find_chunk_end(tokenizer: Any, ids: Sequence[int]) -> int:
+    """Return how many of `ids` go into the next chunk; the last one belongs to the chunk after it.
+
+    The chunk ends after the last comma among the last 20 of 75 tokens, or else after the last whole word.
+    """
+    max_tokens = len(ids) - 1
     comma = tokenizer(",", add_special_tokens=False).input_ids[-1]
-    commas = [i for i in range(room - room * 20 // 75, room) if ids[i] == comma]
+    commas = [i for i in range(max_tokens - max_tokens * 20 // 75, max_tokens) if ids[i] == comma]
     if commas:
         return commas[-1] + 1
     added = set(tokenizer.get_added_vocab().values())
     words = tokenizer.convert_ids_to_tokens(ids)
     ends = [
         i + 1
-        for i in range(room)
+        for i in range(max_tokens)
         if (words[i].endswith("</w>") or ids[i] in added) and not (ids[i] in added and ids[i + 1] in added)
     ]
-    return ends[-1] if ends else room
+    return ends[-1] if ends else max_tokens
 
 
-def pad_chunks(chunks: Sequence[Chunk], count: int) -> list[Chunk]:
-    """The chunks, and empty ones up to a number of them."""
+def _pad_chunks(chunks: Sequence[Chunk], count: int) -> list[Chunk]:
+    """Append empty chunks up to `count` chunks."""
     return [*chunks, *[[] for _ in range(count - len(chunks))]]
 
 
-def add_special_tokens(tokenizer: Any, ids: Sequence[int]) -> list[int]:
-    """A chunk as the encoder reads it: between a start and an end, padded."""
+def _add_special_tokens(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+    """Put the token ids of a chunk between the start and end tokens, and pad them to the model's length."""
     padding = tokenizer.model_max_length - 2 - len(ids)
     return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id, *[tokenizer.pad_token_id] * padding]

@@ -1,8 +1,8 @@
-"""Learned words (textual inversion) of a blend's adapters in a base's text encoders, for as long as they are needed.
+"""Add the learned tokens (textual inversion, arXiv:2208.01618) of a blend to a base's text encoders.
 
-Each word gets tokens of its adapter's own, named after the adapter's hash, so that two adapters' words never collide;
-prompts are rewritten to those [arXiv:2208.01618]. Tokenizers are copied, and the encoders' own tables of embeddings are
-put back as the very same tensors.
+Each learned token gets tokenizer entries named after its adapter's hash, so that tokens of different adapters never
+collide, and prompts are rewritten to these names. The tokenizers are replaced by copies and the embedding tables by
+longer ones for the duration of a context manager; afterwards the original objects are put back.
 """
 
 import copy
@@ -24,17 +24,20 @@ from lora_diffusion.models.text_encoding import TOKENIZERS
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LearnedToken:
-    """A learned word of one adapter."""
+    """A learned token of one adapter."""
 
     word: str
+    """The token as it is written in a prompt."""
     adapter: str
+    """The adapter's name."""
     names: tuple[str, ...]
-    """What its vectors are called in the tokenizers, one after another."""
+    """The tokenizer entries of its vectors, in order."""
     token: Token
+    """The embedding vectors (n, width) for each text encoder."""
 
 
-def learned_tokens_of(blend: Blend) -> tuple[LearnedToken, ...]:
-    """Every learned word of the adapters that are on."""
+def _learned_tokens_of(blend: Blend) -> tuple[LearnedToken, ...]:
+    """Return the learned tokens of all adapters with a weight other than zero."""
     adapters = {entry.hash: entry for entry in blend.active if entry.adapter.tokens}
     return tuple(
         make_token_names(entry, number, word, token)
@@ -44,71 +47,102 @@ def learned_tokens_of(blend: Blend) -> tuple[LearnedToken, ...]:
 
 
 def make_token_names(entry: WeightedAdapter, number: int, word: str, token: Token) -> LearnedToken:
-    """Names without brackets or colons, which mean something in a prompt."""
+    """Create a learned token with names for its tokenizer entries.
+
+    The names contain no brackets or colons, because these have a meaning in prompts.
+
+    Args:
+        entry: The adapter with the token.
+        number: The token's position among the tokens of the adapter.
+        word: The token as it is written in a prompt.
+        token: The embedding vectors for each text encoder.
+    """
     count = max(vectors.shape[0] for vectors in token.values())
     names = tuple(f"<{entry.hash[:8]}-{number}-{i}>" for i in range(count))
     return LearnedToken(word=word, adapter=entry.name, names=names, token=token)
 
 
 def prompt_rewriter(words: tuple[LearnedToken, ...]) -> Callable[[str], str]:
-    """Turns the words of a prompt into their tokens' names.
+    """Return a function that replaces learned tokens in a prompt with the names of their tokenizer entries.
 
-    A word is also known as `adapter/word`. The returned function raises ConfigError for a word that several adapters
-    have, where the prompt does not say whose is meant.
+    In a prompt, a token is written as `word` or, to choose between adapters, as `adapter/word`. The returned function
+    raises ConfigError for a plain `word` that several adapters define.
+
+    Args:
+        words: The learned tokens to replace.
+
+    Raises:
+        ConfigError: If two adapters of the same name define the same token.
     """
-    named: dict[tuple[str, str], LearnedToken] = {}
+    by_name: dict[tuple[str, str], LearnedToken] = {}
     for word in words:
-        if named.setdefault((word.adapter, word.word), word) is not word:
-            raise ConfigError(f"two adapters are called {word.adapter!r} and have the word {word.word!r}; rename one")
+        if by_name.setdefault((word.adapter, word.word), word) is not word:
+            raise ConfigError(
+                f"two adapters named {word.adapter!r} define the token {word.word!r}; rename one of the adapters"
+            )
     owners: dict[str, list[LearnedToken]] = {}
     for word in words:
         owners.setdefault(word.word, []).append(word)
     table = {f"{word.adapter}/{word.word}": word for word in words}
-    table |= {word: found[0] for word, found in owners.items() if len(found) == 1}
-    every = sorted({*table, *owners}, key=len, reverse=True)
-    pattern = re.compile("|".join(rf"(?<![\w/]){re.escape(text)}(?![\w/])" for text in every))
+    table |= {word: tokens[0] for word, tokens in owners.items() if len(tokens) == 1}
+    spellings = sorted({*table, *owners}, key=len, reverse=True)
+    pattern = re.compile("|".join(rf"(?<![\w/]){re.escape(text)}(?![\w/])" for text in spellings))
 
-    def tokens(match: re.Match[str]) -> str:
+    def replacement(match: re.Match[str]) -> str:
         if match[0] not in table:
             choices = " or ".join(sorted(f"{word.adapter}/{word.word}" for word in owners[match[0]]))
-            raise ConfigError(f"several adapters have learned the word {match[0]!r}; write {choices} in the prompt")
+            raise ConfigError(f"several adapters define the token {match[0]!r}; write {choices} in the prompt")
         return " ".join(table[match[0]].names)
 
-    return lambda prompt: pattern.sub(tokens, prompt) if every else prompt
+    return lambda prompt: pattern.sub(replacement, prompt) if spellings else prompt
 
 
 @contextmanager
 def learned_tokens(base: Base, blend: Blend) -> Iterator[Callable[[str], str]]:
-    """The base with the blend's learned words in its text encoders; yields what rewrites a prompt to them.
+    """Add the learned tokens of a blend to the base's text encoders inside the block.
 
-    Everything is as it was afterwards, whatever happens inside. Raises FamilyMismatchError for vectors that are not as
-    wide as the encoder's, ConfigError for a word that lacks one of the base's encoders.
+    The tokenizers and embedding tables are restored when the block ends, also after an exception.
+
+    Args:
+        base: The base whose text encoders are extended.
+        blend: The adapters with the tokens.
+
+    Yields:
+        A function that replaces learned tokens in a prompt with the names of their tokenizer entries.
+
+    Raises:
+        FamilyMismatchError: If the vectors of a token do not have the width of the text encoder.
+        ConfigError: If a token has no vectors for one of the base's text encoders, or if two adapters conflict.
     """
-    words = learned_tokens_of(blend)
+    words = _learned_tokens_of(blend)
     with ExitStack() as stack:
         for component in base.layout.text_layers if words else ():
             stack.enter_context(
-                extended_vocabulary(base, component, {word: get_vectors(base, component, word) for word in words})
+                extended_vocabulary(base, component, {word: _get_vectors(base, component, word) for word in words})
             )
         yield prompt_rewriter(words)
 
 
-def get_vectors(base: Base, component: str, word: LearnedToken) -> Tensor:
-    """A word's vectors (n, width) for one text encoder."""
+def _get_vectors(base: Base, component: str, word: LearnedToken) -> Tensor:
+    """Return the vectors (n, width) of a token for one text encoder, after checking their width."""
     vectors = word.token.get(component)
     if vectors is None:
         have = ", ".join(sorted(word.token))
-        raise ConfigError(f"{word.adapter}: its word {word.word!r} has vectors for {have} and none for {component}")
+        raise ConfigError(
+            f"{word.adapter}: its learned token {word.word!r} has vectors for {have} and none for {component}; use a "
+            "base with the text encoders that it was trained with"
+        )
     width = embedding_table(base, component).embedding_dim
     if vectors.shape[1] != width:
         raise FamilyMismatchError(
-            f"{word.adapter}: its word {word.word!r} has vectors of width {vectors.shape[1]}, but {component} of "
-            f"{base.name} reads width {width}; use the base that it was trained on"
+            f"{word.adapter}: its learned token {word.word!r} has vectors of width {vectors.shape[1]}, but {component} "
+            f"of {base.name} has width {width}; use a base of the family that it was trained on"
         )
     return vectors
 
 
 def embedding_table(base: Base, component: str) -> nn.Embedding:
+    """Return the token embedding table of a text encoder."""
     table = getattr(base.pipe, component).get_input_embeddings()
     assert isinstance(table, nn.Embedding)
     return table
@@ -116,7 +150,16 @@ def embedding_table(base: Base, component: str) -> nn.Embedding:
 
 @contextmanager
 def extended_vocabulary(base: Base, component: str, words: Mapping[LearnedToken, Tensor]) -> Iterator[None]:
-    """One text encoder and a copy of its tokenizer with more tokens."""
+    """Add tokens to one text encoder, and to a copy of its tokenizer, inside the block.
+
+    Args:
+        base: The base to extend.
+        component: The text encoder, such as `text_encoder_2`.
+        words: The learned tokens with their vectors (n, width).
+
+    Raises:
+        ConfigError: If the tokenizer already has an entry of the same name.
+    """
     attribute = TOKENIZERS[component]
     own_tokenizer, table = getattr(base.pipe, attribute), embedding_table(base, component)
     own_weight, own_count = table.weight, table.num_embeddings
@@ -124,27 +167,31 @@ def extended_vocabulary(base: Base, component: str, words: Mapping[LearnedToken,
     names = [name for word in words for name in word.names]
     if tokenizer.add_tokens(names, special_tokens=True) != len(names):
         known = ", ".join(word.word for word in words)
-        raise ConfigError(f"{base.name}: its tokenizer has some of the words {known} already, under their full names")
+        raise ConfigError(
+            f"{base.name}: its tokenizer already has an entry for one of the learned tokens {known}; remove the entry "
+            "from the base's tokenizer, or the adapter from the blend"
+        )
     rows = torch.cat([vectors.to(own_weight.device, own_weight.dtype) for vectors in words.values()])
-    ends = eos_holders(getattr(base.pipe, component))
+    eos_ids = _eos_holders(getattr(base.pipe, component))
     try:
         weight = torch.cat([own_weight.data[: len(own_tokenizer)], rows])
         table.weight, table.num_embeddings = nn.Parameter(weight, requires_grad=False), weight.shape[0]
-        for holder in ends:
+        for holder in eos_ids:
             holder.eos_token_id = tokenizer.eos_token_id
         setattr(base.pipe, attribute, tokenizer)
         yield
     finally:
         setattr(base.pipe, attribute, own_tokenizer)
-        for holder, own in ends.items():
-            holder.eos_token_id = own
+        for holder, own_id in eos_ids.items():
+            holder.eos_token_id = own_id
         table.weight, table.num_embeddings = own_weight, own_count
 
 
-def eos_holders(encoder: nn.Module) -> dict[Any, int]:
-    """The modules that look for the end of a prompt, with the id that they look for.
+def _eos_holders(encoder: nn.Module) -> dict[Any, int]:
+    """Return the modules that have an `eos_token_id`, with its value.
 
-    Old checkpoints say 2, at which transformers takes the largest id for the end, as it was before words were added.
+    In old checkpoints it is 2, for which transformers takes the position of the largest token id as the end of the
+    prompt. Learned tokens have larger ids than the end token, so the id must be set explicitly while they are there.
     """
-    found = ((module, vars(module).get("eos_token_id")) for module in encoder.modules())
-    return {module: end for module, end in found if isinstance(end, int)}
+    ids = ((module, vars(module).get("eos_token_id")) for module in encoder.modules())
+    return {module: eos_id for module, eos_id in ids if isinstance(eos_id, int)}

@@ -324,7 +324,7 @@ def test_a_short_training_is_run_and_its_adapter_blended(page: Any) -> None:
     page.get_by_text("03.png").locator("visible=true").first.wait_for()
     page.get_by_label("Trigger word").fill("sks")
     page.get_by_role("button", name="Check the data").click()
-    page.get_by_text("4 shown in a pass").wait_for()
+    page.get_by_text("4 samples per epoch").wait_for()
     page.get_by_label("Training steps").fill("20")
     page.get_by_role("button", name="Start training").click()
     page.get_by_text("finished: step 20 of 20").wait_for(timeout=150_000)

@@ -113,7 +113,7 @@ def test_a_recipe_whose_adapter_has_changed_is_refused(
     generate(sd, tmp_path / "a", "--adapter", str(adapter))
     capsys.readouterr()
     save_adapter(random_adapter(sd, seed=9), adapter)
-    assert "is not what the recipe was made with" in refused(
+    assert "differs from the recorded hash" in refused(
         capsys, "generate", "--from", str(tmp_path / "a" / "00000.png"), "--output", str(tmp_path / "b")
     )
 

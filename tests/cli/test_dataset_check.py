@@ -48,11 +48,11 @@ def test_twins_are_pairs_within_the_distance() -> None:
     assert find_near_duplicates(hashes, 2) == ((Path("a"), Path("b")), (Path("b"), Path("c")))
 
 
-def test_a_sound_folder_has_nothing_to_complain_of(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_clean_folder_has_no_problems(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["dataset", "check", str(sample_data_folder() / "styles" / "neon"), "--trigger", "zwx"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "20 pictures, 20 shown in a pass; 20 as 64x64",
-        "nothing to complain of",
+        "20 images, 20 samples per epoch; 20 as 64x64",
+        "no problems found",
     ]
 
 
@@ -81,9 +81,9 @@ def test_what_may_go_wrong_is_named(folder: Path, tmp_path: Path, capsys: pytest
     assert main(command) == 0
     text = capsys.readouterr().out
     for words in (
-        "look the same: 2.png and twin.png",
-        "looks soft: small.png",
-        "read in 3 chunks: 0.png",
+        "near duplicates: 2.png and twin.png",
+        "will be upscaled: small.png",
+        "split into 3 chunks: 0.png",
         "trigger word: 1.png",
         "captions.weights: 1.png",
     ):

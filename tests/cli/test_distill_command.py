@@ -112,7 +112,7 @@ def test_bad_flags_are_one_clear_error_and_no_file(files: Path, sd: Base) -> Non
         ([*new, "--prompts", str(files / "none.txt")], ConfigError, "one prompt a line"),
         ([*new, "--prompts", str(files / "empty.txt")], ConfigError, "there are no prompts in it"),
         ([*new, "--prompts", str(files / "prompts.txt"), "--data", str(files)], ConfigError, "give one of them"),
-        ([*new, "--data", str(files / "empty")], DatasetError, "no pictures in it"),
+        ([*new, "--data", str(files / "empty")], DatasetError, "no images found"),
         (["--output", str(output)], ConfigError, "give at least one adapter"),
         ([*blend, "--output", str(files / "two.safetensors")], OutputError, "already exists"),
         ([*blend, "--output", str(one), "--force"], OutputError, "is one of the inputs"),

@@ -1,4 +1,4 @@
-"""The index of a folder of adapters: read once, made anew where it is spoilt, and shared by processes."""
+"""The SQLite index of a library: caching, rebuilding when damaged, and concurrent use."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from tests.helpers.read_counter import count_bytes_read
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-def test_the_second_look_at_a_library_reads_none_of_its_files(folder: Path) -> None:
+def test_reopening_a_library_reads_none_of_its_files(folder: Path) -> None:
     for i in range(200):
         native(folder / f"{i:03}.safetensors", name=f"adapter {i}")
     with count_bytes_read() as counter:
@@ -35,17 +35,17 @@ def test_the_second_look_at_a_library_reads_none_of_its_files(folder: Path) -> N
     assert again == first
 
 
-def damage_nothing_but_bytes(index: Path) -> None:
+def overwrite_the_file(index: Path) -> None:
     index.write_bytes(b"no database " * 1000)
 
 
-def damage_a_page(index: Path) -> None:
+def overwrite_the_second_page(index: Path) -> None:
     data = bytearray(index.read_bytes())
     data[4096:] = b"\xff" * (len(data) - 4096)
     index.write_bytes(data)
 
 
-def make_older(index: Path) -> None:
+def change_the_schema_version(index: Path) -> None:
     with closing(sqlite3.connect(index)) as db:
         db.execute("DROP TABLE entries")
         db.execute("CREATE TABLE entries (something INTEGER)")
@@ -53,34 +53,42 @@ def make_older(index: Path) -> None:
         db.commit()
 
 
-def make_wrong(index: Path) -> None:
+def make_entries_invalid(index: Path) -> None:
     with closing(sqlite3.connect(index)) as db:
         db.execute("UPDATE entries SET entry = '{}'")
         db.commit()
 
 
-def make_another_table(index: Path) -> None:
+def rename_the_table(index: Path) -> None:
     with closing(sqlite3.connect(index)) as db:
         db.execute("ALTER TABLE entries RENAME TO others")
         db.commit()
 
 
 @pytest.mark.parametrize(
-    "spoil", [damage_nothing_but_bytes, damage_a_page, make_older, make_wrong, make_another_table, Path.unlink]
+    "damage",
+    [
+        overwrite_the_file,
+        overwrite_the_second_page,
+        change_the_schema_version,
+        make_entries_invalid,
+        rename_the_table,
+        Path.unlink,
+    ],
 )
-def test_a_spoilt_index_is_made_anew(spoil: Any, folder: Path) -> None:
+def test_a_damaged_index_is_rebuilt(damage: Any, folder: Path) -> None:
     path = kohya(folder / "a.safetensors")
     library = open_library(folder)
-    spoil(library.index)
+    damage(library.index)
     assert open_library(folder) == library
     with closing(sqlite3.connect(library.index)) as db:
         assert db.execute("SELECT path FROM entries").fetchall() == [("a.safetensors",)]
-    spoil(library.index)
+    damage(library.index)
     assert find_by_hash(library, file_hash_of(path)) is not None
     assert find_by_hash(open_library(folder), file_hash_of(path)) is not None
 
 
-def test_without_a_place_for_the_index_it_works_all_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_works_without_a_writable_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = kohya(folder / "a.safetensors")
     monkeypatch.setenv("XDG_CACHE_HOME", str(path / "below a file"))
     library = open_library(folder)
@@ -89,18 +97,18 @@ def test_without_a_place_for_the_index_it_works_all_the_same(folder: Path, monke
     assert [p.name for p in folder.iterdir()] == ["a.safetensors"]
 
 
-def test_a_folder_and_a_header_that_no_encoding_can_hold(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_that_are_not_valid_unicode(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = kohya(folder / "a.safetensors", ss_output_name="x-name")
     data = path.read_bytes().replace(b'"x-name"', b'"\\ud800"')
     path.write_bytes(data)
     assert open_library(folder) == open_library(folder)
-    odd = folder.rename(folder.with_name(os.fsdecode(b"odd\xff")))
+    renamed = folder.rename(folder.with_name(os.fsdecode(b"odd\xff")))
     for _ in range(2):
-        assert main(["library", str(odd)]) == 0
+        assert main(["library", str(renamed)]) == 0
         assert capsys.readouterr().out.splitlines()[1].startswith("?")
 
 
-def test_the_index_lies_in_the_cache_and_nothing_in_the_folder(folder: Path, tmp_path: Path) -> None:
+def test_the_index_is_in_the_cache_folder(folder: Path, tmp_path: Path) -> None:
     native(folder / "a.safetensors")
     library = open_library(folder)
     assert library.index.parent == tmp_path / "cache" / "lora_diffusion"
@@ -120,8 +128,8 @@ def test_reading_and_hashing_bytes_import_no_torch(folder: Path) -> None:
     (folder / "e.safetensors").write_bytes(b"damaged")
     code = (
         "import sys; from pathlib import Path\n"
-        "from lora_diffusion.library.search import find, find_by_hash, open_library\n"
-        "library = open_library(Path(sys.argv[1])); assert len(library.entries) == 5; find(library, 'a')\n"
+        "from lora_diffusion.library.search import find_adapter, find_by_hash, open_library\n"
+        "library = open_library(Path(sys.argv[1])); assert len(library.entries) == 5; find_adapter(library, 'a')\n"
         f"for digest in ({payload_of(path)[:12]!r}, {file_hash_of(path)[:10]!r}):\n"
         "    assert find_by_hash(library, digest).name == 'b'\n"
         "assert 'torch' not in sys.modules"
@@ -130,7 +138,7 @@ def test_reading_and_hashing_bytes_import_no_torch(folder: Path) -> None:
     assert (done.communicate()[1], done.returncode) == ("", 0)
 
 
-def test_processes_that_refresh_at_once_do_not_disturb_each_other(folder: Path) -> None:
+def test_processes_can_refresh_an_index_concurrently(folder: Path) -> None:
     for i in range(20):
         native(folder / f"{i}.safetensors")
     code = (
@@ -164,7 +172,7 @@ def test_the_command_prints_a_table(folder: Path, capsys: pytest.CaptureFixture[
     assert "no usable adapters found" in capsys.readouterr().out
 
 
-def test_the_command_takes_its_folder_from_the_environment_or_the_package(
+def test_the_default_folder_comes_from_the_environment_or_the_package(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert default_folder() == sample_data_folder() / "adapters"

@@ -1,4 +1,4 @@
-"""Presets, references and pictures of other programs: adapters found by path, name and hash, or the reason why not."""
+"""Adapters found by path, name and hash for presets, recipes, tags and A1111 images."""
 
 import json
 import shutil
@@ -24,8 +24,8 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
-def shelf(sd: Base, tmp_path: Path) -> Path:
-    """A library of two adapters, one in a folder of its own."""
+def library(sd: Base, tmp_path: Path) -> Path:
+    """A library of two adapters, one of them in a subfolder."""
     folder = tmp_path / "library"
     save_adapter(random_adapter(sd, seed=1), folder / "one.safetensors")
     save_adapter(random_adapter(sd, seed=2), folder / "more" / "two.safetensors")
@@ -41,13 +41,13 @@ def refused(capsys: Capture, *arguments: object) -> str:
     return capsys.readouterr().err
 
 
-def saved(sd: Base, shelf: Path, tmp_path: Path) -> Path:
+def save_example_preset(sd: Base, library: Path, tmp_path: Path) -> Path:
     preset = tmp_path / "presets" / "mine.json"
     adapters = [
         "--adapter",
-        f"{shelf / 'one.safetensors'}:0.5:lbw=INALL",
+        f"{library / 'one.safetensors'}:0.5:lbw=INALL",
         "--adapter",
-        f"{shelf / 'more/two.safetensors'}:-0.2",
+        f"{library / 'more/two.safetensors'}:-0.2",
     ]
     assert (
         run("preset", "save", preset, "--base", sd.folder, "--prompt", "a cat", *FAST, *adapters, "--mode", "switch")
@@ -56,8 +56,8 @@ def saved(sd: Base, shelf: Path, tmp_path: Path) -> Path:
     return preset
 
 
-def test_a_saved_preset_samples_what_was_saved(sd: Base, shelf: Path, tmp_path: Path) -> None:
-    preset = saved(sd, shelf, tmp_path)
+def test_a_saved_preset_reproduces_its_settings(sd: Base, library: Path, tmp_path: Path) -> None:
+    preset = save_example_preset(sd, library, tmp_path)
     table = json.loads(preset.read_text())
     assert [entry["path"] for entry in table["adapters"]] == [
         "../library/one.safetensors",
@@ -74,29 +74,31 @@ def test_a_saved_preset_samples_what_was_saved(sd: Base, shelf: Path, tmp_path: 
     assert first.composition == again.composition
 
 
-def test_a_moved_and_renamed_file_is_found_by_its_hash(sd: Base, shelf: Path, tmp_path: Path, capsys: Capture) -> None:
-    preset = saved(sd, shelf, tmp_path)
-    shutil.move(shelf / "one.safetensors", shelf / "more" / "renamed.safetensors")
-    assert run("generate", "--preset", preset, "--library", shelf, "--output", tmp_path / "out") == 0
-    assert "renamed.safetensors has the recorded content" in capsys.readouterr().err
-    assert run("preset", "check", preset, "--library", shelf) == 1
-    assert "is not there" in capsys.readouterr().out
+def test_a_moved_and_renamed_file_is_found_by_its_hash(
+    sd: Base, library: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    preset = save_example_preset(sd, library, tmp_path)
+    shutil.move(library / "one.safetensors", library / "more" / "renamed.safetensors")
+    assert run("generate", "--preset", preset, "--library", library, "--output", tmp_path / "out") == 0
+    assert "renamed.safetensors, which has the recorded hash" in capsys.readouterr().err
+    assert run("preset", "check", preset, "--library", library) == 1
+    assert "not found" in capsys.readouterr().out
 
 
-def test_a_changed_file_is_reported_and_never_used(sd: Base, shelf: Path, tmp_path: Path, capsys: Capture) -> None:
-    preset = saved(sd, shelf, tmp_path)
-    save_adapter(random_adapter(sd, seed=7), shelf / "one.safetensors")
-    message = refused(capsys, "generate", "--preset", preset, "--library", shelf, "--output", tmp_path / "out")
-    assert "is not what the recipe was made with" in message
-    assert run("preset", "check", preset, "--library", shelf) == 1
+def test_a_changed_file_is_reported_and_not_used(sd: Base, library: Path, tmp_path: Path, capsys: Capture) -> None:
+    preset = save_example_preset(sd, library, tmp_path)
+    save_adapter(random_adapter(sd, seed=7), library / "one.safetensors")
+    message = refused(capsys, "generate", "--preset", preset, "--library", library, "--output", tmp_path / "out")
+    assert "differs from the recorded hash" in message
+    assert run("preset", "check", preset, "--library", library) == 1
     assert "NO  adapter random-1" in capsys.readouterr().out
-    save_adapter(random_adapter(sd, seed=1), shelf / "backup.safetensors")
-    assert run("generate", "--preset", preset, "--library", shelf, "--output", tmp_path / "out") == 0
+    save_adapter(random_adapter(sd, seed=1), library / "backup.safetensors")
+    assert run("generate", "--preset", preset, "--library", library, "--output", tmp_path / "out") == 0
     assert "has changed" in capsys.readouterr().err
 
 
-def test_presets_are_listed_shown_and_checked(sd: Base, shelf: Path, tmp_path: Path, capsys: Capture) -> None:
-    preset = saved(sd, shelf, tmp_path)
+def test_presets_are_listed_shown_and_checked(sd: Base, library: Path, tmp_path: Path, capsys: Capture) -> None:
+    preset = save_example_preset(sd, library, tmp_path)
     (preset.parent / "broken.json").write_text("{")
     capsys.readouterr()
     assert run("preset", "list", preset.parent) == 0
@@ -107,18 +109,18 @@ def test_presets_are_listed_shown_and_checked(sd: Base, shelf: Path, tmp_path: P
     assert "random-2:-0.2" in capsys.readouterr().out
     assert run("preset", "check", preset, "--json") == 0
     assert all(not check["problem"] for check in json.loads(capsys.readouterr().out))
-    assert "already there" in refused(
-        capsys, "preset", "save", preset, "--adapter", shelf / "one.safetensors", "--base", sd.folder
+    assert "already exists" in refused(
+        capsys, "preset", "save", preset, "--adapter", library / "one.safetensors", "--base", sd.folder
     )
     assert "is a .json file" in refused(
-        capsys, "preset", "save", tmp_path / "x", "--adapter", shelf / "one.safetensors"
+        capsys, "preset", "save", tmp_path / "x", "--adapter", library / "one.safetensors"
     )
     assert "nothing to save" in refused(capsys, "preset", "save", tmp_path / "x.json")
     assert "no such folder" in refused(capsys, "preset", "list", tmp_path / "nowhere")
 
 
-def test_tags_call_adapters_of_the_library(sd: Base, shelf: Path, tmp_path: Path, capsys: Capture) -> None:
-    common = ["--base", sd.folder, "--library", shelf, "--output", tmp_path / "out", *FAST]
+def test_tags_find_adapters_in_the_library(sd: Base, library: Path, tmp_path: Path, capsys: Capture) -> None:
+    common = ["--base", sd.folder, "--library", library, "--output", tmp_path / "out", *FAST]
     assert run("generate", *common, "--prompt", "a cat <lora:one:0.5:te=0> <lora:two:start=0.5>") == 0
     recipe = read_recipe(tmp_path / "out" / "00000.png")
     assert recipe.settings and recipe.settings.prompt == "a cat"
@@ -128,8 +130,8 @@ def test_tags_call_adapters_of_the_library(sd: Base, shelf: Path, tmp_path: Path
     assert not (tmp_path / "out" / "00001.png").exists()
 
 
-def test_balanced_weights_end_up_in_the_recipe(sd: Base, shelf: Path, tmp_path: Path) -> None:
-    common = ["--base", sd.folder, "--library", shelf, "--output", tmp_path / "out", *FAST, "--balance"]
+def test_balanced_weights_are_recorded_in_the_recipe(sd: Base, library: Path, tmp_path: Path) -> None:
+    common = ["--base", sd.folder, "--library", library, "--output", tmp_path / "out", *FAST, "--balance"]
     assert run("generate", *common, "--prompt", "a cat <lora:one:1> <lora:two:1>") == 0
     weights = [entry.weight for entry in read_recipe(tmp_path / "out" / "00000.png").adapters]
     assert all(isinstance(weight, float) for weight in weights)
@@ -145,28 +147,28 @@ def a1111_picture(path: Path, prompt: str, hashes: str = "") -> Path:
     return path
 
 
-def test_a_picture_of_a1111_is_made_again_with_the_adapters_it_names(
-    sd: Base, shelf: Path, tmp_path: Path, capsys: Capture
-) -> None:
-    digest = file_payload_hash(shelf / "one.safetensors")[:12]
+def test_an_a1111_image_is_replayed_with_its_adapters(sd: Base, library: Path, tmp_path: Path, capsys: Capture) -> None:
+    digest = file_payload_hash(library / "one.safetensors")[:12]
     picture = a1111_picture(
         tmp_path / "a.png", "a cat <lora:their_name:0.4:0.9>", f', Lora hashes: "their_name: {digest}"'
     )
-    common = ["--library", shelf, "--output", tmp_path / "out"]
+    common = ["--library", library, "--output", tmp_path / "out"]
     assert "give that with --base" in refused(capsys, "generate", "--from", picture, *common)
     assert run("generate", "--from", picture, "--base", sd.folder, *common) == 0
     recipe = read_recipe(tmp_path / "out" / "00000.png")
     weight = recipe.adapters[0].weight
     assert isinstance(weight, BlendWeight)
-    assert (weight.value, weight.components["text_encoder"]) == (0.9, 0.4), "A1111 has the text encoder first"
+    assert (weight.value, weight.components["text_encoder"]) == (0.9, 0.4), (
+        "A1111 writes the text encoder's weight first"
+    )
     assert recipe.settings and (recipe.settings.seed, recipe.settings.negative_prompt) == (5, "blurry")
     lost = a1111_picture(tmp_path / "b.png", "a <lora:x:1>", ', Lora hashes: "x: 0123456789ab"')
     assert "hash 0123456789ab) is not in" in refused(capsys, "generate", "--from", lost, "--base", sd.folder, *common)
 
 
-def test_what_a1111_alone_makes_of_a_prompt_is_noted(sd: Base, shelf: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_differences_from_a1111_prompts_are_noted(sd: Base, library: Path, tmp_path: Path, capsys: Capture) -> None:
     picture = a1111_picture(tmp_path / "a.png", "a (red:1.4) cat AND dog", ', TI hashes: "EasyNegative: 0123456789ab"')
-    common = ["--base", sd.folder, "--library", shelf, "--output", tmp_path / "out"]
+    common = ["--base", sd.folder, "--library", library, "--output", tmp_path / "out"]
     assert run("generate", "--from", picture, *common) == 0
     notes = capsys.readouterr().err
     assert "learned words (EasyNegative) are not looked for" in notes
@@ -176,14 +178,14 @@ def test_what_a1111_alone_makes_of_a_prompt_is_noted(sd: Base, shelf: Path, tmp_
     assert "prompt editing" in refused(capsys, "generate", "--from", edited, *common)
 
 
-def test_our_pictures_carry_the_hash_by_which_a1111_knows_a_file(sd: Base, shelf: Path, tmp_path: Path) -> None:
+def test_images_contain_a1111_lora_hashes(sd: Base, library: Path, tmp_path: Path) -> None:
     common = ["--base", sd.folder, "--output", tmp_path / "out", *FAST, "--prompt", "a cat"]
-    assert run("generate", *common, "--adapter", shelf / "one.safetensors") == 0
+    assert run("generate", *common, "--adapter", library / "one.safetensors") == 0
     with Image.open(tmp_path / "out" / "00000.png") as image:
-        assert f"random-1: {file_payload_hash(shelf / 'one.safetensors')[:12]}" in image.info[INFOTEXT_KEY]
+        assert f"random-1: {file_payload_hash(library / 'one.safetensors')[:12]}" in image.info[INFOTEXT_KEY]
 
 
-def test_block_presets_of_a_file_end_up_in_full_in_the_recipe(tmp_path: Path, capsys: Capture) -> None:
+def test_block_presets_are_read_from_a_file(tmp_path: Path, capsys: Capture) -> None:
     blocks = tmp_path / "lbwpresets.txt"
     blocks.write_text("# mine\nSOFT:" + ",".join(["0.5"] * 17) + "\n")
     common = ["--output", tmp_path / "out", "--steps", 1, "--block-presets", blocks]
@@ -192,12 +194,12 @@ def test_block_presets_of_a_file_end_up_in_full_in_the_recipe(tmp_path: Path, ca
     assert "did you mean 'SOFT'" in refused(capsys, "generate", *common, "--prompt", "a cat <lora:neon:1:lbw=SOFFT>")
 
 
-def test_masks_travel_with_presets_by_path_and_hash(sd: Base, shelf: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_presets_refer_to_masks_by_path_and_hash(sd: Base, library: Path, tmp_path: Path, capsys: Capture) -> None:
     Image.new("L", (8, 8), 255).save(tmp_path / "mask.png")
     unet = random_adapter(sd, seed=3, text_encoders=())
-    save_adapter(unet, shelf / "three.safetensors")
+    save_adapter(unet, library / "three.safetensors")
     preset = tmp_path / "presets" / "masked.json"
-    adapter = f"{shelf / 'three.safetensors'}:1:mask={tmp_path / 'mask.png'}:feather=0"
+    adapter = f"{library / 'three.safetensors'}:1:mask={tmp_path / 'mask.png'}:feather=0"
     assert run("preset", "save", preset, "--base", sd.folder, "--prompt", "a cat", *FAST, "--adapter", adapter) == 0
     region = BlendPreset.from_json(preset.read_text(), source="").adapters[0].region
     assert isinstance(region, Region)
@@ -208,6 +210,6 @@ def test_masks_travel_with_presets_by_path_and_hash(sd: Base, shelf: Path, tmp_p
     assert "not the mask" in refused(capsys, "generate", "--preset", preset, "--output", tmp_path / "out")
 
 
-def test_the_presets_of_the_package_are_sound() -> None:
+def test_the_sample_presets_pass_the_check() -> None:
     for path in sorted((sample_data_folder() / "presets").glob("*.json")):
         assert run("preset", "check", path) == 0

@@ -1,7 +1,8 @@
-"""A folder of adapters: found by name and by hash, and nothing in it passed over in silence."""
+"""Adapters found in a library by name, words and hash; unusable files are listed with their problem."""
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from tests.helpers.library_files import KOHYA, by_path, file_hash_of, in_place, 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-def test_every_kind_of_file_is_listed_with_what_its_header_says(folder: Path) -> None:
+def test_every_kind_of_file_is_listed_with_its_metadata(folder: Path) -> None:
     vectors = torch.ones(2, 768)
     native(folder / "one.safetensors", name="mine", tokens={"<cat>": {"text_encoder": vectors}})
     kohya(folder / "deep" / "er" / "two.safetensors", ss_output_name="theirs", ss_base_model_version="sd_v1")
@@ -75,36 +76,36 @@ def test_sidecars_and_previews(folder: Path) -> None:
         ("ink-step2", "ink-step2.safetensors"),
     ],
 )
-def test_names(name: str, relative: str, folder: Path) -> None:
+def test_an_adapter_is_found_by_each_of_its_names(name: str, relative: str, folder: Path) -> None:
     native(folder / "styles" / "neon.safetensors", name="bright lights")
     native(folder / "ink.safetensors", name="ink-step2")
     native(folder / "ink-step2.safetensors", name="blot")
     assert find_adapter(open_library(folder), name).relative == relative
 
 
-def test_a_name_of_several_is_refused_with_their_paths(folder: Path) -> None:
+def test_an_ambiguous_name_is_refused_with_the_paths(folder: Path) -> None:
     native(folder / "neon.safetensors", name="last")
     native(folder / "old" / "neon.safetensors", name="last")
     library = open_library(folder)
     for name in ("neon", "last", "LAST"):
-        with pytest.raises(ConfigError, match=r"means 2 adapters in .*: neon\.safetensors, old/neon\.safetensors;"):
+        with pytest.raises(ConfigError, match=r"matches 2 adapters in .*: neon\.safetensors, old/neon\.safetensors;"):
             find_adapter(library, name)
     assert find_adapter(library, "old/neon").relative == "old/neon.safetensors"
     assert find_adapter(library, "neon.safetensors").relative == "neon.safetensors"
 
 
-def test_an_unknown_name_is_refused_with_the_nearest(folder: Path) -> None:
+def test_an_unknown_name_is_refused_with_a_suggestion(folder: Path) -> None:
     native(folder / "neon.safetensors", name="Bright Lights")
     library = open_library(folder)
     with pytest.raises(ConfigError, match=rf"^no adapter called 'neno' in {folder}; did you mean 'neon'\?$"):
         find_adapter(library, "neno")
     with pytest.raises(ConfigError, match="did you mean 'Bright Lights'"):
         find_adapter(library, "bright light")
-    with pytest.raises(ConfigError, match="lists the 1 that are there"):
+    with pytest.raises(ConfigError, match="lists all 1 adapters"):
         find_adapter(library, "qqq")
 
 
-def test_files_that_cannot_be_used_stay_visible(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusable_files_are_listed_with_their_problem(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     native(folder / "good.safetensors")
     (folder / "cut.safetensors").write_bytes((folder / "good.safetensors").read_bytes()[:-5])
     (folder / "gone.safetensors").symlink_to(folder / "nowhere")
@@ -115,8 +116,8 @@ def test_files_that_cannot_be_used_stay_visible(folder: Path, capsys: pytest.Cap
     found = {entry.stem: entry.problem for entry in open_library(folder).entries}
     assert len(found) == 6
     assert "truncated" in found["cut"]
-    assert found["gone"].endswith("is it a link to nowhere?")
-    assert "no file" in found["pipe"]
+    assert found["gone"].endswith("whether it is a broken link")
+    assert "not a readable file" in found["pipe"]
     assert "none of its 1 keys is in a known format" in found["llm"]
     assert "not valid UTF-8" in found[os.fsdecode(b"bad\xff")]
     with pytest.raises(AdapterFormatError, match="truncated"):
@@ -127,19 +128,19 @@ def test_files_that_cannot_be_used_stay_visible(folder: Path, capsys: pytest.Cap
     assert not find_adapter(open_library(folder), "good").problem
 
 
-def test_links_in_a_ring_are_looked_at_once(folder: Path) -> None:
+def test_cyclic_links_are_scanned_once(folder: Path) -> None:
     native(folder / "inner" / "neon.safetensors")
     (folder / "inner" / "again").symlink_to(folder)
     assert list(by_path(open_library(folder))) == ["inner/neon.safetensors"]
 
 
-def test_only_what_has_changed_is_read_again(folder: Path) -> None:
+def test_only_changed_files_are_read_again(folder: Path) -> None:
     for name in ("still", "moved", "edited", "deleted"):
         native(folder / f"{name}.safetensors")
     before = by_path(open_library(folder))
     for name in ("still", "moved", "edited"):
         path = folder / f"{name}.safetensors"
-        in_place(path, b"\0" * path.stat().st_size)  # whoever reads it now finds no adapter
+        in_place(path, b"\0" * path.stat().st_size)  # reading it again would fail
     (folder / "moved.safetensors").rename(folder / "elsewhere.safetensors")
     (folder / "deleted.safetensors").unlink()
     os.utime(folder / "edited.safetensors")
@@ -152,7 +153,7 @@ def test_only_what_has_changed_is_read_again(folder: Path) -> None:
     assert set(after) == {f"{name}.safetensors" for name in ("still", "edited", "elsewhere", "new")}
 
 
-def test_what_lies_beside_a_file_is_noticed_and_its_hashes_stay_known(folder: Path) -> None:
+def test_a_new_sidecar_is_read_and_known_hashes_are_kept(folder: Path) -> None:
     path = kohya(folder / "a.safetensors")
     found = find_by_hash(open_library(folder), adapter_hash(load_adapter(path)))
     assert found is not None
@@ -166,7 +167,7 @@ def test_what_lies_beside_a_file_is_noticed_and_its_hashes_stay_known(folder: Pa
     assert find_adapter(open_library(folder), "a") == replace(found, context=found.context)
 
 
-def test_a_new_alpha_beside_peft_tensors_is_another_adapter(folder: Path) -> None:
+def test_a_new_alpha_in_a_peft_config_changes_the_hash(folder: Path) -> None:
     path = peft_folder(folder / "run")
     first = adapter_hash(load_adapter(path))
     assert find_by_hash(open_library(folder), first[:12]) is not None
@@ -199,7 +200,7 @@ def test_a_renamed_file_is_found_by_each_of_its_hashes(folder: Path) -> None:
                 assert found.path.name == name
 
 
-def test_no_hash_is_taken_from_a_claim(folder: Path) -> None:
+def test_a_hash_claimed_in_a_header_is_not_trusted(folder: Path) -> None:
     wanted = kohya(folder / "true.safetensors", seed=1)
     digest = payload_of(wanted)
     kohya(folder / "liar.safetensors", seed=2, sshs_model_hash=digest)
@@ -210,7 +211,7 @@ def test_no_hash_is_taken_from_a_claim(folder: Path) -> None:
     assert find_by_hash(open_library(folder), digest[:12]) is None
 
 
-def test_a_claim_says_where_to_look_first(folder: Path) -> None:
+def test_files_that_claim_a_hash_are_hashed_first(folder: Path) -> None:
     wanted = kohya(folder / "z.safetensors", seed=1)
     digest = payload_of(wanted)
     kohya(wanted, seed=1, sshs_model_hash=digest)
@@ -241,10 +242,10 @@ def test_a_known_hash_is_answered_from_the_index_alone(folder: Path) -> None:
     in_place(path, b"\0" * path.stat().st_size)
     assert find_by_hash(library, digest) == first == find_by_hash(open_library(folder), digest)
     os.utime(path)
-    assert find_by_hash(library, digest) is None  # it has changed since the library was opened
+    assert find_by_hash(library, digest) is None  # the file has changed since the library was opened
 
 
-def test_what_only_loading_shows_is_kept_as_the_problem(folder: Path) -> None:
+def test_a_problem_found_while_loading_is_recorded(folder: Path) -> None:
     save_file(
         {
             f"{KOHYA}.lora_down.weight": torch.full((1, 768), float("nan")),
@@ -261,8 +262,16 @@ def test_what_only_loading_shows_is_kept_as_the_problem(folder: Path) -> None:
     assert "NaN" in problems[1]
 
 
+@pytest.mark.parametrize("path_type", [str, Path])
+def test_a_library_is_opened_by_a_string_or_a_path(path_type: Callable[[Path], str | Path], folder: Path) -> None:
+    native(folder / "neon.safetensors")
+    library = open_library(path_type(folder))
+    assert library.folder == folder
+    assert find_adapter(library, "neon").path == folder / "neon.safetensors"
+
+
 @pytest.mark.parametrize("digest", ["", "abc", "neon", "0123456", "g" * 10, "0" * 65])
-def test_a_digest_must_be_one(digest: str, folder: Path) -> None:
+def test_an_invalid_digest_is_refused(digest: str, folder: Path) -> None:
     with pytest.raises(ConfigError, match="8 to 64 hexadecimal digits"):
         find_by_hash(open_library(folder), digest)
 
@@ -283,7 +292,7 @@ def test_search_by_words_and_family(folder: Path) -> None:
     ("text", "expected"),
     [("[-3, 3]", (-3.0, 3.0)), ("[1, 1]", None), ("[0]", None), ('["a", 1]', None), ("[0, 1e999]", None), ("7", None)],
 )
-def test_a_range_of_weights_is_read_where_it_is_one(tmp_path: Path, text: str, expected: object) -> None:
+def test_a_weight_range_is_read_if_it_is_valid(tmp_path: Path, text: str, expected: object) -> None:
     shutil.copy(sample_data_folder() / "adapters" / "neon.safetensors", tmp_path)
     (tmp_path / "neon.json").write_text(f'{{"weight range": {text}, "preferred weight": 0.5}}')
     (entry,) = open_library(tmp_path).entries

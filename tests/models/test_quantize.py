@@ -1,4 +1,4 @@
-"""A quantized base: an adapter trained on it (QLoRA), and pictures made with it."""
+"""Training (QLoRA) and sampling on a quantized base."""
 
 import sys
 from importlib.util import find_spec
@@ -28,18 +28,20 @@ from lora_diffusion.training.loop import train
 from lora_diffusion.training.setup import set_up
 from tests.helpers.short_runs import loss_before, short_run
 
-needs_codes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes", "ignore::DeprecationWarning:bitsandbytes")
 
 
-def config_of(ink: Path, tmp_path: Path, codes: str = "nf4", **changes: Any) -> TrainConfig:
-    return short_run(ink, tmp_path / "it.safetensors", 20, {"compute": {"quantize": codes}, **changes})
+def make_config(ink: Path, tmp_path: Path, quantization: str = "nf4", **changes: Any) -> TrainConfig:
+    return short_run(ink, tmp_path / "it.safetensors", 20, {"compute": {"quantize": quantization}, **changes})
 
 
-@needs_codes
-@pytest.mark.parametrize("codes", ["nf4", "fp4", "int8"])
-def test_an_adapter_learns_on_a_base_in_codes_and_fits_the_plain_one(codes: str, ink: Path, tmp_path: Path) -> None:
-    config = config_of(ink, tmp_path, codes)
+@needs_bitsandbytes
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
+def test_an_adapter_trained_on_a_quantized_base_works_on_the_plain_base(
+    quantization: str, ink: Path, tmp_path: Path
+) -> None:
+    config = make_config(ink, tmp_path, quantization)
     assert is_quantized(set_up(config).base)
     before = loss_before(config)
     result = train(config)
@@ -54,26 +56,28 @@ def test_an_adapter_learns_on_a_base_in_codes_and_fits_the_plain_one(codes: str,
     assert plain != styled
 
 
-@needs_codes
-@pytest.mark.parametrize(("codes", "most"), [("nf4", 0.2), ("fp4", 0.25), ("int8", 0.02)])
-def test_codes_say_nearly_what_the_weights_said_in_a_part_of_the_bytes(codes: Any, most: float) -> None:
+@needs_bitsandbytes
+@pytest.mark.parametrize(("quantization", "max_error"), [("nf4", 0.2), ("fp4", 0.25), ("int8", 0.02)])
+def test_quantized_weights_are_smaller_and_change_the_output_little(quantization: Any, max_error: float) -> None:
     base = load_base()
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1, base.pipe.unet.config.in_channels, 16, 16, generator=generator)
     hidden = torch.randn(1, 77, base.pipe.unet.config.cross_attention_dim, generator=generator)
 
-    def said() -> torch.Tensor:
+    def predict() -> torch.Tensor:
         with torch.no_grad():
             return base.pipe.unet(noise, 500, encoder_hidden_states=hidden).sample
 
-    before, linear = said(), [m for m in base.pipe.unet.modules() if type(m) is nn.Linear and is_quantizable(m)]
-    whole = sum(module.weight.numel() * 2 for module in linear)
-    assert quantize_base(base, codes, base.device).quantization == codes
-    error = float((said() - before).norm() / before.norm())
-    assert 0 < error < most
-    coded = [m for m in base.pipe.unet.modules() if isinstance(m, nn.Linear) and not m.weight.dtype.is_floating_point]
-    share = sum(module.weight.numel() * module.weight.element_size() for module in coded) / whole
-    assert share == pytest.approx(0.5 if codes == "int8" else 0.25, abs=0.01)
+    before, linears = predict(), [m for m in base.pipe.unet.modules() if type(m) is nn.Linear and is_quantizable(m)]
+    half_precision_bytes = sum(module.weight.numel() * 2 for module in linears)
+    assert quantize_base(base, quantization, base.device).quantization == quantization
+    error = float((predict() - before).norm() / before.norm())
+    assert 0 < error < max_error
+    quantized = [
+        m for m in base.pipe.unet.modules() if isinstance(m, nn.Linear) and not m.weight.dtype.is_floating_point
+    ]
+    share = sum(module.weight.numel() * module.weight.element_size() for module in quantized) / half_precision_bytes
+    assert share == pytest.approx(0.5 if quantization == "int8" else 0.25, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -85,18 +89,18 @@ def test_codes_say_nearly_what_the_weights_said_in_a_part_of_the_bytes(codes: An
         ({"full_targets": ["unet.conv_in"]}, "adapter.full_targets"),
     ],
 )
-def test_a_method_that_needs_whole_weights_is_refused(
+def test_a_method_that_needs_unquantized_weights_is_refused(
     adapter: dict[str, Any], named: str, ink: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        config_of(ink, tmp_path, adapter=adapter)
+        make_config(ink, tmp_path, adapter=adapter)
     assert f"compute.quantize 'nf4' quantizes the base's weights, and {named} needs them unquantized" in str(
         caught.value
     )
 
 
-@needs_codes
-def test_pictures_are_made_on_a_base_in_codes_and_made_again(
+@needs_bitsandbytes
+def test_images_of_a_quantized_base_are_reproduced_from_their_recipe(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     neon = sample_data_folder() / "adapters" / "neon.safetensors"
@@ -104,24 +108,24 @@ def test_pictures_are_made_on_a_base_in_codes_and_made_again(
     assert main([*asked, "--adapter", str(neon)]) == 0
     assert main([*asked, "--adapter", str(neon), "--quantize", "nf4"]) == 0
     assert main([*asked, "--quantize", "nf4"]) == 0
-    whole, coded, bare = (tmp_path / f"0000{i}.png" for i in range(3))
-    assert [read_recipe(path).quantization for path in (whole, coded, bare)] == ["none", "nf4", "nf4"]
-    assert 0 < difference(whole, coded) < 0.25 * difference(coded, bare)
-    assert main(["generate", "--from", str(coded), "--output", str(tmp_path)]) == 0
-    assert (tmp_path / "00003.png").read_bytes() == coded.read_bytes()
+    plain, quantized, bare = (tmp_path / f"0000{i}.png" for i in range(3))
+    assert [read_recipe(path).quantization for path in (plain, quantized, bare)] == ["none", "nf4", "nf4"]
+    assert 0 < difference(plain, quantized) < 0.25 * difference(quantized, bare)
+    assert main(["generate", "--from", str(quantized), "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "00003.png").read_bytes() == quantized.read_bytes()
     capsys.readouterr()
-    assert main(["generate", "--from", str(whole), "--quantize", "nf4", "--output", str(tmp_path)]) == 2
+    assert main(["generate", "--from", str(plain), "--quantize", "nf4", "--output", str(tmp_path)]) == 2
     assert "--from makes a picture again as it was" in capsys.readouterr().err
 
 
 def difference(first: Path, second: Path) -> float:
-    """Mean over the numbers of two pictures."""
+    """Return the mean absolute difference of two images."""
     one, other = (np.asarray(Image.open(path), dtype=float) for path in (first, second))
     return float(np.abs(one - other).mean())
 
 
-@needs_codes
-def test_a_base_that_cannot_be_held_in_codes_is_refused(sd_folder: Path) -> None:
+@needs_bitsandbytes
+def test_a_base_without_quantizable_layers_is_refused(sd_folder: Path) -> None:
     base = load_base(str(sd_folder))
     for module in base.pipe.unet.modules():
         if isinstance(module, nn.Linear):
@@ -130,7 +134,7 @@ def test_a_base_that_cannot_be_held_in_codes_is_refused(sd_folder: Path) -> None
         quantize_base(base, "nf4", base.device)
 
 
-def test_without_the_library_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_bitsandbytes_is_named_in_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setattr("lora_diffusion.models.quantize.find_spec", lambda _name: None)
     with pytest.raises(ConfigError, match=r"pip install 'lora-diffusion\[quantized\]'"):

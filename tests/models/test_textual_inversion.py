@@ -1,4 +1,4 @@
-"""Learned words in prompts: diffusers' own loading as oracle, no collisions, and nothing left behind."""
+"""Learned tokens in prompts, compared with diffusers' `load_textual_inversion`; no collisions, and full restoration."""
 
 from pathlib import Path
 
@@ -25,74 +25,76 @@ def vectors(seed: int, component: str = "text_encoder", count: int = 2) -> Tenso
     return torch.randn(count, WIDTHS[component], generator=torch.Generator().manual_seed(seed))
 
 
-def worded(name: str, seed: int, word: str = "sks", components: tuple[str, ...] = ("text_encoder",)) -> WeightedAdapter:
+def token_adapter(
+    name: str, seed: int, word: str = "sks", components: tuple[str, ...] = ("text_encoder",)
+) -> WeightedAdapter:
     token = {component: vectors(seed, component) for component in components}
     return WeightedAdapter(adapter=Adapter(layers={}, tokens={word: token}, metadata=AdapterMetadata(name=name)))
 
 
 @torch.no_grad()
-def encoded(base: Base, blend: Blend, prompt: str) -> Tensor:
+def encode(base: Base, blend: Blend, prompt: str) -> Tensor:
     with learned_tokens(base, blend) as rewrite:
         return encode_prompts(base, [rewrite(prompt)], size_px=32).hidden
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_learned_word_means_what_diffusers_makes_of_it(sd: Base, tmp_path: Path) -> None:
+def test_a_learned_token_is_encoded_as_by_diffusers(sd: Base, tmp_path: Path) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(sd.folder, safety_checker=None)
     save_file({"<toy>": vectors(1)}, tmp_path / "toy.safetensors")
     pipe.load_textual_inversion(tmp_path / "toy.safetensors", token="<toy>")
     prompt = "a <toy> in the snow"
     with torch.no_grad():
         theirs = pipe.encode_prompt(prompt, "cpu", 1, False)[0]
-    ours = encoded(sd, Blend(entries=(worded("a", 1, "<toy>"),)), prompt)
+    ours = encode(sd, Blend(entries=(token_adapter("a", 1, "<toy>"),)), prompt)
     assert torch.allclose(ours, theirs, atol=1e-5)
-    assert not torch.allclose(ours, encoded(sd, Blend(), prompt), atol=1e-2)
+    assert not torch.allclose(ours, encode(sd, Blend(), prompt), atol=1e-2)
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_encoders_and_tokenizers_are_put_back(family: str, request: pytest.FixtureRequest) -> None:
+def test_encoders_and_tokenizers_are_restored_after_an_error(family: str, request: pytest.FixtureRequest) -> None:
     base: Base = request.getfixturevalue(family)
     components = tuple(base.layout.text_layers)
-    before = encoded(base, Blend(), "a sks cat")
+    before = encode(base, Blend(), "a sks cat")
     own = [embedding_table(base, component).weight for component in components]
     tokenizer = base.pipe.tokenizer
-    entry = worded("a", 1, components=components)
+    entry = token_adapter("a", 1, components=components)
     with pytest.raises(RuntimeError, match="inside"), learned_tokens(base, Blend(entries=(entry,))):
         raise RuntimeError("inside")
     assert all(
         embedding_table(base, component).weight is weight for component, weight in zip(components, own, strict=True)
     )
     assert base.pipe.tokenizer is tokenizer
-    assert torch.equal(encoded(base, Blend(), "a sks cat"), before)
+    assert torch.equal(encode(base, Blend(), "a sks cat"), before)
 
 
-def test_words_of_two_adapters_do_not_collide(sd: Base) -> None:
-    one, two = worded("one", 1), worded("two", 2)
+def test_tokens_of_two_adapters_do_not_collide(sd: Base) -> None:
+    one, two = token_adapter("one", 1), token_adapter("two", 2)
     both = Blend(entries=(one, two))
-    alone = [encoded(sd, Blend(entries=(entry,)), "a sks cat") for entry in (one, two)]
+    alone = [encode(sd, Blend(entries=(entry,)), "a sks cat") for entry in (one, two)]
     assert not torch.allclose(alone[0], alone[1], atol=1e-2)
     for entry, expected in zip((one, two), alone, strict=True):
-        assert torch.allclose(encoded(sd, both, f"a {entry.name}/sks cat"), expected, atol=1e-6)
+        assert torch.allclose(encode(sd, both, f"a {entry.name}/sks cat"), expected, atol=1e-6)
     with pytest.raises(ConfigError, match="write one/sks or two/sks in the prompt"):
-        encoded(sd, both, "a sks cat")
-    assert torch.allclose(encoded(sd, both, "a sksy cat"), encoded(sd, Blend(), "a sksy cat"), atol=1e-6)
+        encode(sd, both, "a sks cat")
+    assert torch.allclose(encode(sd, both, "a sksy cat"), encode(sd, Blend(), "a sksy cat"), atol=1e-6)
 
 
-def test_a_word_of_weight_zero_is_no_word(sd: Base) -> None:
-    entry = worded("a", 1)
+def test_tokens_of_an_adapter_with_weight_zero_are_ignored(sd: Base) -> None:
+    entry = token_adapter("a", 1)
     silent = Blend(entries=(WeightedAdapter(adapter=entry.adapter, weight=0.0),))
-    assert torch.equal(encoded(sd, silent, "a sks cat"), encoded(sd, Blend(), "a sks cat"))
+    assert torch.equal(encode(sd, silent, "a sks cat"), encode(sd, Blend(), "a sks cat"))
 
 
-def test_a_word_for_another_base_is_refused(sd: Base, sdxl: Base) -> None:
+def test_a_token_for_another_base_is_refused(sd: Base, sdxl: Base) -> None:
     wide = Adapter(layers={}, tokens={"sks": {"text_encoder": torch.zeros(1, 768)}})
     with pytest.raises(FamilyMismatchError, match="width 768, but text_encoder"):
-        encoded(sd, Blend(entries=(WeightedAdapter(adapter=wide),)), "a sks cat")
+        encode(sd, Blend(entries=(WeightedAdapter(adapter=wide),)), "a sks cat")
     with pytest.raises(ConfigError, match="none for text_encoder_2"):
-        encoded(sdxl, Blend(entries=(worded("a", 1),)), "a sks cat")
+        encode(sdxl, Blend(entries=(token_adapter("a", 1),)), "a sks cat")
 
 
-def test_pictures_show_words_and_layers_together_and_repeat(sd: Base) -> None:
+def test_tokens_and_layers_of_an_adapter_both_change_the_image(sd: Base) -> None:
     layers = random_adapter(sd, seed=1).layers
     adapter = Adapter(layers=layers, tokens={"sks": {"text_encoder": vectors(1)}})
     config = GenerateConfig(prompt="a sks cat", steps=2, width=32, height=32)

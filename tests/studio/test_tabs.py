@@ -75,7 +75,7 @@ def test_presets_are_kept_renamed_and_removed(studio: Studio) -> None:
     form, notes = studio.form_from_preset(get_preset(studio, "My blend").path)
     assert notes == ()
     assert make_request(form, studio.library()) == make_request(FORM, studio.library())
-    with pytest.raises(OutputError, match="already there"):
+    with pytest.raises(OutputError, match="already exists"):
         save_form(studio, FORM, "My blend", "", None, replace=False)
     renamed = rename_preset(studio, "My blend", "Better")
     assert renamed.thumbnail

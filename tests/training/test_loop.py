@@ -164,7 +164,7 @@ def refusal(config: TrainConfig, kind: type[Exception]) -> str:
 def test_bad_data_folders_are_named(pictures: Path, sd_folder: Path) -> None:
     empty = pictures.parent / "empty"
     empty.mkdir()
-    for folder, words in ((pictures / "no", "no such folder"), (empty, "no pictures in it")):
+    for folder, words in ((pictures / "no", "no such folder"), (empty, "no images found")):
         message = refusal(settings(folder, sd_folder, output=pictures.parent / "o" / "x.safetensors"), DatasetError)
         assert str(folder) in message
         assert words in message
@@ -173,7 +173,7 @@ def test_bad_data_folders_are_named(pictures: Path, sd_folder: Path) -> None:
 def test_an_unreadable_picture_is_named(pictures: Path, sd_folder: Path) -> None:
     whole = (pictures / "1.png").read_bytes()
     (pictures / "1.png").write_bytes(whole[: len(whole) // 2])
-    assert "1.png: cannot be read as a picture" in refusal(settings(pictures, sd_folder), DatasetError)
+    assert "1.png: cannot be read as an image" in refusal(settings(pictures, sd_folder), DatasetError)
 
 
 def test_a_long_caption_is_read_to_its_end(pictures: Path, sd_folder: Path) -> None:

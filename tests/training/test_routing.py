@@ -301,9 +301,9 @@ def test_bad_input_is_one_clear_error_and_no_file(folder: Path, sd: Base) -> Non
         ({"output": folder / "out" / "mixture.safetensors"}, ConfigError, "does not end in .json"),
         ({"base": str(folder / "nowhere")}, BaseModelError, "no such folder"),
         ({"base": str(folder / "data")}, BaseModelError, "data"),
-        ({"data": folder / "empty"}, DatasetError, "no pictures in it"),
+        ({"data": folder / "empty"}, DatasetError, "no images found"),
         ({"adapters": ({"path": str(folder / "large.safetensors")},)}, FamilyMismatchError, "large is an adapter for"),
-        ({"adapters": ({**one, "hash": "0" * 64},)}, ConfigError, "is not what the recipe was made with"),
+        ({"adapters": ({**one, "hash": "0" * 64},)}, ConfigError, "differs from the recorded hash"),
         ({"adapters": ({**one, "weight": {"value": 0.5}},)}, ConfigError, "give a number"),
         ({"learning_rate": 1e30}, TrainingError, "loss at step"),
     ]

@@ -88,7 +88,7 @@ def test_the_command_on_the_ready_adapters_prints_and_draws_them(
     assert stated["values"] == pytest.approx(torch.linalg.svdvals(dense(layer))[: layer.rank].tolist(), rel=1e-4)
     text = describe_analysis(facts)
     assert all(name in text for name in ("gloop + zuki", "unet.mid_block", "|U'WV|"))
-    with pytest.raises(OutputError, match=r"spectrum.png: already there.*--force"):
+    with pytest.raises(OutputError, match=r"spectrum.png: already exists.*--force"):
         run(*files, "--plots", tmp_path / "plots")
 
 
