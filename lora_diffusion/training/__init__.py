@@ -1,1 +1,1 @@
-"""Train an adapter: the one loop and what feeds it. The home of Accelerate and PEFT."""
+"""Training of adapters: the training loop, its inputs, objectives, methods and optimizers."""

@@ -1,4 +1,4 @@
-"""A base with adapters in its weights for good, to train on top of them."""
+"""Merge adapters into a base before a new adapter is trained on top of it (kohya's `base_weights`)."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,10 +13,19 @@ from lora_diffusion.models.load import Base
 
 
 def add_base_adapters(base: Base, weights: Mapping[Path, float]) -> Base:
-    """The base with adapter files added, each at its weight; it has another hash then, as it is another base.
+    """Merge adapter files into the weights of a base for good.
 
-    Mutates the base's models. Raises ConfigError for a file that is not there, AdapterFormatError,
-    FamilyMismatchError.
+    The models of `base` are changed in place. The returned base records the merged adapters, so its hash differs from
+    the hash of the original base.
+
+    Args:
+        base: The base to change.
+        weights: Adapter file -> weight at which it is merged. If empty, `base` is returned as it is.
+
+    Raises:
+        ConfigError: If a file does not exist or contains textual-inversion embeddings.
+        AdapterFormatError: If a file cannot be read as an adapter.
+        FamilyMismatchError: If an adapter was made for another model family.
     """
     if not weights:
         return base
@@ -24,8 +33,8 @@ def add_base_adapters(base: Base, weights: Mapping[Path, float]) -> Base:
     for entry in blend.entries:
         if entry.adapter.tokens:
             raise ConfigError(
-                f"on_top_of: {entry.name} has learned words ({', '.join(entry.adapter.tokens)}), which no weight of a "
-                "base holds; leave it out"
+                f"on_top_of: {entry.name} contains textual-inversion embeddings ({', '.join(entry.adapter.tokens)}), "
+                "which cannot be merged into the weights of a base; remove it from on_top_of"
             )
     validate_blend(base, blend)
     WeightPatch(base, memory_backup()).apply(blend)

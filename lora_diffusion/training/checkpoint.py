@@ -1,4 +1,9 @@
-"""What a stopped run goes on from: whole or not there, and only for the run that it belongs to."""
+"""Save the state of a training run, and load it to resume the run.
+
+A state is a folder `state-<step>` in the run's folder with two files: `state.pt` (the fields of `TrainingState`) and
+`run.json` (the settings and hashes that identify the run). Folders are written atomically, so a killed run leaves
+either a complete state or none.
+"""
 
 import json
 import shutil
@@ -14,74 +19,93 @@ from lora_diffusion.config.settings import Settings
 from lora_diffusion.core.atomic_files import atomic_folder
 from lora_diffusion.errors import ConfigError
 
-KEPT = 2
-"""States on disk; the one before the last is removed once a newer one is whole."""
-FREE_TO_CHANGE = ("output", "name", "save_every", "save_precision", "state_every", "resume", "samples", "tracking")
-"""Settings with which a run is still the same one."""
+_MAX_STATES = 2
+"""Number of states kept on disk. An older state is removed only after a newer one has been written completely."""
+_IGNORED_SETTINGS = ("output", "name", "save_every", "save_precision", "state_every", "resume", "samples", "tracking")
+"""Settings that may change between stopping and resuming a run, because no optimizer step depends on them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
-    """A run after so many optimizer steps. Data order and noise are functions of the step, and need no place here."""
+    """State of a training run after some number of optimizer steps.
+
+    The data order and the noise are functions of the seed and the step, so they are not part of the state.
+    """
 
     step: int
+    """Number of optimizer steps done."""
     losses: Sequence[float]
-    """Of every step so far."""
+    """Loss of every step so far."""
     parameters: Mapping[str, Tensor]
+    """Trainable parameters by name, on the CPU."""
     optimizer: Mapping[str, Any]
+    """State dict of the optimizer."""
     scaler: Mapping[str, Any] | None
+    """State dict of the gradient scaler; None without fp16."""
     average: Mapping[str, Any] | None
-    """The moving average of the parameters, if there is one."""
+    """State of the exponential moving average (EMA) of the parameters; None without EMA."""
     rules: Mapping[str, Any]
-    """What the method needs to go on."""
+    """State dict of the training method's callbacks."""
     best: Mapping[str, Any]
-    """What validation knows of the best step."""
+    """Fields of `EarlyStopping`: the best validation so far."""
     best_parameters: Mapping[str, Tensor] | None
+    """Parameters at the best validation, if they are to be saved at the end."""
 
 
 def run_identity(config: Settings, **hashes: str) -> dict[str, Any]:
-    """What makes a run the same run: settings that steps depend on, and hashes of base and data."""
-    settings = config.model_dump(mode="json", exclude=set(FREE_TO_CHANGE))
+    """Return what identifies a run: the settings that its steps depend on, and the hashes of base and data."""
+    settings = config.model_dump(mode="json", exclude=set(_IGNORED_SETTINGS))
     return {**settings, **hashes}
 
 
 def save_state(folder: Path, state: TrainingState, identity: Mapping[str, Any]) -> None:
-    """Write a state beside the older ones, then remove all but the last few. Raises OutputError; older ones stay."""
-    with atomic_folder(folder / state_name(state.step)) as part:
+    """Write a state to a run's folder, then remove the oldest states.
+
+    Args:
+        folder: The run's folder.
+        state: The state to write.
+        identity: The result of `run_identity`; `load_state` compares it.
+
+    Raises:
+        OutputError: If the state cannot be written. Earlier states remain.
+    """
+    with atomic_folder(folder / _state_name(state.step)) as part:
         (part / "run.json").write_text(json.dumps(identity, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         torch.save(vars(state), part / "state.pt")
-    for older in list_states(folder)[:-KEPT]:
-        shutil.rmtree(older, ignore_errors=True)
+    for path in list_states(folder)[:-_MAX_STATES]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def load_state(folder: Path, identity: Mapping[str, Any]) -> TrainingState | None:
-    """The newest state of this run; None if there is none.
+    """Load the newest state of a run; return None if there is no state.
 
-    Raises ConfigError if there is one of another run, naming what differs.
+    Raises:
+        ConfigError: If the newest state belongs to a run with other settings, base or data. The message names the
+            settings that differ.
     """
-    found = list_states(folder)
-    if not found:
+    states = list_states(folder)
+    if not states:
         return None
-    known = json.loads((found[-1] / "run.json").read_text(encoding="utf-8"))
-    odd = [key for key in {**known, **identity} if known.get(key) != identity.get(key)]
-    if odd:
+    saved = json.loads((states[-1] / "run.json").read_text(encoding="utf-8"))
+    different = [key for key in {**saved, **identity} if saved.get(key) != identity.get(key)]
+    if different:
         raise ConfigError(
-            f"{found[-1]}: is the state of a run with other settings ({', '.join(sorted(odd))} differ); set resume to "
-            "false to begin anew, or give another output"
+            f"{states[-1]}: cannot resume, because this state was saved with other settings "
+            f"({', '.join(sorted(different))} differ); set resume to false to start over, or choose another output"
         )
-    return TrainingState(**torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True))
+    return TrainingState(**torch.load(states[-1] / "state.pt", map_location="cpu", weights_only=True))
 
 
 def forget_states(folder: Path) -> None:
-    """Remove all states, of a run that has ended or begins anew, and what a kill left between writing and renaming."""
+    """Remove all states from a run's folder, including partial ones that a killed process left behind."""
     for path in (*list_states(folder), *folder.glob(".state-*")):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def list_states(folder: Path) -> list[Path]:
-    """Whole states, the oldest first."""
+    """List the folders of complete states, oldest first."""
     return sorted(path for path in folder.glob("state-*") if (path / "state.pt").is_file())
 
 
-def state_name(step: int) -> str:
+def _state_name(step: int) -> str:
     return f"state-{step:08d}"

@@ -1,4 +1,4 @@
-"""Mistakes in settings and captions that are found before a base is loaded."""
+"""Checks of settings and captions that run before the base is loaded."""
 
 import re
 from collections.abc import Sequence
@@ -11,36 +11,48 @@ from lora_diffusion.errors import ConfigError, DatasetError
 
 
 def check_views(config: TrainConfig) -> None:
-    """Raise ConfigError for mirrored views that would never be seen."""
+    """Raise ConfigError if `data.flip` is on but only the first, unflipped view of each image is cached."""
     if config.data.flip and config.data.variants == 1 and config.data.cache != "none":
-        raise ConfigError("data.flip mirrors every other view, and only one is cached; set data.variants to 2 or more")
+        raise ConfigError(
+            "data.flip mirrors every second view of an image, but only one is cached; set data.variants to 2 or more"
+        )
 
 
 def check_captions(examples: Sequence[Example], config: TrainConfig) -> None:
-    """Raise DatasetError for a caption, or a part of it that may come alone, that cannot be read."""
-    read, divided = caption_parser(config.captions), config.captions.shuffle or config.captions.part_dropout
+    """Check that every caption can be parsed as a prompt.
+
+    If captions are shuffled or tags are dropped, each tag is parsed on its own as well.
+
+    Raises:
+        DatasetError: For the first caption that cannot be parsed; the message names its image.
+    """
+    parse = caption_parser(config.captions)
+    split = config.captions.shuffle or config.captions.part_dropout
     for example in examples:
         text = format_caption(example.caption, config.captions, config.trigger_words)
         try:
-            for part in text.split(config.captions.separator) if divided else [text]:
-                read(part)
+            for part in text.split(config.captions.separator) if split else [text]:
+                parse(part)
         except ConfigError as error:
-            raise DatasetError(f"{example.picture}: its caption cannot be read as a prompt: {error}") from None
+            raise DatasetError(f"{example.picture}: its caption cannot be parsed as a prompt: {error}") from None
 
 
 def check_learned_tokens(examples: Sequence[Example], config: TrainConfig) -> None:
-    """Raise ConfigError for a word that is to be learned and stands in no caption."""
+    """Raise ConfigError if a textual-inversion token (`words.words`) occurs in no caption."""
     texts = " ".join(format_caption(example.caption, config.captions, config.trigger_words) for example in examples)
     for word in config.words.words:
         if not re.search(rf"(?<![\w/]){re.escape(word)}(?![\w/])", texts):
             raise ConfigError(
-                f"words.words: {word!r} stands in no caption, so nothing would teach it; put it there, or into "
-                "captions.template (an instance prompt is for pictures without a caption)"
+                f"words.words: {word!r} occurs in no caption, so its embedding cannot be trained; add it to the "
+                "captions or to captions.template (data.instance_prompt only applies to images without a caption)"
             )
 
 
 def check_tracker(name: str) -> str:
-    """Raise ConfigError for a tracker that is not installed."""
+    """Return the name of a tracker; raise ConfigError if the package it needs is not installed."""
     if name == "wandb" and find_spec("wandb") is None:
-        raise ConfigError("tracking.trackers names wandb, which is not installed; pip install wandb, or leave it out")
+        raise ConfigError(
+            "tracking.trackers contains 'wandb', but wandb is not installed; run pip install wandb, or remove it "
+            "from tracking.trackers"
+        )
     return name

@@ -1,4 +1,4 @@
-"""What an adapter's header tells of the run that made it."""
+"""Metadata of a trained adapter: what the file records about the run that made it."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,25 +11,33 @@ from lora_diffusion.library.recipe import library_versions
 from lora_diffusion.training.setup import TrainingContext
 from lora_diffusion.training.validation import EarlyStopping
 
-RECENT = 20
-"""Steps whose mean loss is shown and recorded."""
+_RECENT_STEPS = 20
+"""Number of steps over which the displayed and recorded loss is averaged."""
 
 
 def make_metadata(run: TrainingContext, losses: Sequence[float], best: EarlyStopping) -> AdapterMetadata:
-    """The header's record after as many steps as there are losses."""
+    """Make the metadata of the adapter in its current state.
+
+    Absolute paths are reduced to file names, and settings that do not affect the result are left out.
+
+    Args:
+        run: The run.
+        losses: Loss of every step so far.
+        best: The best validation so far.
+    """
     config, base = run.config, run.base
     validation = {"best": asdict(best)} if best.step else {}
-    begun = config.adapter.begin_with
+    initial = config.adapter.begin_with
     record = {
         **config.model_dump(mode="json", exclude={"output", "resume", "state_every", "samples", "tracking"}),
         "data": {**config.data.model_dump(mode="json"), "folder": config.data.folder.name, "cache_folder": None},
         "on_top_of": {Path(file).name: weight for file, weight in config.on_top_of.items()},
-        "adapter": {**config.adapter.model_dump(mode="json"), "begin_with": begun.name if begun else None},
+        "adapter": {**config.adapter.model_dump(mode="json"), "begin_with": initial.name if initial else None},
         "data_hash": run.data_hash,
         "steps_done": len(losses),
         "loss": round(recent_loss(losses), 6),
         **validation,
-        **({"method": run.rules.report()} if run.rules.report() else {}),
+        **({"method": run.callbacks.report()} if run.callbacks.report() else {}),
         "versions": library_versions(),
     }
     return AdapterMetadata(
@@ -48,5 +56,5 @@ def make_metadata(run: TrainingContext, losses: Sequence[float], best: EarlyStop
 
 
 def recent_loss(losses: Sequence[float]) -> float:
-    """Mean loss of the last steps."""
-    return sum(losses[-RECENT:]) / len(losses[-RECENT:])
+    """Return the mean loss of the last 20 steps."""
+    return sum(losses[-_RECENT_STEPS:]) / len(losses[-_RECENT_STEPS:])

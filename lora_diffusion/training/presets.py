@@ -1,4 +1,4 @@
-"""The settings of a run of which only data and purpose are told: those that suit the base's family."""
+"""Complete training settings from a few: defaults for the purpose and the base's family, and the user's changes."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,54 +17,76 @@ from lora_diffusion.models.locate import find_base
 
 def make_settings(
     purpose: Purpose,
-    told: Mapping[str, Any],
+    settings: Mapping[str, Any],
     changes: Mapping[str, Any] | None = None,
     *,
     base: str,
     gigabytes: int | None = None,
 ) -> TrainConfig:
-    """A run's settings: the family's defaults, what is told over them, and `changes` over both.
+    """Make the settings of a training run.
 
-    `gigabytes` are those of the GPU, 8, 12 or 24; without, nothing is done for the sake of memory but for SDXL.
+    Args:
+        purpose: What is trained, `style` or `dreambooth`; selects the defaults.
+        settings: Settings by section, at least `data` and `output`; they override the defaults.
+        changes: Further settings by section; they override both.
+        base: Base to train on: `tiny-sd`, a folder in diffusers' layout, or a hub id.
+        gigabytes: Memory of the GPU, 8, 12 or 24, to add memory-saving settings for. By default the family's settings
+            are not changed.
 
-    Raises BaseModelError, and ConfigError with all mistakes at once.
+    Raises:
+        BaseModelError: If the base cannot be found or read.
+        ConfigError: If settings are invalid; the message lists all mistakes.
     """
     family, _ = read_layout(find_base(base))
-    table = with_precision(default_settings(purpose, family.name), on_gpu=default_device().type != "cpu")
+    defaults = with_precision(default_settings(purpose, family.name), on_gpu=default_device().type != "cpu")
     if gigabytes is not None:
-        table = deep_merge(table, memory_settings(family.name, gigabytes))
-    said = deep_merge(told, changes or {})
-    table = deep_merge({**drop_overridden_defaults(table, said), "base": base}, said)
+        defaults = deep_merge(defaults, memory_settings(family.name, gigabytes))
+    given = deep_merge(settings, changes or {})
+    table = deep_merge({**_drop_overridden_defaults(defaults, given), "base": base}, given)
     config = validate(TrainConfig, table, source=f"train {purpose}")
-    if "text_encoder_learning_rate" in said.get("optimizer", {}) or config.adapter.trains_text_encoder:
+    if "text_encoder_learning_rate" in given.get("optimizer", {}) or config.adapter.trains_text_encoder:
         return config
-    optimizer = config.optimizer.model_copy(update={"text_encoder_learning_rate": None})  # of nothing that is trained
+    # The default learning rate of text encoders would be an error where no text encoder is trained.
+    optimizer = config.optimizer.model_copy(update={"text_encoder_learning_rate": None})
     return config.model_copy(update={"optimizer": optimizer})
 
 
-def drop_overridden_defaults(table: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
-    """The family's defaults less those that do not go with what is said: what an optimizer finds or has of its own,
-    what a file to go on from brings, and the pull that a slider has anyway."""
-    gives_way: dict[str, set[str]] = {}
-    if "learning_rate" in KIND_DEFAULTS.get(said.get("optimizer", {}).get("kind", ""), {}):
-        gives_way["optimizer"] = {"learning_rate", "text_encoder_learning_rate"}
-    if "begin_with" in said.get("adapter", {}):
-        gives_way["adapter"] = {*SETTINGS_OF_FILE}
-    if said.get("slider"):
-        gives_way["prior"] = {"mode", "weight"}
-    kept = {
-        section: {name: value for name, value in table.get(section, {}).items() if name not in names}
-        for section, names in gives_way.items()
+def _drop_overridden_defaults(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Remove the defaults that conflict with settings the user has given.
+
+    These are learning rates if the optimizer has its own default or finds one, adapter settings that come from the
+    adapter file to continue from, and prior preservation for concept sliders.
+    """
+    conflicts: dict[str, set[str]] = {}
+    if "learning_rate" in KIND_DEFAULTS.get(given.get("optimizer", {}).get("kind", ""), {}):
+        conflicts["optimizer"] = {"learning_rate", "text_encoder_learning_rate"}
+    if "begin_with" in given.get("adapter", {}):
+        conflicts["adapter"] = {*SETTINGS_OF_FILE}
+    if given.get("slider"):
+        conflicts["prior"] = {"mode", "weight"}
+    sections = {
+        section: {name: value for name, value in defaults.get(section, {}).items() if name not in names}
+        for section, names in conflicts.items()
     }
-    return {**table, **kept}
+    return {**defaults, **sections}
 
 
 def subject_settings(data: Path, output: Path, *, instance: str, class_prompt: str) -> dict[str, Any]:
-    """What is told of a subject: `photo of sks dog`, of the class `photo of a dog`.
+    """Make the settings that are specific to a subject (DreamBooth).
 
-    Raises ConfigError without an instance prompt.
+    Args:
+        data: Folder of images.
+        output: The adapter file to write.
+        instance: Prompt that names the subject, such as `photo of sks dog`.
+        class_prompt: Prompt for its class, such as `photo of a dog`; "" for none.
+
+    Raises:
+        ConfigError: If `instance` is blank.
     """
     if not instance.strip():
-        raise ConfigError("a subject needs a prompt with a word of its own: --instance 'photo of sks dog'")
+        raise ConfigError(
+            "the instance prompt is empty; a subject needs a prompt with a unique word for it, such as --instance "
+            "'photo of sks dog'"
+        )
     prior = {"prior": {"prompt": class_prompt}} if class_prompt else {}
     return {"data": {"folder": data, "instance_prompt": instance}, "output": output, **prior}

@@ -1,4 +1,7 @@
-"""Pictures on the way: the same prompts and seeds at each interval, so that they differ by what was learned."""
+"""Sample images during training.
+
+The prompts and seeds stay the same during the whole run, so differences between images come from training alone.
+"""
 
 from pathlib import Path
 
@@ -11,27 +14,37 @@ from lora_diffusion.models.offload import list_idle_models, on_device
 from lora_diffusion.training.setup import TrainingContext
 
 SAMPLES = "samples"
+"""Name of the folder for sample images in a run's folder."""
 
 
 def preview_path(folder: Path, step: int, number: int) -> Path:
-    """Where the picture of a prompt after a step is kept in a run's folder."""
+    """Return the path of a sample image.
+
+    Args:
+        folder: The run's folder.
+        step: Number of optimizer steps done.
+        number: Index of the prompt in `samples.prompts`.
+    """
     return folder / SAMPLES / f"step-{step:08d}-{number}.png"
 
 
 @torch.no_grad()
 def draw_previews(run: TrainingContext, step: int) -> None:
-    """One picture for each prompt, from the base as it stands with what is trained in it; the main process writes.
+    """Generate one image per prompt with the adapter in its current state; the main process saves them.
 
-    Raises OutputError.
+    Raises:
+        OutputError: If an image cannot be written.
     """
     config = run.config.samples
     for number, prompt in enumerate(config.prompts):
         path = preview_path(run.folder, step, number)
         settings = GenerateConfig(prompt=prompt, seed=config.seed, steps=config.steps, guidance=config.guidance)
         (single,) = single_settings(run.base, settings)
+        if run.learned_tokens:
+            single = rewrite_prompts(single, run.learned_tokens.rewrite)
         with on_device(run.base, list_idle_models(run.base, text_encoders_learn=False)):
-            picture = sample(run.base, rewrite_prompts(single, run.words.rewrite) if run.words else single)
+            image = sample(run.base, single)
         if run.accelerator.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as part:
-                picture.save(part, format="PNG")
+                image.save(part, format="PNG")

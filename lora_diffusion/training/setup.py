@@ -1,4 +1,7 @@
-"""Everything that a run needs, made before its first step, where most of what can be wrong shows."""
+"""Set up a training run: check the settings, read the data, load the base and attach the trainable adapter.
+
+Most mistakes in settings and data are found here, before the first optimizer step.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -56,72 +59,94 @@ from lora_diffusion.training.objectives.prior_preservation import (
 from lora_diffusion.training.sharding import check_data_parallel, shard_base
 from lora_diffusion.training.validation import HeldOut
 
-PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_DTYPE_NAMES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""Data type of the frozen base for each `compute.mixed_precision`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingContext:
-    """What a run is about."""
+    """Everything about a run that stays the same from step to step."""
 
     config: TrainConfig
+    """Settings of the run."""
     accelerator: Accelerator
+    """Accelerate's interface to devices and processes."""
     base: Base
+    """The base, with the trainable adapter attached to its modules."""
     denoiser: Denoiser
+    """The trainable parts of the base, with the loss as forward pass."""
     paths: tuple[str, ...]
+    """Paths of all modules that are trained."""
     parameters: Mapping[str, nn.Parameter]
-    """All that learns."""
-    words: LearnedTokens | None
-    rules: MethodCallbacks
-    """What the method does from step to step."""
+    """Trainable parameters by module path and factor."""
+    learned_tokens: LearnedTokens | None
+    """Textual-inversion embeddings; None if none are trained."""
+    callbacks: MethodCallbacks
+    """Hooks of the training method, such as AdaLoRA's pruning."""
     samples: tuple[TrainingSamples, ...]
-    """Those of the pictures, and of class pictures if there are any."""
+    """Samples of the training images, followed by those of the class images if there are any."""
     captions: CaptionEncoder
+    """Encoder of captions with frozen text encoders."""
     held_out: HeldOut | None
+    """Images to validate on; None without validation."""
     data_hash: str
+    """Hash of the training images and captions."""
     folder: Path
-    """Where states, log and pictures of the run are kept."""
+    """The run's folder, for states, log, sample images and cache."""
 
 
 def run_folder(output: Path) -> Path:
+    """Return the folder of a run: `NAME-run`, next to the adapter file `NAME.safetensors`."""
     return output.with_name(f"{output.stem}-run")
 
 
 def set_up(config: TrainConfig) -> TrainingContext:
-    """Read the data, load the base, put the adapter in. Raises LoRADiffusionError's children for what cannot work."""
+    """Check the settings, read the data, load the base and attach the trainable adapter.
+
+    Raises:
+        ConfigError: If settings are invalid or contradict each other.
+        DatasetError: If images or captions cannot be used.
+        BaseModelError: If the base cannot be loaded.
+        AdapterFormatError: If an adapter file cannot be read or does not fit the base.
+        FamilyMismatchError: If an adapter was made for another model family.
+        OutputError: If a file cannot be written.
+        TrainingError: If there is nothing to train.
+    """
     check_views(config)
-    examples, validation = split_examples(config)
-    check_captions((*examples, *validation), config)
+    examples, validation_examples = _split_examples(config)
+    check_captions((*examples, *validation_examples), config)
     check_learned_tokens(examples, config)
-    accelerator = new_accelerator(config)
+    accelerator = _new_accelerator(config)
     check_data_parallel(accelerator)
     if accelerator.is_main_process:
         check_writable(config.output)
     set_seed(config.seed)
-    base = prepare_base(config, accelerator)
-    folder, cache = run_folder(config.output), new_cache(config)
-    begun = load_initial_adapter(config, base)
-    paths, full = resolve_target_modules(base, config, begun)
-    words = add_learned_tokens(base, config.words, config.seed) if config.words.words else None
-    read = words.wrap_parser(caption_parser(config.captions)) if words else caption_parser(config.captions)
-    captions = CaptionEncoder(base, cache, read)
+    base = _prepare_base(config, accelerator)
+    folder, cache = run_folder(config.output), _new_cache(config)
+    initial = _load_initial_adapter(config, base)
+    paths, full = _resolve_target_modules(base, config, initial)
+    tokens = add_learned_tokens(base, config.words, config.seed) if config.words.words else None
+    parse = tokens.wrap_parser(caption_parser(config.captions)) if tokens else caption_parser(config.captions)
+    captions = CaptionEncoder(base, cache, parse)
     denoiser = Denoiser(base, config.objective, captions.read, text_learns=config.trains_captions)
     check_timesteps(config.objective, denoiser.num_timesteps)
     per_step = config.batch_size * config.gradient_accumulation * accelerator.num_processes
     size_px = config.data.resolution or base.size_px
     groups = [(config, examples)]
     if config.prior.mode == "pictures":
-        groups.append(make_class_samples(config, base, folder, size_px, accelerator))
-    samples = tuple(make_training_samples(base, one, some, cache, denoiser, size_px, per_step) for one, some in groups)
-    views = ViewEncoder(base, config.data, cache)
-    sized = zip(validation, assign_buckets(read_sizes(validation), config.data, size_px), strict=True)
-    encoded = [views.encode(example, bucket, seed=0, variant=0) for example, bucket in sized]
+        groups.append(_make_class_examples(config, base, folder, size_px, accelerator))
+    samples = tuple(
+        _make_training_samples(base, group_config, group_examples, cache, denoiser, size_px, per_step)
+        for group_config, group_examples in groups
+    )
+    held_out = _encode_held_out(base, config, validation_examples, cache, size_px)
     if config.prior.mode == "prediction":
         denoiser.auxiliary_loss = PriorPreservationLoss(captions, config.prior)
     if config.slider.positive:
         denoiser.replacement_loss = ConceptSliderLoss(base, captions, config.slider)
-    parameters, rules = attach_adapter(base, config, begun, paths, full, words)
+    parameters, callbacks = _attach_adapter(base, config, initial, paths, full, tokens)
     check_trainable(parameters)
-    apply_compute_options(base, config)
+    _apply_compute_options(base, config)
     if config.compute.shard:
         shard_base(base, denoiser, parameters, accelerator.num_processes)
     return TrainingContext(
@@ -131,69 +156,75 @@ def set_up(config: TrainConfig) -> TrainingContext:
         denoiser=denoiser,
         paths=(*paths, *full),
         parameters=parameters,
-        words=words,
-        rules=rules,
+        learned_tokens=tokens,
+        callbacks=callbacks,
         samples=samples,
         captions=captions,
-        held_out=HeldOut(views=encoded, captions=[e.caption for e in validation]) if validation else None,
+        held_out=held_out,
         data_hash=data_hash(examples),
         folder=folder,
     )
 
 
-def prepare_base(config: TrainConfig, accelerator: Accelerator) -> Base:
-    """The base as it is trained on: on its device, with what it is to stand on top of, quantized if asked for.
-
-    Raises LoRADiffusionError's children.
-    """
+def _prepare_base(config: TrainConfig, accelerator: Accelerator) -> Base:
+    """Load the base, merge the `on_top_of` adapters into it, quantize it if requested, and move it to its device."""
     compute = config.compute
     check_quantization_available(compute.quantize)
-    whole = compute.quantize == "none"  # else the device is to hold quantized weights only
-    device = accelerator.device if whole else torch.device("cpu")
-    base = load_base(config.base, device=device, precision=torch_dtype(PRECISIONS[compute.mixed_precision]))
+    quantized = compute.quantize != "none"
+    # Load to the CPU before quantizing, so that the device never has to hold the full weights.
+    device = torch.device("cpu") if quantized else accelerator.device
+    base = load_base(config.base, device=device, precision=torch_dtype(_DTYPE_NAMES[compute.mixed_precision]))
     base.pipe.vae.float()
     base = add_base_adapters(base, config.on_top_of)
-    return base if whole else quantize_base(base, compute.quantize, accelerator.device)
+    return quantize_base(base, compute.quantize, accelerator.device) if quantized else base
 
 
-def attach_adapter(
+def _attach_adapter(
     base: Base,
     config: TrainConfig,
-    begun: Adapter | None,
+    initial: Adapter | None,
     paths: Sequence[str],
     full: Sequence[str],
-    words: LearnedTokens | None,
+    tokens: LearnedTokens | None,
 ) -> tuple[dict[str, nn.Parameter], MethodCallbacks]:
-    """All that learns, put on the base, and what happens to it from step to step. Raises ConfigError."""
-    if begun:
-        injected = inject_adapter(base, begun, config.adapter)
+    """Attach trainable layers to the base; return all trainable parameters and the hooks of the method.
+
+    Raises:
+        ConfigError: If the adapter's settings do not fit the modules.
+    """
+    if initial:
+        injected = inject_adapter(base, initial, config.adapter)
     else:
         adapter = AdapterConfig() if config.trains_embeddings_only else config.adapter
         injected = inject(base, paths, adapter, config.seed, full=full, steps=config.steps)
-    if words is None:
+    if tokens is None:
         return injected.parameters, injected.rules
-    for vectors in words.parameters.values():
-        vectors.requires_grad_(True)  # which freezing the text encoders took
-    both = CallbackList(
-        injected.rules, TextualInversionCallbacks(words.parameters, injected.parameters, config.words, config.steps)
+    for embedding in tokens.parameters.values():
+        embedding.requires_grad_(True)  # injecting the adapter froze all parameters of the text encoders
+    callbacks = CallbackList(
+        injected.rules, TextualInversionCallbacks(tokens.parameters, injected.parameters, config.words, config.steps)
     )
-    return {**injected.parameters, **words.parameters}, both
+    return {**injected.parameters, **tokens.parameters}, callbacks
 
 
-def resolve_target_modules(
-    base: Base, config: TrainConfig, begun: Adapter | None
+def _resolve_target_modules(
+    base: Base, config: TrainConfig, initial: Adapter | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The modules that get factors, and those that are trained in full. Raises ConfigError."""
-    if config.trains_embeddings_only or begun:
-        return tuple(begun.layers) if begun else (), ()
+    """Return the paths of modules that get adapter layers, and of those that are trained in full.
+
+    Raises:
+        ConfigError: If a target pattern matches no module.
+    """
+    if config.trains_embeddings_only or initial:
+        return tuple(initial.layers) if initial else (), ()
     adapter = config.adapter
     unet, text_encoders = adapter.unet_targets, adapter.text_encoder_targets
     paths = resolve_targets(trainable_paths(base.layout), unet=unet, text_encoders=text_encoders)
     return paths, resolve_modules_to_save(changeable_paths(base.layout), adapter.full_targets, paths)
 
 
-def load_initial_adapter(config: TrainConfig, base: Base) -> Adapter | None:
-    """The adapter that the run goes on from, if any. Raises LoRADiffusionError's children."""
+def _load_initial_adapter(config: TrainConfig, base: Base) -> Adapter | None:
+    """Load the adapter to continue training from (`adapter.begin_with`), if there is one, and check that it fits."""
     path = config.adapter.begin_with
     if path is None:
         return None
@@ -201,32 +232,40 @@ def load_initial_adapter(config: TrainConfig, base: Base) -> Adapter | None:
     check_family(adapter.metadata.family, str(path), base_name=base.name, family=base.family.name)
     check_continuable(adapter, str(path))
     check_base_fits(base, Blend(entries=(WeightedAdapter(adapter=adapter, path=path),)))
-    learns = any(not module.startswith("unet.") for module in adapter.layers)
-    if learns and not config.adapter.text_encoder_targets:
-        raise ConfigError(f"adapter.begin_with: {path} changes text encoders; name adapter.text_encoder_targets too")
-    if config.adapter.text_encoder_targets and not learns:
-        raise ConfigError(f"adapter.begin_with: {path} changes the UNet alone; set adapter.text_encoder_targets to []")
+    has_text_encoder = any(not module.startswith("unet.") for module in adapter.layers)
+    if has_text_encoder and not config.adapter.text_encoder_targets:
+        raise ConfigError(
+            f"adapter.begin_with: {path} changes text encoders, but adapter.text_encoder_targets is empty; set it to "
+            "continue training them"
+        )
+    if config.adapter.text_encoder_targets and not has_text_encoder:
+        raise ConfigError(
+            f"adapter.begin_with: {path} changes the UNet only, but adapter.text_encoder_targets is set; set it to []"
+        )
     return adapter
 
 
-def split_examples(config: TrainConfig) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Pictures to train on and pictures held out. Raises DatasetError, ConfigError."""
+def _split_examples(config: TrainConfig) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """Read the images, and split them into images to train on and images to validate on."""
     if config.validation.folder and config.validation.share:
-        raise ConfigError("validation takes a folder or a share of the pictures; give one of them")
+        raise ConfigError("validation.folder and validation.share are both set; set only one of them")
     examples = read_dataset(config.data)
     if config.validation.folder:
         return examples, read_dataset(config.data.model_copy(update={"folder": config.validation.folder}))
     return split_validation(examples, config.validation.share, config.seed)
 
 
-def new_accelerator(config: TrainConfig) -> Accelerator:
-    """Raises ConfigError for what would fail after the work is done."""
+def _new_accelerator(config: TrainConfig) -> Accelerator:
+    """Make the accelerator, after checking the output's suffix, the precision and the trackers."""
     if config.output.suffix != ".safetensors":
-        raise ConfigError(f"output {str(config.output)!r} does not end in .safetensors; adapters are saved as such")
+        raise ConfigError(
+            f"output {str(config.output)!r} does not end in .safetensors, the format that adapters are saved in; "
+            "change the suffix"
+        )
     precision = config.compute.mixed_precision
     if precision == "fp16" and default_device().type == "cpu":
-        raise ConfigError("mixed_precision 'fp16' needs a GPU; on the CPU use 'no' or 'bf16'")
-    AcceleratorState._reset_state()  # it keeps the precision of an earlier run in this process
+        raise ConfigError("compute.mixed_precision 'fp16' needs a GPU; on the CPU use 'no' or 'bf16'")
+    AcceleratorState._reset_state()  # a shared state would keep the precision of an earlier run in this process
     passes = 2 if config.prior.mode == "pictures" else 1
     return Accelerator(
         mixed_precision=precision,
@@ -236,26 +275,27 @@ def new_accelerator(config: TrainConfig) -> Accelerator:
     )
 
 
-def new_cache(config: TrainConfig) -> Cache:
+def _new_cache(config: TrainConfig) -> Cache:
+    """Make the cache for encoded images and captions that `data.cache` selects."""
     if config.data.cache == "disk":
         return DiskCache(config.data.cache_folder or run_folder(config.output) / "cache")
     return MemoryCache() if config.data.cache == "memory" else NoCache()
 
 
-def make_class_samples(
+def _make_class_examples(
     config: TrainConfig, base: Base, folder: Path, size_px: int, accelerator: Accelerator
 ) -> tuple[TrainConfig, tuple[Example, ...]]:
-    """Class pictures, made where they are missing, with settings of their own."""
-    place = class_folder(config.prior, folder)
+    """Generate the class images that are missing; return the settings for training on class images, and the images."""
+    class_images = class_folder(config.prior, folder)
     share, of = accelerator.process_index, accelerator.num_processes
-    make_class_pictures(base, config.prior, place, size_px, share=share, of=of)
+    make_class_pictures(base, config.prior, class_images, size_px, share=share, of=of)
     accelerator.wait_for_everyone()
-    data = DataConfig(folder=place, instance_prompt=config.prior.prompt, resolution=config.data.resolution)
-    plain = config.captions.model_copy(update={"template": "{caption}"})
-    return config.model_copy(update={"data": data, "captions": plain, "seed": config.seed + 1}), read_dataset(data)
+    data = DataConfig(folder=class_images, instance_prompt=config.prior.prompt, resolution=config.data.resolution)
+    captions = config.captions.model_copy(update={"template": "{caption}"})
+    return config.model_copy(update={"data": data, "captions": captions, "seed": config.seed + 1}), read_dataset(data)
 
 
-def make_training_samples(
+def _make_training_samples(
     base: Base,
     config: TrainConfig,
     examples: Sequence[Example],
@@ -264,7 +304,8 @@ def make_training_samples(
     size_px: int,
     per_step: int,
 ) -> TrainingSamples:
-    buckets = assign_buckets(read_sizes(examples), config.data, size_px)
+    """Assign images to buckets and plan the order of the run's samples."""
+    buckets = assign_buckets(_read_sizes(examples), config.data, size_px)
     return TrainingSamples(
         config=config,
         examples=examples,
@@ -275,12 +316,25 @@ def make_training_samples(
     )
 
 
-def read_sizes(examples: Sequence[Example]) -> list[tuple[int, int]]:
+def _encode_held_out(
+    base: Base, config: TrainConfig, examples: Sequence[Example], cache: Cache, size_px: int
+) -> HeldOut | None:
+    """Encode the images to validate on; return None if there are none."""
+    encoder = ViewEncoder(base, config.data, cache)
+    buckets = assign_buckets(_read_sizes(examples), config.data, size_px)
+    views = [
+        encoder.encode(example, bucket, seed=0, variant=0) for example, bucket in zip(examples, buckets, strict=True)
+    ]
+    return HeldOut(views=views, captions=[example.caption for example in examples]) if examples else None
+
+
+def _read_sizes(examples: Sequence[Example]) -> list[tuple[int, int]]:
+    """Read the sizes of images from their headers."""
     return [read_size(example.picture) for example in examples]
 
 
-def apply_compute_options(base: Base, config: TrainConfig) -> None:
-    """What costs time or memory at each step."""
+def _apply_compute_options(base: Base, config: TrainConfig) -> None:
+    """Apply the settings that trade time for memory: gradient checkpointing, memory format, compiling, offloading."""
     unet = base.pipe.unet
     if config.compute.gradient_checkpointing:
         unet.enable_gradient_checkpointing(adapter_state_of(base).checkpoint)

@@ -1,4 +1,4 @@
-"""Stopping between two steps: Ctrl-C and SIGTERM are noted, and a run ends where its state can be saved."""
+"""Handle Ctrl-C and SIGTERM during training, so that a run stops between two steps and saves its state."""
 
 import signal
 import threading
@@ -12,32 +12,39 @@ from accelerate import Accelerator
 
 
 class StopRequest:
-    """Whether somebody wants the run to stop."""
+    """Signal handler that records whether the run was asked to stop."""
 
     signal: int | None = None
+    """Number of the signal that was received; None before."""
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """A second signal does not wait for the end of the step."""
+        """Record a signal. A second signal raises KeyboardInterrupt immediately."""
         if self.signal is not None:
             signal.default_int_handler(number, frame)
         self.signal = number
 
     def synced_stop(self, accelerator: Accelerator) -> bool:
-        """Whether any process has been asked; all get the same answer, so that they stop after the same step."""
-        asked: Any = accelerator.gather(torch.tensor([self.signal is not None], device=accelerator.device))
-        return bool(asked.any())
+        """Return whether any process received a signal.
+
+        All processes get the same answer, so they stop after the same step. Every process has to call this.
+        """
+        received: Any = accelerator.gather(torch.tensor([self.signal is not None], device=accelerator.device))
+        return bool(received.any())
 
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Notes Ctrl-C and SIGTERM while the block runs; only the main thread can, elsewhere nothing is noted."""
+    """Handle Ctrl-C and SIGTERM while the context is active, and restore the previous handlers afterwards.
+
+    Python allows signal handlers in the main thread only; in other threads no signal is recorded.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, request.note) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, request.note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield request
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,4 +1,7 @@
-"""Whether a run still gets better: the loss on held-out pictures, without luck in it, and the drift from the base."""
+"""Validation: the loss on held-out images, and the drift of predictions from the base on other prompts.
+
+Timesteps and noise are fixed, so that the losses of two validations differ only by what was trained in between.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,32 +22,42 @@ from lora_diffusion.training.seeding import sample_seed
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """What was found after a step."""
+    """Result of one validation."""
 
     loss: float
-    """Mean over held-out pictures and timesteps."""
+    """Mean loss over held-out images and timesteps."""
     by_timestep: tuple[tuple[int, float], ...]
-    """Mean loss at each timestep."""
+    """Pairs of a timestep and the mean loss at it."""
     drift: float | None
-    """Mean squared change of the base's prediction on other prompts over its mean square; None without such prompts."""
+    """Relative change of the predictions on `validation.base_prompts`: the mean square of adapted minus frozen
+    prediction, over the mean square of the frozen prediction. None without such prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """Encoded pictures with their captions."""
+    """Held-out images, encoded, with their captions."""
 
     views: Sequence[LatentView]
+    """Encoded images."""
     captions: Sequence[str]
+    """Caption of each image, before `captions.template` is applied."""
 
 
 @torch.no_grad()
 def validate(denoiser: Denoiser, encoder: CaptionEncoder, held_out: HeldOut, config: TrainConfig) -> Validation:
-    """Losses at fixed timesteps with fixed noise, so that two validations differ by what was learned alone."""
-    timesteps = validation_timesteps(denoiser.num_timesteps, config)
+    """Compute losses on held-out images at fixed timesteps with fixed noise, and the drift from the base.
+
+    Args:
+        denoiser: The model with the adapter in its current state, in evaluation mode.
+        encoder: Encoder of the captions with frozen text encoders.
+        held_out: Images to validate on.
+        config: Settings of the run.
+    """
+    timesteps = _validation_timesteps(denoiser.num_timesteps, config)
     losses = torch.zeros(len(timesteps), dtype=torch.float64)
     drifts: list[Tensor] = []
-    for number, (seen, caption) in enumerate(zip(held_out.views, held_out.captions, strict=True)):
-        batch = fixed_batch(seen, caption, number, timesteps, config, denoiser)
+    for number, (view, caption) in enumerate(zip(held_out.views, held_out.captions, strict=True)):
+        batch = _fixed_batch(view, caption, number, timesteps, config, denoiser)
         texts = {} if config.trains_captions else to_device(denoiser, encoder.encode_batch(batch["captions"]))
         losses += denoiser(**batch, **texts).double().cpu()
         if config.validation.base_prompts:
@@ -58,24 +71,27 @@ def validate(denoiser: Denoiser, encoder: CaptionEncoder, held_out: HeldOut, con
     )
 
 
-def validation_timesteps(count: int, config: TrainConfig) -> list[int]:
-    """The middles of equal stretches of the timesteps that are trained."""
+def _validation_timesteps(count: int, config: TrainConfig) -> list[int]:
+    """Divide the trained timesteps into `validation.draws` equal intervals and return the middle of each."""
     first, last = config.objective.first_timestep, config.objective.last_timestep
     last = count - 1 if last is None else last
     draws = config.validation.draws
     return [first + int((i + 0.5) * (last + 1 - first) / draws) for i in range(draws)]
 
 
-def fixed_batch(
-    seen: LatentView, caption: str, number: int, timesteps: Sequence[int], config: TrainConfig, denoiser: Denoiser
+def _fixed_batch(
+    view: LatentView, caption: str, number: int, timesteps: Sequence[int], config: TrainConfig, denoiser: Denoiser
 ) -> dict[str, Any]:
-    """One held-out picture at every timestep, each with noise of its own that is the same at each validation."""
+    """Make a batch of one held-out image at every timestep.
+
+    The noise depends only on the image's number and the position of the timestep, so it is the same at each validation.
+    """
     text, samples = format_caption(caption, config.captions, config.trigger_words), []
-    for place, timestep in enumerate(timesteps):
-        rng = Generator().manual_seed(sample_seed(number, place))
+    for position, timestep in enumerate(timesteps):
+        rng = Generator().manual_seed(sample_seed(number, position))
         samples.append(
             {
-                **draw_sample(seen, text, config.objective, denoiser.num_timesteps, rng),
+                **draw_sample(view, text, config.objective, denoiser.num_timesteps, rng),
                 "timestep": torch.tensor(timestep),
             }
         )
@@ -83,27 +99,41 @@ def fixed_batch(
 
 
 def measure_drift(denoiser: Denoiser, encoder: CaptionEncoder, batch: dict[str, Any], prompt: str) -> Tensor:
-    """How far the adapter moves the prediction for a prompt that it was not trained on."""
+    """Measure how much the adapter changes the prediction for a prompt that it was not trained on.
+
+    Args:
+        denoiser: The model with the adapter.
+        encoder: Encoder of the prompt with frozen text encoders.
+        batch: A collated batch on the denoiser's device; its captions are replaced by `prompt`.
+        prompt: The prompt.
+
+    Returns:
+        Scalar: the mean squared difference of adapted and frozen prediction, over the frozen one's mean square.
+    """
     noisy = batch["latent"], batch["noise"], batch["timestep"]
-    frozen, moved = predict_both(denoiser, encoder, [prompt] * len(batch["captions"]), noisy, batch["time_ids"])
-    return (moved - frozen).square().mean() / frozen.square().mean()
+    frozen, adapted = predict_both(denoiser, encoder, [prompt] * len(batch["captions"]), noisy, batch["time_ids"])
+    return (adapted - frozen).square().mean() / frozen.square().mean()
 
 
 def to_device(denoiser: Denoiser, batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch's tensors on the denoiser's device."""
+    """Move the tensors of a batch to the denoiser's device; other values are left as they are."""
     device = denoiser.alphas_cumprod.device
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyStopping:
-    """The best validation so far, and for how many validations there has been none better."""
+    """Best validation so far, and the number of validations since then."""
 
     step: int = 0
+    """Step of the best validation; 0 before the first validation."""
     loss: float = float("inf")
+    """Loss of the best validation."""
     since: int = 0
+    """Number of validations since the best one."""
 
     def updated_with(self, step: int, loss: float) -> "EarlyStopping":
+        """Return the record after another validation, which had this loss at this step."""
         if loss < self.loss:
             return EarlyStopping(step=step, loss=loss)
         return EarlyStopping(step=self.step, loss=self.loss, since=self.since + 1)

@@ -1,4 +1,4 @@
-"""The training loop on the random base: what it trains, what it leaves alone, how it stops, and what it refuses."""
+"""The training loop on a random base: trained and frozen parameters, validation, early stopping, and errors raised."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +29,7 @@ from lora_diffusion.training.validation import measure_drift
 from tests.helpers.short_runs import UNET_ONLY, settings
 
 
-def test_training_writes_an_adapter_with_its_record(pictures: Path, sd_folder: Path) -> None:
+def test_training_saves_an_adapter_with_metadata(pictures: Path, sd_folder: Path) -> None:
     result = train(settings(pictures, sd_folder, save_every=4))
     adapter = load_adapter(result.path)
     assert adapter_hash(adapter) == adapter_hash(result.adapter)
@@ -86,7 +86,7 @@ def test_bf16_trains(pictures: Path, sd_folder: Path) -> None:
     assert all(float(layer.delta().norm()) > 0 for layer in result.adapter.layers.values())
 
 
-def test_a_fresh_injection_changes_no_bit_and_extracts_as_injected(sd_folder: Path) -> None:
+def test_a_fresh_injection_is_exact_identity_and_can_be_extracted(sd_folder: Path) -> None:
     base = load_base(str(sd_folder), device=torch.device("cpu"))
     inputs = (torch.randn(2, 4, 16, 16), 7, torch.randn(2, 77, 32))
     with torch.no_grad():
@@ -100,8 +100,8 @@ def test_a_fresh_injection_changes_no_bit_and_extracts_as_injected(sd_folder: Pa
     assert torch.equal(adapter.layers[paths[0]].factors["down"], module.update.down)
 
 
-def test_the_trained_layers_predict_what_the_saved_adapter_does(pictures: Path, sd_folder: Path) -> None:
-    """In the forward pass while training, and in the weights of a fresh base; switched off, they are not there."""
+def test_trainable_layers_predict_the_same_as_the_saved_adapter(pictures: Path, sd_folder: Path) -> None:
+    """Trainable layers predict the same as the saved adapter merged into a fresh base; disabled, they do nothing."""
     result = train(settings(pictures, sd_folder, {"adapter": {"unet_targets": ["all"]}}, save_precision="float32"))
     live, fresh = (load_base(str(sd_folder), device=torch.device("cpu")) for _ in range(2))
     parameters = inject(live, tuple(result.adapter.layers), AdapterConfig(rank=2, alpha=3.0), seed=0).parameters
@@ -139,14 +139,16 @@ def test_neighboring_samples_have_unrelated_seeds() -> None:
     assert all(0 <= s < 2**63 for s in seeds)
 
 
-def test_a_loss_that_is_no_number_stops_the_run() -> None:
+def test_a_nan_loss_stops_the_run() -> None:
     with pytest.raises(TrainingError, match="the loss at step 7 is nan"):
         check_finite(torch.tensor(float("nan")), 7)
 
 
-def test_too_little_memory_is_said_with_what_helps() -> None:
+def test_out_of_memory_errors_name_helpful_settings() -> None:
     with (
-        pytest.raises(TrainingError, match=r"not enough memory for a step; set compute\.gradient_checkpointing"),
+        pytest.raises(
+            TrainingError, match=r"not enough memory for a training step; set compute\.gradient_checkpointing"
+        ),
         explained_memory_errors(),
     ):
         torch.empty(2**55, dtype=torch.uint8)
@@ -157,7 +159,7 @@ def test_too_little_memory_is_said_with_what_helps() -> None:
 def refusal(config: TrainConfig, kind: type[Exception]) -> str:
     with pytest.raises(kind) as caught:
         train(config)
-    assert not list(config.output.parent.glob("*")), "something was left behind"
+    assert not list(config.output.parent.glob("*")), "files were left behind"
     return str(caught.value)
 
 
@@ -176,8 +178,8 @@ def test_an_unreadable_picture_is_named(pictures: Path, sd_folder: Path) -> None
     assert "1.png: cannot be read as an image" in refusal(settings(pictures, sd_folder), DatasetError)
 
 
-def test_a_long_caption_is_read_to_its_end(pictures: Path, sd_folder: Path) -> None:
-    """Its last words matter to what is learned, beside short ones in a batch too."""
+def test_long_captions_are_not_truncated(pictures: Path, sd_folder: Path) -> None:
+    """The last word of a long caption affects the result, also in a batch with short captions."""
     learned: list[str] = []
     for last in ("cat", "dog"):
         (pictures / "2.txt").write_text("very " * 80 + last)
@@ -187,7 +189,7 @@ def test_a_long_caption_is_read_to_its_end(pictures: Path, sd_folder: Path) -> N
 
 
 @pytest.mark.parametrize("encoders", [(), ("attention",)], ids=["cached", "trained"])
-def test_weights_count_in_captions_that_ask_for_it(pictures: Path, sd_folder: Path, encoders: tuple[str, ...]) -> None:
+def test_emphasis_in_captions_is_used_if_enabled(pictures: Path, sd_folder: Path, encoders: tuple[str, ...]) -> None:
     def hash_of(caption: str, *, weights: bool) -> str:
         for picture in pictures.glob("*.png"):
             picture.with_suffix(".txt").write_text(caption)
@@ -202,7 +204,7 @@ def test_weights_count_in_captions_that_ask_for_it(pictures: Path, sd_folder: Pa
     assert hash_of("(a cat:1.4)", weights=False) != hash_of("(a cat:1.4)", weights=True)
 
 
-def test_captions_that_cannot_be_read_are_named(pictures: Path, sd_folder: Path) -> None:
+def test_captions_that_cannot_be_parsed_are_named(pictures: Path, sd_folder: Path) -> None:
     (pictures / "1.txt").write_text("(one, two:1.2)")
     assert "1.png" in refusal(settings(pictures, sd_folder, captions={"weights": True, "shuffle": True}), DatasetError)
     train(settings(pictures, sd_folder, captions={"weights": True}, output=pictures / "read.safetensors"))
@@ -218,7 +220,7 @@ def test_output_that_cannot_be_written_is_found_before_training(pictures: Path, 
         train(settings(pictures, sd_folder, output=pictures / "x.bin"))
 
 
-def test_fp16_on_the_cpu_is_refused_in_words(pictures: Path, sd_folder: Path) -> None:
+def test_fp16_on_the_cpu_is_refused(pictures: Path, sd_folder: Path) -> None:
     if torch.cuda.is_available():
         return
     assert "needs a GPU" in refusal(
@@ -226,8 +228,8 @@ def test_fp16_on_the_cpu_is_refused_in_words(pictures: Path, sd_folder: Path) ->
     )
 
 
-def test_held_out_pictures_tell_when_to_stop(pictures: Path, sd_folder: Path) -> None:
-    """A rate far too high makes the loss rise, so that the first validation is the best and patience runs out."""
+def test_early_stopping_uses_held_out_images(pictures: Path, sd_folder: Path) -> None:
+    """With a far too high learning rate the loss rises, so the first validation is the best and patience runs out."""
     changes = {"validation": {"share": 0.25, "every": 2, "patience": 2, "draws": 4, "base_prompts": ["a blue house"]}}
     calm = train(settings(pictures, sd_folder, changes, steps=8))
     log = [line for line in read_log(calm.path.parent / "style-run" / "log.jsonl") if "validation" in line]
@@ -250,7 +252,7 @@ def test_validation_is_the_same_each_time_and_changes_nothing(pictures: Path, sd
     assert log[-1]["validation"]["loss"] == plain.best.loss
 
 
-def test_a_pull_towards_the_frozen_base_keeps_other_prompts_in_place(pictures: Path, sd_folder: Path) -> None:
+def test_prior_preservation_by_prediction_reduces_the_drift(pictures: Path, sd_folder: Path) -> None:
     drift = {}
     for weight in (0.0, 30.0):
         prior = {"mode": "prediction", "weight": weight, "prompt": "a dog"}
@@ -260,33 +262,33 @@ def test_a_pull_towards_the_frozen_base_keeps_other_prompts_in_place(pictures: P
     assert drift[30.0] < 0.7 * drift[0.0]
 
 
-def test_a_text_encoder_that_moves_is_pulled_back_and_its_drift_is_measured(pictures: Path, sd_folder: Path) -> None:
-    """The UNet stays as it is; what moves another prompt's prediction is the text alone."""
+def test_a_changed_text_encoder_counts_in_prior_loss_and_drift(pictures: Path, sd_folder: Path) -> None:
+    """Only the text encoder is changed, so only the conditioning changes the prediction for another prompt."""
     prior = {"mode": "prediction", "prompt": "a dog"}
     run = set_up(settings(pictures, sd_folder, {"prior": prior}))
     latent, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     ids, timestep = torch.zeros(2, 6), torch.tensor([100, 600])
-    pull = run.denoiser.auxiliary_loss
-    assert pull
+    prior_loss = run.denoiser.auxiliary_loss
+    assert prior_loss
     batch = {"latent": latent, "noise": noise, "timestep": timestep, "time_ids": ids, "captions": ["", ""]}
-    assert float(pull.compute_losses(run.denoiser, latent, noise, timestep, ids).detach().abs().max()) < 1e-9
+    assert float(prior_loss.compute_losses(run.denoiser, latent, noise, timestep, ids).detach().abs().max()) < 1e-9
     text = {name: p for name, p in run.parameters.items() if name.startswith("text_encoder.")}
     with torch.no_grad():
         for parameter in text.values():
             parameter.add_(0.3)
         assert float(measure_drift(run.denoiser, run.captions, batch, "a dog")) > 1e-6
-    loss = pull.compute_losses(run.denoiser, latent, noise, timestep, ids).mean()
+    loss = prior_loss.compute_losses(run.denoiser, latent, noise, timestep, ids).mean()
     assert float(loss.detach()) > 1e-6
     assert any(float(grad.abs().max()) > 0 for grad in torch.autograd.grad(loss, [*text.values()]))
 
 
-def test_frozen_text_encoders_are_not_the_trained_models_part(pictures: Path, sd_folder: Path) -> None:
-    """They may wait off the device, where preparing the model must not fetch them back."""
+def test_frozen_text_encoders_are_not_part_of_the_denoiser(pictures: Path, sd_folder: Path) -> None:
+    """They may be offloaded, and preparing the denoiser must not move them back to the device."""
     assert len(set_up(settings(pictures, sd_folder)).denoiser.text_encoders) == 1
     assert len(set_up(settings(pictures, sd_folder, UNET_ONLY)).denoiser.text_encoders) == 0
 
 
-def test_class_pictures_are_made_where_they_are_missing_and_trained_on(pictures: Path, sd_folder: Path) -> None:
+def test_missing_class_images_are_generated_and_trained_on(pictures: Path, sd_folder: Path) -> None:
     prior = {"mode": "pictures", "prompt": "a dog", "count": 3, "steps": 1, "guidance": 1.0}
     hashes = {adapter_hash(train(settings(pictures, sd_folder)).adapter)}
     hashes.add(adapter_hash(train(settings(pictures, sd_folder, {"prior": prior})).adapter))
@@ -296,28 +298,28 @@ def test_class_pictures_are_made_where_they_are_missing_and_trained_on(pictures:
     before = made[0].stat().st_mtime_ns
     again = train(settings(pictures, sd_folder, {"prior": prior}))
     assert made[0].stat().st_mtime_ns == before
-    assert adapter_hash(again.adapter) in hashes, "what was made again is the same"
+    assert adapter_hash(again.adapter) in hashes, "the regenerated class image is the same"
     hashes.add(adapter_hash(train(settings(pictures, sd_folder, {"prior": {**prior, "weight": 5.0}})).adapter))
     assert len(hashes) == 3
 
 
-def test_a_moving_average_is_what_is_saved(pictures: Path, sd_folder: Path) -> None:
+def test_the_moving_average_is_saved(pictures: Path, sd_folder: Path) -> None:
     last, mean = (
         train(settings(pictures, sd_folder, {"optimizer": {"ema_decay": decay}}, save_precision="float32"))
         for decay in (0.0, 0.9)
     )
-    assert last.last_loss == mean.last_loss, "the run itself is the same"
+    assert last.last_loss == mean.last_loss, "the average does not affect training"
     assert adapter_hash(last.adapter) != adapter_hash(mean.adapter)
 
 
-def test_no_delta_grows_beyond_its_bound(pictures: Path, sd_folder: Path) -> None:
+def test_max_norm_limits_the_norm_of_every_delta(pictures: Path, sd_folder: Path) -> None:
     free = train(settings(pictures, sd_folder, save_precision="float32")).adapter
     bound = sorted(float(layer.delta().norm()) for layer in free.layers.values())[len(free.layers) // 2]
     held = train(settings(pictures, sd_folder, {"adapter": {"max_norm": bound}}, save_precision="float32")).adapter
     assert max(float(layer.delta().norm()) for layer in held.layers.values()) <= bound * (1 + 1e-5)
 
 
-def test_all_that_is_wrong_with_the_settings_is_said_at_once(pictures: Path) -> None:
+def test_all_mistakes_in_the_settings_are_reported_at_once(pictures: Path) -> None:
     from lora_diffusion.config.settings import read_toml
 
     path = pictures.parent / "run.toml"
@@ -334,7 +336,7 @@ def test_all_that_is_wrong_with_the_settings_is_said_at_once(pictures: Path) -> 
     assert "'data.crop' is 'left'" in message
 
 
-def test_paths_in_a_file_are_taken_from_its_folder_and_changes_reach_into_sections(pictures: Path) -> None:
+def test_paths_are_relative_to_the_settings_file_and_changes_reach_sections(pictures: Path) -> None:
     from lora_diffusion.cli.flags import parse_changes
     from lora_diffusion.config.settings import read_toml
 
@@ -346,5 +348,5 @@ def test_paths_in_a_file_are_taken_from_its_folder_and_changes_reach_into_sectio
     assert config.output == pictures.parent / "x.safetensors"
 
 
-def test_mirrored_views_that_would_never_be_seen_are_refused(pictures: Path, sd_folder: Path) -> None:
+def test_flip_with_a_single_cached_view_is_refused(pictures: Path, sd_folder: Path) -> None:
     assert "only one is cached" in refusal(settings(pictures, sd_folder, {"data": {"flip": True}}), ConfigError)

@@ -1,4 +1,4 @@
-"""Stopped and killed runs that resume produce the adapter of an uninterrupted run, bit for bit."""
+"""Resuming of stopped and killed runs: the result is identical, bit for bit, to that of an uninterrupted run."""
 
 import json
 import random
@@ -30,26 +30,26 @@ EVERYTHING: dict[str, Any] = {
     "optimizer": {"ema_decay": 0.9},
     "validation": {"share": 0.25, "every": 3, "draws": 2},
 }
-"""Settings that turn on everything in a run that has state or uses random numbers."""
+"""Settings that use every kind of state and randomness in a run."""
 
 
 def stop_after(config: Any, steps: int) -> None:
-    """Run for a number of steps, then request a stop as Ctrl-C does; the run saves its state."""
-    progress, request = Trainer(set_up(config), lambda *_: None), StopRequest()
-    one_step = progress.train_step
+    """Train until a step, then stop as Ctrl-C does, which saves the state."""
+    trainer, request = Trainer(set_up(config), lambda *_: None), StopRequest()
+    train_step = trainer.train_step
 
-    def counted() -> dict[str, Any]:
-        facts = one_step()
-        if progress.step == steps:
+    def stopping_step() -> dict[str, Any]:
+        facts = train_step()
+        if trainer.step == steps:
             request.note(signal.SIGINT, None)
         return facts
 
-    progress.train_step = counted  # type: ignore[method-assign]
-    assert progress.run(request)
+    trainer.train_step = stopping_step  # type: ignore[method-assign]
+    assert trainer.run(request)
 
 
 @pytest.mark.parametrize("stops", [(1,), (4, 5)])
-def test_resumed_run_is_bit_identical(stops: tuple[int, ...], pictures: Path, sd_folder: Path) -> None:
+def test_a_stopped_run_resumes_bit_for_bit(stops: tuple[int, ...], pictures: Path, sd_folder: Path) -> None:
     changes = deep_merge(EVERYTHING, {"data": {"folder": str(pictures)}})
     whole = train(settings(pictures, sd_folder, changes, steps=8, save_precision="float32"))
     output = pictures.parent / "again" / "style.safetensors"
@@ -67,8 +67,10 @@ def test_resumed_run_is_bit_identical(stops: tuple[int, ...], pictures: Path, sd
     assert not list_states(output.parent / "style-run")
 
 
-def test_prior_and_drift_do_not_depend_on_where_a_run_was_stopped(pictures: Path, sd_folder: Path) -> None:
-    """Prior preservation and drift encode their prompts with the frozen text encoder, also after resuming."""
+def test_prior_and_drift_of_a_trained_text_encoder_do_not_depend_on_interruptions(
+    pictures: Path, sd_folder: Path
+) -> None:
+    """The frozen side of prior loss and drift is encoded by the frozen text encoder, before and after resuming."""
     prior = {"mode": "prediction", "prompt": "a dog"}
     changes = {"prior": prior, "validation": {"share": 0.25, "every": 3, "draws": 2, "base_prompts": ["a blue house"]}}
     whole = train(settings(pictures, sd_folder, changes, steps=6, save_precision="float32"))
@@ -82,7 +84,7 @@ def test_prior_and_drift_do_not_depend_on_where_a_run_was_stopped(pictures: Path
     assert drifts[0] == drifts[1]
 
 
-def test_state_does_not_contain_the_frozen_base(pictures: Path, sd_folder: Path) -> None:
+def test_a_state_does_not_contain_the_frozen_base(pictures: Path, sd_folder: Path) -> None:
     config = settings(pictures, sd_folder, steps=8)
     stop_after(config, 2)
     (state,) = list_states(config.output.parent / "style-run")
@@ -92,7 +94,7 @@ def test_state_does_not_contain_the_frozen_base(pictures: Path, sd_folder: Path)
     assert {name.rpartition(".")[2] for name in parameters} == {"down", "up"}
 
 
-def test_state_of_a_run_with_other_settings_is_rejected(pictures: Path, sd_folder: Path) -> None:
+def test_the_state_of_a_run_with_other_settings_is_refused(pictures: Path, sd_folder: Path) -> None:
     stop_after(settings(pictures, sd_folder, steps=8), 2)
     other = settings(pictures, sd_folder, {"adapter": {"rank": 3}}, steps=8, seed=9)
     with pytest.raises(ConfigError, match=r"other settings \(adapter, seed differ\); set resume to false"):
@@ -114,8 +116,8 @@ def command(config: Any, folder: Path) -> list[str]:
     return [sys.executable, "-c", code, str(path)]
 
 
-def kill_runs(config: Any, folder: Path, *, kills: int, rng: random.Random) -> list[int]:
-    """Start a run repeatedly and kill it at random times after a new step; return the steps reached by each."""
+def killed_runs(config: Any, folder: Path, *, kills: int, rng: random.Random) -> list[int]:
+    """Start a run repeatedly, and kill it at a random time after a new step; return the steps it had reached."""
     log, reached = config.output.parent / "style-run" / "log.jsonl", [0]
     for _ in range(kills):
         process = subprocess.Popen(command(config, folder), stderr=subprocess.DEVNULL)
@@ -134,8 +136,8 @@ def last_step(log: Path) -> int:
 
 
 @pytest.mark.slow
-def test_killed_run_resumes_bit_for_bit(pictures: Path, sd_folder: Path) -> None:
-    """kill -9 at random times: during a step, or while a state is being written."""
+def test_a_killed_run_resumes_bit_for_bit(pictures: Path, sd_folder: Path) -> None:
+    """kill -9 at random times, during a step or while a state is being written."""
     changes = deep_merge(EVERYTHING, {"data": {"folder": str(pictures)}})
     whole = train(settings(pictures, sd_folder, changes, steps=40, save_precision="float32"))
     output = pictures.parent / "again" / "style.safetensors"
@@ -143,9 +145,9 @@ def test_killed_run_resumes_bit_for_bit(pictures: Path, sd_folder: Path) -> None
     reached = kill_runs(config, pictures.parent, kills=2, rng=random.Random())
     train(config)
     assert adapter_hash(load_adapter(output)) == adapter_hash(whole.adapter), reached
-    assert not list((output.parent / "style-run").glob(".*")), "nothing half-written is left"
+    assert not list((output.parent / "style-run").glob(".*")), "partial states are removed"
 
 
-def test_settings_survive_a_json_round_trip(pictures: Path, sd_folder: Path) -> None:
+def test_settings_survive_a_round_trip_through_json(pictures: Path, sd_folder: Path) -> None:
     config = settings(pictures, sd_folder, EVERYTHING)
     assert type(config).model_validate(json.loads(config.model_dump_json())) == config

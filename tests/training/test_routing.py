@@ -1,4 +1,4 @@
-"""Gates over frozen adapters: the routed forward pass is the blend that its preset says, and only gates learn."""
+"""Gates over frozen adapters: the gated forward pass equals the saved preset, and only the gates are trained."""
 
 import json
 import shutil
@@ -37,12 +37,12 @@ from lora_diffusion.training.routing.train import RouteResult, read_route, route
 from tests.conftest import random_adapter
 
 STEPS = 8
-"""Denoising steps of a run that the predictions are compared at: two for each of four stretches."""
+"""Denoising steps at which predictions are compared: two for each of four time bins."""
 PATH = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
 def two(base: Base) -> tuple[Adapter, Adapter]:
-    """Layers of both ranks and of all places: every block, outside of them, and the text encoder."""
+    """Return adapters of different ranks, with layers in all blocks, outside of them, and in the text encoder."""
     return random_adapter(base, seed=1, unet=("all",)), random_adapter(base, seed=2, rank=2)
 
 
@@ -55,20 +55,20 @@ def with_weights(blend: Blend, weights: tuple[BlendWeight, ...]) -> Blend:
 
 
 def spread_gates(gates: Gates) -> None:
-    """A value of its own for each adapter, block and stretch."""
+    """Set a different value for each adapter, block and time bin."""
     values = torch.linspace(-0.5, 1.5, gates.values.numel())
     order = torch.randperm(len(values), generator=torch.Generator().manual_seed(0))
     gates.values.data = values[order].reshape(gates.values.shape)
 
 
 def timestep_at(step: int) -> int:
-    """The training timestep, of 1000, at the middle of a step."""
+    """Return the training timestep, out of 1000, at the middle of a denoising step."""
     return round(1000 * (1 - (step + 0.5) / STEPS) - 0.5)
 
 
 @torch.no_grad()
 def predicted(base: Base, timesteps: list[int], prompt: str = "a sks cat") -> Tensor:
-    """The UNet's predictions for the same noise at several timesteps, in one batch."""
+    """Return the UNet's predictions for the same noise at several timesteps, in one batch."""
     count = len(timesteps)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).repeat(count, 1, 1, 1)
     context = encode_prompts(base, [prompt] * count, size_px=32)
@@ -77,17 +77,17 @@ def predicted(base: Base, timesteps: list[int], prompt: str = "a sks cat") -> Te
 
 
 def losses_of(base: Base, timesteps: list[int], captions: list[str]) -> Tensor:
-    """The training losses of random pictures."""
+    """Return the training losses of random latents."""
     count = len(timesteps)
     latent, noise = torch.randn(2, count, 4, 8, 8)
     denoiser, at = Denoiser(base, ObjectiveConfig()), torch.tensor(timesteps)
-    measures = torch.zeros(count, 6)
-    return denoiser(latent=latent, noise=noise, input_noise=noise, timestep=at, captions=captions, time_ids=measures)
+    time_ids = torch.zeros(count, 6)
+    return denoiser(latent=latent, noise=noise, input_noise=noise, timestep=at, captions=captions, time_ids=time_ids)
 
 
 @pytest.fixture
 def unchanged(sd: Base) -> Iterator[None]:
-    """The test fails if a parameter has changed, learns, or has a gradient afterwards, or a forward is not its own."""
+    """Fail a test that changes a parameter of the base, or leaves gradients, requires_grad or patched forwards."""
     parts = {name: getattr(sd.pipe, name) for name in ("unet", "text_encoder")}
     before = {name: {k: v.clone() for k, v in part.state_dict().items()} for name, part in parts.items()}
     yield
@@ -108,7 +108,7 @@ def test_with_all_gates_1_the_forward_is_the_sum(sd: Base) -> None:
 
 
 @pytest.mark.usefixtures("unchanged")
-def test_each_sample_gets_the_blend_that_the_preset_says_for_its_step(sd: Base) -> None:
+def test_each_sample_is_predicted_with_the_weights_of_its_step(sd: Base) -> None:
     blend = blend_of(*two(sd), weight=0.7)
     gates = Gates(sd, blend, stretches=4, start=0.3)
     spread_gates(gates)
@@ -123,7 +123,7 @@ def test_each_sample_gets_the_blend_that_the_preset_says_for_its_step(sd: Base) 
     assert not torch.allclose(together[0], together[2], atol=1e-2)
 
 
-def test_stretches_are_equal_parts_of_the_timesteps_the_last_one_first() -> None:
+def test_time_bins_are_equally_long_and_start_at_the_last_timestep() -> None:
     found = time_bin_at(torch.arange(1000), 4, 1000)
     assert found[[999, 750, 749, 500, 499, 250, 249, 0]].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     for stretches in (1, 3, 7):
@@ -132,7 +132,7 @@ def test_stretches_are_equal_parts_of_the_timesteps_the_last_one_first() -> None
         assert counts.max() - counts.min() <= 1
 
 
-def test_what_is_saved_names_every_block_with_layers(sd: Base) -> None:
+def test_saved_weights_contain_every_block_with_layers(sd: Base) -> None:
     blend = blend_of(*two(sd))
     gates = Gates(sd, blend, stretches=2, start=0.25)
     everywhere, attention = gates.to_weights()
@@ -155,7 +155,7 @@ def test_gradients_reach_the_gates_and_nothing_else(sd: Base) -> None:
         losses_of(sd, [999, 700, 500], ["a cat", "a sks dog", ""]).mean().backward()
     found = gates.values.grad
     assert found is not None
-    assert (found[:, :, 1] == 0).all(), "no sample was in the second stretch"
+    assert (found[:, :, 1] == 0).all(), "no sample was in the second time bin"
     assert (found[0, :, 0] != 0).all()
     empty = [j for j, b in enumerate(gates.blocks) if b not in {gates.block_of(path) for path in second.paths}]
     assert empty
@@ -164,12 +164,12 @@ def test_gradients_reach_the_gates_and_nothing_else(sd: Base) -> None:
 
 
 @pytest.mark.usefixtures("unchanged")
-def test_a_failure_inside_gives_the_base_back(sd: Base) -> None:
+def test_the_base_is_restored_after_an_exception(sd: Base) -> None:
     with pytest.raises(KeyboardInterrupt), gated_base(Gates(sd, blend_of(*two(sd)), stretches=2, start=1.0)):
         raise KeyboardInterrupt
 
 
-def test_forwards_that_were_there_before_come_back(sd: Base) -> None:
+def test_previously_patched_forwards_are_restored(sd: Base) -> None:
     other = random_adapter(sd, seed=5)
     with parallel_blend(sd, blend_of(other)):
         before, prediction = module_at(sd, PATH).forward, predicted(sd, [500])
@@ -180,7 +180,7 @@ def test_forwards_that_were_there_before_come_back(sd: Base) -> None:
 
 
 @pytest.mark.usefixtures("unchanged")
-def test_what_gates_cannot_weigh_is_named(sd: Base) -> None:
+def test_unsupported_layers_and_weights_raise_errors(sd: Base) -> None:
     plain = random_adapter(sd, seed=1)
     full = FullLayer(diff=torch.ones(plain.layers[PATH].weight_shape))
     convolution = "unet.mid_block.resnets.0.conv1"
@@ -192,18 +192,18 @@ def test_what_gates_cannot_weigh_is_named(sd: Base) -> None:
         with pytest.raises(ConfigError, match=f"1 of other kinds \\({kind}; first: {path}\\)"):
             Gates(sd, blend_of(Adapter(layers={**plain.layers, path: layer})), stretches=2, start=1.0)
     text = random_adapter(sd, seed=1, unet=())
-    with pytest.raises(ConfigError, match="nothing to weigh"):
+    with pytest.raises(ConfigError, match="no gates to train"):
         Gates(sd, blend_of(text), stretches=2, start=1.0)
     with pytest.raises(ConfigError, match="give a number"):
         Gates(sd, blend_of(plain, weight=0.0), stretches=2, start=1.0)
-    placed = WeightedAdapter(adapter=plain, region=Region(box=(0, 0, 0.5, 1)))
+    regional = WeightedAdapter(adapter=plain, region=Region(box=(0, 0, 0.5, 1)))
     with pytest.raises(ConfigError, match="leave the region out"):
-        Gates(sd, Blend(entries=(placed,)), stretches=2, start=1.0)
+        Gates(sd, Blend(entries=(regional,)), stretches=2, start=1.0)
 
 
 @pytest.fixture
 def folder(tmp_path: Path, sd: Base) -> Path:
-    """Two captioned pictures, two adapters of the random base, and a configuration."""
+    """Make a folder with two captioned images, two adapters for the random base, and a settings file."""
     (tmp_path / "data").mkdir()
     for name, color in (("a", (200, 30, 30)), ("b", (30, 30, 200))):
         Image.new("RGB", (32, 32), color).save(tmp_path / "data" / f"{name}.png")
@@ -234,7 +234,7 @@ def read(result: RouteResult) -> BlendPreset:
 
 
 @pytest.mark.usefixtures("unchanged")
-def test_a_run_writes_a_preset_that_samples(folder: Path, sd: Base) -> None:
+def test_a_run_saves_a_preset_that_can_be_sampled_with(folder: Path, sd: Base) -> None:
     result = route(read_route(folder / "route.toml"))
     preset = read(result)
     assert preset == result.preset
@@ -253,7 +253,7 @@ def test_a_run_writes_a_preset_that_samples(folder: Path, sd: Base) -> None:
     assert [p.name for p in result.path.parent.iterdir()] == ["mixture.json"]
 
 
-def test_one_seed_gives_one_file(folder: Path) -> None:
+def test_the_same_seed_gives_the_same_file(folder: Path) -> None:
     files: list[bytes] = []
     for name, seed in (("first", 3), ("second", 3), ("third", 4)):
         changes = {"output": folder / name / "mixture.json", "seed": seed, "batch_size": 8}
@@ -261,7 +261,7 @@ def test_one_seed_gives_one_file(folder: Path) -> None:
     assert files[0] == files[1] != files[2]
 
 
-def test_the_penalty_holds_gates_to_their_start(folder: Path) -> None:
+def test_the_penalty_keeps_gates_near_their_initial_value(folder: Path) -> None:
     moved: list[float] = []
     for penalty in (0.0, 1e6):
         changes = {"output": folder / "mixture.json", "steps": 6, "batch_size": 2, "penalty": penalty}
@@ -281,7 +281,7 @@ def test_a_bfloat16_base_trains_float32_gates(sd_folder: Path) -> None:
     assert (gates.values.grad[0] != 0).all()
 
 
-def test_the_command_says_where_the_preset_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_path_of_the_preset(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["route", str(folder / "route.toml"), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert Path(facts["preset"]) == folder / "out" / "mixture.json"
@@ -290,7 +290,7 @@ def test_the_command_says_where_the_preset_is(folder: Path, capsys: pytest.Captu
     assert "did you mean 'steps'?" in capsys.readouterr().err
 
 
-def test_bad_input_is_one_clear_error_and_no_file(folder: Path, sd: Base) -> None:
+def test_invalid_input_raises_a_clear_error_and_writes_nothing(folder: Path, sd: Base) -> None:
     metadata = AdapterMetadata(name="large", family="sdxl")
     save_adapter(Adapter(layers=random_adapter(sd, seed=1).layers, metadata=metadata), folder / "large.safetensors")
     (folder / "empty").mkdir()
@@ -313,7 +313,7 @@ def test_bad_input_is_one_clear_error_and_no_file(folder: Path, sd: Base) -> Non
         assert not (folder / "out").exists(), changes
 
 
-def test_the_example_is_valid_and_its_files_are_there() -> None:
+def test_the_example_settings_are_valid_and_their_files_exist() -> None:
     config = read_route(sample_data_folder() / "configs" / "route-neon-gloop.toml")
     assert all(folder.is_dir() for folder in config.data)
     assert all(Path(entry.path).is_file() for entry in config.adapters)
@@ -321,8 +321,8 @@ def test_the_example_is_valid_and_its_files_are_there() -> None:
 
 
 @pytest.mark.slow
-def test_the_adapter_that_made_the_pictures_wins(tmp_path: Path) -> None:
-    """Neon's pictures with the adapters neon and ink, at equal weights at first."""
+def test_the_adapter_that_matches_the_images_gets_the_larger_gates(tmp_path: Path) -> None:
+    """Train on images in the neon style, with the adapters neon and ink at equal initial weights."""
     shutil.copytree(sample_data_folder() / "styles" / "neon", tmp_path / "neon")
     names = ("neon", "ink")
     config = validate(
@@ -345,7 +345,7 @@ def test_the_adapter_that_made_the_pictures_wins(tmp_path: Path) -> None:
 
 
 def gates_of(weight: object) -> list[float]:
-    """Those of all blocks and stretches."""
+    """Return the gates of all blocks and time bins."""
     assert isinstance(weight, BlendWeight)
     assert isinstance(weight.blocks, dict)
     return [gate for factor in weight.blocks.values() if isinstance(factor, Schedule) for _, gate in factor.points]

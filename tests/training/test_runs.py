@@ -1,4 +1,4 @@
-"""Whole runs as people start them: a style or a subject with defaults, two processes, samples and the report."""
+"""Whole training runs: style and DreamBooth commands, several processes, sample images, the report and dry runs."""
 
 import base64
 import json
@@ -36,25 +36,25 @@ QUICK = ["--set", "steps=2", "--set", "batch_size=1"]
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("purpose", ["style", "dreambooth"])
-def test_every_familys_defaults_are_valid_settings(purpose: Any, family: str) -> None:
+def test_the_defaults_of_every_family_are_valid(purpose: Any, family: str) -> None:
     table = default_settings(purpose, family)
     TrainConfig.model_validate({**table, "data": "x", "output": "y.safetensors"})
     assert table["steps"] > 0
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
-def test_the_configs_that_are_given_are_the_defaults_spelled_out(path: Path) -> None:
+def test_example_configs_match_the_defaults(path: Path) -> None:
     assert path.read_text() == dict(configs())[path.name]
     config = read_toml(path, TrainConfig)
     assert config.batch_size * config.gradient_accumulation == 4
     assert config.data.folder == CONFIGS / "pictures"
 
 
-def test_every_config_is_there() -> None:
+def test_every_example_config_exists() -> None:
     assert sorted(dict(configs())) == sorted(path.name for path in CONFIGS.glob("*"))
 
 
-def test_a_style_and_a_subject_need_no_file(
+def test_style_and_dreambooth_run_without_a_settings_file(
     pictures: Path,
     sd_folder: Path,
     capsys: pytest.CaptureFixture[str],
@@ -64,9 +64,9 @@ def test_a_style_and_a_subject_need_no_file(
     command = ["train", "style", str(pictures), "--output", str(style), "--trigger", "sks"]
     assert main([*command, *base, *QUICK, "--gpu-gb", "8"]) == 0
     assert "style.safetensors: loss" in capsys.readouterr().out
-    learned = load_adapter(style).metadata
-    assert learned.trigger_words == ("sks",)
-    assert learned.training["compute"]["gradient_checkpointing"] is (learned.family == "sd1")
+    metadata = load_adapter(style).metadata
+    assert metadata.trigger_words == ("sks",)
+    assert metadata.training["compute"]["gradient_checkpointing"] is (metadata.family == "sd1")
     for path in pictures.glob("*.txt"):
         path.unlink()
     command = ["train", "dreambooth", str(pictures), "--output", str(subject), *base, *QUICK]
@@ -76,30 +76,30 @@ def test_a_style_and_a_subject_need_no_file(
     assert record["prior"] == {**record["prior"], "mode": "prediction", "prompt": "photo of a dog"}
     assert record["data"]["instance_prompt"] == "photo of sks dog"
     assert main([*command, "--instance", " "]) == 2
-    assert "a word of its own" in capsys.readouterr().err
+    assert "the instance prompt is empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["t-lora", "b-lora", "slider"])
-def test_the_lines_of_a_method_that_trains_no_text_encoder_are_enough(name: str) -> None:
-    """The family's rate for text encoders is not held against a user who never said it."""
+def test_methods_without_a_text_encoder_need_no_text_encoder_learning_rate(name: str) -> None:
+    """The default learning rate of text encoders is dropped if no text encoder is trained."""
     if name == "b-lora":
-        told: dict[str, Any] = {"adapter": {"unet_targets": ["up_blocks.0.*"], "text_encoder_targets": []}}
+        changes: dict[str, Any] = {"adapter": {"unet_targets": ["up_blocks.0.*"], "text_encoder_targets": []}}
     else:
-        told = {section: dict(values) for section, values in get_method(name).settings.items()}
+        changes = {section: dict(values) for section, values in get_method(name).settings.items()}
     files = {"data": {"folder": "x"}, "output": "x.safetensors"}
-    assert make_settings("style", files, told, base="tiny-sd").optimizer.text_encoder_learning_rate is None
-    kept = {**told, "optimizer": {"text_encoder_learning_rate": 1e-4}}
-    assert make_settings("style", files, kept, base="tiny-sd").optimizer.text_encoder_learning_rate == 1e-4
+    assert make_settings("style", files, changes, base="tiny-sd").optimizer.text_encoder_learning_rate is None
+    explicit = {**changes, "optimizer": {"text_encoder_learning_rate": 1e-4}}
+    assert make_settings("style", files, explicit, base="tiny-sd").optimizer.text_encoder_learning_rate == 1e-4
     assert make_settings("style", files, base="tiny-sd").optimizer.text_encoder_learning_rate
 
 
-def test_defaults_give_way_to_what_is_said() -> None:
-    """A rate that an optimizer finds, what a file to go on from brings, and the pull that a slider has anyway."""
+def test_defaults_that_conflict_with_given_settings_are_dropped() -> None:
+    """Learning rates for Prodigy, adapter settings when continuing from a file, and prior preservation for sliders."""
     files: dict[str, Any] = {"data": {"folder": "x", "instance_prompt": "a gloop"}, "output": "x.safetensors"}
-    found = make_settings("style", files, {"optimizer": {"kind": "prodigy"}}, base="tiny-sd").optimizer
-    assert (found.learning_rate, found.text_encoder_learning_rate) == (1.0, None)
-    begun = make_settings("style", files, {"adapter": {"begin_with": "a.safetensors"}}, base="tiny-sd").adapter
-    assert (begun.rank, begun.unet_targets) == (AdapterConfig().rank, AdapterConfig().unet_targets)
+    optimizer = make_settings("style", files, {"optimizer": {"kind": "prodigy"}}, base="tiny-sd").optimizer
+    assert (optimizer.learning_rate, optimizer.text_encoder_learning_rate) == (1.0, None)
+    adapter = make_settings("style", files, {"adapter": {"begin_with": "a.safetensors"}}, base="tiny-sd").adapter
+    assert (adapter.rank, adapter.unet_targets) == (AdapterConfig().rank, AdapterConfig().unet_targets)
     with pytest.raises(ConfigError, match="leave out rank"):
         make_settings("style", files, {"adapter": {"begin_with": "a.safetensors", "rank": 2}}, base="tiny-sd")
     slider = make_settings("dreambooth", files, {**get_method("slider").settings}, base="tiny-sd")
@@ -107,14 +107,14 @@ def test_defaults_give_way_to_what_is_said() -> None:
     assert make_settings("dreambooth", files, base="tiny-sd").prior.mode == "prediction"
 
 
-def test_files_to_train_on_top_of_are_looked_for_beside_the_settings(tmp_path: Path) -> None:
+def test_base_adapters_are_resolved_relative_to_the_settings_file(tmp_path: Path) -> None:
     text = 'output = "x.safetensors"\ndata = "x"\non_top_of = { "one.safetensors" = 0.5 }\n'
     (tmp_path / "run.toml").write_text(text)
     assert read_toml(tmp_path / "run.toml", TrainConfig).on_top_of == {tmp_path / "one.safetensors": 0.5}
 
 
 class Page(HTMLParser):
-    """What a page shows and asks for."""
+    """Parser that collects the links and scripts of a page."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class Page(HTMLParser):
         self.scripts += tag == "script"
 
 
-def test_a_run_leaves_samples_and_a_page_that_needs_nothing_else(
+def test_a_run_saves_samples_and_a_self_contained_report(
     pictures: Path,
     sd_folder: Path,
     capsys: pytest.CaptureFixture[str],
@@ -167,7 +167,7 @@ def test_samples_do_not_change_the_run(pictures: Path, sd_folder: Path) -> None:
     assert adapter_hash(plain.adapter) == adapter_hash(shown.adapter)
 
 
-TWO = """
+SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 import torch
@@ -176,9 +176,9 @@ from lora_diffusion.training.loop import train
 from train_scripts.write_configs import CONFIGS, configs
 
 def watch(run, step):
-    if step == 0 and "kept" in sys.argv:
+    if step == 0 and "sharded" in sys.argv:
         unet = run.base.pipe.unet.parameters()
-        print(f"kept:{sum(getattr(p, 'to_local', lambda p=p: p)().numel() for p in unet if not p.requires_grad)}")
+        print(f"sharded:{sum(getattr(p, 'to_local', lambda p=p: p)().numel() for p in unet if not p.requires_grad)}")
     if step == 2 and run.accelerator.process_index == 1 and "stop" in sys.argv:
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -188,10 +188,10 @@ print(f"{'main' if result.is_main_process else 'other'}:{result.steps}")
 """
 
 
-def in_two_processes(config: TrainConfig, folder: Path, *arguments: str) -> list[str]:
-    """What two processes that train together print."""
+def run_in_two_processes(config: TrainConfig, folder: Path, *arguments: str) -> list[str]:
+    """Train in two processes; return what they print."""
     (folder / "two.json").write_text(config.model_dump_json())
-    (folder / "two.py").write_text(TWO)
+    (folder / "two.py").write_text(SCRIPT)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     done = subprocess.run(
         [*launch, str(folder / "two.py"), str(folder / "two.json"), *arguments],
@@ -201,33 +201,33 @@ def in_two_processes(config: TrainConfig, folder: Path, *arguments: str) -> list
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return sorted(re.findall(r"(?:main|other|kept):\d+", done.stdout))  # both may print at once, on one line
+    return sorted(re.findall(r"(?:main|other|sharded):\d+", done.stdout))  # both may print on one line
 
 
-def test_two_processes_train_what_one_does(pictures: Path, sd_folder: Path) -> None:
-    """The same global batch, shared out: equal up to the order in which gradients are summed, with a stop between.
+def test_two_processes_train_the_same_as_one(pictures: Path, sd_folder: Path) -> None:
+    """With the same global batch, the results differ only by the order in which gradients are summed.
 
-    The stop is asked of one process alone.
+    The run is stopped once in between, by a signal to one of the processes, and resumed.
     """
     top = {"save_precision": "float32", "steps": 3}
     changes = {"validation": {"share": 0.25, "every": 2, "draws": 2}, "samples": {"every": 2}}
     alone = train(settings(pictures, sd_folder, changes, batch_size=2, **top)).adapter
     output = pictures.parent / "two" / "style.safetensors"
     config = settings(pictures, sd_folder, changes, batch_size=1, output=output, **top)
-    assert in_two_processes(config, pictures.parent, "stop") == ["main:2", "other:2"]
+    assert run_in_two_processes(config, pictures.parent, "stop") == ["main:2", "other:2"]
     assert not output.exists()
-    assert in_two_processes(config, pictures.parent) == ["main:3", "other:3"]
-    check_alike(load_adapter(output), alone)
+    assert run_in_two_processes(config, pictures.parent) == ["main:3", "other:3"]
+    check_close(load_adapter(output), alone)
 
 
-def check_alike(found: Adapter, wanted: Adapter) -> None:
-    for path, layer in wanted.layers.items():
+def check_close(actual: Adapter, expected: Adapter) -> None:
+    for path, layer in expected.layers.items():
         for name, factor in layer.factors.items():
-            assert (found.layers[path].factors[name] - factor).norm() <= 1e-3 * factor.norm(), (path, name)
+            assert (actual.layers[path].factors[name] - factor).norm() <= 1e-3 * factor.norm(), (path, name)
 
 
-def test_a_frozen_base_shared_out_trains_the_same(pictures: Path, sd_folder: Path) -> None:
-    """Each process keeps half of the UNet; samples, validation and what is trained are those of a whole base."""
+def test_a_sharded_base_trains_the_same(pictures: Path, sd_folder: Path) -> None:
+    """Each process holds half of the UNet; samples, validation and adapter equal those of an unsharded base."""
     top = {"save_precision": "float32", "steps": 2}
     changes = {
         "validation": {"share": 0.25, "every": 2, "draws": 2, "base_prompts": ["a dog"]},
@@ -240,25 +240,25 @@ def test_a_frozen_base_shared_out_trains_the_same(pictures: Path, sd_folder: Pat
         pictures, sd_folder, deep_merge(changes, {"compute": {"shard": True}}), batch_size=1, output=output, **top
     )
     size = sum(p.numel() for p in load_base(str(sd_folder)).pipe.unet.parameters())
-    first, second, *ends = in_two_processes(config, pictures.parent, "kept")
+    first, second, *ends = run_in_two_processes(config, pictures.parent, "sharded")
     assert ends == ["main:2", "other:2"]
-    kept = [int(each.removeprefix("kept:")) for each in (first, second)]
-    assert sum(kept) >= size
-    assert max(kept) < 0.6 * size  # rows that do not divide are padded
-    check_alike(load_adapter(output), alone.adapter)
-    shown = sorted((output.parent / "style-run" / "samples").iterdir())
-    for path in shown:
+    sizes = [int(each.removeprefix("sharded:")) for each in (first, second)]
+    assert sum(sizes) >= size
+    assert max(sizes) < 0.6 * size  # uneven rows are padded
+    check_close(load_adapter(output), alone.adapter)
+    samples = sorted((output.parent / "style-run" / "samples").iterdir())
+    for path in samples:
         with Image.open(path) as ours, Image.open(alone.path.parent / "style-run" / "samples" / path.name) as theirs:
             assert ImageChops.difference(ours, theirs).getextrema() <= ((0, 2),) * 3
-    assert len(shown) == 2
+    assert len(samples) == 2
 
 
-def test_sharing_out_needs_processes(pictures: Path, sd_folder: Path) -> None:
-    with pytest.raises(ConfigError, match="there is one; see accelerate launch"):
+def test_sharding_needs_several_processes(pictures: Path, sd_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="there is one; start the run with accelerate launch"):
         train(settings(pictures, sd_folder, {"compute": {"shard": True}}))
 
 
-def test_a_dry_run_tells_what_a_run_needs_and_keeps_nothing(
+def test_a_dry_run_reports_requirements_and_leaves_no_files(
     pictures: Path, sd_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = pictures.parent / "out" / "style.safetensors"
@@ -293,7 +293,7 @@ def test_a_dry_run_tells_what_a_run_needs_and_keeps_nothing(
 
 
 @pytest.mark.parametrize("precision", ["float16", "float32"])
-def test_a_dry_run_foretells_what_a_run_trains(pictures: Path, sd_folder: Path, precision: str) -> None:
+def test_a_dry_run_predicts_the_size_of_the_adapter(pictures: Path, sd_folder: Path, precision: str) -> None:
     config = settings(pictures, sd_folder, save_precision=precision)
     needs = estimate_run(config)
     result = train(config)

@@ -50,7 +50,7 @@ def test_only_learned_rows_change_and_keep_their_norm(pictures: Path, sd_folder:
         pictures, sd_folder, {**UNET_ONLY, "words": {"words": ["sks"], "alone": 1.0, "begin_as": "style"}}
     )
     run = set_up(config)
-    assert run.words
+    assert run.learned_tokens
     table = embedding_table(run.base, "text_encoder").weight.detach().clone()
     (name,) = run.parameters
     start = run.parameters[name].detach().clone()
@@ -116,7 +116,7 @@ def test_norms_are_restored_after_a_step() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"words": ["nobody"]}, "'nobody' stands in no caption"),
+        ({"words": ["nobody"]}, "'nobody' occurs in no caption"),
         ({"words": ["sks"], "alone": 0.8, "until": 0.2}, "nothing would learn in between"),
         ({"vectors": 2}, "name them in words.words"),
         ({"words": ["two words"]}, "no spaces"),

@@ -1,1 +1,1 @@
-"""Distillation of a blend into one adapter."""
+"""Distillation of a blend of several adapters into one LoRA."""

@@ -1,10 +1,11 @@
-"""Many adapters into one of a given rank, by a short training against what their blend predicts.
+"""Distill a blend of adapters into one LoRA of a given rank, by knowledge distillation [arXiv:1503.02531].
 
-For the ways of blending that are no sum (switch, composite, K-LoRA, schedules and routed gates, DoRA), which no algebra
-on factors can put into one adapter. The teacher is the base with the composed blend, the student the base with one
-LoRA, which starts from the SVD of what the blend adds on the mean over a run and learns to predict the same along the
-teacher's own sampling runs (knowledge distillation [arXiv:1503.02531]). What is reported is measured on prompts and
-noise that training does not see: the mean squared distance of the predictions, over that between teacher and base.
+This is for blends that are not a weighted sum of deltas (switch, composite, K-LoRA, schedules, routed gates, DoRA) and
+therefore cannot be merged into one adapter by algebra on the factors alone. The teacher is the base with the blend; the
+student is the base with one LoRA. The LoRA is initialized with the truncated SVD of the blend's mean delta over a
+sampling run, and trained to predict the same as the teacher along the teacher's own sampling runs. The reported error
+is measured on held-out prompts and noise: the mean squared difference between the predictions of student and teacher,
+over that between base and teacher.
 """
 
 import time
@@ -27,39 +28,42 @@ from lora_diffusion.training.distillation.student import adapter_error, mean_squ
 from lora_diffusion.training.distillation.trajectories import DistillationBatch, make_runs, record_runs
 from lora_diffusion.training.seeding import picture_order
 
-HELD_OUT_SHARE = 4
-"""One prompt of so many is held out."""
-ROUNDING = 1e-10
-"""Share of the predictions' mean square below which two are the same but for the order of float32 arithmetic."""
+_HELD_OUT_DIVISOR = 4
+"""One out of this many prompts is held out for measuring."""
+_ROUNDING_ERROR = 1e-10
+"""Relative mean squared difference below which two predictions differ by float32 rounding only."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillReport:
-    """How close one adapter comes to the blend on held-out prompts and noise.
+    """Errors of the distilled adapter and of two baselines, measured on held-out prompts and noise.
 
-    Errors are mean squared distances of predictions from the blend's, over those of the base from the blend's: 0 is the
-    blend, 1 no better than the base.
+    An error is the mean squared difference between an adapter's predictions and the blend's, divided by that between
+    the base's predictions and the blend's: 0 means identical to the blend, 1 means no better than the base.
     """
 
     plain_error: float
-    """Of the plain sum of the adapters, by SVD at the same rank."""
+    """Error of the adapters' weighted sum, truncated to the same rank by SVD."""
     start_error: float
-    """Of the mean of the sums over a run, by SVD at the same rank; training starts there."""
+    """Error of the blend's mean delta over a sampling run, truncated to the same rank by SVD; training starts there."""
     error: float
-    """Of the distilled adapter, as it is saved."""
+    """Error of the distilled adapter, in the precision it is saved in."""
     learned_from: int
-    """Number of predictions that training saw."""
+    """Number of predictions used for training."""
     measured_on: int
-    """Number of predictions that were held out."""
+    """Number of held-out predictions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillResult:
-    """The adapter, how close it comes, and how long that took."""
+    """Result of a distillation."""
 
     adapter: Adapter
+    """The distilled adapter, with metadata about its making."""
     report: DistillReport
+    """How close it comes to the blend."""
     seconds: float
+    """Time that the distillation took."""
 
 
 def distill(
@@ -71,24 +75,39 @@ def distill(
     *,
     backup: Backup = "memory",
 ) -> DistillResult:
-    """One adapter that does what the composed blend does, at most of rank `config.rank`.
+    """Distill a blend into one adapter.
 
-    Matrices of the UNet learn; what the adapters do to text encoders is compressed, and to norms and biases kept, as
-    the mean over a run. One seed gives one adapter on the CPU. The base is as it was afterwards. Raises ConfigError,
-    FamilyMismatchError and AdapterFormatError before anything is computed, TrainingError for a blend that predicts NaN
-    or a loss that is not finite.
+    Only linear and convolution layers of the UNet are trained. Deltas of text encoders are truncated to the same rank
+    by SVD; deltas of normalization layers and biases are kept at full size. Both are means over a sampling run. On the
+    CPU the same seed gives the same adapter. The base is restored afterwards.
+
+    Args:
+        base: The base.
+        blend: The adapters with their weights.
+        composition: How the adapters are composed, such as `switch` or `k-lora`.
+        prompts: Prompts to sample with; a quarter of them is held out for measuring.
+        config: Settings of the distillation, such as rank and number of steps.
+        backup: Where the base's original weights are kept meanwhile.
+
+    Raises:
+        ConfigError: If the blend cannot be distilled, or there are no usable prompts.
+        FamilyMismatchError: If an adapter was made for another model family.
+        AdapterFormatError: If an adapter does not fit the base.
+        TrainingError: If the blend predicts NaN, or the training loss is not finite.
     """
     started = time.perf_counter()
-    check_distillable(base, blend, composition, config)
-    whole, mean = plain_sum(base, blend), record_mean_sum(base, blend, composition, config.sampler_steps)
-    check_learnable(base, mean)
+    _check_distillable(base, blend, composition, config)
+    plain_deltas = plain_sum(base, blend)
+    mean_deltas = record_mean_sum(base, blend, composition, config.sampler_steps)
+    _check_learnable(base, mean_deltas)
     training, held_out = record_teacher(base, blend, composition, prompts, config, backup)
-    untouched = measure_effect(base, held_out, config)
+    effect = _measure_effect(base, held_out, config)
     metadata = make_metadata(base, blend, composition)
-    plain, start = (compress_sum(base, total, config.rank, metadata) for total in (whole, mean))
-    factors = train_student(base, start, training, untouched, config, backup)
-    learned = cast_adapter(factors, torch_dtype(config.save_precision))
-    errors = [adapter_error(base, adapter, held_out, config, backup) / untouched for adapter in (plain, start, learned)]
+    plain = compress_sum(base, plain_deltas, config.rank, metadata)
+    start = compress_sum(base, mean_deltas, config.rank, metadata)
+    student = train_student(base, start, training, effect, config, backup)
+    distilled = cast_adapter(student, torch_dtype(config.save_precision))
+    errors = [adapter_error(base, adapter, held_out, config, backup) / effect for adapter in (plain, start, distilled)]
     report = DistillReport(
         plain_error=errors[0],
         start_error=errors[1],
@@ -98,99 +117,138 @@ def distill(
     )
     record = {
         **config.model_dump(mode="json"),
-        **describe_sources(blend, composition, training, held_out),
+        **_describe_sources(blend, composition, training, held_out),
         **vars(report),
     }
     return DistillResult(
-        adapter=replace(learned, metadata=metadata.model_copy(update={"training": record})),
+        adapter=replace(distilled, metadata=metadata.model_copy(update={"training": record})),
         report=report,
         seconds=time.perf_counter() - started,
     )
 
 
-def check_distillable(base: Base, blend: Blend, composition: Composition, config: DistillConfig) -> None:
-    """Raise what `distill` raises before it begins."""
+def _check_distillable(base: Base, blend: Blend, composition: Composition, config: DistillConfig) -> None:
+    """Raise ConfigError, FamilyMismatchError or AdapterFormatError if the blend cannot be distilled on this base."""
     if not blend.active:
-        raise ConfigError("there is nothing to distill; give at least one adapter with a weight other than 0")
-    placed = [entry.name for entry in blend.entries if entry.region]
-    if placed:
-        raise ConfigError(f"{placed[0]}: acts in a region, and one adapter acts everywhere; leave the region out")
-    words = [word for entry in blend.active for word in entry.adapter.tokens]
-    if words:
-        raise ConfigError(f"the learned words {', '.join(words)} cannot be distilled; convert --without-tokens first")
+        raise ConfigError(
+            "the blend has no active adapter to distill; give at least one adapter with a weight other than 0"
+        )
+    regional = [entry.name for entry in blend.entries if entry.region]
+    if regional:
+        raise ConfigError(
+            f"{regional[0]}: is limited to a region, but a distilled adapter acts on the whole image; leave the region "
+            "out"
+        )
+    tokens = [token for entry in blend.active for token in entry.adapter.tokens]
+    if tokens:
+        raise ConfigError(
+            f"textual-inversion embeddings ({', '.join(tokens)}) cannot be distilled; remove them with "
+            "convert --without-tokens first"
+        )
     validate_blend(base, blend)
     check_composition(blend, composition)
-    most = int(base.pipe.scheduler.config.num_train_timesteps)
-    if config.sampler_steps > most:
-        raise ConfigError(f"'sampler_steps' is {config.sampler_steps}; {base.name} knows {most} timesteps, use fewer")
+    num_timesteps = int(base.pipe.scheduler.config.num_train_timesteps)
+    if config.sampler_steps > num_timesteps:
+        raise ConfigError(
+            f"'sampler_steps' is {config.sampler_steps}, but {base.name} was trained with {num_timesteps} timesteps; "
+            "use at most as many steps"
+        )
 
 
-def check_learnable(base: Base, total: BlendSum) -> None:
-    """Raise ConfigError unless there is a linear module or a convolution in the UNet whose LoRA could learn."""
-    if not any(is_unet_path(path) and len(weight_shape(module_at(base, path))) > 1 for path in total.layers):
-        raise ConfigError("none of the adapters changes a matrix of the UNet; there is nothing to distill")
+def _check_learnable(base: Base, deltas: BlendSum) -> None:
+    """Raise ConfigError unless the blend changes a linear or convolution layer of the UNet."""
+    if not any(is_unet_path(path) and len(weight_shape(module_at(base, path))) > 1 for path in deltas.layers):
+        raise ConfigError(
+            "none of the adapters changes a linear or convolution layer of the UNet, so there is nothing to distill; "
+            "add an adapter that does"
+        )
 
 
 def record_teacher(
     base: Base, blend: Blend, composition: Composition, prompts: Sequence[str], config: DistillConfig, backup: Backup
 ) -> tuple[DistillationBatch, DistillationBatch]:
-    """What the blend predicts along runs to learn from, and along runs to measure with."""
-    learned, held_out = split_prompts(prompts, config)
+    """Record the blend's predictions along sampling runs.
+
+    Args:
+        base: The base.
+        blend: The adapters with their weights.
+        composition: How the adapters are composed.
+        prompts: Prompts to sample with.
+        config: Settings of the distillation.
+        backup: Where the base's original weights are kept meanwhile.
+
+    Returns:
+        The predictions to train on, and those held out for measuring, from other prompts and other noise.
+
+    Raises:
+        ConfigError: If there are no usable prompts.
+        TrainingError: If the blend predicts NaN or infinity.
+    """
+    training_prompts, held_out_prompts = _split_prompts(prompts, config)
     side = (config.resolution or base.size_px) // int(base.pipe.vae_scale_factor)
     with composition_context(base, blend, composition, (side, side), backup=backup) as before_step:
-        training, testing = (
+        training, held_out = (
             record_runs(base, before_step, make_runs(texts, count=config.runs, seed=config.seed + i), config)
-            for i, texts in enumerate((learned, held_out))
+            for i, texts in enumerate((training_prompts, held_out_prompts))
         )
-    if not bool(training.predictions.isfinite().all() and testing.predictions.isfinite().all()):
+    if not bool(training.predictions.isfinite().all() and held_out.predictions.isfinite().all()):
         raise TrainingError("the blend predicts NaN or infinity along its sampling runs; lower the adapters' weights")
-    return training, testing
+    return training, held_out
 
 
-def split_prompts(prompts: Sequence[str], config: DistillConfig) -> tuple[list[str], list[str]]:
-    """Prompts to learn from, and others to measure with, unless there is but one.
+def _split_prompts(prompts: Sequence[str], config: DistillConfig) -> tuple[list[str], list[str]]:
+    """Choose up to `config.most_prompts` prompts, and split them into prompts to train on and held-out prompts.
 
-    Raises ConfigError if there is none, or one with a tag.
+    A single prompt is used for both.
     """
     distinct = list(dict.fromkeys(prompts))
     if not distinct:
-        raise ConfigError("there are no prompts to distill on; give at least one")
+        raise ConfigError("there are no prompts to distill with; give at least one")
     tagged = next((prompt for prompt in distinct if "<lora:" in prompt), "")
     if tagged:
-        raise ConfigError(f"the prompt {tagged!r} has a tag in it; give adapters with --adapter and prompts without")
-    drawn = [distinct[i] for i in picture_order(len(distinct), len(distinct), config.seed)][: config.most_prompts]
-    held_out = max(1, len(drawn) // HELD_OUT_SHARE)
-    return drawn[:-held_out] or drawn, drawn[-held_out:]
+        raise ConfigError(
+            f"the prompt {tagged!r} contains a <lora:...> tag; name adapters with --adapter and remove the tag"
+        )
+    shuffled = [distinct[i] for i in picture_order(len(distinct), len(distinct), config.seed)]
+    chosen = shuffled[: config.most_prompts]
+    num_held_out = max(1, len(chosen) // _HELD_OUT_DIVISOR)
+    return chosen[:-num_held_out] or chosen, chosen[-num_held_out:]
 
 
-def measure_effect(base: Base, pairs: DistillationBatch, config: DistillConfig) -> float:
-    """Mean square of what the blend adds to the base's own predictions. Raises ConfigError if that is nothing."""
-    effect = mean_squared_error(base, pairs, config)
-    if effect <= ROUNDING * float(pairs.predictions.square().mean()):
-        raise ConfigError("the blend changes nothing that the base predicts; there is nothing to distill")
+def _measure_effect(base: Base, batch: DistillationBatch, config: DistillConfig) -> float:
+    """Return the mean squared difference between the predictions of blend and base; raise ConfigError if it is zero."""
+    effect = mean_squared_error(base, batch, config)
+    if effect <= _ROUNDING_ERROR * float(batch.predictions.square().mean()):
+        raise ConfigError(
+            "the blend does not change the predictions of the base, so there is nothing to distill; check the adapters "
+            "and their weights"
+        )
     return effect
 
 
 def make_metadata(base: Base, blend: Blend, composition: Composition) -> AdapterMetadata:
-    """What is known of the adapter before it is made. No date, as the same seed is to give the same file."""
+    """Make the metadata of the distilled adapter.
+
+    It has no creation date, so that the same seed gives the same file.
+    """
     entries = [entry for entry in blend.entries if entry in blend.active]
-    words = [word for entry in entries for word in entry.adapter.metadata.trigger_words]
+    trigger_words = [word for entry in entries for word in entry.adapter.metadata.trigger_words]
     return AdapterMetadata(
         name=" + ".join(entry.name for entry in entries),
         family=base.family.name,
         variant="v-prediction" if prediction_type(base) == "v_prediction" else "",
         base_name=base.name,
         base_hash=base.hash,
-        trigger_words=tuple(dict.fromkeys(words)),
+        trigger_words=tuple(dict.fromkeys(trigger_words)),
         description=f"Distilled from {len(entries)} adapters composed by {composition.mode}.",
         merged_from=tuple(entry.hash for entry in entries),
     )
 
 
-def describe_sources(
+def _describe_sources(
     blend: Blend, composition: Composition, training: DistillationBatch, held_out: DistillationBatch
 ) -> dict[str, Any]:
-    """What the adapter was made from, for its record."""
+    """Describe adapters, composition and prompts for the metadata of the distilled adapter."""
     return {
         "adapters": [entry.model_dump(mode="json", exclude={"path"}) for entry in blend_entries(blend)],
         "composition": composition.model_dump(mode="json", exclude_defaults=True),

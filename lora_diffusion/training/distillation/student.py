@@ -1,4 +1,7 @@
-"""The base with one LoRA that learns to predict what pairs say, and how far from that a base predicts."""
+"""Train the student of a distillation, and measure the error of its predictions.
+
+The student is the base with one LoRA; the teacher's predictions are recorded by `trajectories`.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -29,97 +32,114 @@ from lora_diffusion.training.distillation.trajectories import (
 )
 from lora_diffusion.training.seeding import picture_order
 
-NOTHING_LEFT = 1e-6
-"""Relative error below which a student is the teacher but for rounding, after which Adam would only walk about."""
-MAX_GRADIENT_NORM = 1.0
+_CONVERGED_LOSS = 1e-6
+"""Relative loss below which only rounding errors remain; Adam would amplify them, so gradients are skipped."""
+_MAX_GRADIENT_NORM = 1.0
 
-Learners = Mapping[str, LoRALayer]
-"""Layers whose factors learn, float32, by module path."""
+_TrainableLayers = Mapping[str, LoRALayer]
+"""Layers with trainable float32 factors, by module path."""
 
 
 def train_student(
     base: Base, start: Adapter, pairs: DistillationBatch, effect: float, config: DistillConfig, backup: Backup
 ) -> Adapter:
-    """The adapter after all steps. Raises TrainingError if a loss is not finite.
+    """Train an adapter to reproduce the teacher's predictions, with Adam and a cosine learning-rate schedule.
 
-    Adam, whose rate falls to 0 by a cosine; the loss is over the blend's effect, a mean square, so that clipping means
-    the same for loud and quiet adapters.
+    Args:
+        base: The base; it is restored afterwards.
+        start: The adapter to start from.
+        pairs: The teacher's inputs and predictions.
+        effect: Mean squared difference between the predictions of teacher and base. The loss is divided by it, so that
+            gradient clipping does not depend on how strong the blend is.
+        config: Settings of the distillation.
+        backup: Where the base's original weights are kept meanwhile.
+
+    Returns:
+        The adapter after the last step, on the CPU.
+
+    Raises:
+        TrainingError: If the loss is not finite.
     """
     size = config.batch_size
     order = picture_order(len(pairs), config.steps * size, config.seed)
-    with trainable_adapter(base, start, backup) as learners:
+    with _trainable_adapter(base, start, backup) as trainable:
         contexts = encode_texts(base, pairs.texts, config.resolution or base.size_px)
-        factors = [factor for layer in learners.values() for factor in layer.factors.values()]
+        factors = [factor for layer in trainable.values() for factor in layer.factors.values()]
         optimizer = torch.optim.Adam(factors, lr=config.learning_rate)
         schedule = CosineAnnealingLR(optimizer, config.steps)
         for step in tqdm(range(config.steps), desc="distill", unit="step"):
             batch = pairs.take(order[step * size : (step + 1) * size])
-            loss = squared_error(base, batch, contexts).mean() / effect
+            loss = _squared_error(base, batch, contexts).mean() / effect
             check_finite(loss.detach(), step + 1)
             optimizer.zero_grad()
-            if float(loss.detach()) > NOTHING_LEFT:
+            if float(loss.detach()) > _CONVERGED_LOSS:
                 loss.backward()
-                nn.utils.clip_grad_norm_(factors, MAX_GRADIENT_NORM)
+                nn.utils.clip_grad_norm_(factors, _MAX_GRADIENT_NORM)
             optimizer.step()
             schedule.step()
-        return replace(start, layers={**start.layers, **{path: detach(layer) for path, layer in learners.items()}})
+        return replace(start, layers={**start.layers, **{path: _detach(layer) for path, layer in trainable.items()}})
 
 
 @contextmanager
-def trainable_adapter(base: Base, start: Adapter, backup: Backup) -> Iterator[Learners]:
-    """The base with an adapter whose matrices in the UNet learn, in the forward pass; all else of it is in the weights.
+def _trainable_adapter(base: Base, start: Adapter, backup: Backup) -> Iterator[_TrainableLayers]:
+    """Apply an adapter to the base while the context is active, with its LoRA layers in the UNet trainable.
 
-    The base is as it was afterwards, whatever happens inside. Raises ConfigError if it holds a blend already.
+    Trainable layers are added in the forward pass; the rest of the adapter is merged into the weights.
+
+    Raises:
+        ConfigError: If a blend is already applied to the base.
     """
-    matrices = {p: x for p, x in start.layers.items() if is_unet_path(p) and isinstance(x, LoRALayer)}
-    learners = {path: make_trainable(layer, base.device) for path, layer in matrices.items()}
-    rest = replace(start, layers={path: layer for path, layer in start.layers.items() if path not in learners})
+    lora_layers = {p: x for p, x in start.layers.items() if is_unet_path(p) and isinstance(x, LoRALayer)}
+    trainable = {path: _make_trainable(layer, base.device) for path, layer in lora_layers.items()}
+    rest = replace(start, layers={path: layer for path, layer in start.layers.items() if path not in trainable})
     with blended_weights(base, Blend(entries=(WeightedAdapter(adapter=rest),)), backup=backup), ExitStack() as stack:
         forwards = ForwardOverrides()
         stack.callback(forwards.restore)
-        for path, layer in learners.items():
+        for path, layer in trainable.items():
             module = module_at(base, path)
-            forwards.replace(module, wrap_with_layer(module, layer))
-        yield learners
+            forwards.replace(module, _wrap_with_layer(module, layer))
+        yield trainable
 
 
-def wrap_with_layer(module: nn.Module, layer: LoRALayer) -> Forward:
-    """The module's forward with a layer added; nothing is written in place, as gradients pass through."""
-    own = module.forward
+def _wrap_with_layer(module: nn.Module, layer: LoRALayer) -> Forward:
+    """Return the module's forward with a LoRA layer added. Nothing is written in place, for autograd's sake."""
+    base_forward = module.forward
 
     def linear(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         down, up = layer.down.to(x.dtype), layer.up.to(x.dtype)
-        return own(x, *args, **kwargs) + layer.scale * functional.linear(functional.linear(x, down), up)
+        return base_forward(x, *args, **kwargs) + layer.scale * functional.linear(functional.linear(x, down), up)
 
     def convolution(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         assert isinstance(module, nn.Conv2d)
         down, up = layer.down.to(x.dtype), layer.up.to(x.dtype)
-        return own(x, *args, **kwargs) + layer.scale * functional.conv2d(convolve_per_sample(module, x, down[None]), up)
+        return base_forward(x, *args, **kwargs) + layer.scale * functional.conv2d(
+            convolve_per_sample(module, x, down[None]), up
+        )
 
     return linear if isinstance(module, nn.Linear) else convolution
 
 
-def make_trainable(layer: LoRALayer, device: torch.device) -> LoRALayer:
-    """A copy whose factors learn, float32."""
+def _make_trainable(layer: LoRALayer, device: torch.device) -> LoRALayer:
+    """Return a copy of a layer with trainable float32 factors."""
     copies = {name: factor.to(device, torch.float32, copy=True) for name, factor in layer.factors.items()}
     return layer.with_factors({name: factor.requires_grad_() for name, factor in copies.items()})
 
 
-def detach(layer: LoRALayer) -> LoRALayer:
-    """A copy that has learned, on the CPU."""
+def _detach(layer: LoRALayer) -> LoRALayer:
+    """Return a copy of a trained layer without gradients, on the CPU."""
     return layer.with_factors({name: factor.detach().cpu() for name, factor in layer.factors.items()})
 
 
 @torch.no_grad()
 def mean_squared_error(base: Base, pairs: DistillationBatch, config: DistillConfig) -> float:
-    """Mean squared distance of what the base, as it is, predicts from what the pairs say."""
+    """Return the mean squared difference between the base's predictions, in its current state, and the teacher's."""
     contexts = encode_texts(base, pairs.texts, config.resolution or base.size_px)
-    total = torch.stack([squared_error(base, part, contexts).sum() for part in pairs.batches(config.batch_size)])
-    return float(total.double().sum()) / pairs.predictions.numel()
+    sums = torch.stack([_squared_error(base, batch, contexts).sum() for batch in pairs.batches(config.batch_size)])
+    return float(sums.double().sum()) / pairs.predictions.numel()
 
 
-def squared_error(base: Base, pairs: DistillationBatch, contexts: Contexts) -> Tensor:
-    """(n, c, h, w), differentiable."""
+def _squared_error(base: Base, pairs: DistillationBatch, contexts: Contexts) -> Tensor:
+    """Return the squared difference between the predictions of base and teacher, (n, c, h, w), differentiable."""
     context = batch_contexts(contexts, pairs.texts)
     return (predict(base, pairs.latents, pairs.timesteps, context) - pairs.predictions).square()
 
@@ -127,6 +147,6 @@ def squared_error(base: Base, pairs: DistillationBatch, contexts: Contexts) -> T
 def adapter_error(
     base: Base, adapter: Adapter, pairs: DistillationBatch, config: DistillConfig, backup: Backup
 ) -> float:
-    """The distance of the base with one adapter in its weights."""
+    """Return `mean_squared_error` of the base with an adapter merged into its weights; the base is restored."""
     with blended_weights(base, Blend(entries=(WeightedAdapter(adapter=adapter),)), backup=backup):
         return mean_squared_error(base, pairs, config)

@@ -1,8 +1,8 @@
-"""What a blend predicts along its own sampling runs: pairs of input and prediction for a student to imitate.
+"""Record a blend's predictions along its own sampling runs, as training data for distillation.
 
-A blend that goes by steps (switch, K-LoRA, schedules) predicts something only at a step of a run, so the runs
-themselves are the data and no picture is needed: deterministic sampling (DDIM [arXiv:2010.02502]), each latent with
-what is predicted there for the prompt and, if there is guidance, for the empty prompt.
+The weights of some blends (switch, K-LoRA, schedules) depend on the denoising step, so the predictions are recorded
+during sampling and no training images are needed. Sampling is deterministic (DDIM [arXiv:2010.02502]). At each step the
+latent is recorded with the prediction for the prompt and, with classifier-free guidance, for the empty prompt.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,35 +20,38 @@ from lora_diffusion.prompts.emphasis import parse_emphasis
 from lora_diffusion.training.seeding import sample_seed
 
 Contexts = Mapping[str, TextContext]
-"""What the UNet is told for each text, one sample each."""
+"""Conditioning of the UNet by text, each for a batch of one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingRun:
-    """One picture's denoising."""
+    """Denoising of one image."""
 
     prompt: str
+    """Prompt of the image."""
     seed: int
+    """Seed of the initial noise."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DistillationBatch:
-    """Inputs of the UNet and what the blend predicts for them, on the base's device in float32."""
+    """Inputs of the UNet and the blend's predictions for them, on the base's device."""
 
     latents: Tensor
-    """(n, c, h, w)."""
+    """Noisy latents, (n, c, h, w)."""
     timesteps: Tensor
-    """(n,)."""
+    """Training timesteps, (n,)."""
     texts: tuple[str, ...]
-    """n prompts, as they are before any text encoder reads them."""
+    """Prompts, n strings."""
     predictions: Tensor
-    """(n, c, h, w): noise or velocity, as the base's kind is."""
+    """Predictions, (n, c, h, w), float32: noise or velocity, depending on the base's prediction type."""
 
     def __len__(self) -> int:
+        """Return the number of predictions."""
         return len(self.texts)
 
     def take(self, rows: Sequence[int]) -> "DistillationBatch":
-        """Some of them."""
+        """Return the rows with these indices."""
         index = torch.tensor(rows, device=self.latents.device)
         return DistillationBatch(
             latents=self.latents[index],
@@ -58,12 +61,12 @@ class DistillationBatch:
         )
 
     def batches(self, size: int) -> "Iterator[DistillationBatch]":
-        """All of them, in order."""
+        """Yield all rows in order, in batches of at most `size`."""
         for start in range(0, len(self), size):
             yield self.take(range(start, min(start + size, len(self))))
 
 
-def concatenate(parts: Sequence[DistillationBatch]) -> DistillationBatch:
+def _concatenate(parts: Sequence[DistillationBatch]) -> DistillationBatch:
     return DistillationBatch(
         latents=torch.cat([part.latents for part in parts]),
         timesteps=torch.cat([part.timesteps for part in parts]),
@@ -73,7 +76,7 @@ def concatenate(parts: Sequence[DistillationBatch]) -> DistillationBatch:
 
 
 def make_runs(prompts: Sequence[str], *, count: int, seed: int) -> tuple[SamplingRun, ...]:
-    """`count` runs for each prompt, no two from the same noise."""
+    """Return `count` sampling runs for each prompt, all with different seeds."""
     texts = [prompt for prompt in prompts for _ in range(count)]
     return tuple(SamplingRun(prompt=text, seed=sample_seed(seed, i)) for i, text in enumerate(texts))
 
@@ -82,16 +85,23 @@ def make_runs(prompts: Sequence[str], *, count: int, seed: int) -> tuple[Samplin
 def record_runs(
     base: Base, before_step: BeforeStep, runs: Sequence[SamplingRun], config: DistillConfig
 ) -> DistillationBatch:
-    """Record the inputs and predictions of sampling runs, inside `composition_context`, which yields `before_step`."""
+    """Record the inputs and predictions of all steps of several sampling runs.
+
+    Args:
+        base: The base with the blend, inside `composition_context`.
+        before_step: The callback that `composition_context` yields; it applies the blend for a step.
+        runs: The runs.
+        config: Settings of the distillation; `batch_size` runs are sampled together.
+    """
     size = config.batch_size
     groups = [runs[start : start + size] for start in range(0, len(runs), size)]
-    return concatenate([part for group in groups for part in record_steps(base, before_step, group, config)])
+    return _concatenate([part for group in groups for part in _record_steps(base, before_step, group, config)])
 
 
-def record_steps(
+def _record_steps(
     base: Base, before_step: BeforeStep, runs: Sequence[SamplingRun], config: DistillConfig
 ) -> Iterator[DistillationBatch]:
-    """The pairs of each step of several runs side by side."""
+    """Sample several runs as one batch; yield the inputs and predictions of each step."""
     size_px = config.resolution or base.size_px
     texts = ["" for _ in runs] * (config.guidance > 1) + [run.prompt for run in runs]
 
@@ -101,7 +111,7 @@ def record_steps(
     scheduler = new_scheduler(base, "ddim")
     scheduler.set_timesteps(config.sampler_steps, device=base.device)
     x = (
-        torch.cat([initial_latents(base, run.seed, size_px) for run in runs]).to(base.device)
+        torch.cat([_initial_latents(base, run.seed, size_px) for run in runs]).to(base.device)
         * scheduler.init_noise_sigma
     )
     context = None
@@ -112,18 +122,24 @@ def record_steps(
         predictions = predict(base, latents, timestep, context)
         timesteps = timestep.expand(len(texts))
         yield DistillationBatch(latents=latents, timesteps=timesteps, texts=tuple(texts), predictions=predictions)
-        x = scheduler.step(apply_guidance(predictions, len(runs), config.guidance), timestep, x).prev_sample
+        x = scheduler.step(_apply_guidance(predictions, len(runs), config.guidance), timestep, x).prev_sample
 
 
-def initial_latents(base: Base, seed: int, size_px: int) -> Tensor:
-    """(1, c, h, w): what the pipeline starts from for this seed."""
+def _initial_latents(base: Base, seed: int, size_px: int) -> Tensor:
+    """Return the same initial noise, (1, c, h, w), as diffusers' pipeline draws for this seed."""
     side = size_px // int(base.pipe.vae_scale_factor)
     shape = (1, base.pipe.unet.config.in_channels, side, side)
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))
 
 
-def apply_guidance(predictions: Tensor, count: int, guidance: float) -> Tensor:
-    """Classifier-free guidance [arXiv:2207.12598]: away from what is predicted without the prompt, if that is there."""
+def _apply_guidance(predictions: Tensor, count: int, guidance: float) -> Tensor:
+    """Apply classifier-free guidance [arXiv:2207.12598].
+
+    Args:
+        predictions: Predictions for `count` prompts, preceded by those for the empty prompt if guidance is used.
+        count: Number of prompts.
+        guidance: Guidance scale.
+    """
     if len(predictions) == count:
         return predictions
     empty, prompted = predictions.chunk(2)
@@ -131,7 +147,17 @@ def apply_guidance(predictions: Tensor, count: int, guidance: float) -> Tensor:
 
 
 def predict(base: Base, latents: Tensor, timestep: Tensor, context: TextContext) -> Tensor:
-    """What the base as it is predicts, (n, c, h, w) in float32, at timesteps (n,) or one for all."""
+    """Return the UNet's prediction in the base's current state.
+
+    Args:
+        base: The base.
+        latents: Noisy latents, (n, c, h, w).
+        timestep: Training timesteps, (n,), or one for all.
+        context: Conditioning for n samples.
+
+    Returns:
+        Predicted noise or velocity, (n, c, h, w), float32.
+    """
     unet = base.pipe.unet
     result = unet(
         latents.to(unet.dtype), timestep, encoder_hidden_states=context.hidden, added_cond_kwargs=context.added
@@ -141,11 +167,15 @@ def predict(base: Base, latents: Tensor, timestep: Tensor, context: TextContext)
 
 @torch.no_grad()
 def encode_texts(base: Base, texts: Sequence[str], size_px: int) -> Contexts:
-    """Each text as the base's text encoders read it as they are, once, the empty one as a negative prompt."""
+    """Encode each distinct text with the base's text encoders in their current state.
+
+    All texts are padded to the same number of chunks. The empty text is encoded as the pipeline encodes an empty
+    negative prompt, which is all zeros for some SDXL bases.
+    """
     count = count_chunks(base, [parse_emphasis(text) for text in texts])
     return {text: negative_context(base, text, size_px=size_px, chunks=count) for text in dict.fromkeys(texts)}
 
 
 def batch_contexts(contexts: Contexts, texts: Sequence[str]) -> TextContext:
-    """What a batch of texts is told."""
+    """Concatenate the conditioning of several texts to a batch."""
     return concatenate_contexts([contexts[text] for text in texts])

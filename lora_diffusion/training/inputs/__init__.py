@@ -1,1 +1,1 @@
-"""What the training loop is fed: latents, captions, samples, batches and their cache."""
+"""Inputs of the training loop: encoded images and captions, samples, batches, and the cache of encodings."""

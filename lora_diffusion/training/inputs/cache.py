@@ -1,4 +1,7 @@
-"""What is encoded once: tensors kept under a key made of the content that they come from, so that none goes stale."""
+"""Caches of encoded images and captions.
+
+Keys are hashes of everything that the tensors depend on, so an entry is never out of date.
+"""
 
 import hashlib
 from collections.abc import Callable
@@ -11,10 +14,11 @@ from torch import Tensor
 from lora_diffusion.formats.safetensors import write_safetensors
 
 Tensors = dict[str, Tensor]
+"""Tensors of one cache entry by name."""
 
 
 def content_key(*parts: str) -> str:
-    """SHA-256 over the parts and where each ends."""
+    """Return the SHA-256 hash of several strings. Lengths are hashed too, so ("ab", "c") and ("a", "bc") differ."""
     digest = hashlib.sha256()
     for part in parts:
         encoded = part.encode()
@@ -23,40 +27,48 @@ def content_key(*parts: str) -> str:
 
 
 class MemoryCache:
-    """Keeps everything in memory."""
+    """Cache in memory, without a size limit."""
 
     def __init__(self) -> None:
-        self.kept: dict[str, Tensors] = {}
+        self.entries: dict[str, Tensors] = {}
 
     def get(self, key: str, make: Callable[[], Tensors]) -> Tensors:
-        """The tensors of a key, made if they are not there."""
-        if key not in self.kept:
-            self.kept[key] = make()
-        return self.kept[key]
+        """Return the tensors stored under a key; call `make` and store its result if there are none."""
+        if key not in self.entries:
+            self.entries[key] = make()
+        return self.entries[key]
 
 
 class DiskCache:
-    """Keeps each entry in a file, so that several runs and processes share them."""
+    """Cache on disk, one file per entry, which several runs and processes can share."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def get(self, key: str, make: Callable[[], Tensors]) -> Tensors:
-        """The same. A file that cannot be read is made again. Raises OutputError if the folder cannot be written."""
+        """Return the tensors stored under a key; call `make` and store its result if there are none.
+
+        A file that cannot be read counts as missing and is replaced.
+
+        Raises:
+            OutputError: If the folder cannot be written to.
+        """
         path = self.folder / f"{key}.safetensors"
         try:
             return load_file(path)
         except (FileNotFoundError, SafetensorError):
-            made = make()
-            write_safetensors(path, made, {})
-            return made
+            tensors = make()
+            write_safetensors(path, tensors, {})
+            return tensors
 
 
 class NoCache:
-    """Makes everything anew."""
+    """Stand-in for a cache that stores nothing."""
 
-    def get(self, key: str, make: Callable[[], Tensors]) -> Tensors:  # noqa: ARG002 (the others need it)
+    def get(self, key: str, make: Callable[[], Tensors]) -> Tensors:  # noqa: ARG002 (same signature as the other caches)
+        """Call `make` and return its result."""
         return make()
 
 
 Cache = MemoryCache | DiskCache | NoCache
+"""Any of the caches."""

@@ -1,4 +1,7 @@
-"""Captions as the UNet reads them: encoded once where the text encoders are frozen, at each step where they learn."""
+"""Encode captions with the frozen text encoders, once per caption.
+
+Where text encoders or textual-inversion embeddings are trained, the denoiser encodes captions at each step instead.
+"""
 
 from collections.abc import Sequence
 
@@ -14,7 +17,15 @@ from lora_diffusion.training.methods.injection import adapter_disabled
 
 
 class CaptionEncoder:
-    """Encodes captions of any length; all of a batch come out equally long, padded with chunks of the empty caption."""
+    """Encoder of captions of any length, with a cache.
+
+    Shorter captions of a batch are padded with chunks of the empty caption, so all have the same length.
+
+    Args:
+        base: The base whose text encoders are used.
+        cache: Where encoded captions are stored.
+        read: Parser of captions; by default they are taken literally, without emphasis such as `(word:1.3)`.
+    """
 
     def __init__(self, base: Base, cache: Cache, read: ReadText = parse_literal) -> None:
         self.base, self.cache, self.read = base, cache, read
@@ -22,9 +33,12 @@ class CaptionEncoder:
 
     @torch.no_grad()
     def encode(self, caption: str) -> Tensors:
-        """Hidden states (tokens, width) and, for SDXL, the pooled ones (width,) of one caption, on the CPU.
+        """Encode one caption with the frozen text encoders.
 
-        By the frozen encoders, whatever has been trained meanwhile: an entry depends on base and caption alone.
+        The adapter is disabled, so the result depends on base and caption only and can be cached.
+
+        Returns:
+            On the CPU: `hidden` (tokens, width) and, for SDXL, `pooled` (width,).
         """
 
         def make() -> Tensors:
@@ -36,15 +50,15 @@ class CaptionEncoder:
         return self.cache.get(content_key("caption", self.identity, str(self.read(caption))), make)
 
     def encode_batch(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """The same for a batch, each with a dimension in front."""
-        found = [self.encode(caption) for caption in captions]
-        longest = max(one["hidden"].shape[0] for one in found)
-        batch = {"hidden": torch.stack([self.pad(one["hidden"], longest) for one in found])}
-        if "pooled" in found[0]:
-            batch["pooled"] = torch.stack([one["pooled"] for one in found])
+        """Encode a batch of captions: `hidden` (n, tokens, width) and, for SDXL, `pooled` (n, width)."""
+        encoded = [self.encode(caption) for caption in captions]
+        longest = max(one["hidden"].shape[0] for one in encoded)
+        batch = {"hidden": torch.stack([self._pad(one["hidden"], longest) for one in encoded])}
+        if "pooled" in encoded[0]:
+            batch["pooled"] = torch.stack([one["pooled"] for one in encoded])
         return batch
 
-    def pad(self, hidden: Tensor, length: int) -> Tensor:
+    def _pad(self, hidden: Tensor, length: int) -> Tensor:
         if hidden.shape[0] == length:
             return hidden
         empty = self.encode("")["hidden"]
@@ -52,7 +66,13 @@ class CaptionEncoder:
 
 
 def make_context(hidden: Tensor, pooled: Tensor | None, time_ids: Tensor) -> TextContext:
-    """What the UNet is conditioned on: text, and for SDXL pooled text and the picture's measures (n, 6) as well."""
+    """Make the conditioning of the UNet.
+
+    Args:
+        hidden: Hidden states of the captions, (n, tokens, width).
+        pooled: For SDXL, the pooled embeddings (n, width); None for other families.
+        time_ids: SDXL's size and crop conditioning, (n, 6); ignored without `pooled`.
+    """
     if pooled is None:
         return TextContext(hidden=hidden)
     ids = time_ids.to(pooled.device, pooled.dtype)

@@ -1,6 +1,7 @@
-"""The samples of a run, each a function of the seed and its place alone.
+"""Training samples: an image's latent with noise, timestep and caption.
 
-Sample k of a run is the same whatever the batch size, the number of processes, or where a run was taken up again.
+Each sample is a pure function of the run's seed and the sample's index. Sample k is therefore the same for every batch
+size and number of processes, and also after the run was resumed.
 """
 
 from collections.abc import Sequence
@@ -22,55 +23,74 @@ from lora_diffusion.training.seeding import sample_seed
 
 
 class Sample(TypedDict):
-    """One training sample before noise is added."""
+    """One training sample, before the noise is added to the latent."""
 
     latent: Tensor
+    """Clean scaled latent, (c, h, w)."""
     noise: Tensor
+    """Noise that the target is computed from, (c, h, w)."""
     input_noise: Tensor
+    """Noise that is added to the latent, (c, h, w); differs from `noise` with `objective.input_perturbation`."""
     timestep: Tensor
+    """Training timestep, scalar."""
     mask: Tensor
+    """Weight of the loss at each latent pixel, (1, h, w)."""
     time_ids: Tensor
+    """SDXL's size and crop conditioning, (6,)."""
     caption: str
+    """Caption after template, shuffling and dropout."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSamples:
-    """Which picture comes when, and what is drawn for it."""
+    """All training samples of a run, computed on demand."""
 
     config: TrainConfig
+    """Settings of the run."""
     examples: Sequence[Example]
+    """Images with captions."""
     buckets: Sequence[Bucket]
-    """Of each example."""
+    """Bucket of each image."""
     encoder: ViewEncoder
+    """Encoder of the images."""
     num_timesteps: int
+    """Number of timesteps of the noise schedule."""
     order: Sequence[Sequence[int]]
-    """Example numbers of each optimizer step."""
+    """Indices into `examples` for each optimizer step."""
 
-    def sample(self, step: int, place: int) -> Sample:
-        """The sample at a place of an optimizer step, counted from 0."""
-        config, number = self.config, self.order[step][place]
-        index = step * len(self.order[0]) + place
+    def sample(self, step: int, position: int) -> Sample:
+        """Return the sample at a position within an optimizer step; both are counted from 0."""
+        config, number = self.config, self.order[step][position]
+        index = step * len(self.order[0]) + position
         rng = Generator().manual_seed(sample_seed(config.seed, index))
         variant = index if config.data.cache == "none" else index // len(self.examples) % config.data.variants
-        seen = self.encoder.encode(
+        view = self.encoder.encode(
             self.examples[number], self.buckets[number], seed=sample_seed(config.seed, -2 - number), variant=variant
         )
         caption = augment_caption(self.examples[number].caption, config.captions, config.trigger_words, rng)
-        return draw_sample(seen, caption, config.objective, self.num_timesteps, rng)
+        return draw_sample(view, caption, config.objective, self.num_timesteps, rng)
 
 
-def draw_sample(seen: LatentView, caption: str, config: ObjectiveConfig, num_timesteps: int, rng: Generator) -> Sample:
-    """A sample with a latent from the view's distribution, noise and timestep."""
-    channels, height, width = seen.mean.shape
-    spread, shape = torch.randn(seen.mean.shape, generator=rng), (channels, height, width)
+def draw_sample(view: LatentView, caption: str, config: ObjectiveConfig, num_timesteps: int, rng: Generator) -> Sample:
+    """Draw a latent from the view's distribution, and noise and a timestep.
+
+    Args:
+        view: The encoded image.
+        caption: Its caption.
+        config: How noise and timesteps are drawn.
+        num_timesteps: Number of timesteps of the noise schedule.
+        rng: Source of all random numbers.
+    """
+    channels, height, width = view.mean.shape
+    epsilon, shape = torch.randn(view.mean.shape, generator=rng), (channels, height, width)
     noise, input_noise = draw_noise(shape, config, rng)
     return Sample(
         timestep=draw_timestep(config, num_timesteps, rng),
         noise=noise,
         input_noise=input_noise,
-        latent=seen.mean + seen.std * spread,
-        mask=seen.mask,
-        time_ids=seen.time_ids,
+        latent=view.mean + view.std * epsilon,
+        mask=view.mask,
+        time_ids=view.time_ids,
         caption=caption,
     )
 
@@ -78,12 +98,22 @@ def draw_sample(seen: LatentView, caption: str, config: ObjectiveConfig, num_tim
 def plan_order(
     config: TrainConfig, examples: Sequence[Example], buckets: Sequence[Bucket], per_step: int
 ) -> tuple[tuple[int, ...], ...]:
-    """Example numbers of every optimizer step."""
+    """Plan which images each optimizer step trains on.
+
+    Args:
+        config: Settings of the run.
+        examples: Images with captions.
+        buckets: Bucket of each image; all images of a step come from one bucket.
+        per_step: Images per optimizer step, over all processes.
+
+    Returns:
+        Indices into `examples` for each optimizer step.
+    """
     repeats = [example.repeats * config.data.repeats for example in examples]
     return plan_batches(buckets, repeats, per_step=per_step, steps=config.steps, seed=config.seed)
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, Tensor | list[str]]:
-    """Tensors stacked, captions listed."""
+    """Stack the tensors of several samples, and put their captions into a list."""
     tensors = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0] if key != "caption"}
     return {**tensors, "captions": [sample["caption"] for sample in samples]}

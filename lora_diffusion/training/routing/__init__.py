@@ -1,1 +1,1 @@
-"""Training of gates over frozen adapters."""
+"""Training of gates that weight frozen adapters per block and denoising stage."""

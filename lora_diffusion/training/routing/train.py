@@ -1,8 +1,8 @@
-"""A routed mixture: gates over frozen adapters, trained in minutes on captioned pictures and saved as a blend preset.
+"""Train gates over frozen adapters on captioned images, and save the result as a blend preset.
 
-Only the gates learn (MoLE [arXiv:2404.13628], LoRA Soups [arXiv:2410.13025]): some dozens of numbers, on the same
-denoising loss as an adapter. The file is an ordinary `BlendPreset`, so that whatever reads one applies the mixture, and
-sampling costs what any scheduled blend costs.
+Only the gates are trained (MoLE [arXiv:2404.13628], LoRA Soups [arXiv:2410.13025]), a few dozen scalars, with the same
+denoising loss as an adapter. The result is an ordinary `BlendPreset` with scheduled weights, which can be used like any
+other preset and costs the same in sampling.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,63 +38,81 @@ from lora_diffusion.training.objectives.denoiser import Denoiser
 from lora_diffusion.training.routing.gates import Gates, gated_base
 from lora_diffusion.training.seeding import picture_order, sample_seed
 
-HELD_OUT = 32
-"""Samples that the loss is measured on before and after: the same pictures under noise that training does not see."""
+_NUM_HELD_OUT = 32
+"""Number of samples on which the loss is measured before and after training: training images with other noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RouteResult:
-    """The preset, where it lies, and how training went."""
+    """Result of training gates."""
 
     preset: BlendPreset
+    """The blend preset, as it was saved."""
     path: Path
+    """File of the preset."""
     first_loss: float
-    """Mean loss on held-out noise with the gates at their start."""
+    """Mean loss on held-out noise with the initial gates."""
     last_loss: float
-    """The same with the trained gates."""
+    """Mean loss on held-out noise with the trained gates."""
 
 
-Pictures = tuple[tuple[LatentView, str], ...]
-"""Encoded pictures with their captions."""
+_EncodedImages = tuple[tuple[LatentView, str], ...]
+"""Encoded images with their captions."""
 
 
-def encode_images(base: Base, examples: Sequence[Example], size_px: int) -> Pictures:
-    """Every picture cut to a square and encoded once. Raises DatasetError."""
+def _encode_images(base: Base, examples: Sequence[Example], size_px: int) -> _EncodedImages:
+    """Center-crop every image to a square and encode it."""
     bucket = Bucket(size_px, size_px)
     encoder = ViewEncoder(base, DataConfig(folder=Path()), NoCache())
-    bar = tqdm(examples, desc="encode pictures", unit="picture", leave=False)
+    bar = tqdm(examples, desc="encode images", unit="image", leave=False)
     return tuple((encoder.encode(example, bucket, seed=0, variant=0), example.caption) for example in bar)
 
 
-class RoutingSamples:
-    """The samples of a run. No caption is dropped: the gates are to weigh adapters for the prompts that call them."""
+class _RoutingSamples:
+    """Training samples, each a function of the seed and its index.
 
-    def __init__(self, pictures: Pictures, num_timesteps: int, *, length: int, seed: int) -> None:
-        self.pictures, self.num_timesteps, self.seed = pictures, num_timesteps, seed
-        self.order = picture_order(len(pictures), length, seed)
+    Captions are never dropped, because gates are trained for the prompts that the adapters respond to.
+    """
+
+    def __init__(self, images: _EncodedImages, num_timesteps: int, *, length: int, seed: int) -> None:
+        self.images, self.num_timesteps, self.seed = images, num_timesteps, seed
+        self.order = picture_order(len(images), length, seed)
 
     def __getitem__(self, index: int) -> Sample:
         rng = torch.Generator().manual_seed(sample_seed(self.seed, index))
-        return draw_sample(*self.pictures[self.order[index]], ObjectiveConfig(), self.num_timesteps, rng)
+        return draw_sample(*self.images[self.order[index]], ObjectiveConfig(), self.num_timesteps, rng)
 
 
 def route(config: RouteConfig) -> RouteResult:
-    """Train gates as `config` says and write the preset to `config.output`, whole or not at all.
+    """Train gates and save the preset to `config.output`.
 
-    Everything that can be wrong with the input is checked before the first step. The same configuration gives the same
-    file on the CPU. Raises LoRADiffusionError's children.
+    Settings and data are checked before the first step. On the CPU the same settings give the same file.
+
+    Args:
+        config: Settings of the training.
+
+    Raises:
+        ConfigError: If settings are invalid or adapters cannot be gated.
+        DatasetError: If images or captions cannot be used.
+        BaseModelError: If the base cannot be loaded.
+        AdapterFormatError: If an adapter file cannot be read or does not fit the base.
+        FamilyMismatchError: If an adapter was made for another model family.
+        TrainingError: If the loss is not finite.
+        OutputError: If the preset cannot be written.
     """
     if config.output.suffix != ".json":
-        raise ConfigError(f"output {str(config.output)!r} does not end in .json; a routed mixture is a blend preset")
+        raise ConfigError(
+            f"output {str(config.output)!r} does not end in .json, the format of blend presets; change the suffix"
+        )
     examples = tuple(example for folder in config.data for example in read_dataset(DataConfig(folder=folder)))
-    blend = read_blend(config)
+    blend = _read_blend(config)
     check_writable(config.output)
     base = load_base(config.base, precision=torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32)
-    gates = Gates(base, blend, stretches=config.stretches, start=initial_gate(config))
-    losses = train_and_measure(gates, examples, config)
+    gates = Gates(base, blend, stretches=config.stretches, start=_initial_gate(config))
+    losses = _train_and_measure(gates, examples, config)
     preset = BlendPreset(
         name=config.output.stem,
-        description=describe_training(config, examples, losses),
+        description=_describe_training(config, examples, losses),
         base=config.base,
         adapters=config.adapters,
     )
@@ -102,16 +120,24 @@ def route(config: RouteConfig) -> RouteResult:
     return RouteResult(preset=preset, path=config.output, first_loss=losses[0], last_loss=losses[1])
 
 
-def initial_gate(config: RouteConfig) -> float:
-    """Every gate's value at first. An average is where learning is shortest: the sum of adapters that were each trained
-    alone overshoots, on the embedded base to twice the average's loss."""
+def _initial_gate(config: RouteConfig) -> float:
+    """Return the initial value of all gates.
+
+    The average of the adapters is the better start: adapters that were trained separately overshoot when summed, on the
+    embedded base to twice the loss of the average.
+    """
     return 1 / len(config.adapters) if config.start == "average" else config.start
 
 
 def read_route(path: Path, changes: Mapping[str, Any] | None = None) -> RouteConfig:
-    """The settings in a TOML file, as `read_toml`; relative paths of adapters start at its folder as well.
+    """Read the settings from a TOML file. Relative paths, including those of adapters, are relative to its folder.
 
-    Raises ConfigError.
+    Args:
+        path: The file.
+        changes: Settings that override those in the file; paths in them are relative to the working directory.
+
+    Raises:
+        ConfigError: If the file cannot be read or settings are invalid.
     """
     changes = changes or {}
     config = read_toml(path, RouteConfig, changes)
@@ -120,8 +146,8 @@ def read_route(path: Path, changes: Mapping[str, Any] | None = None) -> RouteCon
     return config.model_copy(update={"adapters": resolve_entry_paths(config.adapters, path.parent)})
 
 
-def read_blend(config: RouteConfig) -> Blend:
-    """The adapters of a configuration. Raises FamilyMismatchError, before the base is loaded, and ConfigError."""
+def _read_blend(config: RouteConfig) -> Blend:
+    """Load the adapters, and check their family before the base is loaded."""
     family, _ = read_layout(find_base(config.base))
     blend = load_blend(config.adapters).blend
     for entry in blend.entries:
@@ -129,33 +155,30 @@ def read_blend(config: RouteConfig) -> Blend:
     return blend
 
 
-def train_and_measure(gates: Gates, examples: tuple[Example, ...], config: RouteConfig) -> tuple[float, float]:
-    """Train the gates; returns the mean loss on held-out noise before and after. Raises TrainingError."""
+def _train_and_measure(gates: Gates, examples: tuple[Example, ...], config: RouteConfig) -> tuple[float, float]:
+    """Train the gates; return the mean loss on held-out noise before and after."""
     base, size_px = gates.base, config.resolution or gates.base.size_px
     base.pipe.vae.float()
-    pictures = encode_images(base, examples, size_px)
+    images = _encode_images(base, examples, size_px)
     denoiser = Denoiser(base, ObjectiveConfig())
-    training = RoutingSamples(
-        pictures, denoiser.num_timesteps, length=config.steps * config.batch_size, seed=config.seed
+    training = _RoutingSamples(
+        images, denoiser.num_timesteps, length=config.steps * config.batch_size, seed=config.seed
     )
-    held_out = RoutingSamples(pictures, denoiser.num_timesteps, length=HELD_OUT, seed=config.seed + 1)
+    held_out = _RoutingSamples(images, denoiser.num_timesteps, length=_NUM_HELD_OUT, seed=config.seed + 1)
     with gated_base(gates):
-        first = measure_mean_loss(denoiser, held_out, config.batch_size)
-        train_gates(gates, denoiser, training, config)
-        last = measure_mean_loss(denoiser, held_out, config.batch_size)
+        first = _measure_mean_loss(denoiser, held_out, config.batch_size)
+        _train_gates(gates, denoiser, training, config)
+        last = _measure_mean_loss(denoiser, held_out, config.batch_size)
     check_finite(torch.tensor(last), config.steps)
     return first, last
 
 
-def train_gates(gates: Gates, denoiser: Denoiser, samples: RoutingSamples, config: RouteConfig) -> None:
-    """All optimizer steps, inside `gated_base`. Raises TrainingError if a loss is not finite.
-
-    Adam, whose rate falls to 0 by a cosine, so that the gates come to rest.
-    """
+def _train_gates(gates: Gates, denoiser: Denoiser, samples: _RoutingSamples, config: RouteConfig) -> None:
+    """Do all optimizer steps with Adam and a cosine learning-rate schedule, inside `gated_base`."""
     optimizer = torch.optim.Adam([gates.values], lr=config.learning_rate)
     schedule = CosineAnnealingLR(optimizer, config.steps)
-    each = make_batches(denoiser, samples, config.batch_size)
-    for step, batch in enumerate(tqdm(each, total=config.steps, desc="route", unit="step"), start=1):
+    batches = _make_batches(denoiser, samples, config.batch_size)
+    for step, batch in enumerate(tqdm(batches, total=config.steps, desc="route", unit="step"), start=1):
         loss = denoiser(**batch).mean()
         check_finite(loss.detach(), step)
         optimizer.zero_grad()
@@ -165,24 +188,24 @@ def train_gates(gates: Gates, denoiser: Denoiser, samples: RoutingSamples, confi
 
 
 @torch.no_grad()
-def measure_mean_loss(denoiser: Denoiser, samples: RoutingSamples, batch_size: int) -> float:
-    """Over the same samples at each call."""
-    return float(torch.cat([denoiser(**batch) for batch in make_batches(denoiser, samples, batch_size)]).mean())
+def _measure_mean_loss(denoiser: Denoiser, samples: _RoutingSamples, batch_size: int) -> float:
+    """Return the mean loss over all samples; the same samples are drawn at each call."""
+    return float(torch.cat([denoiser(**batch) for batch in _make_batches(denoiser, samples, batch_size)]).mean())
 
 
-def make_batches(denoiser: Denoiser, samples: RoutingSamples, size: int) -> Iterator[dict[str, Any]]:
-    """The denoiser's arguments, batch by batch, on its device."""
+def _make_batches(denoiser: Denoiser, samples: _RoutingSamples, size: int) -> Iterator[dict[str, Any]]:
+    """Yield the denoiser's keyword arguments for each batch, on its device."""
     device = denoiser.alphas_cumprod.device
     for start in range(0, len(samples.order), size):
         batch = collate([samples[index] for index in range(start, min(start + size, len(samples.order)))])
         yield {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
-def describe_training(config: RouteConfig, examples: tuple[Example, ...], losses: tuple[float, float]) -> str:
-    """How the mixture came about, in a sentence."""
+def _describe_training(config: RouteConfig, examples: tuple[Example, ...], losses: tuple[float, float]) -> str:
+    """Describe the training in a sentence, for the preset's description."""
     folders = " and ".join(dict.fromkeys(folder.name for folder in config.data))
     return (
-        f"Gates by block and {config.stretches} stretches of steps, trained for {config.steps} steps of "
-        f"{config.batch_size} on {folders} ({len(examples)} pictures, hash {data_hash(examples)[:12]}), seed "
+        f"Gates per block and {config.stretches} time bins, trained for {config.steps} steps with batch size "
+        f"{config.batch_size} on {folders} ({len(examples)} images, hash {data_hash(examples)[:12]}), seed "
         f"{config.seed}; loss on held-out noise {losses[0]:.4f} -> {losses[1]:.4f}."
     )

@@ -121,7 +121,7 @@ def test_computed_sizes_equal_those_of_injected_layers(name: str, tmp_path: Path
     assert size.modules == len(run.paths)
     if name not in ("adalora", "sparse"):  # their files depend on what is pruned
         saved = extract_adapter(run.base, run.paths, AdapterMetadata(), torch.float16)
-        words = sum(vectors.numel() for vectors in run.words.parameters.values()) if run.words else 0
+        words = sum(vectors.numel() for vectors in run.learned_tokens.parameters.values()) if run.learned_tokens else 0
         assert size.saved == saved.num_parameters + words
 
 
