@@ -22,7 +22,7 @@ from tests.benchmarks.measuring import machine
 from tests.helpers.picture_folders import write_pictures
 from tests.helpers.random_bases import write_random_sd
 from tests.training.test_loop import settings
-from tests.training.test_resuming import EVERYTHING, killed_runs
+from tests.training.test_resuming import EVERYTHING, kill_runs
 
 KILLS, STEPS, SEED = 20, 400, 0
 GOALS = {"kills": at_least(KILLS), "same_adapter": at_least(True)}
@@ -37,7 +37,7 @@ def main() -> None:
         whole = train(settings(pictures, base, changes, steps=STEPS, save_precision="float32"))
         output = folder / "again" / "style.safetensors"
         config = settings(pictures, base, changes, steps=STEPS, save_precision="float32", output=output, state_every=1)
-        reached = killed_runs(config, folder, kills=KILLS, rng=random.Random(SEED))
+        reached = kill_runs(config, folder, kills=KILLS, rng=random.Random(SEED))
         train(config)
         same = adapter_hash(load_adapter(output)) == adapter_hash(whole.adapter)
     facts = {"machine": machine(), "kills": len(reached), "steps_when_killed": reached, "same_adapter": same}

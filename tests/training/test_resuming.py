@@ -116,7 +116,7 @@ def command(config: Any, folder: Path) -> list[str]:
     return [sys.executable, "-c", code, str(path)]
 
 
-def killed_runs(config: Any, folder: Path, *, kills: int, rng: random.Random) -> list[int]:
+def kill_runs(config: Any, folder: Path, *, kills: int, rng: random.Random) -> list[int]:
     """Start a run repeatedly, and kill it at a random time after a new step; return the steps it had reached."""
     log, reached = config.output.parent / "style-run" / "log.jsonl", [0]
     for _ in range(kills):
@@ -136,13 +136,13 @@ def last_step(log: Path) -> int:
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_bit_for_bit(pictures: Path, sd_folder: Path) -> None:
+def test_a_killed_run_resumes_bit_for_bit(pictures: Path, sd_folder: Path, drawn_seed: int) -> None:
     """kill -9 at random times, during a step or while a state is being written."""
     changes = deep_merge(EVERYTHING, {"data": {"folder": str(pictures)}})
     whole = train(settings(pictures, sd_folder, changes, steps=40, save_precision="float32"))
     output = pictures.parent / "again" / "style.safetensors"
     config = settings(pictures, sd_folder, changes, steps=40, save_precision="float32", output=output, state_every=1)
-    reached = kill_runs(config, pictures.parent, kills=2, rng=random.Random())
+    reached = kill_runs(config, pictures.parent, kills=2, rng=random.Random(drawn_seed))
     train(config)
     assert adapter_hash(load_adapter(output)) == adapter_hash(whole.adapter), reached
     assert not list((output.parent / "style-run").glob(".*")), "partial states are removed"
