@@ -176,9 +176,9 @@ from lora_diffusion.training.loop import train
 from train_scripts.write_configs import CONFIGS, configs
 
 def watch(run, step):
-    if step == 0 and "sharded" in sys.argv:
+    if step == 0 and "local" in sys.argv:
         unet = run.base.pipe.unet.parameters()
-        print(f"sharded:{sum(getattr(p, 'to_local', lambda p=p: p)().numel() for p in unet if not p.requires_grad)}")
+        print(f"local:{sum(getattr(p, 'to_local', lambda p=p: p)().numel() for p in unet if not p.requires_grad)}")
     if step == 2 and run.accelerator.process_index == 1 and "stop" in sys.argv:
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -201,7 +201,7 @@ def run_in_two_processes(config: TrainConfig, folder: Path, *arguments: str) -> 
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return sorted(re.findall(r"(?:main|other|sharded):\d+", done.stdout))  # both may print on one line
+    return sorted(re.findall(r"(?:main|other|local):\d+", done.stdout))  # both may print on one line
 
 
 def test_two_processes_train_the_same_as_one(pictures: Path, sd_folder: Path) -> None:
@@ -240,9 +240,9 @@ def test_a_sharded_base_trains_the_same(pictures: Path, sd_folder: Path) -> None
         pictures, sd_folder, deep_merge(changes, {"compute": {"shard": True}}), batch_size=1, output=output, **top
     )
     size = sum(p.numel() for p in load_base(str(sd_folder)).pipe.unet.parameters())
-    first, second, *ends = run_in_two_processes(config, pictures.parent, "sharded")
+    first, second, *ends = run_in_two_processes(config, pictures.parent, "local")
     assert ends == ["main:2", "other:2"]
-    sizes = [int(each.removeprefix("sharded:")) for each in (first, second)]
+    sizes = [int(each.removeprefix("local:")) for each in (first, second)]
     assert sum(sizes) >= size
     assert max(sizes) < 0.6 * size  # uneven rows are padded
     check_close(load_adapter(output), alone.adapter)

@@ -169,7 +169,7 @@ def draw_blend(studio: Studio) -> BlendTab:
             stage = draw_stage(seeds)
     return BlendTab(
         base=base_box,
-        resolver=shelf,
+        shelf=shelf,
         chosen=chosen,
         slots=slots,
         mode=mode,
