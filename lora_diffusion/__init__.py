@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lora_diffusion.config.preset import Schedule as Schedule
     from lora_diffusion.config.train import TrainConfig as TrainConfig
     from lora_diffusion.errors import LoRADiffusionError as LoRADiffusionError
+    from lora_diffusion.formats.adapters.blend import blend_adapters as blend_adapters
     from lora_diffusion.formats.adapters.load import load_adapter as load_adapter
     from lora_diffusion.formats.adapters.load import load_meta_adapter as load_meta_adapter
     from lora_diffusion.formats.adapters.native import save_adapter as save_adapter
@@ -68,6 +69,7 @@ __all__ = [
     "TrainConfig",
     "WeightedAdapter",
     "adapter_hash",
+    "blend_adapters",
     "blended_weights",
     "combine",
     "convert",
@@ -107,6 +109,7 @@ HOMES = {
     "TrainConfig": "config.train",
     "WeightedAdapter": "adapters.blend",
     "adapter_hash": "adapters.adapter",
+    "blend_adapters": "formats.adapters.blend",
     "blended_weights": "inference.in_place",
     "parallel_blend": "inference.parallel",
     "combine": "algebra.combine.exact_sum",

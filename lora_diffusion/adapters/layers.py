@@ -84,7 +84,7 @@ def _describe(layer: Layer) -> Iterator[str]:
     if isinstance(layer, LowRank | DoRALayer):
         yield from (f"rank={layer.rank}", f"alpha={layer.alpha}")
     shape = layer.weight_shape
-    yield from (f"in={shape[1]}", f"out={shape[0]}") if len(shape) > 1 else (f"size={shape[0]}",)
+    yield from (f"in={shape[1]}", f"out={shape[0]}") if len(shape) > 1 else (f"size={math.prod(shape)}",)
     if len(shape) > 2:
         yield f"kernel={'x'.join(map(str, shape[2:]))}"
     yield "/".join(dict.fromkeys(dtype_name(factor.dtype) for factor in layer.factors.values()))

@@ -98,7 +98,7 @@ def pipeline_with(base: Base, scheduler: Scheduler) -> Any:
         options: dict[str, Any] = {"requires_safety_checker": False}
     else:
         options = {
-            "force_zeros_for_empty_prompt": base.pipe.config.force_zeros_for_empty_prompt,
+            "force_zeros_for_empty_prompt": base.pipe.config["force_zeros_for_empty_prompt"],
             "add_watermarker": False,
         }
     with quiet_libraries():

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
@@ -32,7 +32,7 @@ def blend_adapters(weights: Mapping[Source, Weight] | Iterable[tuple[Source, Wei
         >>> blend_adapters({"neon.safetensors": 0.8, gloop: 0.5})
         Blend(neon x 0.8, gloop x 0.5)
     """
-    pairs = weights.items() if isinstance(weights, Mapping) else weights
+    pairs = cast("Iterable[tuple[Source, Weight]]", weights.items() if isinstance(weights, Mapping) else weights)
     return Blend(entries=tuple(_weighted_adapter(source, weight) for source, weight in pairs))
 
 

@@ -85,7 +85,7 @@ def test_adapters_with_learned_words_or_no_layers_are_rejected(sd: Base, tmp_pat
         check_continuable(words, "a.safetensors")
     with pytest.raises(ConfigError, match="no layers"):
         check_continuable(Adapter(layers={}), "a.safetensors")
-    with pytest.raises(ConfigError, match=r"on_top_of: .*learned words"):
+    with pytest.raises(ConfigError, match=r"on_top_of: .*textual-inversion embeddings"):
         save_adapter(words, tmp_path / "words.safetensors")
         add_base_adapters(sd, {tmp_path / "words.safetensors": 1.0})
 
