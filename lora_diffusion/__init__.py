@@ -1,11 +1,12 @@
-"""lora_diffusion: train, blend and merge LoRA adapters for Stable Diffusion.
+"""Train, blend and merge LoRA adapters for Stable Diffusion.
 
     from lora_diffusion import Blend, GenerateConfig, WeightedAdapter, generate, load_adapter, load_base
 
-Importing the package imports no heavy library; each name is loaded when it is first used.
+Importing the package imports no heavy library; each public name is loaded when it is first used.
 """
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -129,6 +130,12 @@ HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("lora-diffusion")
     if name not in HOMES:
         raise AttributeError(f"module 'lora_diffusion' has no attribute {name!r}")
     return getattr(importlib.import_module(f"lora_diffusion.{HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__, "__version__"])
