@@ -38,9 +38,9 @@ class TrainableTLoRA(TrainableLoRA):
     def forward_delta(self, module: Any, x: Tensor) -> Tensor:
         """Compute scale * up @ mask(down @ dropout(x)), with the mask of each sample."""
         down, up = (cast_for_compute(factor, x) for factor in (self.apply_rank_dropout(self.down), self.up))
-        x = functional.dropout(x, self.config.dropout, self.training)
+        x = cast_for_compute(functional.dropout(x, self.config.dropout, self.training), x)
         with torch.autocast(x.device.type, enabled=False):
-            hidden = self._masked_down(module, cast_for_compute(x, x), down)
+            hidden = self._masked_down(module, x, down)
             delta = functional.linear(hidden, up) if isinstance(module, nn.Linear) else functional.conv2d(hidden, up)
         return self.current_scale * delta
 

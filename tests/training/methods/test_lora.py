@@ -202,6 +202,18 @@ def test_t_lora_applies_dropout(sd_folder: Path) -> None:
     assert not torch.equal(predicted(base), predicted(base))
 
 
+def test_t_lora_predicts_under_autocast(sd_folder: Path) -> None:
+    """Normalization layers return float32 under autocast, so a layer's input has another dtype than its factors."""
+    base = load_base(str(sd_folder))
+    _, made = injected(base, config_of("t-lora"))
+    shake(made.parameters)
+    base.pipe.unet.eval()
+    exact = predicted(base)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = predicted(base)
+    assert torch.allclose(rounded.float(), exact, atol=0.1 * float(exact.abs().max()))
+
+
 def test_lora_plus_without_up_factors_is_rejected(pictures: Path, sd_folder: Path) -> None:
     changes = {**UNET_ONLY, "optimizer": {"up_rate": 4, "text_encoder_learning_rate": None}}
     changes["adapter"] = {**changes["adapter"], "kind": "loha"}
