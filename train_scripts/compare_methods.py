@@ -62,7 +62,7 @@ def config_of(method: Method, kind: Kind, seed: int, output: Path, steps: int) -
         "seed": seed,
         "state_every": 0,
         "tracking": {"trackers": [], "report": False},
-        "adapter": {"text_encoder_targets": []},
+        "adapter": {"text_encoder_target_modules": []},
         "optimizer": {"text_encoder_learning_rate": None},
         "data": {"folder": sample_data_folder() / "styles" / STYLE}
         if kind == "style"
@@ -71,8 +71,11 @@ def config_of(method: Method, kind: Kind, seed: int, output: Path, steps: int) -
     table = deep_merge(default_settings(purpose, "tiny-sd"), told)
     table["prior"] = {"mode": "none"}
     table = with_method(table, method)
-    if "words" in table:
-        table["words"] = {**table["words"], "words": [TRIGGER if kind == "style" else SUBJECT]}
+    if "textual_inversion" in table:
+        table["textual_inversion"] = {
+            **table["textual_inversion"],
+            "placeholder_tokens": [TRIGGER if kind == "style" else SUBJECT],
+        }
     return validate(TrainConfig, table, source=method.name)
 
 
@@ -99,7 +102,9 @@ def judged(path: Path, kind: Kind) -> float:
     if kind == "subject":
         texts = [text.removesuffix(", in zwx style") for text in places()]
     texts = texts[:: max(1, len(texts) // PICTURES)][:PICTURES]
-    configs = [GenerateConfig(prompt=text, seed=seed, steps=SAMPLED_STEPS) for seed, text in enumerate(texts)]
+    configs = [
+        GenerateConfig(prompt=text, seed=seed, num_inference_steps=SAMPLED_STEPS) for seed, text in enumerate(texts)
+    ]
     blend = Blend(entries=(WeightedAdapter(adapter=load_adapter(path)),))
     images = [picture.image for picture in generate(base, configs, blend)]
     if kind == "style":
@@ -199,7 +204,7 @@ def table() -> str:
         if len(row.get("style", {})) < 2:
             continue
         config = config_of(method, "style", 0, Path("it.safetensors"), STEPS)
-        size = measure_config(method.name, EMBEDDED_BASE, config.adapter, config.words)
+        size = measure_config(method.name, EMBEDDED_BASE, config.adapter, config.textual_inversion)
         memory = row["peak_mb"] / row["lora_peak_mb"] if "peak_mb" in row else None
         costs = [f"{row['seconds_ratio']:.2f}" if "seconds_ratio" in row else "", f"{memory:.2f}" if memory else ""]
         cells = [

@@ -33,7 +33,7 @@ STEPS = 20
 
 def pictures(base: Base, texts: list[str], adapter: Adapter | None) -> list:
     blend = Blend(entries=(WeightedAdapter(adapter=adapter),)) if adapter else Blend()
-    configs = [GenerateConfig(prompt=text, seed=seed, steps=STEPS) for seed, text in enumerate(texts)]
+    configs = [GenerateConfig(prompt=text, seed=seed, num_inference_steps=STEPS) for seed, text in enumerate(texts)]
     return [picture.image for picture in generate(base, configs, blend)]
 
 

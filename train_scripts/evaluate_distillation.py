@@ -92,7 +92,7 @@ def measure(output: Path | None = None, rank: int = 8, steps: int = 200) -> None
     config = DistillConfig(rank=rank, steps=steps)
     configs = [GenerateConfig(prompt=text, seed=100 * s + i) for s in range(SEEDS) for i, text in enumerate(drawn)]
     facts: dict[str, Any] = {"machine": machine(), "config": config.model_dump(mode="json"), "modes": {}}
-    mean = record_mean_sum(base, blend, Composition(mode="composite"), config.sampler_steps)  # that of switch too
+    mean = record_mean_sum(base, blend, Composition(mode="composite"), config.num_inference_steps)  # that of switch too
     ways = [
         Way(title="base", blend=Blend()),
         Way(title="SVD of the sum", blend=alone(svd(base, blend, plain_sum(base, blend), rank))),

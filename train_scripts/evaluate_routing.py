@@ -49,7 +49,7 @@ def measure(preset: tyro.conf.Positional[Path]) -> None:
     neon = list_style_images(sample_data_folder() / "styles" / "neon")
     texts = prompts()
     configs = [
-        GenerateConfig(prompt=text, seed=100 * seed + i, steps=STEPS)
+        GenerateConfig(prompt=text, seed=100 * seed + i, num_inference_steps=STEPS)
         for seed in range(SEEDS)
         for i, text in enumerate(texts)
     ]

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from lora_diffusion.adapters.layers import DoRALayer, FullLayer, Layer, LowRank
 from lora_diffusion.core.dtypes import tensor_bytes
@@ -48,7 +48,7 @@ class AdapterMetadata(BaseModel):
     """Format of the file that it was read from, such as `kohya` or `peft`."""
     variant: str = ""
     """Variant of the base within its family: `v-prediction`, `inpainting`, or empty."""
-    least_rank: int = 0
+    min_rank: Annotated[int, Field(validation_alias=AliasChoices("min_rank", "least_rank"))] = 0
     """Rank that acts in pure noise, for a T-LoRA; 0 for an adapter that is the same at every denoising step."""
     notes: tuple[str, ...] = ()
     """Assumptions made while reading the file."""

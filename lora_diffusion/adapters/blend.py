@@ -138,7 +138,7 @@ class Blend:
     @property
     def is_scheduled(self) -> bool:
         """Whether any coefficient or rank changes from one denoising step to the next."""
-        return any(has_schedule(e.weight) or e.adapter.metadata.least_rank for e in self.active)
+        return any(has_schedule(e.weight) or e.adapter.metadata.min_rank for e in self.active)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -199,7 +199,7 @@ def _layers_at_step(entry: WeightedAdapter, denoising_step: DenoisingStep | None
     Raises:
         ConfigError: For a T-LoRA without a denoising step.
     """
-    adapter, least = entry.adapter, entry.adapter.metadata.least_rank
+    adapter, least = entry.adapter, entry.adapter.metadata.min_rank
     if not least:
         return adapter.layers
     if denoising_step is None:

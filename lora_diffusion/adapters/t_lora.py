@@ -11,7 +11,7 @@ def truncate_at_step(layer: Layer, least: int, progress: float) -> Layer:
 
     Args:
         layer: Layer of any kind; only LoRA layers are truncated.
-        least: Rank that acts in pure noise (`AdapterMetadata.least_rank`).
+        least: Rank that acts in pure noise (`AdapterMetadata.min_rank`).
         progress: Completed share of the denoising steps, 0 to 1.
 
     Returns:

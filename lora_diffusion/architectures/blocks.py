@@ -39,13 +39,13 @@ def block_names(shape: tuple[int, tuple[bool, ...], tuple[bool, ...], bool]) -> 
 
 
 def vector_block_names(layout: ModelLayout) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of all blocks, and of those with attention, in the order of a vector."""
+    """Return the names of all blocks, and of those with attention, in the order of a block vector."""
     down, up = tuple(map(bool, layout.down_attention)), tuple(map(bool, layout.up_attention))
     return block_names((layout.layers_per_block, down, up, layout.mid_block))
 
 
 def block_prefix(path: str) -> str:
-    """The block of a module path: `unet.down_blocks.0`, `unet.mid_block`, and each text encoder as one."""
+    """Return the block of a module path: `unet.down_blocks.0`, `unet.mid_block`, or a whole text encoder."""
     component, inner = path.split(".", 1)
     if component != "unet":
         return component

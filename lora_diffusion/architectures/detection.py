@@ -37,7 +37,7 @@ def block_channels(inner: str, family: str) -> int | None:
 
 
 def candidate_families(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
-    """The families that have every one of these module paths, with weights of such shapes."""
+    """Return the families that have all of these module paths with weights of these shapes."""
     return tuple(
         family
         for family, shape in LAYOUTS.items()

@@ -90,7 +90,7 @@ def family_title(name: str) -> str:
 
 
 def detect_family(cross_attention_dim: int, *, two_encoders: bool) -> Family:
-    """The family of a base, from the width of its UNet's text context and the number of its text encoders.
+    """Detect the family from the UNet's cross-attention width and the number of text encoders.
 
     Raises BaseModelError if the two contradict each other.
     """

@@ -16,7 +16,7 @@ TEXT_ATTENTION_LEAVES = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelLayout:
-    """The numbers in a base's configuration that fix its module paths."""
+    """The configuration values of a base that determine its module paths."""
 
     block_channels: tuple[int, ...]
     """UNet channels from the highest resolution to the lowest."""
@@ -74,7 +74,7 @@ LAYOUTS: Mapping[str, ModelLayout] = {
 
 
 def layout_from_configs(unet: Mapping[str, Any], text_encoders: Mapping[str, Mapping[str, Any]]) -> ModelLayout:
-    """Read from the `config.json` of a UNet and of its text encoders, by component."""
+    """Read the layout from the `config.json` of a UNet and of its text encoders, by component."""
     downs: Sequence[str] = unet["down_block_types"]
     ups: Sequence[str] = unet["up_block_types"]
     per_block = unet.get("transformer_layers_per_block", 1)

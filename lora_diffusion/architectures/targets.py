@@ -39,12 +39,14 @@ def resolve_targets(paths: Sequence[str], *, unet: Iterable[str], text_encoders:
     for target in text_encoders:
         wanted |= is_match(paths, target, TEXT_ENCODER_SETS, unet_part=False)
     if not wanted:
-        raise ConfigError("unet_targets and text_encoder_targets are both empty; name at least one, e.g. 'attention'")
+        raise ConfigError(
+            "unet_target_modules and text_encoder_target_modules are both empty; name at least one, e.g. 'attention'"
+        )
     return tuple(path for path in paths if path in wanted)
 
 
 def resolve_modules_to_save(paths: Sequence[str], patterns: Iterable[str], taken: Iterable[str]) -> tuple[str, ...]:
-    """The module paths that are trained in full; patterns run over whole paths, with their component.
+    """Return the paths of modules that are trained in full; patterns match whole paths with their component.
 
     Raises ConfigError for a pattern that names no module, or one that is trained by factors already.
     """
@@ -53,13 +55,13 @@ def resolve_modules_to_save(paths: Sequence[str], patterns: Iterable[str], taken
         found = {path for path in paths if fnmatchcase(path, pattern)}
         if not found:
             raise ConfigError(
-                f"adapter.full_targets: {pattern!r} names no module; expected a pattern over paths like {paths[0]!r}"
+                f"adapter.modules_to_save: {pattern!r} names no module; expected a pattern over paths like {paths[0]!r}"
             )
         wanted |= found
     both = sorted(wanted.intersection(taken))
     if both:
         raise ConfigError(
-            f"{both[0]} is named by adapter.full_targets and by the other targets; a module is trained one way"
+            f"{both[0]} is named by adapter.modules_to_save and by the other targets; a module is trained one way"
         )
     return tuple(path for path in paths if path in wanted)
 
@@ -67,7 +69,7 @@ def resolve_modules_to_save(paths: Sequence[str], patterns: Iterable[str], taken
 def resolve_patterns(
     paths: Sequence[str], patterns: Mapping[str, Value], what: str, default: Value
 ) -> dict[str, Value]:
-    """A value for each path: that of the last pattern that matches it or something above it.
+    """Return a value for each path: that of the last pattern that matches it or one of its parents.
 
     Raises ConfigError, naming the setting `what`, for a pattern that matches none.
     """

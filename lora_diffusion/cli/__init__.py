@@ -52,7 +52,7 @@ def command_class(name: str) -> Any:
 
 
 def parse_command(arguments: list[str]) -> Any:
-    """The command with its flags; help and mistakes end here, as tyro ends them."""
+    """Parse the command line; help and mistakes end the program as tyro does."""
     for words in (2, 1):
         name = " ".join(arguments[:words])
         if name in COMMANDS:

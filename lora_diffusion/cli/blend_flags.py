@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import tyro
 
 from lora_diffusion.cli.flags import REPEATABLE, Patterns, optional_flags
-from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.generate import SHORT_NAMES, GenerateConfig
 from lora_diffusion.config.preset import BlendEntry, Composition
 from lora_diffusion.config.settings import EMBEDDED_BASE
 from lora_diffusion.prompts.tags import extract_region, parse_weight
@@ -20,18 +20,18 @@ Adapters = Annotated[
 BaseFlag = Annotated[
     str, tyro.conf.arg(help_behavior_hint=f"(default: {EMBEDDED_BASE}, or that of the preset or recipe)")
 ]
-GenerateFlags = optional_flags(GenerateConfig)
+GenerateFlags = optional_flags(GenerateConfig, SHORT_NAMES)
 CompositionFlags = optional_flags(Composition)
 
 
 def set_flags(flags: Any) -> dict[str, Any]:
-    """The flags that were set."""
+    """Return the flags that were set."""
     return {key: value for key, value in vars(flags).items() if value is not None and value is not False}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadFlags:
-    """Where adapters are looked for, and what is done to their weights."""
+    """Flags that say where adapters are found and how a blend is prepared."""
 
     library: Annotated[
         Path | None,

@@ -5,7 +5,7 @@ import logging
 import os
 import tomllib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import make_dataclass
 from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
@@ -27,8 +27,8 @@ Patterns = Annotated[
 ]
 
 
-def optional_flags(kind: type[Settings]) -> type[Any]:
-    """A dataclass with one optional flag for each setting: names, types, help and defaults are the settings' own."""
+def optional_flags(kind: type[Settings], short_names: Mapping[str, str] | None = None) -> type[Any]:
+    """Return a dataclass with one optional flag for each setting, documented by it; `short_names` are further flags."""
     fields: list[tuple[str, Any, Any]] = []
     for name, info in kind.model_fields.items():
         hint = "(required)" if info.is_required() else f"(default: {format_default(info.default)})"
@@ -36,20 +36,26 @@ def optional_flags(kind: type[Settings]) -> type[Any]:
             switch = tyro.conf.arg(help=info.description, help_behavior_hint="")
             fields.append((name, Annotated[bool, tyro.conf.FlagCreatePairsOff, switch], False))
             continue
-        argument = tyro.conf.arg(help=info.description, metavar=make_metavar(info.annotation), help_behavior_hint=hint)
+        short = (short_names or {}).get(name)
+        argument = tyro.conf.arg(
+            help=info.description,
+            metavar=make_metavar(info.annotation),
+            help_behavior_hint=hint,
+            aliases=(f"--{short}",) if short else None,
+        )
         fields.append((name, Annotated[info.annotation | None, argument], None))
     return make_dataclass(f"{kind.__name__}Flags", fields, kw_only=True, frozen=True)
 
 
 def make_metavar(annotation: Any) -> str:
-    """What help shows in place of a value."""
+    """Return the placeholder that help shows for a value."""
     if get_origin(annotation) is Literal:
         return "|".join(get_args(annotation))
     return "INT" if "int" in str(annotation) else "NUMBER" if "float" in str(annotation) else "TEXT"
 
 
 def format_default(default: object) -> str:
-    """A default as a user reads it."""
+    """Format a default for help."""
     if isinstance(default, tuple):
         return ", ".join(map(str, default)) or "none"
     return "the base's own" if default is None else str(default) or "none"
@@ -93,7 +99,7 @@ def parse_toml_value(text: str) -> Any:
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep the libraries' notices off the terminal; what matters reaches the user as our own errors."""
+    """Silence the libraries' notices; errors reach the user as our own."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for library in ("accelerate", "bitsandbytes"):

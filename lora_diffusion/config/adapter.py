@@ -16,7 +16,7 @@ Kind = Literal["lora", "loha", "lokr", "vera", "adalora", "dylora", "sparse", "t
 
 
 class AdapterConfig(Settings):
-    """What is trained."""
+    """Settings of the trained adapter: method, rank, initialization and target modules."""
 
     kind: Kind = "lora"
     """lora, loha, lokr, vera, adalora, dylora, sparse or t-lora; `lora-diffusion methods` says what each is."""
@@ -24,43 +24,43 @@ class AdapterConfig(Settings):
     """Rank of the two factors."""
     alpha: AboveZero | None = None
     """The update is scaled by alpha / rank; alpha is the rank if left out, so that a learning rate suits every rank."""
-    scaling: Literal["rank", "sqrt-rank"] = "rank"
-    """What alpha is divided by: the rank, or its root [rsLoRA, arXiv 2312.03732], so that high ranks learn as well."""
-    ranks: dict[str, Positive] = Field(default_factory=dict[str, int])
-    """Ranks by pattern of modules, such as `"unet.down_blocks.0.*" = 4`; the last that matches counts."""
-    alphas: dict[str, AboveZero] = Field(default_factory=dict[str, float])
-    """Alphas by pattern, in the same way."""
-    dora: bool = False
+    use_rslora: bool = False
+    """Divide alpha by the square root of the rank instead of the rank [rsLoRA, arXiv 2312.03732], for high ranks."""
+    rank_pattern: dict[str, Positive] = Field(default_factory=dict[str, int])
+    """Ranks by module pattern, such as `"unet.down_blocks.0.*" = 4`; the last match counts."""
+    alpha_pattern: dict[str, AboveZero] = Field(default_factory=dict[str, float])
+    """Alphas by module pattern; the last match counts."""
+    use_dora: bool = False
     """Learn a magnitude for each output beside the direction [DoRA, arXiv 2402.09353]."""
     freeze_down: bool = False
     """Train the second factor alone [LoRA-FA, arXiv 2308.03303], which needs less memory for activations."""
-    start: Literal["zero", "pissa", "orthogonal"] = "zero"
-    """First factors: noise and zero; the base's main directions [PiSSA, arXiv 2404.02948]; or orthogonal ones."""
+    init_weights: Literal["zero", "pissa", "orthogonal"] = "zero"
+    """Initial factors: `zero` is noise times zero; `pissa` the base's main directions [PiSSA, arXiv 2404.02948];
+    `orthogonal` orthogonal rows times zero."""
     dropout: Chance = 0.0
     """Share of the factors' input that is dropped in training."""
     rank_dropout: Chance = 0.0
     """Share of directions that are left out of a step, of each module anew."""
     module_dropout: Chance = 0.0
     """Chance that a module's update is left out of a step."""
-    begin_with: Path | None = None
-    """Adapter to go on from, of any kind that can be read; its kind, ranks, scales and modules hold instead of those
-    here."""
-    unet_targets: tuple[str, ...] = ("attention", "feed-forward", "projections")
+    init_from: Path | None = None
+    """Adapter file to continue training from; its kind, ranks, scales and modules replace the settings here."""
+    unet_target_modules: tuple[str, ...] = ("attention", "feed-forward", "projections")
     """Named sets (attention, cross-attention, feed-forward, projections, convolutions, b-lora-content, b-lora-style,
     all) or patterns. Attention alone leaves a gap to full fine-tuning that feed-forward layers close."""
-    text_encoder_targets: tuple[str, ...] = ()
+    text_encoder_target_modules: tuple[str, ...] = ()
     """Named sets (attention, feed-forward, all) or patterns; empty trains the UNet only and caches the captions."""
-    full_targets: tuple[str, ...] = ()
-    """Patterns over whole paths, such as `unet.conv_in` or `unet.*.norm?`, of modules that are trained in full beside
-    the factors and saved as differences."""
-    max_norm: AboveZero | None = None
+    modules_to_save: tuple[str, ...] = ()
+    """Patterns over whole paths, such as `unet.conv_in` or `unet.*.norm?`, of modules that are fully trained and saved
+    as differences, in addition to the low-rank factors."""
+    max_delta_norm: AboveZero | None = None
     """Largest Frobenius norm of any module's delta; larger ones are scaled back after each step."""
-    lokr_factor: Annotated[int, Field(ge=2)] = 8
+    decompose_factor: Annotated[int, Field(ge=2)] = 8
     """Largest side of LoKr's small matrix; a weight's sides are divided by the largest divisor up to this."""
-    adalora_start: Annotated[float, Field(ge=1, le=8)] = 1.5
-    """AdaLoRA begins with so many times the rank, and takes directions away until the mean is the rank."""
-    least_rank: Positive = 1
-    """Directions of `t-lora` that act in pure noise; all act at the end."""
+    adalora_init_ratio: Annotated[float, Field(ge=1, le=8)] = 1.5
+    """AdaLoRA's initial rank, as a multiple of `rank`; directions are pruned until the mean rank is `rank`."""
+    min_rank: Positive = 1
+    """Active rank of `t-lora` at the noisiest timestep; the full rank is active at the last one."""
     sparse_l1: NotNegative = 0.0
     """How strongly `sparse` pulls each direction's gate to zero, per unit of learning rate [arXiv 2311.11696]."""
     sparse_keep: Annotated[float, Field(gt=0, le=1)] = 0.5
@@ -69,23 +69,25 @@ class AdapterConfig(Settings):
 
     @model_validator(mode="after")
     def check_combinations(self) -> "AdapterConfig":
-        """Refuse settings that make no sense together, by name."""
+        """Refuse settings that contradict each other, by name."""
         for nonsense, sentence in INVALID_COMBINATIONS:
             if nonsense(self):
-                raise ValueError(sentence.format(kind=self.kind, start=self.start))
+                raise ValueError(sentence.format(kind=self.kind, init=self.init_weights))
         return self
 
     @model_validator(mode="after")
     def check_init_from(self) -> "AdapterConfig":
-        """Refuse what a file to go on from says itself."""
+        """Refuse settings that the adapter to continue from already determines."""
         told = [name for name in SETTINGS_OF_FILE if getattr(self, name) != default_value(name)]
-        if self.begin_with is not None and told:
-            raise ValueError(f"begin_with goes on as the file is; leave out {' and '.join(told)}")
+        if self.init_from is not None and told:
+            raise ValueError(
+                f"init_from takes {' and '.join(told)} from the file; leave {'it' if len(told) == 1 else 'them'} out"
+            )
         return self
 
     @model_validator(mode="after")
     def check_unused_settings(self) -> "AdapterConfig":
-        """Refuse a setting of a kind that is not chosen."""
+        """Refuse settings that belong to another kind of adapter."""
         for field, kind in KIND_OF.items():
             if self.kind != kind and getattr(self, field) != default_value(field):
                 raise ValueError(f"{field} belongs to kind '{kind}'; '{self.kind}' has no use for it")
@@ -94,17 +96,29 @@ class AdapterConfig(Settings):
     @property
     def trains_text_encoder(self) -> bool:
         """Whether modules of text encoders may be trained."""
-        return bool(self.text_encoder_targets) or any(not each.startswith("unet.") for each in self.full_targets)
+        return bool(self.text_encoder_target_modules) or any(
+            not each.startswith("unet.") for each in self.modules_to_save
+        )
 
 
 def default_value(name: str) -> object:
-    """Of a setting."""
+    """Return the default value of an `AdapterConfig` setting."""
     return AdapterConfig.model_fields[name].get_default(call_default_factory=True)
 
 
 SETTINGS_OF_FILE = (
-    *("kind", "rank", "alpha", "scaling", "ranks", "alphas", "dora", "freeze_down", "start"),
-    *("unet_targets", "full_targets"),
+    *(
+        "kind",
+        "rank",
+        "alpha",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_dora",
+        "freeze_down",
+        "init_weights",
+    ),
+    *("unet_target_modules", "modules_to_save"),
 )
 """Settings that an adapter to go on from brings."""
 PRODUCT_KINDS = ("lora", "vera", "adalora", "dylora", "sparse", "t-lora")
@@ -114,9 +128,9 @@ FACTORED_KINDS = ("lora", "dylora", "t-lora")
 KIND_OF = {
     "sparse_l1": "sparse",
     "sparse_keep": "sparse",
-    "least_rank": "t-lora",
-    "lokr_factor": "lokr",
-    "adalora_start": "adalora",
+    "min_rank": "t-lora",
+    "decompose_factor": "lokr",
+    "adalora_init_ratio": "adalora",
 }
 """Settings that one kind alone has."""
 PRUNING_KINDS = ("adalora", "sparse")
@@ -125,8 +139,9 @@ TIMESTEP_KINDS = ("t-lora",)
 """Kinds that change with the timestep, which a text encoder does not know."""
 INVALID_COMBINATIONS: tuple[tuple[Callable[[AdapterConfig], bool], str], ...] = (
     (
-        lambda c: c.dora and c.kind not in ("lora", "loha", "lokr"),
-        "dora and kind '{kind}' do not go together, as the magnitude needs a delta of its own; set dora to false, or "
+        lambda c: c.use_dora and c.kind not in ("lora", "loha", "lokr"),
+        "use_dora and kind '{kind}' do not go together, as the magnitude needs a delta of its own; set use_dora to "
+        "false, or "
         "kind to lora, loha or lokr",
     ),
     (
@@ -134,50 +149,54 @@ INVALID_COMBINATIONS: tuple[tuple[Callable[[AdapterConfig], bool], str], ...] = 
         "freeze_down and kind '{kind}' do not go together; set freeze_down to false, or kind to lora",
     ),
     (
-        lambda c: c.start != "zero" and c.kind != "lora" and (c.start, c.kind) != ("orthogonal", "t-lora"),
-        "start '{start}' and kind '{kind}' do not go together; set start to zero, or kind to lora",
+        lambda c: (
+            c.init_weights != "zero" and c.kind != "lora" and (c.init_weights, c.kind) != ("orthogonal", "t-lora")
+        ),
+        "init_weights '{init}' and kind '{kind}' do not go together; set init_weights to zero, or kind to lora",
     ),
     (
-        lambda c: c.start == "pissa" and c.freeze_down,
-        "start 'pissa' and freeze_down do not go together, as the main directions would never turn; leave one out",
+        lambda c: c.init_weights == "pissa" and c.freeze_down,
+        "init_weights 'pissa' and freeze_down do not go together, as main directions would stay fixed; leave one out",
     ),
     (
-        lambda c: c.start == "pissa" and c.dora,
-        "start 'pissa' and dora do not go together, as both move the base's norm; leave one out",
+        lambda c: c.init_weights == "pissa" and c.use_dora,
+        "init_weights 'pissa' and use_dora do not go together, as both change the base's norm; leave one out",
     ),
     (
-        lambda c: c.scaling == "sqrt-rank" and c.alpha is None,
-        "scaling 'sqrt-rank' needs alpha, as without it every scale is 1 whatever the rank; set alpha, e.g. to 4",
+        lambda c: c.use_rslora and c.alpha is None,
+        "use_rslora needs alpha, as without it every scale is 1 whatever the rank; set alpha, e.g. to 4",
     ),
     (
-        lambda c: c.scaling == "sqrt-rank" and c.kind in ("vera", "lokr"),
-        "scaling 'sqrt-rank' and kind '{kind}' do not go together; set scaling to rank",
+        lambda c: c.use_rslora and c.kind in ("vera", "lokr"),
+        "use_rslora and kind '{kind}' do not go together; set use_rslora to false",
     ),
     (
-        lambda c: bool(c.dropout or c.rank_dropout or c.module_dropout) and (c.kind in ("loha", "lokr") or c.dora),
-        "dropout is of plain factors, and kind '{kind}' or dora has none that could be dropped; set dropout, "
+        lambda c: bool(c.dropout or c.rank_dropout or c.module_dropout) and (c.kind in ("loha", "lokr") or c.use_dora),
+        "dropout is of plain factors, and kind '{kind}' or use_dora has none that could be dropped; set dropout, "
         "rank_dropout and module_dropout to 0",
     ),
     (
-        lambda c: c.max_norm is not None and (c.kind not in FACTORED_KINDS or c.dora or c.start == "pissa"),
-        "max_norm scales plain factors, which kind '{kind}' with these settings has not; leave it out",
+        lambda c: (
+            c.max_delta_norm is not None and (c.kind not in FACTORED_KINDS or c.use_dora or c.init_weights == "pissa")
+        ),
+        "max_delta_norm scales plain factors, which kind '{kind}' with these settings has not; leave it out",
     ),
     (
-        lambda c: c.max_norm is not None and bool(c.freeze_down or c.full_targets),
-        "max_norm shrinks both factors, and freeze_down or full_targets leave none or one that may; leave one out",
+        lambda c: c.max_delta_norm is not None and bool(c.freeze_down or c.modules_to_save),
+        "max_delta_norm scales both factors of every module, unlike freeze_down and modules_to_save; leave one out",
     ),
     (
         lambda c: c.kind in TIMESTEP_KINDS and c.trains_text_encoder,
-        "kind '{kind}' and text_encoder_targets do not go together, as text is read before there is a timestep; set "
-        "text_encoder_targets to [], and begin each of full_targets with `unet.`",
+        "kind '{kind}' and text_encoder_target_modules do not go together, as text is encoded before there is a "
+        "timestep; set text_encoder_target_modules to [], and begin each of modules_to_save with `unet.`",
     ),
     (
-        lambda c: c.kind in TIMESTEP_KINDS and c.least_rank > c.rank,
-        "least_rank and rank of kind '{kind}' do not go together, as more directions would begin than there are; lower "
-        "least_rank",
+        lambda c: c.kind in TIMESTEP_KINDS and c.min_rank > c.rank,
+        "min_rank and rank of kind '{kind}' do not go together, as more directions would begin than there are; lower "
+        "min_rank",
     ),
     (
-        lambda c: bool(c.ranks) and c.kind in ("vera", "adalora"),
-        "ranks and kind '{kind}' do not go together, as one rank is shared by all modules; leave ranks out",
+        lambda c: bool(c.rank_pattern) and c.kind in ("vera", "adalora"),
+        "rank_pattern and kind '{kind}' do not go together, as all modules share one rank; leave rank_pattern out",
     ),
 )

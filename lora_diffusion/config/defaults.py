@@ -29,8 +29,8 @@ SMALL: dict[str, Any] = {
     "batch_size": 4,
     "adapter": {
         "rank": 8,
-        "unet_targets": ["attention", "feed-forward", "projections", "convolutions"],
-        "text_encoder_targets": ["attention"],
+        "unet_target_modules": ["attention", "feed-forward", "projections", "convolutions"],
+        "text_encoder_target_modules": ["attention"],
     },
     "optimizer": {"learning_rate": 3e-3, "text_encoder_learning_rate": 5e-4, "warmup_steps": 20},
 }
@@ -47,7 +47,7 @@ STEPS: dict[Purpose, dict[str, int]] = {
 }
 SUBJECT: dict[str, Any] = {"prior": {"mode": "prediction", "weight": 0.5}, "captions": {"dropout": 0.0}}
 SUBJECT_WORD: dict[str, Any] = {
-    "adapter": {"text_encoder_targets": ["attention"]},
+    "adapter": {"text_encoder_target_modules": ["attention"]},
     "optimizer": {"text_encoder_learning_rate": 1e-5},
 }
 

@@ -25,9 +25,9 @@ class DistillConfig(Settings):
     """Prompts used at most, drawn from those given; a quarter is held out to measure with."""
     runs: Positive = 2
     """Sampling runs of the blend for each prompt, each from noise of its own."""
-    sampler_steps: Positive = 20
+    num_inference_steps: Positive = 20
     """Denoising steps of a run (DDIM); a mode that goes by steps is imitated for runs of this length."""
-    guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 4.0
+    guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 4.0
     """Classifier-free guidance of the runs; above 1, the predictions for the empty prompt are imitated too."""
     resolution: Annotated[int, Field(gt=0, multiple_of=8)] | None = None
     """Side of the square pictures of the runs."""

@@ -2,11 +2,14 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Field, model_validator
 
 from lora_diffusion.config.settings import Positive, Settings
 
 Scheduler = Literal["base", "ddim", "euler", "euler-ancestral", "dpm++"]
+
+SHORT_NAMES = {"guidance_scale": "guidance", "num_inference_steps": "steps"}
+"""Short names of settings: flags, and keys of files that earlier versions wrote."""
 
 
 class GenerateConfig(Settings):
@@ -22,9 +25,11 @@ class GenerateConfig(Settings):
     """How far the starting noise moves from the seed's to the variation seed's: 0 not at all, 1 all the way."""
     variation_seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
     """Seed of a variation; each further picture adds 1 to this one, and the seed stays."""
-    steps: Positive = 20
+    num_inference_steps: Annotated[Positive, Field(validation_alias=AliasChoices("num_inference_steps", "steps"))] = 20
     """Denoising steps."""
-    guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 4.0
+    guidance_scale: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, validation_alias=AliasChoices("guidance_scale", "guidance"))
+    ] = 4.0
     """Classifier-free guidance scale; 1 and below turn guidance off."""
     width: Annotated[int, Field(gt=0, multiple_of=8)] | None = None
     """Width in pixels."""
@@ -37,7 +42,7 @@ class GenerateConfig(Settings):
 
     @model_validator(mode="after")
     def check_unused_settings(self) -> Self:
-        """Refuse a seed of a variation that is not made."""
+        """Refuse a variation seed without a variation."""
         if self.variation_seed and not self.variation:
             raise ValueError("variation_seed does nothing at a variation of 0; set variation, e.g. to 0.2")
         return self

@@ -26,7 +26,7 @@ class Method:
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """The settings as the command line has them: `adapter.dora=true`."""
+        """The settings as the command line has them: `adapter.use_dora=true`."""
         found: list[str] = []
         for section, values in self.settings.items():
             found += [f"{section}.{key}={format_toml(value)}" for key, value in values.items()]
@@ -34,7 +34,7 @@ class Method:
 
 
 def format_toml(value: Any) -> str:
-    """A value as TOML writes it."""
+    """Format a value as TOML."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
@@ -57,14 +57,14 @@ METHODS: tuple[Method, ...] = (
         paper="2312.03732",
         about="LoRA scaled by alpha over the root of the rank, so that high ranks learn as fast as low ones. For ranks "
         "of 32 and more; at a fixed rank it is LoRA with another learning rate.",
-        settings={"adapter": {"scaling": "sqrt-rank", "alpha": 2.0}},
+        settings={"adapter": {"use_rslora": True, "alpha": 2.0}},
     ),
     Method(
         name="lora+",
         paper="2402.12354",
         about="LoRA whose second factor, which begins at zero, learns several times faster than the first. For short "
         "runs; 4 to 16 times is common.",
-        settings={"optimizer": {"up_rate": 4.0}},
+        settings={"optimizer": {"loraplus_lr_ratio": 4.0}},
         rate=0.5,
     ),
     Method(
@@ -80,7 +80,7 @@ METHODS: tuple[Method, ...] = (
         paper="2402.09353",
         about="A magnitude for each output beside a low-rank direction. Nearer to full fine-tuning at low ranks, and "
         "slower, as the whole weight is computed at each step; it blends by its own rule, not as a sum.",
-        settings={"adapter": {"dora": True}},
+        settings={"adapter": {"use_dora": True}},
     ),
     Method(
         name="loha",
@@ -125,14 +125,16 @@ METHODS: tuple[Method, ...] = (
         paper="2404.02948",
         about="LoRA that begins as the base's own main directions, which turn from there. Converges faster where the "
         "change is large; the file has twice the rank, and the base stays untouched.",
-        settings={"adapter": {"start": "pissa", "unet_targets": ["attention", "feed-forward", "projections"]}},
+        settings={
+            "adapter": {"init_weights": "pissa", "unet_target_modules": ["attention", "feed-forward", "projections"]}
+        },
         rate=0.3,
     ),
     Method(
         name="orthogonal",
         paper="2507.05964",
         about="LoRA whose first factor begins with directions at right angles, so that none is spent twice.",
-        settings={"adapter": {"start": "orthogonal"}},
+        settings={"adapter": {"init_weights": "orthogonal"}},
     ),
     Method(
         name="sparse",
@@ -147,7 +149,7 @@ METHODS: tuple[Method, ...] = (
         about="LoRA with few directions in noise and all of them in the last steps. For a subject of few pictures, "
         "whose layout would else be copied too. It changes with the timestep: pictures are made with it like with any "
         "other, and merging, combining and other dialects refuse it by name.",
-        settings={"adapter": {"kind": "t-lora", "start": "orthogonal", "text_encoder_targets": []}},
+        settings={"adapter": {"kind": "t-lora", "init_weights": "orthogonal", "text_encoder_target_modules": []}},
         rate=4.0,
     ),
     Method(
@@ -163,14 +165,16 @@ METHODS: tuple[Method, ...] = (
         about="LoRA on two attentions of SDXL's deepest up block alone: one learns what is shown, the other how. Train "
         "both, and take either by the block presets BLORA-CONTENT and BLORA-STYLE (`lbw=BLORA-STYLE`). On other bases "
         "the same places, without the paper's promise.",
-        settings={"adapter": {"unet_targets": ["b-lora-content", "b-lora-style"], "text_encoder_targets": []}},
+        settings={
+            "adapter": {"unet_target_modules": ["b-lora-content", "b-lora-style"], "text_encoder_target_modules": []}
+        },
     ),
     Method(
         name="textual-inversion",
         paper="2208.01618",
         about="Vectors of a new word alone; the base stays untouched and the file has a few kilobytes. Holds what the "
         "base can already draw, and no more.",
-        settings={"words": {"words": ["sks"], "vectors": 4, "alone": 1.0}},
+        settings={"textual_inversion": {"placeholder_tokens": ["sks"], "num_vectors": 4, "start_adapter_at": 1.0}},
         rate=2.0,
     ),
     Method(
@@ -178,7 +182,7 @@ METHODS: tuple[Method, ...] = (
         paper="2106.05744",
         about="The word first, then LoRA around what it came to mean. For subjects whose word the base reads as "
         "something else.",
-        settings={"words": {"words": ["sks"], "alone": 0.3}},
+        settings={"textual_inversion": {"placeholder_tokens": ["sks"], "start_adapter_at": 0.3}},
     ),
     Method(
         name="slider",
@@ -187,7 +191,7 @@ METHODS: tuple[Method, ...] = (
         "tell where it is learned, so that any will do.",
         settings={
             "slider": {"positive": "a house at night", "negative": "a house at noon", "target": "a house"},
-            "adapter": {"text_encoder_targets": []},
+            "adapter": {"text_encoder_target_modules": []},
         },
     ),
     Method(
@@ -195,14 +199,14 @@ METHODS: tuple[Method, ...] = (
         paper="2106.09685, section 7",
         about="LoRA, and a few modules in full, such as norms or the first convolution, saved as differences. For "
         "what a low rank cannot say, such as a change of all colors.",
-        settings={"adapter": {"full_targets": ["unet.conv_in", "unet.*.norm1"]}},
+        settings={"adapter": {"modules_to_save": ["unet.conv_in", "unet.*.norm1"]}},
     ),
 )
 """In the order in which they are listed."""
 
 
 def get_method(name: str) -> Method:
-    """Raises KeyError for a name that is not there."""
+    """Return the method with this name. Raises KeyError if there is none."""
     return {each.name: each for each in METHODS}[name]
 
 
@@ -210,7 +214,7 @@ def with_method(table: Mapping[str, Any], chosen: Method) -> dict[str, Any]:
     """A training config's table with a method's settings and the rate that suits it."""
     told: Mapping[str, Any] = table.get("optimizer", {})
     rates = {"learning_rate": told.get("learning_rate", 1e-4)}
-    if "words" in chosen.settings:
-        rates["word_learning_rate"] = told.get("word_learning_rate", 5e-3)
+    if "textual_inversion" in chosen.settings:
+        rates["embedding_learning_rate"] = told.get("embedding_learning_rate", 5e-3)
     suited = {"optimizer": {key: value * chosen.rate for key, value in rates.items()}}
     return deep_merge(deep_merge(dict(table), suited), chosen.settings)

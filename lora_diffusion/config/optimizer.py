@@ -10,7 +10,7 @@ from lora_diffusion.config.settings import Positive, Settings
 Count = Annotated[int, Field(ge=0)]
 
 KIND_DEFAULTS: dict[str, dict[str, Any]] = {
-    "prodigy": {"learning_rate": 1.0, "word_learning_rate": 1.0},
+    "prodigy": {"learning_rate": 1.0, "embedding_learning_rate": 1.0},
     "schedule-free": {"schedule": "constant"},
 }
 """What a kind of optimizer has instead of the defaults below."""
@@ -27,10 +27,10 @@ class OptimizerConfig(Settings):
     text_encoder_learning_rate: AboveZero | tuple[AboveZero, ...] | None = None
     """Peak rate of the text encoders' factors, one for all or one for each; a tenth of the UNet's if left out (with
     prodigy the same, as it has one rate)."""
-    up_rate: Annotated[float, Field(ge=1, le=64)] = 1.0
+    loraplus_lr_ratio: Annotated[float, Field(ge=1, le=64)] = 1.0
     """How many times the rate of the first factor that of the second is [LoRA+, arXiv 2402.12354]; 4 to 16 for it."""
-    word_learning_rate: AboveZero = 5e-3
-    """Peak rate of learned words' vectors."""
+    embedding_learning_rate: AboveZero = 5e-3
+    """Peak rate of learned tokens' vectors."""
     rates: dict[str, NotNegative] = Field(default_factory=dict[str, float])
     """Factors on the rate by pattern of modules or of their factors, such as `"unet.down_blocks.*" = 0.5` or
     `"*.up" = 4`; factors of all patterns that match are multiplied, and 0 freezes."""
@@ -52,25 +52,28 @@ class OptimizerConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def apply_kind_defaults(cls, value: Any) -> Any:
-        """Defaults of a kind for what is left out, so that the record of a run has what it ran with."""
+        """Fill in the defaults of the optimizer kind, so that a run's record holds what it ran with."""
         kind = value.get("kind") if isinstance(value, dict) else None
         return {**KIND_DEFAULTS.get(kind, {}), **value} if isinstance(kind, str) else value
 
     @model_validator(mode="after")
     def check_rates(self) -> "OptimizerConfig":
-        """The rate of the second factor is said once."""
+        """Refuse two settings that both determine the learning rate of `up`."""
         ends = [pattern for pattern in self.rates if pattern.endswith(".up")]
-        if self.up_rate != 1 and ends:
-            raise ValueError(f"up_rate and the rate {ends[0]!r} both own the second factor's rate; leave one out")
-        if self.up_rate != 1 and self.kind == "prodigy":
+        if self.loraplus_lr_ratio != 1 and ends:
             raise ValueError(
-                "up_rate and kind 'prodigy' both own the learning rate; set up_rate to 1, or kind to adamw"
+                f"loraplus_lr_ratio and the rate {ends[0]!r} both determine the rate of `up`; leave one out"
+            )
+        if self.loraplus_lr_ratio != 1 and self.kind == "prodigy":
+            raise ValueError(
+                "loraplus_lr_ratio and kind 'prodigy' both determine the learning rate; set loraplus_lr_ratio to 1, or "
+                "kind to adamw"
             )
         return self
 
     @model_validator(mode="after")
     def check_averaging(self) -> "OptimizerConfig":
-        """Schedule-free optimizers take no second schedule and no second mean."""
+        """Refuse a schedule or moving average beside a schedule-free optimizer."""
         if self.kind == "schedule-free" and (self.schedule != "constant" or self.ema_decay):
             raise ValueError(
                 "kind 'schedule-free' has a mean of its own; set schedule to 'constant' and ema_decay to 0"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AliasChoices, Field, ValidationError, model_validator
 
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.settings import EMBEDDED_BASE, Finite, Positive, Settings, format_validation_error
@@ -29,7 +29,7 @@ class Schedule(Settings):
 
     @model_validator(mode="after")
     def check_ascending(self) -> Self:
-        """Refuse points that go back."""
+        """Refuse points that are not in ascending order."""
         positions = [position for position, _ in self.points]
         if positions != sorted(positions):
             raise ValueError(f"the points of a schedule go back: {positions}; give them by ascending position")
@@ -73,7 +73,7 @@ class Region(Settings):
 
     @model_validator(mode="after")
     def check_shape(self) -> Self:
-        """Refuse a region that is given twice, not at all, or empty."""
+        """Refuse a region with both a box and a mask, with neither, or with an empty box."""
         if (self.box is None) == (not self.mask):
             raise ValueError("a region is a box or a mask; give one of them")
         if self.box and (self.box[0] >= self.box[2] or self.box[1] >= self.box[3]):
@@ -100,12 +100,12 @@ class Composition(Settings):
     """How much the second adapter counts at the first step."""
     projection: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """How strongly `np-lora` takes the others' directions out: 0 not at all, 1 half, large values in full."""
-    exact: bool = False
-    """Keep a branch beside the weights instead of adding to them, which a half-precision base may round away."""
+    parallel: Annotated[bool, Field(validation_alias=AliasChoices("parallel", "exact"))] = False
+    """Apply the blend in parallel to the weights instead of adding to them, which half precision may round away."""
 
     @model_validator(mode="after")
     def check_unused_settings(self) -> Self:
-        """Refuse a setting of a mode that is not chosen."""
+        """Refuse settings that belong to another mode."""
         for field, mode in MODE_OF.items():
             if self.mode != mode and getattr(self, field) != type(self).model_fields[field].default:
                 raise ValueError(f"{field} belongs to the mode {mode}; {self.mode} has no use for it")

@@ -20,16 +20,16 @@ class RouteConfig(Settings):
     """Base to train on: `tiny-sd`, a folder in diffusers' layout, or a hub id."""
     adapters: Annotated[tuple[BlendEntry, ...], Field(min_length=1)]
     """The adapters, each with `path` and, if it is not 1, `weight`, a plain number that its gates multiply."""
-    stretches: Positive = 4
-    """Equal stretches of the denoising, each with gates of its own."""
+    num_time_bins: Positive = 4
+    """Number of equal time bins of the denoising steps, each with its own gates."""
     steps: Positive = 100
     """Optimizer steps."""
     batch_size: Positive = 4
     """Pictures per step."""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.05
     """Learning rate of the gates at the first step (Adam); it falls to 0 by a cosine."""
-    start: Finite | Literal["average"] = "average"
-    """Every gate's value at first: `average` is 1 / number of adapters, as several at full strength are more than a
+    init_value: Finite | Literal["average"] = "average"
+    """Initial value of every gate: `average` is 1 / number of adapters, as several at full strength are more than a
     base can take; 1 is the plain sum, for weights that are tuned already."""
     penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """How strongly gates are held to their start: times their mean squared distance from it, added to the loss."""
@@ -43,5 +43,5 @@ class RouteConfig(Settings):
     @field_validator("data", mode="before")
     @classmethod
     def accept_one_folder(cls, value: object) -> object:
-        """Take a lone folder as a list of one."""
+        """Accept a single folder as a list of one."""
         return (value,) if isinstance(value, str | Path) else value

@@ -57,7 +57,7 @@ def read_toml(path: Path, kind: type[Model], changes: Mapping[str, Any] | None =
 
 
 def deep_merge(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`table` with `changes` over it, sections within sections."""
+    """Return `table` with `changes` merged into it, nested tables included."""
     result = dict(table)
     for key, value in changes.items():
         inner = result.get(key)
@@ -87,7 +87,7 @@ def validate(kind: type[Model], table: Mapping[str, Any], *, source: str) -> Mod
 
 
 def resolve_paths(table: Mapping[str, Any], kind: type[BaseModel], folder: Path) -> dict[str, Any]:
-    """The table with the values of path settings, or of lists of paths, joined to `folder`, sections included.
+    """Return the table with relative path settings joined to `folder`, nested settings included.
 
     Of a table by path, the paths.
     """
@@ -113,7 +113,7 @@ def resolve_paths(table: Mapping[str, Any], kind: type[BaseModel], folder: Path)
 
 
 def nested_model(kind: type[BaseModel], name: str) -> type[BaseModel] | None:
-    """The type of a setting that has settings of its own; None for any other."""
+    """Return the settings class of a nested setting, or None for any other setting."""
     info = kind.model_fields.get(name)
     annotation = info.annotation if info else None
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
@@ -129,7 +129,7 @@ def dotted_names(kind: type[BaseModel]) -> list[str]:
 
 
 def format_validation_error(error: ValidationError, kind: type[BaseModel]) -> str:
-    """All mistakes of a validation in one sentence each; of a setting of several types, what the first of them says."""
+    """Describe every mistake of a validation in one sentence each."""
     found: dict[tuple[Any, ...], str] = {}
     for item in error.errors():
         names = tuple(part for part in item["loc"] if not TYPE_TAG.fullmatch(str(part)))
@@ -152,7 +152,7 @@ def format_mistake(item: Mapping[str, Any], kind: type[BaseModel]) -> str:
 
 
 def suggest_key(key: str, kind: type[BaseModel]) -> str:
-    """The nearest setting, whatever section it is in; or all of them, of the key's own section."""
+    """Suggest the nearest known setting, or list all known settings of the key's section."""
     known = dotted_names(kind)
     leaves = {name.rpartition(".")[2]: name for name in known}
     near = difflib.get_close_matches(key, known, n=1) or [

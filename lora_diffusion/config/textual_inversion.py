@@ -9,28 +9,34 @@ from lora_diffusion.config.settings import Settings
 
 
 class TextualInversionConfig(Settings):
-    """Words whose vectors are learned: textual inversion, alone or before an adapter (pivotal tuning)."""
+    """Settings of textual inversion, alone or before an adapter (pivotal tuning)."""
 
-    words: tuple[str, ...] = ()
-    """The words, as they stand in the captions; none by default."""
-    vectors: Annotated[int, Field(ge=1, le=32)] = 1
-    """Vectors of each word; more hold more, and more easily say too much."""
-    begin_as: str = ""
-    """Word whose vectors they begin as, such as `style` or `dog`; noise if left out."""
-    alone: Share = 0.0
-    """Share of the run in which only the words learn; 1 trains no adapter at all."""
-    until: Share = 1.0
-    """Share of the run after which the words stay as they are."""
+    placeholder_tokens: tuple[str, ...] = ()
+    """New tokens to train, as they appear in the captions; none by default."""
+    num_vectors: Annotated[int, Field(ge=1, le=32)] = 1
+    """Vectors per token; more vectors hold more detail and overfit more easily."""
+    initializer_token: str = ""
+    """Existing word whose vectors initialize the tokens, such as `style` or `dog`; noise if left out."""
+    start_adapter_at: Share = 0.0
+    """Share of the run in which only the tokens are trained; 1 trains no adapter at all."""
+    freeze_tokens_at: Share = 1.0
+    """Share of the run after which the tokens are frozen."""
 
     @model_validator(mode="after")
     def check_schedule(self) -> "TextualInversionConfig":
-        """Refuse what would train nothing, or say something of no words."""
-        if not self.words and self != TextualInversionConfig.model_construct(words=()):
-            raise ValueError("vectors, begin_as, alone and until say something of words; name them in words.words")
-        if self.until < self.alone:
-            raise ValueError(f"until is {self.until} and alone {self.alone}; nothing would learn in between")
-        if any(not word.strip() or " " in word.strip() for word in self.words):
-            raise ValueError("a learned word has no spaces in it; write one such as 'sks'")
+        """Refuse settings under which no token would be trained."""
+        if not self.placeholder_tokens and self != TextualInversionConfig.model_construct(placeholder_tokens=()):
+            raise ValueError(
+                "num_vectors, initializer_token, start_adapter_at and freeze_tokens_at configure placeholder_tokens; "
+                "name the tokens in textual_inversion.placeholder_tokens"
+            )
+        if self.freeze_tokens_at < self.start_adapter_at:
+            raise ValueError(
+                f"freeze_tokens_at is {self.freeze_tokens_at} and start_adapter_at {self.start_adapter_at}; nothing "
+                "would be trained in between"
+            )
+        if any(not word.strip() or " " in word.strip() for word in self.placeholder_tokens):
+            raise ValueError("a learned token has no spaces in it; write one such as 'sks'")
         return self
 
 
@@ -48,7 +54,7 @@ class SliderConfig(Settings):
 
     @model_validator(mode="after")
     def check_ends(self) -> "SliderConfig":
-        """A slider has two different ends."""
+        """Refuse a slider without two different ends."""
         if (self.negative or self.target) and not self.positive:
             raise ValueError("negative and target are of a slider; name what is more of it in positive")
         if self.positive and self.positive == self.negative:

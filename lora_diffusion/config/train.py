@@ -69,17 +69,17 @@ class CaptionConfig(Settings):
     """Put the parts of a caption in a new order each time."""
     separator: Annotated[str, Field(min_length=1)] = ","
     """What parts of a caption are divided by."""
-    keep: Count = 0
-    """So many first parts stay in place and are never dropped."""
-    part_dropout: Share = 0.0
-    """Chance that any other part is left out."""
+    keep_tokens: Count = 0
+    """Number of leading tags that are never shuffled or dropped."""
+    tag_dropout: Share = 0.0
+    """Probability of dropping each other tag."""
     dropout: Share = 0.05
     """Chance that the whole caption is replaced by the empty one, which keeps classifier-free guidance working."""
 
     @field_validator("template")
     @classmethod
     def check_placeholders(cls, template: str) -> str:
-        """Only blanks that are filled."""
+        """Refuse unknown placeholders."""
         unknown = sorted(set(re.findall(r"{[^{}]*}", template)) - {"{caption}", "{trigger}"})
         if unknown:
             raise ValueError(f"{', '.join(unknown)} stands for nothing; known are {{caption}} and {{trigger}}")
@@ -135,9 +135,9 @@ class PriorConfig(Settings):
     """Class pictures; in the run's folder if left out."""
     count: Positive = 100
     """How many there should be; missing ones are made."""
-    guidance: NotNegative = 7.5
+    guidance_scale: NotNegative = 7.5
     """Classifier-free guidance for making them."""
-    steps: Positive = 25
+    num_inference_steps: Positive = 25
     """Denoising steps for making them."""
     prompts: tuple[str, ...] = ()
     """Prompts for `prediction`; the class prompt, or else the empty one, if none is given."""
@@ -171,9 +171,9 @@ class SamplesConfig(Settings):
     """Optimizer steps between rows of the contact sheet."""
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
     """Seed of each picture."""
-    steps: Positive = 20
+    num_inference_steps: Positive = 20
     """Denoising steps."""
-    guidance: NotNegative = 4.0
+    guidance_scale: NotNegative = 4.0
     """Classifier-free guidance scale."""
 
 
@@ -221,8 +221,8 @@ class TrainConfig(Settings):
     """Name of the adapter; the output's file name if empty."""
     trigger_words: tuple[str, ...] = ()
     """Words that call the adapter in a prompt; recorded in the file."""
-    on_top_of: dict[Path, float] = Field(default_factory=dict[Path, float])
-    """Adapter files that are added to the base first, with their weights, such as `{ "gloop.safetensors" = 0.8 }`."""
+    base_adapters: dict[Path, float] = Field(default_factory=dict[Path, float])
+    """Adapter files merged into the base before training, with weights, such as `{ "gloop.safetensors" = 0.8 }`."""
     steps: Positive = 1500
     """Optimizer steps."""
     batch_size: Positive = 1
@@ -242,7 +242,7 @@ class TrainConfig(Settings):
     data: DataConfig
     captions: CaptionConfig = Field(default_factory=CaptionConfig)  # made when asked for, which help never does
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
-    words: TextualInversionConfig = Field(default_factory=TextualInversionConfig)
+    textual_inversion: TextualInversionConfig = Field(default_factory=TextualInversionConfig)
     slider: SliderConfig = Field(default_factory=SliderConfig)
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
     prior: PriorConfig = Field(default_factory=PriorConfig)
@@ -254,19 +254,20 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def check_slider(self) -> "TrainConfig":
-        """Refuse a slider where its sign or its frozen prompts have no meaning."""
+        """Refuse settings that a concept slider cannot be combined with."""
         if not self.slider.positive:
             return self
         if self.trains_captions:
             raise ValueError(
-                "slider and text encoders or words that learn do not go together, as frozen ones read its prompts; "
-                "empty adapter.text_encoder_targets and words.words"
+                "slider and trained text encoders or tokens do not go together, as frozen encoders read its prompts; "
+                "empty adapter.text_encoder_target_modules and "
+                "textual_inversion.placeholder_tokens"
             )
-        plain = self.adapter.kind in PRODUCT_KINDS and not self.adapter.dora and not self.adapter.full_targets
-        if not plain or self.adapter.begin_with:
+        plain = self.adapter.kind in PRODUCT_KINDS and not self.adapter.use_dora and not self.adapter.modules_to_save
+        if not plain or self.adapter.init_from:
             raise ValueError(
-                "slider weighs a product of factors with a sign; set adapter.kind to lora, and leave out dora, "
-                "full_targets and begin_with"
+                "slider weighs a product of factors with a sign; set adapter.kind to lora, and leave out use_dora, "
+                "modules_to_save and init_from"
             )
         idle = {
             "objective.loss": self.objective.loss != "mse",
@@ -286,12 +287,12 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def check_parameter_edits(self) -> "TrainConfig":
-        """Refuse means over steps, and a late start, where a method edits its parameters as it goes."""
+        """Refuse parameter averages and a late start where a method edits its parameters during training."""
         optimizer, cut = self.optimizer, self.adapter.kind in PRUNING_KINDS
         editing = {
             f"adapter.kind '{self.adapter.kind}'": cut,
-            "adapter.max_norm": self.adapter.max_norm is not None,
-            "words.words": bool(self.words.words),
+            "adapter.max_delta_norm": self.adapter.max_delta_norm is not None,
+            "textual_inversion.placeholder_tokens": bool(self.textual_inversion.placeholder_tokens),
         }
         edits = next((name for name, given in editing.items() if given), "")
         if optimizer.kind == "schedule-free" and edits:
@@ -304,10 +305,10 @@ class TrainConfig(Settings):
                 f"optimizer.ema_decay and adapter.kind '{self.adapter.kind}' do not go together, as directions that "
                 "are taken away live on in a mean; set ema_decay to 0"
             )
-        if self.words.alone and cut and not self.trains_embeddings_only:
+        if self.textual_inversion.start_adapter_at and cut and not self.trains_embeddings_only:
             raise ValueError(
-                f"words.alone and adapter.kind '{self.adapter.kind}' do not go together, as both own the beginning of "
-                "the run; set words.alone to 0, or adapter.kind to lora"
+                f"textual_inversion.start_adapter_at and adapter.kind '{self.adapter.kind}' do not go together, as "
+                "both schedule the beginning of the run; set start_adapter_at to 0, or adapter.kind to lora"
             )
         return self
 
@@ -318,11 +319,11 @@ class TrainConfig(Settings):
         if quantization == "none":
             return self
         needs = {
-            "adapter.dora": adapter.dora,
+            "adapter.use_dora": adapter.use_dora,
             f"adapter.kind '{adapter.kind}'": adapter.kind not in PRODUCT_KINDS,
-            f"adapter.start '{adapter.start}'": adapter.start == "pissa",
-            "adapter.full_targets": bool(adapter.full_targets),
-            "adapter.begin_with": adapter.begin_with is not None,
+            f"adapter.init_weights '{adapter.init_weights}'": adapter.init_weights == "pissa",
+            "adapter.modules_to_save": bool(adapter.modules_to_save),
+            "adapter.init_from": adapter.init_from is not None,
             "compute.shard": self.compute.shard,
         }
         wanted = [name for name, given in needs.items() if given]
@@ -335,13 +336,13 @@ class TrainConfig(Settings):
 
     @property
     def trains_captions(self) -> bool:
-        """Whether what captions become changes from step to step."""
-        return bool(self.adapter.trains_text_encoder or self.words.words)
+        """Whether the encoding of captions changes during training."""
+        return bool(self.adapter.trains_text_encoder or self.textual_inversion.placeholder_tokens)
 
     @property
     def trains_embeddings_only(self) -> bool:
-        """Whether there is no adapter beside the words."""
-        return bool(self.words.words) and self.words.alone == 1
+        """Whether only token embeddings are trained, without an adapter."""
+        return bool(self.textual_inversion.placeholder_tokens) and self.textual_inversion.start_adapter_at == 1
 
     @field_validator("data", mode="before")
     @classmethod

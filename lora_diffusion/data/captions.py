@@ -25,11 +25,11 @@ def augment_caption(caption: str, config: CaptionConfig, trigger_words: tuple[st
     tags = [tag.strip() for tag in caption.split(config.separator)]
     draws = torch.rand(len(tags), generator=rng)
     order = torch.randperm(len(tags), generator=rng).tolist()
-    chosen = [i for i in range(len(tags)) if i < config.keep or draws[i] >= config.part_dropout]
+    chosen = [i for i in range(len(tags)) if i < config.keep_tokens or draws[i] >= config.tag_dropout]
     if config.shuffle:
-        shuffled = iter([i for i in order if i in chosen and i >= config.keep])
-        chosen = [i if i < config.keep else next(shuffled) for i in chosen]
-    unchanged = not (config.shuffle or config.part_dropout)
+        shuffled = iter([i for i in order if i in chosen and i >= config.keep_tokens])
+        chosen = [i if i < config.keep_tokens else next(shuffled) for i in chosen]
+    unchanged = not (config.shuffle or config.tag_dropout)
     text = caption if unchanged else f"{config.separator} ".join(tags[i] for i in chosen)
     filled = config.template.replace("{caption}", text).replace("{trigger}", " ".join(trigger_words))
     return "" if dropped else filled.strip()
@@ -37,7 +37,7 @@ def augment_caption(caption: str, config: CaptionConfig, trigger_words: tuple[st
 
 def format_caption(caption: str, config: CaptionConfig, trigger_words: tuple[str, ...]) -> str:
     """Fill the template without any random change: all tags, in their original order."""
-    without_dropout = config.model_copy(update={"dropout": 0.0, "part_dropout": 0.0, "shuffle": False})
+    without_dropout = config.model_copy(update={"dropout": 0.0, "tag_dropout": 0.0, "shuffle": False})
     return augment_caption(caption, without_dropout, trigger_words, Generator())
 
 

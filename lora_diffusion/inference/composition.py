@@ -134,7 +134,7 @@ def _make_step_hook(
 
 def _make_writer(base: Base, composition: Composition, backup: Backup, stack: ExitStack) -> WriteDeltas:
     """Open a weight patch, or a parallel patch if one is requested or the weights are quantized."""
-    if composition.exact or is_quantized(base):
+    if composition.parallel or is_quantized(base):
         patch = stack.enter_context(parallel_patch(base))
         return lambda deltas: patch.write([deltas])
     return stack.enter_context(weight_patch(base, backup=backup)).write

@@ -78,9 +78,10 @@ def single_settings(base: Base, config: GenerateConfig) -> list[GenerateConfig]:
             "`extract_tags` and `resolve_tags`"
         )
     max_steps = int(base.pipe.scheduler.config.num_train_timesteps)
-    if config.steps > max_steps:
+    if config.num_inference_steps > max_steps:
         raise ConfigError(
-            f"'steps' is {config.steps}, but {base.name} was trained with {max_steps} timesteps; use at most that many"
+            f"num_inference_steps is {config.num_inference_steps}, but {base.name} was trained with {max_steps} "
+            "timesteps; use at most that many"
         )
     size = {"width": config.width or base.size_px, "height": config.height or base.size_px}
     seed_name = "variation_seed" if config.variation else "seed"
@@ -131,22 +132,30 @@ def sample(
     def encode() -> Tensor:
         return concatenate_contexts(encode_contexts(base, settings)).hidden
 
-    before_step(DenoisingStep(index=0, total=settings.steps), encode)
+    before_step(DenoisingStep(index=0, total=settings.num_inference_steps), encode)
     arguments = prompt_arguments(encode_contexts(base, settings))
 
     def after_step(_pipe: Any, call: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
         calls = len(pipe.scheduler.timesteps)  # some schedulers, such as PNDM, call the UNet more often than `steps`
         if on_step:
-            on_step(DenoisingStep(index=call * settings.steps // calls, total=settings.steps), tensors["latents"])
+            on_step(
+                DenoisingStep(index=call * settings.num_inference_steps // calls, total=settings.num_inference_steps),
+                tensors["latents"],
+            )
         if call + 1 < calls:
-            before_step(DenoisingStep(index=(call + 1) * settings.steps // calls, total=settings.steps), encode)
+            before_step(
+                DenoisingStep(
+                    index=(call + 1) * settings.num_inference_steps // calls, total=settings.num_inference_steps
+                ),
+                encode,
+            )
         return {}
 
     with _preserve_vae_dtype(pipe.vae):
         result = pipe(
             **arguments,
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
             width=settings.width,
             height=settings.height,
             **_noise_arguments(base, settings, arguments["prompt_embeds"].dtype),
@@ -196,7 +205,7 @@ def encode_contexts(base: Base, settings: GenerateConfig) -> list[TextContext]:
     Returns:
         The negative context (only with classifier-free guidance), then the prompt's.
     """
-    guided = settings.guidance > 1 and base.pipe.unet.config.time_cond_proj_dim is None
+    guided = settings.guidance_scale > 1 and base.pipe.unet.config.time_cond_proj_dim is None
     texts = [settings.negative_prompt] * guided + [settings.prompt]
     chunks = count_chunks(base, [parse_emphasis(text) for text in texts])
     prompt = encode_prompts(base, [settings.prompt], size_px=base.size_px, chunks=chunks)

@@ -8,10 +8,10 @@ import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
-from pydantic import ValidationError
+from pydantic import AliasChoices, Field, ValidationError
 
 from lora_diffusion.adapters.blend import Blend
 from lora_diffusion.adapters.masks import with_mask_hash
@@ -46,7 +46,7 @@ class Recipe(Settings):
     """The sampling settings of an image; None for a merged checkpoint."""
     precision: str = "float32"
     """Data type of the weights, as torch names it."""
-    quantization: Quantization = "none"
+    quantization: Annotated[Quantization, Field(validation_alias=AliasChoices("quantization", "codes"))] = "none"
     """Quantized data type of the UNet's linear layers."""
     device: str = "cpu"
     """Type of the device, such as `cpu` or `cuda`."""
@@ -95,9 +95,9 @@ def format_infotext(recipe: Recipe) -> str:
         return ""
     tags = "".join(f" <lora:{e.name or Path(e.path).stem}:{format_weight(e.weight)}>" for e in recipe.adapters)
     pairs = {
-        "Steps": str(settings.steps),
+        "Steps": str(settings.num_inference_steps),
         "Sampler": settings.scheduler,
-        "CFG scale": f"{settings.guidance:g}",
+        "CFG scale": f"{settings.guidance_scale:g}",
         "Seed": str(settings.seed),
         "Size": f"{settings.width}x{settings.height}",
         "Model hash": recipe.base_hash[:10],

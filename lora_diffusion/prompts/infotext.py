@@ -32,7 +32,13 @@ _MAX_QUOTE_LENGTH = 60
 # many brackets does not take quadratic time.
 _MAX_TABLE_LENGTH = 20_000
 
-_FIELDS = {"seed": "Seed", "steps": "Steps", "guidance": "CFG scale", "width": "Size", "height": "Size"}
+_FIELDS = {
+    "seed": "Seed",
+    "num_inference_steps": "Steps",
+    "guidance_scale": "CFG scale",
+    "width": "Size",
+    "height": "Size",
+}
 """Settings of `GenerateConfig` and the infotext keys that hold them."""
 _VARIATION = {"variation_seed": "Variation seed", "variation": "Variation seed strength"}
 """The same for optional settings, whose absence is not reported."""

@@ -33,8 +33,9 @@ def add_base_adapters(base: Base, weights: Mapping[Path, float]) -> Base:
     for entry in blend.entries:
         if entry.adapter.tokens:
             raise ConfigError(
-                f"on_top_of: {entry.name} contains textual-inversion embeddings ({', '.join(entry.adapter.tokens)}), "
-                "which cannot be merged into the weights of a base; remove it from on_top_of"
+                f"base_adapters: {entry.name} contains textual-inversion embeddings "
+                f"({', '.join(entry.adapter.tokens)}), which cannot be merged into the weights of a base; "
+                "remove it from base_adapters"
             )
     validate_blend(base, blend)
     WeightPatch(base, memory_backup()).apply(blend)

@@ -18,8 +18,8 @@ def check_trainable(parameters: Mapping[str, nn.Parameter]) -> None:
     """Raise TrainingError if no parameter requires a gradient."""
     if not any(parameter.requires_grad for parameter in parameters.values()):
         raise TrainingError(
-            "there are no trainable parameters; check adapter.unet_targets, adapter.text_encoder_targets and the "
-            "learning rates"
+            "there are no trainable parameters; check adapter.unet_target_modules, adapter.text_encoder_target_modules "
+            "and the learning rates"
         )
 
 

@@ -27,7 +27,7 @@ def check_captions(examples: Sequence[Example], config: TrainConfig) -> None:
         DatasetError: For the first caption that cannot be parsed; the message names its image.
     """
     parse = caption_parser(config.captions)
-    split = config.captions.shuffle or config.captions.part_dropout
+    split = config.captions.shuffle or config.captions.tag_dropout
     for example in examples:
         text = format_caption(example.caption, config.captions, config.trigger_words)
         try:
@@ -38,13 +38,14 @@ def check_captions(examples: Sequence[Example], config: TrainConfig) -> None:
 
 
 def check_learned_tokens(examples: Sequence[Example], config: TrainConfig) -> None:
-    """Raise ConfigError if a textual-inversion token (`words.words`) occurs in no caption."""
+    """Raise ConfigError if a textual-inversion token (`textual_inversion.placeholder_tokens`) occurs in no caption."""
     texts = " ".join(format_caption(example.caption, config.captions, config.trigger_words) for example in examples)
-    for word in config.words.words:
+    for word in config.textual_inversion.placeholder_tokens:
         if not re.search(rf"(?<![\w/]){re.escape(word)}(?![\w/])", texts):
             raise ConfigError(
-                f"words.words: {word!r} occurs in no caption, so its embedding cannot be trained; add it to the "
-                "captions or to captions.template (data.instance_prompt only applies to images without a caption)"
+                f"textual_inversion.placeholder_tokens: {word!r} occurs in no caption, so its embedding cannot "
+                "be trained; add it to the captions or to captions.template (data.instance_prompt only "
+                "applies to images without a caption)"
             )
 
 

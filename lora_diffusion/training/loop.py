@@ -233,8 +233,8 @@ class Trainer:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         context.callbacks.after_step(step, self.get_learning_rate)
-        if config.adapter.max_norm:
-            limit_norms(list_factors(context.base, context.paths), config.adapter.max_norm)
+        if config.adapter.max_delta_norm:
+            limit_norms(list_factors(context.base, context.paths), config.adapter.max_delta_norm)
         if self.ema and context.callbacks.is_stable(step + 1):
             self.ema = self.ema.update(context.parameters)
         losses: Any = context.accelerator.gather(torch.stack(batch_losses).mean()[None])

@@ -27,12 +27,12 @@ def make_metadata(run: TrainingContext, losses: Sequence[float], best: EarlyStop
     """
     config, base = run.config, run.base
     validation = {"best": asdict(best)} if best.step else {}
-    initial = config.adapter.begin_with
+    initial = config.adapter.init_from
     record = {
         **config.model_dump(mode="json", exclude={"output", "resume", "state_every", "samples", "tracking"}),
         "data": {**config.data.model_dump(mode="json"), "folder": config.data.folder.name, "cache_folder": None},
-        "on_top_of": {Path(file).name: weight for file, weight in config.on_top_of.items()},
-        "adapter": {**config.adapter.model_dump(mode="json"), "begin_with": initial.name if initial else None},
+        "base_adapters": {Path(file).name: weight for file, weight in config.base_adapters.items()},
+        "adapter": {**config.adapter.model_dump(mode="json"), "init_from": initial.name if initial else None},
         "data_hash": run.data_hash,
         "steps_done": len(losses),
         "loss": round(recent_loss(losses), 6),
@@ -47,7 +47,7 @@ def make_metadata(run: TrainingContext, losses: Sequence[float], best: EarlyStop
         base_name=base.name,
         base_hash=base.hash,
         trigger_words=config.trigger_words,
-        least_rank=config.adapter.least_rank
+        min_rank=config.adapter.min_rank
         if config.adapter.kind in TIMESTEP_KINDS and not config.trains_embeddings_only
         else 0,
         training=record,

@@ -60,7 +60,7 @@ def _drop_overridden_defaults(defaults: Mapping[str, Any], given: Mapping[str, A
     conflicts: dict[str, set[str]] = {}
     if "learning_rate" in KIND_DEFAULTS.get(given.get("optimizer", {}).get("kind", ""), {}):
         conflicts["optimizer"] = {"learning_rate", "text_encoder_learning_rate"}
-    if "begin_with" in given.get("adapter", {}):
+    if "init_from" in given.get("adapter", {}):
         conflicts["adapter"] = {*SETTINGS_OF_FILE}
     if given.get("slider"):
         conflicts["prior"] = {"mode", "weight"}

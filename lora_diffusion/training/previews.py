@@ -38,7 +38,12 @@ def draw_previews(run: TrainingContext, step: int) -> None:
     config = run.config.samples
     for number, prompt in enumerate(config.prompts):
         path = preview_path(run.folder, step, number)
-        settings = GenerateConfig(prompt=prompt, seed=config.seed, steps=config.steps, guidance=config.guidance)
+        settings = GenerateConfig(
+            prompt=prompt,
+            seed=config.seed,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+        )
         (single,) = single_settings(run.base, settings)
         if run.learned_tokens:
             single = rewrite_prompts(single, run.learned_tokens.rewrite)

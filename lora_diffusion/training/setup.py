@@ -125,7 +125,8 @@ def set_up(config: TrainConfig) -> TrainingContext:
     folder, cache = run_folder(config.output), _new_cache(config)
     initial = _load_initial_adapter(config, base)
     paths, full = _resolve_target_modules(base, config, initial)
-    tokens = add_learned_tokens(base, config.words, config.seed) if config.words.words else None
+    words = config.textual_inversion
+    tokens = add_learned_tokens(base, words, config.seed) if words.placeholder_tokens else None
     parse = tokens.wrap_parser(caption_parser(config.captions)) if tokens else caption_parser(config.captions)
     captions = CaptionEncoder(base, cache, parse)
     denoiser = Denoiser(base, config.objective, captions.read, text_learns=config.trains_captions)
@@ -167,7 +168,7 @@ def set_up(config: TrainConfig) -> TrainingContext:
 
 
 def _prepare_base(config: TrainConfig, accelerator: Accelerator) -> Base:
-    """Load the base, merge the `on_top_of` adapters into it, quantize it if requested, and move it to its device."""
+    """Load the base, merge `base_adapters` into it, quantize it if requested, and move it to its device."""
     compute = config.compute
     check_quantization_available(compute.quantize)
     quantized = compute.quantize != "none"
@@ -175,7 +176,7 @@ def _prepare_base(config: TrainConfig, accelerator: Accelerator) -> Base:
     device = torch.device("cpu") if quantized else accelerator.device
     base = load_base(config.base, device=device, precision=torch_dtype(_DTYPE_NAMES[compute.mixed_precision]))
     base.pipe.vae.float()
-    base = add_base_adapters(base, config.on_top_of)
+    base = add_base_adapters(base, config.base_adapters)
     return quantize_base(base, compute.quantize, accelerator.device) if quantized else base
 
 
@@ -202,7 +203,8 @@ def _attach_adapter(
     for embedding in tokens.parameters.values():
         embedding.requires_grad_(True)  # injecting the adapter froze all parameters of the text encoders
     callbacks = CallbackList(
-        injected.rules, TextualInversionCallbacks(tokens.parameters, injected.parameters, config.words, config.steps)
+        injected.rules,
+        TextualInversionCallbacks(tokens.parameters, injected.parameters, config.textual_inversion, config.steps),
     )
     return {**injected.parameters, **tokens.parameters}, callbacks
 
@@ -218,14 +220,14 @@ def _resolve_target_modules(
     if config.trains_embeddings_only or initial:
         return tuple(initial.layers) if initial else (), ()
     adapter = config.adapter
-    unet, text_encoders = adapter.unet_targets, adapter.text_encoder_targets
+    unet, text_encoders = adapter.unet_target_modules, adapter.text_encoder_target_modules
     paths = resolve_targets(trainable_paths(base.layout), unet=unet, text_encoders=text_encoders)
-    return paths, resolve_modules_to_save(changeable_paths(base.layout), adapter.full_targets, paths)
+    return paths, resolve_modules_to_save(changeable_paths(base.layout), adapter.modules_to_save, paths)
 
 
 def _load_initial_adapter(config: TrainConfig, base: Base) -> Adapter | None:
-    """Load the adapter to continue training from (`adapter.begin_with`), if there is one, and check that it fits."""
-    path = config.adapter.begin_with
+    """Load the adapter to continue training from (`adapter.init_from`), if there is one, and check that it fits."""
+    path = config.adapter.init_from
     if path is None:
         return None
     adapter = load_adapter(path)
@@ -233,14 +235,15 @@ def _load_initial_adapter(config: TrainConfig, base: Base) -> Adapter | None:
     check_continuable(adapter, str(path))
     check_base_fits(base, Blend(entries=(WeightedAdapter(adapter=adapter, path=path),)))
     has_text_encoder = any(not module.startswith("unet.") for module in adapter.layers)
-    if has_text_encoder and not config.adapter.text_encoder_targets:
+    if has_text_encoder and not config.adapter.text_encoder_target_modules:
         raise ConfigError(
-            f"adapter.begin_with: {path} changes text encoders, but adapter.text_encoder_targets is empty; set it to "
-            "continue training them"
+            f"adapter.init_from: {path} changes text encoders, but adapter.text_encoder_target_modules is empty; set "
+            "it to continue training them"
         )
-    if config.adapter.text_encoder_targets and not has_text_encoder:
+    if config.adapter.text_encoder_target_modules and not has_text_encoder:
         raise ConfigError(
-            f"adapter.begin_with: {path} changes the UNet only, but adapter.text_encoder_targets is set; set it to []"
+            f"adapter.init_from: {path} changes the UNet only, but adapter.text_encoder_target_modules is set; "
+            "set it to []"
         )
     return adapter
 

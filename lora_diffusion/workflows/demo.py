@@ -149,7 +149,7 @@ def merged_difference(
 
 
 def format_summary(result: DemoResult, output: Path, style_file: Path, subject_file: Path) -> list[str]:
-    """What came of it, where it lies, and what to try next."""
+    """Summarize the results, where they are, and what to try next."""
     exact = "bit for bit the blend's" if result.merged_exact == 0 else f"off by up to {result.merged_exact} of 255"
     rows = [f"  {title:<26}{value:.3f}" for title, value in result.distances.items()]
     return [

@@ -18,7 +18,7 @@ from lora_diffusion.workflows.images.generate import LoadOptions, load_and_resol
 
 @dataclass(frozen=True, kw_only=True)
 class MergeRequest:
-    """What to merge, by reference."""
+    """A merge, with adapters and checkpoints by reference."""
 
     base: str
     entries: tuple[BlendEntry, ...] = ()
@@ -31,7 +31,7 @@ class MergeRequest:
 
 
 def read_preset_entries(path: Path) -> tuple[str, tuple[BlendEntry, ...]]:
-    """Base and adapters of a preset. Raises ConfigError for one that is no sum, which weights cannot hold."""
+    """Return base and adapters of a preset. Raises ConfigError for modes that weights cannot hold."""
     preset = read_preset(path)
     mode = preset.composition.mode if preset.composition else "sum"
     if mode != "sum":
@@ -42,7 +42,7 @@ def read_preset_entries(path: Path) -> tuple[str, tuple[BlendEntry, ...]]:
 
 
 def request_from_checkpoint(path: Path, *, base: str, force: bool) -> MergeRequest:
-    """The request that made a merged checkpoint. Raises ConfigError if it carries no recipe."""
+    """Return the request that made a merged checkpoint. Raises ConfigError if it has no recipe."""
     recipe = read_merge_recipe(path)
     return MergeRequest(
         base=base or recipe.base,

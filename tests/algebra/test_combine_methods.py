@@ -364,7 +364,7 @@ def entries(*adapters: Adapter) -> Blend:
     return Blend(entries=tuple(WeightedAdapter(adapter=a, weight=w) for a, w in zip(adapters, (0.8, 0.6), strict=True)))
 
 
-@pytest.mark.parametrize("method", [method for method in ALL if method != "project"])
+@pytest.mark.parametrize("method", [method for method in ALL if method != "np-lora"])
 def test_order_of_adapters_does_not_change_the_hash(method: Method) -> None:
     blend = entries(two_modules(1, PATH, OTHER), two_modules(5, PATH, OTHER))
     config = ConsensusConfig(method=method)
@@ -432,7 +432,7 @@ def test_project_removes_the_main_directions_of_the_style() -> None:
     held = values.square().cumsum(0) / values.square().sum()
     main = right[: int((held < 0.95).sum()) + 1]
     expected = 0.8 * (delta64(subject) - 0.75 * delta64(subject) @ main.T @ main) + 0.6 * delta64(style)
-    result = merged(blend_of([subject, style], [0.8, 0.6]), ConsensusConfig(method="project", strength=3.0))
+    result = merged(blend_of([subject, style], [0.8, 0.6]), ConsensusConfig(method="np-lora", strength=3.0))
     assert close(result, expected)
 
 
@@ -495,7 +495,7 @@ def test_zip_drops_the_much_shorter_of_two_parallel_columns() -> None:
 
 
 def test_every_method_is_implemented() -> None:
-    assert {*METHODS, "project"} == set(ALL)
+    assert {*METHODS, "np-lora"} == set(ALL)
 
 
 @pytest.mark.parametrize("method", ALL)
@@ -522,7 +522,7 @@ def test_layers_other_than_plain_lora_are_rejected(method: Method) -> None:
         ({"method": "della", "spread": 1.0}, "spread is 1.0; expected a number from 0 to below 1"),
         ({"disjoint": "max"}, "disjoint is 'max'; expected mean or sum"),
         ({"method": "zip", "penalty": 1.0}, "penalty is 1.0"),
-        ({"method": "project", "strength": math.inf}, "strength is inf"),
+        ({"method": "np-lora", "strength": math.inf}, "strength is inf"),
         (
             {"method": "slerp", "density": 0.3},
             "density is a setting of ties, dare, della, knots, magnitude; the method slerp",
@@ -540,8 +540,8 @@ def test_unsupported_numbers_of_adapters_are_rejected() -> None:
     for method in ("slerp", "zip"):
         with pytest.raises(ConfigError, match=f"{method} merges two adapters, but this blend has 3"):
             combine_by_consensus(blend, ConsensusConfig(method=method), AdapterMetadata())
-    with pytest.raises(ConfigError, match="project needs two or more adapters, a subject followed by styles"):
-        combine_by_consensus(blend_of([lora(1)], [1.0]), ConsensusConfig(method="project"), AdapterMetadata())
+    with pytest.raises(ConfigError, match="np-lora needs two or more adapters, a subject followed by styles"):
+        combine_by_consensus(blend_of([lora(1)], [1.0]), ConsensusConfig(method="np-lora"), AdapterMetadata())
 
 
 def test_adapters_of_different_shapes_are_rejected() -> None:

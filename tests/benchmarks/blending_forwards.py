@@ -78,11 +78,11 @@ def operations_group() -> Group:
             for number in (1, 8, 32):
                 patch.apply(blend_of(adapters, [0.1] * number))
                 add(f"a forward, {number} in place", ours=count(base.pipe.unet))
-        with parallel_patch(base) as branch:
+        with parallel_patch(base) as patch:
             for number in (1, 8):
-                branch.apply([blend_of(adapters, [0.1] * number)])
+                patch.apply([blend_of(adapters, [0.1] * number)])
                 add(f"a forward, branch of {number}", ours=count(base.pipe.unet), peer=theirs[number])
-            branch.apply([blend_of([adapter], [1.0]) for adapter in adapters[:4]])
+            patch.apply([blend_of([adapter], [1.0]) for adapter in adapters[:4]])
             add("a forward, 4 blends in 4 samples", ours=count(base.pipe.unet), peer=per_sample)
     return Group(rows=rows, details={})
 
@@ -101,7 +101,7 @@ def projections_group() -> Group:
             module_at(place, path)(inputs[width], **more)
 
     rounds = Rounds()
-    with tempfile.TemporaryDirectory() as scratch, torch.no_grad(), parallel_patch(base) as branch:
+    with tempfile.TemporaryDirectory() as scratch, torch.no_grad(), parallel_patch(base) as patch:
         peer = Peer(twin(base), write_adapters(base, Path(scratch), 8))
         peer.load_all()
         wrapped = twin(base)
@@ -109,11 +109,11 @@ def projections_group() -> Group:
         for _ in range(ROUNDS):
             rounds.time("bare", partial(forward, base))
             for number in COUNTS:
-                branch.apply([blend_of(adapters, [0.1] * number)])
+                patch.apply([blend_of(adapters, [0.1] * number)])
                 rounds.time(f"ours {number}", partial(forward, base))
-            branch.apply([blend_of([adapter], [1.0]) for adapter in adapters[:4]])
+            patch.apply([blend_of([adapter], [1.0]) for adapter in adapters[:4]])
             rounds.time("ours per sample", partial(forward, base))
-            branch.undo()
+            patch.undo()
             for number in (1, 8):
                 peer.activate([0.1] * number)
                 rounds.time(f"peer {number}", partial(forward, peer.base))

@@ -79,7 +79,7 @@ def ours(base: Path, pictures: Path, steps: int, size_px: int, folder: Path) -> 
         "resume": False,
         "data": {"folder": str(pictures), "resolution": size_px},
         "captions": {"dropout": 0.0},
-        "adapter": {"rank": RANK, "unet_targets": ["attention"]},
+        "adapter": {"rank": RANK, "unet_target_modules": ["attention"]},
         "tracking": {"report": False},
     }
     config = folder / "ours.toml"

@@ -36,7 +36,7 @@ def files(tmp_path: Path, sd: Base) -> Path:
         base=str(sd.folder),
         adapters=(BlendEntry(path="one.safetensors", weight=0.8), BlendEntry(path="two.safetensors", weight=0.6)),
         composition=SWITCH,
-        settings=GenerateConfig(prompt="unused", steps=2, guidance=1.0),
+        settings=GenerateConfig(prompt="unused", num_inference_steps=2, guidance_scale=1.0),
     )
     (tmp_path / "both.json").write_text(preset.model_dump_json())
     return tmp_path
@@ -75,11 +75,11 @@ def test_the_command_prints_how_close_it_came(files: Path, sd: Base, capsys: pyt
     facts = json.loads(capsys.readouterr().out)
     assert Path(facts["output"]) == output
     record = load_adapter(output).metadata.training
-    assert (record["sampler_steps"], record["guidance"]) == (2, 1.0)
+    assert (record["num_inference_steps"], record["guidance_scale"]) == (2, 1.0)
     assert record["composition"] == {"mode": "switch", "switch_every": 1}
     assert (facts["error"], facts["learned_from"], facts["measured_on"]) == (record["error"], 6, 2)
     adapters = [f"--adapter={files / name}.safetensors:{weight}" for name, weight in (("one", 0.8), ("two", 0.6))]
-    modes = [f"--base={sd.folder}", "--mode=composite", "--sampler-steps=2", f"--output={output}", "--force"]
+    modes = [f"--base={sd.folder}", "--mode=composite", "--num-inference-steps=2", f"--output={output}", "--force"]
     assert command(*adapters, *modes, *shared) == 0
     lines = capsys.readouterr().out.splitlines()
     record = load_adapter(output).metadata.training

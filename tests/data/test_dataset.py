@@ -280,13 +280,13 @@ def test_a_caption_is_unchanged_by_default() -> None:
 @given(st.integers(0, 200), st.integers(0, 4))
 def test_shuffling_keeps_the_first_tags_and_loses_none(seed: int, keep: int) -> None:
     parts = ["sks", "a cat", "red", "on a mat", "night"]
-    found = augment(", ".join(parts), seed, shuffle=True, keep=keep).split(", ")
+    found = augment(", ".join(parts), seed, shuffle=True, keep_tokens=keep).split(", ")
     assert found[:keep] == parts[:keep]
     assert sorted(found) == sorted(parts)
 
 
 def test_dropout_has_the_configured_frequency() -> None:
-    texts = [augment("sks, a, b, c", seed, part_dropout=0.3, keep=1) for seed in range(600)]
+    texts = [augment("sks, a, b, c", seed, tag_dropout=0.3, keep_tokens=1) for seed in range(600)]
     assert all(text.startswith("sks") for text in texts)
     share = sum(text.count(",") for text in texts) / 1800
     assert share == pytest.approx(0.7, abs=4 * (0.21 / 1800) ** 0.5)

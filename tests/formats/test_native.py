@@ -79,7 +79,7 @@ def test_diffusers_makes_the_same_image_from_our_file(
     adapter = Adapter(layers=layers, metadata=mixed.metadata)
     path = tmp_path / "mixed.safetensors"
     save_adapter(adapter, path)
-    config = GenerateConfig(prompt="a cat", steps=3, guidance=3.0, seed=5)
+    config = GenerateConfig(prompt="a cat", num_inference_steps=3, guidance_scale=3.0, seed=5)
     blend = Blend(entries=(WeightedAdapter(adapter=load_adapter(path)),))
     ours = generate(base, [config], blend)[0].image
     bare = generate(base, [config])[0].image

@@ -15,26 +15,26 @@ from lora_diffusion.training.methods.injection import inject
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
-    "rslora": {"scaling": "sqrt-rank", "alpha": 2.0},
+    "rslora": {"use_rslora": True, "alpha": 2.0},
     "lora-fa": {"freeze_down": True},
-    "orthogonal": {"start": "orthogonal"},
-    "pissa": {"start": "pissa"},
-    "dora": {"dora": True},
+    "orthogonal": {"init_weights": "orthogonal"},
+    "pissa": {"init_weights": "pissa"},
+    "dora": {"use_dora": True},
     "loha": {"kind": "loha"},
     "lokr": {"kind": "lokr"},
-    "dora on lokr": {"kind": "lokr", "dora": True},
+    "dora on lokr": {"kind": "lokr", "use_dora": True},
     "vera": {"kind": "vera", "rank": 16},
     "adalora": {"kind": "adalora"},
     "dylora": {"kind": "dylora"},
     "sparse": {"kind": "sparse", "sparse_l1": 0.1},
     "dropouts": {"dropout": 0.1, "rank_dropout": 0.3, "module_dropout": 0.2},
-    "by block": {"ranks": {"unet.down_blocks": 1, "unet.mid_block.*": 6}},
-    "t-lora": {"kind": "t-lora", "start": "orthogonal"},
-    "mixed": {"full_targets": ("unet.conv_in", "unet.*.norm1")},
+    "by block": {"rank_pattern": {"unet.down_blocks": 1, "unet.mid_block.*": 6}},
+    "t-lora": {"kind": "t-lora", "init_weights": "orthogonal"},
+    "mixed": {"modules_to_save": ("unet.conv_in", "unet.*.norm1")},
 }
 MOMENT = DenoisingStep(index=6, total=10)
 """Of the timestep that `predicted` asks about, of a thousand."""
-CONVOLUTIONS = {"unet_targets": ("attention", "convolutions")}
+CONVOLUTIONS = {"unet_target_modules": ("attention", "convolutions")}
 KINDS = {"lora": LoRALayer, "loha": LoHaLayer, "lokr": LoKrLayer, "dora": DoRALayer, "dora on lokr": DoRALayer}
 
 
@@ -56,8 +56,8 @@ def predicted(base: Base) -> Tensor:
 
 def injected(base: Base, config: AdapterConfig, seed: int = 0) -> tuple[list[str], Any]:
     """Paths of attention and convolutions with updates on them, and what came of it."""
-    paths = resolve_targets(trainable_paths(base.layout), unet=config.unet_targets, text_encoders=())
-    full = resolve_modules_to_save(changeable_paths(base.layout), config.full_targets, paths)
+    paths = resolve_targets(trainable_paths(base.layout), unet=config.unet_target_modules, text_encoders=())
+    full = resolve_modules_to_save(changeable_paths(base.layout), config.modules_to_save, paths)
     return [*paths, *full], inject(base, paths, config, seed, full=full, steps=20)
 
 

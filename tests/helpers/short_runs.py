@@ -16,11 +16,16 @@ TABLE: dict[str, Any] = {
     "steps": 6,
     "batch_size": 2,
     "trigger_words": ["sks"],
-    "adapter": {"rank": 2, "alpha": 3.0, "unet_targets": ["attention"], "text_encoder_targets": ["attention"]},
+    "adapter": {
+        "rank": 2,
+        "alpha": 3.0,
+        "unet_target_modules": ["attention"],
+        "text_encoder_target_modules": ["attention"],
+    },
     "optimizer": {"learning_rate": 1e-2, "text_encoder_learning_rate": 1e-2, "warmup_steps": 1},
 }
 UNET_ONLY: dict[str, Any] = {
-    "adapter": {"alpha": None, "text_encoder_targets": []},
+    "adapter": {"alpha": None, "text_encoder_target_modules": []},
     "optimizer": {"text_encoder_learning_rate": None},
 }
 """Changes to these settings for what trains no text encoder."""

@@ -33,7 +33,7 @@ from tests.inference.test_parallel import PROMPTS, everywhere, predict
 SIZE = (16, 16)
 WHOLE_PICTURE = Region(box=(0, 0, 1, 1), feather=0)
 LEFT = Region(box=(0, 0, 0.5, 1), feather=0)
-SMALL = GenerateConfig(prompt="a cat", steps=2, seed=5, width=32, height=32)
+SMALL = GenerateConfig(prompt="a cat", num_inference_steps=2, seed=5, width=32, height=32)
 
 
 def no_prompt() -> Tensor:
@@ -109,7 +109,7 @@ def test_an_image_with_a_region_that_covers_it_equals_one_without(family: str, r
     base: Base = request.getfixturevalue(family)
     adapter = random_adapter(base, seed=1)
     assert set(adapter.components) == set(base.family.components)
-    settings = [SMALL.model_copy(update={"negative_prompt": "a dog"}), SMALL.model_copy(update={"guidance": 1.0})]
+    settings = [SMALL.model_copy(update={"negative_prompt": "a dog"}), SMALL.model_copy(update={"guidance_scale": 1.0})]
     plain = generate(base, settings, blend_of((adapter, 0.7)))
     found = generate(base, settings, placed(adapter, WHOLE_PICTURE, 0.7))
     for one, other in zip(plain, found, strict=True):
@@ -307,7 +307,7 @@ def test_every_mode_makes_its_own_picture_and_leaves_the_base_alone(sd: Base, mo
     before = parameters(sd)
     blend = blend_of((random_adapter(sd, seed=1), 0.8), (random_adapter(sd, seed=2), 0.6))
     options = {"switch_every": 1} if mode == "switch" else {}
-    composition = Composition(mode=mode, exact=exact, **options)  # type: ignore[arg-type]
+    composition = Composition(mode=mode, parallel=exact, **options)  # type: ignore[arg-type]
     first, again = (generate(sd, [SMALL], blend, composition=composition)[0] for _ in range(2))
     assert first.image.tobytes() == again.image.tobytes()
     assert first.recipe.composition == composition
@@ -320,7 +320,9 @@ def test_every_mode_makes_its_own_picture_and_leaves_the_base_alone(sd: Base, mo
 
 def test_exact_is_the_same_picture_to_rounding(sd: Base) -> None:
     blend = blend_of((random_adapter(sd, seed=1), BlendWeight(value=0.8, blocks={"M00": 0.5})))
-    pictures = [generate(sd, [SMALL], blend, composition=Composition(exact=exact))[0].image for exact in (False, True)]
+    pictures = [
+        generate(sd, [SMALL], blend, composition=Composition(parallel=exact))[0].image for exact in (False, True)
+    ]
     difference = [abs(a - b) for a, b in zip(pictures[0].tobytes(), pictures[1].tobytes(), strict=True)]
     assert max(difference) <= 1
 

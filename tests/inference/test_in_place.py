@@ -281,7 +281,7 @@ def test_a_schedule_writes_only_where_and_when_it_changes(sd: Base) -> None:
 
 def test_pictures_follow_the_schedule(sd: Base) -> None:
     adapter = random_adapter(sd, seed=1, text_encoders=())
-    config = GenerateConfig(prompt="a cat", steps=4, seed=3, width=32, height=32)
+    config = GenerateConfig(prompt="a cat", num_inference_steps=4, seed=3, width=32, height=32)
 
     def picture(weight: Weight) -> bytes:
         return generate(sd, [config], blend_of((adapter, weight)))[0].image.tobytes()
@@ -389,7 +389,7 @@ def test_a_scheduler_with_more_calls_than_steps_reports_the_current_step(sd: Bas
     sd.pipe.scheduler = PNDMScheduler(skip_prk_steps=True, num_train_timesteps=1000)
     seen: list[int] = []
     try:
-        settings = GenerateConfig(prompt="a cat", steps=10, width=32, height=32)
+        settings = GenerateConfig(prompt="a cat", num_inference_steps=10, width=32, height=32)
         sample(sd, settings, lambda denoising_step, _: seen.append(denoising_step.index))
     finally:
         sd.pipe.scheduler = own

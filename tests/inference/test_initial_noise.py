@@ -56,7 +56,9 @@ def test_a_picture_moves_from_one_seed_to_another(scheduler: str) -> None:
 
 
 def test_further_pictures_are_further_variations_and_each_is_made_again(tmp_path: Path) -> None:
-    config = GenerateConfig(prompt="a red house", steps=2, seed=5, variation=0.3, variation_seed=7, count=2)
+    config = GenerateConfig(
+        prompt="a red house", num_inference_steps=2, seed=5, variation=0.3, variation_seed=7, count=2
+    )
     made = generate(load_base(), [config])
     settings = [each.recipe.settings for each in made]
     assert [(each.seed, each.variation_seed) for each in settings if each] == [(5, 7), (5, 8)]

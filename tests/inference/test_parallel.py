@@ -284,9 +284,9 @@ def test_a_note_warns_when_rounding_would_lose_most_of_an_adapter(sd: Base, sd_f
     notes = warn_about_rounding(base, gentle, plan)
     assert len(notes) == 1
     assert "rounding to bfloat16 loses" in notes[0]
-    assert "--exact" in notes[0]
+    assert "--parallel" in notes[0]
     assert warn_about_rounding(base, strong, plan) == []
-    exact = replace(plan, composition=Composition(exact=True))
+    exact = replace(plan, composition=Composition(parallel=True))
     assert warn_about_rounding(base, gentle, exact) == []
     assert warn_about_rounding(sd, gentle, plan) == []
 

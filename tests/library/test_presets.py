@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 from PIL import Image, PngImagePlugin
 
+from lora_diffusion.adapters.adapter import AdapterMetadata
 from lora_diffusion.cli import main
-from lora_diffusion.config.preset import BlendPreset, BlendWeight, Region
+from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.preset import BlendPreset, BlendWeight, Composition, Region
 from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.formats.safetensors import file_payload_hash
-from lora_diffusion.library.recipe import INFOTEXT_KEY, read_recipe
+from lora_diffusion.library.recipe import INFOTEXT_KEY, Recipe, read_recipe
 from lora_diffusion.models.load import Base
 from tests.conftest import random_adapter
 
@@ -171,7 +173,7 @@ def test_differences_from_a1111_prompts_are_noted(sd: Base, library: Path, tmp_p
     common = ["--base", sd.folder, "--library", library, "--output", tmp_path / "out"]
     assert run("generate", "--from", picture, *common) == 0
     notes = capsys.readouterr().err
-    assert "learned words (EasyNegative) are not looked for" in notes
+    assert "learned tokens (EasyNegative) are not looked for" in notes
     assert "words in brackets are moved away from the empty prompt" in notes
     assert "AND is read as a plain word" in notes
     edited = a1111_picture(tmp_path / "b.png", "a [cat:dog:0.5]")
@@ -213,3 +215,15 @@ def test_presets_refer_to_masks_by_path_and_hash(sd: Base, library: Path, tmp_pa
 def test_the_sample_presets_pass_the_check() -> None:
     for path in sorted((sample_data_folder() / "presets").glob("*.json")):
         assert run("preset", "check", path) == 0
+
+
+def test_keys_of_earlier_versions_are_read() -> None:
+    settings = {"prompt": "a cat", "steps": 7, "guidance": 2.5}
+    text = json.dumps({"name": "old", "adapters": [], "composition": {"exact": True}, "settings": settings})
+    preset = BlendPreset.from_json(text, source="old.json")
+    assert preset.settings == GenerateConfig(prompt="a cat", num_inference_steps=7, guidance_scale=2.5)
+    assert preset.composition == Composition(parallel=True)
+    recipe = Recipe.model_validate({"kind": "image", "base": "tiny-sd", "base_hash": "", "codes": "nf4"})
+    assert recipe.quantization == "nf4"
+    assert AdapterMetadata.model_validate({"least_rank": 2}).min_rank == 2
+    assert BlendPreset.from_json(preset.model_dump_json(), source="new.json") == preset

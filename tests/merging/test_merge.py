@@ -48,7 +48,7 @@ def test_the_merged_checkpoint_has_the_weights_of_the_live_blend(
 
 
 def test_sampling_the_merged_checkpoint_gives_the_blends_pixels(sd: Base, tmp_path: Path) -> None:
-    config = GenerateConfig(prompt="a cat", steps=3, seed=4)
+    config = GenerateConfig(prompt="a cat", num_inference_steps=3, seed=4)
     live = generate(sd, [config], two(sd))[0].image
     merged(sd, two(sd), tmp_path / "merged")
     again = generate(load_base(str(tmp_path / "merged"), device=torch.device("cpu")), [config])[0].image
@@ -185,7 +185,7 @@ def test_embeddings_become_tokens_of_the_merged_folder(sd: Base, tmp_path: Path)
     vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
     adapter = Adapter(layers=random_adapter(sd, seed=1).layers, tokens={"<s1>": {"text_encoder": vectors}})
     blend = Blend(entries=(WeightedAdapter(adapter=adapter, weight=0.5),))
-    config = GenerateConfig(prompt="a <s1> cat", steps=2, seed=4)
+    config = GenerateConfig(prompt="a <s1> cat", num_inference_steps=2, seed=4)
     live = generate(sd, [config], blend)[0].image
     merged(sd, blend, tmp_path / "merged")
     again = load_base(str(tmp_path / "merged"), device=torch.device("cpu"))

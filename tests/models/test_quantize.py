@@ -47,7 +47,7 @@ def test_an_adapter_trained_on_a_quantized_base_works_on_the_plain_base(
     result = train(config)
     assert read_log(tmp_path / "it-run" / LOG)[-1]["validation"]["loss"] < 0.97 * before
     adapter = load_adapter(result.path)
-    prompt = GenerateConfig(prompt="a house in the snow, in sks style", steps=3)
+    prompt = GenerateConfig(prompt="a house in the snow, in sks style", num_inference_steps=3)
     base = load_base()
     plain, styled = (
         generate(base, [prompt], blend)[0].image.tobytes()
@@ -83,10 +83,10 @@ def test_quantized_weights_are_smaller_and_change_the_output_little(quantization
 @pytest.mark.parametrize(
     ("adapter", "named"),
     [
-        ({"dora": True}, "adapter.dora"),
+        ({"use_dora": True}, "adapter.use_dora"),
         ({"kind": "loha"}, "adapter.kind 'loha'"),
-        ({"start": "pissa"}, "adapter.start 'pissa'"),
-        ({"full_targets": ["unet.conv_in"]}, "adapter.full_targets"),
+        ({"init_weights": "pissa"}, "adapter.init_weights 'pissa'"),
+        ({"modules_to_save": ["unet.conv_in"]}, "adapter.modules_to_save"),
     ],
 )
 def test_a_method_that_needs_unquantized_weights_is_refused(

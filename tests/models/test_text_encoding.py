@@ -112,7 +112,7 @@ def test_chunks_keep_every_token_in_order(text: str) -> None:
 
 def test_the_end_of_a_long_prompt_changes_the_image(sd: Base) -> None:
     def picture(prompt: str, negative: str = "") -> bytes:
-        settings = GenerateConfig(prompt=prompt, negative_prompt=negative, steps=2, width=32, height=32)
+        settings = GenerateConfig(prompt=prompt, negative_prompt=negative, num_inference_steps=2, width=32, height=32)
         return sample(sd, settings).tobytes()
 
     assert picture(f"{LONG_PROMPT} cat") != picture(f"{LONG_PROMPT} dog")

@@ -97,7 +97,7 @@ def test_a_token_for_another_base_is_refused(sd: Base, sdxl: Base) -> None:
 def test_tokens_and_layers_of_an_adapter_both_change_the_image(sd: Base) -> None:
     layers = random_adapter(sd, seed=1).layers
     adapter = Adapter(layers=layers, tokens={"sks": {"text_encoder": vectors(1)}})
-    config = GenerateConfig(prompt="a sks cat", steps=2, width=32, height=32)
+    config = GenerateConfig(prompt="a sks cat", num_inference_steps=2, width=32, height=32)
 
     def picture(entries: tuple[WeightedAdapter, ...]) -> bytes:
         return generate(sd, [config], Blend(entries=entries))[0].image.tobytes()

@@ -77,7 +77,9 @@ def test_any_text_parses_or_raises_config_error(text: str) -> None:
 @given(tables, st.text("0123456789abcdef", min_size=12, max_size=12))
 def test_a_recipe_is_restored_from_its_infotext(table: dict[str, str], digest: str) -> None:
     model, *_ = table.values()
-    config = GenerateConfig(prompt="a cat", negative_prompt="rain\nfog", seed=7, guidance=6.5, width=64, height=32)
+    config = GenerateConfig(
+        prompt="a cat", negative_prompt="rain\nfog", seed=7, guidance_scale=6.5, width=64, height=32
+    )
     entry = BlendEntry(path="x.safetensors", name="wet, ink: two", hash=digest + "ff")
     recipe = Recipe(kind="image", base=model, base_hash="0123456789abcdef", adapters=(entry,), settings=config)
     info = parse_infotext(format_infotext(recipe), source="x.png")
@@ -101,8 +103,8 @@ def test_a_forge_infotext_is_parsed_completely() -> None:
             "prompt": info.prompt,
             "negative_prompt": info.negative_prompt,
             "seed": 965400086,
-            "steps": 24,
-            "guidance": 6.5,
+            "num_inference_steps": 24,
+            "guidance_scale": 6.5,
             "width": 512,
             "height": 768,
             "scheduler": "euler-ancestral",
@@ -231,7 +233,7 @@ def test_noise_is_assumed_to_come_from_the_gpu_for_a1111_and_from_the_cpu_for_co
 
 def test_missing_settings_take_the_default_and_are_noted() -> None:
     table, notes = convert_settings(Infotext(prompt="a cat", settings={"Steps": "9"}), source="x.png")
-    assert table == {"prompt": "a cat", "negative_prompt": "", "steps": 9}
+    assert table == {"prompt": "a cat", "negative_prompt": "", "num_inference_steps": 9}
     assert [note.split(":")[0] for note in notes] == ["Seed", "CFG scale", "Size", "Sampler"]
 
 

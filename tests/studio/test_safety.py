@@ -121,7 +121,8 @@ def test_programs_get_the_pictures_of_the_library(tmp_path: Path) -> None:
     close_quietly(app)
     for (prompt, adapter), picture in zip(asked, pictures, strict=True):
         form = BlendForm(
-            rows=(parse_row(adapter),), settings={"prompt": prompt, "steps": 4, "seed": 0, "guidance": 4.0}
+            rows=(parse_row(adapter),),
+            settings={"prompt": prompt, "num_inference_steps": 4, "seed": 0, "guidance_scale": 4.0},
         )
         alone = next(event.path for event in studio.render(form) if isinstance(event, ImageSaved))
         with Image.open(alone) as ours, Image.open(picture) as theirs:

@@ -45,7 +45,7 @@ from lora_diffusion_studio.studio import (
     stock_presets_folder,
 )
 
-PROMPT = {"prompt": "a gloop character in the snow, in zwx style", "steps": 4, "width": 32, "height": 32}
+PROMPT = {"prompt": "a gloop character in the snow, in zwx style", "num_inference_steps": 4, "width": 32, "height": 32}
 BOTH = (AdapterSlot(name="neon.safetensors", weight=0.6), AdapterSlot(name="gloop.safetensors", weight=0.8))
 
 
@@ -88,7 +88,7 @@ def test_a_picture_is_the_command_lines(studio: Studio, tmp_path: Path) -> None:
 def test_stopping_leaves_the_base_as_it_was_and_nothing_half_written(studio: Studio) -> None:
     weight = module_at(studio.base("tiny-sd"), "unet.mid_block.attentions.0.proj_in").weight
     before = weight.clone()
-    stream = studio.render(BlendForm(rows=BOTH, settings={**PROMPT, "steps": 50}))
+    stream = studio.render(BlendForm(rows=BOTH, settings={**PROMPT, "num_inference_steps": 50}))
     assert isinstance(next(stream), StepTaken)
     stream.close()
     assert weight.equal(before)
@@ -177,7 +177,7 @@ def test_rows_and_entries_say_the_same(weight: float, unet: str | None, blocks: 
         ({"prompt": " "}, "the prompt is empty"),
         ({**PROMPT, "width": 30_000}, "at most 2048"),
         ({**PROMPT, "count": 17}, "at most 16"),
-        ({**PROMPT, "steps": 100_000}, "at most 200"),
+        ({**PROMPT, "num_inference_steps": 100_000}, "at most 200"),
         ({**PROMPT, "width": 33}, "width"),
         ({"prompt": "a (cat"}, "opens a '('"),
         ({"prompt": "<lora:nobody>"}, "no adapter called 'nobody'"),

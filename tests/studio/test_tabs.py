@@ -49,7 +49,7 @@ from lora_diffusion_studio.shelf import (
 from lora_diffusion_studio.studio import ImageSaved, Studio, StudioPaths
 from lora_diffusion_studio.training import Job, RunManager
 
-PROMPT = {"prompt": "a red house, in zwx style", "steps": 2, "width": 32, "height": 32}
+PROMPT = {"prompt": "a red house, in zwx style", "num_inference_steps": 2, "width": 32, "height": 32}
 BOTH = (AdapterSlot(name="neon.safetensors", weight=0.6), AdapterSlot(name="gloop.safetensors", weight=0.8))
 FORM = BlendForm(rows=BOTH, settings=PROMPT)
 

@@ -43,7 +43,7 @@ def pictures(base: Base, texts: list[str], *, adapters: dict[str, float], steps:
         WeightedAdapter(adapter=load_adapter(DATA / "adapters" / f"{name}.safetensors"), weight=weight)
         for name, weight in adapters.items()
     )
-    configs = [GenerateConfig(prompt=text, seed=i, steps=steps) for i, text in enumerate(texts)]
+    configs = [GenerateConfig(prompt=text, seed=i, num_inference_steps=steps) for i, text in enumerate(texts)]
     return [p.image for p in generate(base, configs, Blend(entries=entries))]
 
 

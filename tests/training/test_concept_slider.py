@@ -75,7 +75,9 @@ def test_initial_loss_is_the_squared_direction(pictures: Path, sd_folder: Path) 
 
 
 def test_adapter_weight_applies_inside_the_context_only(pictures: Path, sd_folder: Path) -> None:
-    run = set_up(settings(pictures, sd_folder, {**UNET_ONLY, "adapter": {"alpha": 3.0, "text_encoder_targets": []}}))
+    run = set_up(
+        settings(pictures, sd_folder, {**UNET_ONLY, "adapter": {"alpha": 3.0, "text_encoder_target_modules": []}})
+    )
     update = get_layer(run.base, run.paths[0])
     with adapter_weight(run.base, -1.0):
         assert update.current_scale == -1.5
@@ -108,8 +110,11 @@ def test_gradient_checkpointing_does_not_change_the_gradients(pictures: Path, sd
     [
         ({"slider": {**NIGHT, "negative": NIGHT["positive"]}}, "say the same"),
         ({"slider": {"negative": "a"}}, "name what is more of it in positive"),
-        ({"slider": NIGHT, "words": {"words": ["sks"]}}, "slider and text encoders or words"),
-        ({"slider": NIGHT, "adapter": {"dora": True, "text_encoder_targets": []}}, "adapter.kind to lora"),
+        (
+            {"slider": NIGHT, "textual_inversion": {"placeholder_tokens": ["sks"]}},
+            "slider and trained text encoders or tokens",
+        ),
+        ({"slider": NIGHT, "adapter": {"use_dora": True, "text_encoder_target_modules": []}}, "adapter.kind to lora"),
         ({"slider": NIGHT, "prior": {"mode": "prediction"}}, "slider and prior"),
         ({"slider": NIGHT, "objective": {"loss": "huber"}}, "knows no objective.loss"),
     ],

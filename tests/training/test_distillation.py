@@ -44,8 +44,8 @@ CONFIG = DistillConfig(
     learning_rate=5e-3,
     batch_size=4,
     runs=1,
-    sampler_steps=2,
-    guidance=1.0,
+    num_inference_steps=2,
+    guidance_scale=1.0,
     resolution=16,
     save_precision="float32",
 )
@@ -94,7 +94,7 @@ def dora(base: Base) -> Blend:
 def test_runs_are_those_of_the_pipeline(family: str, guidance: float, request: pytest.FixtureRequest) -> None:
     """The latents of diffusers' pipeline, from the same noise, match the recorded latents at each step."""
     base: Base = request.getfixturevalue(family)
-    blend, config = two(base), changed(guidance=guidance, sampler_steps=3)
+    blend, config = two(base), changed(guidance_scale=guidance, num_inference_steps=3)
     found: list[Tensor] = []
 
     def keep(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -224,7 +224,7 @@ def test_the_reported_error_matches_the_saved_file(sd: Base, tmp_path: Path) -> 
         assert result.report.error == pytest.approx(distance() / own, rel=1e-3)
     with blended_weights(sd, two(sd)):
         assert distance() > 0
-    settings = [GenerateConfig(prompt="a cat", steps=2, width=16, height=16)]
+    settings = [GenerateConfig(prompt="a cat", num_inference_steps=2, width=16, height=16)]
     both = blend_of((adapter, 1.0), (random_adapter(sd, seed=5), 0.5))
     assert generate(sd, settings, both)[0].image.tobytes() != generate(sd, settings)[0].image.tobytes()
 
@@ -272,7 +272,7 @@ def refusals(base: Base) -> list[tuple[Blend, dict[str, Any], type[Exception], s
         (blend_of((plain, 1.0)), {"composition": Composition(mode="k-lora")}, ConfigError, "this blend has 1"),
         (blend_of((plain, 1.0)), {"prompts": ()}, ConfigError, "no prompts"),
         (blend_of((plain, 1.0)), {"prompts": ("a cat <lora:neon:1>",)}, ConfigError, "contains a <lora:...> tag"),
-        (blend_of((plain, 1.0)), {"sampler_steps": 1001}, ConfigError, "was trained with 1000 timesteps"),
+        (blend_of((plain, 1.0)), {"num_inference_steps": 1001}, ConfigError, "was trained with 1000 timesteps"),
         (blend_of((plain, 1e20)), {}, TrainingError, "lower the adapters' weights"),
         (blend_of((plain, 1.0)), {"learning_rate": 1e30}, TrainingError, "the loss at step 2"),
     ]

@@ -102,7 +102,9 @@ def test_a_fresh_injection_is_exact_identity_and_can_be_extracted(sd_folder: Pat
 
 def test_trainable_layers_predict_the_same_as_the_saved_adapter(pictures: Path, sd_folder: Path) -> None:
     """Trainable layers predict the same as the saved adapter merged into a fresh base; disabled, they do nothing."""
-    result = train(settings(pictures, sd_folder, {"adapter": {"unet_targets": ["all"]}}, save_precision="float32"))
+    result = train(
+        settings(pictures, sd_folder, {"adapter": {"unet_target_modules": ["all"]}}, save_precision="float32")
+    )
     live, fresh = (load_base(str(sd_folder), device=torch.device("cpu")) for _ in range(2))
     parameters = inject(live, tuple(result.adapter.layers), AdapterConfig(rank=2, alpha=3.0), seed=0).parameters
     inputs = (torch.randn(2, 4, 16, 16), 7, torch.randn(2, 77, 32))
@@ -194,7 +196,7 @@ def test_emphasis_in_captions_is_used_if_enabled(pictures: Path, sd_folder: Path
         for picture in pictures.glob("*.png"):
             picture.with_suffix(".txt").write_text(caption)
         output = pictures / "w.safetensors"
-        adapter = {"rank": 2, "text_encoder_targets": encoders}
+        adapter = {"rank": 2, "text_encoder_target_modules": encoders}
         captions = {"weights": weights, "dropout": 0}
         sections = {"adapter": adapter, "captions": captions, "optimizer": {"learning_rate": 1e-2}}
         return train(settings(pictures, sd_folder, steps=1, output=output, **sections)).adapter.hash
@@ -289,7 +291,7 @@ def test_frozen_text_encoders_are_not_part_of_the_denoiser(pictures: Path, sd_fo
 
 
 def test_missing_class_images_are_generated_and_trained_on(pictures: Path, sd_folder: Path) -> None:
-    prior = {"mode": "pictures", "prompt": "a dog", "count": 3, "steps": 1, "guidance": 1.0}
+    prior = {"mode": "pictures", "prompt": "a dog", "count": 3, "num_inference_steps": 1, "guidance_scale": 1.0}
     hashes = {adapter_hash(train(settings(pictures, sd_folder)).adapter)}
     hashes.add(adapter_hash(train(settings(pictures, sd_folder, {"prior": prior})).adapter))
     made = sorted((pictures.parent / "out" / "style-run" / "class").iterdir())
@@ -315,7 +317,9 @@ def test_the_moving_average_is_saved(pictures: Path, sd_folder: Path) -> None:
 def test_max_norm_limits_the_norm_of_every_delta(pictures: Path, sd_folder: Path) -> None:
     free = train(settings(pictures, sd_folder, save_precision="float32")).adapter
     bound = sorted(float(layer.delta().norm()) for layer in free.layers.values())[len(free.layers) // 2]
-    held = train(settings(pictures, sd_folder, {"adapter": {"max_norm": bound}}, save_precision="float32")).adapter
+    held = train(
+        settings(pictures, sd_folder, {"adapter": {"max_delta_norm": bound}}, save_precision="float32")
+    ).adapter
     assert max(float(layer.delta().norm()) for layer in held.layers.values()) <= bound * (1 + 1e-5)
 
 

@@ -272,7 +272,7 @@ def test_paged_optimizer_needs_a_gpu() -> None:
 
 
 def test_optimizers_have_their_own_defaults() -> None:
-    assert config_of(kind="prodigy").learning_rate == config_of(kind="prodigy").word_learning_rate == 1
+    assert config_of(kind="prodigy").learning_rate == config_of(kind="prodigy").embedding_learning_rate == 1
     assert config_of(kind="prodigy", learning_rate=0.5).learning_rate == 0.5
     free = config_of(kind="schedule-free")
     assert free.schedule == "constant"

@@ -26,7 +26,7 @@ from tests.helpers.short_runs import settings
 EVERYTHING: dict[str, Any] = {
     "data": {"crop": "random", "crop_zoom": 1.3, "flip": True, "variants": 2},
     "captions": {"dropout": 0.3},
-    "adapter": {"dropout": 0.2, "max_norm": 0.5},
+    "adapter": {"dropout": 0.2, "max_delta_norm": 0.5},
     "optimizer": {"ema_decay": 0.9},
     "validation": {"share": 0.25, "every": 3, "draws": 2},
 }

@@ -100,7 +100,7 @@ def unchanged(sd: Base) -> Iterator[None]:
 @pytest.mark.usefixtures("unchanged")
 def test_with_all_gates_1_the_forward_is_the_sum(sd: Base) -> None:
     blend = blend_of(*two(sd), weight=0.7)
-    with gated_base(Gates(sd, blend, stretches=3, start=1.0)):
+    with gated_base(Gates(sd, blend, num_time_bins=3, init_value=1.0)):
         through_gates = predicted(sd, [900, 10])
     with blended_weights(sd, blend):
         assert torch.allclose(through_gates, predicted(sd, [900, 10]), atol=1e-4)
@@ -110,7 +110,7 @@ def test_with_all_gates_1_the_forward_is_the_sum(sd: Base) -> None:
 @pytest.mark.usefixtures("unchanged")
 def test_each_sample_is_predicted_with_the_weights_of_its_step(sd: Base) -> None:
     blend = blend_of(*two(sd), weight=0.7)
-    gates = Gates(sd, blend, stretches=4, start=0.3)
+    gates = Gates(sd, blend, num_time_bins=4, init_value=0.3)
     spread_gates(gates)
     steps = [0, 1, 2, 5, 7]
     with gated_base(gates):
@@ -126,15 +126,15 @@ def test_each_sample_is_predicted_with_the_weights_of_its_step(sd: Base) -> None
 def test_time_bins_are_equally_long_and_start_at_the_last_timestep() -> None:
     found = time_bin_at(torch.arange(1000), 4, 1000)
     assert found[[999, 750, 749, 500, 499, 250, 249, 0]].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    for stretches in (1, 3, 7):
-        counts = time_bin_at(torch.arange(1000), stretches, 1000).bincount()
-        assert len(counts) == stretches
+    for time_bins in (1, 3, 7):
+        counts = time_bin_at(torch.arange(1000), time_bins, 1000).bincount()
+        assert len(counts) == time_bins
         assert counts.max() - counts.min() <= 1
 
 
 def test_saved_weights_contain_every_block_with_layers(sd: Base) -> None:
     blend = blend_of(*two(sd))
-    gates = Gates(sd, blend, stretches=2, start=0.25)
+    gates = Gates(sd, blend, num_time_bins=2, init_value=0.25)
     everywhere, attention = gates.to_weights()
     assert isinstance(everywhere.blocks, dict)
     assert isinstance(attention.blocks, dict)
@@ -150,7 +150,7 @@ def test_saved_weights_contain_every_block_with_layers(sd: Base) -> None:
 @pytest.mark.usefixtures("unchanged")
 def test_gradients_reach_the_gates_and_nothing_else(sd: Base) -> None:
     first, second = two(sd)
-    gates = Gates(sd, blend_of(first, second), stretches=2, start=0.5)
+    gates = Gates(sd, blend_of(first, second), num_time_bins=2, init_value=0.5)
     with gated_base(gates):
         losses_of(sd, [999, 700, 500], ["a cat", "a sks dog", ""]).mean().backward()
     found = gates.values.grad
@@ -165,7 +165,7 @@ def test_gradients_reach_the_gates_and_nothing_else(sd: Base) -> None:
 
 @pytest.mark.usefixtures("unchanged")
 def test_the_base_is_restored_after_an_exception(sd: Base) -> None:
-    with pytest.raises(KeyboardInterrupt), gated_base(Gates(sd, blend_of(*two(sd)), stretches=2, start=1.0)):
+    with pytest.raises(KeyboardInterrupt), gated_base(Gates(sd, blend_of(*two(sd)), num_time_bins=2, init_value=1.0)):
         raise KeyboardInterrupt
 
 
@@ -173,7 +173,7 @@ def test_previously_patched_forwards_are_restored(sd: Base) -> None:
     other = random_adapter(sd, seed=5)
     with parallel_blend(sd, blend_of(other)):
         before, prediction = module_at(sd, PATH).forward, predicted(sd, [500])
-        with gated_base(Gates(sd, blend_of(*two(sd)), stretches=2, start=1.0)):
+        with gated_base(Gates(sd, blend_of(*two(sd)), num_time_bins=2, init_value=1.0)):
             assert not torch.allclose(prediction, predicted(sd, [500]), atol=1e-2)
         assert module_at(sd, PATH).forward is before
         assert torch.equal(prediction, predicted(sd, [500]))
@@ -190,15 +190,15 @@ def test_unsupported_layers_and_weights_raise_errors(sd: Base) -> None:
     )
     for path, layer, kind in ((PATH, full, "full"), (convolution, core, "LoRA with a Tucker core")):
         with pytest.raises(ConfigError, match=f"1 of other kinds \\({kind}; first: {path}\\)"):
-            Gates(sd, blend_of(Adapter(layers={**plain.layers, path: layer})), stretches=2, start=1.0)
+            Gates(sd, blend_of(Adapter(layers={**plain.layers, path: layer})), num_time_bins=2, init_value=1.0)
     text = random_adapter(sd, seed=1, unet=())
     with pytest.raises(ConfigError, match="no gates to train"):
-        Gates(sd, blend_of(text), stretches=2, start=1.0)
+        Gates(sd, blend_of(text), num_time_bins=2, init_value=1.0)
     with pytest.raises(ConfigError, match="give a number"):
-        Gates(sd, blend_of(plain, weight=0.0), stretches=2, start=1.0)
+        Gates(sd, blend_of(plain, weight=0.0), num_time_bins=2, init_value=1.0)
     regional = WeightedAdapter(adapter=plain, region=Region(box=(0, 0, 0.5, 1)))
     with pytest.raises(ConfigError, match="leave the region out"):
-        Gates(sd, Blend(entries=(regional,)), stretches=2, start=1.0)
+        Gates(sd, Blend(entries=(regional,)), num_time_bins=2, init_value=1.0)
 
 
 @pytest.fixture
@@ -218,7 +218,7 @@ def folder(tmp_path: Path, sd: Base) -> Path:
         steps = 2
         batch_size = 4
         resolution = 32
-        stretches = 2
+        num_time_bins = 2
         [[adapters]]
         path = "adapters/one.safetensors"
         weight = 0.8
@@ -249,7 +249,9 @@ def test_a_run_saves_a_preset_that_can_be_sampled_with(folder: Path, sd: Base) -
     assert [w.value for w in weights if isinstance(w, BlendWeight)] == [0.8, 1.0]
     blend = Blend(entries=tuple(WeightedAdapter(adapter=a, weight=w) for a, w in zip(loaded, weights, strict=True)))
     assert blend.is_scheduled
-    assert len(generate(sd, [GenerateConfig(prompt="a sks cat", steps=4, width=32, height=32)], blend)) == 1
+    assert (
+        len(generate(sd, [GenerateConfig(prompt="a sks cat", num_inference_steps=4, width=32, height=32)], blend)) == 1
+    )
     assert [p.name for p in result.path.parent.iterdir()] == ["mixture.json"]
 
 
@@ -273,7 +275,7 @@ def test_the_penalty_keeps_gates_near_their_initial_value(folder: Path) -> None:
 
 def test_a_bfloat16_base_trains_float32_gates(sd_folder: Path) -> None:
     base = load_base(str(sd_folder), device=torch.device("cpu"), precision=torch.bfloat16)
-    gates = Gates(base, blend_of(*two(base)), stretches=1, start=1.0)
+    gates = Gates(base, blend_of(*two(base)), num_time_bins=1, init_value=1.0)
     with gated_base(gates):
         losses_of(base, [500], ["a cat"]).mean().backward()
     assert gates.values.dtype == torch.float32
@@ -317,7 +319,7 @@ def test_the_example_settings_are_valid_and_their_files_exist() -> None:
     config = read_route(sample_data_folder() / "configs" / "route-neon-gloop.toml")
     assert all(folder.is_dir() for folder in config.data)
     assert all(Path(entry.path).is_file() for entry in config.adapters)
-    assert config.start == "average"
+    assert config.init_value == "average"
 
 
 @pytest.mark.slow

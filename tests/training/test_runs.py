@@ -83,7 +83,9 @@ def test_style_and_dreambooth_run_without_a_settings_file(
 def test_methods_without_a_text_encoder_need_no_text_encoder_learning_rate(name: str) -> None:
     """The default learning rate of text encoders is dropped if no text encoder is trained."""
     if name == "b-lora":
-        changes: dict[str, Any] = {"adapter": {"unet_targets": ["up_blocks.0.*"], "text_encoder_targets": []}}
+        changes: dict[str, Any] = {
+            "adapter": {"unet_target_modules": ["up_blocks.0.*"], "text_encoder_target_modules": []}
+        }
     else:
         changes = {section: dict(values) for section, values in get_method(name).settings.items()}
     files = {"data": {"folder": "x"}, "output": "x.safetensors"}
@@ -98,19 +100,19 @@ def test_defaults_that_conflict_with_given_settings_are_dropped() -> None:
     files: dict[str, Any] = {"data": {"folder": "x", "instance_prompt": "a gloop"}, "output": "x.safetensors"}
     optimizer = make_settings("style", files, {"optimizer": {"kind": "prodigy"}}, base="tiny-sd").optimizer
     assert (optimizer.learning_rate, optimizer.text_encoder_learning_rate) == (1.0, None)
-    adapter = make_settings("style", files, {"adapter": {"begin_with": "a.safetensors"}}, base="tiny-sd").adapter
-    assert (adapter.rank, adapter.unet_targets) == (AdapterConfig().rank, AdapterConfig().unet_targets)
-    with pytest.raises(ConfigError, match="leave out rank"):
-        make_settings("style", files, {"adapter": {"begin_with": "a.safetensors", "rank": 2}}, base="tiny-sd")
+    adapter = make_settings("style", files, {"adapter": {"init_from": "a.safetensors"}}, base="tiny-sd").adapter
+    assert (adapter.rank, adapter.unet_target_modules) == (AdapterConfig().rank, AdapterConfig().unet_target_modules)
+    with pytest.raises(ConfigError, match="takes rank from the file; leave it out"):
+        make_settings("style", files, {"adapter": {"init_from": "a.safetensors", "rank": 2}}, base="tiny-sd")
     slider = make_settings("dreambooth", files, {**get_method("slider").settings}, base="tiny-sd")
     assert slider.prior.mode == "none"
     assert make_settings("dreambooth", files, base="tiny-sd").prior.mode == "prediction"
 
 
 def test_base_adapters_are_resolved_relative_to_the_settings_file(tmp_path: Path) -> None:
-    text = 'output = "x.safetensors"\ndata = "x"\non_top_of = { "one.safetensors" = 0.5 }\n'
+    text = 'output = "x.safetensors"\ndata = "x"\nbase_adapters = { "one.safetensors" = 0.5 }\n'
     (tmp_path / "run.toml").write_text(text)
-    assert read_toml(tmp_path / "run.toml", TrainConfig).on_top_of == {tmp_path / "one.safetensors": 0.5}
+    assert read_toml(tmp_path / "run.toml", TrainConfig).base_adapters == {tmp_path / "one.safetensors": 0.5}
 
 
 class Page(HTMLParser):
@@ -133,7 +135,7 @@ def test_a_run_saves_samples_and_a_self_contained_report(
 ) -> None:
     hostile = "<script>alert(1)</script> & a cat"
     changes = {
-        "samples": {"prompts": [hostile, "a dog"], "every": 2, "steps": 1, "guidance": 1.0},
+        "samples": {"prompts": [hostile, "a dog"], "every": 2, "num_inference_steps": 1, "guidance_scale": 1.0},
         "validation": {"share": 0.25, "every": 2, "draws": 2, "base_prompts": ["a dog"]},
     }
     result = train_and_report(settings(pictures, sd_folder, changes, steps=4, name=hostile))
@@ -163,7 +165,9 @@ def test_a_run_saves_samples_and_a_self_contained_report(
 
 def test_samples_do_not_change_the_run(pictures: Path, sd_folder: Path) -> None:
     plain = train(settings(pictures, sd_folder))
-    shown = train(settings(pictures, sd_folder, {"samples": {"prompts": ["a cat"], "every": 1, "steps": 1}}))
+    shown = train(
+        settings(pictures, sd_folder, {"samples": {"prompts": ["a cat"], "every": 1, "num_inference_steps": 1}})
+    )
     assert adapter_hash(plain.adapter) == adapter_hash(shown.adapter)
 
 
@@ -231,7 +235,7 @@ def test_a_sharded_base_trains_the_same(pictures: Path, sd_folder: Path) -> None
     top = {"save_precision": "float32", "steps": 2}
     changes = {
         "validation": {"share": 0.25, "every": 2, "draws": 2, "base_prompts": ["a dog"]},
-        "samples": {"prompts": ["a cat"], "steps": 1, "every": 2},
+        "samples": {"prompts": ["a cat"], "num_inference_steps": 1, "every": 2},
         "compute": {"gradient_checkpointing": True},
     }
     alone = train(settings(pictures, sd_folder, changes, batch_size=2, **top))
@@ -269,7 +273,7 @@ def test_a_dry_run_reports_requirements_and_leaves_no_files(
         "gradient_accumulation=1",
         "prior.mode=pictures",
         "prior.prompt=a dog",
-        "prior.steps=1",
+        "prior.num_inference_steps=1",
         "prior.count=9",
     ]
     before = sorted(pictures.parent.rglob("*"))

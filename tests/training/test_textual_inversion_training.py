@@ -23,11 +23,16 @@ from tests.helpers.short_runs import UNET_ONLY, interrupted, loss_before, settin
 
 
 def config_of(ink: Path, tmp_path: Path, **words: object) -> TrainConfig:
-    changes = {"words": {"words": ["sks"], **words}, "optimizer": {"word_learning_rate": 3e-2}}
+    changes = {
+        "textual_inversion": {"placeholder_tokens": ["sks"], **words},
+        "optimizer": {"embedding_learning_rate": 3e-2},
+    }
     return short_run(ink, tmp_path / "it.safetensors", 40, changes)
 
 
-@pytest.mark.parametrize("words", [{"alone": 1.0, "vectors": 3}, {"alone": 0.5}], ids=["inversion", "pivotal"])
+@pytest.mark.parametrize(
+    "words", [{"start_adapter_at": 1.0, "num_vectors": 3}, {"start_adapter_at": 0.5}], ids=["inversion", "pivotal"]
+)
 def test_word_is_learned_on_the_embedded_base(words: dict[str, Any], ink: Path, tmp_path: Path, tiny: Base) -> None:
     config = config_of(ink, tmp_path, **words)
     before = loss_before(config)
@@ -35,9 +40,9 @@ def test_word_is_learned_on_the_embedded_base(words: dict[str, Any], ink: Path, 
     assert read_log(tmp_path / "it-run" / LOG)[-1]["validation"]["loss"] < 0.98 * before
     adapter = load_adapter(result.path)
     assert set(adapter.tokens) == {"sks"}
-    assert adapter.tokens["sks"]["text_encoder"].shape[0] == config.words.vectors
+    assert adapter.tokens["sks"]["text_encoder"].shape[0] == config.textual_inversion.num_vectors
     assert bool(adapter.layers) is (not config.trains_embeddings_only)
-    prompt = GenerateConfig(prompt="a white house in the snow, in sks style", steps=4)
+    prompt = GenerateConfig(prompt="a white house in the snow, in sks style", num_inference_steps=4)
     own, moved = (
         generate(tiny, [prompt], blend)[0].image.tobytes()
         for blend in (Blend(), Blend(entries=(WeightedAdapter(adapter=adapter),)))
@@ -47,7 +52,12 @@ def test_word_is_learned_on_the_embedded_base(words: dict[str, Any], ink: Path, 
 
 def test_only_learned_rows_change_and_keep_their_norm(pictures: Path, sd_folder: Path) -> None:
     config = settings(
-        pictures, sd_folder, {**UNET_ONLY, "words": {"words": ["sks"], "alone": 1.0, "begin_as": "style"}}
+        pictures,
+        sd_folder,
+        {
+            **UNET_ONLY,
+            "textual_inversion": {"placeholder_tokens": ["sks"], "start_adapter_at": 1.0, "initializer_token": "style"},
+        },
     )
     run = set_up(config)
     assert run.learned_tokens
@@ -66,9 +76,16 @@ def test_only_learned_rows_change_and_keep_their_norm(pictures: Path, sd_folder:
 
 
 def test_adapter_starts_when_the_words_are_frozen(pictures: Path, sd_folder: Path) -> None:
-    words = {"words": ["sks"], "alone": 0.5, "until": 0.5}
+    words = {"placeholder_tokens": ["sks"], "start_adapter_at": 0.5, "freeze_tokens_at": 0.5}
     half = train(
-        settings(pictures, sd_folder, {**UNET_ONLY, "words": words}, steps=4, save_every=2, save_precision="float32")
+        settings(
+            pictures,
+            sd_folder,
+            {**UNET_ONLY, "textual_inversion": words},
+            steps=4,
+            save_every=2,
+            save_precision="float32",
+        )
     )
     begun = load_adapter(half.path.with_name("style-step00000002.safetensors"))
     assert all(float(layer.delta().norm()) == 0 for layer in begun.layers.values())
@@ -81,7 +98,7 @@ def test_learned_word_is_encoded_alike_in_training_and_sampling(sd_folder: Path)
     from lora_diffusion.prompts.emphasis import parse_literal
 
     training, sampling = load_base(str(sd_folder)), load_base(str(sd_folder))
-    words = add_learned_tokens(training, TextualInversionConfig(words=("sks",), vectors=2), seed=3)
+    words = add_learned_tokens(training, TextualInversionConfig(placeholder_tokens=("sks",), num_vectors=2), seed=3)
     adapter = Adapter(layers={}, tokens=words.extract_tokens(torch.float32))
     text = "a house in sks style"
     with torch.no_grad():
@@ -94,7 +111,11 @@ def test_learned_word_is_encoded_alike_in_training_and_sampling(sd_folder: Path)
 
 
 def test_resumed_run_with_words_is_bit_identical(pictures: Path, sd_folder: Path) -> None:
-    changes = {**UNET_ONLY, "words": {"words": ["sks"], "alone": 0.3}, "samples": {"every": 3}}
+    changes = {
+        **UNET_ONLY,
+        "textual_inversion": {"placeholder_tokens": ["sks"], "start_adapter_at": 0.3},
+        "samples": {"every": 3},
+    }
     config = settings(pictures, sd_folder, changes, state_every=1)
     whole = train(config).adapter
     interrupted(config)
@@ -105,7 +126,7 @@ def test_norms_are_restored_after_a_step() -> None:
     vectors = torch.nn.Parameter(torch.randn(3, 8))
     before = vectors.detach().norm(dim=1)
     rules = TextualInversionCallbacks(
-        {"text_encoder.words.a": vectors}, {}, TextualInversionConfig(words=("a",)), steps=4
+        {"text_encoder.words.a": vectors}, {}, TextualInversionConfig(placeholder_tokens=("a",)), steps=4
     )
     with torch.no_grad():
         vectors.mul_(5).add_(1)
@@ -116,26 +137,34 @@ def test_norms_are_restored_after_a_step() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"words": ["nobody"]}, "'nobody' occurs in no caption"),
-        ({"words": ["sks"], "alone": 0.8, "until": 0.2}, "nothing would learn in between"),
-        ({"vectors": 2}, "name them in words.words"),
-        ({"words": ["two words"]}, "no spaces"),
-        ({"words": ["sks"], "vectors": 40}, "vectors"),
+        ({"placeholder_tokens": ["nobody"]}, "'nobody' occurs in no caption"),
+        (
+            {"placeholder_tokens": ["sks"], "start_adapter_at": 0.8, "freeze_tokens_at": 0.2},
+            "nothing would be trained in between",
+        ),
+        ({"num_vectors": 2}, "name them in textual_inversion.placeholder_tokens"),
+        ({"placeholder_tokens": ["two words"]}, "no spaces"),
+        ({"placeholder_tokens": ["sks"], "num_vectors": 40}, "num_vectors"),
     ],
 )
 def test_invalid_word_settings_are_rejected(
     words: dict[str, Any], message: str, pictures: Path, sd_folder: Path
 ) -> None:
     with pytest.raises((ConfigError, ValueError)) as caught:
-        train(settings(pictures, sd_folder, {**UNET_ONLY, "words": words}))
+        train(settings(pictures, sd_folder, {**UNET_ONLY, "textual_inversion": words}))
     assert message in str(caught.value)
 
 
 def test_frozen_phases_and_stability_of_pivotal_tuning() -> None:
     words, others = ({name: torch.nn.Parameter(torch.ones(1, 2))} for name in ("text_encoder.words.a", "unet.x.up"))
     rules = TextualInversionCallbacks(
-        words, others, TextualInversionConfig(words=("a",), alone=0.5, until=0.75), steps=8
+        words,
+        others,
+        TextualInversionConfig(placeholder_tokens=("a",), start_adapter_at=0.5, freeze_tokens_at=0.75),
+        steps=8,
     )
     assert [len([*rules.frozen_parameters(step)]) for step in (0, 3, 4, 6)] == [1, 1, 0, 1]
     assert [rules.is_stable(done) for done in (1, 4, 5)] == [False, False, True]
-    assert TextualInversionCallbacks(words, {}, TextualInversionConfig(words=("a",), alone=1.0), steps=8).is_stable(1)
+    assert TextualInversionCallbacks(
+        words, {}, TextualInversionConfig(placeholder_tokens=("a",), start_adapter_at=1.0), steps=8
+    ).is_stable(1)

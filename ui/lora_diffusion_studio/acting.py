@@ -16,7 +16,7 @@ STEPS = 60
 
 
 def draw_effect(weight: Weight, layout: ModelLayout) -> Image.Image:
-    """Bars for the blocks and a curve for the steps, both times the weight. Raises ConfigError."""
+    """Draw bars for the blocks and a curve over the steps, both times the weight. Raises ConfigError."""
     whole = weight if isinstance(weight, BlendWeight) else BlendWeight(value=weight)
     every, _ = vector_block_names(layout)
     factors = block_factors(whole.blocks, layout) if whole.blocks else {}
@@ -44,7 +44,7 @@ def draw_effect(weight: Weight, layout: ModelLayout) -> Image.Image:
 
 
 def mean_factor(factor: float | Schedule) -> float:
-    """A block's factor; of one that changes over the steps, the mean."""
+    """Return a block's factor; its mean if it changes over the steps."""
     if not isinstance(factor, Schedule):
         return factor
     return sum(schedule_factor(factor, DenoisingStep(index=i, total=STEPS)) for i in range(STEPS)) / STEPS

@@ -31,8 +31,8 @@ def add_api(studio: Studio) -> None:
                 "prompt": prompt,
                 "negative_prompt": negative_prompt,
                 "seed": seed,
-                "steps": steps,
-                "guidance": guidance,
+                "num_inference_steps": steps,
+                "guidance_scale": guidance,
                 "count": count,
             }
             form = BlendForm(

@@ -25,7 +25,7 @@ DAY_S = 86_400
 
 
 def build_app(studio: Studio, *, api: bool = False) -> gr.Blocks:
-    """The app's pages, and endpoints for programs if asked for."""
+    """Build the app's pages, and API endpoints if requested."""
     with gr.Blocks(title="LoRA studio", analytics_enabled=False, delete_cache=(DAY_S, DAY_S)) as app:
         if api:
             add_api(studio)  # first, as an event's name is taken from its function
@@ -51,7 +51,7 @@ def build_app(studio: Studio, *, api: bool = False) -> gr.Blocks:
             offered = list_choices(studio, base)
             return [gr.update(choices=offered), *list_updates(studio), *gallery_updates(studio, base)]
 
-        app.load(fresh_page, None, [blend.chosen, *presets, *blend.shelf.outputs], **QUICK)
+        app.load(fresh_page, None, [blend.chosen, *presets, *blend.adapter_gallery.outputs], **QUICK)
     return app
 
 

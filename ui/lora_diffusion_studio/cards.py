@@ -52,7 +52,7 @@ def make_card(entry: LibraryEntry) -> Card:
 
 @lru_cache(maxsize=4096)
 def describe_ranks(path: str, stamp: str) -> str:  # noqa: ARG001 (a changed file is a new key)
-    """`rank 8`, or the range; empty where a file has none, or cannot be read."""
+    """Return `rank 8`, or a range; empty for a file without ranks, or an unreadable one."""
     try:
         spread = inspect_adapter(Path(path))["ranks"]
     except LoRADiffusionError:
@@ -64,7 +64,7 @@ def describe_ranks(path: str, stamp: str) -> str:  # noqa: ARG001 (a changed fil
 
 
 def make_thumbnail(title: str, picture: Path | None) -> Image.Image:
-    """The picture beside a file, cut to a square; where there is none, or none that can be read, its first letters."""
+    """Return the preview picture, cropped to a square; without one, a tile with initials."""
     try:
         stamp = picture.stat().st_mtime_ns if picture else 0
         return load_thumbnail(picture, stamp) if picture else draw_letter_tile(title)
@@ -81,7 +81,7 @@ def load_thumbnail(picture: Path, stamp: int) -> Image.Image:  # noqa: ARG001 (a
 
 @lru_cache(maxsize=512)
 def draw_letter_tile(title: str) -> Image.Image:
-    """A tile in a color of its own."""
+    """Draw a tile with initials in a color derived from the title."""
     ground = GROUNDS[hashlib.sha256(title.encode("utf-8", "replace")).digest()[0] % len(GROUNDS)]
     tile = Image.new("RGB", (FACE_PX, FACE_PX), ground)
     middle = (FACE_PX // 2, FACE_PX // 2)

@@ -25,7 +25,9 @@ class GridDone:
 def render_grid(
     studio: Studio, form: BlendForm, across: GridAxis, down: GridAxis, visitor: str = ""
 ) -> Iterator[Event | GridDone]:
-    """Every picture of the grid, then the grid, which carries how it was made. Raises LoRADiffusionError's children.
+    """Render every picture of the grid, then the grid, which carries its recipe.
+
+    Raises LoRADiffusionError's children.
 
     Each picture takes its own turn on the device, so that a long grid holds nobody up.
     """
@@ -47,7 +49,7 @@ def render_grid(
 
 
 def include_disabled(form: BlendForm, across: GridAxis, down: GridAxis) -> BlendForm:
-    """The form; where single adapters are compared, those that are off count too."""
+    """Return the form; when single adapters are compared, disabled ones count too."""
     one_by_one = "adapter" in (across.what, down.what)
     return replace(form, rows=tuple(replace(row, on=row.on or one_by_one) for row in form.rows))
 
@@ -60,7 +62,7 @@ def check_blocks(request: GenerationRequest) -> None:
 
 
 def run_in_turn(studio: Studio, plans: dict[str, GenerationRequest], visitor: str) -> Iterator[Event]:
-    """The events of several plans that make a picture each, as those of one work, until it is stopped."""
+    """Run several requests that make one picture each, as one task, until stopped."""
     for number, (name, request) in enumerate(plans.items()):
         for event in studio.render_request(request, visitor):
             if isinstance(event, StepTaken):
@@ -75,7 +77,7 @@ def run_in_turn(studio: Studio, plans: dict[str, GenerationRequest], visitor: st
 def measure_block_effects(
     studio: Studio, form: BlendForm, name: str, visitor: str = ""
 ) -> Iterator[Event | tuple[BlockEffect, ...]]:
-    """Drop one block of an adapter at a time; the last event has all of them, the strongest first."""
+    """Drop one block of an adapter at a time; the last event has all blocks, the strongest first."""
     if not name:
         raise ConfigError("choose an adapter that is on the table")
     plans = without_blocks(studio.make_request(form), name, find_checkpoint(form.base).layout)

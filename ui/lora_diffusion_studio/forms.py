@@ -15,7 +15,7 @@ from lora_diffusion.library.search import Library, find_adapter
 from lora_diffusion.workflows.images.request import GenerationRequest
 from lora_diffusion_studio.rows import AdapterSlot, entry_from_slot, format_reference, slot_from_entry
 
-MOST = {"steps": 200, "width": 2048, "height": 2048, "count": 16}
+MOST = {"num_inference_steps": 200, "width": 2048, "height": 2048, "count": 16}
 """What one visitor may ask for at once."""
 MODES = {
     "sum": "Sum",
@@ -34,7 +34,7 @@ VARIED = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class BlendForm:
-    """The Blend tab."""
+    """The values of the Blend tab."""
 
     base: str = EMBEDDED_BASE
     rows: tuple[AdapterSlot, ...] = ()
@@ -46,7 +46,7 @@ class BlendForm:
 
 
 def make_request(form: BlendForm, library: Library) -> GenerationRequest:
-    """What to make. Raises ConfigError with one clear sentence for anything that cannot be."""
+    """Make the generation request of a form. Raises ConfigError for invalid values."""
     if not str(form.settings.get("prompt", "")).strip():
         raise ConfigError("the prompt is empty; say what the picture shows")
     for name, most in MOST.items():
@@ -62,7 +62,7 @@ def make_request(form: BlendForm, library: Library) -> GenerationRequest:
 
 
 def form_from_request(request: GenerationRequest, library: Library) -> tuple[BlendForm, tuple[str, ...]]:
-    """The form that a request fills, and a sentence for each adapter that the library lacks, which is left out."""
+    """Return the form of a request, with notes on adapters that the library lacks, which are left out."""
     rows: list[AdapterSlot] = []
     missing: list[str] = []
     for entry in request.entries:
@@ -78,7 +78,7 @@ def form_from_request(request: GenerationRequest, library: Library) -> tuple[Ble
 
 
 def with_next_seed(form: BlendForm, way: str) -> BlendForm:
-    """The form with the seeds of its next picture: `random` draws a seed, `vary` the seed of a variation."""
+    """Return the form with the seeds of the next picture: `random` draws a seed, `vary` a variation seed."""
     draw = random.randrange(2**31)
     if way == "random":
         return replace(form, settings={**form.settings, "seed": draw})
@@ -89,7 +89,7 @@ def with_next_seed(form: BlendForm, way: str) -> BlendForm:
 
 
 def format_command(form: BlendForm, library: Library, output: Path, command: str = "generate", *more: str) -> str:
-    """The command that makes the same pictures. Raises ConfigError for weights that only a preset can say."""
+    """Return the command that makes the same pictures. Raises ConfigError for weights only presets can hold."""
     in_full = [row.name for row in form.rows if row.full]
     if in_full:
         raise ConfigError(f"{in_full[0]}: its weight has no short form; save a preset and use generate --preset")
@@ -102,7 +102,7 @@ def format_command(form: BlendForm, library: Library, output: Path, command: str
 
 
 def adapter_flags(rows: Sequence[AdapterSlot], library: Library) -> list[str]:
-    """The flags for those adapters that are on."""
+    """Return the flags of the enabled adapters."""
     return [
         word
         for row in rows

@@ -28,7 +28,7 @@ class SavedPreset:
 
 
 def list_saved_presets(studio: Studio) -> list[SavedPreset]:
-    """All presets; one that cannot be read is there with its problem."""
+    """List all presets; unreadable ones are included with their problem."""
     folders = ((studio.places.presets, True), (stock_presets_folder(), False))
     return [load_preset(path, found, own=own) for folder, own in folders for path, found in list_presets(folder)]
 
@@ -48,7 +48,7 @@ def load_preset(path: Path, found: object, *, own: bool) -> SavedPreset:
 
 
 def get_preset(studio: Studio, name: str) -> SavedPreset:
-    """The one of that name. Raises ConfigError for one that is not there or cannot be read."""
+    """Return the preset with this name. Raises ConfigError if there is none or it cannot be read."""
     found = next((kept for kept in list_saved_presets(studio) if kept.name == name), None)
     if found is None:
         raise ConfigError(f"no preset called {name!r}; choose one from the list")
@@ -58,7 +58,7 @@ def get_preset(studio: Studio, name: str) -> SavedPreset:
 
 
 def get_own_preset(studio: Studio, name: str) -> SavedPreset:
-    """The same, if it may be changed. Raises ConfigError for one that came with the package."""
+    """Return a preset that may be changed. Raises ConfigError for one that came with the package."""
     found = get_preset(studio, name)
     if not found.own:
         raise ConfigError(f"{name}: comes with the package and stays as it is; save it under a name of your own")
@@ -85,7 +85,7 @@ def save_form(
 
 
 def with_default_prompt(form: BlendForm) -> BlendForm:
-    """A preset may go without a prompt; the adapters' names stand in for it."""
+    """Return the form with the adapters' names as prompt if it has none."""
     words = ", ".join(row.name.removesuffix(".safetensors") for row in form.rows) or "a picture"
     return BlendForm(
         base=form.base,
@@ -110,7 +110,7 @@ def preset_commands(studio: Studio, name: str) -> str:
 
 
 def rename_preset(studio: Studio, name: str, new: str) -> SavedPreset:
-    """Raises ConfigError for a name that is taken or cannot be one."""
+    """Rename a preset. Raises ConfigError for a name that is taken or invalid."""
     found, target = get_own_preset(studio, name), studio.places.presets / f"{check_name(new)}.json"
     if target.exists():
         raise ConfigError(f"{new}: there is a preset of that name; choose another")
@@ -121,7 +121,7 @@ def rename_preset(studio: Studio, name: str, new: str) -> SavedPreset:
 
 
 def discard_preset(studio: Studio, name: str) -> None:
-    """Move a preset out of the list, into the folder `discarded`, where it can be had back."""
+    """Move a preset into the folder `discarded`, from which it can be restored."""
     found = get_own_preset(studio, name)
     bin_folder = studio.places.output / "discarded"
     bin_folder.mkdir(exist_ok=True)
@@ -130,7 +130,7 @@ def discard_preset(studio: Studio, name: str) -> None:
 
 
 def import_preset(studio: Studio, file: Path, name: str) -> SavedPreset:
-    """A preset from a file that a visitor has. Raises ConfigError for one that is none, or whose name is taken."""
+    """Import a preset file. Raises ConfigError for an invalid file or a name that is taken."""
     read_preset(file)
     target = studio.places.presets / f"{check_name(name)}.json"
     if target.exists():

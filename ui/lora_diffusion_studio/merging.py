@@ -36,7 +36,7 @@ COPIES = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class MergeTarget:
-    """What is to be written."""
+    """What to write."""
 
     name: str
     kind: str = "folder"
@@ -53,7 +53,7 @@ class MergeTarget:
 
 @dataclass(frozen=True)
 class WriteProgress:
-    """So much of it is done."""
+    """The share of the output that is written."""
 
     share: float = 0.0
 
@@ -64,14 +64,14 @@ class WriteProgress:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeDone:
-    """What was written, and what it cost."""
+    """The written output, and its losses."""
 
     path: Path
     text: str
 
 
 def resolve_output(studio: Studio, target: MergeTarget) -> Path:
-    """Where it goes. Raises ConfigError for a name that is taken."""
+    """Return the output path. Raises ConfigError for a name that is taken."""
     path = studio.places.output / ("adapters" if target.kind == "adapter" else "merged") / target.file
     if path.exists():
         raise ConfigError(f"{target.name}: is there already; give another name")
@@ -79,7 +79,7 @@ def resolve_output(studio: Studio, target: MergeTarget) -> Path:
 
 
 def make_merge_request(studio: Studio, form: BlendForm) -> GenerationRequest:
-    """The table as weights can hold it. Raises ConfigError for what they cannot."""
+    """Return the form as a merge request. Raises ConfigError for what weights cannot hold."""
     if not any(row.on for row in form.rows):
         raise ConfigError("no adapter is on the table; put one there")
     if form.mode != "sum":
@@ -88,7 +88,7 @@ def make_merge_request(studio: Studio, form: BlendForm) -> GenerationRequest:
 
 
 def summarize_merge(studio: Studio, form: BlendForm, target: MergeTarget) -> str:
-    """What merging would do, without doing it. Raises LoRADiffusionError's children."""
+    """Describe what merging would do, without doing it. Raises LoRADiffusionError's children."""
     request, path = make_merge_request(studio, form), resolve_output(studio, target)
     blend = load_and_resolve_blend(request.base, request.entries, LoadOptions(resolver=studio.resolver)).blend
     modules = len({module for entry in blend.active for module in entry.adapter.layers})
@@ -108,14 +108,14 @@ def summarize_merge(studio: Studio, form: BlendForm, target: MergeTarget) -> str
 
 
 def count_bytes(stored: StoredTensor, precision: str) -> int:
-    """Of a parameter as it would be written."""
+    """Return the bytes of a parameter as written."""
     count = prod(stored.kind[1])
     own = (stored.info.end - stored.info.start) // max(1, prod(stored.info.shape))
     return count * (own if precision == "keep" else torch_dtype(precision).itemsize)
 
 
 def measure_write_rate(folder: Path) -> float:
-    """Bytes a second that this disk takes."""
+    """Measure the bytes per second that this disk writes."""
     with tempfile.TemporaryFile(dir=folder) as file:
         started = time.perf_counter()
         file.write(bytes(PROBE_BYTES))
@@ -127,7 +127,7 @@ def measure_write_rate(folder: Path) -> float:
 def run_merge(
     studio: Studio, form: BlendForm, target: MergeTarget, visitor: str = ""
 ) -> Iterator[Waiting | WriteProgress | MergeDone | Halted]:
-    """Merge, with a word at the start and the result at the end. Raises LoRADiffusionError's children."""
+    """Merge, yielding progress and then the result. Raises LoRADiffusionError's subclasses."""
     request, path = make_merge_request(studio, form), resolve_output(studio, target)
     config = validate(MergeConfig, {"precision": target.precision}, source="merge")
 
@@ -156,7 +156,7 @@ def run_merge(
 
 
 def write_adapter(request: GenerationRequest, path: Path, target: MergeTarget) -> MergeDone:
-    """One adapter of all."""
+    """Write all adapters as a single one."""
     rule = RankRule(rank=target.rank) if target.rank else None
     combined = combine_files(request.entries, path, CombineConfig(rule=rule, base=request.base))
     lost = f"compression lost {combined.report.total.relative:.2%}" if combined.report else "exact"
@@ -166,7 +166,7 @@ def write_adapter(request: GenerationRequest, path: Path, target: MergeTarget) -
 
 
 def format_merge_command(studio: Studio, form: BlendForm, target: MergeTarget) -> str:
-    """The same on the command line. Raises ConfigError."""
+    """Return the command that merges the same. Raises ConfigError."""
     request, path = make_merge_request(studio, form), studio.places.output / "merged" / target.file
     words = adapter_flags(form.rows, studio.library())
     if target.kind == "adapter":

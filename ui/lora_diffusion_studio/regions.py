@@ -17,7 +17,7 @@ NOWHERE: dict[str, str] = {"box": "", "mask": "", "feather": ""}
 
 
 def save_mask(studio: Studio, painted: Image.Image) -> Path:
-    """A mask file, white where something is painted; the same paint is the same file. Raises ConfigError for none."""
+    """Save a painted mask, white where painted; equal masks share a file. Raises ConfigError for an empty one."""
     alpha = painted.convert("RGBA").getchannel("A").resize((SIDE_PX, SIDE_PX))
     mask = alpha.point([255 * (value > 127) for value in range(256)])
     if mask.getextrema() == (0, 0):
@@ -29,7 +29,7 @@ def save_mask(studio: Studio, painted: Image.Image) -> Path:
 
 
 def set_region(rows: Sequence[AdapterSlot], name: str, mask: Path | None) -> list[AdapterSlot]:
-    """The table with one adapter inside a mask, or everywhere again. Raises ConfigError for one that is not on it."""
+    """Return the slots with one adapter restricted to a mask, or unrestricted. Raises ConfigError."""
     if name not in [row.name for row in rows]:
         raise ConfigError("choose an adapter that is on the table")
     where = {**NOWHERE, "mask": str(mask.resolve()) if mask else ""}

@@ -43,20 +43,20 @@ class Failure:
 
 @dataclass(eq=False)
 class EventStream:
-    """What work says, and whether it should go on."""
+    """Events of a task, and whether it should stop."""
 
     events: "queue.Queue[Any]" = field(default_factory=lambda: queue.Queue[Any]())
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def send(self, event: object) -> None:
-        """Tell the visitor. Raises StoppedError if there is none any more."""
+        """Send an event to the visitor. Raises StoppedError if the visitor has left."""
         if self.stopped.is_set():
             raise StoppedError
         self.events.put(event)
 
 
 class DeviceQueue:
-    """The one thing that computes: work takes its turn in the order in which it came, and can be stopped."""
+    """Runs tasks one at a time, in order of arrival; each can be stopped."""
 
     def __init__(self) -> None:
         self.turn_taken = threading.Condition()
@@ -65,12 +65,12 @@ class DeviceQueue:
         self.of_visitor: dict[str, EventStream] = {}
 
     def stop(self, visitor: str) -> None:
-        """Stop what this visitor has running or waiting, at its next event."""
+        """Stop this visitor's running or waiting task at its next event."""
         if line := self.of_visitor.get(visitor):
             line.stopped.set()
 
     def stream(self, work: Callable[[EventStream], object], visitor: str = "") -> Iterator[Any]:
-        """The events of some work as they come, its result or `Halted` last; what it raises is raised here.
+        """Yield the events of a task, its result or `Halted` last; its errors are raised here.
 
         Closing the iterator stops the work at its next event, and waits until everything is put back.
         """
@@ -102,7 +102,7 @@ class DeviceQueue:
 
     @contextmanager
     def exclusive(self, line: EventStream) -> Iterator[None]:
-        """The device for oneself. Raises StoppedError if the visitor has gone before it was free."""
+        """Hold the device exclusively. Raises StoppedError if the visitor leaves while waiting."""
         with self.turn_taken:
             self.lines.append(line)
         try:

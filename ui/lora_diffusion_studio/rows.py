@@ -26,7 +26,7 @@ CURVES = {
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSlot:
-    """One adapter, by its path inside the library."""
+    """One adapter of the blend, by its path inside the library."""
 
     name: str
     on: bool = True
@@ -39,12 +39,12 @@ class AdapterSlot:
 
 
 def format_reference(row: AdapterSlot) -> str:
-    """What is written after a file: `0.8:lbw=MIDD`."""
+    """Return the text that follows a file: `0.8:lbw=MIDD`."""
     return ":".join(filter(None, (f"{row.weight:g}", row.options.strip(": "))))
 
 
 def entry_from_slot(row: AdapterSlot, library: Library) -> BlendEntry:
-    """The row as presets and recipes have it; a row that is off weighs nothing. Raises ConfigError."""
+    """Return the slot as a preset entry; a disabled one has weight 0. Raises ConfigError."""
     source = f"{row.name}: {row.options}"
     rest, region = extract_region([part for part in format_reference(row).split(":") if part], source=source)
     weight = parse_weight(rest, source=source)
@@ -64,7 +64,7 @@ def validate_weight(text: str, *, source: str) -> BlendWeight:
 
 
 def slot_from_entry(entry: BlendEntry, library: Library) -> AdapterSlot:
-    """The row that stands for an entry whose file is in the library, found by path or by content.
+    """Return the slot of an entry whose file is in the library, found by path or by content.
 
     Raises ConfigError if it is not there, or if it has changed since the entry was written.
     """
@@ -94,7 +94,7 @@ def find_known_file(entry: BlendEntry, library: Library) -> LibraryEntry:
 
 
 def format_region(region: Region | None) -> str:
-    """A region as a tag has it."""
+    """Format a region as a tag does."""
     if region is None:
         return ""
     where = f"mask={region.mask}" if region.mask else f"box={','.join(f'{side:g}' for side in region.box or ())}"
@@ -103,7 +103,7 @@ def format_region(region: Region | None) -> str:
 
 
 def with_options(row: AdapterSlot, **changes: float | str | None) -> AdapterSlot:
-    """The row with single options in place of what it had: `told(row, unet=0.5, lbw="MIDD", start=None)`."""
+    """Return the slot with some options replaced: `with_options(row, unet=0.5, lbw="MIDD", start=None)`."""
     parts = [part for part in row.options.split(":") if part and part.partition("=")[0] not in changes]
     for key, value in changes.items():
         if value not in (None, ""):
@@ -112,13 +112,13 @@ def with_options(row: AdapterSlot, **changes: float | str | None) -> AdapterSlot
 
 
 def get_option(row: AdapterSlot, key: str) -> str:
-    """The value of one option; empty if it is not there."""
+    """Return the value of one option; empty if it is not set."""
     found = [part.partition("=")[2] for part in row.options.split(":") if part.partition("=")[0] == key]
     return found[-1] if found else ""
 
 
 def get_curve(row: AdapterSlot) -> str:
-    """The option that says its way over the steps, `linear=0@0,1@1`; empty for none."""
+    """Return the schedule option, `linear=0@0,1@1`; empty for none."""
     return next((part for part in row.options.split(":") if part.partition("=")[0] in get_args(Curve)), "")
 
 
@@ -133,7 +133,7 @@ def with_curve(row: AdapterSlot, curve: str) -> AdapterSlot:
 
 
 def normalize_options(options: str) -> str:
-    """The options in one form. Raises ConfigError for one that does not exist."""
+    """Normalize options. Raises ConfigError for an unknown one."""
     rest, region = extract_region([part for part in options.split(":") if part], source=options)
     weight = validate(BlendWeight, {}, source=options) if not rest else parse_weight(["1", *rest], source=options)
     text = "" if not isinstance(weight, BlendWeight) else format_weight(weight).partition(":")[2]

@@ -14,7 +14,7 @@ PACE_STEPS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """How a run stands."""
+    """The status of a run."""
 
     text: str
     running: bool
@@ -25,7 +25,7 @@ class RunStatus:
 
 
 def read_total_steps(run: Path) -> int:
-    """How many steps a run that has ended was to take, from its facts; 0 if there are none."""
+    """Return the number of steps of a finished run, from its facts; 0 if there are none."""
     try:
         return int(json.loads((run / FACTS).read_text(encoding="utf-8"))["settings"]["steps"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -33,7 +33,7 @@ def read_total_steps(run: Path) -> int:
 
 
 def format_time_left(log: Sequence[Mapping[str, Any]], steps: int) -> str:
-    """`, 1:05 left`, at the pace of the last steps; empty where nothing is known."""
+    """Format `, 1:05 left`, at the pace of the last steps; empty if unknown."""
     paces = [line["seconds"] for line in log[-PACE_STEPS:] if "seconds" in line]
     if not paces or steps <= log[-1]["step"]:
         return ""
@@ -42,7 +42,7 @@ def format_time_left(log: Sequence[Mapping[str, Any]], steps: int) -> str:
 
 
 def format_status(log: Sequence[Mapping[str, Any]], steps: int, *, running: bool, ended: int | None, said: Path) -> str:
-    """A sentence on how a run stands."""
+    """Describe the status of a run in a sentence."""
     of = f" of {steps}" if steps else ""
     where = f"step {log[-1]['step']}{of}, loss {log[-1]['loss']:.4f}" if log else "getting ready"
     if running:

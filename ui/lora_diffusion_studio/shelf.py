@@ -24,7 +24,7 @@ from lora_diffusion_studio.studio import Studio, check_name
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterNotes:
-    """What is kept beside an adapter, in the JSON file that A1111, Forge and the Lora Manager have there too."""
+    """Notes on an adapter, in the JSON file that A1111, Forge and the Lora Manager use too."""
 
     weight: float = 1.0
     """Preferred weight."""
@@ -36,14 +36,14 @@ class AdapterNotes:
 
 
 def find_file(studio: Studio, name: str) -> Path:
-    """An adapter's file. Raises ConfigError for one that is not in the library."""
+    """Return an adapter's file. Raises ConfigError for one that is not in the library."""
     if not name:
         raise ConfigError("choose an adapter first")
     return find_adapter(studio.library(), name).path
 
 
 def inspect_rows(studio: Studio, name: str) -> list[tuple[str, str]]:
-    """What is in an adapter, as rows to show. Raises AdapterFormatError."""
+    """Return the facts of an adapter as rows. Raises AdapterFormatError."""
     facts = inspect_adapter(find_file(studio, name))
     shown = {key: value for key, value in facts.items() if value not in ("", [], {}, None) and key != "file"}
     return [
@@ -52,13 +52,13 @@ def inspect_rows(studio: Studio, name: str) -> list[tuple[str, str]]:
 
 
 def verify_adapter(studio: Studio, name: str, base: str) -> str:
-    """Each check and what came of it."""
+    """Return each check and its result."""
     studio.check_base(base)
     return describe_checks(verify(find_file(studio, name), base=base))
 
 
 def convert_adapter(studio: Studio, name: str, dialect: Dialect) -> tuple[Path, str]:
-    """A copy in another layout, in the output folder. Raises LoRADiffusionError's children."""
+    """Write a copy in another layout into the output folder. Raises LoRADiffusionError's children."""
     source = find_file(studio, name)
     target = studio.places.output / "adapters" / f"{source.stem}-{dialect}.safetensors"
     if target.exists():
@@ -69,7 +69,10 @@ def convert_adapter(studio: Studio, name: str, dialect: Dialect) -> tuple[Path, 
 
 
 def draw_plots(studio: Studio, names: Sequence[str], base: str) -> list[Path]:
-    """Spectra and norms by block of adapters, and for several their overlap. Raises LoRADiffusionError's children."""
+    """Draw spectra and norms by block of adapters, and for several their overlap.
+
+    Raises LoRADiffusionError's children.
+    """
     studio.check_base(base)
     if not names:
         raise ConfigError("choose one adapter or several")
@@ -80,14 +83,14 @@ def draw_plots(studio: Studio, names: Sequence[str], base: str) -> list[Path]:
 
 
 def read_notes(studio: Studio, name: str) -> AdapterNotes:
-    """What is kept beside an adapter. Raises ConfigError."""
+    """Read the notes on an adapter. Raises ConfigError."""
     table, card = read_sidecar(find_file(studio, name)), studio.card(name)
     triggers, notes = (str(table.get(key, "")) for key in ("activation text", "notes"))
     return AdapterNotes(weight=card.preferred, range=card.range, triggers=triggers, notes=notes)
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
-    """The JSON file beside an adapter; empty if there is none. Raises ConfigError for one that cannot be read."""
+    """Read the JSON file beside an adapter; empty if there is none. Raises ConfigError for an unreadable one."""
     beside = path.with_suffix(".json")
     if not beside.is_file():
         return {}
@@ -101,7 +104,7 @@ def read_sidecar(path: Path) -> dict[str, Any]:
 
 
 def write_notes(studio: Studio, name: str, told: AdapterNotes) -> None:
-    """Keep them beside the adapter; whatever else the file says stays. Raises ConfigError, OutputError."""
+    """Write the notes beside the adapter, preserving other entries. Raises ConfigError, OutputError."""
     path = find_file(studio, name)
     if not all(map(math.isfinite, (told.weight, *told.range))) or told.range[0] >= told.range[1]:
         raise ConfigError(f"a slider from {told.range[0]:g} to {told.range[1]:g} has no length; give rising numbers")
@@ -119,7 +122,7 @@ def write_notes(studio: Studio, name: str, told: AdapterNotes) -> None:
 
 
 def rename_adapter(studio: Studio, name: str, new: str) -> str:
-    """Give an adapter and what lies beside it another name; returns the new one. Raises ConfigError."""
+    """Rename an adapter and the files beside it; returns the new name. Raises ConfigError."""
     path = find_file(studio, name)
     target = path.with_name(check_name(new) + path.suffix)
     if target.exists():
@@ -139,7 +142,7 @@ def set_preview(studio: Studio, name: str, picture: Path) -> None:
 
 
 def format_commands(studio: Studio, name: str, several: Sequence[str], base: str) -> str:
-    """Looking, checking, converting and drawing on the command line. Raises ConfigError for what is not there."""
+    """Return the commands that inspect, verify, convert and plot. Raises ConfigError for unknown adapters."""
     asked: list[tuple[str, ...]] = []
     if name:
         file = find_file(studio, name)

@@ -65,7 +65,7 @@ class StudioPaths:
 
 @dataclass(frozen=True, kw_only=True)
 class StepTaken:
-    """A denoising step that was taken."""
+    """A completed denoising step."""
 
     text: str
     share: float
@@ -74,7 +74,7 @@ class StepTaken:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSaved:
-    """A picture that is written."""
+    """A written image."""
 
     path: Path
 
@@ -135,19 +135,19 @@ class Studio:
         return list(stock_presets(find_checkpoint(base).layout))
 
     def draw_effect(self, base: str, row: AdapterSlot) -> Image.Image:
-        """How an adapter on the table acts, by block and over the steps. Raises ConfigError."""
+        """Draw the effect of an adapter by block and over the steps. Raises ConfigError."""
         self.check_base(base)
         return draw_effect(entry_from_slot(row, self.library()).weight, find_checkpoint(base).layout)
 
     def make_request(self, form: BlendForm) -> GenerationRequest:
-        """What a form asks for. Raises ConfigError."""
+        """Return the generation request of a form. Raises ConfigError."""
         self.check_base(form.base)
         request = resolve_prompt_tags(make_request(form, self.library()), self.resolver)
         self.check_masks(request)
         return request
 
     def format_command(self, form: BlendForm, command: str = "generate", *more: str) -> str:
-        """The command line that makes the same pictures. Raises ConfigError for weights that only a preset can say."""
+        """Return the command that makes the same pictures. Raises ConfigError."""
         flags = () if self.places.quantization == "none" else ("--quantize", self.places.quantization)
         return format_command(form, self.library(), self.places.output, command, *more, *flags)
 
@@ -173,7 +173,7 @@ class Studio:
         )  # mistakes are found before the device is waited for
 
     def render_request(self, request: GenerationRequest, visitor: str = "") -> Iterator[Event]:
-        """The same of a request."""
+        """Render the images of a request."""
         return self.device.stream(lambda line: self.render_events(request, line), visitor)
 
     def render_events(self, request: GenerationRequest, line: EventStream) -> Finished:
@@ -206,7 +206,7 @@ class Studio:
         return Finished(paths=written.paths, notes=written.notes, seconds=time.monotonic() - started)
 
     def restore_form(self, picture: Path) -> tuple[BlendForm, tuple[str, ...]]:
-        """The form that a picture was made with; also what could not be restored. Raises ConfigError."""
+        """Return the form of a picture, with notes on what could not be restored. Raises ConfigError."""
         request = request_from_image(picture, base="", resolver=self.resolver)
         form, missing = form_from_request(resolve_prompt_tags(request, self.resolver), self.library())
         if form.base not in self.places.bases:
@@ -219,7 +219,7 @@ class Studio:
         return form, (*request.notes, *missing)
 
     def form_from_preset(self, path: Path) -> tuple[BlendForm, tuple[str, ...]]:
-        """The form that a preset fills; adapters that the library lacks are named and left out."""
+        """Return the form of a preset; adapters that the library lacks are named and left out."""
         settings = {} if read_preset(path).settings else {"prompt": ""}
         request = request_from_preset(path, base="", settings=settings, composition={}, adapters=())
         return form_from_request(request, self.library())
@@ -228,14 +228,14 @@ class Studio:
 def format_progress(
     done: int, request: GenerationRequest, denoising_step: DenoisingStep, started: float, share: float
 ) -> str:
-    """Where the work is, and how long it will take."""
+    """Describe the progress and the remaining time."""
     left = (time.monotonic() - started) * (1 - share) / max(share, 1e-6)
     which = f"picture {done + 1} of {request.settings.count}, " if request.settings.count > 1 else ""
     return f"{which}step {denoising_step.index + 1} of {denoising_step.total}, {left:.0f} s left"
 
 
 def check_name(name: str) -> str:
-    """A name that is safe as a file's. Raises ConfigError."""
+    """Return a name that is safe as a file name. Raises ConfigError."""
     stripped = name.strip()
     if not NAME.fullmatch(stripped):
         raise ConfigError(
@@ -246,14 +246,14 @@ def check_name(name: str) -> str:
 
 
 def list_bases(named: Sequence[str]) -> tuple[str, ...]:
-    """The bases that were asked for, or the embedded one. Raises BaseModelError for one that is not there."""
+    """Return the requested bases, or the embedded one. Raises BaseModelError for one that does not exist."""
     for name in named:
         find_checkpoint(name)
     return tuple(named) or (EMBEDDED_BASE,)
 
 
 def create_library(output: Path) -> Path:
-    """A library of the studio's own, which begins with the adapters that come with the package."""
+    """Create the studio's own library, with the adapters that come with the package."""
     folder = output / "library"
     if not folder.is_dir():
         shutil.copytree(

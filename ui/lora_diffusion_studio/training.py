@@ -55,7 +55,7 @@ class Job:
 
 
 class RunManager:
-    """The runs of a studio; one at a time, as there is one device."""
+    """Manages the training runs of a studio, one at a time, as there is one device."""
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
@@ -117,7 +117,7 @@ class RunManager:
         return format_report(check_dataset_for_base(data, job.base, job.trigger if job.purpose == "style" else ""))
 
     def command_words(self, job: Job) -> list[str]:
-        """The command line of a run. Raises ConfigError."""
+        """Return the command line of a run. Raises ConfigError."""
         self.studio.check_base(job.base)
         if job.purpose not in PURPOSES:
             raise ConfigError(f"{job.purpose!r}: choose {' or '.join(PURPOSES)}")
@@ -132,7 +132,7 @@ class RunManager:
         return [*words, *(word for each in sets for word in ("--set", each))]
 
     def sample_settings(self, job: Job) -> list[str]:
-        """Settings that draw samples on the way."""
+        """Return settings that draw sample pictures during training."""
         prompts = [line.strip() for line in job.prompts.splitlines() if line.strip()]
         first = next((caption for _, caption in self.captions(job.name) if caption), "")
         prompts = prompts or [text for text in (job.instance, first, job.trigger) if text][:1]
@@ -141,7 +141,7 @@ class RunManager:
         return told if prompts else []
 
     def command(self, job: Job) -> str:
-        """The same to be copied."""
+        """Return the command line of a run as text to copy."""
         return shlex.join(["lora-diffusion", *self.command_words(job)])
 
     def start(self, job: Job) -> None:
@@ -196,7 +196,7 @@ class RunManager:
 
 
 def check_allowed_settings(sets: Sequence[str]) -> None:
-    """Raise ConfigError for a setting that has a field of its own, would read or write elsewhere, or run other code."""
+    """Raise ConfigError for settings with a field of their own, of other paths, or that run code."""
     for each in sets:
         key = each.partition("=")[0].strip()
         if key in FIELDS:

@@ -26,8 +26,8 @@ from lora_diffusion.algebra.combine.ziplora import zip_layers
 from lora_diffusion.architectures.module_paths import ModelLayout
 from lora_diffusion.errors import ConfigError
 
-Method = Literal["ties", "dare", "della", "knots", "magnitude", "median", "slerp", "zip", "project"]
-"""Names of the consensus methods; `zip` is ZipLoRA and `project` is NP-LoRA."""
+Method = Literal["ties", "dare", "della", "knots", "magnitude", "median", "slerp", "zip", "np-lora"]
+"""Names of the consensus methods; `zip` is ZipLoRA."""
 
 _METHODS_BY_SETTING: Mapping[str, tuple[Method, ...]] = {
     "density": ("ties", "dare", "della", "knots", "magnitude"),
@@ -35,7 +35,7 @@ _METHODS_BY_SETTING: Mapping[str, tuple[Method, ...]] = {
     "spread": ("della",),
     "disjoint": ("ties", "della", "knots"),
     "penalty": ("zip",),
-    "strength": ("project",),
+    "strength": ("np-lora",),
 }
 """The methods that use each setting."""
 
@@ -130,7 +130,7 @@ METHODS: Mapping[Method, ModuleMethod] = {
     "slerp": _make_core_method(build_core_space, lambda cores, weights, _, __: slerp(cores, weights)),
     "zip": lambda terms, config, _: zip_layers(terms, config.penalty),
 }
-"""Methods that merge one module at a time. `project` needs whole adapters in the order given, so it is not listed."""
+"""Methods that merge one module at a time. `np-lora` needs whole adapters in the order given, so it is not listed."""
 
 
 def combine_by_consensus(
@@ -140,7 +140,7 @@ def combine_by_consensus(
 
     A module that only one adapter changes keeps that adapter's layer times its weight, whatever the method. Biases are
     merged like a column of the weight. Textual inversion tokens are collected as in `combine`. The result does not
-    depend on the order of adapters or modules, except for `project`, where the first adapter is the subject and all
+    depend on the order of adapters or modules, except for `np-lora`, where the first adapter is the subject and all
     others are styles.
 
     Args:
@@ -159,7 +159,7 @@ def combine_by_consensus(
         FamilyMismatchError: If two adapters expect weights of different shapes.
     """
     _check_consensus_blend(blend, config.method)
-    if config.method == "project":
+    if config.method == "np-lora":
         entries = tuple(entry for entry in blend.entries if entry in blend.active)
         projected = Blend(entries=(project_entries(entries, config.strength), *entries[1:]))
         return combine(projected, metadata, layout)
@@ -209,8 +209,8 @@ def _check_consensus_blend(blend: Blend, method: Method) -> None:
     count = len(blend.active)
     if method in ("slerp", "zip") and count > 2:
         raise ConfigError(f"{method} merges two adapters, but this blend has {count}; merge them in pairs")
-    if method == "project" and count < 2:
-        raise ConfigError(f"project needs two or more adapters, a subject followed by styles; this blend has {count}")
+    if method == "np-lora" and count < 2:
+        raise ConfigError(f"np-lora needs two or more adapters, a subject followed by styles; this blend has {count}")
     for entry in blend.active:
         others = {path: layer.kind for path, layer in entry.adapter.layers.items() if not is_joinable(layer)}
         if others:

@@ -25,7 +25,7 @@ def truncate_adapter(adapter: Adapter, count: int) -> tuple[Adapter, Compression
     if count < 1:
         raise ConfigError(f"first is {count}; expected an integer of at least 1")
     truncated = {path: _truncate_module(path, layer, count) for path, layer in adapter.layers.items()}
-    metadata = adapter.metadata.model_copy(update={"least_rank": 0})
+    metadata = adapter.metadata.model_copy(update={"min_rank": 0})
     losses = {
         path: _measure_module_loss(adapter.layers[path], layer)
         for path, layer in truncated.items()

@@ -52,10 +52,10 @@ class ConsensusFlags:
     """What decides where adapters disagree, instead of the sum."""
 
     method: Annotated[
-        Literal["ties", "dare", "della", "knots", "magnitude", "median", "slerp", "zip", "project"] | None,
-        optional_flag("ties|dare|della|knots|magnitude|median|slerp|zip|project"),
+        Literal["ties", "dare", "della", "knots", "magnitude", "median", "slerp", "zip", "np-lora"] | None,
+        optional_flag("ties|dare|della|knots|magnitude|median|slerp|zip|np-lora"),
     ] = None
-    """A rule that decides where adapters disagree, instead of the sum. slerp and zip take two adapters; project takes
+    """A rule that decides where adapters disagree, instead of the sum. slerp and zip take two adapters; np-lora takes
     the others' directions out of the first."""
     density: Annotated[float | None, optional_flag("SHARE")] = None
     """Share of the numbers that stay (ties, dare, della, knots, magnitude; default 0.5)."""
@@ -68,7 +68,7 @@ class ConsensusFlags:
     penalty: Annotated[float | None, optional_flag("NUMBER")] = None
     """How much shared columns give way to each other, 0 to below 1 (zip; default 0.9)."""
     strength: Annotated[float | None, optional_flag("NUMBER")] = None
-    """How strongly the others' directions are taken out of the first: 0 not, 1 half (project; default 1)."""
+    """How strongly the others' directions are taken out of the first: 0 not, 1 half (np-lora; default 1)."""
 
     def consensus(self) -> Any:
         """The settings, or None if no method is set. Raises ConfigError for settings that cannot be used."""

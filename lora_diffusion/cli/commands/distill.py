@@ -18,11 +18,11 @@ from lora_diffusion.cli.blend_flags import (
 )
 from lora_diffusion.cli.flags import optional_flags, quiet_libraries
 from lora_diffusion.config.distillation import DistillConfig
-from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.generate import SHORT_NAMES, GenerateConfig
 from lora_diffusion.config.preset import Composition
 from lora_diffusion.config.settings import EMBEDDED_BASE, validate
 
-DistilFlags = optional_flags(DistillConfig)
+DistillFlags = optional_flags(DistillConfig, {"guidance_scale": SHORT_NAMES["guidance_scale"]})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Distill:
     Prints how far the adapter is from the blend on prompts and noise held out: 0 is the blend, 1 the base alone.
     """
 
-    settings: Annotated[DistilFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    settings: Annotated[DistillFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
     composition: Annotated[CompositionFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
     where: Annotated[LoadFlags, tyro.conf.arg(name="")]
     output: Path
@@ -57,7 +57,8 @@ class Distill:
             from lora_diffusion.workflows.training.distill import PromptSource, distill_file
 
             request = self.make_request()
-            sampling = {"sampler_steps": request.settings.steps, "guidance": request.settings.guidance}
+            given = request.settings
+            sampling = {"num_inference_steps": given.num_inference_steps, "guidance_scale": given.guidance_scale}
             config = validate(DistillConfig, {**sampling, **set_flags(self.settings)}, source="distill")
             source = PromptSource(file=self.prompts, folder=self.data)
             done = distill_file(request, source, config, self.output, self.where.options(), force=self.force)

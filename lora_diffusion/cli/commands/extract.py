@@ -22,9 +22,9 @@ class ExtractFlags:
     rank: Annotated[RankFlags, tyro.conf.arg(name="")]
     method: Literal["exact", "randomized"] = "exact"
     """The whole SVD of every module; or, with --rank, a seeded random sketch of those that are much larger than N."""
-    unet_targets: Targets = ("all",)
+    unet_target_modules: Targets = ("all",)
     """Modules of the UNet: named sets or patterns, as in training; the flag without a value for none."""
-    text_encoder_targets: Targets = ("all",)
+    text_encoder_target_modules: Targets = ("all",)
     """Modules of the text encoders, in the same way."""
     dtype: WeightType = "keep"
     """Type of the factors; `keep` is that of the checkpoints, or float32 if they differ."""
@@ -43,8 +43,8 @@ class ExtractFlags:
         return ExtractConfig(
             rule=rule,
             method=self.method,
-            unet=self.unet_targets,
-            text_encoders=self.text_encoder_targets,
+            unet=self.unet_target_modules,
+            text_encoders=self.text_encoder_target_modules,
             dtype=self.dtype,
             force=self.force,
         )

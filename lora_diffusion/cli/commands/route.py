@@ -13,7 +13,7 @@ from lora_diffusion.config.routing import RouteConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Route:
-    """Train gates that weigh adapters by block and stretch of denoising steps; write them as a blend preset."""
+    """Train gates that weigh adapters by block and time bin of the denoising steps; write them as a blend preset."""
 
     config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG.toml")]
     """TOML file with the run's settings."""

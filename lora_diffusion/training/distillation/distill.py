@@ -98,7 +98,7 @@ def distill(
     started = time.perf_counter()
     _check_distillable(base, blend, composition, config)
     plain_deltas = plain_sum(base, blend)
-    mean_deltas = record_mean_sum(base, blend, composition, config.sampler_steps)
+    mean_deltas = record_mean_sum(base, blend, composition, config.num_inference_steps)
     _check_learnable(base, mean_deltas)
     training, held_out = record_teacher(base, blend, composition, prompts, config, backup)
     effect = _measure_effect(base, held_out, config)
@@ -148,10 +148,10 @@ def _check_distillable(base: Base, blend: Blend, composition: Composition, confi
     validate_blend(base, blend)
     check_composition(blend, composition)
     num_timesteps = int(base.pipe.scheduler.config.num_train_timesteps)
-    if config.sampler_steps > num_timesteps:
+    if config.num_inference_steps > num_timesteps:
         raise ConfigError(
-            f"'sampler_steps' is {config.sampler_steps}, but {base.name} was trained with {num_timesteps} timesteps; "
-            "use at most as many steps"
+            f"'num_inference_steps' is {config.num_inference_steps}, but {base.name} was trained with {num_timesteps} "
+            "timesteps; use at most as many steps"
         )
 
 

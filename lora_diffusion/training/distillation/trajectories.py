@@ -103,26 +103,26 @@ def _record_steps(
 ) -> Iterator[DistillationBatch]:
     """Sample several runs as one batch; yield the inputs and predictions of each step."""
     size_px = config.resolution or base.size_px
-    texts = ["" for _ in runs] * (config.guidance > 1) + [run.prompt for run in runs]
+    texts = ["" for _ in runs] * (config.guidance_scale > 1) + [run.prompt for run in runs]
 
     def encode() -> TextContext:
         return batch_contexts(encode_texts(base, texts, size_px), texts)
 
     scheduler = new_scheduler(base, "ddim")
-    scheduler.set_timesteps(config.sampler_steps, device=base.device)
+    scheduler.set_timesteps(config.num_inference_steps, device=base.device)
     x = (
         torch.cat([_initial_latents(base, run.seed, size_px) for run in runs]).to(base.device)
         * scheduler.init_noise_sigma
     )
     context = None
     for step, timestep in enumerate(scheduler.timesteps):
-        before_step(DenoisingStep(index=step, total=config.sampler_steps), lambda: encode().hidden)
+        before_step(DenoisingStep(index=step, total=config.num_inference_steps), lambda: encode().hidden)
         context = context or encode()
         latents = x.repeat(len(texts) // len(runs), 1, 1, 1)
         predictions = predict(base, latents, timestep, context)
         timesteps = timestep.expand(len(texts))
         yield DistillationBatch(latents=latents, timesteps=timesteps, texts=tuple(texts), predictions=predictions)
-        x = scheduler.step(_apply_guidance(predictions, len(runs), config.guidance), timestep, x).prev_sample
+        x = scheduler.step(_apply_guidance(predictions, len(runs), config.guidance_scale), timestep, x).prev_sample
 
 
 def _initial_latents(base: Base, seed: int, size_px: int) -> Tensor:

@@ -36,7 +36,7 @@ class TrainableAdaLoRA(LowRankLayer):
     def __init__(self, module: nn.Linear | nn.Conv2d, size: AdapterSize, generator: torch.Generator) -> None:
         super().__init__(size)
         shape = weight_shape(module)
-        initial_rank = round(size.rank * size.config.adalora_start)
+        initial_rank = round(size.rank * size.config.adalora_init_ratio)
         self.down = make_parameter(_INIT_STD * torch.randn(initial_rank, *shape[1:], generator=generator), module)
         up = _INIT_STD * torch.randn(shape[0], initial_rank, generator=generator)
         self.up = make_parameter(up.reshape(*up.shape, *[1] * (len(shape) - 2)), module)

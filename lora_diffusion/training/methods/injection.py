@@ -129,9 +129,9 @@ def _new_layer(
     config = size.config
     if shared is not None:
         return TrainableVeRA(module, size, shared)
-    layer_class = TrainablePiSSA if config.start == "pissa" else _LAYER_CLASSES[config.kind]
+    layer_class = TrainablePiSSA if config.init_weights == "pissa" else _LAYER_CLASSES[config.kind]
     layer = layer_class(module, size, generator)
-    return TrainableDoRA(module, layer) if config.dora else layer
+    return TrainableDoRA(module, layer) if config.use_dora else layer
 
 
 def _make_callbacks(
@@ -155,8 +155,8 @@ def _make_callbacks(
 
 def _resolve_sizes(paths: Sequence[str], config: AdapterConfig) -> dict[str, AdapterSize]:
     """Compute rank and scale of each module. Raises ConfigError if a pattern matches no module."""
-    ranks = resolve_patterns(paths, config.ranks, "adapter.ranks", config.rank)
-    alphas = resolve_patterns(paths, config.alphas, "adapter.alphas", config.alpha)
+    ranks = resolve_patterns(paths, config.rank_pattern, "adapter.rank_pattern", config.rank)
+    alphas = resolve_patterns(paths, config.alpha_pattern, "adapter.alpha_pattern", config.alpha)
     return {
         path: AdapterSize(rank=ranks[path], scale=_compute_scale(ranks[path], alphas[path], config), config=config)
         for path in paths
@@ -167,7 +167,7 @@ def _compute_scale(rank: int, alpha: float | None, config: AdapterConfig) -> flo
     """Compute alpha / rank, or alpha / sqrt(rank) for rsLoRA; 1 without an alpha."""
     if alpha is None:
         return 1.0
-    return alpha / (rank**0.5 if config.scaling == "sqrt-rank" else rank)
+    return alpha / (rank**0.5 if config.use_rslora else rank)
 
 
 def _make_generator(seed: int, path: str) -> torch.Generator:

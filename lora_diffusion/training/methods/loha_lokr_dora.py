@@ -135,12 +135,12 @@ class TrainableLoKr(DenseDeltaLayer):
     """LoKr [arXiv:2309.14859]: the Kronecker product of a small matrix w1 and a larger matrix w2.
 
     The larger matrix is the low-rank product w2_a @ w2_b, or a full matrix where the factors would have at least as
-    many parameters. The sides of w1 are the largest divisors of the weight's sides up to `lokr_factor`.
+    many parameters. The sides of w1 are the largest divisors of the weight's sides up to `decompose_factor`.
     """
 
     def __init__(self, module: nn.Linear | nn.Conv2d, size: AdapterSize, generator: torch.Generator) -> None:
         super().__init__()
-        shape, max_side = module.weight.shape, size.config.lokr_factor
+        shape, max_side = module.weight.shape, size.config.decompose_factor
         small_out, small_in = _largest_divisor(shape[0], max_side), _largest_divisor(shape[1], max_side)
         out, inputs, kernel = shape[0] // small_out, shape[1] // small_in, tuple(shape[2:])
         flat, rank = inputs * prod(kernel), size.rank

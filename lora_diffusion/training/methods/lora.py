@@ -94,7 +94,7 @@ class TrainableLoRA(LowRankLayer):
         down = kaiming_uniform((size.rank, *shape[1:]), generator)
         up = torch.zeros(shape[0], size.rank, *[1] * (len(shape) - 2))
         self.down = make_parameter(
-            _orthogonalize(down, generator) if size.config.start == "orthogonal" else down, module
+            _orthogonalize(down, generator) if size.config.init_weights == "orthogonal" else down, module
         )
         self.up = make_parameter(up, module)
         self.down.requires_grad_(not size.config.freeze_down)

@@ -40,8 +40,9 @@ class TrainablePiSSA(TrainableLoRA):
     def __init__(self, module: nn.Linear | nn.Conv2d, size: AdapterSize, generator: torch.Generator) -> None:
         if module.weight.ndim > 2 and module.weight[0, 0].numel() > 1:
             raise ConfigError(
-                "adapter.start 'pissa' needs the singular vectors of a matrix and does not support convolutions with a "
-                "kernel larger than 1 x 1; remove convolutions from adapter.unet_targets, or set adapter.start to zero"
+                "adapter.init_weights 'pissa' needs the singular vectors of a matrix and does not support convolutions "
+                "with a kernel larger than 1 x 1; remove convolutions from adapter.unet_target_modules, or set "
+                "adapter.init_weights to zero"
             )
         super().__init__(module, size, generator)
         down, up = _compute_pissa_factors(

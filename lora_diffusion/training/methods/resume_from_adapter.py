@@ -1,4 +1,4 @@
-"""Make trainable layers that start from the layers of an existing adapter (`adapter.begin_with`)."""
+"""Make trainable layers that start from the layers of an existing adapter (`adapter.init_from`)."""
 
 from dataclasses import replace
 from typing import Any
@@ -37,20 +37,20 @@ def check_continuable(adapter: Adapter, path: str) -> None:
         path: Its file, for the error message.
 
     Raises:
-        ConfigError: The adapter has learned words, is a T-LoRA, or has no layers.
+        ConfigError: The adapter has learned tokens, is a T-LoRA, or has no layers.
     """
     if adapter.tokens:
         raise ConfigError(
-            f"adapter.begin_with: {path} has learned words ({', '.join(adapter.tokens)}), which training would lose; "
+            f"adapter.init_from: {path} has learned tokens ({', '.join(adapter.tokens)}), which training would lose; "
             "remove them first (`lora-diffusion convert --without-tokens`), or train a new adapter"
         )
-    if adapter.metadata.least_rank:
+    if adapter.metadata.min_rank:
         raise ConfigError(
-            f"adapter.begin_with: {path} is a T-LoRA, whose rank depends on the timestep; training cannot continue "
+            f"adapter.init_from: {path} is a T-LoRA, whose rank depends on the timestep; training cannot continue "
             "from it; truncate it to plain LoRA first (`lora-diffusion resize --first`), or train a new adapter"
         )
     if not adapter.layers:
-        raise ConfigError(f"adapter.begin_with: {path} has no layers; expected an adapter with at least one layer")
+        raise ConfigError(f"adapter.init_from: {path} has no layers; expected an adapter with at least one layer")
 
 
 def layer_from_adapter(
@@ -89,10 +89,10 @@ def layer_from_adapter(
 
 def _check_no_dropout(path: str, layer: Layer, config: AdapterConfig) -> None:
     """Raise ConfigError if a setting is on that applies to plain LoRA only."""
-    for name in ("dropout", "rank_dropout", "module_dropout", "max_norm"):
+    for name in ("dropout", "rank_dropout", "module_dropout", "max_delta_norm"):
         if getattr(config, name):
             raise ConfigError(
-                f"adapter.{name} applies to plain LoRA only, but {path} in adapter.begin_with is {layer.kind}; remove "
+                f"adapter.{name} applies to plain LoRA only, but {path} in adapter.init_from is {layer.kind}; remove "
                 f"adapter.{name}"
             )
 

@@ -24,7 +24,7 @@ class TrainableTLoRA(TrainableLoRA):
 
     def __init__(self, module: nn.Linear | nn.Conv2d, size: AdapterSize, generator: torch.Generator) -> None:
         super().__init__(module, size, generator)
-        self.sizes = size.config.least_rank, size.rank
+        self.sizes = size.config.min_rank, size.rank
 
     @property
     def active_directions(self) -> Tensor | None:

@@ -40,12 +40,12 @@ class LearnedTokens:
     parameters: dict[str, nn.Parameter]
     """Vectors (n, width) in float32, by parameter name such as `text_encoder.words.sks`."""
     rewrite: Callable[[str], str]
-    """Replaces the learned words in a text by the names of their tokens."""
+    """Replaces the learned tokens in a text by the names of their tokens."""
     open_words: ExitStack
     """Contexts that keep the words in the tokenizers; never closed, because the base belongs to the training run."""
 
     def wrap_parser(self, read: ReadText) -> ReadText:
-        """Return a prompt parser that replaces the learned words first."""
+        """Return a prompt parser that replaces the learned tokens first."""
 
         def parse(text: str) -> Prompt:
             return read(self.rewrite(text))
@@ -70,16 +70,18 @@ def add_learned_tokens(base: Base, config: TextualInversionConfig, seed: int) ->
         seed: Seed of the random initial vectors.
 
     Raises:
-        ConfigError: `words.begin_as` gives no tokens in one of the tokenizers.
+        ConfigError: `initializer_token` gives no tokens in one of the tokenizers.
     """
     initial = {
         word: {
             component: _initial_vectors(base, component, config, seed, index) for component in base.layout.text_layers
         }
-        for index, word in enumerate(config.words)
+        for index, word in enumerate(config.placeholder_tokens)
     }
     entry = WeightedAdapter(adapter=Adapter(layers={}, tokens=initial))
-    words = tuple(make_token_names(entry, index, word, initial[word]) for index, word in enumerate(config.words))
+    words = tuple(
+        make_token_names(entry, index, word, initial[word]) for index, word in enumerate(config.placeholder_tokens)
+    )
     parameters: dict[str, nn.Parameter] = {}
     open_words = ExitStack()
     for component in base.layout.text_layers:
@@ -91,22 +93,22 @@ def add_learned_tokens(base: Base, config: TextualInversionConfig, seed: int) ->
 def _initial_vectors(base: Base, component: str, config: TextualInversionConfig, seed: int, index: int) -> Tensor:
     """Compute the initial vectors (n, width) of the word at an index.
 
-    They are the token vectors of `begin_as`, repeated as needed, or normal noise with the mean and the standard
-    deviation of the embedding table.
+    They are the token vectors of `initializer_token`, repeated as needed, or normal noise with the mean and the
+    standard deviation of the embedding table.
     """
     table = embedding_table(base, component).weight.detach().float().cpu()
-    if not config.begin_as:
+    if not config.initializer_token:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-        noise = torch.randn(config.vectors, table.shape[1], generator=generator)
+        noise = torch.randn(config.num_vectors, table.shape[1], generator=generator)
         return table.mean(dim=0) + table.std(dim=0) * noise
     tokenizer = getattr(base.pipe, TOKENIZERS[component])
-    ids = tokenizer(config.begin_as, add_special_tokens=False).input_ids
+    ids = tokenizer(config.initializer_token, add_special_tokens=False).input_ids
     if not ids:
         raise ConfigError(
-            f"words.begin_as is {config.begin_as!r}, which has no tokens in the tokenizer of {component}; expected a "
-            "word such as 'style'"
+            f"textual_inversion.initializer_token is {config.initializer_token!r}, which has no tokens in the "
+            f"tokenizer of {component}; expected a word such as 'style'"
         )
-    return table[[ids[i % len(ids)] for i in range(config.vectors)]]
+    return table[[ids[i % len(ids)] for i in range(config.num_vectors)]]
 
 
 def _add_trainable_rows(base: Base, component: str, words: Sequence[LearnedToken]) -> dict[str, nn.Parameter]:
@@ -131,7 +133,7 @@ class TextualInversionCallbacks(MethodCallbacks):
     """Decides when words and adapter learn, and restores the norm of each vector after each step.
 
     Args:
-        words: Parameters of the learned words.
+        words: Parameters of the learned tokens.
         others: All other trained parameters.
         config: `alone`, the fraction of the run in which only words learn, and `until`, the fraction after which they
             are frozen.
@@ -146,7 +148,7 @@ class TextualInversionCallbacks(MethodCallbacks):
         steps: int,
     ) -> None:
         self.words, self.others = words, others
-        self.alone, self.until = config.alone * steps, config.until * steps
+        self.alone, self.until = config.start_adapter_at * steps, config.freeze_tokens_at * steps
         self.norms = {name: vectors.detach().norm(dim=1, keepdim=True) for name, vectors in words.items()}
 
     def frozen_parameters(self, step: int) -> Iterable[nn.Parameter]:
@@ -165,5 +167,5 @@ class TextualInversionCallbacks(MethodCallbacks):
             vectors.mul_(self.norms[name] / vectors.norm(dim=1, keepdim=True))
 
     def report(self) -> dict[str, Any]:
-        """Return the learned words, one entry per text encoder."""
+        """Return the learned tokens, one entry per text encoder."""
         return {"words": [name.split(".", 2)[2] for name in self.words]}

@@ -35,7 +35,7 @@ class Denoiser(nn.Module):
         base: The base with the trainable layers.
         config: Prediction type, noise schedule and loss.
         read: Parser of the captions.
-        text_learns: Whether text encoders or learned words are trained, so that captions must be encoded in each step.
+        text_learns: Whether text encoders or learned tokens are trained, so that captions must be encoded in each step.
     """
 
     def __init__(

@@ -55,7 +55,12 @@ def make_class_pictures(base: Base, config: PriorConfig, folder: Path, size_px: 
     folder.mkdir(parents=True, exist_ok=True)
     for seed in tqdm(missing_pictures(config, folder)[share::of], desc="class pictures", unit="picture", leave=False):
         settings = GenerateConfig(
-            prompt=config.prompt, seed=seed, guidance=config.guidance, steps=config.steps, width=size_px, height=size_px
+            prompt=config.prompt,
+            seed=seed,
+            guidance_scale=config.guidance_scale,
+            num_inference_steps=config.num_inference_steps,
+            width=size_px,
+            height=size_px,
         )
         generate(base, [settings])[0].save(folder / _picture_name(seed))
 

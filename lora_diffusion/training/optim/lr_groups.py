@@ -19,7 +19,8 @@ def resolve_peak_rates(
     Args:
         names: Names of the parameters, which start with their component, such as
             `unet.mid_block.attentions.0.proj_in.down`.
-        config: The learning rates, the factors by pattern (`rates`) and the factor of `up` (`up_rate`, LoRA+).
+        config: The learning rates, the factors by pattern (`rates`) and the factor of `up` (LoRA+,
+            `loraplus_lr_ratio`).
         text_encoders: All text encoders of the base, in order.
         share: Rate of the text encoders relative to the UNet's, if they have none of their own.
 
@@ -28,25 +29,26 @@ def resolve_peak_rates(
 
     Raises:
         ConfigError: A pattern matches no parameter, the number of text encoder rates is wrong, a text encoder rate is
-            set although no text encoder is trained, or `up_rate` is set although no layer has a factor `up`.
+            set although no text encoder is trained, or `loraplus_lr_ratio` is set although no layer has a factor `up`.
     """
     names = tuple(names)
     by_component = _resolve_component_rates(config, text_encoders, share)
     if config.text_encoder_learning_rate is not None and all(name.startswith("unet.") for name in names):
         raise ConfigError(
             "optimizer.text_encoder_learning_rate is set, but no text encoder is trained; set "
-            "adapter.text_encoder_targets, or remove the rate"
+            "adapter.text_encoder_target_modules, or remove the rate"
         )
-    if config.up_rate != 1 and not any(name.endswith(".up") for name in names):
+    if config.loraplus_lr_ratio != 1 and not any(name.endswith(".up") for name in names):
         raise ConfigError(
-            f"optimizer.up_rate is {config.up_rate}, but no trained layer has a factor `up`; "
+            f"optimizer.loraplus_lr_ratio is {config.loraplus_lr_ratio}, but no trained layer has a factor `up`; "
             "set it to 1, or adapter.kind to lora"
         )
     factors = _resolve_rate_factors(
-        names, {**config.rates, **({"*.up": config.up_rate} if config.up_rate != 1 else {})}
+        names, {**config.rates, **({"*.up": config.loraplus_lr_ratio} if config.loraplus_lr_ratio != 1 else {})}
     )
     rates = {
-        name: config.word_learning_rate if ".words." in name else by_component[name.partition(".")[0]] for name in names
+        name: config.embedding_learning_rate if ".words." in name else by_component[name.partition(".")[0]]
+        for name in names
     }
     return {name: rates[name] * factors[name] for name in names}
 

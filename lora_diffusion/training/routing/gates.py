@@ -42,8 +42,8 @@ class Gates(nn.Module):
     Args:
         base: The base that the adapters are applied to.
         blend: The adapters; their weights must be plain numbers other than 0.
-        stretches: Number of time bins of equal length.
-        start: Initial value of all gates.
+        num_time_bins: Number of time bins of equal length.
+        init_value: Initial value of all gates.
 
     Attributes:
         values: The gates, (adapters, blocks, time bins), float32.
@@ -55,17 +55,17 @@ class Gates(nn.Module):
         ConfigError: If a weight is not a plain number, or a layer is of a kind that gates do not support.
     """
 
-    def __init__(self, base: Base, blend: Blend, *, stretches: int, start: float) -> None:
+    def __init__(self, base: Base, blend: Blend, *, num_time_bins: int, init_value: float) -> None:
         super().__init__()
         validate_blend(base, blend)
         _check_weights(blend)
-        self.base, self.blend, self.start = base, blend, start
+        self.base, self.blend, self.init_value = base, blend, init_value
         used = {self.block_of(path) for entry in blend.entries for path in entry.adapter.paths}
         self.blocks = tuple(block for block in vector_block_names(base.layout)[0] if block in used - {"BASE"})
         _check_layers(blend, self.paths)
-        shape = (len(blend.entries), len(self.blocks), stretches)
+        shape = (len(blend.entries), len(self.blocks), num_time_bins)
         device = base.device
-        self.values = nn.Parameter(torch.full(shape, start, dtype=torch.float32, device=device))
+        self.values = nn.Parameter(torch.full(shape, init_value, dtype=torch.float32, device=device))
         self.num_timesteps = int(base.pipe.scheduler.config.num_train_timesteps)
         self.time_bins = torch.zeros(1, dtype=torch.int64, device=device)
         """Time bin of each sample of the current batch, (n,), or one for all samples, (1,)."""
@@ -90,7 +90,7 @@ class Gates(nn.Module):
 
     def compute_drift(self) -> Tensor:
         """Return the mean squared difference between the gates and their initial value."""
-        return (self.values - self.start).square().mean()
+        return (self.values - self.init_value).square().mean()
 
     def to_weights(self) -> tuple[BlendWeight, ...]:
         """Return the adapters' weights with the gates as per-block schedules, constant within each time bin."""
@@ -112,16 +112,16 @@ class Gates(nn.Module):
         """Return the gates of an adapter by block, for the blocks in which it has layers."""
         used = {self.block_of(path) for path in entry.adapter.paths}
         values = self.values.detach().cpu().double()
-        text: dict[str, float | Schedule] = {"BASE": self.start} if "BASE" in used else {}
+        text: dict[str, float | Schedule] = {"BASE": self.init_value} if "BASE" in used else {}
         return text | {b: _make_schedule(values[i, j].tolist()) for j, b in enumerate(self.blocks) if b in used}
 
     def _outside_factors(self, entry: WeightedAdapter) -> tuple[tuple[str, float], ...]:
         """Return the constant gate for each of the adapter's modules outside all blocks."""
-        return tuple((path, self.start) for path in entry.adapter.paths if not self.block_of(path))
+        return tuple((path, self.init_value) for path in entry.adapter.paths if not self.block_of(path))
 
     def ungated_sum(self) -> Blend:
         """Return the part of the blend without trainable gates: text encoders and modules outside all blocks."""
-        factors = dict.fromkeys(self.blocks, 0.0) | {"BASE": self.start}
+        factors = dict.fromkeys(self.blocks, 0.0) | {"BASE": self.init_value}
         return Blend(
             entries=tuple(
                 replace(
@@ -175,7 +175,7 @@ def _make_schedule(gates: list[float]) -> Schedule:
     return Schedule(points=tuple((i / len(gates), round(gate, _GATE_DECIMALS)) for i, gate in enumerate(gates)))
 
 
-def time_bin_at(timestep: Tensor, stretches: int, num_timesteps: int) -> Tensor:
+def time_bin_at(timestep: Tensor, num_time_bins: int, num_timesteps: int) -> Tensor:
     """Return the time bins of training timesteps.
 
     Denoising goes from timestep T - 1 to 0, so the middle of timestep t is at the fraction 1 - (t + 0.5) / T of the
@@ -184,14 +184,14 @@ def time_bin_at(timestep: Tensor, stretches: int, num_timesteps: int) -> Tensor:
 
     Args:
         timestep: Timesteps, of any shape.
-        stretches: Number of time bins of equal length.
+        num_time_bins: Number of time bins of equal length.
         num_timesteps: T, the number of timesteps of the noise schedule.
 
     Returns:
         Time bins from 0, which is the start of the denoising process; int64, same shape as `timestep`.
     """
     doubled = 2 * (num_timesteps - timestep.long()) - 1
-    return (doubled * stretches).div(2 * num_timesteps, rounding_mode="floor").clamp(0, stretches - 1)
+    return (doubled * num_time_bins).div(2 * num_timesteps, rounding_mode="floor").clamp(0, num_time_bins - 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

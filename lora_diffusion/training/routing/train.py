@@ -108,7 +108,7 @@ def route(config: RouteConfig) -> RouteResult:
     blend = _read_blend(config)
     check_writable(config.output)
     base = load_base(config.base, precision=torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32)
-    gates = Gates(base, blend, stretches=config.stretches, start=_initial_gate(config))
+    gates = Gates(base, blend, num_time_bins=config.num_time_bins, init_value=_initial_gate(config))
     losses = _train_and_measure(gates, examples, config)
     preset = BlendPreset(
         name=config.output.stem,
@@ -126,7 +126,7 @@ def _initial_gate(config: RouteConfig) -> float:
     The average of the adapters is the better start: adapters that were trained separately overshoot when summed, on the
     embedded base to twice the loss of the average.
     """
-    return 1 / len(config.adapters) if config.start == "average" else config.start
+    return 1 / len(config.adapters) if config.init_value == "average" else config.init_value
 
 
 def read_route(path: Path, changes: Mapping[str, Any] | None = None) -> RouteConfig:
@@ -205,7 +205,7 @@ def _describe_training(config: RouteConfig, examples: tuple[Example, ...], losse
     """Describe the training in a sentence, for the preset's description."""
     folders = " and ".join(dict.fromkeys(folder.name for folder in config.data))
     return (
-        f"Gates per block and {config.stretches} time bins, trained for {config.steps} steps with batch size "
+        f"Gates per block and {config.num_time_bins} time bins, trained for {config.steps} steps with batch size "
         f"{config.batch_size} on {folders} ({len(examples)} images, hash {data_hash(examples)[:12]}), seed "
         f"{config.seed}; loss on held-out noise {losses[0]:.4f} -> {losses[1]:.4f}."
     )

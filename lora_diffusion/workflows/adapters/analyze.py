@@ -37,7 +37,7 @@ Facts = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterStats:
-    """What is found of one adapter, by module path."""
+    """Measurements of one adapter, by module path."""
 
     spectra: dict[str, SpectrumStats] = field(default_factory=dict[str, SpectrumStats])
     amplifications: dict[str, Amplification] = field(default_factory=dict[str, Amplification])
@@ -46,7 +46,7 @@ class AdapterStats:
 
 @dataclass(frozen=True, kw_only=True)
 class PairStats:
-    """What is found of two adapters, by module path."""
+    """Measurements of two adapters, by module path."""
 
     overlaps: dict[str, Overlap] = field(default_factory=dict[str, Overlap])
     inputs: dict[str, SubspaceSimilarity] = field(default_factory=dict[str, SubspaceSimilarity])
@@ -107,7 +107,7 @@ def check_same_base(adapters: Sequence[Adapter], paths: Sequence[Path]) -> None:
 
 
 def open_base_weights(base: str, adapters: Sequence[Adapter]) -> Callable[[str], Tensor | None]:
-    """What reads the base's weight of a module, if an adapter changes it.
+    """Return a function that reads the base's weight of a module that an adapter changes.
 
     Raises BaseModelError, FamilyMismatchError if anything finds no weight of its shape.
     """
@@ -119,7 +119,7 @@ def open_base_weights(base: str, adapters: Sequence[Adapter]) -> Callable[[str],
 
 
 def no_base_weight(_module: str) -> None:
-    """The weight of a module where no base is given."""
+    """Return None, the weight of a module without a base."""
 
 
 def spectrum_at(adapter: Adapter, found: AdapterStats, module: str, weight: Tensor | None) -> Spectrum | None:
@@ -135,7 +135,7 @@ def spectrum_at(adapter: Adapter, found: AdapterStats, module: str, weight: Tens
 
 
 def explain_no_spectrum(layer: Layer, weight: Tensor | None) -> str:
-    """Why a layer's delta cannot be decomposed; empty if it can."""
+    """Explain why a layer's delta cannot be decomposed; empty if it can."""
     if len(layer.weight_shape) < 2:
         return "the weight of a norm is no matrix"
     return "DoRA needs the base's weight" if layer.kind == "DoRA" and weight is None else ""
@@ -172,7 +172,7 @@ def add_pair_stats(
 
 
 def make_distinct_names(adapters: Sequence[Adapter], paths: Sequence[Path]) -> list[str]:
-    """What to call each: its own name, else its file's, else that with a number."""
+    """Return distinct display names: the adapter's name, else the file's, else that with a number."""
     own, stems = [adapter.metadata.name for adapter in adapters], [path.stem for path in paths]
     numbered = [f"{stem} ({number})" for number, stem in enumerate(stems, start=1)]
     return next(names for names in (own, stems, numbered) if len(set(names)) == len(names) and all(names))
@@ -186,7 +186,7 @@ def group_by_block(modules: Iterable[str]) -> dict[str, list[str]]:
 
 
 def adapter_to_json(name: str, path: Path, adapter: Adapter, found: AdapterStats) -> Facts:
-    """All of one adapter: in all, by block, by module."""
+    """Return the measurements of one adapter: in total, by block, by module."""
     blocks = group_by_block(found.spectra)
     facts: Facts = {
         "name": name,
@@ -212,14 +212,14 @@ def adapter_to_json(name: str, path: Path, adapter: Adapter, found: AdapterStats
 
 
 def median_amplification(found: Sequence[Amplification]) -> Facts:
-    """The median of each number; None where no module has it."""
+    """Return the median of each number; None if no module has it."""
     columns = {name: [getattr(each, name) for each in found] for name in Amplification.__dataclass_fields__}
     known = {name: [value for value in values if value is not None] for name, values in columns.items()}
     return {name: median(values) if values else None for name, values in known.items()}
 
 
 def pair_to_json(first: str, second: str, found: PairStats) -> Facts:
-    """All of two adapters: in all, by block, by module."""
+    """Return the measurements of two adapters: in total, by block, by module."""
     return {
         "first": first,
         "second": second,
@@ -236,12 +236,12 @@ def pair_to_json(first: str, second: str, found: PairStats) -> Facts:
 
 
 def overlap_to_json(overlap: Overlap) -> Facts:
-    """Cosine and shares; `shared` is how much the two will fight, `chance` what it is for random directions."""
+    """Return cosine and shares; `shared` measures the interference of two adapters, `chance` its expectation."""
     return {name: getattr(overlap, name) for name in ("cosine", "shared", "chance", "first_share", "second_share")}
 
 
 def similarity_to_json(found: Sequence[SubspaceSimilarity]) -> Facts:
-    """Means over modules of phi, for all pairs of numbers of directions and for all directions; empty for none."""
+    """Return means of phi over modules, for all pairs of ranks and for all directions; empty for none."""
     if not found:
         return {}
     return {
@@ -260,7 +260,7 @@ def rounded_grid(grids: Sequence[Tensor]) -> list[list[float]]:
 
 
 def make_matrix(pairs: Sequence[Facts], names: Sequence[str], key: str) -> list[list[float]]:
-    """One number of each pair as a symmetrical matrix, in the adapters' order; 1 on the diagonal."""
+    """Return a number of each pair as a symmetric matrix in the adapters' order, with 1 on the diagonal."""
     values = {(pair["first"], pair["second"]): pair[key] for pair in pairs}
     values |= {(second, first): value for (first, second), value in values.items()}
     return [[values.get((row, column), 1.0) for column in names] for row in names]

@@ -9,7 +9,7 @@ MOST_PAIRS = 20
 
 
 def describe_analysis(facts: Facts) -> str:
-    """The facts of `analyze_files`: adapters, their blocks, what they do to the base, and how they get along."""
+    """Format the facts of `analyze_files`: adapters, their blocks, amplification and overlap."""
     adapters, pairs = facts["adapters"], sorted(facts["pairs"], key=lambda pair: -pair["shared"])
     parts = [
         format_totals(adapters),
@@ -43,7 +43,7 @@ def format_total(adapter: Facts) -> list[str]:
 
 
 def format_by_block(adapters: Sequence[Facts], title: str, cell: Callable[[Facts], str]) -> str:
-    """A row for each block, a column for each adapter."""
+    """Format a table with a row for each block and a column for each adapter."""
     blocks = sorted({block for adapter in adapters for block in adapter["blocks"]})
     found = [adapter["blocks"] for adapter in adapters]
     rows = [[block, *(cell(each[block]) if block in each else "-" for each in found)] for block in blocks]
@@ -51,7 +51,7 @@ def format_by_block(adapters: Sequence[Facts], title: str, cell: Callable[[Facts
 
 
 def format_amplifications(adapters: Sequence[Facts], base: str) -> str:
-    """Medians over modules of the numbers of section 7.3 of LoRA [arXiv:2106.09685]."""
+    """Format medians over modules of the numbers of section 7.3 of LoRA [arXiv:2106.09685]."""
     keys = ("delta_norm", "projected", "own", "random", "factor")
     title = f"U'WV, what {base} holds in the delta's directions, in its own first ones, in random ones; medians"
     heading = ["", "|delta|", "|U'WV|", "own", "random", "|delta| / |U'WV|"]
@@ -61,7 +61,7 @@ def format_amplifications(adapters: Sequence[Facts], base: str) -> str:
 
 
 def format_digits(value: float | None) -> str:
-    """Three significant digits."""
+    """Format with three significant digits."""
     return "-" if value is None else f"{value:#.3g}".rstrip(".")
 
 
@@ -93,7 +93,7 @@ def format_percent(share: float | None) -> str:
 
 
 def find_strongest_block(pair: Facts) -> str:
-    """The block in which most is shared."""
+    """Return the block with the most shared energy."""
     block, found = max(pair["blocks"].items(), key=lambda item: item[1]["shared"])
     return f"{block} {format_percent(found['shared'])}"
 
@@ -107,7 +107,7 @@ def format_overlap_by_block(pair: Facts) -> str:
 
 
 def format_left_out(adapters: Iterable[Facts]) -> list[str]:
-    """One line for each adapter and reason."""
+    """Format one line for each adapter and reason."""
     lines: list[str] = []
     for adapter in adapters:
         for reason in sorted(set(adapter["left_out"].values())):
@@ -121,7 +121,7 @@ def truncate_name(name: str, longest: int = 24) -> str:
 
 
 def format_table(rows: Rows, *, left: int = 1, left_last: bool = False) -> str:
-    """Columns as wide as their widest cell; the first `left` begin, and the others end, at one place."""
+    """Format columns as wide as their widest cell; the first `left` are left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     last = len(widths) - 1
 

@@ -34,7 +34,7 @@ STALE = ("ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_network_
 
 @dataclass(frozen=True, kw_only=True)
 class CombineConfig:
-    """How adapters become one."""
+    """Settings of combining adapters into one."""
 
     rule: RankRule | None = None
     """Which rank each module gets; without a rule nothing is cut off, and ranks add up."""
@@ -52,7 +52,7 @@ class CombineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CombineResult:
-    """A file that was written, beside those that it was made of."""
+    """A written file, and the files it was made from."""
 
     sources: tuple[Path, ...]
     output: Path
@@ -67,7 +67,7 @@ class CombineResult:
 
 
 def combine_files(entries: Sequence[BlendEntry], output: Path, how: CombineConfig) -> CombineResult:
-    """Read adapters in any dialect and write their weighted sum in the native layout; a lone one may be resized so.
+    """Combine adapters in any dialect into a native file; a single adapter may be resized.
 
     Raises OutputError if the output is an input, or there already, ConfigError if there is nothing to combine, or what
     cannot be combined, or a type that cannot hold it, FamilyMismatchError, AdapterFormatError.
@@ -105,7 +105,10 @@ def combine_files(entries: Sequence[BlendEntry], output: Path, how: CombineConfi
 
 
 def combine_blend(blend: Blend, how: CombineConfig) -> tuple[Adapter, CompressionReport | None]:
-    """The blend as one adapter: the only place that knows the ways to make it. Raises LoRADiffusionError's children."""
+    """Combine a blend into one adapter; every way of combining is implemented here.
+
+    Raises LoRADiffusionError's children.
+    """
     family = next((e.adapter.metadata.family for e in blend.active if e.adapter.metadata.family), "")
     layout = LAYOUTS.get(family)
     if how.consensus:
@@ -121,7 +124,7 @@ def combine_blend(blend: Blend, how: CombineConfig) -> tuple[Adapter, Compressio
 
 
 def materialize_dora(blend: Blend, base: str) -> Blend:
-    """The blend with what each DoRA layer changes in the base's own weight in that layer's place, as a full difference.
+    """Replace each DoRA layer by its change to the base's weight, as a full difference.
 
     That is how a blend applies it: beside the others, never on top of them. Raises BaseModelError, FamilyMismatchError.
     """
@@ -141,7 +144,7 @@ def materialize_dora(blend: Blend, base: str) -> Blend:
 
 
 def find_common_dtype(entries: Sequence[WeightedAdapter]) -> torch.dtype:
-    """The type that all layers and biases share, if it is a half one; float32, which holds all, if they differ."""
+    """Return the common half-precision type of all layers and biases, else float32."""
     adapters = [entry.adapter for entry in entries]
     kinds = {
         factor.dtype for adapter in adapters for layer in adapter.layers.values() for factor in layer.factors.values()
@@ -151,7 +154,7 @@ def find_common_dtype(entries: Sequence[WeightedAdapter]) -> torch.dtype:
 
 
 def merge_metadata(entries: Sequence[WeightedAdapter], name: str) -> AdapterMetadata:
-    """What is known of all the adapters together; what they do not agree on is left empty, and trigger words unite."""
+    """Merge the metadata of all adapters; differing values are left empty, and trigger words are united."""
     known = [entry.adapter.metadata for entry in entries]
 
     def common_value(field: str) -> str:
@@ -175,10 +178,10 @@ def merge_metadata(entries: Sequence[WeightedAdapter], name: str) -> AdapterMeta
 
 
 def disable_timestep_ranks(blend: Blend) -> Blend:
-    """The blend with every direction of a T-LoRA acting at all steps."""
+    """Return the blend with every direction of a T-LoRA active at all steps."""
 
     def disable(adapter: Adapter) -> Adapter:
-        return replace(adapter, metadata=adapter.metadata.model_copy(update={"least_rank": 0}))
+        return replace(adapter, metadata=adapter.metadata.model_copy(update={"min_rank": 0}))
 
     return Blend(entries=tuple(replace(entry, adapter=disable(entry.adapter)) for entry in blend.entries))
 
@@ -186,7 +189,7 @@ def disable_timestep_ranks(blend: Blend) -> Blend:
 def make_record(
     entries: Sequence[WeightedAdapter], how: CombineConfig, report: CompressionReport | None, rounding: float
 ) -> dict[str, Any]:
-    """What made the file, for its header; an adapter that was alone keeps the record of its training."""
+    """Return the record of how the file was made; a single adapter keeps the record of its training."""
     training = dict(entries[0].adapter.metadata.training) if len(entries) == 1 else {}
     parts = [
         {"file": Path(part.path).name, **part.model_dump(mode="json", include={"name", "hash", "weight"})}
@@ -204,14 +207,14 @@ def make_record(
 
 
 def describe_rule(how: CombineConfig) -> str:
-    """What chose the ranks, for a record."""
+    """Describe how ranks were chosen, for a record."""
     if how.first is not None:
         return f"first {how.first}"
     return "exact" if how.rule is None else str(how.rule)
 
 
 def to_json(done: CombineResult) -> dict[str, Any]:
-    """What was done, as plain values, ready for JSON."""
+    """Return the result as plain values, ready for JSON."""
     facts = {
         "from": [str(source) for source in done.sources],
         "to": str(done.output),
@@ -233,7 +236,7 @@ def loss_to_json(loss: Loss) -> dict[str, Any]:
 
 
 def format_report(done: CombineResult) -> str:
-    """What was done, as lines of text; with a table of what compression took from each block."""
+    """Format the result as text, with a table of compression losses by block."""
     before, after = format_megabytes(done.bytes_before), format_megabytes(done.bytes_after)
     sizes = f"{len(done.adapter.layers)} layers, {before} before, {after} after"
     rounding = f"rounding changed the delta by {done.rounding_error:.2%}"

@@ -28,7 +28,7 @@ WRITERS: Mapping[Dialect, Callable[[Adapter, Path], None]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """What to make of each file."""
+    """Settings of converting adapter files."""
 
     to: Dialect
     dtype: WeightType = "keep"
@@ -40,7 +40,7 @@ class ConvertConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertResult:
-    """A file that was written, and what rounding took from it."""
+    """A written file, and the rounding error."""
 
     source: Path
     output: Path
@@ -62,7 +62,7 @@ def convert(source: Path, output: Path, how: ConvertConfig) -> ConvertResult:
         adapter = replace(adapter, tokens={})
     if how.to == "embedding":
         adapter = replace(adapter, layers={}, biases={})
-    if adapter.metadata.least_rank and how.to != "native":
+    if adapter.metadata.min_rank and how.to != "native":
         raise ConfigError(
             f"{source}: is a T-LoRA, which changes with the timestep, and {how.to} cannot say so; cut it to one rank "
             "with resize --first, or stay native"
@@ -79,7 +79,7 @@ def convert(source: Path, output: Path, how: ConvertConfig) -> ConvertResult:
 
 
 def plan_outputs(sources: Sequence[Path], target: Path) -> list[Path]:
-    """Where each of the files goes: to `target` itself, or into it if there are several or it is a folder.
+    """Return the output path of each file: `target` itself, or inside it for several files or a folder.
 
     Raises ConfigError if two would take the same name.
     """

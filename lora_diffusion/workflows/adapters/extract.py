@@ -42,7 +42,7 @@ SKETCHES: Mapping[Method, Sketch | None] = {"exact": None, "randomized": Sketch(
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
-    """What is taken out of a checkpoint, and how."""
+    """Settings of extracting an adapter from a checkpoint."""
 
     rule: RankRule
     method: Method = "exact"
@@ -57,7 +57,7 @@ class ExtractConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterGroup:
-    """Parameters of one kind, and the norm of what they hold together."""
+    """Number of parameters of one kind, and the norm of their values."""
 
     count: int
     norm: float
@@ -65,7 +65,7 @@ class ParameterGroup:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ExtractResult:
-    """A file that was written, and what of the checkpoint is not in it."""
+    """A written file, and the differences of the checkpoint that it does not hold."""
 
     tuned: str
     """The checkpoint that it is taken out of; empty where that is the base itself."""
@@ -84,12 +84,12 @@ class ExtractResult:
 
     @property
     def whole_norm(self) -> float:
-        """Of all that differs in UNet and text encoders."""
+        """Norm of all differences in UNet and text encoders."""
         return hypot(self.found.report.total.norm, self.left_out_norm, *map(frobenius_norm, self.kept.values()))
 
     @property
     def whole_error(self) -> float:
-        """Norm of all that the file misses over the norm of all that differs."""
+        """Norm of all differences that the file lacks over the norm of all differences."""
         return hypot(self.found.report.total.lost, self.left_out_norm) / self.whole_norm
 
 
@@ -154,13 +154,13 @@ def approximate_file(base: str, output: Path, how: ExtractConfig) -> ExtractResu
 
 
 def make_record(done: ExtractResult) -> dict[str, Any]:
-    """What made the file, for its header."""
+    """Return the record of how the file was made, for its header."""
     how, total = done.how, done.found.report.total
     return {
         "rule": str(how.rule),
         "method": how.method,
-        "unet_targets": list(how.unet),
-        "text_encoder_targets": list(how.text_encoders),
+        "unet_target_modules": list(how.unet),
+        "text_encoder_target_modules": list(how.text_encoders),
         "relative_error": total.relative,
         "left_out": {kind: asdict(group) for kind, group in done.left_out.items()},
         "whole_error": done.whole_error,
@@ -168,12 +168,12 @@ def make_record(done: ExtractResult) -> dict[str, Any]:
 
 
 def list_files(checkpoint: Checkpoint) -> list[Path]:
-    """Every file of a checkpoint."""
+    """List every file of a checkpoint."""
     return [p for p in checkpoint.path.rglob("*") if p.is_file()] if checkpoint.is_folder else [checkpoint.path]
 
 
 def check_same_architecture(base: Checkpoint, tuned: Checkpoint) -> None:
-    """Raise FamilyMismatchError unless both have the same parameters; a vocabulary may have grown by learned words."""
+    """Raise FamilyMismatchError unless both have the same parameters; a vocabulary may have grown."""
     if tuned.family is not base.family:
         raise FamilyMismatchError(
             f"{tuned.path} is {tuned.family.title}, but {base.path} is {base.family.title}; "
@@ -194,52 +194,52 @@ def may_grow(name: str, one: tuple[int, ...], two: tuple[int, ...]) -> bool:
 
 
 def target_paths(checkpoint: Checkpoint, how: ExtractConfig) -> tuple[str, ...]:
-    """The modules, norms among them, that sets and patterns name. Raises ConfigError if one names none."""
+    """Return the modules, norms included, that sets and patterns name. Raises ConfigError if one matches none."""
     paths = changeable_paths(checkpoint.layout)
     return resolve_targets(paths, unet=how.unet, text_encoders=how.text_encoders)
 
 
 def select_names(checkpoint: Checkpoint, how: ExtractConfig) -> list[str]:
-    """The weights that get a layer: those of two or four dimensions among the targets."""
+    """Select the weights that get a layer: those of two or four dimensions among the targets."""
     names = [f"{path}.weight" for path in target_paths(checkpoint, how)]
     return [name for name in names if name in checkpoint.parameters and len(checkpoint.shapes[name]) > 1]
 
 
 def parameter_module(name: str) -> str:
-    """The module of a parameter."""
+    """Return the module of a parameter."""
     return name.rpartition(".")[0]
 
 
 def progress(names: Sequence[str]) -> Iterable[str]:
-    """The names, with a bar on a terminal."""
+    """Iterate over the names, with a progress bar on a terminal."""
     return tqdm(names, desc="extract", unit="module", leave=False, disable=None)
 
 
 def list_stored_dtypes(checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> set[str]:
-    """The types that the weights are stored in."""
+    """List the types in which the weights are stored."""
     return {checkpoint.parameters[name].kind[0] for checkpoint in checkpoints for name in names}
 
 
 def make_approximation(how: ExtractConfig, types: set[str]) -> Approximation:
-    """The settings of the algebra. Raises ConfigError for a randomized method without a fixed rank."""
+    """Make the approximation settings. Raises ConfigError for a randomized method without a fixed rank."""
     kept = types.pop() if types in ({"float16"}, {"bfloat16"}) else "float32"
     dtype = torch_dtype(kept if how.dtype == "keep" else how.dtype)
     return Approximation(rule=how.rule, sketch=SKETCHES[how.method], dtype=dtype)
 
 
 def remaining_parameters(checkpoint: Checkpoint, names: Sequence[str]) -> list[str]:
-    """The other parameters."""
+    """Return the names of all other parameters."""
     taken = set(names)
     return [name for name in checkpoint.parameters if name not in taken]
 
 
 def iterate_values(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Parameters in float32, one at a time."""
+    """Yield parameters in float32, one at a time."""
     return ((name, checkpoint.parameters[name].read().float()) for name in names)
 
 
 def iterate_differences(base: Checkpoint, tuned: Checkpoint, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """What the checkpoints do not share, by parameter; the rows that only one has count whole."""
+    """Yield the difference of each parameter; rows that only one checkpoint has count in full."""
     for name in names:
         mine, other = base.parameters[name].read(), tuned.parameters[name].read()
         rows = min(len(mine), len(other))
@@ -250,7 +250,7 @@ def iterate_differences(base: Checkpoint, tuned: Checkpoint, names: Iterable[str
 def split_kept_and_skipped(
     parameters: Iterable[tuple[str, Tensor]], targets: Sequence[str], how: ExtractConfig
 ) -> tuple[dict[str, Tensor], dict[str, ParameterGroup]]:
-    """The norms and biases of target modules, if they are to be kept; and all else that is not zero, by kind.
+    """Split nonzero parameters into kept norms and biases, and all others grouped by kind.
 
     Raises BaseModelError for NaN or infinity.
     """
@@ -284,12 +284,12 @@ def explain_no_difference(tuned: str, base: str, left_out: Mapping[str, Paramete
 
 
 def format_groups(left_out: Mapping[str, ParameterGroup]) -> str:
-    """`biases (2), norm weights (1)`."""
+    """Format as `biases (2), norm weights (1)`."""
     return ", ".join(f"{kind} ({found.count})" for kind, found in left_out.items())
 
 
 def detect_variant(base: Checkpoint) -> str:
-    """`v-prediction` if a folder's scheduler says so; a single file does not tell."""
+    """Return `v-prediction` if a folder's scheduler says so; single files do not tell."""
     scheduler = base.path / "scheduler" / "scheduler_config.json"
     says = read_json(scheduler).get("prediction_type") if scheduler.is_file() else None
     return "v-prediction" if says == "v_prediction" else ""

@@ -11,7 +11,7 @@ from lora_diffusion.workflows.adapters.extract import ExtractResult, format_grou
 
 
 def to_json(done: ExtractResult) -> dict[str, Any]:
-    """Ready for JSON."""
+    """Return the result as plain values, ready for JSON."""
     report = done.found.report
     return {
         "from": done.tuned or done.base,
@@ -31,7 +31,7 @@ def to_json(done: ExtractResult) -> dict[str, Any]:
 
 
 def format_report(done: ExtractResult) -> str:
-    """A table of what each block misses, and a line for what is not in the file."""
+    """Format a table of losses by block, and what is not in the file."""
     what = "of the difference" if done.tuned else "of the base's own weights, not to be added to a base"
     head = f"{done.output}: {len(done.found.layers)} layers {what}, {format_megabytes(count_bytes(done.output))}"
     rows = [*done.found.report.by_group(block_prefix).items(), ("all", done.found.report.total)]

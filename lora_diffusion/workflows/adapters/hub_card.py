@@ -13,7 +13,7 @@ HUB_BASES = {
 
 
 def format_hub_card(adapter: Adapter, file_name: str) -> str:
-    """Markdown with the Hub's front matter: base model, instance prompt, a widget, tags."""
+    """Format a model card with the Hub's front matter: base model, instance prompt, widget and tags."""
     metadata = adapter.metadata
     trigger = ", ".join(metadata.trigger_words)
     base = HUB_BASES.get(metadata.family, metadata.base_name)
@@ -40,5 +40,5 @@ def format_hub_card(adapter: Adapter, file_name: str) -> str:
 
 
 def quote_yaml(text: str) -> str:
-    """A text as YAML, which reads JSON's strings."""
+    """Quote a text for YAML, which reads JSON strings."""
     return json.dumps(text, ensure_ascii=False)

@@ -63,13 +63,13 @@ def inspect_adapter(path: Path, *, norms: bool = False, ignore: Sequence[str] = 
 
 
 def summarize_range(values: Iterable[float]) -> dict[str, float]:
-    """Smallest, middle and largest value; empty for none."""
+    """Return the smallest, median and largest value; empty for no values."""
     listed = sorted(values)
     return {"min": listed[0], "median": median(listed), "max": listed[-1]} if listed else {}
 
 
 def measure_norms(adapter: Adapter, path: Path) -> dict[str, Any]:
-    """What only the tensors tell."""
+    """Measure what only the tensors tell."""
     norms = {layer_path: delta_norm(layer) for layer_path, layer in adapter.layers.items()}
     facts: dict[str, Any] = {
         "hash": adapter_hash(adapter),
@@ -82,7 +82,7 @@ def measure_norms(adapter: Adapter, path: Path) -> dict[str, Any]:
 
 
 def summarize_block_norms(norms: Mapping[str, float | None]) -> dict[str, dict[str, float]]:
-    """Middle and largest norm of the deltas in each block."""
+    """Return the median and largest delta norm in each block."""
     blocks: dict[str, list[float]] = {}
     for path, norm in norms.items():
         if norm is not None:
@@ -124,7 +124,7 @@ def format_value(value: Any) -> str:
 
 
 def format_bars(norms: Mapping[str, Mapping[str, float]], width: int = 40) -> list[str]:
-    """One line for each block: name, bar, numbers."""
+    """Format one line for each block: name, bar, numbers."""
     longest = max((entry["median"] for entry in norms.values()), default=0) or 1
     lines: list[str] = []
     for block, entry in norms.items():

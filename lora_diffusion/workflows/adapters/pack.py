@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig:
-    """How adapters are packed."""
+    """Settings of packing adapters."""
 
     rank: int
     dtype: WeightType = "keep"
@@ -37,7 +37,7 @@ class PackConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PackResult:
-    """A pack beside the files in it."""
+    """A written pack, and the files in it."""
 
     output: Path
     rank: int
@@ -49,7 +49,7 @@ class PackResult:
 
 @dataclass(frozen=True, kw_only=True)
 class UnpackResult:
-    """Files that came out of a pack."""
+    """Files written from a pack."""
 
     pack: Path
     files: Mapping[str, Path]
@@ -86,7 +86,7 @@ def pack_files(sources: Sequence[Path], output: Path, how: PackConfig) -> PackRe
 
 
 def name_files(sources: Sequence[Path]) -> dict[str, Path]:
-    """The adapters by name, sorted. Raises ConfigError for none, or two of one name."""
+    """Return the adapters by name, sorted. Raises ConfigError for none, or for duplicate names."""
     files: dict[str, Path] = {}
     for path in (file for source in sources for file in list_adapter_files(source)):
         name = adapter_stem(path)
@@ -99,7 +99,7 @@ def name_files(sources: Sequence[Path]) -> dict[str, Path]:
 
 
 def list_adapter_files(source: Path) -> Iterator[Path]:
-    """The file itself, or all adapters below a folder. Raises ConfigError for what cannot be looked at in a folder."""
+    """List the file itself, or all adapters below a folder. Raises ConfigError for unreadable entries."""
     places, refused = scan_folder(source) if source.is_dir() else ([], [])
     if refused:
         raise ConfigError(f"{source}: {refused[0].problem}")
@@ -107,7 +107,7 @@ def list_adapter_files(source: Path) -> Iterator[Path]:
 
 
 def find_common_dtype(adapters: Mapping[str, Adapter]) -> torch.dtype:
-    """The type of all factors, or float32 if they are of several, or have none."""
+    """Return the common type of all factors, or float32 if there is none."""
     layers = (layer for adapter in adapters.values() for layer in adapter.layers.values())
     types = {factor.dtype for layer in layers for factor in layer.factors.values()}
     return types.pop() if len(types) == 1 else torch_dtype("float32")
@@ -140,14 +140,14 @@ def unpack_file(pack: Path, folder: Path, *, name: str = "", force: bool = False
 
 
 def check_file_name(name: str, pack: Path) -> str:
-    """The name, if it can be a file's. Raises ConfigError for one that would lead to another folder."""
+    """Return the name if it is safe as a file name. Raises ConfigError for one that leads to another folder."""
     if name in ("", ".", "..") or any(letter in "/\\\0" for letter in name):
         raise ConfigError(f"{pack}: holds an adapter called {name!r}, which is no file name; the pack is not of ours")
     return name
 
 
 def pack_to_json(done: PackResult) -> dict[str, Any]:
-    """What was packed, as plain values, ready for JSON."""
+    """Return the result of packing as plain values, ready for JSON."""
     return {
         "to": str(done.output),
         "adapters": len(done.errors),
@@ -159,7 +159,7 @@ def pack_to_json(done: PackResult) -> dict[str, Any]:
 
 
 def unpack_to_json(done: UnpackResult) -> dict[str, Any]:
-    """What was unpacked, as plain values, ready for JSON."""
+    """Return the result of unpacking as plain values, ready for JSON."""
     return {
         "from": str(done.pack),
         "files": {name: str(path) for name, path in done.files.items()},
@@ -176,14 +176,14 @@ def errors_to_json(errors: Mapping[str, float]) -> dict[str, Any]:
 
 
 def describe_pack(done: PackResult) -> str:
-    """What was packed, as lines of text."""
+    """Format the result of packing as lines of text."""
     share = done.bytes_after / done.bytes_before
     sizes = f"{done.bytes_before:,} bytes before, {done.bytes_after:,} after ({share:.1%})"
     return f"{done.output}: {len(done.errors)} adapters at rank {done.rank}; {sizes}\n{describe_errors(done.errors)}"
 
 
 def describe_unpack(done: UnpackResult) -> str:
-    """What was unpacked, as lines of text."""
+    """Format the result of unpacking as lines of text."""
     sizes = f"{done.bytes_before:,} bytes in the pack, {done.bytes_after:,} unpacked"
     listed = list(map(str, done.files.values())) if len(done.files) == 1 else [f"{len(done.files)} files"]
     return f"{done.pack}: {listed[0]}; {sizes}\n{describe_errors(done.errors)}"

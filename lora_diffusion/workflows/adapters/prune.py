@@ -25,7 +25,7 @@ PRUNE = {"factors": prune_factors, "delta": prune_deltas}
 
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig:
-    """What is pruned, and how much of it stays."""
+    """Settings of pruning an adapter."""
 
     keep: float
     what: Part = "factors"
@@ -36,7 +36,7 @@ class PruneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PruneResult:
-    """A pruned file beside the one that it was made of."""
+    """A pruned file, and the file it was made from."""
 
     source: Path
     output: Path
@@ -47,7 +47,7 @@ class PruneResult:
 
     @property
     def block_errors(self) -> dict[str, float]:
-        """Norm of what is lost over the norm of the deltas, in each block."""
+        """Relative error in each block: norm of the loss over the norm of the deltas."""
         blocks: dict[str, list[str]] = defaultdict(list)
         for path in self.sparsity.norms:
             blocks[block_prefix(path)].append(path)
@@ -55,7 +55,7 @@ class PruneResult:
 
 
 def prune_file(source: Path, output: Path, how: PruneConfig) -> PruneResult:
-    """Read an adapter in any dialect, prune it, and write it in the native layout.
+    """Prune an adapter in any dialect and write it in the native layout.
 
     `keep` as a type gives factors their own type, and a delta that of its layer's first factor. Raises OutputError if
     something is there already or if the output is the input, ConfigError for a share or layers that cannot be pruned,
@@ -81,7 +81,7 @@ def prune_file(source: Path, output: Path, how: PruneConfig) -> PruneResult:
 
 
 def restore_dtypes(pruned: Adapter, before: Adapter) -> Adapter:
-    """Every factor in the type that its layer had; pruned factors have it already."""
+    """Cast every factor to the type that its layer had; pruned factors already have it."""
     first = {path: next(iter(layer.factors.values())).dtype for path, layer in before.layers.items()}
     layers = {
         path: layer.with_factors({name: factor.to(first[path]) for name, factor in layer.factors.items()})
@@ -93,7 +93,7 @@ def restore_dtypes(pruned: Adapter, before: Adapter) -> Adapter:
 
 
 def to_json(done: PruneResult) -> dict[str, Any]:
-    """What was done, as plain values, ready for JSON."""
+    """Return the result as plain values, ready for JSON."""
     return {
         "from": str(done.source),
         "to": str(done.output),
@@ -108,7 +108,7 @@ def to_json(done: PruneResult) -> dict[str, Any]:
 
 
 def format_report(done: PruneResult) -> str:
-    """What was done, as lines of text."""
+    """Format the result as lines of text."""
     found = done.sparsity
     lines = [
         f"{done.output}: {found.nonzeros:,} of {found.entries:,} numbers are not zero ({found.share:.2%})",

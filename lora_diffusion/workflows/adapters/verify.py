@@ -21,7 +21,7 @@ HASH_KEY = "modelspec.hash_sha256"
 
 @dataclass(frozen=True, kw_only=True)
 class CheckResult:
-    """One question and its answer; `passed` is None where it does not apply."""
+    """The result of one check; `passed` is None if it does not apply."""
 
     name: str
     passed: bool | None
@@ -64,7 +64,7 @@ def check_assumptions(adapter: Adapter) -> CheckResult:
 
 
 def check_not_zero(adapter: Adapter) -> CheckResult:
-    """Every layer adds something; a trained one always does."""
+    """Check that every layer has a nonzero delta, as trained layers do."""
     dead = [path for path, layer in adapter.layers.items() if delta_norm(layer) == 0]
     detail = (
         f"{len(dead)} of {len(adapter.layers)} add nothing (first: {dead[0]})" if dead else "every layer adds something"

@@ -33,7 +33,7 @@ MOST_LOST = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """Where things are looked for, and what is done to a blend before it is used."""
+    """Where adapters and presets are found, and how a blend is prepared."""
 
     resolver: AdapterResolver = field(default_factory=AdapterResolver)
     ignore: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ class LoadOptions:
 
 
 def check_families(entries: Iterable[BlendEntry], base: str, ignore: Sequence[str] = ()) -> None:
-    """Raise FamilyMismatchError for an adapter of another family than the base's, from the files' headers alone."""
+    """Raise FamilyMismatchError for an adapter of another family than the base's, from file headers alone."""
     family = find_checkpoint(base).family
     for entry in entries:
         if entry.hash and not Path(entry.path).exists():
@@ -57,7 +57,7 @@ def check_families(entries: Iterable[BlendEntry], base: str, ignore: Sequence[st
 
 
 def load_and_resolve_blend(base: str, entries: tuple[BlendEntry, ...], options: LoadOptions) -> ResolvedBlend:
-    """The adapters loaded, their weights spelled out for this base and balanced if asked.
+    """Load the adapters, expand their block presets for this base, and balance them if requested.
 
     Raises LoRADiffusionError's children.
     """
@@ -83,14 +83,14 @@ def check_base_hash(base: Base, recipe: Recipe) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratedImages:
-    """Files of finished pictures, and what a user should know of them."""
+    """Paths of the generated images, with notes for the user."""
 
     paths: tuple[Path, ...]
     notes: tuple[str, ...] = ()
 
 
 def generate_files(request: GenerationRequest, output: Path, options: LoadOptions | None = None) -> GeneratedImages:
-    """Make the pictures of a request and write each into `output`, under names that are free, as soon as it is there.
+    """Generate the images of a request and write each into `output` under a free name as soon as it is done.
 
     Raises LoRADiffusionError's children.
     """
@@ -117,7 +117,7 @@ def write_images(
     on_picture: Callable[[Path, GeneratedImage], None],
     on_step: OnStep | None = None,
 ) -> GeneratedImages:
-    """The same with a base and adapters that are loaded; `on_picture` gets each as soon as it is written."""
+    """Generate images with a loaded base and loaded adapters; `on_picture` receives each one when written."""
     notes = [*request.notes, *found.notes]
     if request.recipe:
         check_base_hash(base, request.recipe)
@@ -146,37 +146,37 @@ def write_images(
 
 
 def warn_about_rounding(base: Base, blend: Blend, request: GenerationRequest) -> list[str]:
-    """A warning if adding to the weights would round away more of the blend than most people would accept."""
-    if request.composition.exact or is_quantized(base) or base.pipe.unet.dtype == torch.float32:
+    """Return a warning if adding to the weights would round away a considerable part of the blend."""
+    if request.composition.parallel or is_quantized(base) or base.pipe.unet.dtype == torch.float32:
         return []
     validate_blend(base, blend)
     lost = rounding_loss(base, blend_sum(without_schedules_and_regions(blend), base.layout))
     if lost <= MOST_LOST:
         return []
     kind = dtype_name(base.pipe.unet.dtype)
-    return [f"rounding to {kind} loses {lost:.0%} of what the adapters change; --exact keeps it in a branch"]
+    return [f"rounding to {kind} loses {lost:.0%} of what the adapters change; --parallel keeps it in full"]
 
 
 def without_schedules_and_regions(blend: Blend) -> Blend:
-    """The blend at full weight everywhere, whatever its schedules and regions."""
+    """Return the blend at full weight everywhere, without schedules and regions."""
     return Blend(entries=tuple(replace(e, region=None, weight=without_schedules(e.weight)) for e in blend.entries))
 
 
 def load_base_for(request: GenerationRequest) -> Base:
-    """The base of a request; that of a replay in the recipe's type of number. Raises BaseModelError, ConfigError."""
+    """Load the base of a request; a replay uses the recipe's precision. Raises BaseModelError, ConfigError."""
     precision = torch_dtype(request.recipe.precision) if request.recipe else None
     return load_quantized_base(request.base, request.quantization, precision=precision)
 
 
 def next_image_path(folder: Path) -> Path:
-    """The first five-digit PNG name after those already there."""
+    """Return the first free five-digit PNG name after the existing ones."""
     taken = [int(p.stem) for p in folder.glob("*.png") if p.stem.isdecimal()] if folder.is_dir() else []
     return folder / f"{max(taken, default=-1) + 1:05d}.png"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedPreset:
-    """A preset as it was written, and what a user should know of it."""
+    """A written preset, with notes for the user."""
 
     preset: BlendPreset
     notes: tuple[str, ...]
@@ -185,7 +185,7 @@ class SavedPreset:
 def save_plan(
     request: GenerationRequest, path: Path, options: LoadOptions, *, name: str, description: str, force: bool
 ) -> SavedPreset:
-    """Write a request as a preset, with every adapter's name and hash and its weight in full.
+    """Write a request as a preset, with the hashes of all adapters and their full weights.
 
     Raises LoRADiffusionError's children.
     """

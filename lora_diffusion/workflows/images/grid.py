@@ -35,7 +35,7 @@ GRID_KEY = "lora_diffusion_grid"
 
 @dataclass(frozen=True, kw_only=True)
 class BlockEffect:
-    """What is lost without one block of an adapter."""
+    """The effect of one block of an adapter."""
 
     block: str
     change: float
@@ -45,7 +45,7 @@ class BlockEffect:
 
 @dataclass(frozen=True, kw_only=True)
 class RenderedGrid:
-    """A finished grid, and what a user should know of it."""
+    """A finished grid, with notes for the user."""
 
     path: Path
     notes: tuple[str, ...] = ()
@@ -79,7 +79,7 @@ def draw_grid(
 def draw_cell(
     base: Base, blend: ResolvedBlend, cell: GenerationRequest, output: Path, options: LoadOptions, notes: list[str]
 ) -> Path:
-    """The picture of a request that makes one; what a user should know is added to the notes."""
+    """Generate the picture of one cell, and collect notes."""
     written = write_images(base, blend, cell, output, options, on_picture=lambda _path, _picture: None)
     notes += written.notes
     return written.paths[0]
@@ -106,7 +106,7 @@ def save_sheet(rows: Sequence[Sequence[Path]], across: GridAxis, down: GridAxis,
 
 
 def open_image(path: Path) -> tuple[Image.Image, str]:
-    """A picture of ours and its recipe."""
+    """Open one of our pictures with its recipe."""
     with Image.open(path) as opened:
         return opened.convert("RGB"), opened.info[PNG_KEY]
 
@@ -131,7 +131,7 @@ def measure_blocks(
 
 
 def rank_blocks(paths: Mapping[str, Path]) -> tuple[BlockEffect, ...]:
-    """How much each picture differs from the one with all blocks, which is under ""."""
+    """Rank blocks by how much each picture differs from the one with all blocks, which is under ""."""
     effects = (measure_block_effect(block, path, paths[""]) for block, path in paths.items() if block)
     return tuple(sorted(effects, key=lambda effect: -effect.change))
 

@@ -9,7 +9,7 @@ from typing import Any
 from lora_diffusion.adapters.coefficients import BlockPresets, expand_block_preset
 from lora_diffusion.architectures.blocks import vector_block_names
 from lora_diffusion.architectures.module_paths import ModelLayout
-from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.generate import SHORT_NAMES, GenerateConfig
 from lora_diffusion.config.preset import BlendEntry, BlendWeight, Composition, Weight
 from lora_diffusion.config.settings import validate
 from lora_diffusion.errors import ConfigError
@@ -24,7 +24,7 @@ TEXTS = ("prompt", "negative_prompt")
 
 @dataclass(frozen=True, kw_only=True)
 class GridAxis:
-    """What changes along one side."""
+    """The setting that changes along one side of a grid, and its values."""
 
     what: str = NOTHING
     """A key of `CHANGES`."""
@@ -34,7 +34,7 @@ class GridAxis:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What is written beside the pictures."""
+        """Labels of the rows or columns."""
         if self.what == NOTHING:
             return ("",)
         if self.what in TEXTS:
@@ -44,7 +44,7 @@ class GridAxis:
 
 
 def make_axis(what: str, text: str, of: str = "") -> GridAxis:
-    """From what a person wrote: values with commas between, prompts with `|`. Raises ConfigError."""
+    """Make an axis from comma-separated values, or prompts separated by `|`. Raises ConfigError."""
     what = what.strip().replace("-", "_") if what.strip() != "block-preset" else "block preset"
     if what == NOTHING:
         return GridAxis()
@@ -57,7 +57,7 @@ def make_axis(what: str, text: str, of: str = "") -> GridAxis:
 
 
 def parse_axis(text: str) -> GridAxis:
-    """`weight:neon=0,0.5,1` or `seed=1,2` as the command line has it. Raises ConfigError."""
+    """Parse `weight:neon=0,0.5,1` or `seed=1,2`. Raises ConfigError."""
     found = re.fullmatch(r"(?P<what>[^:=]+)(?::(?P<of>[^=]+))?=(?P<values>.*)", text, re.DOTALL)
     if not found:
         raise ConfigError(f"{text!r}: expected WHAT=VALUES or WHAT:ADAPTER=VALUES, e.g. weight:neon=0,0.5,1")
@@ -65,14 +65,14 @@ def parse_axis(text: str) -> GridAxis:
 
 
 def format_axis(side: GridAxis) -> str:
-    """The inverse."""
+    """Format an axis as `parse_axis` reads it."""
     what = "block-preset" if side.what == "block preset" else side.what
     between = "|" if side.what in TEXTS else ","
     return f"{what}{side.of and ':'}{side.of}={between.join(side.values)}"
 
 
 def expand_grid(request: GenerationRequest, across: GridAxis, down: GridAxis) -> list[list[GenerationRequest]]:
-    """The request of each picture, row by row. Raises ConfigError for a value that cannot be."""
+    """Return the request of each picture, row by row. Raises ConfigError for an invalid value."""
     count = len(across.values) * len(down.values)
     if count > MOST_CELLS:
         raise ConfigError(f"{count} pictures are more than a grid holds; {MOST_CELLS} at most")
@@ -83,7 +83,7 @@ def expand_grid(request: GenerationRequest, across: GridAxis, down: GridAxis) ->
 
 
 def apply_axis_value(request: GenerationRequest, side: GridAxis, value: str) -> GenerationRequest:
-    """The request with this value. Raises ConfigError."""
+    """Return the request with this value. Raises ConfigError."""
     try:
         return CHANGES[side.what](request, value, side.of)
     except ConfigError:
@@ -96,7 +96,8 @@ def set_setting(name: str) -> Callable[[GenerationRequest, str, str], Generation
     """A setting of the picture."""
 
     def change(request: GenerationRequest, value: str, _of: str) -> GenerationRequest:
-        number = float(value) if name == "guidance" else int(value) if name in ("seed", "steps") else value
+        whole = name in ("seed", "num_inference_steps")
+        number = float(value) if name == "guidance_scale" else int(value) if whole else value
         settings = validate(GenerateConfig, {**request.settings.model_dump(), name: number}, source="the grid")
         return replace(request, settings=settings)
 
@@ -119,12 +120,12 @@ def set_weight(
 
 
 def keep_only(request: GenerationRequest, value: str, _of: str) -> GenerationRequest:
-    """One adapter by itself, at its weight."""
+    """Keep a single adapter, at its weight."""
     return replace(request, entries=(request.entries[find_entry(request.entries, value)],))
 
 
 def set_mode(request: GenerationRequest, value: str, _of: str) -> GenerationRequest:
-    """Another way of putting the adapters together, with its own defaults."""
+    """Set another composition mode, with its default settings."""
     return replace(request, composition=validate(Composition, {"mode": value}, source="the grid"))
 
 
@@ -133,13 +134,14 @@ CHANGES: dict[str, Callable[[GenerationRequest, str, str], GenerationRequest]] =
     "block preset": set_weight(lambda value: {"blocks": value}),
     "adapter": keep_only,
     "mode": set_mode,
-    **{name: set_setting(name) for name in ("seed", "steps", "guidance", "scheduler", *TEXTS)},
+    **{name: set_setting(name) for name in ("seed", "scheduler", *TEXTS)},
+    **{short: set_setting(name) for name, short in SHORT_NAMES.items()},
     NOTHING: lambda request, _, __: request,
 }
 
 
 def find_entry(entries: Sequence[BlendEntry], of: str) -> int:
-    """Which entry is meant: a number from 1, a file's name or the end of its path. Raises ConfigError."""
+    """Find an entry by its number from 1, its file name, or the end of its path. Raises ConfigError."""
     if not entries:
         raise ConfigError("no adapter is on the table; put one there, or compare something else")
     if not of:
@@ -157,7 +159,7 @@ def find_entry(entries: Sequence[BlendEntry], of: str) -> int:
 
 
 def as_blend_weight(weight: Weight) -> BlendWeight:
-    """A weight that is a number, as one with parts."""
+    """Return a plain number as a BlendWeight."""
     return weight if isinstance(weight, BlendWeight) else BlendWeight(value=weight)
 
 

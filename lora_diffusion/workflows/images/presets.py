@@ -40,7 +40,7 @@ def check_preset(path: Path, resolver: AdapterResolver, ignore: Sequence[str] = 
 
 
 def explain_composition_problem(preset: BlendPreset) -> str:
-    """Why its adapters cannot come together as the preset says; empty if they can."""
+    """Explain why the adapters cannot be composed as the preset says; empty if they can."""
     active = sum(not is_zero(entry.weight) for entry in preset.adapters)
     try:
         validate_composition(preset.composition, active, regions=any(entry.region for entry in preset.adapters))
@@ -52,7 +52,7 @@ def explain_composition_problem(preset: BlendPreset) -> str:
 def explain_entry_problem(
     entry: BlendEntry, resolver: AdapterResolver, ignore: Sequence[str], family: str, layout: ModelLayout | None
 ) -> str:
-    """Why an adapter of a preset cannot be used as it says; empty if it can."""
+    """Explain why an adapter cannot be used as the preset says; empty if it can."""
     try:
         found = load_blend([entry], resolver, ignore=ignore)
         if entry.region:

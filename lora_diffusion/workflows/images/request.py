@@ -24,7 +24,7 @@ EMPHASIS = re.compile(r"(?<!\\)[(\[]")
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """Pictures to make: base, adapters by reference, settings; for a replay also the recipe to hold to."""
+    """Images to generate: base, adapters by reference, settings, and for a replay the recipe to follow."""
 
     base: str
     entries: tuple[BlendEntry, ...]
@@ -45,7 +45,7 @@ def request_from_preset(
     composition: Mapping[str, Any],
     adapters: tuple[BlendEntry, ...],
 ) -> GenerationRequest:
-    """Pictures from a preset; what is given besides wins over it. Raises ConfigError."""
+    """Make a request from a preset; settings given besides take precedence. Raises ConfigError."""
     preset = read_preset(path)
     return GenerationRequest(
         base=base or preset.base,
@@ -56,12 +56,12 @@ def request_from_preset(
 
 
 def merge_settings(kind: type[Model], kept: Model | None, given: Mapping[str, Any], *, source: str) -> Model:
-    """Settings with those given in their place. Raises ConfigError."""
+    """Merge given settings into existing ones. Raises ConfigError."""
     return validate(kind, {**(kept.model_dump() if kept else {}), **given}, source=source)
 
 
 def request_from_image(image: Path, *, base: str, resolver: AdapterResolver) -> GenerationRequest:
-    """The picture in a file once more: of ours from its recipe, of A1111 and Forge from their text.
+    """Make a request that reproduces a picture: ours from its recipe, A1111's and Forge's from their infotext.
 
     Raises ConfigError if it carries neither.
     """
@@ -90,7 +90,7 @@ def request_from_settings(
     adapters: tuple[BlendEntry, ...],
     resolver: AdapterResolver,
 ) -> GenerationRequest:
-    """What flags say, over what a picture's own recipe says, if one is given. Raises ConfigError."""
+    """Make a request from settings, merged into a picture's own recipe if given. Raises ConfigError."""
     nothing = GenerationRequest(base=EMBEDDED_BASE, entries=(), settings=GenerateConfig(prompt=""))
     start = request_from_image(image, base=base, resolver=resolver) if image else nothing
     return GenerationRequest(
@@ -103,7 +103,7 @@ def request_from_settings(
 
 
 def request_from_infotext(image: Path, info: Infotext, *, base: str, resolver: AdapterResolver) -> GenerationRequest:
-    """A picture of A1111 or Forge: its settings as far as they have a counterpart, its adapters by their hashes.
+    """Make a request from an A1111 or Forge picture, as far as its settings have a counterpart here.
 
     Raises ConfigError if no base is given, as a picture names one that only its maker has.
     """
@@ -123,11 +123,11 @@ def request_from_infotext(image: Path, info: Infotext, *, base: str, resolver: A
 
 
 def unsupported_prompt_features(info: Infotext, settings: GenerateConfig) -> list[str]:
-    """What the other program makes of a prompt and this one does not."""
+    """Describe what the other program would interpret in the prompt and this one does not."""
     notes: list[str] = []
     if info.ti_hashes:
         words = ", ".join(info.ti_hashes)
-        notes.append(f"its learned words ({words}) are not looked for; give their files with --adapter")
+        notes.append(f"its learned tokens ({words}) are not looked for; give their files with --adapter")
     prompts = f"{settings.prompt}\n{settings.negative_prompt}"
     if EMPHASIS.search(prompts):
         notes.append("words in brackets are moved away from the empty prompt here, where A1111 rescales all words")
@@ -137,7 +137,7 @@ def unsupported_prompt_features(info: Infotext, settings: GenerateConfig) -> lis
 
 
 def resolve_prompt_tags(request: GenerationRequest, resolver: AdapterResolver) -> GenerationRequest:
-    """The request with its prompt's tags turned into adapters. Raises ConfigError for a name that is unknown."""
+    """Turn the tags in the prompt into adapters. Raises ConfigError for an unknown name."""
     if extract_tags(request.settings.negative_prompt)[1]:
         raise ConfigError(
             f"the negative prompt has a tag in it: {request.settings.negative_prompt!r}; tags go into the prompt"

@@ -15,7 +15,7 @@ BLUE, ORANGE, GREY = "#2b6cb0", "#c05621", "#a0aec0"
 
 
 def draw_curves(log: Lines) -> bytes:
-    """A PNG: loss, validation with the best step marked and drift if there were any, gradient norm and rate."""
+    """Draw loss, validation with the best step marked, drift if measured, gradient norm and learning rate, as PNG."""
     steps = [line for line in log if "loss" in line]
     checked = [line for line in steps if "validation" in line]
     drifted = [line for line in checked if line["validation"]["drift"] is not None]
@@ -82,7 +82,7 @@ def draw_rate(axes: Axes, steps: Lines) -> None:
 
 
 def average_points(steps: Lines, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values, means of equal stretches where there are too many."""
+    """Return steps and values, averaged over equal ranges if there are too many."""
     x, y = (np.array([line[name] for line in steps], dtype=float) for name in ("step", key))
     each = -(-len(x) // MOST_POINTS)
     whole = len(x) // each * each

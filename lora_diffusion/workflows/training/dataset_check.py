@@ -17,7 +17,7 @@ from lora_diffusion.prompts.emphasis import parse_literal
 
 
 def check_dataset_for_base(config: DataConfig, base: str, trigger: str = "") -> DatasetReport:
-    """The report for a base; of that, no weights are read. Raises BaseModelError, DatasetError."""
+    """Check a dataset for a base, whose weights are not read. Raises BaseModelError, DatasetError."""
     folder = find_base(base)
     with quiet_libraries():
         tokenizer: Any = CLIPTokenizer.from_pretrained(folder / "tokenizer")

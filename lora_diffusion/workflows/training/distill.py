@@ -36,8 +36,7 @@ SCENES = (
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSource:
-    """Where prompts come from: a file with one on each line, the captions of a folder, or, if neither is given, scenes
-    with the adapters' trigger words."""
+    """Prompts from a file with one per line, from a folder's captions, or else from built-in scenes."""
 
     file: Path | None = None
     folder: Path | None = None
@@ -45,7 +44,7 @@ class PromptSource:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillFileResult:
-    """The file that was written, how close it comes, and what a user should know of the adapters."""
+    """A written file, how close it comes to the blend, and notes for the user."""
 
     path: Path
     result: DistillResult
@@ -76,7 +75,7 @@ def distill_file(
 
 
 def load_prompts(source: PromptSource, blend: Blend) -> tuple[str, ...]:
-    """The prompts that the blend is distilled on. Raises ConfigError, and DatasetError for a folder."""
+    """Load the prompts to distill the blend on. Raises ConfigError, and DatasetError for a folder."""
     if source.file and source.folder:
         raise ConfigError("prompts come from --prompts FILE or from the captions of --data FOLDER; give one of them")
     if source.folder:
@@ -85,7 +84,7 @@ def load_prompts(source: PromptSource, blend: Blend) -> tuple[str, ...]:
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """One prompt a line. Raises ConfigError."""
+    """Read one prompt per line. Raises ConfigError."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -97,6 +96,6 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
 
 def make_scene_prompts(blend: Blend) -> tuple[str, ...]:
-    """Each scene with the trigger words of all adapters, in the order in which they are given."""
+    """Return each scene with the trigger words of all adapters, in their order."""
     words = [word for entry in blend.entries for word in entry.adapter.metadata.trigger_words]
     return tuple(", ".join([scene, *dict.fromkeys(words)]) for scene in SCENES)

@@ -29,7 +29,7 @@ STEPS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class ResourceEstimate:
-    """What a run would take, by its first steps on this machine."""
+    """Estimated time and memory of a run, from its first steps on this machine."""
 
     dataset: DatasetReport
     parameters: int
@@ -51,7 +51,7 @@ class ResourceEstimate:
 
 
 def estimate_run(config: TrainConfig) -> ResourceEstimate:
-    """Take a few steps of a run without a trace. Raises whatever the run would raise."""
+    """Run a few steps without leaving files, and estimate the whole run. Raises what the run would raise."""
     check_writable(config.output)
     trigger = "" if "{trigger}" in config.captions.template else " ".join(config.trigger_words)
     dataset = check_dataset_for_base(config.data, config.base, trigger)
@@ -84,14 +84,14 @@ def estimate_run(config: TrainConfig) -> ResourceEstimate:
 
 
 def find_missing_class_images(config: TrainConfig) -> list[int]:
-    """Seeds of class pictures that the run would make."""
+    """Return the seeds of class pictures that the run would generate."""
     if config.prior.mode != "pictures":
         return []
     return missing_pictures(config.prior, class_folder(config.prior, run_folder(config.output)))
 
 
 def make_trial_config(config: TrainConfig, scratch: Path) -> TrainConfig:
-    """A few steps of the run, all that it writes in a folder of its own; one class picture stands for all."""
+    """Return the config of a short trial in a scratch folder, with a single class picture."""
     changes: dict[str, dict[str, Any]] = {
         "data": {"cache": "memory" if config.data.cache == "disk" else config.data.cache},
         "prior": {"folder": None, "count": PartialState().num_processes},
@@ -104,7 +104,7 @@ def make_trial_config(config: TrainConfig, scratch: Path) -> TrainConfig:
 
 
 def format_estimate(needs: ResourceEstimate, config: TrainConfig) -> str:
-    """The needs as lines of text."""
+    """Format the estimate as lines of text."""
     count, each = f"{needs.parameters:,} parameters in {needs.modules} modules", needs.pictures_per_step
     lines = [
         format_report(needs.dataset),
@@ -119,6 +119,6 @@ def format_estimate(needs: ResourceEstimate, config: TrainConfig) -> str:
 
 
 def estimate_to_json(needs: ResourceEstimate) -> dict[str, Any]:
-    """The same as plain values, ready for JSON."""
+    """Return the estimate as plain values, ready for JSON."""
     plain = {key: value for key, value in vars(needs).items() if key not in ("dataset", "is_main_process")}
     return {"dataset": to_json(needs.dataset), **plain, "machine": describe_machine()}

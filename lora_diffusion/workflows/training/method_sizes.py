@@ -22,7 +22,7 @@ FILE_BYTES = 2
 
 @dataclass(frozen=True, kw_only=True)
 class MethodSize:
-    """What a method comes to."""
+    """Trained parameters and file size of a method."""
 
     method: str
     rank: int
@@ -38,64 +38,68 @@ class MethodSize:
 
 
 def count_numbers(config: AdapterConfig, shape: Shape, rank: int) -> tuple[int, int]:
-    """Numbers that learn, and numbers in the file, of one module whose weight is (out, in[, kh, kw])."""
+    """Count trained and saved numbers of one module whose weight is (out, in[, kh, kw])."""
     out, inputs = shape[0], prod(shape[1:])
     pair = rank * (inputs + out)
-    magnitude = out if config.dora else 0
+    magnitude = out if config.use_dora else 0
     match config.kind:
         case "loha":
             return 2 * pair + magnitude, 2 * pair + magnitude
         case "lokr":
-            numbers = count_kronecker_numbers(shape, rank, config.lokr_factor)
+            numbers = count_kronecker_numbers(shape, rank, config.decompose_factor)
             return numbers + magnitude, numbers + magnitude
         case "vera":
             return rank + out, pair
         case "adalora":
-            begun = round(rank * config.adalora_start)
+            begun = round(rank * config.adalora_init_ratio)
             return begun * (inputs + out + 1), pair
         case "sparse":
             return pair + rank, round(pair * config.sparse_keep)
         case _:
             trained = rank * out if config.freeze_down else pair
-            return trained + magnitude, pair * (2 if config.start == "pissa" else 1) + magnitude
+            return trained + magnitude, pair * (2 if config.init_weights == "pissa" else 1) + magnitude
 
 
 def count_kronecker_numbers(shape: Shape, rank: int, most: int) -> int:
-    """Of LoKr's small matrix and its larger one, whole or low-rank, whichever is smaller."""
+    """Count the numbers of LoKr's small matrix and of its larger one, whole or low-rank, whichever is smaller."""
     small_out, small_in = (max(d for d in range(1, most + 1) if side % d == 0) for side in shape[:2])
     out, inputs = shape[0] // small_out, prod(shape[1:]) // small_in
     return small_out * small_in + min(rank * (out + inputs), out * inputs)
 
 
 def measure_method(method: Method, base: str, rank: int | None = None) -> MethodSize:
-    """A method with the defaults for a style on a base. Raises BaseModelError, ConfigError."""
+    """Measure a method with the defaults of a style on a base. Raises BaseModelError, ConfigError."""
     checkpoint = find_checkpoint(base)
     table = with_method(default_settings("style", checkpoint.family.name), method)
     changes = {"rank": rank} if rank else {}
     config = validate(AdapterConfig, deep_merge(table["adapter"], changes), source=f"methods {method.name}")
-    words = validate(TextualInversionConfig, table.get("words", {}), source=f"methods {method.name}")
+    words = validate(TextualInversionConfig, table.get("textual_inversion", {}), source=f"methods {method.name}")
     return measure_config(method.name, base, config, words)
 
 
 def measure_config(name: str, base: str, config: AdapterConfig, words: TextualInversionConfig) -> MethodSize:
-    """What these settings come to on a base. Raises BaseModelError, ConfigError."""
+    """Measure these settings on a base. Raises BaseModelError, ConfigError."""
     checkpoint = find_checkpoint(base)
-    unet, text = config.unet_targets, config.text_encoder_targets
+    unet, text = config.unet_target_modules, config.text_encoder_target_modules
     paths = resolve_targets(trainable_paths(checkpoint.layout), unet=unet, text_encoders=text)
-    full = resolve_modules_to_save(changeable_paths(checkpoint.layout), config.full_targets, paths)
+    full = resolve_modules_to_save(changeable_paths(checkpoint.layout), config.modules_to_save, paths)
     shapes: Mapping[str, Shape] = {name: tuple(stored.kind[1]) for name, stored in checkpoint.parameters.items()}
     vectors = sum(
-        words.vectors * len(words.words) * shapes[f"{component}.text_model.embeddings.token_embedding.weight"][1]
+        words.num_vectors
+        * len(words.placeholder_tokens)
+        * shapes[f"{component}.text_model.embeddings.token_embedding.weight"][1]
         for component in checkpoint.layout.text_layers
     )
-    if words.words and words.alone == 1:
+    if words.placeholder_tokens and words.start_adapter_at == 1:
         paths, full = (), ()
-    ranks = resolve_patterns(paths, config.ranks, "adapter.ranks", config.rank)
+    ranks = resolve_patterns(paths, config.rank_pattern, "adapter.rank_pattern", config.rank)
     sizes = [count_numbers(config, shapes[f"{path}.weight"], ranks[path]) for path in paths]
     whole = sum(prod(shapes.get(f"{path}.{part}", (0,))) for path in full for part in ("weight", "bias"))
     trained, saved = (sum(size[side] for size in sizes) + whole + vectors for side in (0, 1))
     total = sum(map(prod, shapes.values()))
-    magnitudes = sum(shapes[f"{path}.weight"][0] for path in paths) if config.dora else 0  # float32, of twice the bytes
+    magnitudes = (
+        sum(shapes[f"{path}.weight"][0] for path in paths) if config.use_dora else 0
+    )  # float32, of twice the bytes
     return MethodSize(
         method=name,
         rank=config.rank,
@@ -108,12 +112,12 @@ def measure_config(name: str, base: str, config: AdapterConfig, words: TextualIn
 
 
 def list_methods(base: str, rank: int | None, names: Sequence[str]) -> list[tuple[Method, MethodSize]]:
-    """The methods of these names, all if there are none, with their sizes."""
+    """Return the methods with these names, or all, with their sizes."""
     return [(each, measure_method(each, base, rank)) for each in METHODS if not names or each.name in names]
 
 
 def format_methods(found: Sequence[tuple[Method, MethodSize]], base: str) -> str:
-    """The listing for the terminal."""
+    """Format the list for the terminal."""
     rows = [f"{'method':<12}{'rank':>5}{'trained':>13}{'of the base':>13}{'file, MB':>10}  chosen by"]
     for method, size in found:
         lines = " ".join(f"--set '{line}'" for line in method.lines) or "(as it stands)"
@@ -129,7 +133,7 @@ def format_source(method: Method) -> str:
 
 
 def to_json(found: Sequence[tuple[Method, MethodSize]]) -> list[dict[str, Any]]:
-    """The listing as JSON has it."""
+    """Return the list as plain values, ready for JSON."""
     return [
         {**asdict(size), "paper": method.paper, "about": method.about, "settings": list(method.lines)}
         for method, size in found

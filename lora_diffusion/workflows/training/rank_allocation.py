@@ -13,7 +13,7 @@ BLUE, GREY = "#2b6cb0", "#a0aec0"
 
 
 def ranks_by_block(adapter: Adapter) -> dict[str, list[int]]:
-    """The ranks of each block's modules; nothing where all modules have one rank."""
+    """Return the ranks of each block's modules; empty if all modules have one rank."""
     found: dict[str, list[int]] = {}
     for path, layer in adapter.layers.items():
         if isinstance(layer, LoRALayer):
@@ -23,7 +23,7 @@ def ranks_by_block(adapter: Adapter) -> dict[str, list[int]]:
 
 
 def draw_allocation(ranks: Mapping[str, Sequence[int]]) -> bytes:
-    """A PNG: for each block the mean rank as a bar, and a mark for every module."""
+    """Draw the mean rank of each block as a bar, and a mark for every module, as PNG."""
     blocks = sorted(ranks)
     figure = Figure(figsize=(9.6, 0.32 * len(blocks) + 1), layout="constrained")
     axes = figure.add_subplot()

@@ -58,7 +58,7 @@ def html_table(rows: Iterable[tuple[str, object]]) -> str:
 
 
 def changed_settings(settings: Mapping[str, Any]) -> list[tuple[str, object]]:
-    """Settings that somebody, or the defaults of a purpose, chose."""
+    """Return the settings that differ from their defaults."""
     told = {"data": {"folder": settings["data"]["folder"]}, "output": settings["output"]}
     plain = flatten(TrainConfig.model_validate(told).model_dump(mode="json"))
     always = ("data.folder", "output")
@@ -66,7 +66,7 @@ def changed_settings(settings: Mapping[str, Any]) -> list[tuple[str, object]]:
 
 
 def flatten(table: Mapping[str, Any]) -> dict[str, object]:
-    """Settings in sections as `section.key`."""
+    """Flatten nested settings to `section.key`."""
     found: dict[str, object] = {}
     for key, value in table.items():
         found |= {f"{key}.{inner}": each for inner, each in value.items()} if isinstance(value, dict) else {key: value}
@@ -78,7 +78,7 @@ def data_uri(png: bytes) -> str:
 
 
 def data_wait_share(log: Lines) -> float:
-    """Share of the steps' time in which their data were read and encoded."""
+    """Return the share of the steps' time spent reading and encoding data."""
     taken = [(line["seconds"], line.get("data_seconds", 0.0)) for line in log if "seconds" in line]
     return sum(data for _, data in taken) / max(1e-9, sum(whole for whole, _ in taken))
 
@@ -88,7 +88,7 @@ def list_validations(log: Lines) -> list[tuple[int, float]]:
 
 
 def describe_outcome(facts: Mapping[str, Any], log: Lines) -> list[str]:
-    """What came of the run, in sentences."""
+    """Describe the outcome of the run in sentences."""
     told = [
         f"{facts['steps_done']} steps in {facts['seconds']:.0f} s, {facts['seconds_per_step']:.2f} s each; "
         f"{facts['memory_mb']:.0f} MB at most; {data_wait_share(log):.0%} of the time went into waiting for data.",
@@ -105,7 +105,7 @@ def describe_outcome(facts: Mapping[str, Any], log: Lines) -> list[str]:
 
 
 def make_advice(log: Lines) -> list[str]:
-    """What to try next, as far as the figures bear it out."""
+    """Suggest what to try next, as far as the figures support it."""
     found = list_validations(log)
     if not found:
         return ["Nothing was held out, so nothing here tells overfitting; set validation.share to 0.1 or more."]
@@ -125,6 +125,6 @@ def make_advice(log: Lines) -> list[str]:
 
 
 def describe_run(facts: Mapping[str, Any]) -> list[tuple[str, object]]:
-    """The run's circumstances."""
+    """Describe the run's circumstances."""
     kept = ("base", "base_hash", "adapter", "adapter_hash", "pictures", "held_out", "buckets", "parameters", "machine")
     return [(key.replace("_", " "), facts[key]) for key in kept] + list(facts["versions"].items())

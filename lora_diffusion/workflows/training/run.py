@@ -58,7 +58,7 @@ def write_report(folder: Path) -> Path:
 
 
 def to_json(run: TrainingContext, result: TrainResult, seconds: float) -> dict[str, Any]:
-    """What is known of a run at its end."""
+    """Return the facts of a finished run."""
     pictures = run.samples[0]
     taken = [line["seconds"] for line in read_log(run.folder / LOG) if "seconds" in line]
     return {

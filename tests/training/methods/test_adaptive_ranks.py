@@ -73,7 +73,7 @@ def test_dylora_file_truncated_to_a_rank_has_the_reported_loss(ink: Path, tmp_pa
 
 def test_adalora_ends_within_its_budget_with_the_important_directions(sd_folder: Path) -> None:
     base = load_base(str(sd_folder))
-    paths, made = injected(base, config_of("adalora", unet_targets=("attention",)))
+    paths, made = injected(base, config_of("adalora", unet_target_modules=("attention",)))
     rules = made.rules
     assert isinstance(rules, AdaLoRACallbacks)
     shake(made.parameters)
@@ -115,7 +115,9 @@ def test_resumed_adalora_run_is_bit_identical(pictures: Path, sd_folder: Path) -
 
 def test_sparse_prunes_the_weakest_directions_and_shrinks_the_file(sd_folder: Path) -> None:
     base = load_base(str(sd_folder))
-    paths, made = injected(base, config_of("sparse", unet_targets=("attention",), sparse_l1=0.0, sparse_keep=0.25))
+    paths, made = injected(
+        base, config_of("sparse", unet_target_modules=("attention",), sparse_l1=0.0, sparse_keep=0.25)
+    )
     assert isinstance(made.rules, SparseCallbacks)
     whole = extract_adapter(base, paths, AdapterMetadata(), torch.float32).num_parameters
     shake(made.parameters)

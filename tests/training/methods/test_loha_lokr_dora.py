@@ -61,7 +61,7 @@ def test_dora_agrees_with_peft(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["loha", "lokr"])
 def test_loha_and_lokr_agree_with_peft(kind: str) -> None:
     ours = module_of("linear")
-    size = AdapterSize(rank=2, scale=1.5, config=AdapterConfig(kind="lokr", lokr_factor=4))
+    size = AdapterSize(rank=2, scale=1.5, config=AdapterConfig(kind="lokr", decompose_factor=4))
     if kind == "loha":
         update: Any = TrainableLoHa(ours, size, torch.Generator().manual_seed(0))
         theirs = theirs_of(ours, LoHaConfig(r=2, alpha=3, target_modules=["0"], init_weights=False))

@@ -28,7 +28,7 @@ from tests.helpers.short_runs import UNET_ONLY, settings
 
 def test_only_the_target_modules_train(sd_folder: Path) -> None:
     base = load_base(str(sd_folder))
-    config = config_of("mixed", unet_targets=("attention",))
+    config = config_of("mixed", unet_target_modules=("attention",))
     paths, made = injected(base, config)
     learning = {name for name, parameter in base.pipe.unet.named_parameters() if parameter.requires_grad}
     assert {f"unet.{name}".replace(".update.", ".") for name in learning} == set(made.parameters)
@@ -40,14 +40,14 @@ def test_only_the_target_modules_train(sd_folder: Path) -> None:
 
 def test_ranks_and_alphas_by_pattern(sd_folder: Path) -> None:
     base = load_base(str(sd_folder))
-    paths, _ = injected(base, config_of("by block", alpha=2.0, alphas={"*.to_q": 8.0}))
+    paths, _ = injected(base, config_of("by block", alpha=2.0, alpha_pattern={"*.to_q": 8.0}))
     for path in paths:
         layer = get_layer(base, path).layer()
         rank = 1 if path.startswith("unet.down_blocks") else 6 if path.startswith("unet.mid_block") else 4
         assert layer.rank == rank
         assert layer.scale == pytest.approx((8.0 if path.endswith(".to_q") else 2.0) / rank)
-    with pytest.raises(ConfigError, match=r"adapter.ranks: '\*.nowhere' matches no trained module"):
-        injected(load_base(str(sd_folder)), config_of("lora", ranks={"*.nowhere": 2}))
+    with pytest.raises(ConfigError, match=r"adapter.rank_pattern: '\*.nowhere' matches no trained module"):
+        injected(load_base(str(sd_folder)), config_of("lora", rank_pattern={"*.nowhere": 2}))
 
 
 def test_saved_layer_has_the_scale_of_rslora(sd_folder: Path) -> None:
@@ -79,7 +79,8 @@ def test_lora_fa_saves_no_input_for_the_backward_pass(sd_folder: Path) -> None:
 
 def test_lora_plus_trains_up_faster(pictures: Path, sd_folder: Path) -> None:
     plain, plus = (
-        train(settings(pictures, sd_folder, {"optimizer": {"up_rate": rate}}, steps=1)).adapter for rate in (1.0, 8.0)
+        train(settings(pictures, sd_folder, {"optimizer": {"loraplus_lr_ratio": rate}}, steps=1)).adapter
+        for rate in (1.0, 8.0)
     )
     for path, layer in plain.layers.items():
         faster = plus.layers[path]
@@ -87,14 +88,20 @@ def test_lora_plus_trains_up_faster(pictures: Path, sd_folder: Path) -> None:
         assert isinstance(faster, LoRALayer)
         assert torch.equal(layer.down, faster.down)
         assert float(faster.up.norm()) > 4 * float(layer.up.norm())
-    for optimizer in ({"up_rate": 4, "kind": "prodigy"}, {"up_rate": 4, "rates": {"*.up": 2}}):
-        with pytest.raises(ValueError, match="both own"):
+    for optimizer in ({"loraplus_lr_ratio": 4, "kind": "prodigy"}, {"loraplus_lr_ratio": 4, "rates": {"*.up": 2}}):
+        with pytest.raises(ValueError, match="both determine"):
             settings(pictures, sd_folder, {"optimizer": optimizer})
 
 
 def test_pissa_on_convolutions_is_rejected(pictures: Path, sd_folder: Path) -> None:
-    changes = {"adapter": {"start": "pissa", "unet_targets": ["convolutions"], "text_encoder_targets": ["attention"]}}
-    with pytest.raises(ConfigError, match=r"adapter.start 'pissa'.*convolution"):
+    changes = {
+        "adapter": {
+            "init_weights": "pissa",
+            "unet_target_modules": ["convolutions"],
+            "text_encoder_target_modules": ["attention"],
+        }
+    }
+    with pytest.raises(ConfigError, match=r"adapter.init_weights 'pissa'.*convolution"):
         train(settings(pictures, sd_folder, changes))
 
 
@@ -114,15 +121,15 @@ def test_b_lora_targets_match_the_block_preset_of_that_name(part: str, block: st
 
 def test_t_lora_samples_as_trained_and_cannot_be_merged(sd_folder: Path, tmp_path: Path) -> None:
     base, fresh = load_base(str(sd_folder)), load_base(str(sd_folder))
-    paths, made = injected(base, config_of("t-lora", least_rank=2, rank=5))
+    paths, made = injected(base, config_of("t-lora", min_rank=2, rank=5))
     shake(made.parameters)
     base.pipe.unet.eval()
-    metadata = AdapterMetadata(name="timed", family=base.family.name, least_rank=2)
+    metadata = AdapterMetadata(name="timed", family=base.family.name, min_rank=2)
     adapter = extract_adapter(base, paths, metadata, torch.float32)
     file = tmp_path / "timed.safetensors"
     save_adapter(adapter, file)
     adapter = load_adapter(file)
-    assert adapter.metadata.least_rank == 2
+    assert adapter.metadata.min_rank == 2
     latents = torch.randn(1, base.pipe.unet.config.in_channels, 8, 8)
     hidden = torch.randn(1, 77, base.pipe.unet.config.cross_attention_dim)
     ranks: list[int] = []
@@ -144,7 +151,7 @@ def test_t_lora_samples_as_trained_and_cannot_be_merged(sd_folder: Path, tmp_pat
         assert main(command) == 2
     assert main(["resize", str(file), str(tmp_path / "cut.safetensors"), "--first", "3"]) == 0
     cut = load_adapter(tmp_path / "cut.safetensors")
-    assert cut.metadata.least_rank == 0
+    assert cut.metadata.min_rank == 0
     assert {layer.rank for layer in cut.layers.values() if isinstance(layer, LoRALayer)} == {3}
 
 
@@ -183,7 +190,7 @@ def test_rank_dropout_of_pissa_drops_both_copies_of_a_direction(sd_folder: Path)
 
 def test_orthogonal_rows_beyond_the_inputs_keep_their_noise(sd_folder: Path) -> None:
     base = load_base(str(sd_folder))
-    _, made = injected(base, config_of("orthogonal", unet_targets=("conv_in",), rank=64))
+    _, made = injected(base, config_of("orthogonal", unet_target_modules=("conv_in",), rank=64))
     down = made.parameters["unet.conv_in.down"].detach().flatten(1)
     assert down.shape[0] == 64 > down.shape[1]
     first = down[: down.shape[1]]
@@ -215,7 +222,7 @@ def test_t_lora_predicts_under_autocast(sd_folder: Path) -> None:
 
 
 def test_lora_plus_without_up_factors_is_rejected(pictures: Path, sd_folder: Path) -> None:
-    changes = {**UNET_ONLY, "optimizer": {"up_rate": 4, "text_encoder_learning_rate": None}}
+    changes = {**UNET_ONLY, "optimizer": {"loraplus_lr_ratio": 4, "text_encoder_learning_rate": None}}
     changes["adapter"] = {**changes["adapter"], "kind": "loha"}
-    with pytest.raises(ConfigError, match=r"optimizer.up_rate is 4.0, but no trained layer has a factor"):
+    with pytest.raises(ConfigError, match=r"optimizer.loraplus_lr_ratio is 4.0, but no trained layer has a factor"):
         train(settings(pictures, sd_folder, changes))

@@ -59,7 +59,7 @@ def test_saved_adapter_predicts_what_the_trained_modules_predict(method: str, sd
     trained = predicted(base)
     with adapter_disabled(base):
         alone = predicted(base)
-    timed = {"least_rank": 1} if method == "t-lora" else {}
+    timed = {"min_rank": 1} if method == "t-lora" else {}
     adapter = extract_adapter(base, paths, AdapterMetadata(family=base.family.name, **timed), torch.float32)
     with blended_weights(fresh, Blend(entries=(WeightedAdapter(adapter=adapter),)), MOMENT):
         again = predicted(fresh)
@@ -83,7 +83,7 @@ def test_each_method_learns_on_the_embedded_base(method: str, ink: Path, tmp_pat
     assert adapter.hash == result.adapter.hash
     found = [layer for path, layer in adapter.layers.items() if ".attn" in path]
     assert all(isinstance(layer, KINDS.get(method, LoRALayer)) for layer in found)
-    prompt = GenerateConfig(prompt="a white house in the snow, in sks style", steps=4)
+    prompt = GenerateConfig(prompt="a white house in the snow, in sks style", num_inference_steps=4)
     own, moved = (
         np.asarray(generate(tiny, [prompt], blend)[0].image, dtype=float)
         for blend in (Blend(), Blend(entries=(WeightedAdapter(adapter=adapter),)))
@@ -95,10 +95,22 @@ def test_each_method_learns_on_the_embedded_base(method: str, ink: Path, tmp_pat
     ("table", "words"),
     [
         ({"optimizer": {"kind": "schedule-free"}, "adapter": {"kind": "sparse"}}, ("'schedule-free'", "'sparse'")),
-        ({"optimizer": {"kind": "schedule-free"}, "adapter": {"max_norm": 1.0}}, ("'schedule-free'", "max_norm")),
-        ({"optimizer": {"kind": "schedule-free"}, "words": {"words": ["sks"]}}, ("'schedule-free'", "words.words")),
+        (
+            {"optimizer": {"kind": "schedule-free"}, "adapter": {"max_delta_norm": 1.0}},
+            ("'schedule-free'", "max_delta_norm"),
+        ),
+        (
+            {"optimizer": {"kind": "schedule-free"}, "textual_inversion": {"placeholder_tokens": ["sks"]}},
+            ("'schedule-free'", "textual_inversion.placeholder_tokens"),
+        ),
         ({"optimizer": {"ema_decay": 0.9}, "adapter": {"kind": "adalora"}}, ("ema_decay", "'adalora'")),
-        ({"words": {"words": ["sks"], "alone": 0.5}, "adapter": {"kind": "adalora"}}, ("words.alone", "'adalora'")),
+        (
+            {
+                "textual_inversion": {"placeholder_tokens": ["sks"], "start_adapter_at": 0.5},
+                "adapter": {"kind": "adalora"},
+            },
+            ("textual_inversion.start_adapter_at", "'adalora'"),
+        ),
     ],
 )
 def test_settings_that_conflict_with_the_method_are_rejected(
@@ -133,7 +145,7 @@ def test_default_rates_of_methods_are_the_best_measured() -> None:
 def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "--rank", "4", "dora", "vera"]) == 0
     said = capsys.readouterr().out
-    assert "--set 'adapter.dora=true'" in said
+    assert "--set 'adapter.use_dora=true'" in said
     assert "arXiv:2310.11454" in said
     assert main(["methods", "--json"]) == 0
     assert [row["method"] for row in json.loads(capsys.readouterr().out)] == [each.name for each in methods.METHODS]
@@ -177,24 +189,24 @@ def test_files_of_all_methods_are_converted_merged_and_inspected(
 @pytest.mark.parametrize(
     ("table", "words"),
     [
-        ({"dora": True, "kind": "vera"}, ("dora", "'vera'")),
+        ({"use_dora": True, "kind": "vera"}, ("use_dora", "'vera'")),
         ({"freeze_down": True, "kind": "loha"}, ("freeze_down", "'loha'")),
-        ({"start": "pissa", "kind": "dylora"}, ("'pissa'", "'dylora'")),
-        ({"start": "pissa", "freeze_down": True}, ("'pissa'", "freeze_down")),
-        ({"start": "pissa", "dora": True}, ("'pissa'", "dora")),
-        ({"scaling": "sqrt-rank"}, ("'sqrt-rank'", "alpha")),
-        ({"scaling": "sqrt-rank", "alpha": 2, "kind": "vera"}, ("'sqrt-rank'", "'vera'")),
-        ({"dropout": 0.1, "dora": True}, ("dropout", "dora")),
-        ({"max_norm": 1.0, "kind": "lokr"}, ("max_norm", "'lokr'")),
-        ({"kind": "t-lora", "text_encoder_targets": ["attention"]}, ("'t-lora'", "text_encoder_targets")),
-        ({"kind": "t-lora", "rank": 2, "least_rank": 4}, ("least_rank", "rank")),
-        ({"begin_with": "a.safetensors", "dora": True, "rank": 2}, ("begin_with", "leave out rank and dora")),
-        ({"ranks": {"*": 2}, "kind": "adalora"}, ("ranks", "'adalora'")),
-        ({"max_norm": 1.0, "freeze_down": True}, ("max_norm", "freeze_down")),
-        ({"max_norm": 1.0, "kind": "sparse"}, ("max_norm", "'sparse'")),
-        ({"kind": "t-lora", "full_targets": ["*.norm1"]}, ("'t-lora'", "full_targets")),
+        ({"init_weights": "pissa", "kind": "dylora"}, ("'pissa'", "'dylora'")),
+        ({"init_weights": "pissa", "freeze_down": True}, ("'pissa'", "freeze_down")),
+        ({"init_weights": "pissa", "use_dora": True}, ("'pissa'", "use_dora")),
+        ({"use_rslora": True}, ("use_rslora", "alpha")),
+        ({"use_rslora": True, "alpha": 2, "kind": "vera"}, ("use_rslora", "'vera'")),
+        ({"dropout": 0.1, "use_dora": True}, ("dropout", "use_dora")),
+        ({"max_delta_norm": 1.0, "kind": "lokr"}, ("max_delta_norm", "'lokr'")),
+        ({"kind": "t-lora", "text_encoder_target_modules": ["attention"]}, ("'t-lora'", "text_encoder_target_modules")),
+        ({"kind": "t-lora", "rank": 2, "min_rank": 4}, ("min_rank", "rank")),
+        ({"init_from": "a.safetensors", "use_dora": True, "rank": 2}, ("init_from", "rank and use_dora")),
+        ({"rank_pattern": {"*": 2}, "kind": "adalora"}, ("rank_pattern", "'adalora'")),
+        ({"max_delta_norm": 1.0, "freeze_down": True}, ("max_delta_norm", "freeze_down")),
+        ({"max_delta_norm": 1.0, "kind": "sparse"}, ("max_delta_norm", "'sparse'")),
+        ({"kind": "t-lora", "modules_to_save": ["*.norm1"]}, ("'t-lora'", "modules_to_save")),
         ({"sparse_keep": 0.2}, ("sparse_keep", "'sparse'")),
-        ({"kind": "dylora", "lokr_factor": 4}, ("lokr_factor", "'dylora'")),
+        ({"kind": "dylora", "decompose_factor": 4}, ("decompose_factor", "'dylora'")),
     ],
 )
 def test_invalid_combinations_are_rejected(table: dict[str, Any], words: tuple[str, ...]) -> None:
@@ -206,7 +218,7 @@ def test_invalid_combinations_are_rejected(table: dict[str, Any], words: tuple[s
 
 
 def test_module_in_two_kinds_of_targets_is_rejected(pictures: Path, sd_folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"full_targets and by the other targets"):
-        train(settings(pictures, sd_folder, {"adapter": {"full_targets": ["unet.*.to_q"]}}))
+    with pytest.raises(ConfigError, match=r"modules_to_save and by the other targets"):
+        train(settings(pictures, sd_folder, {"adapter": {"modules_to_save": ["unet.*.to_q"]}}))
     with pytest.raises(ConfigError, match=r"'unet.nowhere' names no module"):
-        train(settings(pictures, sd_folder, {"adapter": {"full_targets": ["unet.nowhere"]}}))
+        train(settings(pictures, sd_folder, {"adapter": {"modules_to_save": ["unet.nowhere"]}}))

@@ -53,15 +53,15 @@ def test_run_starts_from_a_file_and_on_top_of_others(ink: Path, tmp_path: Path) 
         "output": tmp_path / "it.safetensors",
         "steps": 2,
         "adapter": {
-            "begin_with": str(sample_data_folder() / "adapters" / "ink.safetensors"),
-            "text_encoder_targets": [],
+            "init_from": str(sample_data_folder() / "adapters" / "ink.safetensors"),
+            "text_encoder_target_modules": [],
         },
         "optimizer": {"learning_rate": 1e-5, "warmup_steps": 0},
         "tracking": {"trackers": []},
     }
     with pytest.raises(ConfigError, match="changes text encoders"):
         train(validate(TrainConfig, table, source="test"))
-    table["adapter"] |= {"text_encoder_targets": ["attention"]}
+    table["adapter"] |= {"text_encoder_target_modules": ["attention"]}
     plain = train(validate(TrainConfig, table, source="test")).adapter
     ink_adapter = load_adapter(sample_data_folder() / "adapters" / "ink.safetensors")
     assert plain.paths == ink_adapter.paths
@@ -69,23 +69,27 @@ def test_run_starts_from_a_file_and_on_top_of_others(ink: Path, tmp_path: Path) 
         before = ink_adapter.layers[path].delta()
         assert float((layer.delta() - before).norm()) < 0.05 * float(before.norm())
     assert plain.hash != ink_adapter.hash
-    on_top = {**table, "output": tmp_path / "top.safetensors", "on_top_of": {str(ready): 0.8}}
+    on_top = {**table, "output": tmp_path / "top.safetensors", "base_adapters": {str(ready): 0.8}}
     over = train(validate(TrainConfig, on_top, source="test")).adapter
     assert over.metadata.base_hash != plain.metadata.base_hash
-    assert over.metadata.training["on_top_of"] == {"gloop.safetensors": 0.8}
-    with pytest.raises(ConfigError, match=r"begin_with goes on as the file is; leave out dora"):
-        validate(TrainConfig, {**table, "adapter": {**table["adapter"], "dora": True}}, source="test")
+    assert over.metadata.training["base_adapters"] == {"gloop.safetensors": 0.8}
+    with pytest.raises(ConfigError, match=r"init_from takes use_dora from the file"):
+        validate(TrainConfig, {**table, "adapter": {**table["adapter"], "use_dora": True}}, source="test")
     with pytest.raises(AdapterFormatError, match="nowhere"):
-        train(validate(TrainConfig, {**on_top, "on_top_of": {str(tmp_path / "nowhere.safetensors"): 1}}, source="test"))
+        train(
+            validate(
+                TrainConfig, {**on_top, "base_adapters": {str(tmp_path / "nowhere.safetensors"): 1}}, source="test"
+            )
+        )
 
 
 def test_adapters_with_learned_words_or_no_layers_are_rejected(sd: Base, tmp_path: Path) -> None:
     words = Adapter(layers={}, tokens={"sks": {"text_encoder": torch.ones(1, 4)}})
-    with pytest.raises(ConfigError, match="learned words"):
+    with pytest.raises(ConfigError, match="learned tokens"):
         check_continuable(words, "a.safetensors")
     with pytest.raises(ConfigError, match="no layers"):
         check_continuable(Adapter(layers={}), "a.safetensors")
-    with pytest.raises(ConfigError, match=r"on_top_of: .*textual-inversion embeddings"):
+    with pytest.raises(ConfigError, match=r"base_adapters: .*textual-inversion embeddings"):
         save_adapter(words, tmp_path / "words.safetensors")
         add_base_adapters(sd, {tmp_path / "words.safetensors": 1.0})
 
@@ -94,13 +98,13 @@ def test_unsupported_adapters_are_rejected(pictures: Path, sd: Base, tmp_path: P
     file, base = tmp_path / "begun.safetensors", Path(sd.name)
     path = "unet.mid_block.attentions.0.proj_in"
     size = sd.pipe.unet.mid_block.attentions[0].proj_in.weight.shape
-    changes = {**UNET_ONLY, "adapter": {**UNET_ONLY["adapter"], "begin_with": str(file)}}
+    changes = {**UNET_ONLY, "adapter": {**UNET_ONLY["adapter"], "init_from": str(file)}}
 
-    def assert_rejected(layer: Any, message: str, least_rank: int = 0, **more: Any) -> None:
-        metadata = AdapterMetadata(family=sd.family.name, least_rank=least_rank)
+    def assert_rejected(layer: Any, message: str, min_rank: int = 0, **more: Any) -> None:
+        metadata = AdapterMetadata(family=sd.family.name, min_rank=min_rank)
         save_adapter(Adapter(layers={path: layer}, metadata=metadata), file)
         own = AdapterConfig()
-        adapter = {**changes["adapter"], **more, "unet_targets": own.unet_targets, "rank": own.rank}
+        adapter = {**changes["adapter"], **more, "unet_target_modules": own.unet_target_modules, "rank": own.rank}
         with pytest.raises((ConfigError, FamilyMismatchError), match=message):
             train(settings(pictures, base, {**changes, "adapter": adapter}))
 
@@ -108,6 +112,6 @@ def test_unsupported_adapters_are_rejected(pictures: Path, sd: Base, tmp_path: P
     fits = LoRALayer(down=torch.ones(2, size[1], *kernel), up=torch.ones(size[0], 2, *kernel), alpha=2.0)
     other = LoRALayer(down=torch.ones(2, 7, *kernel), up=torch.ones(9, 2, *kernel), alpha=2.0)
     full = FullLayer(diff=torch.ones(*size))
-    assert_rejected(fits, "rank depends on the timestep", least_rank=1)
+    assert_rejected(fits, "rank depends on the timestep", min_rank=1)
     assert_rejected(other, "proj_in")
     assert_rejected(full, r"adapter.dropout applies to plain LoRA only", dropout=0.1)

@@ -14,12 +14,12 @@ from lora_diffusion_studio.tabs.events import command_box
 from lora_diffusion_studio.tabs.shelf import AdapterGallery, draw_gallery
 from lora_diffusion_studio.tabs.slots import FIELDS, SLOTS, SlotComponents, draw_slot, parse_slots, slot_updates
 
-COMPOSITION = (*MODE_OF, "exact")
+COMPOSITION = (*MODE_OF, "parallel")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputPanel:
-    """Where pictures appear, and the buttons that make them."""
+    """The gallery, and the buttons that generate images."""
 
     seeds: gr.Radio
     live: gr.Checkbox
@@ -39,10 +39,10 @@ class OutputPanel:
 
 @dataclass(frozen=True, kw_only=True)
 class BlendTab:
-    """What other tabs need of this one."""
+    """The components of the Blend tab that other tabs use."""
 
     base: gr.Dropdown
-    shelf: AdapterGallery
+    adapter_gallery: AdapterGallery
     chosen: gr.Dropdown
     slots: list[SlotComponents]
     mode: gr.Dropdown
@@ -58,12 +58,12 @@ class BlendTab:
 
     @property
     def table_inputs(self) -> list[Any]:
-        """The fields of all places, in the order of `parse_slots`."""
+        """The fields of all slots, in the order of `parse_slots`."""
         return [slot.fields[name] for slot in self.slots for name in FIELDS]
 
     @property
     def table_outputs(self) -> list[Any]:
-        """All that shows the table, in the order of `slot_updates`."""
+        """The components of all slots, in the order of `slot_updates`."""
         return [part for slot in self.slots for part in slot.outputs]
 
     @property
@@ -77,8 +77,8 @@ PLAIN: dict[str, Any] = {
     "prompt": "",
     "negative_prompt": "",
     "seed": 0,
-    "steps": 20,
-    "guidance": 4.0,
+    "num_inference_steps": 20,
+    "guidance_scale": 4.0,
     "scheduler": "base",
     "width": 0,
     "height": 0,
@@ -87,7 +87,7 @@ PLAIN: dict[str, Any] = {
     "variation_seed": 0,
 }
 """Settings with what they are if nobody has set them; a size of 0 is the base's."""
-WHOLE = ("seed", "steps", "width", "height", "count", "variation_seed", "switch_every")
+WHOLE = ("seed", "num_inference_steps", "width", "height", "count", "variation_seed", "switch_every")
 """Settings that are whole numbers; a browser's numbers are not."""
 
 
@@ -100,7 +100,8 @@ def form_from(values: Sequence[Any]) -> BlendForm:
     if not given["variation"]:
         given["variation_seed"] = 0
     used = {name: given[name] for name, plain in PLAIN.items() if given[name] not in (None, "", plain)}
-    settings = {"prompt": "", "seed": 0, "steps": PLAIN["steps"], "guidance": given["guidance"], **used}
+    always = {"num_inference_steps": PLAIN["num_inference_steps"], "guidance_scale": given["guidance_scale"]}
+    settings = {"prompt": "", "seed": 0, **always, **used}
     return BlendForm(
         base=base,
         mode=mode,
@@ -112,7 +113,7 @@ def form_from(values: Sequence[Any]) -> BlendForm:
 
 def is_used(name: str, value: object, mode: str) -> bool:
     """Whether a setting of the composition says something in that mode."""
-    return bool(value) if name == "exact" else MODE_OF[name] == mode and value is not None
+    return bool(value) if name == "parallel" else MODE_OF[name] == mode and value is not None
 
 
 def round_whole_numbers(settings: dict[str, Any]) -> dict[str, Any]:
@@ -160,7 +161,7 @@ def draw_blend(studio: Studio) -> BlendTab:
                     min_width=220,
                     info="on the table; only those that fit the base are offered",
                 )
-            shelf = draw_gallery(studio)
+            adapter_gallery = draw_gallery(studio)
             slots = [draw_slot(number + 1, studio.block_presets(base)) for number in range(SLOTS)]
             mode, composition = draw_composition()
             numbers, seeds = draw_numbers()
@@ -169,7 +170,7 @@ def draw_blend(studio: Studio) -> BlendTab:
             stage = draw_stage(seeds)
     return BlendTab(
         base=base_box,
-        shelf=shelf,
+        adapter_gallery=adapter_gallery,
         chosen=chosen,
         slots=slots,
         mode=mode,
@@ -215,7 +216,7 @@ def draw_numbers() -> tuple[dict[str, Any], gr.Radio]:
     """All other settings, and what the next picture's seeds are."""
     with gr.Row():
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=90)
-        steps = gr.Slider(1, MOST["steps"], 20, step=1, label="Steps", min_width=140)
+        steps = gr.Slider(1, MOST["num_inference_steps"], 20, step=1, label="Steps", min_width=140)
         guidance = gr.Slider(0, 15, 4, step=0.5, label="Guidance", min_width=140)
     seeds = gr.Radio(list(SEEDS), value="fixed", label="Seed of the next picture")
     with gr.Accordion("Size, count, scheduler, variation", open=False), gr.Row():

@@ -147,16 +147,23 @@ def wire_table(studio: Studio, blend: BlendTab) -> None:
         wanted = add_picked(chosen, names[int(data.index)], SLOTS)
         return [wanted, gr.update(selected_index=None), *laid(wanted, values)]
 
-    shelf = blend.shelf
-    picked = [blend.chosen, shelf.cards, *blend.table_outputs]
-    shelf.cards.select(pick, [shelf.names, blend.chosen, *blend.table_inputs], picked, **QUICK)
+    adapter_gallery = blend.adapter_gallery
+    picked = [blend.chosen, adapter_gallery.cards, *blend.table_outputs]
+    adapter_gallery.cards.select(pick, [adapter_gallery.names, blend.chosen, *blend.table_inputs], picked, **QUICK)
 
     @with_messages
     def look(base: str, text: str, kind: str) -> list[Any]:
         return gallery_updates(studio, base, text or "", kind or "")
 
-    sought = [blend.base, shelf.text, shelf.kind]
-    gr.on([shelf.text.change, shelf.kind.input], look, sought, shelf.outputs, trigger_mode="always_last", **QUICK)
+    sought = [blend.base, adapter_gallery.text, adapter_gallery.kind]
+    gr.on(
+        [adapter_gallery.text.change, adapter_gallery.kind.input],
+        look,
+        sought,
+        adapter_gallery.outputs,
+        trigger_mode="always_last",
+        **QUICK,
+    )
     wire_base(studio, blend)
     for slot in blend.slots:
         wire_slot(studio, blend, slot)
@@ -170,7 +177,7 @@ def wire_base(studio: Studio, blend: BlendTab) -> None:
         chosen = gr.update(choices=list_choices(studio, base), value=[])
         return [chosen, *gallery_updates(studio, base), *slot_updates([], studio.card)]
 
-    blend.base.input(rebase, blend.base, [blend.chosen, *blend.shelf.outputs, *blend.table_outputs], **QUICK)
+    blend.base.input(rebase, blend.base, [blend.chosen, *blend.adapter_gallery.outputs, *blend.table_outputs], **QUICK)
 
     def show(mode: str) -> list[Any]:
         return mode_updates(mode, {})

@@ -111,7 +111,7 @@ def wire_blocks(studio: Studio, blend: BlendTab) -> gr.Dropdown:
 
 
 def effects_table(effects: tuple[Any, ...]) -> Any:
-    """What the bar plot takes."""
+    """Return the data of the bar plot."""
     import pandas as pd
 
     return pd.DataFrame({"block": [e.block for e in effects], "change": [e.change for e in effects]})

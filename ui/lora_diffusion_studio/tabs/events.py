@@ -25,7 +25,7 @@ Work = TypeVar("Work", bound=Callable[..., Any])
 
 @contextmanager
 def errors_as_messages(written: Callable[[str], str] = html.escape) -> Iterator[None]:
-    """Turn what the library refuses into a message for the visitor, whose page reads it as HTML."""
+    """Turn the library's errors into messages for the visitor, whose page shows them as HTML."""
     try:
         yield
     except gr.Error:
@@ -41,7 +41,7 @@ def errors_as_messages(written: Callable[[str], str] = html.escape) -> Iterator[
 
 
 def with_messages(work: Work) -> Work:
-    """A handler, or a stream of them, whose errors are sentences."""
+    """Wrap a handler, or a stream, so that its errors become messages."""
     if inspect.isgeneratorfunction(work):
 
         @functools.wraps(work)
@@ -67,5 +67,5 @@ def command_box(label: str) -> tuple[gr.Accordion, gr.Code]:
 
 
 def visitor_id(request: gr.Request) -> str:
-    """Whose page this is."""
+    """Return the id of the visitor's session."""
     return str(request.session_hash)

@@ -116,14 +116,14 @@ def wire_changes(studio: Studio, shown: list[Any]) -> None:
 
 
 def refresh_list(studio: Studio, name: str) -> list[Any]:
-    """The list with one chosen, and what is shown of it."""
+    """Update the list, with one preset chosen and shown."""
     found = [kept for kept in list_saved_presets(studio) if kept.name == name]
     chosen, gallery = list_updates(studio)
     return [{**chosen, "value": name or None}, gallery, *show_preset(found[0] if found else None)]
 
 
 def list_updates(studio: Studio) -> list[Any]:
-    """The list as it is now, by name and as pictures."""
+    """Return the current list, by name and as thumbnails."""
     return [gr.update(choices=preset_names(studio)), gr.update(value=preset_thumbnails(studio), selected_index=None)]
 
 
@@ -132,7 +132,7 @@ def preset_names(studio: Studio) -> list[str]:
 
 
 def preset_thumbnails(studio: Studio) -> list[Any]:
-    """Thumbnails with names."""
+    """Return thumbnails with names."""
     return [(make_thumbnail(kept.title, kept.thumbnail), kept.name) for kept in list_saved_presets(studio)]
 
 

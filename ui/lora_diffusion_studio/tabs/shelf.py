@@ -14,7 +14,7 @@ KINDS_ANY = ("any", "")
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterGallery:
-    """The shelf's components."""
+    """The gallery of adapters with its search."""
 
     text: gr.Textbox
     kind: gr.Dropdown
@@ -24,12 +24,12 @@ class AdapterGallery:
 
     @property
     def outputs(self) -> list[Any]:
-        """What shows the shelf, in the order of `gallery_updates`."""
+        """The components of the gallery, in the order of `gallery_updates`."""
         return [self.kind, self.cards, self.names]
 
 
 def draw_gallery(studio: Studio) -> AdapterGallery:
-    """A search, and the cards that it finds."""
+    """Draw a search field and the matching adapters."""
     base = studio.places.bases[0]
     pictures, names = list_cards(studio, base)
     with gr.Accordion("Shelf: click a card to put it on the table", open=True):
@@ -57,20 +57,20 @@ def card_gallery(pictures: list[Any], **shown: Any) -> gr.Gallery:
 
 
 def list_kinds(studio: Studio, base: str) -> list[tuple[str, str]]:
-    """Those of the adapters that fit a base."""
+    """List the kinds of adapters that fit a base."""
     found = sorted({kind for card in studio.cards(base) for kind in card.kinds})
     return [(kind, kind) for kind in found]
 
 
 def list_cards(studio: Studio, base: str, text: str = "", kind: str = "") -> tuple[list[Any], list[str]]:
-    """Pictures with captions, and the adapters that they stand for."""
+    """Return pictures with captions, and the adapters they stand for."""
     found = studio.cards(base, text, kind)
     pictures = [(make_thumbnail(card.title, card.preview), card.title) for card in found]
     return pictures, [card.name for card in found]
 
 
 def gallery_updates(studio: Studio, base: str, text: str = "", kind: str = "") -> list[Any]:
-    """What shows the shelf as it is now."""
+    """Return the current content of the gallery."""
     pictures, names = list_cards(studio, base, text, kind)
     return [
         gr.update(choices=[KINDS_ANY, *list_kinds(studio, base)]),
@@ -80,7 +80,7 @@ def gallery_updates(studio: Studio, base: str, text: str = "", kind: str = "") -
 
 
 def add_picked(chosen: Sequence[str] | None, name: str, most: int) -> list[str]:
-    """The table's adapters and one more. Raises gr.Error if there is no place for it."""
+    """Return the chosen adapters and one more. Raises gr.Error if there is no free slot."""
     present = list(chosen or [])
     if name in present:
         return present

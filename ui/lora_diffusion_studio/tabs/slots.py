@@ -20,7 +20,7 @@ MOST_WORDS = 12
 
 @dataclass(frozen=True, kw_only=True)
 class SlotComponents:
-    """The components of one place, by field."""
+    """The components of one adapter slot, by field."""
 
     group: gr.Group
     face: gr.Image
@@ -31,7 +31,7 @@ class SlotComponents:
 
     @property
     def outputs(self) -> list[Any]:
-        """What shows a row, in the order of `slot_updates`."""
+        """The components of a slot, in the order of `slot_updates`."""
         return [self.group, self.face, self.about, self.words, *self.fields.values()]
 
 
@@ -97,7 +97,7 @@ def draw_details(blocks: Sequence[str]) -> tuple[dict[str, Any], gr.Image]:
 
 
 def parse_slot(values: Sequence[Any]) -> AdapterSlot | None:
-    """The row in the values of a place's fields; None for an empty place. Raises ConfigError."""
+    """Return the slot in the values of its fields; None for an empty one. Raises ConfigError."""
     field = dict(zip(FIELDS, values, strict=True))
     if not field["name"]:
         return None
@@ -122,14 +122,14 @@ def parse_slot(values: Sequence[Any]) -> AdapterSlot | None:
 
 
 def parse_slots(values: Sequence[Any]) -> tuple[AdapterSlot, ...]:
-    """The rows in the values of all places. Raises ConfigError."""
+    """Return the slots in the values of all fields. Raises ConfigError."""
     count = len(FIELDS)
     found = (parse_slot(values[start : start + count]) for start in range(0, len(values), count))
     return tuple(row for row in found if row)
 
 
 def slot_values(row: AdapterSlot | None, card: Card | None) -> list[Any]:
-    """What a row puts into the fields of a place."""
+    """Return the field values of a slot."""
     if row is None or card is None:
         return ["", True, 1.0, "", "", "", 0, 1, "", "", gr.update(value="", visible=False)]
     title = row.name.removesuffix(".safetensors")
@@ -152,7 +152,7 @@ def slot_values(row: AdapterSlot | None, card: Card | None) -> list[Any]:
 
 
 def slot_updates(rows: Sequence[AdapterSlot], card_of: Callable[[str], Card]) -> list[Any]:
-    """What shows these rows in the `outputs` of all places. Raises ConfigError for an adapter that is not there."""
+    """Return the updates that show these slots. Raises ConfigError for an unknown adapter."""
     shown: list[Any] = []
     for number in range(SLOTS):
         row = rows[number] if number < len(rows) else None

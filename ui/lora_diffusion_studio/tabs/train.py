@@ -1,4 +1,4 @@
-"""The Train tab: pictures, captions, a run in its own process, and its adapter onto the shelf."""
+"""The Train tab: pictures, captions, a run in its own process, and adding its adapter to the library."""
 
 import html
 from collections.abc import Sequence
@@ -86,7 +86,7 @@ def draw_job() -> list[Any]:
 def wire_run(
     studio: Studio, trainer: RunManager, blend: BlendTab, name: gr.Textbox, job: list[Any], check: gr.Button
 ) -> None:
-    """Start, stop, watch, and put the adapter onto the shelf."""
+    """Start, stop, watch, and add the adapter to the library."""
     with gr.Row():
         start = gr.Button("Start training", variant="primary", min_width=120)
         stop = gr.Button("Stop training", variant="stop", min_width=120)
@@ -155,7 +155,7 @@ def parse_job(values: Sequence[Any]) -> Job:
 
 
 def captions_table(trainer: RunManager, name: str, rows: list[tuple[str, str]]) -> list[list[str]]:
-    """Pictures with their captions, as the table shows them."""
+    """Return pictures with their captions, as the table shows them."""
     return [
         [f'<img src="{trainer.thumbnail(name, picture)}" alt="{html.escape(picture)}">', picture, caption]
         for picture, caption in rows
@@ -167,7 +167,7 @@ def join_lines(lines: str) -> str:
 
 
 def status_updates(state: RunStatus) -> tuple[Any, ...]:
-    """How a run stands, in the tab's components."""
+    """Return the updates that show the status of a run."""
     import pandas as pd
 
     steps, losses = [step for step, _ in state.losses], [loss for _, loss in state.losses]
