@@ -44,6 +44,8 @@ class WeightedAdapter:
     """SHA-256 of the bytes after the header of its file, by which A1111 and kohya's scripts identify it."""
 
     def __post_init__(self) -> None:
+        if self.path is not None:
+            object.__setattr__(self, "path", Path(self.path))
         if not isinstance(self.weight, BlendWeight) and not math.isfinite(self.weight):
             raise ConfigError(f"the weight {self.weight} of {self.name!r} is not a finite number")
         patterns = self.weight.modules if isinstance(self.weight, BlendWeight) else ()

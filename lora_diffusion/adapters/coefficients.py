@@ -7,6 +7,7 @@ SD 1.x and 2.x, 20 for SDXL) or those with attention (17 or 12). Blocks without 
 
 import difflib
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -216,7 +217,7 @@ def is_zero(weight: Weight) -> bool:
     return weight.value == 0 and not any(weight.components.values())
 
 
-def read_block_presets(path: Path) -> BlockPresets:
+def read_block_presets(path: str | os.PathLike[str]) -> BlockPresets:
     """Read an `lbwpresets.txt` of sd-webui-lora-block-weight.
 
     Each line is `NAME:value,value,...` with 12, 17, 20 or 26 values. Lines that contain a # are comments. Lines of 61
@@ -225,6 +226,7 @@ def read_block_presets(path: Path) -> BlockPresets:
     Raises:
         ConfigError: If the file cannot be read, or a line has another form.
     """
+    path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

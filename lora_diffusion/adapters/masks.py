@@ -1,6 +1,8 @@
 """Rasterize the region of an image that an adapter acts in: boxes and mask images with soft edges."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +28,8 @@ def region_mask(region: Region) -> Tensor:
     """
     image = _draw_box(region.box) if region.box else _load_mask_image(region)
     softened = image.filter(ImageFilter.GaussianBlur(region.feather * SIDE / 4)) if region.feather else image
-    mask = torch.from_numpy(np.asarray(softened, dtype=np.float32) / 255)
+    untyped: Any = torch  # PyTorch's stub does not type the argument of from_numpy
+    mask: Tensor = untyped.from_numpy(np.asarray(softened, dtype=np.float32) / 255)
     if not bool(mask.any()):
         raise ConfigError(f"the region {region.mask or region.box} is empty; expected a box or mask that covers pixels")
     return mask
@@ -72,7 +75,7 @@ def with_mask_hash(region: Region) -> Region:
     return region.model_copy(update={"mask_hash": mask_hash(Path(region.mask))})
 
 
-def mask_hash(path: Path) -> str:
+def mask_hash(path: str | os.PathLike[str]) -> str:
     """Return the SHA-256 of a mask file.
 
     Raises:
@@ -81,7 +84,9 @@ def mask_hash(path: Path) -> str:
     try:
         return file_hash(path, use_cache=False)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read as a mask ({error.strerror}); expected an image file") from None
+        raise ConfigError(
+            f"{os.fspath(path)}: cannot be read as a mask ({error.strerror}); expected an image file"
+        ) from None
 
 
 def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:

@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from functools import cache
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from lora_diffusion.errors import OutputError
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: str | os.PathLike[str]) -> Generator[Path]:
     """Write a file atomically.
 
     Args:
@@ -32,6 +32,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: If `path` is a folder or cannot be written.
     """
+    path = Path(path)
     with _scratch_folder(path) as folder:
         if path.is_dir():
             raise OutputError(f"{path}: is a folder; expected the path of a file to write")
@@ -43,7 +44,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: str | os.PathLike[str]) -> Generator[Path]:
     """Write a folder atomically.
 
     Args:
@@ -56,6 +57,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: If `path` cannot be written, or exists and is not an empty folder.
     """
+    path = Path(path)
     with _scratch_folder(path) as folder:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise OutputError(f"{path}: already exists and is not an empty folder; remove it or choose another output")
@@ -72,7 +74,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _scratch_folder(path: Path) -> Iterator[Path]:
+def _scratch_folder(path: Path) -> Generator[Path]:
     """Create a temporary folder next to `path`, and remove it when the block ends.
 
     Missing parent folders are created, and removed again if they are still empty at the end. An OSError from inside
@@ -125,7 +127,7 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def sync_to_disk(path: Path) -> None:
+def sync_to_disk(path: str | os.PathLike[str]) -> None:
     """Flush a file or folder to disk with fsync."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -134,17 +136,17 @@ def sync_to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: str | os.PathLike[str]) -> None:
     """Check that a file can be written at `path`, before a long computation rather than after it.
 
     Raises:
         OutputError: If it cannot.
     """
-    with _scratch_folder(path):
+    with _scratch_folder(Path(path)):
         pass
 
 
-def check_output(output: Path, inputs: Iterable[Path], *, force: bool) -> None:
+def check_output(output: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]], *, force: bool) -> None:
     """Check that an adapter file can be written at `output`.
 
     Args:
@@ -155,9 +157,10 @@ def check_output(output: Path, inputs: Iterable[Path], *, force: bool) -> None:
     Raises:
         OutputError: If `output` does not end in .safetensors, is an input, exists without `force`, or is not writable.
     """
+    output = Path(output)
     if output.suffix != ".safetensors":
         raise OutputError(f"{output}: expected a file to write that ends in .safetensors")
-    files = [file for path in inputs if path.exists() for file in (path, *path.glob("*.safetensors"))]
+    files = [file for path in map(Path, inputs) if path.exists() for file in (path, *path.glob("*.safetensors"))]
     if output.exists() and any(output.samefile(file) for file in files):
         raise OutputError(f"{output}: is one of the inputs; choose another output")
     if output.exists() and not force:
@@ -201,7 +204,8 @@ def sample_data_folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).parents[2] / "sample_data"
 
 
-def count_bytes(path: Path) -> int:
+def count_bytes(path: str | os.PathLike[str]) -> int:
     """Return the size in bytes of a file, or of all files in a PEFT folder."""
+    path = Path(path)
     files = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
     return sum(file.stat().st_size for file in files)

@@ -1,7 +1,7 @@
 """Write a large file in background threads while the main thread computes."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +44,7 @@ class BackgroundWriter:
 
 
 @contextmanager
-def background_writer(path: Path) -> Iterator[BackgroundWriter]:
+def background_writer(path: str | os.PathLike[str]) -> Generator[BackgroundWriter]:
     """Open a new file for writing in the background.
 
     Yields:
@@ -53,7 +53,7 @@ def background_writer(path: Path) -> Iterator[BackgroundWriter]:
     Raises:
         OSError: If the file cannot be written.
     """
-    with path.open("wb") as file, ThreadPoolExecutor(2) as threads:
+    with Path(path).open("wb") as file, ThreadPoolExecutor(2) as threads:
         writer = BackgroundWriter(file, threads)
         yield writer
         writer.wait()

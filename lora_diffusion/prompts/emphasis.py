@@ -65,7 +65,7 @@ def parse_emphasis(text: str) -> Prompt:
             open_brackets.append((match["opens"], len(spans)))
         elif match["section"]:
             _check_brackets_closed(text, open_brackets)
-            spans = []
+            spans = list[WeightedText]()
             sections.append(spans)
         else:
             closes = match["closes"] or ")"

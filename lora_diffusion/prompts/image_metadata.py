@@ -1,5 +1,6 @@
 """Read the infotext of an image: the `parameters` of a PNG, or the EXIF UserComment of a JPEG or WebP."""
 
+import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-def read_infotext(path: Path) -> Infotext | None:
+def read_infotext(path: str | os.PathLike[str]) -> Infotext | None:
     """Read the infotext of a PNG, JPEG or WebP.
 
     Returns:
@@ -22,6 +23,7 @@ def read_infotext(path: Path) -> Infotext | None:
     """
     from PIL import Image, UnidentifiedImageError
 
+    path = Path(path)
     try:
         # an image for which PIL warns, for example of broken EXIF, is treated as one without infotext
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as image:
