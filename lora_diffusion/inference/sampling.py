@@ -4,6 +4,7 @@ Each image is sampled on its own, with noise drawn on the CPU, so that it depend
 run nor on the device's random generator.
 """
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,12 +42,26 @@ from lora_diffusion.models.textual_inversion import learned_tokens
 from lora_diffusion.prompts.emphasis import parse_emphasis
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class GeneratedImage:
-    """A generated image with the recipe that reproduces it."""
+    """A generated image with the recipe that reproduces it. Notebooks show the image."""
 
     image: Image.Image
+    """The picture."""
     recipe: Recipe
+    """Base, adapters and settings that it was made with."""
+
+    def __repr__(self) -> str:
+        """Describe the image on one line: size, prompt and seed."""
+        settings = self.recipe.settings
+        details = f", {settings.prompt!r}, seed={settings.seed}" if settings else ""
+        return f"GeneratedImage({self.image.width}x{self.image.height}{details})"
+
+    def _repr_png_(self) -> bytes:
+        """Return the PNG that a notebook displays."""
+        buffer = io.BytesIO()
+        self.image.save(buffer, format="PNG")
+        return buffer.getvalue()
 
     def save(self, path: Path) -> None:
         """Write the image as a PNG with the recipe in its metadata.
