@@ -36,7 +36,7 @@ _INTERNAL_FIELDS = {"claims", "stamp", "context"}
 """Fields of an entry that only the index uses."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Library:
     """The adapters below a folder, as they were when the library was opened."""
 
@@ -46,6 +46,10 @@ class Library:
     """All adapters, and files that cannot be used as one, sorted by relative path."""
     index: Path
     """The SQLite file that caches the entries."""
+
+    def __repr__(self) -> str:
+        """Describe the library on one line: its folder and the number of entries."""
+        return f"Library({str(self.folder)!r}, {len(self.entries)} entries)"
 
 
 def default_folder() -> Path:
