@@ -201,8 +201,8 @@ def _layers_at_step(entry: WeightedAdapter, denoising_step: DenoisingStep | None
     Raises:
         ConfigError: For a T-LoRA without a denoising step.
     """
-    adapter, least = entry.adapter, entry.adapter.metadata.min_rank
-    if not least:
+    adapter, min_rank = entry.adapter, entry.adapter.metadata.min_rank
+    if not min_rank:
         return adapter.layers
     if denoising_step is None:
         raise ConfigError(
@@ -210,7 +210,7 @@ def _layers_at_step(entry: WeightedAdapter, denoising_step: DenoisingStep | None
             "blend it in `generate`, or truncate it to one rank with resize --first"
         )
     progress = denoising_step.index / denoising_step.total
-    return {path: truncate_at_step(layer, least, progress) for path, layer in adapter.layers.items()}
+    return {path: truncate_at_step(layer, min_rank, progress) for path, layer in adapter.layers.items()}
 
 
 def terms_equal(first: object, second: object) -> bool:

@@ -23,7 +23,7 @@ def validate_composition(composition: Composition, count: int, *, regions: bool)
     """
     mode = composition.mode
     if mode == "k-lora" and count != 2:
-        raise ConfigError(f"k-lora chooses between two adapters, the subject first; this blend has {count}")
+        raise ConfigError(f"k-lora needs exactly two adapters, the subject first; this blend has {count}")
     if mode == "np-lora" and count < 2:
         raise ConfigError(f"np-lora needs a subject followed by at least one style; this blend has {count}")
     if mode != "sum" and regions:

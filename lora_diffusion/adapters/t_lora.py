@@ -6,12 +6,12 @@ from weakref import WeakKeyDictionary
 from lora_diffusion.adapters.layers import Layer, LoRALayer
 
 
-def truncate_at_step(layer: Layer, least: int, progress: float) -> Layer:
+def truncate_at_step(layer: Layer, min_rank: int, progress: float) -> Layer:
     """Truncate a T-LoRA layer to the rank that acts at a point of the denoising run.
 
     Args:
         layer: Layer of any kind; only LoRA layers are truncated.
-        least: Rank that acts in pure noise (`AdapterMetadata.min_rank`).
+        min_rank: Rank that acts in pure noise (`AdapterMetadata.min_rank`).
         progress: Completed share of the denoising steps, 0 to 1.
 
     Returns:
@@ -19,13 +19,13 @@ def truncate_at_step(layer: Layer, least: int, progress: float) -> Layer:
     """
     if not isinstance(layer, LoRALayer):
         return layer
-    return truncate_layer(layer, rank_at_step(progress, least, layer.rank))
+    return truncate_layer(layer, rank_at_step(progress, min_rank, layer.rank))
 
 
-def rank_at_step(progress: float, least: int, rank: int) -> int:
-    """Return the rank of a T-LoRA that acts at a point of the denoising run: least + progress * (rank - least)."""
-    least = min(least, rank)
-    return least + math.floor(progress * (rank - least) + 1e-6)
+def rank_at_step(progress: float, min_rank: int, rank: int) -> int:
+    """Return the rank of a T-LoRA at a point of the denoising run: min_rank + progress * (rank - min_rank)."""
+    min_rank = min(min_rank, rank)
+    return min_rank + math.floor(progress * (rank - min_rank) + 1e-6)
 
 
 _TRUNCATED: WeakKeyDictionary[LoRALayer, dict[int, LoRALayer]] = WeakKeyDictionary()

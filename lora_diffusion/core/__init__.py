@@ -1,1 +1,1 @@
-"""Basic services without any knowledge of adapters: file output, dtypes, memory and hardware."""
+"""Atomic file output, file hashes, dtypes, memory and hardware; nothing here depends on adapters or models."""

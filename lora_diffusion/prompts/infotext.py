@@ -262,52 +262,52 @@ def convert_settings(info: Infotext, *, source: str) -> tuple[dict[str, Any], tu
     Raises:
         ConfigError: If values are invalid; the message lists all of them.
     """
-    written = {key.lower(): value for key, value in info.settings.items()}
+    values = {key.lower(): value for key, value in info.settings.items()}
     table: dict[str, Any] = {"prompt": info.prompt, "negative_prompt": info.negative_prompt}
     plain = {**_FIELDS, **_VARIATION}
-    table |= {name: written[key.lower()] for name, key in plain.items() if key != "Size" and key.lower() in written}
+    table |= {name: values[key.lower()] for name, key in plain.items() if key != "Size" and key.lower() in values}
     if table.get("variation", "0").strip("0.") == "":  # a variation of strength 0 has no effect
         table = {name: value for name, value in table.items() if name not in _VARIATION}
-    table |= _parse_size(written, source)
-    scheduler, notes = _parse_sampler(written)
+    table |= _parse_size(values, source)
+    scheduler, notes = _parse_sampler(values)
     if scheduler:
         table["scheduler"] = scheduler
     try:
         config = GenerateConfig.model_validate(table)
     except ValidationError as error:
-        errors = "; ".join(_describe_error(dict(item), written) for item in error.errors())
+        errors = "; ".join(_describe_error(dict(item), values) for item in error.errors())
         raise ConfigError(f"{source}: {errors}") from None
     return config.model_dump(include=set(table)), (
         *notes,
-        *_describe_missing(written),
+        *_describe_missing(values),
         *_describe_unsupported(info.settings),
     )
 
 
-def _parse_size(written: Mapping[str, str], source: str) -> dict[str, str]:
+def _parse_size(values: Mapping[str, str], source: str) -> dict[str, str]:
     """Return the settings `width` and `height`, or nothing if the infotext has no size."""
-    if "size" not in written:
+    if "size" not in values:
         return {}
-    match = _SIZE.fullmatch(written["size"])
+    match = _SIZE.fullmatch(values["size"])
     if not match:
-        raise ConfigError(f"{source}: 'Size' is {written['size']!r}: expected width and height such as 512x768")
+        raise ConfigError(f"{source}: 'Size' is {values['size']!r}: expected width and height such as 512x768")
     return {"width": match[1], "height": match[2]}
 
 
-def _describe_error(item: Mapping[str, Any], written: Mapping[str, str]) -> str:
+def _describe_error(item: Mapping[str, Any], values: Mapping[str, str]) -> str:
     """Describe one validation error with the key of the infotext instead of the field of `GenerateConfig`."""
     name = str(item["loc"][0])
     key = {**_FIELDS, **_VARIATION}.get(name, name)
     about = f"{name} " if key == "Size" else ""
     reason = f"{item['msg'][0].lower()}{item['msg'][1:]}"
-    return f"{key!r} is {_shorten_value(written.get(key.lower(), str(item['input'])))!r}: {about}{reason}"
+    return f"{key!r} is {_shorten_value(values.get(key.lower(), str(item['input'])))!r}: {about}{reason}"
 
 
-def _parse_sampler(written: Mapping[str, str]) -> tuple[Scheduler | None, list[str]]:
+def _parse_sampler(values: Mapping[str, str]) -> tuple[Scheduler | None, list[str]]:
     """Return the scheduler, or None if it is not supported, and sentences on the differences to be expected."""
-    name = written.get("sampler", "")
+    name = values.get("sampler", "")
     kind, schedule = _split_sampler(name)
-    schedule = written.get("schedule type", written.get("scheduler", schedule))
+    schedule = values.get("schedule type", values.get("scheduler", schedule))
     scheduler = _SAMPLERS.get(kind)
     notes: list[str] = []
     if name and not scheduler:
@@ -322,7 +322,7 @@ def _parse_sampler(written: Mapping[str, str]) -> tuple[Scheduler | None, list[s
         )
     # A1111 generates noise on the GPU by default. ComfyUI and this project, whose sampler names are in lower case,
     # generate it on the CPU.
-    noise = written.get("rng", "CPU" if name == name.lower() else "GPU")
+    noise = values.get("rng", "CPU" if name == name.lower() else "GPU")
     if noise.upper() != "CPU":
         notes.append(
             f"RNG: {_shorten_value(noise)}: the initial noise is generated on the CPU here, so the pixels differ."
@@ -339,8 +339,8 @@ def _split_sampler(name: str) -> tuple[str, str]:
     return lower, ""
 
 
-def _describe_missing(written: Mapping[str, str]) -> list[str]:
-    keys = [key for key in dict.fromkeys([*_FIELDS.values(), "Sampler"]) if key.lower() not in written]
+def _describe_missing(values: Mapping[str, str]) -> list[str]:
+    keys = [key for key in dict.fromkeys([*_FIELDS.values(), "Sampler"]) if key.lower() not in values]
     return [f"{key}: missing in the image, so the default is used and the pixels may differ." for key in keys]
 
 

@@ -12,7 +12,7 @@ DIRECTIVE = re.compile(r"<!-- (\w+): (.+?) -->\s*$")
 DIRECTIVES = ("skip", "append", "file")
 LANGUAGES = ("bash", "console", "python", "toml", "text")
 HEAVY = re.compile(
-    r"lora-diffusion (train|generate|grid|blocks|route|distil)\b|^print\(train\(|\bgenerate\(base", re.MULTILINE
+    r"lora-diffusion (train|generate|grid|blocks|route|distill)\b|^print\(train\(|\bgenerate\(base", re.MULTILINE
 )
 
 

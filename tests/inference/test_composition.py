@@ -283,7 +283,7 @@ def test_np_lora_without_strength_is_the_sum_and_against_itself_leaves_little(sd
 @pytest.mark.parametrize(
     ("composition", "count", "message"),
     [
-        (Composition(mode="k-lora"), 3, "k-lora chooses between two adapters"),
+        (Composition(mode="k-lora"), 3, "k-lora needs exactly two adapters"),
         (Composition(mode="np-lora"), 1, "needs a subject followed by at least one style"),
     ],
 )

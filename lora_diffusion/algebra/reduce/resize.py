@@ -92,10 +92,10 @@ def _sum_losses(losses: Sequence[ModuleLoss]) -> Loss:
 
 
 def compress(total: BlendSum, rule: RankRule, metadata: AdapterMetadata) -> tuple[Adapter, CompressionReport]:
-    """Approximate a blend by a LoRA adapter that is the closest one, at every module, of the rank that a rule chooses.
+    """Approximate a blend by one LoRA adapter, with a rank per module that a rule chooses.
 
-    Layers of all kinds are approximated through their summed delta. One-dimensional differences, such as those of norm
-    weights, and biases are summed exactly.
+    Each layer is the best approximation of its rank in the Frobenius norm, whatever the kinds of the layers in the sum.
+    One-dimensional differences, such as those of norm weights, and biases are summed exactly.
 
     Args:
         total: Weighted layers by module path, as `joint_sum` returns them.
