@@ -1,5 +1,8 @@
 """Plot how strongly an adapter changes each block."""
 
+# matplotlib does not annotate the keyword arguments of its methods.
+# pyright: reportUnknownMemberType=false
+
 import os
 from collections.abc import Mapping
 from pathlib import Path

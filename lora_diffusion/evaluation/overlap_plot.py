@@ -4,6 +4,9 @@ The shared energy of two adapters is the share of a delta's squared Frobenius no
 directions, averaged over both adapters.
 """
 
+# matplotlib does not annotate the keyword arguments of its methods.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import os

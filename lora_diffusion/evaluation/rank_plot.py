@@ -1,5 +1,8 @@
 """Plot the effective rank of each block for several adapters."""
 
+# matplotlib does not annotate the keyword arguments of its methods.
+# pyright: reportUnknownMemberType=false
+
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -4,6 +4,9 @@ phi(i, j) is 1 if the smaller of the subspaces of the first i and the first j si
 0 if they are orthogonal.
 """
 
+# matplotlib does not annotate the keyword arguments of its methods.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import os

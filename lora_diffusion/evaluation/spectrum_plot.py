@@ -1,5 +1,8 @@
 """Plot the singular values of each block; the steeper they fall, the lower is the rank that an adapter needs."""
 
+# matplotlib does not annotate the keyword arguments of its methods.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import os

@@ -8,7 +8,7 @@ product. This makes it possible to run several blends in one forward pass, to li
 and to apply blends to quantized weights or to half-precision weights, where rounding could lose a small delta.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +23,8 @@ from lora_diffusion.adapters.coefficients import DenoisingStep
 from lora_diffusion.adapters.deltas import compute_blended_bias, weighted_deltas
 from lora_diffusion.adapters.factor_stack import BiasTerm, Term, split_stackable, stack_factors
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.inference.in_place import exclusive_patch, full_precision, validate_blend, weight_shape
+from lora_diffusion.inference.in_place import full_precision, validate_blend, weight_shape
+from lora_diffusion.inference.open_patches import exclusive_patch
 from lora_diffusion.models.load import Base, module_at
 
 Forward = Callable[..., Any]
@@ -355,7 +356,7 @@ class ParallelPatch:
 
 
 @contextmanager
-def parallel_patch(base: Base) -> Iterator[ParallelPatch]:
+def parallel_patch(base: Base) -> Generator[ParallelPatch]:
     """Open a patch that applies blends beside the weights; it is removed when the context exits.
 
     Raises:
@@ -371,7 +372,7 @@ def parallel_patch(base: Base) -> Iterator[ParallelPatch]:
 
 
 @contextmanager
-def parallel_blend(base: Base, *blends: Blend, denoising_step: DenoisingStep | None = None) -> Iterator[ParallelPatch]:
+def parallel_blend(base: Base, *blends: Blend, denoising_step: DenoisingStep | None = None) -> Generator[ParallelPatch]:
     """Apply blends beside the weights; they are removed when the context exits.
 
     Args:

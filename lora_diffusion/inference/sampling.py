@@ -4,13 +4,13 @@ Each image is sampled on its own, with noise drawn on the CPU, so that it depend
 run nor on the device's random generator.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -103,7 +103,7 @@ def pipeline_with(base: Base, scheduler: Scheduler) -> Any:
             "add_watermarker": False,
         }
     with quiet_libraries():
-        pipe = type(base.pipe)(**components, **options)
+        pipe: Any = cast(Any, type(base.pipe))(**components, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -192,8 +192,8 @@ def decode_preview(base: Base, latents: Tensor, max_side: int = 32) -> Image.Ima
     """
     scale = min(1.0, max_side / max(latents.shape[2:]))
     small = functional.interpolate(latents.float(), scale_factor=scale, mode="area") if scale < 1 else latents
-    vae = base.pipe.vae
-    decoded = vae.decode(small.to(vae.dtype) / vae.config.scaling_factor).sample
+    vae: Any = cast(Any, base.vae)
+    decoded: Tensor = vae.decode(small.to(vae.dtype) / vae.config.scaling_factor).sample
     pixels = ((decoded[0].float() / 2 + 0.5).clamp(0, 1) * 255).nan_to_num().round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
@@ -225,7 +225,7 @@ def prompt_arguments(contexts: Sequence[TextContext]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _preserve_vae_dtype(vae: Any) -> Iterator[None]:
+def _preserve_vae_dtype(vae: Any) -> Generator[None]:
     """Restore the autoencoder's dtype on exit: diffusers upcasts SDXL's to decode and does not undo it after Ctrl-C."""
     dtype = vae.dtype
     try:

@@ -7,6 +7,7 @@ they are written as files beside it.
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ def add_to_folder(part: Path, tokens: Mapping[str, Token], base: Checkpoint) -> 
     for name, rows in embedding_rows(tokens, base).items():
         component = name.partition(".")[0]
         folder = part / TOKENIZERS[component]
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        tokenizer: Any = cast(Any, CLIPTokenizer).from_pretrained(folder)
         vocabulary_size = base.parameters[name].kind[1][0]
         token_names = _list_token_names(tokens, component)
         if len(tokenizer) != vocabulary_size or tokenizer.add_tokens(token_names) != len(token_names):

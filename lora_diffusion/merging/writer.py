@@ -1,7 +1,7 @@
 """Write a planned checkpoint one tensor at a time; after an error or interruption, no output is left behind."""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +59,7 @@ OnShare = Callable[[float], None]
 @contextmanager
 def write_checkpoint(
     output: Path, plan: OutputPlan, merged: MergedTensors, recipe: MergeRecipe | None, on_share: OnShare | None = None
-) -> Iterator[Path]:
+) -> Generator[Path]:
     """Write all files of a plan to a temporary path, which replaces the output when the context exits without error.
 
     Args:

@@ -7,7 +7,7 @@ longer ones for the duration of a context manager; afterwards the original objec
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -98,7 +98,7 @@ def prompt_rewriter(words: tuple[LearnedToken, ...]) -> Callable[[str], str]:
 
 
 @contextmanager
-def learned_tokens(base: Base, blend: Blend) -> Iterator[Callable[[str], str]]:
+def learned_tokens(base: Base, blend: Blend) -> Generator[Callable[[str], str]]:
     """Add the learned tokens of a blend to the base's text encoders inside the block.
 
     The tokenizers and embedding tables are restored when the block ends, also after an exception.
@@ -149,7 +149,7 @@ def embedding_table(base: Base, component: str) -> nn.Embedding:
 
 
 @contextmanager
-def extended_vocabulary(base: Base, component: str, words: Mapping[LearnedToken, Tensor]) -> Iterator[None]:
+def extended_vocabulary(base: Base, component: str, words: Mapping[LearnedToken, Tensor]) -> Generator[None]:
     """Add tokens to one text encoder, and to a copy of its tokenizer, inside the block.
 
     Args:

@@ -85,6 +85,7 @@ def readers(folder: Path) -> dict[str, tuple[Callable[[Any], Any], Path]]:
         "safetensors.read_meta_tensors": (safetensors.read_meta_tensors, adapter),
         "safetensors.map_safetensors": (safetensors.map_safetensors, adapter),
         "safetensors.file_payload_hash": (safetensors.file_payload_hash, adapter),
+        "safetensors.file_and_payload_hash": (safetensors.file_and_payload_hash, adapter),
         "safetensors.read_tensor": (lambda path: safetensors.read_tensor(path, info, header.data_start), adapter),
         "adapters.load.load_adapter": (load.load_adapter, adapter),
         "adapters.load.load_unchecked": (load.load_unchecked, adapter),

@@ -211,6 +211,8 @@ def _read_cores(
     data: Tensor, ranks: Mapping[str, int], modules: Mapping[str, SharedModule]
 ) -> Iterator[tuple[str, Core]]:
     """Yield the cores by module path. Raises KeyError or RuntimeError if they do not match the ranks."""
+    import torch
+
     from lora_diffusion.adapters.layers import FullLayer, LoRALayer
     from lora_diffusion.algebra.reduce.shared_basis import is_factored
 
@@ -219,7 +221,7 @@ def _read_cores(
         rows, columns = modules[path].left.shape[1], modules[path].right.shape[0]
         is_full = not is_factored(rank, (rows, columns))
         sizes = [rows * columns] if is_full else [rank * columns, rank * rows]
-        first, *second = data[start : start + sum(sizes)].split(sizes)
+        first, *second = torch.split(data[start : start + sum(sizes)], sizes)
         start += sum(sizes)
         if is_full:
             yield path, FullLayer(diff=first.reshape(rows, columns))
