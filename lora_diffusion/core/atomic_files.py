@@ -144,6 +144,20 @@ def check_writable(path: Path) -> None:
         pass
 
 
+def check_output_free(path: Path, *, force: bool = False) -> None:
+    """Refuse to overwrite an output.
+
+    Args:
+        path: File or folder to write.
+        force: Whether it may be replaced.
+
+    Raises:
+        OutputError: If `path` exists and `force` is not given.
+    """
+    if path.exists() and not force:
+        raise OutputError(f"{path}: already exists; choose another output, or replace it with --force")
+
+
 def check_output(output: Path, inputs: Iterable[Path], *, force: bool) -> None:
     """Check that an adapter file can be written at `output`.
 
@@ -160,8 +174,7 @@ def check_output(output: Path, inputs: Iterable[Path], *, force: bool) -> None:
     files = [file for path in inputs if path.exists() for file in (path, *path.glob("*.safetensors"))]
     if output.exists() and any(output.samefile(file) for file in files):
         raise OutputError(f"{output}: is one of the inputs; choose another output")
-    if output.exists() and not force:
-        raise OutputError(f"{output}: already exists; choose another output, or replace it with --force")
+    check_output_free(output, force=force)
     check_writable(output)
 
 

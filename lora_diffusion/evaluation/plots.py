@@ -5,8 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.core.atomic_files import check_writable
-from lora_diffusion.errors import OutputError
+from lora_diffusion.core.atomic_files import check_output_free, check_writable
 from lora_diffusion.evaluation.overlap_plot import save_block_overlap_plot, save_overlap_plot
 from lora_diffusion.evaluation.rank_plot import save_rank_plot
 from lora_diffusion.evaluation.similarity_plot import save_similarity_plot
@@ -29,8 +28,7 @@ def check_plots_free(folder: str | os.PathLike[str], count: int, *, force: bool 
     """
     folder = Path(folder)
     for name in (*_ADAPTER_PLOTS, *(_PAIR_PLOTS if count > 1 else ())):
-        if (folder / name).exists() and not force:
-            raise OutputError(f"{folder / name}: already exists; give another folder, or --force to replace it")
+        check_output_free(folder / name, force=force)
     check_writable(folder / _ADAPTER_PLOTS[0])
 
 

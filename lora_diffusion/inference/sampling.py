@@ -4,12 +4,12 @@ Each image is sampled on its own, with noise drawn on the CPU, so that it depend
 run nor on the device's random generator.
 """
 
+import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -48,7 +48,7 @@ class GeneratedImage:
     image: Image.Image
     recipe: Recipe
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the image as a PNG with the recipe in its metadata.
 
         Raises:
