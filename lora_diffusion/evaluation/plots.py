@@ -32,14 +32,14 @@ def check_plots_free(folder: str | os.PathLike[str], count: int, *, force: bool 
     check_writable(folder / _ADAPTER_PLOTS[0])
 
 
-def save_analysis_plots(facts: Mapping[str, Any], folder: str | os.PathLike[str]) -> list[Path]:
+def save_analysis_plots(analysis: Mapping[str, Any], folder: str | os.PathLike[str]) -> list[Path]:
     """Draw the plots of an analysis.
 
     Spectrum and effective rank are drawn for every adapter, and overlap for two or more. The subspace similarity is
     drawn for the pair with the largest shared energy.
 
     Args:
-        facts: The result of `analyze_files`.
+        analysis: The result of `analyze_files`.
         folder: The folder for the plots.
 
     Returns:
@@ -49,7 +49,7 @@ def save_analysis_plots(facts: Mapping[str, Any], folder: str | os.PathLike[str]
         OutputError: If a file cannot be written.
     """
     folder = Path(folder)
-    adapters, pairs = facts["adapters"], facts["pairs"]
+    adapters, pairs = analysis["adapters"], analysis["pairs"]
     draw: dict[str, Callable[[Path], None]] = {
         "spectrum.png": lambda path: save_spectrum_plot(adapters, path),
         "effective_rank.png": lambda path: save_rank_plot(adapters, path),
@@ -59,7 +59,7 @@ def save_analysis_plots(facts: Mapping[str, Any], folder: str | os.PathLike[str]
         closest = max(comparable, key=lambda pair: pair["shared"])
         draw["similarity.png"] = lambda path: save_similarity_plot(closest, path)
     if pairs:
-        draw["overlap.png"] = lambda path: save_overlap_plot(facts, path)
+        draw["overlap.png"] = lambda path: save_overlap_plot(analysis, path)
         draw["overlap_by_block.png"] = lambda path: save_block_overlap_plot(pairs, path)
     for name, save in draw.items():
         save(folder / name)

@@ -242,7 +242,7 @@ def generate(
     *,
     composition: Composition | None = None,
     backup: Backup = "memory",
-    on_picture: Callable[[GeneratedImage], None] | None = None,
+    on_image: Callable[[GeneratedImage], None] | None = None,
     on_step: OnStep | None = None,
 ) -> list[GeneratedImage]:
     """Generate images with a blend, one after another; the base is restored afterwards.
@@ -253,7 +253,7 @@ def generate(
         blend: Adapters to apply; the base alone if omitted.
         composition: How the adapters are combined; as a sum if omitted.
         backup: Where the original values of changed parameters come from; see `weight_patch`.
-        on_picture: Callback with each image as soon as it is finished.
+        on_image: Callback with each image as soon as it is finished.
         on_step: Callback after each denoising step.
 
     Returns:
@@ -277,8 +277,8 @@ def generate(
                 recipe = _make_recipe(base, blend, composition, settings)
                 image = sample(base, rewrite_prompts(settings, rewrite), before_step, on_step)
                 images.append(GeneratedImage(image=image, recipe=recipe))
-                if on_picture:
-                    on_picture(images[-1])
+                if on_image:
+                    on_image(images[-1])
     return images
 
 

@@ -31,7 +31,7 @@ from lora_diffusion.merging.recipe import (
 from lora_diffusion.merging.tensors import BaseChange, MergedTensors
 from lora_diffusion.merging.textual_inversion import add_to_folder, embedding_rows, save_beside
 from lora_diffusion.merging.writer import (
-    OnShare,
+    OnProgress,
     add_embedding_rows,
     check_disk_space,
     patch_header_hashes,
@@ -68,7 +68,7 @@ def merge(  # noqa: PLR0913 (only the first three are required)
     bases: Sequence[BaseTerm] = (),
     like: str | os.PathLike[str] | None = None,
     force: bool = False,
-    on_share: OnShare | None = None,
+    on_progress: OnProgress | None = None,
 ) -> MergeReport:
     """Write a checkpoint with a blend, and optionally other checkpoints, merged into its weights.
 
@@ -83,7 +83,7 @@ def merge(  # noqa: PLR0913 (only the first three are required)
         like: Folder of the same family whose tokenizer and configuration are copied; required to write a single-file
             base as a folder.
         force: Overwrite an existing file, and merge even if the base contains the same merge already.
-        on_share: Callback with the fraction of tensors written so far.
+        on_progress: Callback with the fraction of tensors written so far.
 
     Raises:
         ConfigError: If there is nothing to merge, the base contains the same merge already, or a value exceeds the
@@ -92,17 +92,15 @@ def merge(  # noqa: PLR0913 (only the first three are required)
         FamilyMismatchError: If an adapter or checkpoint does not fit the base.
         OutputError: If the output exists, is the base itself, or cannot be written.
     """
-    output, config = Path(output), config or MergeConfig()
+    name, output, config = os.fspath(base), Path(output), config or MergeConfig()
     single, tokens = _is_single_file(output), merge_tokens(blend)
     source = find_checkpoint(base)
     changes, terms = _open_terms(source, bases)
-    merged = _make_merged_tensors(
-        source, blend, changes, config, base_name=os.fspath(base), append_embeddings=not single
-    )
+    merged = _make_merged_tensors(source, blend, changes, config, base_name=name, append_embeddings=not single)
     if not (merged.deltas.names or changes or tokens):
         raise ConfigError("nothing to merge; give at least one adapter with a weight other than 0")
     recipe = MergeRecipe(
-        base=os.fspath(base),
+        base=name,
         adapters=blend_entries(blend),
         bases=terms,
         config=config,
@@ -112,8 +110,7 @@ def merge(  # noqa: PLR0913 (only the first three are required)
     _check_not_merged(source, output, recipe, force=force)
     template = find_base(like) if like else None
     plan = add_embedding_rows(plan_output(source, single=single, like=template, config=config), merged.appended)
-    check_disk_space(output, plan)
-    _write_output(output, plan, merged, recipe, source, tokens, on_share)
+    _write_output(output, plan, merged, recipe, source, tokens, on_progress)
     return MergeReport(
         output=output,
         merged_modules=len(merged.deltas.layers),
@@ -140,13 +137,14 @@ def _write_output(
     recipe: MergeRecipe,
     source: Checkpoint,
     tokens: Mapping[str, Token],
-    on_share: OnShare | None,
+    on_progress: OnProgress | None,
 ) -> None:
     """Write a planned checkpoint; a folder also gets the recipe, a model card and the textual-inversion tokens."""
+    check_disk_space(output, plan)
     with ThreadPoolExecutor(1) as executor:
         # Hashing reads the whole base, so it runs while the tensors are merged; the hashes are patched in afterwards.
         hashes = executor.submit(_compute_recipe_hashes, source, _changed_names(source, merged))
-        with write_checkpoint(output, plan, merged, recipe, on_share) as part:
+        with write_checkpoint(output, plan, merged, recipe, on_progress) as part:
             recipe = patch_header_hashes(part, plan, recipe, hashes.result())
             if not _is_single_file(output):
                 (part / RECIPE_FILE).write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -53,7 +53,7 @@ def check_disk_space(output: str | os.PathLike[str], plan: OutputPlan) -> None:
         )
 
 
-OnShare = Callable[[float], None]
+OnProgress = Callable[[float], None]
 """Callback with the fraction of tensors written so far; an exception that it raises stops the merge."""
 
 
@@ -63,7 +63,7 @@ def write_checkpoint(
     plan: OutputPlan,
     merged: MergedTensors,
     recipe: MergeRecipe | None,
-    on_share: OnShare | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Generator[Path]:
     """Write all files of a plan to a temporary path, which replaces the output when the context exits without error.
 
@@ -72,7 +72,7 @@ def write_checkpoint(
         plan: Files to write.
         merged: Computes the tensors.
         recipe: Recipe to store in the headers.
-        on_share: Callback with the fraction of tensors written so far.
+        on_progress: Callback with the fraction of tensors written so far.
 
     Yields:
         The temporary folder or file, complete.
@@ -83,7 +83,7 @@ def write_checkpoint(
         ConfigError: If a value exceeds the range of the output's type.
     """
     write_atomically = atomic_folder if plan.files[0].name else atomic_file
-    ticks = _progress_ticks(sum(len(file.tensors) for file in plan.files), on_share or (lambda _: None))
+    ticks = _progress_ticks(sum(len(file.tensors) for file in plan.files), on_progress or (lambda _: None))
     try:
         with write_atomically(Path(output)) as part:
             for name, source in plan.copies.items():
@@ -98,10 +98,10 @@ def write_checkpoint(
         raise BaseModelError(f"cannot read the base ({error}); its files are damaged, download it again") from None
 
 
-def _progress_ticks(count: int, on_share: OnShare) -> Iterator[None]:
+def _progress_ticks(count: int, on_progress: OnProgress) -> Iterator[None]:
     """Report the progress of `count` steps, one step for each item taken from the iterator."""
     for i in range(count):
-        on_share((i + 1) / count)
+        on_progress((i + 1) / count)
         yield
 
 

@@ -36,18 +36,18 @@ class LearnedToken:
     """The embedding vectors (n, width) for each text encoder."""
 
 
-def _learned_tokens_of(blend: Blend) -> tuple[LearnedToken, ...]:
+def _list_learned_tokens(blend: Blend) -> tuple[LearnedToken, ...]:
     """Return the learned tokens of all adapters with a weight other than zero."""
     adapters = {entry.hash: entry for entry in blend.active if entry.adapter.tokens}
     return tuple(
-        make_token_names(entry, number, word, token)
+        make_learned_token(entry, number, word, token)
         for entry in adapters.values()
         for number, (word, token) in enumerate(sorted(entry.adapter.tokens.items()))
     )
 
 
-def make_token_names(entry: WeightedAdapter, number: int, word: str, token: Token) -> LearnedToken:
-    """Create a learned token with names for its tokenizer entries.
+def make_learned_token(entry: WeightedAdapter, number: int, word: str, token: Token) -> LearnedToken:
+    """Create a learned token, with a name for the tokenizer entry of each of its vectors.
 
     The names contain no brackets or colons, because these have a meaning in prompts.
 
@@ -114,7 +114,7 @@ def learned_tokens(base: Base, blend: Blend) -> Generator[Callable[[str], str]]:
         FamilyMismatchError: If the vectors of a token do not have the width of the text encoder.
         ConfigError: If a token has no vectors for one of the base's text encoders, or if two adapters conflict.
     """
-    words = _learned_tokens_of(blend)
+    words = _list_learned_tokens(blend)
     with ExitStack() as stack:
         for component in base.layout.text_layers if words else ():
             stack.enter_context(
