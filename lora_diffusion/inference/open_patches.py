@@ -11,7 +11,7 @@ from lora_diffusion.errors import ConfigError
 from lora_diffusion.models.load import Base
 
 PatchKind = Literal["weights", "parallel"]
-"""How deltas are applied to a loaded base: added to its weights, or computed beside them in the forward pass."""
+"""How deltas are applied to a loaded base: added to its weights, or computed in parallel in the forward pass."""
 _OPEN_PATCHES = "lora_diffusion_open_patches"
 """Attribute of a model with the kinds of patches that are open on it."""
 

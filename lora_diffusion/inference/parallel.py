@@ -1,4 +1,4 @@
-"""Apply blends beside the weights: each module adds its deltas to its output, and the weights stay unchanged.
+"""Apply blends in parallel to the weights: each module adds its deltas to its output, and the weights stay unchanged.
 
     y = f(x; W) + up (down x)
 
@@ -294,7 +294,7 @@ class ForwardOverrides:
 
 
 class ParallelPatch:
-    """Applies blends, one after another, beside the weights of a base; opened and undone by `parallel_patch`."""
+    """Applies one blend after another in parallel to the weights of a base; opened and undone by `parallel_patch`."""
 
     def __init__(self, base: Base) -> None:
         self.base = base
@@ -357,7 +357,7 @@ class ParallelPatch:
 
 @contextmanager
 def parallel_patch(base: Base) -> Generator[ParallelPatch]:
-    """Open a patch that applies blends beside the weights; it is removed when the context exits.
+    """Open a patch that applies blends in parallel to the weights; it is removed when the context exits.
 
     Raises:
         ConfigError: If a parallel patch is open on this base already.
@@ -373,7 +373,7 @@ def parallel_patch(base: Base) -> Generator[ParallelPatch]:
 
 @contextmanager
 def parallel_blend(base: Base, *blends: Blend, denoising_step: DenoisingStep | None = None) -> Generator[ParallelPatch]:
-    """Apply blends beside the weights; they are removed when the context exits.
+    """Apply blends in parallel to the weights; they are removed when the context exits.
 
     Args:
         base: Base model.

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from lora_diffusion import library
+from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendEntry, BlendPreset
 from lora_diffusion.formats.adapters.blend import blend_adapters
 from lora_diffusion.library import entry, index, presets, recipe, references, search
@@ -17,7 +18,7 @@ from tests.helpers.path_arguments import SPELLINGS, functions_with_paths
 pytestmark = pytest.mark.usefixtures("own_cache")
 ENTRIES = (BlendEntry(path="a.safetensors", weight=1.0),)
 PRESET = BlendPreset(name="x", adapters=ENTRIES)
-RECIPE = recipe.Recipe(kind="image", base="x", base_hash="y")
+RECIPE = recipe.Recipe(base="x", base_hash="y", settings=GenerateConfig(prompt="a cat"))
 
 
 def calls(folder: Path) -> dict[str, tuple[Callable[[Any], Any], Path]]:
