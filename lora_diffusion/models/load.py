@@ -3,6 +3,9 @@
 This is the layer that wraps diffusers and transformers. It does not depend on adapters.
 """
 
+# diffusers loads its classes lazily, which looks like private imports to the type checker.
+# pyright: reportPrivateImportUsage=false
+
 import contextlib
 import hashlib
 import os

@@ -1,5 +1,8 @@
 """Find the files of a base: the embedded base, a local folder, a single file or a hub id."""
 
+# diffusers loads its classes lazily, which looks like private imports to the type checker.
+# pyright: reportPrivateImportUsage=false
+
 import os
 import re
 from pathlib import Path

@@ -223,7 +223,7 @@ def test_keys_of_earlier_versions_are_read() -> None:
     preset = BlendPreset.from_json(text, source="old.json")
     assert preset.settings == GenerateConfig(prompt="a cat", num_inference_steps=7, guidance_scale=2.5)
     assert preset.composition == Composition(parallel=True)
-    recipe = Recipe.model_validate({"kind": "image", "base": "tiny-sd", "base_hash": "", "codes": "nf4"})
+    recipe = Recipe.model_validate({"base": "tiny-sd", "base_hash": "", "codes": "nf4", "settings": settings})
     assert recipe.quantization == "nf4"
     assert AdapterMetadata.model_validate({"least_rank": 2}).min_rank == 2
     assert BlendPreset.from_json(preset.model_dump_json(), source="new.json") == preset
