@@ -146,6 +146,20 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         pass
 
 
+def check_output_free(path: str | os.PathLike[str], *, force: bool = False) -> None:
+    """Refuse to overwrite an output.
+
+    Args:
+        path: File or folder to write.
+        force: Whether it may be replaced.
+
+    Raises:
+        OutputError: If `path` exists and `force` is not given.
+    """
+    if Path(path).exists() and not force:
+        raise OutputError(f"{path}: already exists; choose another output, or replace it with --force")
+
+
 def check_output(output: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]], *, force: bool) -> None:
     """Check that an adapter file can be written at `output`.
 
@@ -163,8 +177,7 @@ def check_output(output: str | os.PathLike[str], inputs: Iterable[str | os.PathL
     files = [file for path in map(Path, inputs) if path.exists() for file in (path, *path.glob("*.safetensors"))]
     if output.exists() and any(output.samefile(file) for file in files):
         raise OutputError(f"{output}: is one of the inputs; choose another output")
-    if output.exists() and not force:
-        raise OutputError(f"{output}: already exists; choose another output, or replace it with --force")
+    check_output_free(output, force=force)
     check_writable(output)
 
 

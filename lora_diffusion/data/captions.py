@@ -24,7 +24,7 @@ def augment_caption(caption: str, config: CaptionConfig, trigger_words: tuple[st
     dropped = bool(torch.rand((), generator=rng) < config.dropout)
     tags = [tag.strip() for tag in caption.split(config.separator)]
     draws = torch.rand(len(tags), generator=rng)
-    order = torch.randperm(len(tags), generator=rng).tolist()
+    order = [int(i) for i in torch.randperm(len(tags), generator=rng)]
     chosen = [i for i in range(len(tags)) if i < config.keep_tokens or draws[i] >= config.tag_dropout]
     if config.shuffle:
         shuffled = iter([i for i in order if i in chosen and i >= config.keep_tokens])

@@ -117,13 +117,13 @@ def format_report(report: DatasetReport) -> str:
 def to_json(report: DatasetReport) -> dict[str, object]:
     """Convert a report to a dictionary of JSON values."""
     return {
-        "pictures": len(report.examples),
-        "shown_per_pass": report.samples_per_epoch,
+        "images": len(report.examples),
+        "samples_per_epoch": report.samples_per_epoch,
         "buckets": {f"{b.width}x{b.height}": count for b, count in sorted(Counter(report.buckets).items())},
-        "twins": [[str(a), str(b)] for a, b in report.duplicates],
-        "enlarged": [str(path) for path in report.upscaled],
+        "duplicates": [[str(a), str(b)] for a, b in report.duplicates],
+        "upscaled": [str(path) for path in report.upscaled],
         "long_captions": {str(path): count for path, count in report.long_captions},
-        "notation": [str(path) for path in report.with_prompt_syntax],
+        "with_prompt_syntax": [str(path) for path in report.with_prompt_syntax],
         "without_trigger": [str(path) for path in report.without_trigger],
-        "one_caption": report.has_single_caption,
+        "has_single_caption": report.has_single_caption,
     }

@@ -3,8 +3,9 @@
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any, cast
 
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
@@ -27,7 +28,7 @@ _SWAPPED_ORIENTATIONS = range(5, 9)
 
 
 @contextmanager
-def _open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+def _open_image(path: str | os.PathLike[str]) -> Generator[Image.Image]:
     """Open an image file and read its header. Raises DatasetError if it cannot be decoded or has several frames."""
     try:
         with warnings.catch_warnings(), Image.open(path, formats=tuple(dict.fromkeys(FORMATS.values()))) as picture:
@@ -111,7 +112,8 @@ def _to_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
     if profile:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            converted = ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            srgb: Any = cast(Any, ImageCms).createProfile("sRGB")  # Pillow does not annotate the result
+            converted = ImageCms.profileToProfile(picture, source, srgb, outputMode="RGB")
             assert converted is not None
             return converted
         except (ImageCms.PyCMSError, OSError):

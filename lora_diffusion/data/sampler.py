@@ -45,4 +45,4 @@ def _repeat_shuffled(indices: Sequence[int], seed: int) -> Iterator[int]:
     """Yield the indices forever, in a new random order per pass."""
     rng = Generator().manual_seed(seed)
     while True:
-        yield from (indices[i] for i in torch.randperm(len(indices), generator=rng).tolist())
+        yield from (indices[int(i)] for i in torch.randperm(len(indices), generator=rng))

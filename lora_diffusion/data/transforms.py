@@ -65,7 +65,7 @@ def make_view(example: Example, bucket: Bucket, config: DataConfig, *, seed: int
     cropped = _apply_crop(picture, bucket, crop, Image.Resampling.LANCZOS)
     for enhancer, factor in zip(_ENHANCERS, crop.colors, strict=False):
         cropped = enhancer(cropped).enhance(factor)
-    pixels = torch.from_numpy(np.array(cropped, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+    pixels = torch.as_tensor(np.array(cropped, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
     return View(
         pixels=pixels,
         mask=_make_mask(example, bucket, crop, config),
@@ -91,7 +91,7 @@ def _draw_crop(size: tuple[int, int], bucket: Bucket, config: DataConfig, *, see
     All random numbers are always drawn, so that changing one setting does not change the others' random choices.
     """
     rng = Generator().manual_seed(seed + variant)
-    zoom, down, right, *shifts = torch.rand(6, generator=rng, dtype=torch.float64).tolist()
+    zoom, down, right, *shifts = map(float, torch.rand(6, generator=rng, dtype=torch.float64))
     random = config.crop == "random"
     scale = max(bucket.width / size[0], bucket.height / size[1])
     scale *= 1 + zoom * (config.crop_zoom - 1) if random else 1
@@ -116,5 +116,5 @@ def _make_mask(example: Example, bucket: Bucket, crop: Crop, config: DataConfig)
         return None
     mask = read_alpha(example.mask) if config.masks == "alpha" else read_mask(example.mask)
     cropped = _apply_crop(mask, bucket, crop, Image.Resampling.BOX)
-    weights = torch.from_numpy(np.array(cropped, dtype=np.float32)) / 255
+    weights = torch.as_tensor(np.array(cropped, dtype=np.float32)) / 255
     return config.mask_floor + (1 - config.mask_floor) * weights

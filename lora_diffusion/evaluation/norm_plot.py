@@ -1,10 +1,12 @@
 """Plot how strongly an adapter changes each block."""
 
+# matplotlib does not annotate the keyword arguments of its methods.
+# pyright: reportUnknownMemberType=false
+
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
-from lora_diffusion.core.atomic_files import atomic_file
+from lora_diffusion.evaluation.plot_style import COLORS, INK, hide_spines, new_figure, save_figure
 
 
 def save_norm_plot(norms: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str], *, title: str) -> None:
@@ -18,17 +20,14 @@ def save_norm_plot(norms: Mapping[str, Mapping[str, float]], path: str | os.Path
     Raises:
         OutputError: If the file cannot be written.
     """
-    from matplotlib.figure import Figure  # slow to import
-
     names = list(norms)
-    figure = Figure(figsize=(8, 0.32 * len(names) + 1.4), layout="constrained")
+    figure = new_figure(8, 0.32 * len(names) + 1.4)
     axes = figure.add_subplot()
-    axes.barh(names, [norms[name]["median"] for name in names], color="#4c78a8", label="median")
-    axes.plot([norms[name]["max"] for name in names], names, "|", color="#1f2430", markersize=12, label="largest")
+    axes.barh(names, [norms[name]["median"] for name in names], color=COLORS[0], label="median")
+    axes.plot([norms[name]["max"] for name in names], names, "|", color=INK, markersize=12, label="largest")
     axes.invert_yaxis()
     axes.set_xlabel("Frobenius norm of the delta")
     axes.set_title(title)
     axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    with atomic_file(Path(path)) as part:
-        figure.savefig(part, format="png", dpi=120)
+    hide_spines(axes)
+    save_figure(figure, path)

@@ -4,6 +4,9 @@ The shared energy of two adapters is the share of a delta's squared Frobenius no
 directions, averaged over both adapters.
 """
 
+# matplotlib does not annotate the keyword arguments of its methods.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import os
@@ -31,26 +34,29 @@ _MIN_COSINE_RANGE, _MIN_SHARE_RANGE = 0.25, 25.0
 """The color scales reach at least this far, so that a small overlap is not drawn in a dark color."""
 
 
-def save_overlap_plot(facts: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+def save_overlap_plot(analysis: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Plot two matrices over all pairs of adapters: the cosine of the deltas, and the shared energy in percent.
 
     Args:
-        facts: The result of `analyze_files`.
+        analysis: The result of `analyze_files`.
         path: The PNG file to write.
 
     Raises:
         OutputError: If the file cannot be written.
     """
-    names = facts["names"]
+    names = analysis["names"]
     side = max(0.75 * len(names), 2.2)
     figure = new_figure(2 * side + 4.6, side + 1.6)
     left, right = figure.subplots(1, 2, gridspec_kw={"wspace": 0.08})
-    cosines, shares = _scale_and_clear_diagonal(facts["cosine"], 1), _scale_and_clear_diagonal(facts["shared"], 100)
+    cosines, shares = (
+        _scale_and_clear_diagonal(analysis["cosine"], 1),
+        _scale_and_clear_diagonal(analysis["shared"], 100),
+    )
     limit = max(_largest_magnitude(cosines), _MIN_COSINE_RANGE)
     image = draw_heat_map(left, cosines, colors="RdBu_r", low=-limit, high=limit)
     label_cells(left, image, _format_cells(cosines, 3))
     _finish_matrix(figure, left, image, names, "cosine of the deltas", "−1 opposite, 0 unrelated, 1 the same")
-    chance = 100 * fmean(pair["chance"] for pair in facts["pairs"])
+    chance = 100 * fmean(pair["chance"] for pair in analysis["pairs"])
     image = draw_heat_map(right, shares, colors="Blues", low=0, high=max(_largest_magnitude(shares), _MIN_SHARE_RANGE))
     label_cells(right, image, _format_cells(shares, 1))
     _finish_matrix(figure, right, image, names, f"shared energy (random: {chance:.1f} %)", _SHARED_LABEL)

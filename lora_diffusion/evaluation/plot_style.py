@@ -1,5 +1,8 @@
 """Style and helpers shared by the analysis plots: colors, labels, heat maps and saving."""
 
+# matplotlib does not annotate the keyword arguments of its methods.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import os

@@ -5,8 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.core.atomic_files import check_writable
-from lora_diffusion.errors import OutputError
+from lora_diffusion.core.atomic_files import check_output_free, check_writable
 from lora_diffusion.evaluation.overlap_plot import save_block_overlap_plot, save_overlap_plot
 from lora_diffusion.evaluation.rank_plot import save_rank_plot
 from lora_diffusion.evaluation.similarity_plot import save_similarity_plot
@@ -29,19 +28,18 @@ def check_plots_free(folder: str | os.PathLike[str], count: int, *, force: bool 
     """
     folder = Path(folder)
     for name in (*_ADAPTER_PLOTS, *(_PAIR_PLOTS if count > 1 else ())):
-        if (folder / name).exists() and not force:
-            raise OutputError(f"{folder / name}: already exists; give another folder, or --force to replace it")
+        check_output_free(folder / name, force=force)
     check_writable(folder / _ADAPTER_PLOTS[0])
 
 
-def save_analysis_plots(facts: Mapping[str, Any], folder: str | os.PathLike[str]) -> list[Path]:
+def save_analysis_plots(analysis: Mapping[str, Any], folder: str | os.PathLike[str]) -> list[Path]:
     """Draw the plots of an analysis.
 
     Spectrum and effective rank are drawn for every adapter, and overlap for two or more. The subspace similarity is
     drawn for the pair with the largest shared energy.
 
     Args:
-        facts: The result of `analyze_files`.
+        analysis: The result of `analyze_files`.
         folder: The folder for the plots.
 
     Returns:
@@ -51,7 +49,7 @@ def save_analysis_plots(facts: Mapping[str, Any], folder: str | os.PathLike[str]
         OutputError: If a file cannot be written.
     """
     folder = Path(folder)
-    adapters, pairs = facts["adapters"], facts["pairs"]
+    adapters, pairs = analysis["adapters"], analysis["pairs"]
     draw: dict[str, Callable[[Path], None]] = {
         "spectrum.png": lambda path: save_spectrum_plot(adapters, path),
         "effective_rank.png": lambda path: save_rank_plot(adapters, path),
@@ -61,7 +59,7 @@ def save_analysis_plots(facts: Mapping[str, Any], folder: str | os.PathLike[str]
         closest = max(comparable, key=lambda pair: pair["shared"])
         draw["similarity.png"] = lambda path: save_similarity_plot(closest, path)
     if pairs:
-        draw["overlap.png"] = lambda path: save_overlap_plot(facts, path)
+        draw["overlap.png"] = lambda path: save_overlap_plot(analysis, path)
         draw["overlap_by_block.png"] = lambda path: save_block_overlap_plot(pairs, path)
     for name, save in draw.items():
         save(folder / name)

@@ -1,5 +1,8 @@
 """Plot the effective rank of each block for several adapters."""
 
+# matplotlib does not annotate the keyword arguments of its methods.
+# pyright: reportUnknownMemberType=false
+
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,7 +35,7 @@ def save_rank_plot(adapters: Sequence[Mapping[str, Any]], path: str | os.PathLik
     axes = figure.add_subplot()
     step = 0.6 / len(adapters)
     for i, adapter in enumerate(adapters):
-        ranks = {block: facts["effective_rank"] for block, facts in adapter["blocks"].items()}
+        ranks = {block: statistics["effective_rank"] for block, statistics in adapter["blocks"].items()}
         rows = [y + step * (i - (len(adapters) - 1) / 2) for y, block in enumerate(blocks) if block in ranks]
         values = [ranks[block] for block in blocks if block in ranks]
         color, marker = COLORS[i % len(COLORS)], MARKERS[i // len(COLORS) % len(MARKERS)]
@@ -40,7 +43,9 @@ def save_rank_plot(adapters: Sequence[Mapping[str, Any]], path: str | os.PathLik
         axes.plot(values, rows, marker, color=color, ms=6, label=label)
     axes.set_yticks(range(len(blocks)), [shorten_block(block) for block in blocks])
     axes.set_ylim(len(blocks) - 0.5, -0.5)
-    axes.set_xlim(0, 1.02 * max(facts["rank"] for adapter in adapters for facts in adapter["blocks"].values()))
+    axes.set_xlim(
+        0, 1.02 * max(statistics["rank"] for adapter in adapters for statistics in adapter["blocks"].values())
+    )
     axes.hlines([y + 0.5 for y in range(len(blocks) - 1)], 0, 1, PALE, lw=0.6, transform=axes.get_yaxis_transform())
     axes.grid(axis="x", color=PALE, lw=0.6)
     axes.set_axisbelow(True)

@@ -4,6 +4,9 @@ phi(i, j) is 1 if the smaller of the subspaces of the first i and the first j si
 0 if they are orthogonal.
 """
 
+# matplotlib does not annotate the keyword arguments of its methods.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import os
@@ -56,7 +59,7 @@ def save_similarity_plot(pair: Mapping[str, Any], path: str | os.PathLike[str]) 
 
 def _label_directions(axes: Axes, grid: Sequence[Sequence[float]]) -> None:
     """Number rows and columns from 1, with at most about a dozen tick labels each."""
-    for count, ticks in ((len(grid), axes.set_yticks), (len(grid[0]), axes.set_xticks)):
+    for count, axis in ((len(grid), axes.yaxis), (len(grid[0]), axes.xaxis)):
         step = -(-count // 12)
         numbers = sorted({1, *range(step, count + 1, step)})
-        ticks([number - 1 for number in numbers], [str(number) for number in numbers])
+        axis.set_ticks([number - 1 for number in numbers], [str(number) for number in numbers])

@@ -1,5 +1,8 @@
 """Plot the singular values of each block; the steeper they fall, the lower is the rank that an adapter needs."""
 
+# matplotlib does not annotate the keyword arguments of its methods.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import os
@@ -68,8 +71,8 @@ def _draw_spectra(axes: Axes, adapter: Mapping[str, Any], colors: Mapping[str, A
     """Draw the spectra of one adapter."""
     from matplotlib.ticker import MaxNLocator
 
-    for block, facts in adapter["blocks"].items():
-        values = [value for value in facts["values"] if value > 0]
+    for block, statistics in adapter["blocks"].items():
+        values = [value for value in statistics["values"] if value > 0]
         style = "-" if block.startswith("unet.") else "--"
         marker = "o" if len(values) <= 16 else ""
         numbers = range(1, len(values) + 1)

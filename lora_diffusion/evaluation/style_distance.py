@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from lora_diffusion.algebra.metrics.norms import frobenius_norm
 from lora_diffusion.models.load import Base
 
 
@@ -29,7 +30,7 @@ def style_features(base: Base, pictures: Sequence[Image.Image]) -> list[Tensor]:
     Returns:
         A tensor (2 * channels,) for each level.
     """
-    encoder: nn.Module = base.pipe.vae.encoder
+    encoder = base.vae.encoder
     levels: list[Tensor] = []
     blocks: list[nn.Module] = [
         encoder.get_submodule("conv_in"),
@@ -39,7 +40,7 @@ def style_features(base: Base, pictures: Sequence[Image.Image]) -> list[Tensor]:
         block.register_forward_hook(lambda _m, _i, out: levels.append(_channel_statistics(out))) for block in blocks
     ]
     try:
-        encoder(_stack_images(pictures, base.size_px).to(base.pipe.vae.device, base.pipe.vae.dtype))
+        encoder(_stack_images(pictures, base.size_px).to(base.vae.device, base.vae.dtype))
     finally:
         for hook in hooks:
             hook.remove()
@@ -58,7 +59,7 @@ def _stack_images(pictures: Sequence[Image.Image], size_px: int) -> Tensor:
         np.array(p.convert("RGB").resize((size_px, size_px), Image.Resampling.LANCZOS), dtype=np.float32)
         for p in pictures
     ]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
+    return torch.as_tensor(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def style_distance(base: Base, pictures: Sequence[Image.Image], style: Sequence[Image.Image]) -> float:
@@ -74,7 +75,7 @@ def style_distance(base: Base, pictures: Sequence[Image.Image], style: Sequence[
         the same statistics.
     """
     pairs = zip(style_features(base, pictures), style_features(base, style), strict=True)
-    return float(np.mean([float((a - b).norm() / b.norm()) for a, b in pairs]))
+    return float(np.mean([frobenius_norm(a - b) / frobenius_norm(b) for a, b in pairs]))
 
 
 def list_style_images(folder: str | os.PathLike[str]) -> list[Image.Image]:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 from lora_diffusion.core.atomic_files import atomic_file, file_hash
 from lora_diffusion.core.dtypes import dtype_name, tensor_bytes, torch_dtype
 from lora_diffusion.errors import AdapterFormatError
+from lora_diffusion.formats.json_values import is_array, is_object
 from lora_diffusion.formats.meta_tensor import MetaTensor
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ TensorKind = tuple[str, tuple[int, ...]]
 
 _MAX_HEADER_BYTES = 100_000_000
 """Header size limit of the safetensors specification."""
+_CHUNK_BYTES = 2**20
+"""How much of a file is read at a time while it is hashed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +121,7 @@ def _parse_file_header(file: BinaryIO, path: Path) -> Header:
         )
     entries = _parse_json(file.read(length), path)
     metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not is_object(metadata) or not all(isinstance(value, str) for value in metadata.values()):
         raise _not_safetensors(path, "__metadata__ is not an object with string values")
     tensors = {key: _parse_entry(key, entry, path) for key, entry in entries.items()}
     _check_layout(tensors, size - 8 - length, path)
@@ -146,7 +149,7 @@ def _parse_json(text: bytes, path: Path) -> dict[str, Any]:
         raise
     except (ValueError, RecursionError) as error:
         raise _not_safetensors(path, f"the header is not valid JSON: {str(error)[:80]}") from None
-    if not isinstance(entries, dict):
+    if not is_object(entries):
         raise _not_safetensors(path, "the header is not a JSON object")
     return entries
 
@@ -159,7 +162,7 @@ def _parse_entry(key: str, entry: Any, path: Path) -> TensorInfo:
         raise _not_safetensors(path, f"{key!r} has no dtype, shape and data_offsets") from None
     if not isinstance(name, str) or name not in _DTYPES_BY_NAME:
         raise _not_safetensors(path, f"{key!r} has unknown dtype {name!r}")
-    if not isinstance(shape, list) or len(shape) > 64 or not all(_is_size(size) for size in (*shape, start, end)):
+    if not is_array(shape) or len(shape) > 64 or not all(_is_size(size) for size in (*shape, start, end)):
         raise _not_safetensors(path, f"{key!r} has an invalid shape or data_offsets; expected non-negative integers")
     dtype, item_bytes = _DTYPES_BY_NAME[name]
     if end - start != math.prod(shape) * item_bytes:
@@ -298,6 +301,24 @@ def file_payload_hash(path: str | os.PathLike[str]) -> str:
         AdapterFormatError: If the file is not a safetensors file.
     """
     return file_hash(path, start=read_header(path).data_start, use_cache=False)
+
+
+def file_and_payload_hash(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """Return the SHA-256 of a whole file, and that of its bytes after the header, from one pass over the file.
+
+    Raises:
+        AdapterFormatError: If the file is not a safetensors file.
+        OSError: If reading fails.
+    """
+    path = Path(path)
+    with _open_file(path) as file:
+        start = _parse_file_header(file, path).data_start
+        file.seek(0)
+        whole, payload = hashlib.sha256(file.read(start)), hashlib.sha256()
+        while chunk := file.read(_CHUNK_BYTES):
+            whole.update(chunk)
+            payload.update(chunk)
+    return whole.hexdigest(), payload.hexdigest()
 
 
 def _storage_order(kinds: Mapping[str, TensorKind]) -> list[str]:

@@ -8,7 +8,7 @@ region. Prompts are encoded once, before the first step.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +24,14 @@ from lora_diffusion.adapters.masks import region_mask
 from lora_diffusion.algebra.combine.np_lora import project_entries
 from lora_diffusion.config.preset import Composition
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.inference.in_place import Backup, is_quantized, validate_blend, weight_at, weight_patch
+from lora_diffusion.inference.in_place import (
+    Backup,
+    is_quantized,
+    validate_blend,
+    weight_at,
+    weight_patch,
+)
+from lora_diffusion.inference.open_patches import has_open_patch
 from lora_diffusion.inference.parallel import ForwardOverrides, ParallelPatch, parallel_patch
 from lora_diffusion.inference.regional import RegionalDelta, check_spatial, regional_patch
 from lora_diffusion.models.load import Base
@@ -40,7 +47,7 @@ WriteDeltas = Callable[[BlendSum], None]
 @contextmanager
 def composition_context(
     base: Base, blend: Blend, composition: Composition, size: tuple[int, int], *, backup: Backup = "memory"
-) -> Iterator[BeforeStep]:
+) -> Generator[BeforeStep]:
     """Prepare a base for images of one size; the base is restored when the context exits.
 
     Args:
@@ -59,7 +66,7 @@ def composition_context(
         ConfigError: If the base is patched already or the blend does not support the composition mode. The base is
             unchanged after each of these errors.
     """
-    if "parallel" in base.open_patches:
+    if has_open_patch(base, "parallel"):
         raise ConfigError(
             f"{base.name}: a parallel patch is open on this base, which the image's recipe would not record; "
             "close the patch first"

@@ -7,7 +7,7 @@ therefore depends on the base and the blend only, not on earlier blends, and the
 exactly. Changing from one blend to another writes only the parameters whose terms differ.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from typing import Literal
 from weakref import WeakSet
@@ -26,7 +26,8 @@ from lora_diffusion.architectures.module_paths import changeable_paths
 from lora_diffusion.errors import AdapterFormatError, ConfigError
 from lora_diffusion.formats.checkpoints.diffusers import find_parameters
 from lora_diffusion.formats.safetensors import map_safetensors
-from lora_diffusion.models.load import Base, PatchKind, module_at
+from lora_diffusion.inference.open_patches import exclusive_patch
+from lora_diffusion.models.load import Base, module_at
 
 Backup = Literal["memory", "file"]
 """Where the original values of changed parameters come from: copies in memory, or the files of the base."""
@@ -81,8 +82,7 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
 
 def is_quantized(base: Base) -> bool:
     """Return whether any component has quantized linear layers, to whose weights no delta can be added."""
-    models = (getattr(base.pipe, component, None) for component in base.family.components)
-    linear = (module for model in models if model for module in model.modules() if isinstance(module, nn.Linear))
+    linear = (module for model in base.adaptable_models for module in model.modules() if isinstance(module, nn.Linear))
     return any(not module.weight.dtype.is_floating_point for module in linear)
 
 
@@ -254,7 +254,7 @@ def _has_parameter(deltas: BlendSum, name: str) -> bool:
 
 
 @contextmanager
-def full_precision(base: Base) -> Iterator[None]:
+def full_precision(base: Base) -> Generator[None]:
     """Disable gradients and autocast, which would compute float32 deltas in half precision."""
     with torch.no_grad(), torch.autocast(base.device.type, enabled=False):
         yield
@@ -326,28 +326,7 @@ def _file_backup(base: Base) -> Callable[[str, Tensor], Tensor]:
 
 
 @contextmanager
-def exclusive_patch(base: Base, kind: PatchKind, conflict: str) -> Iterator[None]:
-    """Record on the base that a patch of a kind is open, until the context exits.
-
-    Args:
-        base: Base model.
-        kind: Kind of the patch.
-        conflict: Error message for a base that has a patch of this kind.
-
-    Raises:
-        ConfigError: If a patch of this kind is open already.
-    """
-    if kind in base.open_patches:
-        raise ConfigError(conflict)
-    base.open_patches.add(kind)
-    try:
-        yield
-    finally:
-        base.open_patches.discard(kind)
-
-
-@contextmanager
-def weight_patch(base: Base, *, backup: Backup = "memory") -> Iterator[WeightPatch]:
+def weight_patch(base: Base, *, backup: Backup = "memory") -> Generator[WeightPatch]:
     """Open a patch that applies blends to the weights; the original weights are restored when the context exits.
 
     Args:
@@ -378,7 +357,7 @@ def weight_patch(base: Base, *, backup: Backup = "memory") -> Iterator[WeightPat
 @contextmanager
 def blended_weights(
     base: Base, blend: Blend, denoising_step: DenoisingStep | None = None, *, backup: Backup = "memory"
-) -> Iterator[WeightPatch]:
+) -> Generator[WeightPatch]:
     """Apply a blend to the weights; the original weights are restored when the context exits.
 
     Textual-inversion embeddings of the adapters are not applied; `models.textual_inversion.learned_tokens` does that.

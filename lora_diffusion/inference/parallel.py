@@ -1,4 +1,4 @@
-"""Apply blends beside the weights: each module adds its deltas to its output, and the weights stay unchanged.
+"""Apply blends in parallel to the weights: each module adds its deltas to its output, and the weights stay unchanged.
 
     y = f(x; W) + up (down x)
 
@@ -8,7 +8,7 @@ product. This makes it possible to run several blends in one forward pass, to li
 and to apply blends to quantized weights or to half-precision weights, where rounding could lose a small delta.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +23,8 @@ from lora_diffusion.adapters.coefficients import DenoisingStep
 from lora_diffusion.adapters.deltas import compute_blended_bias, weighted_deltas
 from lora_diffusion.adapters.factor_stack import BiasTerm, Term, split_stackable, stack_factors
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.inference.in_place import exclusive_patch, full_precision, validate_blend, weight_shape
+from lora_diffusion.inference.in_place import full_precision, validate_blend, weight_shape
+from lora_diffusion.inference.open_patches import exclusive_patch
 from lora_diffusion.models.load import Base, module_at
 
 Forward = Callable[..., Any]
@@ -293,7 +294,7 @@ class ForwardOverrides:
 
 
 class ParallelPatch:
-    """Applies blends, one after another, beside the weights of a base; opened and undone by `parallel_patch`."""
+    """Applies one blend after another in parallel to the weights of a base; opened and undone by `parallel_patch`."""
 
     def __init__(self, base: Base) -> None:
         self.base = base
@@ -355,8 +356,8 @@ class ParallelPatch:
 
 
 @contextmanager
-def parallel_patch(base: Base) -> Iterator[ParallelPatch]:
-    """Open a patch that applies blends beside the weights; it is removed when the context exits.
+def parallel_patch(base: Base) -> Generator[ParallelPatch]:
+    """Open a patch that applies blends in parallel to the weights; it is removed when the context exits.
 
     Raises:
         ConfigError: If a parallel patch is open on this base already.
@@ -371,8 +372,8 @@ def parallel_patch(base: Base) -> Iterator[ParallelPatch]:
 
 
 @contextmanager
-def parallel_blend(base: Base, *blends: Blend, denoising_step: DenoisingStep | None = None) -> Iterator[ParallelPatch]:
-    """Apply blends beside the weights; they are removed when the context exits.
+def parallel_blend(base: Base, *blends: Blend, denoising_step: DenoisingStep | None = None) -> Generator[ParallelPatch]:
+    """Apply blends in parallel to the weights; they are removed when the context exits.
 
     Args:
         base: Base model.

@@ -13,7 +13,7 @@ whole image.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -171,7 +171,7 @@ class RegionalPatch:
 
 
 @contextmanager
-def regional_patch(base: Base, size: tuple[int, int]) -> Iterator[RegionalPatch]:
+def regional_patch(base: Base, size: tuple[int, int]) -> Generator[RegionalPatch]:
     """Open a patch that applies regional deltas to the UNet; it is removed when the context exits.
 
     Gradients are disabled inside.

@@ -5,13 +5,13 @@ run nor on the device's random generator.
 """
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -54,8 +54,8 @@ class GeneratedImage:
     def __repr__(self) -> str:
         """Describe the image on one line: size, prompt and seed."""
         settings = self.recipe.settings
-        details = f", {settings.prompt!r}, seed={settings.seed}" if settings else ""
-        return f"GeneratedImage({self.image.width}x{self.image.height}{details})"
+        size = f"{self.image.width}x{self.image.height}"
+        return f"GeneratedImage({size}, {settings.prompt!r}, seed={settings.seed})"
 
     def _repr_png_(self) -> bytes:
         """Return the PNG that a notebook displays."""
@@ -63,7 +63,7 @@ class GeneratedImage:
         self.image.save(buffer, format="PNG")
         return buffer.getvalue()
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the image as a PNG with the recipe in its metadata.
 
         Raises:
@@ -118,7 +118,7 @@ def pipeline_with(base: Base, scheduler: Scheduler) -> Any:
             "add_watermarker": False,
         }
     with quiet_libraries():
-        pipe = type(base.pipe)(**components, **options)
+        pipe: Any = cast(Any, type(base.pipe))(**components, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -207,8 +207,8 @@ def decode_preview(base: Base, latents: Tensor, max_side: int = 32) -> Image.Ima
     """
     scale = min(1.0, max_side / max(latents.shape[2:]))
     small = functional.interpolate(latents.float(), scale_factor=scale, mode="area") if scale < 1 else latents
-    vae = base.pipe.vae
-    decoded = vae.decode(small.to(vae.dtype) / vae.config.scaling_factor).sample
+    vae: Any = cast(Any, base.vae)
+    decoded: Tensor = vae.decode(small.to(vae.dtype) / vae.config.scaling_factor).sample
     pixels = ((decoded[0].float() / 2 + 0.5).clamp(0, 1) * 255).nan_to_num().round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
@@ -240,7 +240,7 @@ def prompt_arguments(contexts: Sequence[TextContext]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _preserve_vae_dtype(vae: Any) -> Iterator[None]:
+def _preserve_vae_dtype(vae: Any) -> Generator[None]:
     """Restore the autoencoder's dtype on exit: diffusers upcasts SDXL's to decode and does not undo it after Ctrl-C."""
     dtype = vae.dtype
     try:
@@ -257,7 +257,7 @@ def generate(
     *,
     composition: Composition | None = None,
     backup: Backup = "memory",
-    on_picture: Callable[[GeneratedImage], None] | None = None,
+    on_image: Callable[[GeneratedImage], None] | None = None,
     on_step: OnStep | None = None,
 ) -> list[GeneratedImage]:
     """Generate images with a blend, one after another; the base is restored afterwards.
@@ -268,7 +268,7 @@ def generate(
         blend: Adapters to apply; the base alone if omitted.
         composition: How the adapters are combined; as a sum if omitted.
         backup: Where the original values of changed parameters come from; see `weight_patch`.
-        on_picture: Callback with each image as soon as it is finished.
+        on_image: Callback with each image as soon as it is finished.
         on_step: Callback after each denoising step.
 
     Returns:
@@ -292,8 +292,8 @@ def generate(
                 recipe = _make_recipe(base, blend, composition, settings)
                 image = sample(base, rewrite_prompts(settings, rewrite), before_step, on_step)
                 images.append(GeneratedImage(image=image, recipe=recipe))
-                if on_picture:
-                    on_picture(images[-1])
+                if on_image:
+                    on_image(images[-1])
     return images
 
 
@@ -312,7 +312,6 @@ def _latent_size(base: Base, settings: GenerateConfig) -> tuple[int, int]:
 def _make_recipe(base: Base, blend: Blend, composition: Composition, settings: GenerateConfig) -> Recipe:
     """Record what is needed to reproduce an image."""
     return Recipe(
-        kind="image",
         base=base.name,
         base_hash=base.hash,
         adapters=blend_entries(blend),

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import cast
 
 from lora_diffusion.errors import LoRADiffusionError
 from lora_diffusion.formats.adapters.load import FOLDER_CONFIG, FOLDER_FILE, HEADER_ONLY, Content, read_adapter
 from lora_diffusion.formats.adapters.pickle import SUFFIXES, is_pickled
+from lora_diffusion.formats.json_values import is_array, is_object
 
 ADAPTER_SUFFIXES = (".safetensors", *SUFFIXES)
 """Suffixes of adapter files, lower case: safetensors and pickled ones."""
@@ -293,7 +293,7 @@ def _read_sidecar(file: Path) -> _Sidecar:
         reason = to_printable(str(error))[:80]
         note = f"{file.name} cannot be read as JSON ({reason}); its trigger words and weight are ignored"
         return _Sidecar(notes=(note,))
-    if not isinstance(table, dict):
+    if not is_object(table):
         return _Sidecar()
     text, weight = table.get("activation text"), _finite_or_none(table.get("preferred weight"))
     words = (word.strip() for word in to_printable(text).split(",")) if isinstance(text, str) else ()
@@ -306,13 +306,14 @@ def _read_sidecar(file: Path) -> _Sidecar:
 
 def _parse_range(value: object) -> tuple[float, float] | None:
     """Return a JSON value as a range if it is a list of two increasing finite numbers."""
-    if not isinstance(value, list) or len(cast("list[object]", value)) != 2:
+    if not is_array(value) or len(value) != 2:
         return None
-    least, most = map(_finite_or_none, cast("list[object]", value))
+    least, most = map(_finite_or_none, value)
     return (least, most) if least is not None and most is not None and least < most else None
 
 
 def _finite_or_none(value: object) -> float | None:
     """Return a JSON value as a float if it is a finite number."""
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(cast(float, value)) if usable else None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    return float(value) if math.isfinite(value) else None

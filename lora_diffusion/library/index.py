@@ -30,7 +30,7 @@ ENTRY = TypeAdapter(LibraryEntry)
 """Converts library entries to and from JSON."""
 
 
-def refresh_index(folder: Path, index: Path) -> list[LibraryEntry]:
+def refresh_index(folder: str | os.PathLike[str], index: str | os.PathLike[str]) -> list[LibraryEntry]:
     """List the adapters below a folder, and read those that are not in the index or have changed.
 
     Args:
@@ -72,7 +72,7 @@ def _refresh_entry(location: AdapterLocation, old: LibraryEntry | None) -> Libra
     return old if old.preview == location.preview else replace(old, preview=location.preview)
 
 
-def index_file(folder: Path) -> Path:
+def index_file(folder: str | os.PathLike[str]) -> Path:
     """Return the path of the index of a library's folder, in the user's cache folder."""
     candidates = [Path(os.environ.get("XDG_CACHE_HOME", "")), Path(os.path.expanduser("~/.cache"))]  # noqa: PTH111 (no error)
     cache_folder = next((path for path in candidates if path.is_absolute()), Path(tempfile.gettempdir()))
@@ -80,12 +80,13 @@ def index_file(folder: Path) -> Path:
     return cache_folder / "lora_diffusion" / f"library-{digest[:16]}.sqlite"
 
 
-def load_entries(index: Path) -> dict[str, LibraryEntry]:
+def load_entries(index: str | os.PathLike[str]) -> dict[str, LibraryEntry]:
     """Read the entries of an index, by relative path.
 
     Returns:
         An empty dictionary if the index is missing, unreadable or of another version. A damaged index is deleted.
     """
+    index = Path(index)
     if not index.is_file():
         return {}
     try:
@@ -100,7 +101,7 @@ def load_entries(index: Path) -> dict[str, LibraryEntry]:
         return {}
 
 
-def save_entries(index: Path, changed: Mapping[str, LibraryEntry], gone: Collection[str]) -> None:
+def save_entries(index: str | os.PathLike[str], changed: Mapping[str, LibraryEntry], gone: Collection[str]) -> None:
     """Write entries to the index and delete others, in one transaction.
 
     A damaged index is rebuilt. Errors such as a full disk are ignored, because the index is only a cache.
@@ -112,6 +113,7 @@ def save_entries(index: Path, changed: Mapping[str, LibraryEntry], gone: Collect
     """
     if not changed and not gone:
         return
+    index = Path(index)
     for _ in range(2):
         try:
             rows = [(path, ENTRY.dump_json(entry).decode()) for path, entry in changed.items()]

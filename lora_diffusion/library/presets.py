@@ -8,8 +8,8 @@ from pathlib import Path
 
 from lora_diffusion.adapters.blend import Blend
 from lora_diffusion.config.preset import BlendPreset, Region
-from lora_diffusion.core.atomic_files import atomic_file
-from lora_diffusion.errors import ConfigError, OutputError
+from lora_diffusion.core.atomic_files import atomic_file, check_output_free
+from lora_diffusion.errors import ConfigError
 from lora_diffusion.library.references import make_references
 from lora_diffusion.prompts.tags import format_weight
 
@@ -43,8 +43,7 @@ def save_preset(preset: BlendPreset, path: str | os.PathLike[str], blend: Blend,
         OutputError: If the file exists and `force` is not given, or if it cannot be written.
     """
     path = Path(path)
-    if path.exists() and not force:
-        raise OutputError(f"{path}: already exists; give another file, or --force to replace it")
+    check_output_free(path, force=force)
     complete = preset.model_copy(update={"adapters": make_references(blend, path.parent)})
     with atomic_file(path) as part:
         part.write_text(complete.model_dump_json(indent=2, exclude_defaults=True) + "\n", encoding="utf-8")

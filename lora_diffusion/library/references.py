@@ -13,8 +13,7 @@ from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.adapters.masks import with_mask_hash
 from lora_diffusion.config.preset import BlendEntry, Region
 from lora_diffusion.errors import AdapterFormatError, ConfigError
-from lora_diffusion.formats.adapters.load import load_adapter
-from lora_diffusion.formats.safetensors import file_payload_hash
+from lora_diffusion.formats.adapters.blend import load_weighted_adapter
 from lora_diffusion.library.search import Library, default_folder, find_adapter, find_by_hash, open_library
 from lora_diffusion.prompts.infotext import Infotext
 from lora_diffusion.prompts.tags import Tag
@@ -92,12 +91,8 @@ def _load_entry(entry: BlendEntry, resolver: AdapterResolver, ignore: Sequence[s
 
 def _load_weighted(entry: BlendEntry, path: Path, ignore: Sequence[str]) -> WeightedAdapter:
     """Load an adapter file with the weight and region of its reference."""
-    return WeightedAdapter(
-        adapter=load_adapter(path, ignore=ignore),
-        weight=entry.weight,
-        path=path,
-        region=entry.region and with_mask_hash(entry.region),
-        payload_hash=file_payload_hash(path) if path.suffix == ".safetensors" and path.is_file() else "",
+    return load_weighted_adapter(
+        path, entry.weight, region=entry.region and with_mask_hash(entry.region), ignore=ignore
     )
 
 

@@ -24,7 +24,7 @@ from lora_diffusion.core.atomic_files import file_hash, sample_data_folder
 from lora_diffusion.errors import AdapterFormatError, ConfigError, LoRADiffusionError
 from lora_diffusion.formats.adapters.load import FOLDER_FILE, load_adapter
 from lora_diffusion.formats.adapters.pickle import is_pickled
-from lora_diffusion.formats.safetensors import read_header
+from lora_diffusion.formats.safetensors import file_and_payload_hash
 from lora_diffusion.library.entry import LibraryEntry, file_stamp, to_printable
 from lora_diffusion.library.index import ENTRY, index_file, load_entries, refresh_index, save_entries
 
@@ -228,9 +228,7 @@ def with_file_hashes(entry: LibraryEntry) -> LibraryEntry:
         return entry
     file = entry.path / FOLDER_FILE if entry.path.is_dir() else entry.path
     try:
-        start = 0 if is_pickled(file) else read_header(file).data_start
-        whole = file_hash(file, use_cache=False)
-        payload = file_hash(file, start=start, use_cache=False) if start else ""
+        whole, payload = (file_hash(file, use_cache=False), "") if is_pickled(file) else file_and_payload_hash(file)
     except (AdapterFormatError, OSError):
         return entry
     return replace(entry, file_hash=whole, payload_hash=payload)

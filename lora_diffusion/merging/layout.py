@@ -6,6 +6,7 @@ combinations are supported. Only file headers and configuration files are read h
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,7 +89,9 @@ class OutputPlan:
         return sum(file.num_bytes for file in self.files)
 
 
-def plan_output(base: Checkpoint, *, single: bool, like: Path | None, config: MergeConfig) -> OutputPlan:
+def plan_output(
+    base: Checkpoint, *, single: bool, like: str | os.PathLike[str] | None, config: MergeConfig
+) -> OutputPlan:
     """Plan the files of a merged checkpoint.
 
     Args:
@@ -117,7 +120,8 @@ def plan_output(base: Checkpoint, *, single: bool, like: Path | None, config: Me
             f"{base.path}: a single file contains no tokenizer and no configuration, which a folder needs; name a "
             "folder of the same family with --like to copy them from, or choose an output that ends in .safetensors"
         )
-    return _plan_folder(like, shard_bytes, dict(_plan_folder_from_single(base, like, precision)))
+    template = Path(like)
+    return _plan_folder(template, shard_bytes, dict(_plan_folder_from_single(base, template, precision)))
 
 
 def _output_dtype(dtype: str, precision: str) -> str:

@@ -3,20 +3,23 @@
 Tensors are read, merged in float32, rounded once to the output's type and written one at a time.
 """
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_diffusion.adapters.adapter import Token
 from lora_diffusion.adapters.blend import Blend, blend_sum
 from lora_diffusion.adapters.compatibility import is_same_weight
 from lora_diffusion.algebra.combine.exact_sum import merge_tokens
 from lora_diffusion.config.merge import MergeConfig
 from lora_diffusion.config.preset import BaseTerm
+from lora_diffusion.core.atomic_files import check_output_free
 from lora_diffusion.errors import ConfigError, FamilyMismatchError, OutputError
 from lora_diffusion.formats.checkpoints.checkpoint import Checkpoint
 from lora_diffusion.library.recipe import blend_entries
-from lora_diffusion.merging.layout import plan_output
+from lora_diffusion.merging.layout import OutputPlan, plan_output
 from lora_diffusion.merging.recipe import (
     RECIPE_FILE,
     MergeRecipe,
@@ -28,7 +31,7 @@ from lora_diffusion.merging.recipe import (
 from lora_diffusion.merging.tensors import BaseChange, MergedTensors
 from lora_diffusion.merging.textual_inversion import add_to_folder, embedding_rows, save_beside
 from lora_diffusion.merging.writer import (
-    OnShare,
+    OnProgress,
     add_embedding_rows,
     check_disk_space,
     patch_header_hashes,
@@ -56,16 +59,16 @@ class MergeReport:
     """Textual-inversion files written beside a single-file checkpoint."""
 
 
-def merge(  # noqa: PLR0913 (all of it is optional but for the first three)
-    base: str,
+def merge(  # noqa: PLR0913 (only the first three are required)
+    base: str | os.PathLike[str],
     blend: Blend,
-    output: Path,
+    output: str | os.PathLike[str],
     config: MergeConfig | None = None,
     *,
     bases: Sequence[BaseTerm] = (),
-    like: Path | None = None,
+    like: str | os.PathLike[str] | None = None,
     force: bool = False,
-    on_share: OnShare | None = None,
+    on_progress: OnProgress | None = None,
 ) -> MergeReport:
     """Write a checkpoint with a blend, and optionally other checkpoints, merged into its weights.
 
@@ -80,7 +83,7 @@ def merge(  # noqa: PLR0913 (all of it is optional but for the first three)
         like: Folder of the same family whose tokenizer and configuration are copied; required to write a single-file
             base as a folder.
         force: Overwrite an existing file, and merge even if the base contains the same merge already.
-        on_share: Callback with the fraction of tensors written so far.
+        on_progress: Callback with the fraction of tensors written so far.
 
     Raises:
         ConfigError: If there is nothing to merge, the base contains the same merge already, or a value exceeds the
@@ -89,38 +92,25 @@ def merge(  # noqa: PLR0913 (all of it is optional but for the first three)
         FamilyMismatchError: If an adapter or checkpoint does not fit the base.
         OutputError: If the output exists, is the base itself, or cannot be written.
     """
-    config, single = config or MergeConfig(), output.suffix == ".safetensors"
+    name, output, config = os.fspath(base), Path(output), config or MergeConfig()
+    single, tokens = _is_single_file(output), merge_tokens(blend)
     source = find_checkpoint(base)
     changes, terms = _open_terms(source, bases)
-    merged = _make_merged_tensors(source, blend, changes, config, base_name=base, append_embeddings=not single)
-    tokens = merge_tokens(blend)
+    merged = _make_merged_tensors(source, blend, changes, config, base_name=name, append_embeddings=not single)
     if not (merged.deltas.names or changes or tokens):
         raise ConfigError("nothing to merge; give at least one adapter with a weight other than 0")
-    changed_names = frozenset(source.parameters if changes else merged.deltas.names)
     recipe = MergeRecipe(
-        base=base,
+        base=name,
         adapters=blend_entries(blend),
         bases=terms,
         config=config,
-        like=str(like or ""),
-        touched_types=tuple(sorted({source.parameters[name].kind[0] for name in changed_names})),
+        like=os.fspath(like or ""),
+        touched_types=tuple(sorted({source.parameters[name].kind[0] for name in _changed_names(source, merged)})),
     )
-    if output.resolve() == source.path.resolve():
-        raise OutputError(f"{output}: is the base itself; choose another output")
-    if not force:
-        _check_not_merged(source, output, recipe)
-    template = find_base(str(like)) if like else None
+    _check_not_merged(source, output, recipe, force=force)
+    template = find_base(like) if like else None
     plan = add_embedding_rows(plan_output(source, single=single, like=template, config=config), merged.appended)
-    check_disk_space(output, plan)
-    with ThreadPoolExecutor(1) as executor:
-        # Hashing reads the whole base, so it runs while the tensors are merged; the hashes are patched in afterwards.
-        hashes = executor.submit(_compute_recipe_hashes, source, changed_names)
-        with write_checkpoint(output, plan, merged, recipe, on_share) as part:
-            recipe = patch_header_hashes(part, plan, recipe, hashes.result())
-            if not single:
-                (part / RECIPE_FILE).write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
-                (part / "README.md").write_text(format_model_card(recipe, merged.rounding_error), encoding="utf-8")
-                add_to_folder(part, tokens, source)
+    _write_output(output, plan, merged, recipe, source, tokens, on_progress)
     return MergeReport(
         output=output,
         merged_modules=len(merged.deltas.layers),
@@ -130,7 +120,39 @@ def merge(  # noqa: PLR0913 (all of it is optional but for the first three)
     )
 
 
-def estimate_rounding(base: str, blend: Blend, config: MergeConfig) -> float:
+def _is_single_file(output: Path) -> bool:
+    """Return whether a merge writes a single file in the original layout rather than a diffusers folder."""
+    return output.suffix == ".safetensors"
+
+
+def _changed_names(source: Checkpoint, merged: MergedTensors) -> frozenset[str]:
+    """Return the names of the parameters that a merge changes: all of them if checkpoints are merged."""
+    return frozenset(source.parameters if merged.bases else merged.deltas.names)
+
+
+def _write_output(
+    output: Path,
+    plan: OutputPlan,
+    merged: MergedTensors,
+    recipe: MergeRecipe,
+    source: Checkpoint,
+    tokens: Mapping[str, Token],
+    on_progress: OnProgress | None,
+) -> None:
+    """Write a planned checkpoint; a folder also gets the recipe, a model card and the textual-inversion tokens."""
+    check_disk_space(output, plan)
+    with ThreadPoolExecutor(1) as executor:
+        # Hashing reads the whole base, so it runs while the tensors are merged; the hashes are patched in afterwards.
+        hashes = executor.submit(_compute_recipe_hashes, source, _changed_names(source, merged))
+        with write_checkpoint(output, plan, merged, recipe, on_progress) as part:
+            recipe = patch_header_hashes(part, plan, recipe, hashes.result())
+            if not _is_single_file(output):
+                (part / RECIPE_FILE).write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
+                (part / "README.md").write_text(format_model_card(recipe, merged.rounding_error), encoding="utf-8")
+                add_to_folder(part, tokens, source)
+
+
+def estimate_rounding(base: str | os.PathLike[str], blend: Blend, config: MergeConfig) -> float:
     """Estimate the rounding error of a merge into a folder from some of its tensors, without writing anything.
 
     Args:
@@ -146,7 +168,7 @@ def estimate_rounding(base: str, blend: Blend, config: MergeConfig) -> float:
         FamilyMismatchError: If an adapter does not fit the base.
     """
     source = find_checkpoint(base)
-    merged = _make_merged_tensors(source, blend, (), config, base_name=base, append_embeddings=False)
+    merged = _make_merged_tensors(source, blend, (), config, base_name=os.fspath(base), append_embeddings=False)
     plan = plan_output(source, single=False, like=None, config=config)
     tensors = [tensor for file in plan.files for tensor in file.tensors.values()]
     changed = [tensor for tensor in tensors if any(part.name in merged.deltas.names for part in tensor.parts)]
@@ -228,13 +250,20 @@ def _compute_recipe_hashes(base: Checkpoint, changed_names: Iterable[str]) -> di
     return {"base_hash": base.hash, "touched_hash": touched_hash(base, changed_names)}
 
 
-def _check_not_merged(source: Checkpoint, output: Path, recipe: MergeRecipe) -> None:
-    """Check that the base does not contain the same merge, and that no output file would be overwritten."""
+def _check_not_merged(source: Checkpoint, output: Path, recipe: MergeRecipe, *, force: bool) -> None:
+    """Check that the output is not the base, and without `force` that the base does not contain the same merge.
+
+    A folder that exists is refused when it is written, because `force` does not replace folders.
+    """
+    if output.resolve() == source.path.resolve():
+        raise OutputError(f"{output}: is the base itself; choose another output")
+    if force:
+        return
     previous = find_merge_recipe(source.path)
     if previous and is_same_merge(previous, recipe):
         raise ConfigError(
             f"{source.path}: contains this very merge already, and merging again would double the weights; choose the "
             "original base, or merge again with --force"
         )
-    if output.suffix == ".safetensors" and output.is_file():
-        raise OutputError(f"{output}: already there; choose another output, or use --force to replace it")
+    if _is_single_file(output):
+        check_output_free(output)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -70,7 +71,7 @@ def touched_hash(base: Checkpoint, names: Iterable[str]) -> str:
     return f"{hash_sum:064x}"
 
 
-def find_merge_recipe(path: Path) -> MergeRecipe | None:
+def find_merge_recipe(path: str | os.PathLike[str]) -> MergeRecipe | None:
     """Read the recipe of a merged checkpoint.
 
     Args:
@@ -83,6 +84,7 @@ def find_merge_recipe(path: Path) -> MergeRecipe | None:
         ConfigError: If the recipe is invalid.
         BaseModelError: If a weight file cannot be read.
     """
+    path = Path(path)
     file = path if path.is_file() else weight_files(path, "unet")[0]
     text = read_base_header(file).metadata.get(RECIPE_KEY)
     if text is None:
@@ -93,7 +95,7 @@ def find_merge_recipe(path: Path) -> MergeRecipe | None:
         raise ConfigError(f"{path}: its recipe is invalid: {format_validation_error(error, MergeRecipe)}") from None
 
 
-def read_merge_recipe(path: Path) -> MergeRecipe:
+def read_merge_recipe(path: str | os.PathLike[str]) -> MergeRecipe:
     """Read the recipe of a checkpoint that must have one.
 
     Args:
@@ -103,6 +105,7 @@ def read_merge_recipe(path: Path) -> MergeRecipe:
         ConfigError: If the path does not exist, or the checkpoint has no valid recipe.
         BaseModelError: If a weight file cannot be read.
     """
+    path = Path(path)
     if not path.exists():
         raise ConfigError(f"{path}: no such file or folder; give a checkpoint written by `lora-diffusion merge`")
     recipe = find_merge_recipe(path)

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, linalg
 
 from lora_diffusion.adapters.blend import BlendSum
 from lora_diffusion.adapters.deltas import check_range, compute_blended_bias, compute_blended_weight
@@ -86,7 +87,7 @@ class MergedTensors:
 
 def _squared_norm(tensor: Tensor) -> float:
     """Return the squared Frobenius norm of a float32 tensor."""
-    return float(torch.linalg.vector_norm(tensor)) ** 2
+    return float(cast(Any, linalg).vector_norm(tensor)) ** 2
 
 
 def _round_checked(exact: Tensor, dtype: torch.dtype, name: str, config: MergeConfig) -> Tensor:

@@ -5,8 +5,10 @@ they are written as files beside it.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -52,7 +54,7 @@ def _list_token_names(tokens: Mapping[str, Token], component: str) -> list[str]:
     ]
 
 
-def add_to_folder(part: Path, tokens: Mapping[str, Token], base: Checkpoint) -> None:
+def add_to_folder(part: str | os.PathLike[str], tokens: Mapping[str, Token], base: Checkpoint) -> None:
     """Add tokens to the tokenizers of a folder that is being written, and adapt the text encoders' configuration.
 
     Args:
@@ -63,12 +65,13 @@ def add_to_folder(part: Path, tokens: Mapping[str, Token], base: Checkpoint) -> 
     Raises:
         ConfigError: If a tokenizer contains one of the tokens already.
     """
+    part = Path(part)
     from transformers import CLIPTokenizer  # slow to import, and only merges of textual-inversion embeddings need it
 
     for name, rows in embedding_rows(tokens, base).items():
         component = name.partition(".")[0]
         folder = part / TOKENIZERS[component]
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        tokenizer: Any = cast(Any, CLIPTokenizer).from_pretrained(folder)
         vocabulary_size = base.parameters[name].kind[1][0]
         token_names = _list_token_names(tokens, component)
         if len(tokenizer) != vocabulary_size or tokenizer.add_tokens(token_names) != len(token_names):
@@ -85,7 +88,7 @@ def add_to_folder(part: Path, tokens: Mapping[str, Token], base: Checkpoint) -> 
         file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def save_beside(output: Path, tokens: Mapping[str, Token], family: str) -> list[Path]:
+def save_beside(output: str | os.PathLike[str], tokens: Mapping[str, Token], family: str) -> list[Path]:
     """Write each embedding as a textual-inversion file beside a single-file checkpoint.
 
     Args:
@@ -96,7 +99,7 @@ def save_beside(output: Path, tokens: Mapping[str, Token], family: str) -> list[
     Returns:
         The files that were written.
     """
-    files: list[Path] = []
+    output, files = Path(output), list[Path]()
     for word, token in tokens.items():
         file_word = "".join(letter if letter.isalnum() else "_" for letter in word).strip("_") or "word"
         files.append(output.with_name(f"{output.stem}.{file_word}.safetensors"))

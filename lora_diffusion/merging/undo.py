@@ -1,5 +1,6 @@
 """Undo a merge: copy the original base, or subtract the adapters if that restores the base bit for bit."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from lora_diffusion.merging.writer import write_checkpoint
 from lora_diffusion.models.locate import find_checkpoint
 
 
-def find_original_base(recipe: MergeRecipe, name: str = "") -> Checkpoint | None:
+def find_original_base(recipe: MergeRecipe, name: str | os.PathLike[str] = "") -> Checkpoint | None:
     """Find the checkpoint that a merge was made from.
 
     Args:
@@ -37,7 +38,7 @@ def find_original_base(recipe: MergeRecipe, name: str = "") -> Checkpoint | None
     return checkpoint if checkpoint.hash == recipe.base_hash else None
 
 
-def copy_base(base: Checkpoint, output: Path) -> None:
+def copy_base(base: Checkpoint, output: str | os.PathLike[str]) -> None:
     """Copy a checkpoint unchanged.
 
     Args:
@@ -47,7 +48,8 @@ def copy_base(base: Checkpoint, output: Path) -> None:
     Raises:
         OutputError: If the output exists or cannot be written.
     """
-    _check_output_free(output)
+    output = Path(output)
+    _check_no_file(output)
     if not base.is_folder:
         with atomic_file(output) as part:
             shutil.copyfile(base.path, part)
@@ -56,12 +58,15 @@ def copy_base(base: Checkpoint, output: Path) -> None:
         shutil.copytree(base.path, part, dirs_exist_ok=True)
 
 
-def _check_output_free(output: Path) -> None:
+def _check_no_file(output: Path) -> None:
+    """Refuse to overwrite a file; `atomic_folder` refuses folders. The command has no --force."""
     if output.is_file():
-        raise OutputError(f"{output}: already there; choose another output")
+        raise OutputError(f"{output}: already exists; choose another output")
 
 
-def subtract_blend(merged: Path, recipe: MergeRecipe, blend: Blend, output: Path) -> None:
+def subtract_blend(
+    merged: str | os.PathLike[str], recipe: MergeRecipe, blend: Blend, output: str | os.PathLike[str]
+) -> None:
     """Subtract a blend from a merged checkpoint and write the result if it equals the original base bit for bit.
 
     This succeeds if the merged file has a wider type than the base, such as float32 for a float16 base.
@@ -77,7 +82,8 @@ def subtract_blend(merged: Path, recipe: MergeRecipe, blend: Blend, output: Path
         OutputError: If the output exists or cannot be written.
         BaseModelError: If the merged checkpoint cannot be read.
     """
-    _check_output_free(output)
+    output = Path(output)
+    _check_no_file(output)
     obstacle = _explain_not_subtractable(recipe, blend)
     source = open_checkpoint(merged)
     use_base = f"give the original base (hash {recipe.base_hash[:12]}) with --base"

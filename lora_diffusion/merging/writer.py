@@ -1,7 +1,8 @@
 """Write a planned checkpoint one tensor at a time; after an error or interruption, no output is left behind."""
 
+import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -37,13 +38,13 @@ def add_embedding_rows(plan: OutputPlan, appended: Mapping[str, Tensor]) -> Outp
     return replace(plan, files=tuple(enlarge_file(file) for file in plan.files))
 
 
-def check_disk_space(output: Path, plan: OutputPlan) -> None:
+def check_disk_space(output: str | os.PathLike[str], plan: OutputPlan) -> None:
     """Check that the weights of a plan fit on the disk of the output.
 
     Raises:
         OutputError: If there is not enough free space.
     """
-    folder = next(folder for folder in output.resolve().parents if folder.is_dir())
+    folder = next(folder for folder in Path(output).resolve().parents if folder.is_dir())
     free = shutil.disk_usage(folder).free
     if free < plan.num_bytes:
         raise OutputError(
@@ -52,14 +53,18 @@ def check_disk_space(output: Path, plan: OutputPlan) -> None:
         )
 
 
-OnShare = Callable[[float], None]
+OnProgress = Callable[[float], None]
 """Callback with the fraction of tensors written so far; an exception that it raises stops the merge."""
 
 
 @contextmanager
 def write_checkpoint(
-    output: Path, plan: OutputPlan, merged: MergedTensors, recipe: MergeRecipe | None, on_share: OnShare | None = None
-) -> Iterator[Path]:
+    output: str | os.PathLike[str],
+    plan: OutputPlan,
+    merged: MergedTensors,
+    recipe: MergeRecipe | None,
+    on_progress: OnProgress | None = None,
+) -> Generator[Path]:
     """Write all files of a plan to a temporary path, which replaces the output when the context exits without error.
 
     Args:
@@ -67,7 +72,7 @@ def write_checkpoint(
         plan: Files to write.
         merged: Computes the tensors.
         recipe: Recipe to store in the headers.
-        on_share: Callback with the fraction of tensors written so far.
+        on_progress: Callback with the fraction of tensors written so far.
 
     Yields:
         The temporary folder or file, complete.
@@ -77,10 +82,10 @@ def write_checkpoint(
         BaseModelError: If the base is truncated.
         ConfigError: If a value exceeds the range of the output's type.
     """
-    single = not plan.files[0].name
-    ticks = _progress_ticks(sum(len(file.tensors) for file in plan.files), on_share or (lambda _: None))
+    write_atomically = atomic_folder if plan.files[0].name else atomic_file
+    ticks = _progress_ticks(sum(len(file.tensors) for file in plan.files), on_progress or (lambda _: None))
     try:
-        with (atomic_file if single else atomic_folder)(output) as part:
+        with write_atomically(Path(output)) as part:
             for name, source in plan.copies.items():
                 (part / name).parent.mkdir(parents=True, exist_ok=True)
                 (shutil.copytree if source.is_dir() else shutil.copyfile)(source, part / name)
@@ -93,10 +98,10 @@ def write_checkpoint(
         raise BaseModelError(f"cannot read the base ({error}); its files are damaged, download it again") from None
 
 
-def _progress_ticks(count: int, on_share: OnShare) -> Iterator[None]:
+def _progress_ticks(count: int, on_progress: OnProgress) -> Iterator[None]:
     """Report the progress of `count` steps, one step for each item taken from the iterator."""
     for i in range(count):
-        on_share((i + 1) / count)
+        on_progress((i + 1) / count)
         yield
 
 
@@ -121,7 +126,9 @@ def _header_metadata(file: OutputFile, recipe: MergeRecipe | None) -> dict[str, 
     return metadata | ({RECIPE_KEY: recipe_json(recipe)} if recipe else {})
 
 
-def patch_header_hashes(part: Path, plan: OutputPlan, recipe: MergeRecipe, hashes: Mapping[str, str]) -> MergeRecipe:
+def patch_header_hashes(
+    part: str | os.PathLike[str], plan: OutputPlan, recipe: MergeRecipe, hashes: Mapping[str, str]
+) -> MergeRecipe:
     """Replace the placeholder hashes in the headers of files that have been written.
 
     Args:
@@ -133,7 +140,7 @@ def patch_header_hashes(part: Path, plan: OutputPlan, recipe: MergeRecipe, hashe
     Returns:
         The recipe with these hashes.
     """
-    updated = recipe.model_copy(update=hashes)
+    part, updated = Path(part), recipe.model_copy(update=hashes)
     for file in plan.files:
         kinds = {key: tensor.kind for key, tensor in file.tensors.items()}
         header = header_bytes(kinds, _header_metadata(file, updated))

@@ -3,19 +3,23 @@
 This is the layer that wraps diffusers and transformers. It does not depend on adapters.
 """
 
+# diffusers loads its classes lazily, which looks like private imports to the type checker.
+# pyright: reportPrivateImportUsage=false
+
 import contextlib
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Generator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import diffusers
 import torch
 import transformers
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
@@ -50,10 +54,6 @@ _SCHEDULERS: dict[str, Any] = {
 }
 
 
-PatchKind = Literal["weights", "parallel"]
-"""How deltas are applied to a loaded base: added to its weights, or computed beside them in the forward pass."""
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Base:
     """A loaded base model: its diffusers pipeline, its architecture and its origin."""
@@ -72,8 +72,6 @@ class Base:
     """Hashes and weights of adapters that have been merged into the loaded weights."""
     quantization: Quantization = "none"
     """The data type of the UNet's linear layers: `nf4`, `fp4`, `int8`, or `none` if they are not quantized."""
-    open_patches: set[PatchKind] = field(default_factory=set[PatchKind], init=False, repr=False)
-    """Kinds of patches that are open on this base now; maintained by `lora_diffusion.inference`."""
 
     def __repr__(self) -> str:
         """Return one line with the family, name, folder, dtype and device; `hash` would have to read all files."""
@@ -97,6 +95,17 @@ class Base:
         """The device of the UNet."""
         # pipe.device visits every module, which takes a tenth of the time that switching a blend takes
         return next(self.pipe.unet.parameters()).device
+
+    @property
+    def adaptable_models(self) -> tuple[nn.Module, ...]:
+        """The models that adapters can change: the UNet and the text encoders, as far as the pipeline has them."""
+        models = (getattr(self.pipe, component, None) for component in self.family.components)
+        return tuple(model for model in models if model is not None)
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        """The autoencoder between images and latents."""
+        return cast(AutoencoderKL, self.pipe.components["vae"])
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -141,29 +150,31 @@ def load_base(
     family, layout = read_layout(folder)
     device = device or default_device()
     two_encoders = len(layout.text_layers) == 2
-    arguments: dict[str, Any] = {"add_watermarker": False} if two_encoders else {"safety_checker": None}
     try:
         with quiet_libraries():
-            pipe = (StableDiffusionXLPipeline if two_encoders else StableDiffusionPipeline).from_pretrained(
-                folder,
-                torch_dtype=precision or default_precision(device),
-                variant=weight_variant(folder),
-                local_files_only=True,
-                **arguments,
-            )
-            pipe.to(device)
+            pipe = _load_pipeline(folder, two_encoders=two_encoders, precision=precision or default_precision(device))
+            cast(Any, pipe).to(device)
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError, SafetensorError) as error:
         raise BaseModelError(
             f"{folder}: the base cannot be loaded ({first_line(error)}); check that its files are complete"
         ) from None
-    pipe.set_progress_bar_config(disable=True)
+    cast(Any, pipe).set_progress_bar_config(disable=True)
     for component in (*family.components, "vae"):
         getattr(pipe, component).requires_grad_(False).eval()
     return Base(pipe=pipe, name=os.fspath(name), folder=folder, family=family, layout=layout)
 
 
+def _load_pipeline(folder: Path, *, two_encoders: bool, precision: torch.dtype) -> Pipeline:
+    """Load a pipeline without SDXL's watermark and without a safety checker."""
+    pipeline_class: Any = cast(Any, StableDiffusionXLPipeline if two_encoders else StableDiffusionPipeline)
+    arguments: dict[str, Any] = {"add_watermarker": False} if two_encoders else {"safety_checker": None}
+    return pipeline_class.from_pretrained(
+        folder, torch_dtype=precision, variant=weight_variant(folder), local_files_only=True, **arguments
+    )
+
+
 @contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
+def quiet_libraries() -> Generator[None]:
     """Silence warnings, log messages and progress bars of diffusers and transformers inside the block."""
     levels = diffusers.utils.logging.get_verbosity(), transformers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity_error()
@@ -210,9 +221,9 @@ def new_scheduler(base: Base, name: Scheduler) -> Any:
         base: The base whose scheduler configuration is used.
         name: The sampler, or `base` for the one that the base comes with.
     """
-    config = base.pipe.scheduler.config
-    scheduler_class = type(base.pipe.scheduler) if name == "base" else _SCHEDULERS[name]
-    return scheduler_class.from_config(config)
+    own: Any = base.pipe.components["scheduler"]
+    scheduler_class: Any = own.__class__ if name == "base" else _SCHEDULERS[name]
+    return scheduler_class.from_config(own.config)
 
 
 def prediction_type(base: Base) -> str:

@@ -1,9 +1,12 @@
 """Find the files of a base: the embedded base, a local folder, a single file or a hub id."""
 
+# diffusers loads its classes lazily, which looks like private imports to the type checker.
+# pyright: reportPrivateImportUsage=false
+
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from diffusers import DiffusionPipeline
 
@@ -15,6 +18,8 @@ from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import BaseModelError
 from lora_diffusion.formats.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from lora_diffusion.formats.checkpoints.diffusers import check_is_stable_diffusion, check_pipeline_kind
+
+_PIPELINE: Any = cast(Any, DiffusionPipeline)  # diffusers does not annotate the keyword arguments of its class methods
 
 
 def find_base(name: str | os.PathLike[str]) -> Path:
@@ -88,9 +93,9 @@ def _download(name: str) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise BaseModelError(f"{name}: no such folder; expected `{EMBEDDED_BASE}`, a folder or a hub id (owner/name)")
     try:
-        index: Any = DiffusionPipeline.load_config(name)
+        index = _PIPELINE.load_config(name)
         check_pipeline_kind(name, index.get("_class_name"))
-        return Path(DiffusionPipeline.download(name))
+        return Path(_PIPELINE.download(name))
     except (OSError, ValueError) as error:
         if isinstance(error, BaseModelError):
             raise

@@ -1,6 +1,6 @@
 """Move the VAE and the text encoders to the CPU while the UNet trains, to save GPU memory."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -31,7 +31,7 @@ def offload(base: Base, names: Sequence[str]) -> None:
 
 
 @contextmanager
-def on_device(base: Base, names: Sequence[str]) -> Iterator[None]:
+def on_device(base: Base, names: Sequence[str]) -> Generator[None]:
     """Keep models on the base's device inside the block, and offload those again that were offloaded before it."""
     models: list[nn.Module] = [getattr(base.pipe, name) for name in names]
     offloaded = [

@@ -9,10 +9,10 @@ the quantized layers (see `inference/parallel.py`).
 import os
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_diffusion.config.settings import Quantization
 from lora_diffusion.errors import ConfigError
@@ -84,7 +84,7 @@ def quantize_base(base: Base, quantization: Quantization, device: torch.device) 
         )
     for parent, name, child in linears:
         setattr(parent, name, _quantize_linear(child, quantization, device))
-    base.pipe.to(device)
+    cast(Any, base.pipe).to(device)
     return replace(base, quantization=quantization)
 
 
@@ -99,7 +99,7 @@ def _quantize_linear(linear: nn.Linear, quantization: Quantization, device: torc
 
     bnb: Any = bitsandbytes.nn
     weight, shape = linear.weight.data, (linear.in_features, linear.out_features)
-    plain, bias = weight.cpu().contiguous(), linear.bias is not None
+    plain, bias = weight.cpu().contiguous(), cast("Tensor | None", linear.bias) is not None
     with torch.device("meta"):  # allocates nothing for weights that are replaced below
         if quantization == "int8":
             quantized: Any = bnb.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False)

@@ -121,8 +121,7 @@ def _encode_component(base: Base, component: str, prompts: Sequence[Prompt], cou
     if bool((weights != 1).any()):
         empty, _ = encode_chunks([[]])
         hidden = torch.lerp(empty.expand_as(hidden), hidden, weights.to(hidden.device)[..., None])
-    shape = len(prompts), count
-    return hidden.unflatten(0, shape).flatten(1, 2), first.unflatten(0, shape)[:, 0]
+    return hidden.reshape(len(prompts), -1, hidden.shape[-1]), first[::count]
 
 
 def count_chunks(base: Base, prompts: Sequence[Prompt]) -> int:

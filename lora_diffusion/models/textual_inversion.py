@@ -7,7 +7,7 @@ longer ones for the duration of a context manager; afterwards the original objec
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,18 +36,18 @@ class LearnedToken:
     """The embedding vectors (n, width) for each text encoder."""
 
 
-def _learned_tokens_of(blend: Blend) -> tuple[LearnedToken, ...]:
+def _list_learned_tokens(blend: Blend) -> tuple[LearnedToken, ...]:
     """Return the learned tokens of all adapters with a weight other than zero."""
     adapters = {entry.hash: entry for entry in blend.active if entry.adapter.tokens}
     return tuple(
-        make_token_names(entry, number, word, token)
+        make_learned_token(entry, number, word, token)
         for entry in adapters.values()
         for number, (word, token) in enumerate(sorted(entry.adapter.tokens.items()))
     )
 
 
-def make_token_names(entry: WeightedAdapter, number: int, word: str, token: Token) -> LearnedToken:
-    """Create a learned token with names for its tokenizer entries.
+def make_learned_token(entry: WeightedAdapter, number: int, word: str, token: Token) -> LearnedToken:
+    """Create a learned token, with a name for the tokenizer entry of each of its vectors.
 
     The names contain no brackets or colons, because these have a meaning in prompts.
 
@@ -98,7 +98,7 @@ def prompt_rewriter(words: tuple[LearnedToken, ...]) -> Callable[[str], str]:
 
 
 @contextmanager
-def learned_tokens(base: Base, blend: Blend) -> Iterator[Callable[[str], str]]:
+def learned_tokens(base: Base, blend: Blend) -> Generator[Callable[[str], str]]:
     """Add the learned tokens of a blend to the base's text encoders inside the block.
 
     The tokenizers and embedding tables are restored when the block ends, also after an exception.
@@ -114,7 +114,7 @@ def learned_tokens(base: Base, blend: Blend) -> Iterator[Callable[[str], str]]:
         FamilyMismatchError: If the vectors of a token do not have the width of the text encoder.
         ConfigError: If a token has no vectors for one of the base's text encoders, or if two adapters conflict.
     """
-    words = _learned_tokens_of(blend)
+    words = _list_learned_tokens(blend)
     with ExitStack() as stack:
         for component in base.layout.text_layers if words else ():
             stack.enter_context(
@@ -149,7 +149,7 @@ def embedding_table(base: Base, component: str) -> nn.Embedding:
 
 
 @contextmanager
-def extended_vocabulary(base: Base, component: str, words: Mapping[LearnedToken, Tensor]) -> Iterator[None]:
+def extended_vocabulary(base: Base, component: str, words: Mapping[LearnedToken, Tensor]) -> Generator[None]:
     """Add tokens to one text encoder, and to a copy of its tokenizer, inside the block.
 
     Args:

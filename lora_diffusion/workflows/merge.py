@@ -11,7 +11,7 @@ from lora_diffusion.library.references import load_blend, resolve_entry_paths
 from lora_diffusion.merging.merge import MergeReport, merge
 from lora_diffusion.merging.recipe import read_merge_recipe
 from lora_diffusion.merging.undo import copy_base, find_original_base, subtract_blend
-from lora_diffusion.merging.writer import OnShare
+from lora_diffusion.merging.writer import OnProgress
 from lora_diffusion.models.locate import find_checkpoint
 from lora_diffusion.workflows.images.generate import LoadOptions, load_and_resolve_blend
 
@@ -56,7 +56,7 @@ def request_from_checkpoint(path: Path, *, base: str, force: bool) -> MergeReque
 
 
 def merge_files(
-    request: MergeRequest, output: Path, options: LoadOptions | None = None, on_share: OnShare | None = None
+    request: MergeRequest, output: Path, options: LoadOptions | None = None, on_progress: OnProgress | None = None
 ) -> tuple[MergeReport, tuple[str, ...]]:
     """Merge adapter files and other checkpoints into a base; also notes of where things were found.
 
@@ -75,7 +75,7 @@ def merge_files(
         bases=request.bases,
         like=request.like,
         force=request.force,
-        on_share=on_share,
+        on_progress=on_progress,
     )
     return report, found.notes
 

@@ -19,7 +19,7 @@ import torch
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
 from lora_diffusion.adapters.layers import LoRALayer
-from lora_diffusion.algebra.reduce.shared_basis import extract_member, share_bases
+from lora_diffusion.algebra.reduce.shared_basis import share_bases, unpack_adapter
 from lora_diffusion.algebra.svd.svd import spectrum_of
 from lora_diffusion.formats.adapters.pack import load_pack, save_pack
 from tests.benchmarks.goals import not_above, write_report
@@ -98,9 +98,9 @@ def measured(adapters: Mapping[str, Adapter], spectra: Spectra, rank: int, scrat
     seconds = time.process_time() - started
     save_pack(packed, path)
     started = time.process_time()
-    extract_member(load_pack(path, ["0500"]), "0500")
+    unpack_adapter(load_pack(path, ["0500"]), "0500")
     one_member = time.process_time() - started
-    errors = [part.error for part in packed.members.values()]
+    errors = [part.error for part in packed.adapters.values()]
     share = path.stat().st_size / before
     same_bytes = math.floor(share * RANK)
     return {

@@ -68,16 +68,16 @@ def test_what_may_go_wrong_is_named(folder: Path, tmp_path: Path, capsys: pytest
     found = json.loads(capsys.readouterr().out)
     names = {
         key: [Path(path).name for path in found[key]]
-        for key in ("enlarged", "long_captions", "without_trigger", "notation")
+        for key in ("upscaled", "long_captions", "without_trigger", "with_prompt_syntax")
     }
     assert names == {
-        "enlarged": ["small.png"],
+        "upscaled": ["small.png"],
         "long_captions": ["0.png"],
         "without_trigger": ["1.png"],
-        "notation": ["1.png"],
+        "with_prompt_syntax": ["1.png"],
     }
-    assert [[Path(path).name for path in pair] for pair in found["twins"]] == [["2.png", "twin.png"]]
-    assert sum(found["buckets"].values()) == found["pictures"] == 6
+    assert [[Path(path).name for path in pair] for pair in found["duplicates"]] == [["2.png", "twin.png"]]
+    assert sum(found["buckets"].values()) == found["images"] == 6
     assert main(command) == 0
     text = capsys.readouterr().out
     for words in (

@@ -1,8 +1,5 @@
 """Every public function of the formats that takes a path accepts a string, a `Path` and any other `os.PathLike`."""
 
-import importlib
-import inspect
-import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,38 +10,17 @@ import torch
 from lora_diffusion import formats
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
 from lora_diffusion.adapters.layers import LoRALayer
-from lora_diffusion.algebra.reduce.shared_basis import FamilyMember, SharedFamily
+from lora_diffusion.algebra.reduce.shared_basis import AdapterPack, PackedAdapter
 from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.formats import safetensors
 from lora_diffusion.formats.adapters import kohya, load, native, pack, pickle, textual_inversion
+from lora_diffusion.formats.adapters.blend import load_weighted_adapter
 from lora_diffusion.formats.checkpoints import checkpoint, diffusers
+from tests.helpers.path_arguments import SPELLINGS, functions_with_paths
 
 MODULE = "unet.mid_block.attentions.0.proj_in"
 BASE = sample_data_folder() / "tiny-sd"
 UNET = BASE / "unet" / "diffusion_pytorch_model.safetensors"
-
-
-class PathLike:
-    """A path that is neither a string nor a `Path`."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __fspath__(self) -> str:
-        return str(self.path)
-
-
-SPELLINGS: tuple[Callable[[Path], Any], ...] = (str, Path, PathLike)
-
-
-def public_functions() -> dict[str, Callable[..., Any]]:
-    modules = [importlib.import_module(m.name) for m in pkgutil.walk_packages(formats.__path__, f"{formats.__name__}.")]
-    return {
-        f"{module.__name__.removeprefix(f'{formats.__name__}.')}.{name}": value
-        for module in modules
-        for name, value in vars(module).items()
-        if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
-    }
 
 
 def lora_adapter() -> Adapter:
@@ -56,9 +32,9 @@ def embedding() -> Adapter:
     return Adapter(layers={}, tokens={"cat": {"text_encoder": torch.ones(2, 768)}}, metadata=AdapterMetadata())
 
 
-def small_pack() -> SharedFamily:
-    member = FamilyMember(cores={}, ranks={}, error=0.0, biases={MODULE: torch.ones(48)})
-    return SharedFamily(modules={}, members={"x": member})
+def small_pack() -> AdapterPack:
+    packed = PackedAdapter(cores={}, ranks={}, error=0.0, biases={MODULE: torch.ones(48)})
+    return AdapterPack(modules={}, adapters={"x": packed})
 
 
 WRITERS: dict[str, Callable[[Any], None]] = {
@@ -85,12 +61,14 @@ def readers(folder: Path) -> dict[str, tuple[Callable[[Any], Any], Path]]:
         "safetensors.read_meta_tensors": (safetensors.read_meta_tensors, adapter),
         "safetensors.map_safetensors": (safetensors.map_safetensors, adapter),
         "safetensors.file_payload_hash": (safetensors.file_payload_hash, adapter),
+        "safetensors.file_and_payload_hash": (safetensors.file_and_payload_hash, adapter),
         "safetensors.read_tensor": (lambda path: safetensors.read_tensor(path, info, header.data_start), adapter),
         "adapters.load.load_adapter": (load.load_adapter, adapter),
         "adapters.load.load_unchecked": (load.load_unchecked, adapter),
         "adapters.load.load_meta_adapter": (load.load_meta_adapter, adapter),
         "adapters.load.read_adapter": (lambda path: load.read_adapter(path, load.FULL_FILE, ()), adapter),
-        "adapters.pack.list_members": (pack.list_members, packed),
+        "adapters.blend.load_weighted_adapter": (lambda path: load_weighted_adapter(path, 1.0), adapter),
+        "adapters.pack.list_packed_adapters": (pack.list_packed_adapters, packed),
         "adapters.pack.load_pack": (pack.load_pack, packed),
         "adapters.pickle.is_pickled": (pickle.is_pickled, pickled),
         "adapters.pickle.read_pickled": (pickle.read_pickled, pickled),
@@ -109,14 +87,7 @@ def readers(folder: Path) -> dict[str, tuple[Callable[[Any], Any], Path]]:
 
 
 def test_every_public_path_parameter_accepts_strings_and_is_tested(tmp_path: Path) -> None:
-    annotations = {
-        name: [str(parameter.annotation) for parameter in inspect.signature(function).parameters.values()]
-        for name, function in public_functions().items()
-    }
-    only_path = [name for name, kinds in annotations.items() if any(k in ("Path", str(Path)) for k in kinds)]
-    assert only_path == []
-    takes_path = {name for name, kinds in annotations.items() if any("PathLike" in kind for kind in kinds)}
-    assert takes_path == set(WRITERS) | set(readers(tmp_path))
+    assert functions_with_paths(formats) == set(WRITERS) | set(readers(tmp_path))
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)

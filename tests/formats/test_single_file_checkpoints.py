@@ -224,7 +224,7 @@ def test_mistakes_are_refused_and_nothing_is_written(sd: Base, sdxl: Base, tmp_p
         merge(str(single), two(sd), tmp_path / "folder")
     with pytest.raises(OutputError, match="is the base itself"):
         merge(str(single), two(sd), single, force=True)
-    with pytest.raises(OutputError, match="already there"):
+    with pytest.raises(OutputError, match="already exists"):
         merge(str(sd.folder), two(sd), single)
     merge(str(single), two(sd), tmp_path / "merged.safetensors")
     with pytest.raises(ConfigError, match="contains this very merge already"):

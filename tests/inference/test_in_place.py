@@ -31,6 +31,7 @@ from lora_diffusion.inference.in_place import (
     weight_at,
     weight_patch,
 )
+from lora_diffusion.inference.parallel import parallel_patch
 from lora_diffusion.inference.sampling import generate, sample
 from lora_diffusion.models.load import Base, load_base
 from tests.conftest import random_adapter
@@ -361,6 +362,19 @@ def test_adapters_stored_in_different_types_sum(sd: Base) -> None:
     live = fresh(sd, blend_of(*((one, 0.5) for one in cast)))[f"{ONE}.weight"]
     expected = weight_at(sd, ONE) + sum(0.5 * one.layers[ONE].delta() for one in cast)
     assert torch.allclose(live, expected, atol=1e-6)
+
+
+def test_bases_that_share_a_model_share_the_check_for_open_patches(sd: Base) -> None:
+    other_base = replace(sd, merged=("another hash",))
+    other_pipe = replace(sd, pipe=type(sd.pipe)(**sd.pipe.components, requires_safety_checker=False))
+    for other in (other_base, other_pipe):
+        with weight_patch(sd):
+            with pytest.raises(ConfigError, match="a blend is applied to the weights of this base already"):
+                weight_patch(other).__enter__()
+            with parallel_patch(other), pytest.raises(ConfigError, match="a parallel patch is open on this base"):
+                parallel_patch(sd).__enter__()
+        with weight_patch(other), parallel_patch(sd):
+            pass
 
 
 def test_a_weight_patch_refuses_regions(sd: Base) -> None:

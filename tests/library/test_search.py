@@ -15,8 +15,19 @@ from lora_diffusion.cli import main
 from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import AdapterFormatError, ConfigError
 from lora_diffusion.formats.adapters.load import load_adapter
-from lora_diffusion.library.search import find_adapter, find_by_hash, open_library, search
-from tests.helpers.library_files import KOHYA, by_path, file_hash_of, in_place, kohya, native, payload_of, peft_folder
+from lora_diffusion.library.search import find_adapter, find_by_hash, open_library, search, with_file_hashes
+from tests.helpers.library_files import (
+    KOHYA,
+    MODULE,
+    by_path,
+    file_hash_of,
+    in_place,
+    kohya,
+    native,
+    payload_of,
+    peft_folder,
+)
+from tests.helpers.read_counter import count_bytes_read
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -60,6 +71,15 @@ def test_sidecars_and_previews(folder: Path) -> None:
     assert (plain.preview, off.preview, other.preview) == (folder / "plain.preview.png", folder / "off.webp", None)
     assert (off.preferred_weight, off.trigger_words, other.notes) == (None, ("sks",), ())
     assert "broken.json cannot be read as JSON" in broken.notes[0]
+
+
+def test_the_hashes_of_a_file_take_one_pass_over_it(folder: Path) -> None:
+    path = native(folder / "one.safetensors", biases={f"unet.{MODULE}": torch.ones(100_000)})
+    entry = find_adapter(open_library(folder), "one")
+    with count_bytes_read() as counter:
+        hashed = with_file_hashes(entry)
+    assert (hashed.file_hash, hashed.payload_hash) == (file_hash_of(path), payload_of(path))
+    assert counter.bytes < 1.1 * path.stat().st_size
 
 
 @pytest.mark.parametrize(

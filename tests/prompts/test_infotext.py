@@ -81,7 +81,7 @@ def test_a_recipe_is_restored_from_its_infotext(table: dict[str, str], digest: s
         prompt="a cat", negative_prompt="rain\nfog", seed=7, guidance_scale=6.5, width=64, height=32
     )
     entry = BlendEntry(path="x.safetensors", name="wet, ink: two", hash=digest + "ff")
-    recipe = Recipe(kind="image", base=model, base_hash="0123456789abcdef", adapters=(entry,), settings=config)
+    recipe = Recipe(base=model, base_hash="0123456789abcdef", adapters=(entry,), settings=config)
     info = parse_infotext(format_infotext(recipe), source="x.png")
     assert (info.model, info.model_hash, info.lora_hashes) == (model, "0123456789", {"wet, ink: two": digest})
     again, notes = convert_settings(info, source="x.png")
@@ -309,7 +309,7 @@ def test_user_comments_in_every_encoding_are_read(tmp_path: Path, ending: str, h
 
 def test_images_of_this_project_are_read(tmp_path: Path) -> None:
     config = GenerateConfig(prompt="a cat, sitting", seed=3, width=8, height=8)
-    recipe = Recipe(kind="image", base="tiny-sd", base_hash="ab" * 32, settings=config)
+    recipe = Recipe(base="tiny-sd", base_hash="ab" * 32, settings=config)
     write_png(Image.new("RGB", (8, 8)), tmp_path / "x.png", recipe)
     info = read_infotext(tmp_path / "x.png")
     assert info is not None

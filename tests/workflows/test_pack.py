@@ -14,14 +14,14 @@ from torch import Tensor
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, adapter_hash, cast_adapter
 from lora_diffusion.adapters.layers import DoRALayer, LoHaLayer, LoRALayer
-from lora_diffusion.algebra.reduce.shared_basis import SharedFamily, extract_member, share_bases
+from lora_diffusion.algebra.reduce.shared_basis import AdapterPack, share_bases, unpack_adapter
 from lora_diffusion.algebra.svd.svd import spectrum_of, truncate_spectrum
 from lora_diffusion.cli.commands.pack import Pack, Unpack
 from lora_diffusion.core.dtypes import tensor_bytes
 from lora_diffusion.errors import AdapterFormatError, ConfigError, FamilyMismatchError, OutputError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
-from lora_diffusion.formats.adapters.pack import PACK_KEY, check_not_pack, list_members, load_pack, save_pack
+from lora_diffusion.formats.adapters.pack import PACK_KEY, check_not_pack, list_packed_adapters, load_pack, save_pack
 from lora_diffusion.formats.safetensors import read_header, read_safetensors, write_safetensors
 from lora_diffusion.workflows.adapters.pack import PackConfig, pack_files, unpack_file
 
@@ -74,8 +74,8 @@ families = st.builds(
 def test_reported_error_includes_rounding(adapters: dict[str, Adapter], rank: int, dtype: torch.dtype) -> None:
     family = share_bases(adapters, rank, dtype)
     for name, adapter in adapters.items():
-        back = extract_member(family, name)
-        assert family.members[name].error == pytest.approx(true_error(adapter, back), abs=2e-6)
+        back = unpack_adapter(family, name)
+        assert family.adapters[name].error == pytest.approx(true_error(adapter, back), abs=2e-6)
         for path, layer in adapter.layers.items():
             new = back.layers[path]
             assert isinstance(new, LoRALayer) and isinstance(layer, LoRALayer)
@@ -89,8 +89,8 @@ def test_reported_error_includes_rounding(adapters: dict[str, Adapter], rank: in
 def test_rank_equal_to_the_sum_of_ranks_is_exact(adapters: dict[str, Adapter]) -> None:
     family = share_bases(adapters, sum(max(x.rank for x in a.layers.values()) for a in adapters.values()))  # type: ignore[attr-defined]
     for name, adapter in adapters.items():
-        assert true_error(adapter, extract_member(family, name)) < 1e-5
-        assert family.members[name].error < 1e-5
+        assert true_error(adapter, unpack_adapter(family, name)) < 1e-5
+        assert family.adapters[name].error < 1e-5
 
 
 @settings(max_examples=10)
@@ -104,16 +104,16 @@ def test_bases_are_orthonormal_and_cores_are_the_projections(adapters: dict[str,
         for name, adapter in adapters.items():
             if path in adapter.layers:
                 best = left.T @ dense(adapter.layers[path]) @ right.T
-                assert torch.allclose(family.members[name].cores[path].delta().double(), best, atol=1e-4)
+                assert torch.allclose(family.adapters[name].cores[path].delta().double(), best, atol=1e-4)
             else:
-                assert path not in family.members[name].cores
+                assert path not in family.adapters[name].cores
 
 
 @settings(max_examples=10)
 @given(st.integers(0, 2**31), st.integers(1, 6))
 def test_pack_of_one_adapter_is_its_truncated_svd(seed: int, rank: int) -> None:
     adapters = new_family(seed, (4,))
-    back = extract_member(share_bases(adapters, rank), "file-0")
+    back = unpack_adapter(share_bases(adapters, rank), "file-0")
     for path, layer in adapters["file-0"].layers.items():
         best = truncate_spectrum(spectrum_of([(1.0, layer)]), rank)
         left, values, right = torch.linalg.svd(dense(layer), full_matrices=False)
@@ -122,8 +122,8 @@ def test_pack_of_one_adapter_is_its_truncated_svd(seed: int, rank: int) -> None:
         assert torch.allclose(dense(back.layers[path]), dense(best), atol=1e-4)
 
 
-def squared_errors(family: SharedFamily) -> float:
-    return sum(member.error**2 for member in family.members.values())
+def squared_errors(family: AdapterPack) -> float:
+    return sum(member.error**2 for member in family.adapters.values())
 
 
 @settings(max_examples=10)
@@ -166,29 +166,29 @@ def test_common_subspace_is_found() -> None:
         str(n): Adapter(layers={QUERY: LoRALayer(up=left @ first, down=second @ right, alpha=2.0)})
         for n, (first, second) in enumerate(mixings)
     }
-    assert max(member.error for member in share_bases(adapters, 4).members.values()) < 1e-5
-    assert min(member.error for member in share_bases(adapters, 2).members.values()) > 0.05
+    assert max(member.error for member in share_bases(adapters, 4).adapters.values()) < 1e-5
+    assert min(member.error for member in share_bases(adapters, 2).adapters.values()) > 0.05
 
 
 def test_adapters_count_equally_regardless_of_their_strength() -> None:
     even = share_bases(new_family(1, (3, 3, 3)), 3)
     uneven = share_bases(new_family(1, (3, 3, 3), strengths=(1.5, 150.0, 0.015)), 3)
-    errors = {name: member.error for name, member in even.members.items()}
-    assert {name: member.error for name, member in uneven.members.items()} == pytest.approx(errors, abs=1e-4)
+    errors = {name: member.error for name, member in even.adapters.items()}
+    assert {name: member.error for name, member in uneven.adapters.items()} == pytest.approx(errors, abs=1e-4)
 
 
 def test_layers_of_zeros_are_supported() -> None:
     adapters = new_family(2, (2, 2))
     zeros = {path: replace(x, up=torch.zeros_like(x.up)) for path, x in adapters["file-0"].layers.items()}  # type: ignore[attr-defined]
     family = share_bases({**adapters, "file-0": Adapter(layers=zeros)}, 2)
-    assert family.members["file-0"].error == 0
-    assert family.members["file-1"].error < 1e-5
-    assert all(float(dense(layer).norm()) == 0 for layer in extract_member(family, "file-0").layers.values())
+    assert family.adapters["file-0"].error == 0
+    assert family.adapters["file-1"].error < 1e-5
+    assert all(float(dense(layer).norm()) == 0 for layer in unpack_adapter(family, "file-0").layers.values())
 
 
-def stored_bytes(family: SharedFamily, name: str) -> dict[str, bytes]:
+def stored_bytes(family: AdapterPack, name: str) -> dict[str, bytes]:
     """Return the raw bytes of one adapter's cores and of the bases it uses."""
-    member = family.members[name]
+    member = family.adapters[name]
     tensors = {f"{path} {factor}": x for path, core in member.cores.items() for factor, x in core.factors.items()}
     for path in member.cores:
         tensors |= {f"{path} left": family.modules[path].left, f"{path} right": family.modules[path].right}
@@ -203,23 +203,23 @@ def test_file_restores_every_adapter(
     path = tmp_path_factory.mktemp("packs") / "pack.safetensors"
     family = share_bases(adapters, rank, dtype)
     save_pack(family, path)
-    assert list_members(path) == tuple(adapters)
+    assert list_packed_adapters(path) == tuple(adapters)
     whole = load_pack(path)
     for name, adapter in adapters.items():
         alone = load_pack(path, [name])
-        assert list(alone.members) == [name]
+        assert list(alone.adapters) == [name]
         for read in (whole, alone):
             assert stored_bytes(read, name) == stored_bytes(family, name)
-            assert extract_member(read, name).metadata == adapter.metadata
-            assert extract_member(read, name).biases.keys() == adapter.biases.keys()
-            assert extract_member(read, name).tokens.keys() == adapter.tokens.keys()
-            assert true_error(adapter, extract_member(read, name)) == pytest.approx(
-                family.members[name].error, abs=2e-6
+            assert unpack_adapter(read, name).metadata == adapter.metadata
+            assert unpack_adapter(read, name).biases.keys() == adapter.biases.keys()
+            assert unpack_adapter(read, name).tokens.keys() == adapter.tokens.keys()
+            assert true_error(adapter, unpack_adapter(read, name)) == pytest.approx(
+                family.adapters[name].error, abs=2e-6
             )
-        assert alone.members[name].error == pytest.approx(family.members[name].error, abs=1e-12)
+        assert alone.adapters[name].error == pytest.approx(family.adapters[name].error, abs=1e-12)
     last = list(adapters)[-1]
-    assert torch.equal(extract_member(whole, last).biases[CONV], adapters[last].biases[CONV])
-    words = extract_member(whole, last).tokens["<a.b>"]["text_encoder"]
+    assert torch.equal(unpack_adapter(whole, last).biases[CONV], adapters[last].biases[CONV])
+    words = unpack_adapter(whole, last).tokens["<a.b>"]["text_encoder"]
     assert torch.equal(words, adapters[last].tokens["<a.b>"]["text_encoder"])
 
 
@@ -227,7 +227,7 @@ def test_adapter_with_only_a_token_can_be_packed(tmp_path: Path) -> None:
     adapters = new_family(3, (2,))
     adapters["word"] = Adapter(layers={}, tokens={"<w>": {"text_encoder": torch.ones(1, 16)}})
     save_pack(share_bases(adapters, 2), tmp_path / "pack.safetensors")
-    back = extract_member(load_pack(tmp_path / "pack.safetensors"), "word")
+    back = unpack_adapter(load_pack(tmp_path / "pack.safetensors"), "word")
     assert adapter_hash(back) == adapter_hash(adapters["word"])
 
 
@@ -235,11 +235,11 @@ def test_loading_one_adapter_does_not_read_the_others(tmp_path: Path) -> None:
     """Invalid tensors of other adapters do not matter."""
     path = tmp_path / "pack.safetensors"
     save_pack(share_bases(new_family(4, (2, 3)), 4), path)
-    expected = adapter_hash(extract_member(load_pack(path), "file-1"))
+    expected = adapter_hash(unpack_adapter(load_pack(path), "file-1"))
     tensors, entries = read_safetensors(path)
     broken = {key: torch.zeros_like(x) if key.startswith("0.") else x for key, x in tensors.items()}
     write_safetensors(path, broken, entries)
-    assert adapter_hash(extract_member(load_pack(path, ["file-1"]), "file-1")) == expected
+    assert adapter_hash(unpack_adapter(load_pack(path, ["file-1"]), "file-1")) == expected
     with pytest.raises(AdapterFormatError, match=r"file-0: the record and the cores do not match; the file is damaged"):
         load_pack(path)
 
@@ -284,7 +284,7 @@ def test_packs_and_adapters_are_not_confused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none of its 2 adapters is named 'file-x'; did you mean 'file-[01]'"):
         load_pack(tmp_path / "pack.safetensors", ["file-x"])
     with pytest.raises(ConfigError, match="no adapter named 'file-x'"):
-        extract_member(load_pack(tmp_path / "pack.safetensors"), "file-x")
+        unpack_adapter(load_pack(tmp_path / "pack.safetensors"), "file-x")
 
 
 def without(key: str) -> Any:
@@ -362,7 +362,7 @@ def test_existing_files_and_inputs_are_not_overwritten(files: Path, tmp_path: Pa
     with pytest.raises(ConfigError, match="no adapters in"):
         pack_files([tmp_path / "empty"], tmp_path / "x.safetensors", PackConfig(rank=3))
     unpack_file(pack, out, name="file-1")
-    with pytest.raises(OutputError, match="already there; give another folder, or --force"):
+    with pytest.raises(OutputError, match="already exists; choose another output, or replace it with --force"):
         unpack_file(pack, out)
     assert len(list(out.iterdir())) == 1
     unpack_file(pack, out, force=True)

@@ -138,14 +138,14 @@ def run_merge(
             return write_adapter(request, path, target)
         told = 0
 
-        def on_share(share: float) -> None:
+        def on_progress(share: float) -> None:
             nonlocal told
             if int(share * TOLD) > told:
                 told = int(share * TOLD)
                 line.send(WriteProgress(share))
 
         task = MergeRequest(base=request.base, entries=request.entries, config=config)
-        report, notes = merge_files(task, path, LoadOptions(resolver=studio.resolver), on_share)
+        report, notes = merge_files(task, path, LoadOptions(resolver=studio.resolver), on_progress)
         done = (
             f"{report.merged_modules} modules, {report.num_bytes / 1e6:,.0f} MB; rounding took "
             f"{report.rounding_error:.2%} of what was merged"

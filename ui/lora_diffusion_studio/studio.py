@@ -195,14 +195,12 @@ class Studio:
                 )
             )
 
-        def on_picture(path: Path, _picture: object) -> None:
+        def on_image(path: Path, _picture: object) -> None:
             nonlocal done
             done += 1
             line.send(ImageSaved(path=path))
 
-        written = write_images(
-            base, found, request, self.places.output, options, on_picture=on_picture, on_step=on_step
-        )
+        written = write_images(base, found, request, self.places.output, options, on_image=on_image, on_step=on_step)
         return Finished(paths=written.paths, notes=written.notes, seconds=time.monotonic() - started)
 
     def restore_form(self, picture: Path) -> tuple[BlendForm, tuple[str, ...]]:

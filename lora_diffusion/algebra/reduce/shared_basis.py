@@ -44,7 +44,7 @@ class SharedModule:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class FamilyMember:
+class PackedAdapter:
     """The part of one adapter that is not shared."""
 
     cores: Mapping[str, Core]
@@ -62,16 +62,16 @@ class FamilyMember:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SharedFamily:
+class AdapterPack:
     """Several adapters stored with shared bases."""
 
     modules: Mapping[str, SharedModule]
     """Shared bases by module path."""
-    members: Mapping[str, FamilyMember]
-    """Private parts by adapter name."""
+    adapters: Mapping[str, PackedAdapter]
+    """The parts that are not shared, by adapter name."""
 
 
-def share_bases(adapters: Mapping[str, Adapter], rank: int, dtype: torch.dtype = torch.float32) -> SharedFamily:
+def share_bases(adapters: Mapping[str, Adapter], rank: int, dtype: torch.dtype = torch.float32) -> AdapterPack:
     """Fit shared bases to several adapters.
 
     The fit minimizes, module by module, the sum of squared errors of the deltas, each relative to the norm of all
@@ -109,8 +109,8 @@ def share_bases(adapters: Mapping[str, Adapter], rank: int, dtype: torch.dtype =
             core, core_rank = _project_core(layer, modules[path])
             cores[name][path], ranks[name][path] = core, core_rank
             lost[name].append(_delta_distance(layer, _expand_core(core, modules[path], core_rank)))
-    members = {
-        name: FamilyMember(
+    packed = {
+        name: PackedAdapter(
             cores=cores[name],
             ranks=ranks[name],
             error=math.hypot(*lost[name]) / strengths[name] if strengths[name] else 0.0,
@@ -120,14 +120,14 @@ def share_bases(adapters: Mapping[str, Adapter], rank: int, dtype: torch.dtype =
         )
         for name, adapter in adapters.items()
     }
-    return SharedFamily(modules=modules, members=members)
+    return AdapterPack(modules=modules, adapters=packed)
 
 
-def extract_member(family: SharedFamily, name: str) -> Adapter:
+def unpack_adapter(pack: AdapterPack, name: str) -> Adapter:
     """Restore one adapter as plain LoRA in the dtype of the bases.
 
     Args:
-        family: Adapters with shared bases.
+        pack: Adapters with shared bases.
         name: Name of the adapter.
 
     Returns:
@@ -136,16 +136,16 @@ def extract_member(family: SharedFamily, name: str) -> Adapter:
     Raises:
         ConfigError: If there is no adapter of this name.
     """
-    if name not in family.members:
-        raise ConfigError(f"no adapter named {name!r} among the {len(family.members)} adapters with these shared bases")
-    member = family.members[name]
+    if name not in pack.adapters:
+        raise ConfigError(f"no adapter named {name!r} among the {len(pack.adapters)} adapters with these shared bases")
+    packed = pack.adapters[name]
     return Adapter(
         layers={
-            path: _expand_core(core, family.modules[path], member.ranks[path]) for path, core in member.cores.items()
+            path: _expand_core(core, pack.modules[path], packed.ranks[path]) for path, core in packed.cores.items()
         },
-        biases=member.biases,
-        tokens=member.tokens,
-        metadata=member.metadata,
+        biases=packed.biases,
+        tokens=packed.tokens,
+        metadata=packed.metadata,
     )
 
 

@@ -1,13 +1,13 @@
 """Create a blend from adapters and paths of adapter files."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar, cast
 
 from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
-from lora_diffusion.config.preset import Weight
+from lora_diffusion.config.preset import Region, Weight
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.safetensors import file_payload_hash
 
@@ -39,10 +39,29 @@ def blend_adapters(weights: Mapping[Source, Weight] | Iterable[tuple[Source, Wei
 def _weighted_adapter(source: Adapter | str | os.PathLike[str], weight: Weight) -> WeightedAdapter:
     if isinstance(source, Adapter):
         return WeightedAdapter(adapter=source, weight=weight)
-    path = Path(source)
+    return load_weighted_adapter(source, weight)
+
+
+def load_weighted_adapter(
+    path: str | os.PathLike[str], weight: Weight, *, region: Region | None = None, ignore: Sequence[str] = ()
+) -> WeightedAdapter:
+    """Load an adapter as an entry of a blend that records its path and payload hash, as recipes need them.
+
+    Args:
+        path: As in `load_adapter`.
+        weight: The weight in the blend.
+        region: The part of the image that the adapter is limited to.
+        ignore: As in `load_adapter`.
+
+    Raises:
+        AdapterFormatError: If the file is not a valid adapter.
+        ConfigError: If the weight is not finite.
+    """
+    path = Path(path)
     return WeightedAdapter(
-        adapter=load_adapter(path),
+        adapter=load_adapter(path, ignore=ignore),
         weight=weight,
         path=path,
+        region=region,
         payload_hash=file_payload_hash(path) if path.suffix == ".safetensors" and path.is_file() else "",
     )

@@ -18,6 +18,7 @@ from lora_diffusion.formats.adapters.metadata import Record, parse_foreign_metad
 from lora_diffusion.formats.adapters.pack import check_not_pack
 from lora_diffusion.formats.adapters.parsed import ParsedFile, validate_adapter
 from lora_diffusion.formats.adapters.pickle import is_pickled, read_pickled
+from lora_diffusion.formats.json_values import is_object
 from lora_diffusion.formats.safetensors import read_meta_tensors, read_safetensors
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def _read_folder_config(path: Path) -> dict[str, Any] | None:
         settings = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterFormatError(f"{config}: cannot be read ({error}); expected a PEFT configuration as JSON") from None
-    if not isinstance(settings, dict):
+    if not is_object(settings):
         raise AdapterFormatError(f"{config}: is not a JSON object; expected a PEFT configuration")
     kind = settings.get("peft_type", "LORA")
     if kind not in ("LORA", "LOHA", "LOKR"):

@@ -69,7 +69,7 @@ def layer_from_tensors(leaves: Mapping[str, Tensor]) -> ModuleTensors:
         raise AdapterFormatError(
             f"{bias_name} has shape {tuple(bias.shape)} and dtype {bias.dtype}; expected floating point of shape (out,)"
         )
-    used = {bias_name} if bias_name else set()
+    used = {bias_name} if bias_name else set[str]()
     for name in ("diff", "w_norm"):
         if name in leaves:
             return ModuleTensors(layer=FullLayer(diff=leaves[name]), bias=bias, used=frozenset({*used, name}))

@@ -32,7 +32,7 @@ from lora_diffusion.formats.safetensors import map_safetensors, read_header, wri
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lora_diffusion.algebra.reduce.shared_basis import Core, FamilyMember, SharedFamily, SharedModule
+    from lora_diffusion.algebra.reduce.shared_basis import AdapterPack, Core, PackedAdapter, SharedModule
 
 PACK_KEY = "lora_diffusion_pack"
 """Metadata key that marks a pack."""
@@ -47,7 +47,7 @@ class PackRecord(Settings):
     """Weight shape of each shared module, by module path."""
 
 
-class MemberRecord(Settings):
+class PackedAdapterRecord(Settings):
     """The metadata of one adapter in a pack."""
 
     metadata: AdapterMetadata
@@ -57,36 +57,36 @@ class MemberRecord(Settings):
     """Rank of each core by module path, in the order of `<i>.cores`."""
 
 
-def save_pack(family: SharedFamily, path: str | os.PathLike[str]) -> None:
+def save_pack(pack: AdapterPack, path: str | os.PathLike[str]) -> None:
     """Save adapters with shared factors as a pack. The write is atomic.
 
     Raises:
         OutputError: If the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    for module_path, module in family.modules.items():
+    for module_path, module in pack.modules.items():
         tensors |= {f"left.{module_path}": module.left, f"right.{module_path}": module.right}
-    for number, member in enumerate(family.members.values()):
-        tensors |= {f"{number}.{key}": tensor for key, tensor in _member_tensors(member).items()}
-    shapes = {module_path: module.shape for module_path, module in family.modules.items()}
-    record = PackRecord(names=tuple(family.members), shapes=shapes)
+    for number, packed in enumerate(pack.adapters.values()):
+        tensors |= {f"{number}.{key}": tensor for key, tensor in _tensors_to_store(packed).items()}
+    shapes = {module_path: module.shape for module_path, module in pack.modules.items()}
+    record = PackRecord(names=tuple(pack.adapters), shapes=shapes)
     write_safetensors(path, tensors, {PACK_KEY: record.model_dump_json()})
 
 
-def _member_tensors(member: FamilyMember) -> dict[str, Tensor]:
+def _tensors_to_store(packed: PackedAdapter) -> dict[str, Tensor]:
     """Return the tensors of one adapter, by key without its number."""
     import torch
 
-    record = MemberRecord(metadata=member.metadata, error=member.error, ranks=member.ranks)
+    record = PackedAdapterRecord(metadata=packed.metadata, error=packed.error, ranks=packed.ranks)
     text = bytearray(record.model_dump_json().encode())
     tensors = {"record": torch.frombuffer(text, dtype=torch.uint8)}
-    if member.cores:
-        cores = [member.cores[path] for path in member.ranks]
+    if packed.cores:
+        cores = [packed.cores[path] for path in packed.ranks]
         tensors["cores"] = torch.cat([factor.flatten() for core in cores for factor in core.factors.values()])
-    tensors |= {f"bias.{path}": bias for path, bias in member.biases.items()}
+    tensors |= {f"bias.{path}": bias for path, bias in packed.biases.items()}
     tensors |= {
         f"token.{component}.{name}": vectors
-        for name, token in member.tokens.items()
+        for name, token in packed.tokens.items()
         for component, vectors in token.items()
     }
     return tensors
@@ -125,7 +125,7 @@ def _read_pack_record(entries: Mapping[str, str], source: str) -> PackRecord:
         ) from None
 
 
-def list_members(path: str | os.PathLike[str]) -> tuple[str, ...]:
+def list_packed_adapters(path: str | os.PathLike[str]) -> tuple[str, ...]:
     """Return the names of the adapters in a pack, by reading only its header.
 
     Raises:
@@ -134,7 +134,7 @@ def list_members(path: str | os.PathLike[str]) -> tuple[str, ...]:
     return _read_pack_record(read_header(path).metadata, os.fspath(path)).names
 
 
-def load_pack(path: str | os.PathLike[str], names: Sequence[str] | None = None) -> SharedFamily:
+def load_pack(path: str | os.PathLike[str], names: Sequence[str] | None = None) -> AdapterPack:
     """Load adapters from a pack, with their tensors memory-mapped.
 
     Args:
@@ -145,7 +145,7 @@ def load_pack(path: str | os.PathLike[str], names: Sequence[str] | None = None) 
         AdapterFormatError: If the file is not a pack or is damaged.
         ConfigError: If a name is not in the pack.
     """
-    from lora_diffusion.algebra.reduce.shared_basis import SharedFamily
+    from lora_diffusion.algebra.reduce.shared_basis import AdapterPack
 
     source = os.fspath(path)
     record = _read_pack_record(read_header(path).metadata, source)
@@ -157,17 +157,17 @@ def load_pack(path: str | os.PathLike[str], names: Sequence[str] | None = None) 
             )
     tensors = map_safetensors(path)
     modules = {module_path: _read_module(tensors, module_path, record, source) for module_path in record.shapes}
-    member_tensors: dict[str, dict[str, Tensor]] = {str(number): {} for number in range(len(record.names))}
+    tensors_by_number: dict[str, dict[str, Tensor]] = {str(number): {} for number in range(len(record.names))}
     for key, tensor in tensors.items():
         number, _, inner = key.partition(".")
-        if number in member_tensors:
-            member_tensors[number][inner] = tensor
-    members = {
-        name: _read_member(member_tensors[str(number)], modules, f"{source}: {name}")
+        if number in tensors_by_number:
+            tensors_by_number[number][inner] = tensor
+    adapters = {
+        name: _read_packed(tensors_by_number[str(number)], modules, f"{source}: {name}")
         for number, name in enumerate(record.names)
         if names is None or name in names
     }
-    return SharedFamily(modules=modules, members=members)
+    return AdapterPack(modules=modules, adapters=adapters)
 
 
 def _read_module(tensors: Mapping[str, Tensor], module_path: str, record: PackRecord, source: str) -> SharedModule:
@@ -183,12 +183,12 @@ def _read_module(tensors: Mapping[str, Tensor], module_path: str, record: PackRe
     return SharedModule(left=left, right=right, shape=(out, *inner))
 
 
-def _read_member(tensors: Mapping[str, Tensor], modules: Mapping[str, SharedModule], source: str) -> FamilyMember:
+def _read_packed(tensors: Mapping[str, Tensor], modules: Mapping[str, SharedModule], source: str) -> PackedAdapter:
     """Read one adapter from its tensors, by key without its number. Raises AdapterFormatError if it is damaged."""
-    from lora_diffusion.algebra.reduce.shared_basis import FamilyMember
+    from lora_diffusion.algebra.reduce.shared_basis import PackedAdapter
 
     try:
-        record = MemberRecord.model_validate_json(bytes(tensor_bytes(tensors["record"])))
+        record = PackedAdapterRecord.model_validate_json(bytes(tensor_bytes(tensors["record"])))
         cores = dict(_read_cores(tensors["cores"], record.ranks, modules)) if record.ranks else {}
     except (ValidationError, KeyError, ValueError, RuntimeError):
         raise AdapterFormatError(f"{source}: the record and the cores do not match; the file is damaged") from None
@@ -197,7 +197,7 @@ def _read_member(tensors: Mapping[str, Tensor], modules: Mapping[str, SharedModu
         if key.startswith("token."):
             _, component, name = key.split(".", 2)
             tokens.setdefault(name, {})[component] = tensor
-    return FamilyMember(
+    return PackedAdapter(
         cores=cores,
         ranks=record.ranks,
         error=record.error,
@@ -211,6 +211,8 @@ def _read_cores(
     data: Tensor, ranks: Mapping[str, int], modules: Mapping[str, SharedModule]
 ) -> Iterator[tuple[str, Core]]:
     """Yield the cores by module path. Raises KeyError or RuntimeError if they do not match the ranks."""
+    import torch
+
     from lora_diffusion.adapters.layers import FullLayer, LoRALayer
     from lora_diffusion.algebra.reduce.shared_basis import is_factored
 
@@ -219,7 +221,7 @@ def _read_cores(
         rows, columns = modules[path].left.shape[1], modules[path].right.shape[0]
         is_full = not is_factored(rank, (rows, columns))
         sizes = [rows * columns] if is_full else [rank * columns, rank * rows]
-        first, *second = data[start : start + sum(sizes)].split(sizes)
+        first, *second = torch.split(data[start : start + sum(sizes)], sizes)
         start += sum(sizes)
         if is_full:
             yield path, FullLayer(diff=first.reshape(rows, columns))

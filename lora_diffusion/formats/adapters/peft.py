@@ -25,6 +25,7 @@ from lora_diffusion.architectures.families import COMPONENTS
 from lora_diffusion.errors import AdapterFormatError
 from lora_diffusion.formats.adapters.lycoris_tensors import MAGNITUDE, ModuleTensors, layer_from_tensors
 from lora_diffusion.formats.adapters.parsed import ParsedFile
+from lora_diffusion.formats.json_values import is_object
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -170,12 +171,12 @@ def _peft_settings(entries: Mapping[str, str], config: Mapping[str, Any] | None,
         settings = json.loads(entries.get(PEFT_KEY, "{}"))
     except (ValueError, RecursionError) as error:
         raise AdapterFormatError(f"{source}: metadata entry {PEFT_KEY!r} is not valid JSON ({error})") from None
-    if not isinstance(settings, dict):
+    if not is_object(settings):
         raise AdapterFormatError(
             f"{source}: metadata entry {PEFT_KEY!r} is not a JSON object; expected a PEFT configuration"
         )
-    settings = {**(config or {}), **settings}
-    return {key if key.partition(".")[0] in COMPONENTS else f".{key}": value for key, value in settings.items()}
+    merged = {**(config or {}), **settings}
+    return {key if key.partition(".")[0] in COMPONENTS else f".{key}": value for key, value in merged.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +253,8 @@ class _ModuleReader:
         """Return the value of the first pattern that matches a module, as in PEFT."""
         inner = path.split(".", 1)[1]
         spellings = (inner, inner.removeprefix("text_model."))
-        for pattern, value in (self._get_setting(path, name) or {}).items():
+        patterns: Mapping[str, Any] = self._get_setting(path, name) or {}
+        for pattern, value in patterns.items():
             if any(re.match(rf"(.*\.)?({pattern})$", spelling) for spelling in spellings):
                 return value
         return default

@@ -6,8 +6,9 @@ import os
 import pickle
 import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 from lora_diffusion.errors import AdapterFormatError
 from lora_diffusion.formats.adapters import cloneofsimo
@@ -77,17 +78,22 @@ def _extract_tensors(content: object, stem: str) -> dict[str, Tensor]:
     import torch
 
     if isinstance(content, list | tuple):
-        return cloneofsimo.tensors_from_list(content) or {}
-    if not isinstance(content, dict):
+        return cloneofsimo.tensors_from_list(cast("Sequence[object]", content)) or {}
+    if not _is_dict(content):
         return {}
     inner = content.get("state_dict")
-    if isinstance(inner, dict):
+    if _is_dict(inner):
         return _extract_tensors(inner, stem)
     embeddings = content.get("string_to_param")
-    if isinstance(embeddings, dict):
+    if _is_dict(embeddings):
         name = content.get("name")
         token = name if isinstance(name, str) and name else stem
         return {token if key == "*" else str(key): t for key, t in embeddings.items() if isinstance(t, torch.Tensor)}
-    if not all(isinstance(key, str) for key in content):
+    tensors = {key: value for key, value in content.items() if isinstance(key, str)}
+    if len(tensors) < len(content):
         return {}
-    return {key: value.detach() for key, value in content.items() if isinstance(value, torch.Tensor)}
+    return {key: value.detach() for key, value in tensors.items() if isinstance(value, torch.Tensor)}
+
+
+def _is_dict(value: object) -> TypeGuard[dict[object, object]]:
+    return isinstance(value, dict)

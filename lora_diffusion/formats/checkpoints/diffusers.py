@@ -12,6 +12,7 @@ from lora_diffusion.architectures.families import Family, detect_family
 from lora_diffusion.architectures.module_paths import ModelLayout, layout_from_configs, module_paths
 from lora_diffusion.core.atomic_files import file_hash
 from lora_diffusion.errors import AdapterFormatError, BaseModelError
+from lora_diffusion.formats.json_values import is_object
 from lora_diffusion.formats.safetensors import Header, read_header
 
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
@@ -31,7 +32,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise BaseModelError(f"{path}: no such file; expected a diffusers folder") from None
     except (OSError, ValueError) as error:
         raise BaseModelError(f"{path}: cannot be read ({error}); expected a JSON file of a diffusers folder") from None
-    if not isinstance(value, dict):
+    if not is_object(value):
         raise BaseModelError(f"{path}: is not a JSON object; expected a configuration file of a diffusers folder")
     return value
 
@@ -131,7 +132,7 @@ def weight_files(folder: str | os.PathLike[str], component: str) -> tuple[Path, 
 def _list_shards(index: Path) -> tuple[Path, ...]:
     """Return the weight files in a shard index, which are in the same folder."""
     weight_map = read_json(index).get("weight_map")
-    names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+    names = sorted(set(weight_map.values())) if is_object(weight_map) else []
     files = tuple(index.parent / name for name in names if isinstance(name, str) and Path(name).name == name)
     if not names or len(files) < len(names) or not all(file.is_file() for file in files):
         raise BaseModelError(

@@ -23,7 +23,7 @@ from lora_diffusion.models.textual_inversion import (
     LearnedToken,
     embedding_table,
     extended_vocabulary,
-    make_token_names,
+    make_learned_token,
     prompt_rewriter,
 )
 from lora_diffusion.prompts.emphasis import Prompt, ReadText
@@ -80,7 +80,7 @@ def add_learned_tokens(base: Base, config: TextualInversionConfig, seed: int) ->
     }
     entry = WeightedAdapter(adapter=Adapter(layers={}, tokens=initial))
     words = tuple(
-        make_token_names(entry, index, word, initial[word]) for index, word in enumerate(config.placeholder_tokens)
+        make_learned_token(entry, index, word, initial[word]) for index, word in enumerate(config.placeholder_tokens)
     )
     parameters: dict[str, nn.Parameter] = {}
     open_words = ExitStack()

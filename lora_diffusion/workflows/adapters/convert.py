@@ -10,9 +10,9 @@ from lora_diffusion.adapters.adapter import Adapter, cast_adapter
 from lora_diffusion.algebra.metrics.quantization_error import rounding_error
 from lora_diffusion.config.merge import WeightType
 from lora_diffusion.config.settings import Dialect
-from lora_diffusion.core.atomic_files import atomic_file
+from lora_diffusion.core.atomic_files import atomic_file, check_output_free
 from lora_diffusion.core.dtypes import torch_dtype
-from lora_diffusion.errors import ConfigError, OutputError
+from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.kohya import save_kohya
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
@@ -55,8 +55,7 @@ def convert(source: Path, output: Path, how: ConvertConfig) -> ConvertResult:
     """
     card = output.with_suffix(".md")
     for path in (output, card) if how.card else (output,):
-        if path.exists() and not how.force:
-            raise OutputError(f"{path}: already there; give another output, or --force to replace it")
+        check_output_free(path, force=how.force)
     adapter = load_adapter(source, ignore=how.ignore)
     if how.without_tokens:
         adapter = replace(adapter, tokens={})

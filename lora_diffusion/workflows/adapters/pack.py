@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from lora_diffusion.adapters.adapter import Adapter
-from lora_diffusion.algebra.reduce.shared_basis import extract_member, share_bases
-from lora_diffusion.core.atomic_files import check_output, count_bytes
+from lora_diffusion.algebra.reduce.shared_basis import share_bases, unpack_adapter
+from lora_diffusion.core.atomic_files import check_output, check_output_free, count_bytes
 from lora_diffusion.core.dtypes import torch_dtype
 from lora_diffusion.errors import ConfigError, OutputError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
-from lora_diffusion.formats.adapters.pack import list_members, load_pack, save_pack
+from lora_diffusion.formats.adapters.pack import list_packed_adapters, load_pack, save_pack
 from lora_diffusion.library.entry import adapter_stem, scan_folder
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def pack_files(sources: Sequence[Path], output: Path, how: PackConfig) -> PackRe
         rank=how.rank,
         bytes_before=sum(count_bytes(path) for path in files.values()),
         bytes_after=count_bytes(output),
-        errors={name: part.error for name, part in family.members.items()},
+        errors={name: part.error for name, part in family.adapters.items()},
     )
 
 
@@ -120,22 +120,21 @@ def unpack_file(pack: Path, folder: Path, *, name: str = "", force: bool = False
     Raises AdapterFormatError for a file that is no pack, ConfigError for a name that is not in it or is no file name,
     OutputError for a file that is there already; nothing is written then.
     """
-    names = (name,) if name else list_members(pack)
+    names = (name,) if name else list_packed_adapters(pack)
     family = load_pack(pack, names)
     files = {wanted: folder / f"{check_file_name(wanted, pack)}.safetensors" for wanted in names}
     for path in files.values():
         if path.exists() and path.samefile(pack):
             raise OutputError(f"{path}: is the pack itself; give another folder")
-        if path.exists() and not force:
-            raise OutputError(f"{path}: already there; give another folder, or --force to replace it")
+        check_output_free(path, force=force)
     for wanted, path in tqdm(files.items(), unit="file", disable=len(files) < 20):
-        save_adapter(extract_member(family, wanted), path)
+        save_adapter(unpack_adapter(family, wanted), path)
     return UnpackResult(
         pack=pack,
         files=files,
         bytes_before=count_bytes(pack),
         bytes_after=sum(count_bytes(path) for path in files.values()),
-        errors={wanted: family.members[wanted].error for wanted in names},
+        errors={wanted: family.adapters[wanted].error for wanted in names},
     )
 
 

@@ -104,7 +104,7 @@ def generate_files(request: GenerationRequest, output: Path, options: LoadOption
         def advance(_path: Path, _picture: GeneratedImage) -> None:
             bar.update()
 
-        return write_images(base, found, request, output, options, on_picture=advance)
+        return write_images(base, found, request, output, options, on_image=advance)
 
 
 def write_images(
@@ -114,10 +114,10 @@ def write_images(
     output: Path,
     options: LoadOptions,
     *,
-    on_picture: Callable[[Path, GeneratedImage], None],
+    on_image: Callable[[Path, GeneratedImage], None],
     on_step: OnStep | None = None,
 ) -> GeneratedImages:
-    """Generate images with a loaded base and loaded adapters; `on_picture` receives each one when written."""
+    """Generate images with a loaded base and loaded adapters; `on_image` receives each one when written."""
     notes = [*request.notes, *found.notes]
     if request.recipe:
         check_base_hash(base, request.recipe)
@@ -130,7 +130,7 @@ def write_images(
     def keep(picture: GeneratedImage) -> None:
         paths.append(next_image_path(output))
         picture.save(paths[-1])
-        on_picture(paths[-1], picture)
+        on_image(paths[-1], picture)
 
     backup = "file" if options.low_memory else "memory"
     generate(
@@ -139,7 +139,7 @@ def write_images(
         found.blend,
         composition=request.composition,
         backup=backup,
-        on_picture=keep,
+        on_image=keep,
         on_step=on_step,
     )
     return GeneratedImages(paths=tuple(paths), notes=tuple(notes))

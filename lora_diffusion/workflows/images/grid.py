@@ -80,7 +80,7 @@ def draw_cell(
     base: Base, blend: ResolvedBlend, cell: GenerationRequest, output: Path, options: LoadOptions, notes: list[str]
 ) -> Path:
     """Generate the picture of one cell, and collect notes."""
-    written = write_images(base, blend, cell, output, options, on_picture=lambda _path, _picture: None)
+    written = write_images(base, blend, cell, output, options, on_image=lambda _path, _picture: None)
     notes += written.notes
     return written.paths[0]
 

@@ -69,8 +69,6 @@ def request_from_image(image: Path, *, base: str, resolver: AdapterResolver) -> 
     if info is not None:
         return request_from_infotext(image, info, base=base, resolver=resolver)
     recipe = read_recipe(image)
-    if recipe.kind != "image" or recipe.settings is None:
-        raise ConfigError(f"{image}: carries the recipe of a {recipe.kind}, not of a picture")
     return GenerationRequest(
         base=base or recipe.base,
         entries=recipe.adapters,
