@@ -13,7 +13,7 @@ from playwright.sync_api import sync_playwright
 
 from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion_studio.app import serve
-from lora_diffusion_studio.studio import Studio, StudioPaths, create_library
+from lora_diffusion_studio.backend.studio import Studio, StudioPaths, create_library
 from tests.browser.test_studio_browser import CHROMIUM, open_tab
 
 FOLDER = sample_data_folder() / "studio"

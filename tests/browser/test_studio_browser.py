@@ -12,7 +12,7 @@ from PIL import Image
 
 from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.library.recipe import read_recipe
-from lora_diffusion_studio.studio import Studio, StudioPaths, create_library
+from lora_diffusion_studio.backend.studio import Studio, StudioPaths, create_library
 from tests.helpers.server_end import close_quietly, collect_quietly
 
 CHROMIUM = shutil.which("chromium")

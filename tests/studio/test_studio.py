@@ -21,10 +21,18 @@ from lora_diffusion.errors import ConfigError, LoRADiffusionError, OutputError
 from lora_diffusion.library.recipe import read_recipe
 from lora_diffusion.library.search import open_library
 from lora_diffusion.models.load import module_at
-from lora_diffusion_studio.cards import make_thumbnail
-from lora_diffusion_studio.forms import BlendForm, form_from_request, format_command, make_request, with_next_seed
-from lora_diffusion_studio.regions import save_mask, set_region
-from lora_diffusion_studio.rows import (
+from lora_diffusion_studio.backend.region_masks import save_mask, set_region
+from lora_diffusion_studio.backend.studio import (
+    Finished,
+    ImageSaved,
+    StepTaken,
+    Studio,
+    StudioPaths,
+    check_name,
+    stock_presets_folder,
+)
+from lora_diffusion_studio.view_models.adapter_card import make_thumbnail
+from lora_diffusion_studio.view_models.adapter_slot import (
     CURVES,
     AdapterSlot,
     entry_from_slot,
@@ -35,14 +43,12 @@ from lora_diffusion_studio.rows import (
     with_curve,
     with_options,
 )
-from lora_diffusion_studio.studio import (
-    Finished,
-    ImageSaved,
-    StepTaken,
-    Studio,
-    StudioPaths,
-    check_name,
-    stock_presets_folder,
+from lora_diffusion_studio.view_models.blend_form import (
+    BlendForm,
+    form_from_request,
+    format_command,
+    make_request,
+    with_next_seed,
 )
 
 PROMPT = {"prompt": "a gloop character in the snow, in zwx style", "num_inference_steps": 4, "width": 32, "height": 32}

@@ -16,26 +16,7 @@ from lora_diffusion.errors import ConfigError, DatasetError, OutputError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.library.presets import read_preset
 from lora_diffusion.workflows.images.grid_axes import NOTHING, make_axis
-from lora_diffusion_studio.comparing import GridDone, compare_commands, measure_block_effects, render_grid
-from lora_diffusion_studio.forms import BlendForm, make_request
-from lora_diffusion_studio.keeping import (
-    discard_preset,
-    get_preset,
-    import_preset,
-    list_saved_presets,
-    rename_preset,
-    save_form,
-)
-from lora_diffusion_studio.merging import (
-    MergeDone,
-    MergeTarget,
-    WriteProgress,
-    format_merge_command,
-    run_merge,
-    summarize_merge,
-)
-from lora_diffusion_studio.rows import AdapterSlot
-from lora_diffusion_studio.shelf import (
+from lora_diffusion_studio.backend.adapter_library import (
     AdapterNotes,
     convert_adapter,
     draw_plots,
@@ -46,8 +27,27 @@ from lora_diffusion_studio.shelf import (
     verify_adapter,
     write_notes,
 )
-from lora_diffusion_studio.studio import ImageSaved, Studio, StudioPaths
-from lora_diffusion_studio.training import Job, RunManager
+from lora_diffusion_studio.backend.checkpoint_merge import (
+    MergeDone,
+    MergeTarget,
+    WriteProgress,
+    format_merge_command,
+    run_merge,
+    summarize_merge,
+)
+from lora_diffusion_studio.backend.comparison_grid import GridDone, compare_commands, measure_block_effects, render_grid
+from lora_diffusion_studio.backend.presets import (
+    discard_preset,
+    get_preset,
+    import_preset,
+    list_saved_presets,
+    rename_preset,
+    save_form,
+)
+from lora_diffusion_studio.backend.studio import ImageSaved, Studio, StudioPaths
+from lora_diffusion_studio.backend.training_runs import Job, RunManager
+from lora_diffusion_studio.view_models.adapter_slot import AdapterSlot
+from lora_diffusion_studio.view_models.blend_form import BlendForm, make_request
 
 PROMPT = {"prompt": "a red house, in zwx style", "num_inference_steps": 2, "width": 32, "height": 32}
 BOTH = (AdapterSlot(name="neon.safetensors", weight=0.6), AdapterSlot(name="gloop.safetensors", weight=0.8))

@@ -5,10 +5,10 @@ from typing import Any
 import gradio as gr
 
 from lora_diffusion.errors import ConfigError
-from lora_diffusion_studio.forms import BlendForm
-from lora_diffusion_studio.rows import AdapterSlot, normalize_options
-from lora_diffusion_studio.studio import Finished, Studio
-from lora_diffusion_studio.tabs.events import errors_as_messages
+from lora_diffusion_studio.backend.studio import Finished, Studio
+from lora_diffusion_studio.tabs.handlers import errors_as_messages
+from lora_diffusion_studio.view_models.adapter_slot import AdapterSlot, normalize_options
+from lora_diffusion_studio.view_models.blend_form import BlendForm
 
 
 def add_api(studio: Studio) -> None:

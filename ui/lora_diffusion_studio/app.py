@@ -7,17 +7,17 @@ from typing import Any
 import gradio as gr
 
 from lora_diffusion_studio.api import add_api
-from lora_diffusion_studio.safety import MOST_WAITING, check_exposure, launch_settings
-from lora_diffusion_studio.studio import Studio
+from lora_diffusion_studio.backend.studio import Studio
+from lora_diffusion_studio.security import MOST_WAITING, check_exposure, launch_settings
 from lora_diffusion_studio.tabs.adapters import draw_adapters
-from lora_diffusion_studio.tabs.blend import draw_blend, list_choices
-from lora_diffusion_studio.tabs.blend_actions import wire_blend
+from lora_diffusion_studio.tabs.blend.adapter_gallery import gallery_updates
+from lora_diffusion_studio.tabs.blend.generation_events import wire_blend
+from lora_diffusion_studio.tabs.blend.layout import draw_blend, list_choices
+from lora_diffusion_studio.tabs.blend.regions import draw_regions
 from lora_diffusion_studio.tabs.compare import draw_compare
-from lora_diffusion_studio.tabs.events import QUICK
+from lora_diffusion_studio.tabs.handlers import QUICK
 from lora_diffusion_studio.tabs.merge import draw_merge
 from lora_diffusion_studio.tabs.presets import draw_presets, list_updates
-from lora_diffusion_studio.tabs.regions import draw_regions
-from lora_diffusion_studio.tabs.shelf import gallery_updates
 from lora_diffusion_studio.tabs.train import draw_train
 from lora_diffusion_studio.theme import CSS, SHORTCUT, studio_theme
 

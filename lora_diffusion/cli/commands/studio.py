@@ -48,7 +48,7 @@ class Ui:
         try:
             with quiet_libraries():
                 from lora_diffusion_studio.app import serve
-                from lora_diffusion_studio.studio import Studio, StudioPaths, create_library, list_bases
+                from lora_diffusion_studio.backend.studio import Studio, StudioPaths, create_library, list_bases
         except ModuleNotFoundError as error:
             raise ConfigError(f"the studio needs {error.name}; pip install 'lora-diffusion[ui]'") from None
         with quiet_libraries():

@@ -6,8 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from lora_diffusion_studio.rows import LEAST, MOST
-from lora_diffusion_studio.shelf import (
+from lora_diffusion_studio.backend.adapter_library import (
     AdapterNotes,
     convert_adapter,
     draw_plots,
@@ -19,9 +18,10 @@ from lora_diffusion_studio.shelf import (
     verify_adapter,
     write_notes,
 )
-from lora_diffusion_studio.studio import Studio
-from lora_diffusion_studio.tabs.blend import BlendTab, list_choices
-from lora_diffusion_studio.tabs.events import DEVICE, QUICK, command_box, with_messages
+from lora_diffusion_studio.backend.studio import Studio
+from lora_diffusion_studio.tabs.blend.layout import BlendTab, list_choices
+from lora_diffusion_studio.tabs.handlers import DEVICE, QUICK, command_box, with_messages
+from lora_diffusion_studio.view_models.adapter_slot import LEAST, MOST
 
 
 def draw_adapters(studio: Studio, blend: BlendTab) -> None:

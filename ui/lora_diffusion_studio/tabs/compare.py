@@ -6,11 +6,11 @@ from typing import Any
 import gradio as gr
 
 from lora_diffusion.workflows.images.grid_axes import CHANGES, NOTHING, make_axis
-from lora_diffusion_studio.comparing import GridDone, compare_commands, measure_block_effects, render_grid
-from lora_diffusion_studio.rendering import Halted, Waiting
-from lora_diffusion_studio.studio import StepTaken, Studio
-from lora_diffusion_studio.tabs.blend import BlendTab, form_from
-from lora_diffusion_studio.tabs.events import DEVICE, QUICK, command_box, visitor_id, with_messages
+from lora_diffusion_studio.backend.comparison_grid import GridDone, compare_commands, measure_block_effects, render_grid
+from lora_diffusion_studio.backend.device_queue import Halted, Waiting
+from lora_diffusion_studio.backend.studio import StepTaken, Studio
+from lora_diffusion_studio.tabs.blend.layout import BlendTab, form_from
+from lora_diffusion_studio.tabs.handlers import DEVICE, QUICK, command_box, visitor_id, with_messages
 
 
 def draw_compare(studio: Studio, blend: BlendTab) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from lora_diffusion_studio.merging import (
+from lora_diffusion_studio.backend.checkpoint_merge import (
     PRECISIONS,
     MergeDone,
     MergeTarget,
@@ -14,9 +14,9 @@ from lora_diffusion_studio.merging import (
     run_merge,
     summarize_merge,
 )
-from lora_diffusion_studio.studio import Studio
-from lora_diffusion_studio.tabs.blend import BlendTab, form_from
-from lora_diffusion_studio.tabs.events import DEVICE, QUICK, command_box, visitor_id, with_messages
+from lora_diffusion_studio.backend.studio import Studio
+from lora_diffusion_studio.tabs.blend.layout import BlendTab, form_from
+from lora_diffusion_studio.tabs.handlers import DEVICE, QUICK, command_box, visitor_id, with_messages
 
 KINDS = [("Checkpoint: folder", "folder"), ("Checkpoint: single file", "file"), ("One adapter", "adapter")]
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from lora_diffusion_studio.cards import make_thumbnail
-from lora_diffusion_studio.keeping import (
+from lora_diffusion_studio.backend.presets import (
     SavedPreset,
     discard_preset,
     get_preset,
@@ -17,10 +16,11 @@ from lora_diffusion_studio.keeping import (
     rename_preset,
     save_form,
 )
-from lora_diffusion_studio.studio import Studio
-from lora_diffusion_studio.tabs.blend import BlendTab, form_from, form_updates
-from lora_diffusion_studio.tabs.events import QUICK, command_box, with_messages
-from lora_diffusion_studio.tabs.shelf import card_gallery
+from lora_diffusion_studio.backend.studio import Studio
+from lora_diffusion_studio.tabs.blend.adapter_gallery import card_gallery
+from lora_diffusion_studio.tabs.blend.layout import BlendTab, form_from, form_updates
+from lora_diffusion_studio.tabs.handlers import QUICK, command_box, with_messages
+from lora_diffusion_studio.view_models.adapter_card import make_thumbnail
 
 
 def draw_presets(studio: Studio, blend: BlendTab) -> list[Any]:

@@ -7,10 +7,10 @@ from typing import Any
 
 import gradio as gr
 
-from lora_diffusion_studio.studio import Studio
-from lora_diffusion_studio.tabs.blend import BlendTab, list_choices
-from lora_diffusion_studio.tabs.events import QUICK, command_box, with_messages
-from lora_diffusion_studio.training import PURPOSES, Job, RunManager, RunStatus
+from lora_diffusion_studio.backend.studio import Studio
+from lora_diffusion_studio.backend.training_runs import PURPOSES, Job, RunManager, RunStatus
+from lora_diffusion_studio.tabs.blend.layout import BlendTab, list_choices
+from lora_diffusion_studio.tabs.handlers import QUICK, command_box, with_messages
 
 EVERY_S = 2.0
 

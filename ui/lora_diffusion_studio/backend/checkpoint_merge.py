@@ -22,9 +22,9 @@ from lora_diffusion.workflows.adapters.combine import CombineConfig, combine_fil
 from lora_diffusion.workflows.images.generate import LoadOptions, load_and_resolve_blend
 from lora_diffusion.workflows.images.request import GenerationRequest
 from lora_diffusion.workflows.merge import MergeRequest, merge_files
-from lora_diffusion_studio.forms import BlendForm, adapter_flags
-from lora_diffusion_studio.rendering import EventStream, Halted, Waiting
-from lora_diffusion_studio.studio import Studio, check_name
+from lora_diffusion_studio.backend.device_queue import EventStream, Halted, Waiting
+from lora_diffusion_studio.backend.studio import Studio, check_name
+from lora_diffusion_studio.view_models.blend_form import BlendForm, adapter_flags
 
 PRECISIONS = get_args(WeightType)
 PROBE_BYTES = 2**25

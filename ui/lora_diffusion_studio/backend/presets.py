@@ -9,8 +9,8 @@ from lora_diffusion.errors import ConfigError
 from lora_diffusion.library.presets import list_presets, read_preset
 from lora_diffusion.prompts.tags import format_weight
 from lora_diffusion.workflows.images.generate import LoadOptions, save_plan
-from lora_diffusion_studio.forms import BlendForm
-from lora_diffusion_studio.studio import Studio, check_name, stock_presets_folder
+from lora_diffusion_studio.backend.studio import Studio, check_name, stock_presets_folder
+from lora_diffusion_studio.view_models.blend_form import BlendForm
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,17 @@ from typing import Any
 
 import gradio as gr
 
-from lora_diffusion_studio.cards import Card, make_thumbnail
-from lora_diffusion_studio.rows import CURVES, LEAST, MOST, AdapterSlot, get_curve, get_option, with_curve, with_options
+from lora_diffusion_studio.view_models.adapter_card import Card, make_thumbnail
+from lora_diffusion_studio.view_models.adapter_slot import (
+    CURVES,
+    LEAST,
+    MOST,
+    AdapterSlot,
+    get_curve,
+    get_option,
+    with_curve,
+    with_options,
+)
 
 SLOTS = 8
 FIELDS = ("name", "on", "weight", "unet", "te", "lbw", "start", "stop", "curve", "options", "full")

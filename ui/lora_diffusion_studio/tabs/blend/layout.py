@@ -8,11 +8,18 @@ import gradio as gr
 
 from lora_diffusion.config.generate import Scheduler
 from lora_diffusion.config.preset import MODE_OF, Composition
-from lora_diffusion_studio.forms import MODES, MOST, SEEDS, BlendForm
-from lora_diffusion_studio.studio import Studio
-from lora_diffusion_studio.tabs.events import command_box
-from lora_diffusion_studio.tabs.shelf import AdapterGallery, draw_gallery
-from lora_diffusion_studio.tabs.slots import FIELDS, SLOTS, SlotComponents, draw_slot, parse_slots, slot_updates
+from lora_diffusion_studio.backend.studio import Studio
+from lora_diffusion_studio.tabs.blend.adapter_gallery import AdapterGallery, draw_gallery
+from lora_diffusion_studio.tabs.blend.adapter_slots import (
+    FIELDS,
+    SLOTS,
+    SlotComponents,
+    draw_slot,
+    parse_slots,
+    slot_updates,
+)
+from lora_diffusion_studio.tabs.handlers import command_box
+from lora_diffusion_studio.view_models.blend_form import MODES, MOST, SEEDS, BlendForm
 
 COMPOSITION = (*MODE_OF, "parallel")
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import gradio as gr
 
-from lora_diffusion_studio.regions import SIDE_PX, save_mask, set_region
-from lora_diffusion_studio.studio import Studio
-from lora_diffusion_studio.tabs.blend import BlendTab
-from lora_diffusion_studio.tabs.events import QUICK, with_messages
-from lora_diffusion_studio.tabs.slots import parse_slots, slot_updates
+from lora_diffusion_studio.backend.region_masks import SIDE_PX, save_mask, set_region
+from lora_diffusion_studio.backend.studio import Studio
+from lora_diffusion_studio.tabs.blend.adapter_slots import parse_slots, slot_updates
+from lora_diffusion_studio.tabs.blend.layout import BlendTab
+from lora_diffusion_studio.tabs.handlers import QUICK, with_messages
 
 
 def draw_regions(studio: Studio, blend: BlendTab) -> None:

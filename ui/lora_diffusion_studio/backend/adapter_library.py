@@ -18,8 +18,8 @@ from lora_diffusion.workflows.adapters.analyze import analyze_files
 from lora_diffusion.workflows.adapters.convert import ConvertConfig, Dialect, convert
 from lora_diffusion.workflows.adapters.inspect import inspect_adapter
 from lora_diffusion.workflows.adapters.verify import describe_checks, verify
-from lora_diffusion_studio.rows import LEAST, MOST
-from lora_diffusion_studio.studio import Studio, check_name
+from lora_diffusion_studio.backend.studio import Studio, check_name
+from lora_diffusion_studio.view_models.adapter_slot import LEAST, MOST
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ from lora_diffusion.models.locate import find_checkpoint
 from lora_diffusion.workflows.images.grid import BlockEffect, rank_blocks, save_sheet
 from lora_diffusion.workflows.images.grid_axes import NOTHING, GridAxis, expand_grid, format_axis, without_blocks
 from lora_diffusion.workflows.images.request import GenerationRequest
-from lora_diffusion_studio.forms import BlendForm
-from lora_diffusion_studio.rendering import Halted
-from lora_diffusion_studio.studio import Event, Finished, ImageSaved, StepTaken, Studio
+from lora_diffusion_studio.backend.device_queue import Halted
+from lora_diffusion_studio.backend.studio import Event, Finished, ImageSaved, StepTaken, Studio
+from lora_diffusion_studio.view_models.blend_form import BlendForm
 
 
 @dataclass(frozen=True, kw_only=True)

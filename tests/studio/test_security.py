@@ -13,9 +13,9 @@ from lora_diffusion.cli import main
 from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import ConfigError
 from lora_diffusion_studio.api import parse_row
-from lora_diffusion_studio.forms import BlendForm
-from lora_diffusion_studio.safety import check_exposure
-from lora_diffusion_studio.studio import ImageSaved, Studio, StudioPaths
+from lora_diffusion_studio.backend.studio import ImageSaved, Studio, StudioPaths
+from lora_diffusion_studio.security import check_exposure
+from lora_diffusion_studio.view_models.blend_form import BlendForm
 from tests.helpers.server_end import close_quietly
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")

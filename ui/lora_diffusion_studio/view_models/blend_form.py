@@ -13,7 +13,12 @@ from lora_diffusion.config.settings import EMBEDDED_BASE, validate
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.library.search import Library, find_adapter
 from lora_diffusion.workflows.images.request import GenerationRequest
-from lora_diffusion_studio.rows import AdapterSlot, entry_from_slot, format_reference, slot_from_entry
+from lora_diffusion_studio.view_models.adapter_slot import (
+    AdapterSlot,
+    entry_from_slot,
+    format_reference,
+    slot_from_entry,
+)
 
 MOST = {"num_inference_steps": 200, "width": 2048, "height": 2048, "count": 16}
 """What one visitor may ask for at once."""

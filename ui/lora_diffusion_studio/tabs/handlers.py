@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import gradio as gr
 
 from lora_diffusion.errors import LoRADiffusionError
-from lora_diffusion_studio.safety import MOST_WAITING
+from lora_diffusion_studio.security import MOST_WAITING
 
 DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": MOST_WAITING, "api_visibility": "private"}
 """Work on the device: it begins at once, and waits its turn where the device is (`rendering.py`)."""

@@ -9,8 +9,8 @@ from PIL import Image
 
 from lora_diffusion.core.atomic_files import atomic_file
 from lora_diffusion.errors import ConfigError
-from lora_diffusion_studio.rows import AdapterSlot, with_options
-from lora_diffusion_studio.studio import Studio
+from lora_diffusion_studio.backend.studio import Studio
+from lora_diffusion_studio.view_models.adapter_slot import AdapterSlot, with_options
 
 SIDE_PX = 512
 NOWHERE: dict[str, str] = {"box": "", "mask": "", "feather": ""}

@@ -7,14 +7,14 @@ from typing import Any
 
 import gradio as gr
 
-from lora_diffusion_studio.forms import BlendForm, with_next_seed
-from lora_diffusion_studio.rendering import Halted, Waiting
-from lora_diffusion_studio.rows import AdapterSlot
-from lora_diffusion_studio.studio import Finished, ImageSaved, StepTaken, Studio
-from lora_diffusion_studio.tabs.blend import BlendTab, form_from, form_updates, list_choices, mode_updates
-from lora_diffusion_studio.tabs.events import DEVICE, QUICK, visitor_id, with_messages
-from lora_diffusion_studio.tabs.shelf import add_picked, gallery_updates
-from lora_diffusion_studio.tabs.slots import SLOTS, SlotComponents, parse_slots, slot_updates
+from lora_diffusion_studio.backend.device_queue import Halted, Waiting
+from lora_diffusion_studio.backend.studio import Finished, ImageSaved, StepTaken, Studio
+from lora_diffusion_studio.tabs.blend.adapter_gallery import add_picked, gallery_updates
+from lora_diffusion_studio.tabs.blend.adapter_slots import SLOTS, SlotComponents, parse_slots, slot_updates
+from lora_diffusion_studio.tabs.blend.layout import BlendTab, form_from, form_updates, list_choices, mode_updates
+from lora_diffusion_studio.tabs.handlers import DEVICE, QUICK, visitor_id, with_messages
+from lora_diffusion_studio.view_models.adapter_slot import AdapterSlot
+from lora_diffusion_studio.view_models.blend_form import BlendForm, with_next_seed
 
 KEPT = 48
 """Pictures in a visitor's gallery."""

@@ -6,8 +6,8 @@ from typing import Any
 
 import gradio as gr
 
-from lora_diffusion_studio.cards import make_thumbnail
-from lora_diffusion_studio.studio import Studio
+from lora_diffusion_studio.backend.studio import Studio
+from lora_diffusion_studio.view_models.adapter_card import make_thumbnail
 
 KINDS_ANY = ("any", "")
 

@@ -24,8 +24,8 @@ from lora_diffusion.training.log import LOG, read_log
 from lora_diffusion.workflows.training.dataset_check import check_dataset_for_base
 from lora_diffusion.workflows.training.run import REPORT
 from lora_diffusion.workflows.training.sample_sheet import sheet_path
-from lora_diffusion_studio.run_state import RunStatus, existing_or_none, format_status, read_total_steps
-from lora_diffusion_studio.studio import Studio, check_name
+from lora_diffusion_studio.backend.studio import Studio, check_name
+from lora_diffusion_studio.backend.training_status import RunStatus, existing_or_none, format_status, read_total_steps
 
 MOST_PICTURES = 200
 PURPOSES = ("style", "dreambooth")

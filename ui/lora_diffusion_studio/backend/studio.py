@@ -32,11 +32,11 @@ from lora_diffusion.workflows.images.request import (
     request_from_preset,
     resolve_prompt_tags,
 )
-from lora_diffusion_studio.acting import draw_effect
-from lora_diffusion_studio.cards import Card, make_card
-from lora_diffusion_studio.forms import BlendForm, form_from_request, format_command, make_request
-from lora_diffusion_studio.rendering import DeviceQueue, EventStream, Halted, Waiting
-from lora_diffusion_studio.rows import AdapterSlot, entry_from_slot
+from lora_diffusion_studio.backend.device_queue import DeviceQueue, EventStream, Halted, Waiting
+from lora_diffusion_studio.view_models.adapter_card import Card, make_card
+from lora_diffusion_studio.view_models.adapter_slot import AdapterSlot, entry_from_slot
+from lora_diffusion_studio.view_models.blend_form import BlendForm, form_from_request, format_command, make_request
+from lora_diffusion_studio.view_models.weight_plot import draw_effect
 
 PREVIEW_SECONDS = 0.4
 """No preview is drawn sooner after the last."""

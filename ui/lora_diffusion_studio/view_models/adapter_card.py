@@ -11,7 +11,7 @@ from lora_diffusion.architectures.families import family_title
 from lora_diffusion.errors import LoRADiffusionError
 from lora_diffusion.library.entry import LibraryEntry
 from lora_diffusion.workflows.adapters.inspect import inspect_adapter
-from lora_diffusion_studio.rows import LEAST, MOST
+from lora_diffusion_studio.view_models.adapter_slot import LEAST, MOST
 
 FACE_PX = 192
 GROUNDS = ("#7c3aed", "#0e7490", "#b45309", "#be185d", "#4d7c0f", "#1d4ed8", "#9f1239", "#334155")
