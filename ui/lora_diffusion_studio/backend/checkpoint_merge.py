@@ -1,4 +1,4 @@
-"""The blend on the table as a checkpoint of its own, or as one adapter."""
+"""Merging: writes the current blend as a checkpoint or as a single adapter."""
 
 import os
 import shlex
@@ -22,156 +22,185 @@ from lora_diffusion.workflows.adapters.combine import CombineConfig, combine_fil
 from lora_diffusion.workflows.images.generate import LoadOptions, load_and_resolve_blend
 from lora_diffusion.workflows.images.request import GenerationRequest
 from lora_diffusion.workflows.merge import MergeRequest, merge_files
-from lora_diffusion_studio.backend.device_queue import EventStream, Halted, Waiting
-from lora_diffusion_studio.backend.studio import Studio, check_name
+from lora_diffusion_studio.backend.config import check_file_name
+from lora_diffusion_studio.backend.device_queue import Queued, Stopped, Task
+from lora_diffusion_studio.backend.studio import Studio
 from lora_diffusion_studio.view_models.blend_form import BlendForm, adapter_flags
 
 PRECISIONS = get_args(WeightType)
-PROBE_BYTES = 2**25
-TOLD = 50
-"""So often at most a visitor is told how far a merge is."""
-COPIES = 2.0
-"""A merge takes about so long as copying the files, by tests/benchmarks/merging.py."""
+_PROBE_BYTES = 2**25
+_MAX_PROGRESS_EVENTS = 50
+_TIME_PER_COPY = 2.0
+"""Duration of a merge relative to writing the files, measured by tests/benchmarks/merging.py."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeTarget:
-    """What to write."""
+    """What a merge writes."""
 
     name: str
     kind: str = "folder"
-    """`folder`, `file` or `adapter`."""
+    """`folder` (diffusers layout), `file` (single-file checkpoint) or `adapter`."""
     precision: str = "keep"
+    """Data type of a checkpoint's weights; `keep` for that of the base model."""
     rank: int = 0
-    """Of one adapter; 0 keeps it exact."""
+    """Rank of a merged adapter. 0 keeps the sum exact: the ranks add up."""
 
     @property
-    def file(self) -> str:
-        """The name in the studio's folder. Raises ConfigError for one that cannot be."""
-        return check_name(self.name) + ("" if self.kind == "folder" else ".safetensors")
+    def file_name(self) -> str:
+        """Name of the file or folder. Raises ConfigError if it is not a valid file name."""
+        return check_file_name(self.name) + ("" if self.kind == "folder" else ".safetensors")
 
 
 @dataclass(frozen=True)
 class WriteProgress:
-    """The share of the output that is written."""
+    """Progress of a merge."""
 
-    share: float = 0.0
+    fraction: float = 0.0
 
     @property
     def text(self) -> str:
-        return f"writing, {self.share:.0%} done"
+        """Status message."""
+        return f"Merging, {self.fraction:.0%} written"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeDone:
-    """The written output, and its losses."""
+    """The file or folder that was written, and a summary."""
 
     path: Path
     text: str
 
 
-def resolve_output(studio: Studio, target: MergeTarget) -> Path:
-    """Return the output path. Raises ConfigError for a name that is taken."""
-    path = studio.places.output / ("adapters" if target.kind == "adapter" else "merged") / target.file
+def _target_path(studio: Studio, target: MergeTarget) -> Path:
+    return studio.config.output / ("adapters" if target.kind == "adapter" else "merged") / target.file_name
+
+
+def _check_target(studio: Studio, target: MergeTarget) -> Path:
+    """Return the path to write. Raises ConfigError if it exists."""
+    path = _target_path(studio, target)
     if path.exists():
-        raise ConfigError(f"{target.name}: is there already; give another name")
+        raise ConfigError(f"{target.name}: {path} already exists; choose another name")
     return path
 
 
-def make_merge_request(studio: Studio, form: BlendForm) -> GenerationRequest:
-    """Return the form as a merge request. Raises ConfigError for what weights cannot hold."""
-    if not any(row.on for row in form.rows):
-        raise ConfigError("no adapter is on the table; put one there")
+def _make_merge_request(studio: Studio, form: BlendForm) -> GenerationRequest:
+    """Return the form as a request. Raises ConfigError if the blend cannot be merged into weights."""
+    if not any(slot.enabled for slot in form.slots):
+        raise ConfigError("the blend has no enabled adapter; add one on the Blend tab")
     if form.mode != "sum":
-        raise ConfigError(f"the mode {form.mode} cannot be held by weights; choose Sum")
-    return studio.make_request(BlendForm(base=form.base, rows=form.rows, settings={"prompt": "merge"}))
+        raise ConfigError(
+            f"the blend mode {form.mode!r} cannot be merged into weights; set the blend mode to Sum on the Blend tab"
+        )
+    return studio.make_request(BlendForm(base=form.base, slots=form.slots, settings={"prompt": "merge"}))
 
 
 def summarize_merge(studio: Studio, form: BlendForm, target: MergeTarget) -> str:
-    """Describe what merging would do, without doing it. Raises LoRADiffusionError's children."""
-    request, path = make_merge_request(studio, form), resolve_output(studio, target)
+    """Return what a merge would write, its size, duration and rounding error, without merging.
+
+    Raises:
+        ConfigError: If the blend cannot be merged, or the name is invalid or taken.
+        LoRADiffusionError: If an adapter or the base model cannot be read.
+    """
+    request, path = _make_merge_request(studio, form), _check_target(studio, target)
     blend = load_and_resolve_blend(request.base, request.entries, LoadOptions(resolver=studio.resolver)).blend
     modules = len({module for entry in blend.active for module in entry.adapter.layers})
-    names = ", ".join(f"{row.name.removesuffix('.safetensors')} at {row.weight:g}" for row in form.rows if row.on)
+    enabled = [slot for slot in form.slots if slot.enabled]
+    names = ", ".join(f"{slot.name.removesuffix('.safetensors')} (weight {slot.weight:g})" for slot in enabled)
     if target.kind == "adapter":
-        ranks = "the exact sum, whose ranks add up" if not target.rank else f"the closest of rank {target.rank}"
-        return f"{names}: one adapter of {modules} modules, {ranks}, in {path.name}"
+        rank = f"truncated to rank {target.rank}" if target.rank else "exact, so the ranks add up"
+        return f"{path.name}: one adapter of {modules} modules from {names}; {rank}"
     checkpoint = find_matching_checkpoint(request.base, blend)
     config = validate(MergeConfig, {"precision": target.precision}, source="merge")
-    size = sum(count_bytes(stored, target.precision) for stored in checkpoint.parameters.values())
-    seconds = COPIES * size / measure_write_rate(studio.places.output)
+    size = sum(_count_bytes(stored, target.precision) for stored in checkpoint.parameters.values())
+    seconds = _TIME_PER_COPY * size / _measure_write_rate(studio.config.output)
     duration = f"about {seconds:.0f} s" if seconds >= 1 else "less than a second"
+    rounding = estimate_rounding(request.base, blend, config)
     return (
-        f"{names} into {modules} modules of {request.base}: {size / 1e6:,.0f} MB of weights, {duration}, in "
-        f"{path.name}; rounding would take about {estimate_rounding(request.base, blend, config):.2%} of what is merged"
+        f"{path.name}: {request.base} with {names} merged into {modules} modules; {size / 1e6:,.0f} MB, {duration}; "
+        f"expected rounding error {rounding:.2%} of the merged change"
     )
 
 
-def count_bytes(stored: StoredTensor, precision: str) -> int:
-    """Return the bytes of a parameter as written."""
+def _count_bytes(stored: StoredTensor, precision: str) -> int:
+    """Return the number of bytes that a parameter takes in this precision."""
     count = prod(stored.kind[1])
-    own = (stored.info.end - stored.info.start) // max(1, prod(stored.info.shape))
-    return count * (own if precision == "keep" else torch_dtype(precision).itemsize)
+    stored_itemsize = (stored.info.end - stored.info.start) // max(1, prod(stored.info.shape))
+    return count * (stored_itemsize if precision == "keep" else torch_dtype(precision).itemsize)
 
 
-def measure_write_rate(folder: Path) -> float:
-    """Measure the bytes per second that this disk writes."""
+def _measure_write_rate(folder: Path) -> float:
+    """Return the bytes per second that can be written to a folder."""
     with tempfile.TemporaryFile(dir=folder) as file:
         started = time.perf_counter()
-        file.write(bytes(PROBE_BYTES))
+        file.write(bytes(_PROBE_BYTES))
         file.flush()
         os.fsync(file.fileno())
-        return PROBE_BYTES / max(1e-6, time.perf_counter() - started)
+        return _PROBE_BYTES / max(1e-6, time.perf_counter() - started)
 
 
 def run_merge(
-    studio: Studio, form: BlendForm, target: MergeTarget, visitor: str = ""
-) -> Iterator[Waiting | WriteProgress | MergeDone | Halted]:
-    """Merge, yielding progress and then the result. Raises LoRADiffusionError's subclasses."""
-    request, path = make_merge_request(studio, form), resolve_output(studio, target)
-    config = validate(MergeConfig, {"precision": target.precision}, source="merge")
+    studio: Studio, form: BlendForm, target: MergeTarget, session_id: str = ""
+) -> Iterator[Queued | WriteProgress | MergeDone | Stopped]:
+    """Merge on the device queue, yielding the progress and then the result.
 
-    def work(line: EventStream) -> MergeDone:
-        line.send(WriteProgress())
+    Raises:
+        ConfigError: If the blend cannot be merged, or the name is invalid or taken (at once).
+        LoRADiffusionError: If merging fails (while iterating).
+    """
+    request, path = _make_merge_request(studio, form), _check_target(studio, target)
+
+    def work(task: Task) -> MergeDone:
+        task.send(WriteProgress())
         path.parent.mkdir(parents=True, exist_ok=True)
         if target.kind == "adapter":
-            return write_adapter(request, path, target)
-        told = 0
+            return _write_adapter(request, path, target)
+        return _write_checkpoint(studio, request, path, target, task)
 
-        def on_share(share: float) -> None:
-            nonlocal told
-            if int(share * TOLD) > told:
-                told = int(share * TOLD)
-                line.send(WriteProgress(share))
-
-        task = MergeRequest(base=request.base, entries=request.entries, config=config)
-        report, notes = merge_files(task, path, LoadOptions(resolver=studio.resolver), on_share)
-        done = (
-            f"{report.merged_modules} modules, {report.num_bytes / 1e6:,.0f} MB; rounding took "
-            f"{report.rounding_error:.2%} of what was merged"
-        )
-        return MergeDone(path=path, text="; ".join((done, *notes)))
-
-    return studio.device.stream(work, visitor)
+    return studio.device.stream(work, session_id)
 
 
-def write_adapter(request: GenerationRequest, path: Path, target: MergeTarget) -> MergeDone:
-    """Write all adapters as a single one."""
+def _write_checkpoint(
+    studio: Studio, request: GenerationRequest, path: Path, target: MergeTarget, task: Task
+) -> MergeDone:
+    events_sent = 0
+
+    def on_progress(fraction: float) -> None:
+        nonlocal events_sent
+        if int(fraction * _MAX_PROGRESS_EVENTS) > events_sent:
+            events_sent = int(fraction * _MAX_PROGRESS_EVENTS)
+            task.send(WriteProgress(fraction))
+
+    config = validate(MergeConfig, {"precision": target.precision}, source="merge")
+    merge = MergeRequest(base=request.base, entries=request.entries, config=config)
+    report, notes = merge_files(merge, path, LoadOptions(resolver=studio.resolver), on_progress)
+    summary = (
+        f"{report.merged_modules} modules, {report.num_bytes / 1e6:,.0f} MB; rounding error "
+        f"{report.rounding_error:.2%} of the merged change"
+    )
+    return MergeDone(path=path, text="; ".join((summary, *notes)))
+
+
+def _write_adapter(request: GenerationRequest, path: Path, target: MergeTarget) -> MergeDone:
     rule = RankRule(rank=target.rank) if target.rank else None
     combined = combine_files(request.entries, path, CombineConfig(rule=rule, base=request.base))
-    lost = f"compression lost {combined.report.total.relative:.2%}" if combined.report else "exact"
+    loss = f"truncation error {combined.report.total.relative:.2%}" if combined.report else "exact"
     return MergeDone(
-        path=path, text=f"{len(combined.adapter.layers)} modules, {combined.bytes_after / 1e6:.1f} MB, {lost}"
+        path=path, text=f"{len(combined.adapter.layers)} modules, {combined.bytes_after / 1e6:.1f} MB, {loss}"
     )
 
 
 def format_merge_command(studio: Studio, form: BlendForm, target: MergeTarget) -> str:
-    """Return the command that merges the same. Raises ConfigError."""
-    request, path = make_merge_request(studio, form), studio.places.output / "merged" / target.file
-    words = adapter_flags(form.rows, studio.library())
+    """Return the shell command of the same merge.
+
+    Raises:
+        ConfigError: If the blend cannot be merged, or the name is invalid.
+    """
+    request, path = _make_merge_request(studio, form), _target_path(studio, target)
+    flags = adapter_flags(form.slots, studio.open_library())
     if target.kind == "adapter":
-        files = [word for word in words if word != "--adapter"]
+        files = [word for word in flags if word != "--adapter"]
         rank = ["--rank", str(target.rank)] if target.rank else []
         return shlex.join(["lora-diffusion", "combine", *files, str(path), *rank])
     precision = [] if target.precision == "keep" else ["--precision", target.precision]
-    return shlex.join(["lora-diffusion", "merge", "--base", request.base, *words, *precision, "--output", str(path)])
+    return shlex.join(["lora-diffusion", "merge", "--base", request.base, *flags, *precision, "--output", str(path)])

@@ -1,122 +1,130 @@
-"""Work on the device as a stream of events that can be stopped: it runs in a thread, its visitor reads along.
+"""The device queue: runs one task at a time in a thread and streams its events; tasks can be stopped.
 
-Gradio's own queue cannot end work that is under way, nor say what it does. So its events start at once, and wait here.
+Gradio's own queue can neither stop a running task nor report its progress. Therefore Gradio starts every handler at
+once, and the handlers wait in this queue.
 """
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-WAIT_S = 0.2
-END = object()
+_POLL_S = 0.2
+_END = object()
 
 
-class StoppedError(Exception):
-    """Raised inside work whose visitor has gone or pressed Stop."""
+class TaskStoppedError(Exception):
+    """Raised inside a task whose user pressed Stop or closed the page."""
 
 
 @dataclass(frozen=True)
-class Waiting:
-    """So many are served before."""
+class Queued:
+    """The task waits for other tasks."""
 
-    before: int
+    ahead: int
+    """Number of tasks that run before this one."""
 
     @property
     def text(self) -> str:
-        return f"waiting for the device; {self.before} before you"
+        """Status message."""
+        return f"Queued, {self.ahead} ahead of you"
 
 
 @dataclass(frozen=True)
-class Halted:
-    """The work was stopped; everything is as it was before."""
+class Stopped:
+    """The task was stopped, and the base model is as it was before."""
 
-    text: str = "stopped"
+    text: str = "Stopped"
 
 
 @dataclass(frozen=True)
-class Failure:
+class _Failure:
     error: BaseException
 
 
 @dataclass(eq=False)
-class EventStream:
-    """Events of a task, and whether it should stop."""
+class Task:
+    """A running or queued task: its events, and whether it should stop."""
 
     events: "queue.Queue[Any]" = field(default_factory=lambda: queue.Queue[Any]())
-    stopped: threading.Event = field(default_factory=threading.Event)
+    stop_requested: threading.Event = field(default_factory=threading.Event)
 
     def send(self, event: object) -> None:
-        """Send an event to the visitor. Raises StoppedError if the visitor has left."""
-        if self.stopped.is_set():
-            raise StoppedError
+        """Send an event to the user.
+
+        Raises:
+            TaskStoppedError: If the task should stop.
+        """
+        if self.stop_requested.is_set():
+            raise TaskStoppedError
         self.events.put(event)
 
 
 class DeviceQueue:
-    """Runs tasks one at a time, in order of arrival; each can be stopped."""
+    """Runs tasks one at a time, in order of arrival."""
 
     def __init__(self) -> None:
-        self.turn_taken = threading.Condition()
-        self.lines: list[EventStream] = []
-        """The one at work, then those that wait."""
-        self.of_visitor: dict[str, EventStream] = {}
+        self._changed = threading.Condition()
+        self._tasks: list[Task] = []
+        """The running task, then the waiting ones."""
+        self._task_of_session: dict[str, Task] = {}
 
-    def stop(self, visitor: str) -> None:
-        """Stop this visitor's running or waiting task at its next event."""
-        if line := self.of_visitor.get(visitor):
-            line.stopped.set()
+    def stop(self, session_id: str) -> None:
+        """Stop the task of a session, whether it runs or waits, at its next event."""
+        if task := self._task_of_session.get(session_id):
+            task.stop_requested.set()
 
-    def stream(self, work: Callable[[EventStream], object], visitor: str = "") -> Iterator[Any]:
-        """Yield the events of a task, its result or `Halted` last; its errors are raised here.
+    def stream(self, work: Callable[[Task], object], session_id: str = "") -> Iterator[Any]:
+        """Run a function on the device and yield the events that it sends.
 
-        Closing the iterator stops the work at its next event, and waits until everything is put back.
+        The last event is the function's result, or `Stopped`. Its exceptions are raised here. Closing the iterator
+        stops the function at its next event and waits until it has ended.
         """
-        line = self.of_visitor[visitor] = EventStream()
-        thread = threading.Thread(target=self.run, args=(work, line), daemon=True)
+        task = self._task_of_session[session_id] = Task()
+        thread = threading.Thread(target=self._run, args=(work, task), daemon=True)
         thread.start()
         try:
-            while (event := line.events.get()) is not END:
-                if isinstance(event, Failure):
+            while (event := task.events.get()) is not _END:
+                if isinstance(event, _Failure):
                     raise event.error
                 yield event
         finally:
-            line.stopped.set()
+            task.stop_requested.set()
             thread.join()
-            if self.of_visitor.get(visitor) is line:
-                del self.of_visitor[visitor]
+            if self._task_of_session.get(session_id) is task:
+                del self._task_of_session[session_id]
 
-    def run(self, work: Callable[[EventStream], object], line: EventStream) -> None:
-        """In the thread: wait, work, and tell how it ended."""
+    def _run(self, work: Callable[[Task], object], task: Task) -> None:
         try:
-            with self.exclusive(line):
-                line.events.put(work(line))
-        except StoppedError:
-            line.events.put(Halted())
-        except BaseException as error:  # noqa: BLE001 (it is raised where somebody listens)
-            line.events.put(Failure(error))
+            with self._exclusive(task):
+                task.events.put(work(task))
+        except TaskStoppedError:
+            task.events.put(Stopped())
+        except BaseException as error:  # noqa: BLE001 (raised again in the thread that reads the events)
+            task.events.put(_Failure(error))
         finally:
-            line.events.put(END)
+            task.events.put(_END)
 
     @contextmanager
-    def exclusive(self, line: EventStream) -> Iterator[None]:
-        """Hold the device exclusively. Raises StoppedError if the visitor leaves while waiting."""
-        with self.turn_taken:
-            self.lines.append(line)
+    def _exclusive(self, task: Task) -> Generator[None]:
+        """Wait until all earlier tasks have ended. Raises TaskStoppedError if the task is stopped while it waits."""
+        with self._changed:
+            self._tasks.append(task)
         try:
-            with self.turn_taken:
-                before = 0
-                while self.lines[0] is not line:
-                    if self.lines.index(line) != before:
-                        before = self.lines.index(line)
-                        line.send(Waiting(before))
-                    self.turn_taken.wait(WAIT_S)
-                    if line.stopped.is_set():
-                        raise StoppedError
+            with self._changed:
+                reported = 0
+                while self._tasks[0] is not task:
+                    ahead = self._tasks.index(task)
+                    if ahead != reported:
+                        reported = ahead
+                        task.send(Queued(ahead))
+                    self._changed.wait(_POLL_S)
+                    if task.stop_requested.is_set():
+                        raise TaskStoppedError
             yield
         finally:
-            with self.turn_taken:
-                self.lines.remove(line)
-                self.turn_taken.notify_all()
+            with self._changed:
+                self._tasks.remove(task)
+                self._changed.notify_all()

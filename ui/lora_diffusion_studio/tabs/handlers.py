@@ -1,4 +1,4 @@
-"""How the app's events run, and how what the library refuses is said to a visitor."""
+"""Settings of event handlers, and the display of errors and commands."""
 
 import functools
 import html
@@ -12,60 +12,69 @@ from typing import Any, TypeVar
 import gradio as gr
 
 from lora_diffusion.errors import LoRADiffusionError
-from lora_diffusion_studio.security import MOST_WAITING
+from lora_diffusion_studio.security import MAX_QUEUE_SIZE
 
-DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": MOST_WAITING, "api_visibility": "private"}
-"""Work on the device: it begins at once, and waits its turn where the device is (`rendering.py`)."""
+DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": MAX_QUEUE_SIZE, "api_visibility": "private"}
+"""Event settings for work on the device. It starts at once and waits in `backend.device_queue`."""
 QUICK: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-"""What is done at once. It goes through Gradio's queue, as errors of events outside it are not shown."""
-UPLOADED = re.compile(r"\S*/[0-9a-f]{64}/")
-"""Where an upload lies; its visitor knows it by its name."""
-Work = TypeVar("Work", bound=Callable[..., Any])
+"""Event settings for short work. It uses Gradio's queue, because Gradio shows no errors of events outside it."""
+_UPLOAD_FOLDER = re.compile(r"\S*/[0-9a-f]{64}/")
+"""Folder of an uploaded file. Messages show the file's name only."""
+Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 
 @contextmanager
-def errors_as_messages(written: Callable[[str], str] = html.escape) -> Iterator[None]:
-    """Turn the library's errors into messages for the visitor, whose page shows them as HTML."""
+def errors_as_messages(escape: Callable[[str], str] = html.escape) -> Iterator[None]:
+    """Turn errors of the library into messages on the page.
+
+    Args:
+        escape: Conversion of the message for its display; by default to HTML.
+
+    Raises:
+        gr.Error: With the library's message, or a general message for an unexpected exception, which is logged.
+    """
     try:
         yield
     except gr.Error:
         raise
     except (LoRADiffusionError, OSError) as error:
-        said = UPLOADED.sub("", str(error))
-        raise gr.Error(written(said), title="That did not work", print_exception=False) from None
+        message = _UPLOAD_FOLDER.sub("", str(error))
+        raise gr.Error(escape(message), title="Error", print_exception=False) from None
     except Exception:
-        logging.getLogger("ui").exception("unexpected")
+        logging.getLogger(__name__).exception("unexpected error in the studio")
         raise gr.Error(
-            "something unexpected went wrong; the terminal that the studio runs in says what", print_exception=False
+            "unexpected error; the terminal in which the studio runs shows the details", print_exception=False
         ) from None
 
 
-def with_messages(work: Work) -> Work:
-    """Wrap a handler, or a stream, so that its errors become messages."""
-    if inspect.isgeneratorfunction(work):
+def with_messages(handler: Handler) -> Handler:
+    """Return the handler, a function or generator function, with its errors turned into messages."""
+    if inspect.isgeneratorfunction(handler):
 
-        @functools.wraps(work)
-        def streaming(*arguments: Any) -> Iterator[Any]:
+        @functools.wraps(handler)
+        def stream(*arguments: Any) -> Iterator[Any]:
             with errors_as_messages():
-                yield from work(*arguments)
+                yield from handler(*arguments)
 
-        return streaming  # type: ignore[return-value]
+        return stream  # type: ignore[return-value]
 
-    @functools.wraps(work)
-    def once(*arguments: Any) -> Any:
+    @functools.wraps(handler)
+    def call(*arguments: Any) -> Any:
         with errors_as_messages():
-            return work(*arguments)
+            return handler(*arguments)
 
-    return once  # type: ignore[return-value]
-
-
-def command_box(label: str) -> tuple[gr.Accordion, gr.Code]:
-    """Where a tab's command-line twin is shown, when it is opened."""
-    with gr.Accordion("Copy as command", open=False) as twin:
-        box = gr.Code(label=label, language="shell", interactive=False, wrap_lines=True, lines=2, max_lines=8)
-    return twin, box
+    return call  # type: ignore[return-value]
 
 
-def visitor_id(request: gr.Request) -> str:
-    """Return the id of the visitor's session."""
+def build_command_box() -> tuple[gr.Accordion, gr.Code]:
+    """Build the accordion that shows a tab's equivalent command when it is opened."""
+    with gr.Accordion("Show as command line", open=False) as accordion:
+        code = gr.Code(
+            label="Equivalent command", language="shell", interactive=False, wrap_lines=True, lines=2, max_lines=8
+        )
+    return accordion, code
+
+
+def session_id(request: gr.Request) -> str:
+    """Return the id of the browser session that sent a request."""
     return str(request.session_hash)

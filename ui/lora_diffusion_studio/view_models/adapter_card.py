@@ -1,89 +1,60 @@
-"""An adapter as it is offered: what a visitor reads of it and sees, before it is on the table."""
+"""Adapter cards: what the studio shows of an adapter before it is added to the blend."""
 
-import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from lora_diffusion.architectures.families import family_title
 from lora_diffusion.errors import LoRADiffusionError
 from lora_diffusion.library.entry import LibraryEntry
 from lora_diffusion.workflows.adapters.inspect import inspect_adapter
-from lora_diffusion_studio.view_models.adapter_slot import LEAST, MOST
-
-FACE_PX = 192
-GROUNDS = ("#7c3aed", "#0e7490", "#b45309", "#be185d", "#4d7c0f", "#1d4ed8", "#9f1239", "#334155")
-"""Of cards without a picture; white is readable on each."""
+from lora_diffusion_studio.view_models.adapter_slot import MAX_WEIGHT, MIN_WEIGHT
 
 
 @dataclass(frozen=True, kw_only=True)
-class Card:
-    """An adapter on offer."""
+class AdapterCard:
+    """Name, summary, preview image and weight range of one adapter in the library."""
 
     name: str
-    """Its path inside the library."""
+    """Path inside the library."""
     title: str
-    triggers: tuple[str, ...]
+    trigger_words: tuple[str, ...]
+    """Trigger words and learned textual inversion tokens."""
     kinds: tuple[str, ...]
-    about: str
-    """Kind, rank and family in one line."""
+    """Layer kinds, such as `LoRA` and `LoHa`."""
+    summary: str
+    """Kinds, rank and model family in one line."""
     preview: Path | None
-    preferred: float
-    range: tuple[float, float]
-    """Ends of its weight slider."""
+    """Preview image beside the adapter file."""
+    preferred_weight: float
+    weight_range: tuple[float, float]
+    """Minimum and maximum of the weight slider."""
 
 
-def make_card(entry: LibraryEntry) -> Card:
-    ranks = describe_ranks(str(entry.path), entry.stamp)
-    about = ", ".join(filter(None, (" and ".join(entry.kinds), ranks, family_title(entry.family), entry.variant)))
-    return Card(
+def make_card(entry: LibraryEntry) -> AdapterCard:
+    """Return the card of a library entry."""
+    ranks = _describe_ranks(str(entry.path), entry.stamp)
+    summary = ", ".join(filter(None, (" and ".join(entry.kinds), ranks, family_title(entry.family), entry.variant)))
+    return AdapterCard(
         name=entry.relative,
         title=entry.name,
-        triggers=(*entry.trigger_words, *entry.learned_tokens),
+        trigger_words=(*entry.trigger_words, *entry.learned_tokens),
         kinds=entry.kinds,
-        about=about,
+        summary=summary,
         preview=entry.preview,
-        preferred=1.0 if entry.preferred_weight is None else entry.preferred_weight,
-        range=entry.weight_range or (LEAST, MOST),
+        preferred_weight=1.0 if entry.preferred_weight is None else entry.preferred_weight,
+        weight_range=entry.weight_range or (MIN_WEIGHT, MAX_WEIGHT),
     )
 
 
 @lru_cache(maxsize=4096)
-def describe_ranks(path: str, stamp: str) -> str:  # noqa: ARG001 (a changed file is a new key)
-    """Return `rank 8`, or a range; empty for a file without ranks, or an unreadable one."""
+def _describe_ranks(path: str, stamp: str) -> str:  # noqa: ARG001 (the stamp makes a changed file a new cache key)
+    """Return `rank 8` or `ranks 4 to 16`; the empty string for an unreadable file or one without ranks."""
     try:
-        spread = inspect_adapter(Path(path))["ranks"]
+        ranks = inspect_adapter(Path(path))["ranks"]
     except LoRADiffusionError:
         return ""
-    if not spread:
+    if not ranks:
         return ""
-    least, most = spread["min"], spread["max"]
-    return f"rank {least}" if least == most else f"ranks {least} to {most}"
-
-
-def make_thumbnail(title: str, picture: Path | None) -> Image.Image:
-    """Return the preview picture, cropped to a square; without one, a tile with initials."""
-    try:
-        stamp = picture.stat().st_mtime_ns if picture else 0
-        return load_thumbnail(picture, stamp) if picture else draw_letter_tile(title)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return draw_letter_tile(title)
-
-
-@lru_cache(maxsize=512)
-def load_thumbnail(picture: Path, stamp: int) -> Image.Image:  # noqa: ARG001 (a changed picture is a new key)
-    with Image.open(picture) as opened:
-        opened.draft("RGB", (FACE_PX, FACE_PX))
-        return ImageOps.fit(opened.convert("RGB"), (FACE_PX, FACE_PX))
-
-
-@lru_cache(maxsize=512)
-def draw_letter_tile(title: str) -> Image.Image:
-    """Draw a tile with initials in a color derived from the title."""
-    ground = GROUNDS[hashlib.sha256(title.encode("utf-8", "replace")).digest()[0] % len(GROUNDS)]
-    tile = Image.new("RGB", (FACE_PX, FACE_PX), ground)
-    middle = (FACE_PX // 2, FACE_PX // 2)
-    ImageDraw.Draw(tile).text(middle, title[:2], fill="white", font=ImageFont.load_default(84), anchor="mm")
-    return tile
+    lowest, highest = ranks["min"], ranks["max"]
+    return f"rank {lowest}" if lowest == highest else f"ranks {lowest} to {highest}"

@@ -1,4 +1,4 @@
-"""The shelf of the Blend tab: cards of the adapters that fit, to be searched and put on the table."""
+"""The adapter gallery of the Blend tab: thumbnails of the adapters that fit the base model, with a search."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,43 +7,43 @@ from typing import Any
 import gradio as gr
 
 from lora_diffusion_studio.backend.studio import Studio
-from lora_diffusion_studio.view_models.adapter_card import make_thumbnail
+from lora_diffusion_studio.view_models.thumbnails import make_thumbnail
 
-KINDS_ANY = ("any", "")
+_ALL_KINDS = ("All", "")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterGallery:
-    """The gallery of adapters with its search."""
+    """The components of the gallery."""
 
-    text: gr.Textbox
+    search: gr.Textbox
     kind: gr.Dropdown
-    cards: gr.Gallery
+    thumbnails: gr.Gallery
     names: gr.State
-    """Of the adapters whose cards are shown, in their order."""
+    """Names of the adapters that are shown, in the order of the thumbnails."""
 
     @property
     def outputs(self) -> list[Any]:
-        """The components of the gallery, in the order of `gallery_updates`."""
-        return [self.kind, self.cards, self.names]
+        """The components that `gallery_updates` changes, in its order."""
+        return [self.kind, self.thumbnails, self.names]
 
 
-def draw_gallery(studio: Studio) -> AdapterGallery:
-    """Draw a search field and the matching adapters."""
-    base = studio.places.bases[0]
-    pictures, names = list_cards(studio, base)
-    with gr.Accordion("Shelf: click a card to put it on the table", open=True):
-        cards = card_gallery(pictures, label="Cards", show_label=False, elem_classes="shelf")
+def build_adapter_gallery(studio: Studio) -> AdapterGallery:
+    """Build the gallery with the adapters that fit the default base model."""
+    base = studio.config.bases[0]
+    thumbnails, names = _list_thumbnails(studio, base)
+    with gr.Accordion("Adapter gallery (click to add)", open=True):
+        gallery = build_thumbnail_gallery(thumbnails, label="Adapter thumbnails", show_label=False)
         with gr.Row():
-            text = gr.Textbox(label="Search", placeholder="names and trigger words", scale=3, min_width=160)
-            kind = gr.Dropdown([KINDS_ANY, *list_kinds(studio, base)], value="", label="Kind", scale=1, min_width=100)
-    return AdapterGallery(text=text, kind=kind, cards=cards, names=gr.State(names))
+            search = gr.Textbox(label="Search", placeholder="Name or trigger word", scale=3, min_width=160)
+            kind = gr.Dropdown([_ALL_KINDS, *_list_kinds(studio, base)], value="", label="Type", scale=1, min_width=100)
+    return AdapterGallery(search=search, kind=kind, thumbnails=gallery, names=gr.State(names))
 
 
-def card_gallery(pictures: list[Any], **shown: Any) -> gr.Gallery:
-    """Pictures with names under them, of which one is clicked."""
+def build_thumbnail_gallery(thumbnails: list[Any], **options: Any) -> gr.Gallery:
+    """Build a gallery of captioned thumbnails that can be clicked but not enlarged."""
     return gr.Gallery(
-        pictures,
+        thumbnails,
         format="jpeg",
         columns=5,
         fit_columns=False,
@@ -52,38 +52,49 @@ def card_gallery(pictures: list[Any], **shown: Any) -> gr.Gallery:
         allow_preview=False,
         interactive=False,
         buttons=[],
-        **shown,
+        elem_classes="thumbnails",
+        **options,
     )
 
 
-def list_kinds(studio: Studio, base: str) -> list[tuple[str, str]]:
-    """List the kinds of adapters that fit a base."""
-    found = sorted({kind for card in studio.cards(base) for kind in card.kinds})
-    return [(kind, kind) for kind in found]
-
-
-def list_cards(studio: Studio, base: str, text: str = "", kind: str = "") -> tuple[list[Any], list[str]]:
-    """Return pictures with captions, and the adapters they stand for."""
-    found = studio.cards(base, text, kind)
-    pictures = [(make_thumbnail(card.title, card.preview), card.title) for card in found]
-    return pictures, [card.name for card in found]
+def adapter_choices(studio: Studio, base: str) -> list[tuple[str, str]]:
+    """Return the dropdown choices of the adapters that fit a base model: title with trigger words, and name."""
+    return [
+        (f"{card.title} ({', '.join(card.trigger_words)})" if card.trigger_words else card.title, card.name)
+        for card in studio.list_cards(base)
+    ]
 
 
 def gallery_updates(studio: Studio, base: str, text: str = "", kind: str = "") -> list[Any]:
-    """Return the current content of the gallery."""
-    pictures, names = list_cards(studio, base, text, kind)
+    """Return the updates of `AdapterGallery.outputs` that show the adapters of a search."""
+    thumbnails, names = _list_thumbnails(studio, base, text, kind)
     return [
-        gr.update(choices=[KINDS_ANY, *list_kinds(studio, base)]),
-        gr.update(value=pictures, selected_index=None),
+        gr.update(choices=[_ALL_KINDS, *_list_kinds(studio, base)]),
+        gr.update(value=thumbnails, selected_index=None),
         names,
     ]
 
 
-def add_picked(chosen: Sequence[str] | None, name: str, most: int) -> list[str]:
-    """Return the chosen adapters and one more. Raises gr.Error if there is no free slot."""
-    present = list(chosen or [])
+def _list_kinds(studio: Studio, base: str) -> list[tuple[str, str]]:
+    kinds = sorted({kind for card in studio.list_cards(base) for kind in card.kinds})
+    return [(kind, kind) for kind in kinds]
+
+
+def _list_thumbnails(studio: Studio, base: str, text: str = "", kind: str = "") -> tuple[list[Any], list[str]]:
+    """Return thumbnails with captions, and the names of their adapters."""
+    cards = studio.list_cards(base, text, kind)
+    return [(make_thumbnail(card.title, card.preview), card.title) for card in cards], [card.name for card in cards]
+
+
+def add_adapter(selected: Sequence[str] | None, name: str, limit: int) -> list[str]:
+    """Return the selected adapters with one more.
+
+    Raises:
+        gr.Error: If `limit` adapters are already selected.
+    """
+    present = list(selected or [])
     if name in present:
         return present
-    if len(present) >= most:
-        raise gr.Error(f"the table has {most} places; take an adapter off first", print_exception=False)
+    if len(present) >= limit:
+        raise gr.Error(f"a blend has at most {limit} adapters; remove one first", print_exception=False)
     return [*present, name]

@@ -1,260 +1,213 @@
-"""The Blend tab's layout, and how its components stand for a form."""
+"""The components of the Blend tab."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import gradio as gr
 
 from lora_diffusion.config.generate import Scheduler
-from lora_diffusion.config.preset import MODE_OF, Composition
+from lora_diffusion.config.preset import Composition
 from lora_diffusion_studio.backend.studio import Studio
-from lora_diffusion_studio.tabs.blend.adapter_gallery import AdapterGallery, draw_gallery
-from lora_diffusion_studio.tabs.blend.adapter_slots import (
-    FIELDS,
-    SLOTS,
-    SlotComponents,
-    draw_slot,
-    parse_slots,
-    slot_updates,
-)
-from lora_diffusion_studio.tabs.handlers import command_box
-from lora_diffusion_studio.view_models.blend_form import MODES, MOST, SEEDS, BlendForm
+from lora_diffusion_studio.tabs.blend.adapter_gallery import AdapterGallery, adapter_choices, build_adapter_gallery
+from lora_diffusion_studio.tabs.blend.adapter_slots import NUM_SLOTS, SLOT_FIELDS, SlotComponents, build_slot
+from lora_diffusion_studio.tabs.blend.form_values import COMPOSITION_SETTINGS, DEFAULT_SETTINGS
+from lora_diffusion_studio.tabs.handlers import build_command_box
+from lora_diffusion_studio.view_models.blend_form import MAX_SETTINGS, SEED_MODES
 
-COMPOSITION = (*MODE_OF, "parallel")
+_MODE_CHOICES = [
+    ("Sum: all adapters at once", "sum"),
+    ("Switch: one adapter at a time", "switch"),
+    ("Composite: mean of the predictions", "composite"),
+    ("K-LoRA: the stronger of two, per layer", "k-lora"),
+    ("NP-LoRA: first adapter, minus the others' directions", "np-lora"),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputPanel:
-    """The gallery, and the buttons that generate images."""
+    """The buttons, the status and the images."""
 
-    seeds: gr.Radio
+    seed_mode: gr.Radio
     live: gr.Checkbox
-    go: gr.Button
+    generate: gr.Button
     stop: gr.Button
     status: gr.Markdown
-    picture: gr.Image
-    slider: gr.ImageSlider
+    image: gr.Image
+    comparison: gr.ImageSlider
     gallery: gr.Gallery
-    kept: gr.State
-    """Paths of the visitor's pictures, newest first."""
+    image_paths: gr.State
+    """Paths of the session's images, newest first."""
     compare: gr.Button
-    dropped: gr.File
-    twin: gr.Accordion
+    image_file: gr.File
+    """Upload of an image whose settings are loaded."""
+    command_accordion: gr.Accordion
     command: gr.Code
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlendTab:
-    """The components of the Blend tab that other tabs use."""
+    """The components of the Blend tab that other tabs and events use."""
 
     base: gr.Dropdown
     adapter_gallery: AdapterGallery
-    chosen: gr.Dropdown
+    adapters: gr.Dropdown
+    """The selected adapters."""
     slots: list[SlotComponents]
     mode: gr.Dropdown
     composition: dict[str, Any]
-    """Components by the name of their setting, such as `switch_every`."""
+    """Components by their name in `COMPOSITION_SETTINGS`."""
     settings: dict[str, Any]
-    stage: OutputPanel
+    """Components by their name in `DEFAULT_SETTINGS`."""
+    output: OutputPanel
 
     @property
     def form_inputs(self) -> list[Any]:
-        """All that a form is made of, in the order of `form_from`."""
-        return [self.base, self.mode, *self.composition.values(), *self.settings.values(), *self.table_inputs]
+        """The components whose values make a form, in the order of `read_form`."""
+        return [self.base, self.mode, *self.composition.values(), *self.settings.values(), *self.slot_inputs]
 
     @property
-    def table_inputs(self) -> list[Any]:
-        """The fields of all slots, in the order of `parse_slots`."""
-        return [slot.fields[name] for slot in self.slots for name in FIELDS]
+    def slot_inputs(self) -> list[Any]:
+        """The input components of all slots, in the order of `parse_slots`."""
+        return [slot.fields[name] for slot in self.slots for name in SLOT_FIELDS]
 
     @property
-    def table_outputs(self) -> list[Any]:
+    def slot_outputs(self) -> list[Any]:
         """The components of all slots, in the order of `slot_updates`."""
-        return [part for slot in self.slots for part in slot.outputs]
+        return [component for slot in self.slots for component in slot.outputs]
 
     @property
     def form_outputs(self) -> list[Any]:
-        """All that shows a form, in the order of `form_updates`."""
-        kept = [self.base, self.chosen, self.mode, *self.composition.values(), *self.settings.values()]
-        return [*kept, *self.table_outputs]
+        """The components that show a form, in the order of `form_updates`."""
+        settings = [self.base, self.adapters, self.mode, *self.composition.values(), *self.settings.values()]
+        return [*settings, *self.slot_outputs]
 
 
-PLAIN: dict[str, Any] = {
-    "prompt": "",
-    "negative_prompt": "",
-    "seed": 0,
-    "num_inference_steps": 20,
-    "guidance_scale": 4.0,
-    "scheduler": "base",
-    "width": 0,
-    "height": 0,
-    "count": 1,
-    "variation": 0.0,
-    "variation_seed": 0,
-}
-"""Settings with what they are if nobody has set them; a size of 0 is the base's."""
-WHOLE = ("seed", "num_inference_steps", "width", "height", "count", "variation_seed", "switch_every")
-"""Settings that are whole numbers; a browser's numbers are not."""
-
-
-def form_from(values: Sequence[Any]) -> BlendForm:
-    """The form in the values of `BlendTab.form_inputs`."""
-    base, mode, *rest = values
-    kept, rest = rest[: len(COMPOSITION)], rest[len(COMPOSITION) :]
-    composition = {name: value for name, value in zip(COMPOSITION, kept, strict=True) if is_used(name, value, mode)}
-    given = dict(zip(PLAIN, rest, strict=False))
-    if not given["variation"]:
-        given["variation_seed"] = 0
-    used = {name: given[name] for name, plain in PLAIN.items() if given[name] not in (None, "", plain)}
-    always = {"num_inference_steps": PLAIN["num_inference_steps"], "guidance_scale": given["guidance_scale"]}
-    settings = {"prompt": "", "seed": 0, **always, **used}
-    return BlendForm(
-        base=base,
-        mode=mode,
-        rows=parse_slots(rest[len(PLAIN) :]),
-        settings=round_whole_numbers(settings),
-        composition=round_whole_numbers(composition),
-    )
-
-
-def is_used(name: str, value: object, mode: str) -> bool:
-    """Whether a setting of the composition says something in that mode."""
-    return bool(value) if name == "parallel" else MODE_OF[name] == mode and value is not None
-
-
-def round_whole_numbers(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: int(value) if name in WHOLE else value for name, value in settings.items()}
-
-
-def form_updates(studio: Studio, form: BlendForm) -> list[Any]:
-    """What shows a form in `BlendTab.form_outputs`."""
-    base = form.base if form.base in studio.places.bases else studio.places.bases[0]
-    chosen = gr.update(choices=list_choices(studio, base), value=[row.name for row in form.rows])
-    composition = mode_updates(form.mode, form.composition)
-    settings = [form.settings.get(name, plain) for name, plain in PLAIN.items()]
-    return [base, chosen, form.mode, *composition, *settings, *slot_updates(form.rows, studio.card)]
-
-
-def mode_updates(mode: str, given: Mapping[str, Any]) -> list[Any]:
-    """What shows the settings of a mode, and those of others not."""
-    plain = {name: Composition.model_fields[name].default for name in COMPOSITION}
-    return [
-        gr.update(value=given.get(name, plain[name]), visible=MODE_OF.get(name, mode) == mode) for name in COMPOSITION
-    ]
-
-
-def list_choices(studio: Studio, base: str) -> list[tuple[str, str]]:
-    """Adapters on offer, as shown and as named."""
-    return [
-        (f"{card.title} ({', '.join(card.triggers)})" if card.triggers else card.title, card.name)
-        for card in studio.cards(base)
-    ]
-
-
-def draw_blend(studio: Studio) -> BlendTab:
-    """The tab's components, without their wiring."""
-    base = studio.places.bases[0]
+def build_blend_tab(studio: Studio) -> BlendTab:
+    """Build the components of the tab, without their events."""
+    base = studio.config.bases[0]
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             with gr.Row():
-                base_box = gr.Dropdown(list(studio.places.bases), value=base, label="Base", scale=1, min_width=140)
-                chosen = gr.Dropdown(
-                    list_choices(studio, base),
+                base_dropdown = gr.Dropdown(
+                    list(studio.config.bases), value=base, label="Base model", scale=1, min_width=140
+                )
+                adapters = gr.Dropdown(
+                    adapter_choices(studio, base),
                     label="Adapters",
                     multiselect=True,
-                    max_choices=SLOTS,
+                    max_choices=NUM_SLOTS,
                     scale=3,
                     min_width=220,
-                    info="on the table; only those that fit the base are offered",
+                    info="Adapters that fit the base model",
                 )
-            adapter_gallery = draw_gallery(studio)
-            slots = [draw_slot(number + 1, studio.block_presets(base)) for number in range(SLOTS)]
-            mode, composition = draw_composition()
-            numbers, seeds = draw_numbers()
+            adapter_gallery = build_adapter_gallery(studio)
+            block_presets = studio.list_block_presets(base)
+            slots = [build_slot(number + 1, block_presets) for number in range(NUM_SLOTS)]
+            mode, composition = _build_composition()
+            numbers, seed_mode = _build_numbers()
         with gr.Column(scale=6, min_width=320):
-            prompts = draw_prompts()
-            stage = draw_stage(seeds)
+            prompts = _build_prompts()
+            output = _build_output(seed_mode)
     return BlendTab(
-        base=base_box,
+        base=base_dropdown,
         adapter_gallery=adapter_gallery,
-        chosen=chosen,
+        adapters=adapters,
         slots=slots,
         mode=mode,
         composition=composition,
         settings={**prompts, **numbers},
-        stage=stage,
+        output=output,
     )
 
 
-def draw_composition() -> tuple[gr.Dropdown, dict[str, Any]]:
-    """How the adapters come together, and what each way has of its own."""
+def _build_composition() -> tuple[gr.Dropdown, dict[str, Any]]:
+    """Build the blend mode and the settings of each mode."""
+    default = Composition()
     with gr.Row():
         mode = gr.Dropdown(
-            [(text, key) for key, text in MODES.items()],
-            value="sum",
-            label="Together",
-            info="routed mixtures come with their presets",
-            min_width=200,
+            _MODE_CHOICES, value=default.mode, label="Blend mode", info="How the adapters are combined", min_width=200
         )
-        parts = (
-            gr.Slider(1, 20, 5, step=1, label="Steps before the next", visible=False, min_width=140),
-            gr.Slider(0, 4, 1.5, step=0.1, label="The second grows by", visible=False, min_width=140),
-            gr.Slider(0, 4, 0.5, step=0.1, label="The second begins at", visible=False, min_width=140),
-            gr.Slider(0, 20, 1, step=0.5, label="How much is taken out", visible=False, min_width=140),
-            gr.Checkbox(False, label="Exact: beside the weights, for half precision", min_width=140),
+        components = (
+            gr.Slider(1, 20, default.switch_every, step=1, label="Steps per adapter", visible=False, min_width=140),
+            gr.Slider(0, 4, default.k_lora_slope, step=0.1, label="Slope", visible=False, min_width=140),
+            gr.Slider(0, 4, default.k_lora_start, step=0.1, label="Start", visible=False, min_width=140),
+            gr.Slider(0, 20, default.projection, step=0.5, label="Projection strength", visible=False, min_width=140),
+            gr.Checkbox(
+                default.parallel,
+                label="Apply beside the weights",
+                info="More exact in half precision, but slower",
+                min_width=140,
+            ),
         )
-    return mode, dict(zip(COMPOSITION, parts, strict=True))
+    return mode, dict(zip(COMPOSITION_SETTINGS, components, strict=True))
 
 
-def draw_prompts() -> dict[str, Any]:
-    """What the picture shows, and what not."""
+def _build_prompts() -> dict[str, Any]:
     prompt = gr.Textbox(
         label="Prompt",
         lines=2,
         elem_id="prompt",
         placeholder="a gloop character in the snow, in zwx style",
-        info="(word:1.3) counts more, [word] less; Ctrl+Enter generates",
+        info="(word:1.3) raises the attention to a word, [word] lowers it. Ctrl+Enter generates.",
     )
     return {"prompt": prompt, "negative_prompt": gr.Textbox(label="Negative prompt", lines=1)}
 
 
-def draw_numbers() -> tuple[dict[str, Any], gr.Radio]:
-    """All other settings, and what the next picture's seeds are."""
+def _build_numbers() -> tuple[dict[str, Any], gr.Radio]:
+    """Build the other settings, and how the next seed is chosen."""
+    default = DEFAULT_SETTINGS
     with gr.Row():
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=90)
-        steps = gr.Slider(1, MOST["num_inference_steps"], 20, step=1, label="Steps", min_width=140)
-        guidance = gr.Slider(0, 15, 4, step=0.5, label="Guidance", min_width=140)
-    seeds = gr.Radio(list(SEEDS), value="fixed", label="Seed of the next picture")
-    with gr.Accordion("Size, count, scheduler, variation", open=False), gr.Row():
-        scheduler = gr.Dropdown(list(get_args(Scheduler)), value="base", label="Scheduler", min_width=120)
-        width = gr.Number(0, label="Width", info="0: the base's", precision=0, minimum=0, step=8, min_width=90)
-        height = gr.Number(0, label="Height", info="0: the base's", precision=0, minimum=0, step=8, min_width=90)
-        count = gr.Slider(1, MOST["count"], 1, step=1, label="Count", min_width=120)
-        variation = gr.Slider(0, 1, 0, step=0.05, label="Variation", info="from the seed's picture", min_width=140)
-        variation_seed = gr.Number(0, label="Seed of the variation", precision=0, minimum=0, min_width=90)
-    parts = (seed, steps, guidance, scheduler, width, height, count, variation, variation_seed)
-    return dict(zip(list(PLAIN)[2:], parts, strict=True)), seeds
+        seed = gr.Number(default["seed"], label="Seed", precision=0, minimum=0, min_width=90)
+        steps = gr.Slider(
+            1, MAX_SETTINGS["num_inference_steps"], default["num_inference_steps"], step=1, label="Steps", min_width=140
+        )
+        guidance = gr.Slider(0, 15, default["guidance_scale"], step=0.5, label="Guidance scale (CFG)", min_width=140)
+    seed_choices = [(mode.capitalize(), mode) for mode in SEED_MODES]
+    seed_mode = gr.Radio(seed_choices, value=SEED_MODES[0], label="Seed of the next image")
+    with gr.Accordion("Size, number of images, scheduler, variation", open=False), gr.Row():
+        schedulers = [("Base model's default" if name == "base" else name, name) for name in get_args(Scheduler)]
+        scheduler = gr.Dropdown(schedulers, value=default["scheduler"], label="Scheduler", min_width=120)
+        width, height = (
+            gr.Number(0, label=label, info="0 = default size", precision=0, minimum=0, step=8, min_width=90)
+            for label in ("Width", "Height")
+        )
+        count = gr.Slider(1, MAX_SETTINGS["count"], default["count"], step=1, label="Number of images", min_width=120)
+        variation = gr.Slider(
+            0,
+            1,
+            default["variation"],
+            step=0.05,
+            label="Variation strength",
+            info="0 = no variation",
+            min_width=140,
+        )
+        variation_seed = gr.Number(
+            default["variation_seed"], label="Variation seed", precision=0, minimum=0, min_width=90
+        )
+    components = (seed, steps, guidance, scheduler, width, height, count, variation, variation_seed)
+    return dict(zip(list(DEFAULT_SETTINGS)[2:], components, strict=True)), seed_mode
 
 
-def draw_stage(seeds: gr.Radio) -> OutputPanel:
-    """Buttons above, pictures below."""
+def _build_output(seed_mode: gr.Radio) -> OutputPanel:
+    """Build the buttons, and the images below them."""
     with gr.Row():
-        go = gr.Button("Generate", variant="primary", elem_id="generate", scale=2, min_width=120)
+        generate = gr.Button("Generate", variant="primary", elem_id="generate", scale=2, min_width=120)
         stop = gr.Button("Stop", variant="stop", scale=1, min_width=80)
-        live = gr.Checkbox(False, label="Live: draw when a weight moves", scale=1, min_width=160)
+        live = gr.Checkbox(False, label="Generate when a weight changes", scale=1, min_width=160)
     status = gr.Markdown(elem_id="status")
-    picture = gr.Image(
-        label="Picture",
+    image = gr.Image(
+        label="Image",
         format="png",
         interactive=False,
         height=460,
         buttons=["download", "fullscreen"],
-        elem_classes="picture",
+        elem_classes="fit-image",
     )
-    slider = gr.ImageSlider(label="The base alone, and the blend", format="png", interactive=False, visible=False)
+    comparison = gr.ImageSlider(
+        label="Base model (left) and blend (right)", format="png", interactive=False, visible=False
+    )
     gallery = gr.Gallery(
-        label="Pictures so far",
+        label="Images of this session",
         format="png",
         columns=5,
         fit_columns=False,
@@ -262,24 +215,24 @@ def draw_stage(seeds: gr.Radio) -> OutputPanel:
         object_fit="contain",
         interactive=False,
         buttons=["download", "fullscreen"],
-        elem_classes="picture tidy",
+        elem_classes="fit-image compact-gallery",
     )
     with gr.Row():
-        compare = gr.Button("Compare with the base", min_width=160)
-        dropped = gr.File(label="Drop a picture to restore all its settings", file_types=[".png"], height=140)
-    twin, command = command_box("The same on the command line")
+        compare = gr.Button("Compare with base model", min_width=160)
+        image_file = gr.File(label="Load settings from an image (PNG)", file_types=[".png"], height=140)
+    command_accordion, command = build_command_box()
     return OutputPanel(
-        seeds=seeds,
+        seed_mode=seed_mode,
         live=live,
-        go=go,
+        generate=generate,
         stop=stop,
         status=status,
-        picture=picture,
-        slider=slider,
+        image=image,
+        comparison=comparison,
         gallery=gallery,
-        kept=gr.State([]),
+        image_paths=gr.State([]),
         compare=compare,
-        dropped=dropped,
-        twin=twin,
+        image_file=image_file,
+        command_accordion=command_accordion,
         command=command,
     )

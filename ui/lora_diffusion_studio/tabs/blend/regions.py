@@ -1,22 +1,22 @@
-"""The canvas of the Blend tab: an adapter acts where it is painted."""
+"""The regions of the Blend tab: a canvas on which the area of an adapter is painted."""
 
 from typing import Any
 
 import gradio as gr
 
-from lora_diffusion_studio.backend.region_masks import SIDE_PX, save_mask, set_region
+from lora_diffusion_studio.backend.region_masks import MASK_PX, save_mask, set_region
 from lora_diffusion_studio.backend.studio import Studio
 from lora_diffusion_studio.tabs.blend.adapter_slots import parse_slots, slot_updates
 from lora_diffusion_studio.tabs.blend.layout import BlendTab
 from lora_diffusion_studio.tabs.handlers import QUICK, with_messages
 
 
-def draw_regions(studio: Studio, blend: BlendTab) -> None:
-    """Which adapter, and where."""
-    with gr.Accordion("Regions: where an adapter acts", open=False):
-        of = gr.Dropdown([], label="Adapter to place")
+def build_regions(studio: Studio, blend: BlendTab) -> None:
+    """Build the canvas and connect its buttons."""
+    with gr.Accordion("Regions (limit an adapter to a part of the image)", open=False):
+        adapter = gr.Dropdown([], label="Adapter to limit")
         canvas = gr.ImageEditor(
-            label="Paint where it acts",
+            label="Paint the region",
             type="pil",
             image_mode="RGBA",
             format="png",
@@ -24,30 +24,32 @@ def draw_regions(studio: Studio, blend: BlendTab) -> None:
             transforms=(),
             layers=False,
             brush=gr.Brush(default_size=48, colors=["#7c3aed"], color_mode="fixed"),
-            canvas_size=(SIDE_PX, SIDE_PX),
+            canvas_size=(MASK_PX, MASK_PX),
             fixed_canvas=True,
             height=360,
         )
         with gr.Row():
-            use = gr.Button("Only where it is painted")
-            everywhere = gr.Button("Everywhere again")
+            limit = gr.Button("Limit to the painted region")
+            reset = gr.Button("Remove the limit")
 
     @with_messages
-    def mask(name: str | None, painted: dict[str, Any] | None, *values: Any) -> list[Any]:
+    def limit_adapter(name: str | None, painted: dict[str, Any] | None, *slot_values: Any) -> list[Any]:
         image: Any = (painted or {}).get("composite")
         if image is None:
-            raise gr.Error("nothing is painted; paint where the adapter acts", print_exception=False)
-        return slot_updates(set_region(parse_slots(values), name or "", save_mask(studio, image)), studio.card)
+            raise gr.Error("the mask is empty; paint the area where the adapter is applied", print_exception=False)
+        slots = set_region(parse_slots(slot_values), name or "", save_mask(studio, image))
+        return slot_updates(slots, studio.get_card)
 
-    use.click(mask, [of, canvas, *blend.table_inputs], blend.table_outputs, **QUICK)
+    limit.click(limit_adapter, [adapter, canvas, *blend.slot_inputs], blend.slot_outputs, **QUICK)
 
     @with_messages
-    def release(name: str | None, *values: Any) -> list[Any]:
-        return slot_updates(set_region(parse_slots(values), name or "", None), studio.card)
+    def reset_adapter(name: str | None, *slot_values: Any) -> list[Any]:
+        return slot_updates(set_region(parse_slots(slot_values), name or "", None), studio.get_card)
 
-    everywhere.click(release, [of, *blend.table_inputs], blend.table_outputs, **QUICK)
+    reset.click(reset_adapter, [adapter, *blend.slot_inputs], blend.slot_outputs, **QUICK)
 
-    def on_table(chosen: list[str]) -> Any:
-        return gr.update(choices=chosen, value=chosen[0] if chosen else None)
+    def list_adapters(names: list[str]) -> Any:
+        choices = [(name.removesuffix(".safetensors"), name) for name in names]
+        return gr.update(choices=choices, value=names[0] if names else None)
 
-    blend.chosen.change(on_table, blend.chosen, of, **QUICK)
+    blend.adapters.change(list_adapters, blend.adapters, adapter, **QUICK)
