@@ -22,9 +22,10 @@ PROMPT = {"prompt": "a gloop character in the snow, in zwx style", "num_inferenc
 BOTH = (AdapterSlot(name="neon.safetensors", weight=0.6), AdapterSlot(name="gloop.safetensors", weight=0.8))
 
 
-def test_image_equals_that_of_the_command_line(studio: Studio, tmp_path: Path) -> None:
+@pytest.mark.parametrize("composition", [{}, {"parallel": True}], ids=["in the weights", "parallel"])
+def test_image_equals_that_of_the_command_line(studio: Studio, composition: dict[str, object], tmp_path: Path) -> None:
     """The equivalent command makes the same pixels."""
-    form = BlendForm(slots=BOTH, settings={**PROMPT, "seed": 7})
+    form = BlendForm(slots=BOTH, settings={**PROMPT, "seed": 7}, composition=composition)
     events = list(generate(studio, form))
     assert [type(event) for event in events] == [StepDone, StepDone, StepDone, StepDone, ImageSaved, GenerationDone]
     assert [event.fraction for event in events if isinstance(event, StepDone)] == [0.25, 0.5, 0.75, 1.0]

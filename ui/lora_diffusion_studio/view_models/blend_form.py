@@ -111,7 +111,8 @@ def format_command(form: BlendForm, library: Library, output: Path, command: str
     words += adapter_flags(form.slots, library)
     words += ["--mode", form.mode] * (form.mode != "sum")
     given = {**form.composition, **{key: value for key, value in form.settings.items() if value not in (None, "")}}
-    words += [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    for key, value in given.items():
+        words += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
     return shlex.join([*words, *more, "--output", str(output)])
 
 
