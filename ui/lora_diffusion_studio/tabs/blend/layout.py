@@ -157,11 +157,19 @@ def _build_numbers() -> tuple[dict[str, Any], gr.Radio]:
     """Build the other settings, and how the next seed is chosen."""
     default = DEFAULT_SETTINGS
     with gr.Row():
-        seed = gr.Number(default["seed"], label="Seed", precision=0, minimum=0, min_width=90)
+        seed = gr.Number(default["seed"], label="Seed", precision=0, minimum=0, scale=2, min_width=90)
         steps = gr.Slider(
-            1, MAX_SETTINGS["num_inference_steps"], default["num_inference_steps"], step=1, label="Steps", min_width=140
+            1,
+            MAX_SETTINGS["num_inference_steps"],
+            default["num_inference_steps"],
+            step=1,
+            label="Steps",
+            scale=3,
+            min_width=140,
         )
-        guidance = gr.Slider(0, 15, default["guidance_scale"], step=0.5, label="Guidance scale (CFG)", min_width=140)
+        guidance = gr.Slider(
+            0, 15, default["guidance_scale"], step=0.5, label="Guidance scale (CFG)", scale=4, min_width=200
+        )
     seed_choices = [(mode.capitalize(), mode) for mode in SEED_MODES]
     seed_mode = gr.Radio(seed_choices, value=SEED_MODES[0], label="Seed of the next image")
     with gr.Accordion("Size, number of images, scheduler, variation", open=False), gr.Row():
@@ -193,7 +201,7 @@ def _build_output(seed_mode: gr.Radio) -> OutputPanel:
     with gr.Row():
         generate = gr.Button("Generate", variant="primary", elem_id="generate", scale=2, min_width=120)
         stop = gr.Button("Stop", variant="stop", scale=1, min_width=80)
-        live = gr.Checkbox(False, label="Generate when a weight changes", scale=1, min_width=160)
+        live = gr.Checkbox(False, label="Generate when a weight changes", scale=2, min_width=200)
     status = gr.Markdown(elem_id="status")
     image = gr.Image(
         label="Image",
@@ -219,7 +227,7 @@ def _build_output(seed_mode: gr.Radio) -> OutputPanel:
     )
     with gr.Row():
         compare = gr.Button("Compare with base model", min_width=160)
-        image_file = gr.File(label="Load settings from an image (PNG)", file_types=[".png"], height=140)
+        image_file = gr.File(label="Load settings from a PNG", file_types=[".png"], height=140)
     command_accordion, command = build_command_box()
     return OutputPanel(
         seed_mode=seed_mode,
