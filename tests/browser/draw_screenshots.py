@@ -45,7 +45,7 @@ def compare(page: Any) -> None:
 
 def presets(page: Any) -> None:
     open_tab(page, "Presets")
-    page.get_by_label("Name", exact=True).fill("Gloop at night")
+    page.get_by_label("Preset name").fill("Gloop at night")
     page.get_by_label("Description").fill("Mountains and stars")
     page.get_by_role("button", name="Save current blend as preset").click()
     page.get_by_text("Preset saved as Gloop at night").wait_for()

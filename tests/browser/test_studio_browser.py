@@ -300,7 +300,7 @@ def test_a_preset_is_saved_and_loaded_again(page: Any) -> None:
     add_adapters(page, "zuki")
     fill_prompt(page, "a zuki on the beach")
     open_tab(page, "Presets")
-    page.get_by_label("Name", exact=True).fill("Zuki again")
+    page.get_by_label("Preset name").fill("Zuki again")
     page.get_by_role("button", name="Save current blend as preset").click()
     page.get_by_text("Preset saved as Zuki again").wait_for()
     page.reload()

@@ -28,7 +28,8 @@ FORM = BlendForm(slots=BOTH, settings=PROMPT)
 
 
 def test_adapter_is_inspected_annotated_renamed_and_converted(studio: Studio) -> None:
-    assert ("trigger words", '["zwx"]') in inspect_rows(studio, "neon.safetensors")
+    assert ("trigger words", "zwx") in inspect_rows(studio, "neon.safetensors")
+    assert ("ranks", "min 8, median 8, max 8") in inspect_rows(studio, "neon.safetensors")
     assert "ok" in verify_adapter(studio, "neon.safetensors", "tiny-sd")
     (studio.config.library / "neon.json").write_text('{"sd version": "SD1", "preferred weight": 0.4}')
     write_notes(

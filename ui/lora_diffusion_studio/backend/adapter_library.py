@@ -54,9 +54,17 @@ def inspect_rows(studio: Studio, name: str) -> list[tuple[str, str]]:
     """
     properties = inspect_adapter(find_file(studio, name))
     shown = {key: value for key, value in properties.items() if value not in ("", [], {}, None) and key != "file"}
-    return [
-        (key.replace("_", " "), value if isinstance(value, str) else json.dumps(value)) for key, value in shown.items()
-    ]
+    return [(key.replace("_", " "), _format_value(value)) for key, value in shown.items()]
+
+
+def _format_value(value: object) -> str:
+    """Return a property's value as text: lists with commas, tables as `min 8, max 16`."""
+    if isinstance(value, dict):
+        items = cast(dict[str, object], value).items()
+        return ", ".join(f"{key} {_format_value(item)}" for key, item in items)
+    if isinstance(value, list | tuple):
+        return ", ".join(_format_value(item) for item in cast(list[object], value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def verify_adapter(studio: Studio, name: str, base: str) -> str:

@@ -28,7 +28,7 @@ def build_presets_tab(studio: Studio, blend: BlendTab) -> list[Any]:
     """Build the tab and connect its events; returns the components that `list_updates` changes."""
     with gr.Row():
         with gr.Column(scale=3, min_width=300):
-            gallery = build_thumbnail_gallery(_thumbnails(studio), label="Presets")
+            gallery = build_thumbnail_gallery(_thumbnails(studio), label="Presets", show_label=False)
             selected = gr.Dropdown(
                 _names(studio), label="Preset", info="Built-in presets can be loaded, but not changed"
             )
@@ -72,7 +72,7 @@ def build_presets_tab(studio: Studio, blend: BlendTab) -> list[Any]:
 def _build_save(studio: Studio, blend: BlendTab, outputs: list[Any]) -> None:
     """Build the fields that save the current blend, and the import of a file."""
     with gr.Group():
-        name = gr.Textbox(label="Name", placeholder="Late neon", info="Name of a preset to save or import")
+        name = gr.Textbox(label="Preset name", placeholder="Late neon", info="For saving or importing")
         description = gr.Textbox(label="Description", placeholder="What the preset is good for")
         overwrite = gr.Checkbox(False, label="Overwrite a preset of the same name")
         save = gr.Button("Save current blend as preset")
@@ -137,7 +137,7 @@ def _names(studio: Studio) -> list[str]:
 
 
 def _thumbnails(studio: Studio) -> list[Any]:
-    return [(make_thumbnail(preset.title, preset.thumbnail), preset.name) for preset in list_saved_presets(studio)]
+    return [(make_thumbnail(preset.title, preset.thumbnail), preset.path.stem) for preset in list_saved_presets(studio)]
 
 
 def _preset_updates(preset: SavedPreset | None) -> list[Any]:

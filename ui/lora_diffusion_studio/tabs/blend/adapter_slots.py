@@ -91,24 +91,26 @@ def _build_advanced(block_presets: Sequence[str]) -> tuple[dict[str, Any], gr.Im
         with gr.Row():
             unet = gr.Textbox(label="UNet weight", placeholder="same as Weight", min_width=110)
             te = gr.Textbox(label="Text encoder weight", placeholder="same as Weight", min_width=110)
+        with gr.Row():
             lbw = gr.Dropdown(
                 [("All blocks", ""), *((name, name) for name in block_presets)],
                 value="",
                 label="Block weights",
-                info="Preset, or comma-separated values",
+                info="Or type comma-separated values",
                 allow_custom_value=True,
+                min_width=140,
             )
-        with gr.Row():
-            start = gr.Slider(0, 1, 0, step=0.05, label="Start", info="Fraction of steps", min_width=140)
-            stop = gr.Slider(0, 1, 1, step=0.05, label="End", info="Fraction of steps", min_width=140)
             schedule = gr.Dropdown(
                 list(SCHEDULES.items()),
                 value="",
                 label="Weight schedule",
-                info="Or type: linear=0@0.2,1@0.8",
+                info="Or type linear=0@0.2,1@0.8",
                 allow_custom_value=True,
                 min_width=140,
             )
+        with gr.Row():
+            start = gr.Slider(0, 1, 0, step=0.05, label="Start", info="Fraction of steps", min_width=140)
+            stop = gr.Slider(0, 1, 1, step=0.05, label="End", info="Fraction of steps", min_width=140)
         options = gr.Textbox(
             label="Other options",
             info="Any option of a <lora:...> tag: block and module weights, region",

@@ -157,41 +157,28 @@ def _build_numbers() -> tuple[dict[str, Any], gr.Radio]:
     """Build the other settings, and how the next seed is chosen."""
     default = DEFAULT_SETTINGS
     with gr.Row():
-        seed = gr.Number(default["seed"], label="Seed", precision=0, minimum=0, scale=2, min_width=90)
         steps = gr.Slider(
-            1,
-            MAX_SETTINGS["num_inference_steps"],
-            default["num_inference_steps"],
-            step=1,
-            label="Steps",
-            scale=3,
-            min_width=140,
+            1, MAX_SETTINGS["num_inference_steps"], default["num_inference_steps"], step=1, label="Steps", min_width=160
         )
-        guidance = gr.Slider(
-            0, 15, default["guidance_scale"], step=0.5, label="Guidance scale (CFG)", scale=4, min_width=200
-        )
-    seed_choices = [(mode.capitalize(), mode) for mode in SEED_MODES]
-    seed_mode = gr.Radio(seed_choices, value=SEED_MODES[0], label="Seed of the next image")
-    with gr.Accordion("Size, number of images, scheduler, variation", open=False), gr.Row():
-        schedulers = [("Base model's default" if name == "base" else name, name) for name in get_args(Scheduler)]
-        scheduler = gr.Dropdown(schedulers, value=default["scheduler"], label="Scheduler", min_width=120)
-        width, height = (
-            gr.Number(0, label=label, info="0 = default size", precision=0, minimum=0, step=8, min_width=90)
-            for label in ("Width", "Height")
-        )
-        count = gr.Slider(1, MAX_SETTINGS["count"], default["count"], step=1, label="Number of images", min_width=120)
-        variation = gr.Slider(
-            0,
-            1,
-            default["variation"],
-            step=0.05,
-            label="Variation strength",
-            info="0 = no variation",
-            min_width=140,
-        )
-        variation_seed = gr.Number(
-            default["variation_seed"], label="Variation seed", precision=0, minimum=0, min_width=90
-        )
+        guidance = gr.Slider(0, 15, default["guidance_scale"], step=0.5, label="Guidance scale (CFG)", min_width=240)
+    with gr.Row():
+        seed = gr.Number(default["seed"], label="Seed", precision=0, minimum=0, scale=1, min_width=90)
+        seed_choices = [(mode.capitalize(), mode) for mode in SEED_MODES]
+        seed_mode = gr.Radio(seed_choices, value=SEED_MODES[0], label="Seed of the next image", scale=3, min_width=240)
+    with gr.Accordion("Size, number of images, scheduler, variation", open=False):
+        with gr.Row():
+            schedulers = [("Default" if name == "base" else name, name) for name in get_args(Scheduler)]
+            scheduler = gr.Dropdown(schedulers, value=default["scheduler"], label="Scheduler", min_width=120)
+            width, height = (
+                gr.Number(0, label=label, info="0 = default", precision=0, minimum=0, step=8, min_width=90)
+                for label in ("Width", "Height")
+            )
+        with gr.Row():
+            count = gr.Slider(
+                1, MAX_SETTINGS["count"], default["count"], step=1, label="Number of images", min_width=200
+            )
+            variation = gr.Slider(0, 1, default["variation"], step=0.05, label="Variation strength", min_width=200)
+        variation_seed = gr.Number(default["variation_seed"], label="Variation seed", precision=0, minimum=0)
     components = (seed, steps, guidance, scheduler, width, height, count, variation, variation_seed)
     return dict(zip(list(DEFAULT_SETTINGS)[2:], components, strict=True)), seed_mode
 
@@ -227,7 +214,7 @@ def _build_output(seed_mode: gr.Radio) -> OutputPanel:
     )
     with gr.Row():
         compare = gr.Button("Compare with base model", min_width=160)
-        image_file = gr.File(label="Load settings from a PNG", file_types=[".png"], height=140)
+        image_file = gr.File(label="Load settings from a PNG", file_types=[".png"], height=170)
     command_accordion, command = build_command_box()
     return OutputPanel(
         seed_mode=seed_mode,
