@@ -21,7 +21,7 @@ from playwright.sync_api import sync_playwright
 from lora_diffusion.core.atomic_files import sample_data_folder
 from tests.benchmarks.goals import at_most, not_above, write_report
 from tests.benchmarks.measuring import machine
-from tests.browser.test_studio_browser import CHROMIUM, lay, say
+from tests.browser.test_studio_browser import CHROMIUM, add_adapters, fill_prompt
 
 ADAPTERS = [path.stem for path in sorted((sample_data_folder() / "adapters").glob("*.safetensors"))] * 2
 """Ten, each of the ready ones twice."""
@@ -40,8 +40,8 @@ def resident_mb(process: int) -> float:
     return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
 
 
-def watched(address: str) -> dict[str, float]:
-    """A visitor's waits."""
+def measure_waits(address: str) -> dict[str, float]:
+    """Measure how long a user waits for the page, the first step and the image."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         page: Any = browser.new_page()
@@ -49,13 +49,13 @@ def watched(address: str) -> dict[str, float]:
         page.goto(address)
         page.get_by_role("button", name="Generate").wait_for()
         usable = time.perf_counter() - started
-        lay(page, "neon", "gloop")
-        say(page, "a gloop character in the snow, in zwx style")
+        add_adapters(page, "neon", "gloop")
+        fill_prompt(page, "a gloop character in the snow, in zwx style")
         waits = []
         for _ in range(2):  # the first loads the base
             started = time.perf_counter()
             page.get_by_role("button", name="Generate").click()
-            page.locator("#status", has_text=re.compile(r"step \d+ of")).wait_for()
+            page.locator("#status", has_text=re.compile(r"Step \d+ of")).wait_for()
             first = time.perf_counter() - started
             page.locator("#status", has_text=re.compile(r"\.png in ")).wait_for()
             waits.append((first, time.perf_counter() - started))
@@ -80,10 +80,12 @@ def main() -> None:
             line = next(each for each in server.stdout if "is open at" in each)
             opened = time.perf_counter() - started
             address = line.split()[5]
-            waits = watched(address)
+            waits = measure_waits(address)
             before = resident_mb(server.pid)
             adapters = [f"{name}:0.1" for name in ADAPTERS]
-            Client(address, verbose=False).predict(prompt="a house", adapters=adapters, steps=4, api_name="/generate")
+            Client(address, verbose=False).predict(
+                prompt="a house", adapters=adapters, num_inference_steps=4, api_name="/generate"
+            )
             memory = resident_mb(server.pid)
         finally:
             server.kill()

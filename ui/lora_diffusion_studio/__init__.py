@@ -1,1 +1,1 @@
-"""The studio: a Gradio app over the library. Everything that it does is a library call with a command-line twin."""
+"""The studio: a browser interface (Gradio) for the library. Each action has an equivalent command."""

@@ -1,4 +1,4 @@
-"""The app: tabs laid out and wired to the studio, and launched for its owner alone. No decision lives here."""
+"""The page and its server: builds the tabs and launches Gradio."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,51 +7,54 @@ from typing import Any
 import gradio as gr
 
 from lora_diffusion_studio.api import add_api
-from lora_diffusion_studio.safety import MOST_WAITING, check_exposure, launch_settings
-from lora_diffusion_studio.studio import Studio
-from lora_diffusion_studio.tabs.adapters import draw_adapters
-from lora_diffusion_studio.tabs.blend import draw_blend, list_choices
-from lora_diffusion_studio.tabs.blend_actions import wire_blend
-from lora_diffusion_studio.tabs.compare import draw_compare
-from lora_diffusion_studio.tabs.events import QUICK
-from lora_diffusion_studio.tabs.merge import draw_merge
-from lora_diffusion_studio.tabs.presets import draw_presets, list_updates
-from lora_diffusion_studio.tabs.regions import draw_regions
-from lora_diffusion_studio.tabs.shelf import gallery_updates
-from lora_diffusion_studio.tabs.train import draw_train
-from lora_diffusion_studio.theme import CSS, SHORTCUT, studio_theme
+from lora_diffusion_studio.backend.studio import Studio
+from lora_diffusion_studio.security import MAX_QUEUE_SIZE, check_exposure, launch_settings
+from lora_diffusion_studio.tabs.adapters import build_adapters_tab
+from lora_diffusion_studio.tabs.blend.adapter_gallery import adapter_choices, gallery_updates
+from lora_diffusion_studio.tabs.blend.generation_events import connect_comparison, connect_generation
+from lora_diffusion_studio.tabs.blend.layout import build_blend_tab
+from lora_diffusion_studio.tabs.blend.regions import build_regions
+from lora_diffusion_studio.tabs.blend.settings_events import connect_settings
+from lora_diffusion_studio.tabs.blend.slot_events import connect_slots
+from lora_diffusion_studio.tabs.compare import build_compare_tab
+from lora_diffusion_studio.tabs.handlers import QUICK
+from lora_diffusion_studio.tabs.merge import build_merge_tab
+from lora_diffusion_studio.tabs.presets import build_presets_tab, list_updates
+from lora_diffusion_studio.tabs.train import build_train_tab
+from lora_diffusion_studio.theme import CSS, GENERATE_SHORTCUT, studio_theme
 
-DAY_S = 86_400
+_DAY_S = 86_400
 
 
 def build_app(studio: Studio, *, api: bool = False) -> gr.Blocks:
-    """Build the app's pages, and API endpoints if requested."""
-    with gr.Blocks(title="LoRA studio", analytics_enabled=False, delete_cache=(DAY_S, DAY_S)) as app:
+    """Build the page, with API endpoints if requested."""
+    with gr.Blocks(title="LoRA studio", analytics_enabled=False, delete_cache=(_DAY_S, _DAY_S)) as app:
         if api:
-            add_api(studio)  # first, as an event's name is taken from its function
-        gr.Markdown("# LoRA studio\nPut adapters on the table, move their weights, look, compare, keep.")
+            add_api(studio)  # first, because Gradio derives the endpoints' names from the functions' names
+        gr.Markdown("# LoRA studio\nBlend LoRA adapters, compare and merge them, and train new ones.")
         with gr.Tab("Blend", id="blend"):
-            blend = draw_blend(studio)
-            wire_blend(studio, blend)
-            draw_regions(studio, blend)
+            blend = build_blend_tab(studio)
+            build_regions(studio, blend)
+            for connect in (connect_generation, connect_comparison, connect_slots, connect_settings):
+                connect(studio, blend)
         with gr.Tab("Compare", id="compare"):
-            draw_compare(studio, blend)
+            build_compare_tab(studio, blend)
         with gr.Tab("Presets", id="presets"):
-            presets = draw_presets(studio, blend)
+            presets = build_presets_tab(studio, blend)
         with gr.Tab("Merge", id="merge"):
-            draw_merge(studio, blend)
+            build_merge_tab(studio, blend)
         with gr.Tab("Train", id="train"):
-            draw_train(studio, blend)
+            build_train_tab(studio, blend)
         with gr.Tab("Adapters", id="adapters"):
-            draw_adapters(studio, blend)
+            build_adapters_tab(studio, blend)
 
-        def fresh_page() -> list[Any]:
-            """What has come since the app was built."""
-            base = studio.places.bases[0]
-            offered = list_choices(studio, base)
-            return [gr.update(choices=offered), *list_updates(studio), *gallery_updates(studio, base)]
+        def refresh_lists() -> list[Any]:
+            """Return the updates that show adapters and presets added since the app was built."""
+            base = studio.config.bases[0]
+            choices = gr.update(choices=adapter_choices(studio, base))
+            return [choices, *list_updates(studio), *gallery_updates(studio, base)]
 
-        app.load(fresh_page, None, [blend.chosen, *presets, *blend.adapter_gallery.outputs], **QUICK)
+        app.load(refresh_lists, None, [blend.adapters, *presets, *blend.adapter_gallery.outputs], **QUICK)
     return app
 
 
@@ -64,26 +67,40 @@ def serve(  # noqa: PLR0913 (the command's flags)
     password: str = "",
     api: bool = False,
     block: bool = True,
-    say: Callable[[str], Any] = partial(print, flush=True),  # noqa: B008 (a pipe shows it at once too)
+    report: Callable[[str], Any] = partial(print, flush=True),  # noqa: B008 (flushed, so that a pipe shows it at once)
 ) -> gr.Blocks:
-    """Open the studio at an address, and stay there. Raises ConfigError for one that lets others in unasked."""
+    """Start the server.
+
+    Args:
+        studio: The studio.
+        host: Address to listen on.
+        port: Port to listen on; the first free port from 7860 if None.
+        share: Whether to open a public address through Gradio's servers.
+        password: Password of the user `studio`. Required if other machines can connect.
+        api: Whether to add the API endpoints.
+        block: Whether to wait until the server is stopped.
+        report: Function that is called with the message that contains the address.
+
+    Raises:
+        ConfigError: If other machines could connect without a password.
+    """
     check_exposure(host, share=share, password=password)
     app = build_app(studio, api=api)
-    app.queue(max_size=MOST_WAITING, default_concurrency_limit=4)
-    _, url, shared = app.launch(
+    app.queue(max_size=MAX_QUEUE_SIZE, default_concurrency_limit=4)
+    _, url, shared_url = app.launch(
         server_port=port,
         quiet=True,
         prevent_thread_lock=True,
         theme=studio_theme(),
         css=CSS,
-        head=SHORTCUT,
+        head=GENERATE_SHORTCUT,
         footer_links=["settings", "api"] if api else ["settings"],
         run_history=False,
         ssr_mode=False,
-        allowed_paths=[str(studio.places.output.resolve())],
+        allowed_paths=[str(studio.config.output.resolve())],
         **launch_settings(host, share=share, password=password),
     )
-    say(f"the studio is open at {shared or url} (Ctrl-C closes it)")
+    report(f"the studio is open at {shared_url or url} (Ctrl-C closes it)")
     if block:
         app.block_thread()
     return app

@@ -1,41 +1,44 @@
-"""How the studio looks: quiet grounds, one accent, and fonts that are already on the machine."""
+"""The look of the page: theme, CSS, and the keyboard shortcut of Generate."""
 
 import gradio as gr
 
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
-MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "monospace")
+MONO_FONTS = ("ui-monospace", "SFMono-Regular", "Menlo", "monospace")
+"""Fonts of the operating system, so that the page loads nothing from other servers."""
 
 CSS = """
 .gradio-container { max-width: 1480px !important; margin: 0 auto !important; }
-.card { border-left: 3px solid var(--primary-500); }
-.card > .card { border-left: 0; }
-.grid-container { grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)) !important; }
-.column, .contain, .wrap { min-width: 0; }
-.picture img { width: 100%; height: 100%; object-fit: contain; }
-.wide .grid-container { grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)) !important; }
-.wide .grid-wrap { max-height: none !important; padding-top: 2.4rem; }
-.wide .gallery-item, .wide .gallery-item > * { aspect-ratio: 8 / 5 !important; height: auto; }
-.facts td { overflow-wrap: anywhere; }
 .gradio-container, .gradio-container > main { width: 100% !important; }
-.about { color: var(--body-text-color-subdued); font-size: .85rem; padding: 0 !important; border: 0 !important; }
-.card .column { padding: .4rem; gap: .2rem; justify-content: center; }
-.card .column > .block { padding: 0; }
-.card .row { gap: 0; background: var(--block-background-fill); }
-.face { flex: 0 0 84px !important; padding: .4rem; }
-.face img { border-radius: 6px; }
-.words { padding: .2rem .6rem .5rem !important; }
-.words label { padding: .1rem .6rem !important; }
-.words input { display: none; }
-.tidy .grid-wrap { padding-top: 2.4rem; }
-.tidy .grid-wrap, .shelf .grid-wrap { min-height: 0 !important; max-height: 300px; }
-.shelf .grid-container { grid-template-columns: repeat(auto-fill, minmax(84px, 104px)) !important; }
-.shelf .caption-label {
+.column, .contain, .wrap { min-width: 0; }
+.grid-container { grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)) !important; }
+.fit-image img { width: 100%; height: 100%; object-fit: contain; }
+.compact-gallery .grid-wrap { padding-top: 2.4rem; }
+.compact-gallery .grid-wrap, .thumbnails .grid-wrap { min-height: 0 !important; max-height: 300px; }
+.thumbnails .grid-container { grid-template-columns: repeat(auto-fill, minmax(84px, 104px)) !important; }
+.thumbnails .caption-label {
   left: 3px; right: 3px; bottom: 3px; max-width: none; padding: .1rem .2rem; text-align: center; font-size: .75rem;
 }
+.plots .grid-container { grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)) !important; }
+.plots .grid-wrap { max-height: none !important; padding-top: 2.4rem; }
+.plots .gallery-item, .plots .gallery-item > * { aspect-ratio: 8 / 5 !important; height: auto; }
+.wrapped-table td { overflow-wrap: anywhere; }
+.adapter-slot { border-left: 3px solid var(--primary-500); }
+.adapter-slot > .adapter-slot { border-left: 0; }
+.adapter-slot .column { padding: .4rem; gap: .2rem; justify-content: center; }
+.adapter-slot .column > .block { padding: 0; }
+.adapter-slot .row { gap: 0; background: var(--block-background-fill); }
+.adapter-slot .thumbnail { flex: 0 0 84px !important; padding: .4rem; }
+.adapter-slot .thumbnail img { border-radius: 6px; }
+.adapter-slot .summary {
+  color: var(--body-text-color-subdued); font-size: .85rem; padding: 0 !important; border: 0 !important;
+}
+.trigger-words { padding: .2rem .6rem .5rem !important; }
+.trigger-words label { padding: .1rem .6rem !important; }
+.trigger-words input { display: none; }
 #status p { margin: 0; min-height: 1.4em; }
 @media (max-width: 640px) { .gradio-container { padding: .5rem !important; } }
 """
-SHORTCUT = """
+GENERATE_SHORTCUT = """
 <script>
 document.addEventListener("keydown", (event) => {
   if ((event.ctrlKey || event.metaKey) && event.key === "Enter") {
@@ -45,11 +48,11 @@ document.addEventListener("keydown", (event) => {
 });
 </script>
 """
-"""Ctrl+Enter generates; leaving the field first makes its text known."""
+"""Script that generates on Ctrl+Enter. It leaves the focused field first, so that Gradio reads its text."""
 
 
 def studio_theme() -> gr.themes.Base:
-    """The theme, light and dark."""
+    """Return the theme, for light and dark mode."""
     return gr.themes.Soft(
-        primary_hue="violet", secondary_hue="slate", neutral_hue="slate", font=list(FONTS), font_mono=list(MONO)
+        primary_hue="violet", secondary_hue="slate", neutral_hue="slate", font=list(FONTS), font_mono=list(MONO_FONTS)
     )

@@ -48,15 +48,16 @@ class Ui:
         try:
             with quiet_libraries():
                 from lora_diffusion_studio.app import serve
-                from lora_diffusion_studio.studio import Studio, StudioPaths, create_library, list_bases
+                from lora_diffusion_studio.backend.config import StudioConfig, create_default_library, resolve_bases
+                from lora_diffusion_studio.backend.studio import Studio
         except ModuleNotFoundError as error:
             raise ConfigError(f"the studio needs {error.name}; pip install 'lora-diffusion[ui]'") from None
         with quiet_libraries():
-            places = StudioPaths(
-                library=self.library or create_library(self.output),
+            config = StudioConfig(
+                library=self.library or create_default_library(self.output),
                 output=self.output,
-                bases=list_bases(self.base),
+                bases=resolve_bases(self.base),
                 quantization=self.quantize,
             )
-            studio = Studio(places)
+            studio = Studio(config)
         serve(studio, host=self.host, port=self.port, share=self.share, password=self.password, api=self.api)

@@ -1,1 +1,1 @@
-"""The tabs of the app: layout and wiring, one file each."""
+"""The tabs of the page: components and event handlers. The Blend tab is a package, the others are one file each."""

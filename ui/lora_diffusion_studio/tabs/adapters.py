@@ -1,4 +1,4 @@
-"""The Adapters tab: look into one, check it, convert it, keep notes beside it; draw several together."""
+"""The Adapters tab: shows, verifies, converts and renames an adapter, edits its notes, and plots several."""
 
 import html
 from pathlib import Path
@@ -6,152 +6,167 @@ from typing import Any
 
 import gradio as gr
 
-from lora_diffusion_studio.rows import LEAST, MOST
-from lora_diffusion_studio.shelf import (
+from lora_diffusion_studio.backend.adapter_library import (
     AdapterNotes,
     convert_adapter,
-    draw_plots,
-    format_commands,
+    format_library_commands,
     inspect_rows,
     read_notes,
     rename_adapter,
+    save_plots,
     set_preview,
     verify_adapter,
     write_notes,
 )
-from lora_diffusion_studio.studio import Studio
-from lora_diffusion_studio.tabs.blend import BlendTab, list_choices
-from lora_diffusion_studio.tabs.events import DEVICE, QUICK, command_box, with_messages
+from lora_diffusion_studio.backend.studio import Studio
+from lora_diffusion_studio.tabs.blend.adapter_gallery import adapter_choices
+from lora_diffusion_studio.tabs.blend.layout import BlendTab
+from lora_diffusion_studio.tabs.handlers import DEVICE, QUICK, build_command_box, with_messages
+from lora_diffusion_studio.view_models.adapter_slot import MAX_WEIGHT, MIN_WEIGHT
+
+_FORMATS = [("kohya (A1111, ComfyUI)", "kohya"), ("diffusers / PEFT", "native")]
 
 
-def draw_adapters(studio: Studio, blend: BlendTab) -> None:
-    """One adapter on the left, several on the right."""
-    offered = list_choices(studio, studio.places.bases[0])
+def build_adapters_tab(studio: Studio, blend: BlendTab) -> None:
+    """Build the tab and connect its events."""
+    choices = adapter_choices(studio, studio.config.bases[0])
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
-            one = gr.Dropdown(offered, label="Adapter to look at", value=None)
-            said = wire_one(studio, blend, one)
+            adapter = gr.Dropdown(choices, label="Adapter", value=None)
+            message = _build_properties(studio, blend, adapter)
         with gr.Column(scale=5, min_width=320):
-            wire_notes(studio, blend, one, said)
-    several = wire_plots(studio, blend, offered)
-    twin, command = command_box("What is done here, on the command line")
+            _build_notes(studio, adapter, message)
+            _build_rename(studio, blend, adapter, message)
+    plotted = _build_plots(studio, blend, choices)
+    accordion, command = build_command_box()
 
     @with_messages
-    def as_command(name: str | None, names: list[str] | None, base: str) -> str:
-        return format_commands(studio, name or "", names or [], base)
+    def show_command(name: str | None, plotted: list[str] | None, base: str) -> str:
+        return format_library_commands(studio, name or "", plotted or [], base)
 
-    twin.expand(as_command, [one, several, blend.base], command, **QUICK)
+    accordion.expand(show_command, [adapter, plotted, blend.base], command, **QUICK)
 
 
-def wire_one(studio: Studio, blend: BlendTab, one: gr.Dropdown) -> gr.Markdown:
-    """What is in an adapter, whether it is sound, and a copy in another layout."""
-    facts = gr.Dataframe(
-        headers=["what", "value"],
+def _build_properties(studio: Studio, blend: BlendTab, adapter: gr.Dropdown) -> gr.Markdown:
+    """Build the properties of an adapter, its verification and its conversion; returns the message."""
+    properties = gr.Dataframe(
+        headers=["Property", "Value"],
         datatype="str",
         column_count=2,
-        label="What is in it",
+        label="Properties",
         wrap=True,
-        elem_classes="facts",
+        elem_classes="wrapped-table",
     )
-    check = gr.Button("Verify")
+    verify = gr.Button("Verify")
     with gr.Group():
-        dialect = gr.Dropdown(["kohya", "native"], value="kohya", label="Convert to")
-        turn = gr.Button("Convert")
-    result = gr.DownloadButton("Download the copy", visible=False)
-    said = gr.Markdown()
+        dialect = gr.Dropdown(_FORMATS, value="kohya", label="Target format")
+        convert = gr.Button("Convert")
+    download = gr.DownloadButton("Download converted adapter", visible=False)
+    message = gr.Markdown()
 
     @with_messages
-    def look(name: str | None) -> list[list[str]]:
+    def show_properties(name: str | None) -> list[list[str]]:
         return [list(row) for row in inspect_rows(studio, name)] if name else []
 
-    one.change(look, one, facts, **QUICK)
+    adapter.change(show_properties, adapter, properties, **QUICK)
 
     @with_messages
-    def verify_one(name: str | None, base: str) -> str:
+    def verify_selected(name: str | None, base: str) -> str:
         return f"```\n{verify_adapter(studio, name or '', base)}\n```"
 
-    check.click(verify_one, [one, blend.base], said, **DEVICE)
+    verify.click(verify_selected, [adapter, blend.base], message, **DEVICE)
 
     @with_messages
-    def convert(name: str | None, dialect: Any) -> tuple[Any, ...]:
+    def convert_selected(name: str | None, dialect: Any) -> tuple[Any, ...]:
         path, text = convert_adapter(studio, name or "", dialect)
         return html.escape(text), gr.update(value=str(path), visible=True)
 
-    turn.click(convert, [one, dialect], [said, result], **DEVICE)
-    return said
+    convert.click(convert_selected, [adapter, dialect], [message, download], **DEVICE)
+    return message
 
 
-def wire_notes(studio: Studio, blend: BlendTab, one: gr.Dropdown, said: gr.Markdown) -> None:
-    """What is kept beside an adapter, its name, and its preview."""
+def _build_notes(studio: Studio, adapter: gr.Dropdown, message: gr.Markdown) -> None:
+    """Build the notes that are saved beside an adapter."""
     with gr.Group():
         with gr.Row():
             weight = gr.Number(1.0, label="Preferred weight", step=0.05, min_width=100)
-            least = gr.Number(LEAST, label="Slider from", step=0.5, min_width=80)
-            most = gr.Number(MOST, label="Slider to", step=0.5, min_width=80)
-        triggers = gr.Textbox(label="Activation text")
+            lowest = gr.Number(MIN_WEIGHT, label="Slider minimum", step=0.5, min_width=80)
+            highest = gr.Number(MAX_WEIGHT, label="Slider maximum", step=0.5, min_width=80)
+        trigger_words = gr.Textbox(label="Trigger words", info="Separated by commas; A1111's activation text")
         notes = gr.Textbox(label="Notes", lines=2)
-        keep = gr.Button("Keep beside the adapter")
-    with gr.Group():
-        new = gr.Textbox(label="New name of the adapter")
-        with gr.Row():
-            renaming = gr.Button("Rename it", min_width=90)
-            picture = gr.Button("Last picture as preview", min_width=140)
+        save = gr.Button("Save notes")
 
     @with_messages
-    def look(name: str | None) -> list[Any]:
-        kept = read_notes(studio, name) if name else AdapterNotes()
-        return [kept.weight, *kept.range, kept.triggers, kept.notes]
+    def show_notes(name: str | None) -> list[Any]:
+        read = read_notes(studio, name) if name else AdapterNotes()
+        return [read.preferred_weight, *read.weight_range, read.trigger_words, read.notes]
 
-    fields = [weight, least, most, triggers, notes]
-    one.change(look, one, fields, **QUICK)
-
-    @with_messages
-    def write(name: str | None, weight: float, least: float, most: float, triggers: str, notes: str) -> str:
-        ends = float(least or 0), float(most or 0)
-        told = AdapterNotes(weight=float(weight or 0), range=ends, triggers=triggers or "", notes=notes or "")
-        write_notes(studio, name or "", told)
-        return "kept in the JSON file beside it"
-
-    keep.click(write, [one, *fields], said, **QUICK)
+    fields = [weight, lowest, highest, trigger_words, notes]
+    adapter.change(show_notes, adapter, fields, **QUICK)
 
     @with_messages
-    def rename_one(name: str | None, new: str, base: str) -> list[Any]:
-        done = rename_adapter(studio, name or "", new)
-        fresh = list_choices(studio, base)
-        return [gr.update(choices=fresh, value=done), gr.update(choices=fresh), "renamed"]
-
-    renaming.click(rename_one, [one, new, blend.base], [one, blend.chosen, said], **QUICK)
-
-    @with_messages
-    def take(name: str | None, kept: list[str]) -> str:
-        if not kept:
-            raise gr.Error("there is no picture yet; generate one on the Blend tab", print_exception=False)
-        set_preview(studio, name or "", Path(kept[0]))
-        return "the last picture is its preview now"
-
-    picture.click(take, [one, blend.stage.kept], said, **QUICK)
-
-
-def wire_plots(studio: Studio, blend: BlendTab, offered: list[tuple[str, str]]) -> gr.Dropdown:
-    """Spectra and norms of adapters, and how they overlap; returns the choice of them."""
-    with gr.Row(equal_height=True):
-        several = gr.Dropdown(
-            offered, label="Adapters to draw together", multiselect=True, max_choices=8, scale=3, min_width=220
+    def save_notes(
+        name: str | None, weight: float, lowest: float, highest: float, trigger_words: str, notes: str
+    ) -> str:
+        edited = AdapterNotes(
+            preferred_weight=float(weight or 0),
+            weight_range=(float(lowest or 0), float(highest or 0)),
+            trigger_words=trigger_words or "",
+            notes=notes or "",
         )
-        draw = gr.Button("Draw spectra, norms and overlap", scale=1, min_width=160)
-    pictures = gr.Gallery(
+        write_notes(studio, name or "", edited)
+        return "Notes saved in the JSON file beside the adapter."
+
+    save.click(save_notes, [adapter, *fields], message, **QUICK)
+
+
+def _build_rename(studio: Studio, blend: BlendTab, adapter: gr.Dropdown, message: gr.Markdown) -> None:
+    """Build the fields that rename an adapter and set its preview image."""
+    with gr.Group():
+        new_name = gr.Textbox(label="New adapter name")
+        with gr.Row():
+            rename = gr.Button("Rename adapter", min_width=120)
+            preview = gr.Button("Use last image as preview", min_width=140)
+
+    @with_messages
+    def rename_selected(name: str | None, new_name: str, base: str) -> list[Any]:
+        renamed = rename_adapter(studio, name or "", new_name)
+        choices = adapter_choices(studio, base)
+        text = f"Adapter renamed to {html.escape(renamed)}."
+        return [gr.update(choices=choices, value=renamed), gr.update(choices=choices), text]
+
+    rename.click(rename_selected, [adapter, new_name, blend.base], [adapter, blend.adapters, message], **QUICK)
+
+    @with_messages
+    def use_last_image(name: str | None, images: list[str]) -> str:
+        if not images:
+            raise gr.Error("there is no image yet; generate one on the Blend tab first", print_exception=False)
+        set_preview(studio, name or "", Path(images[0]))
+        return "The last image is now the preview of the adapter."
+
+    preview.click(use_last_image, [adapter, blend.output.image_paths], message, **QUICK)
+
+
+def _build_plots(studio: Studio, blend: BlendTab, choices: list[tuple[str, str]]) -> gr.Dropdown:
+    """Build the plots of adapters; returns the choice of the adapters."""
+    with gr.Row(equal_height=True):
+        plotted = gr.Dropdown(
+            choices, label="Adapters to plot", multiselect=True, max_choices=8, scale=3, min_width=220
+        )
+        plot = gr.Button("Plot spectra, norms and overlap", scale=1, min_width=160)
+    plots = gr.Gallery(
         label="Plots",
         format="png",
         columns=2,
         height="auto",
         interactive=False,
         object_fit="contain",
-        elem_classes="wide",
+        elem_classes="plots",
     )
 
     @with_messages
-    def plot(names: list[str] | None, base: str) -> list[str]:
-        return [str(path) for path in draw_plots(studio, names or [], base)]
+    def plot_adapters(names: list[str] | None, base: str) -> list[str]:
+        return [str(path) for path in save_plots(studio, names or [], base)]
 
-    draw.click(plot, [several, blend.base], pictures, **DEVICE)
-    return several
+    plot.click(plot_adapters, [plotted, blend.base], plots, **DEVICE)
+    return plotted

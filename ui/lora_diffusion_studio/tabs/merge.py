@@ -1,4 +1,4 @@
-"""The Merge tab: the table as a checkpoint, or as one adapter."""
+"""The Merge tab: writes the current blend as a checkpoint or as a single adapter."""
 
 import html
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from lora_diffusion_studio.merging import (
+from lora_diffusion_studio.backend.checkpoint_merge import (
     PRECISIONS,
     MergeDone,
     MergeTarget,
@@ -14,61 +14,71 @@ from lora_diffusion_studio.merging import (
     run_merge,
     summarize_merge,
 )
-from lora_diffusion_studio.studio import Studio
-from lora_diffusion_studio.tabs.blend import BlendTab, form_from
-from lora_diffusion_studio.tabs.events import DEVICE, QUICK, command_box, visitor_id, with_messages
+from lora_diffusion_studio.backend.studio import Studio
+from lora_diffusion_studio.tabs.blend.form_values import read_form
+from lora_diffusion_studio.tabs.blend.layout import BlendTab
+from lora_diffusion_studio.tabs.handlers import DEVICE, QUICK, build_command_box, session_id, with_messages
 
-KINDS = [("Checkpoint: folder", "folder"), ("Checkpoint: single file", "file"), ("One adapter", "adapter")]
+_OUTPUT_TYPES = [
+    ("Checkpoint, diffusers folder", "folder"),
+    ("Checkpoint, single file", "file"),
+    ("One adapter", "adapter"),
+]
 
 
-def draw_merge(studio: Studio, blend: BlendTab) -> None:
-    """What to write, what that would come to, and the writing."""
-    gr.Markdown("Writes the adapters on the table into weights of their own. The base stays as it is.")
+def build_merge_tab(studio: Studio, blend: BlendTab) -> None:
+    """Build the tab and connect its events."""
+    gr.Markdown(
+        "Merges the adapters of the Blend tab into a copy of the base model, or combines them into one adapter. "
+        "The base model's files do not change."
+    )
     with gr.Row():
-        name = gr.Textbox(label="Name of the result", placeholder="gloop in neon", min_width=180)
-        kind = gr.Dropdown(KINDS, value="folder", label="As", min_width=180)
-        precision = gr.Dropdown(list(PRECISIONS), value="keep", label="Precision of a checkpoint", min_width=140)
-        rank = gr.Slider(0, 128, 0, step=1, label="Rank of one adapter", info="0 is exact", min_width=160)
+        name = gr.Textbox(label="Output name", placeholder="gloop in neon", min_width=180)
+        kind = gr.Dropdown(_OUTPUT_TYPES, value="folder", label="Output type", min_width=180)
+        precisions = [("Same as base model" if name == "keep" else name, name) for name in PRECISIONS]
+        precision = gr.Dropdown(precisions, value="keep", label="Checkpoint precision", min_width=140)
+        rank = gr.Slider(0, 128, 0, step=1, label="Adapter rank", info="0 = exact sum", min_width=160)
     with gr.Row():
-        look = gr.Button("What would it do?")
-        go = gr.Button("Merge", variant="primary", scale=2)
-        stop = gr.Button("Stop merging", variant="stop", scale=1)
-    said = gr.Markdown()
+        preview = gr.Button("Preview merge")
+        merge = gr.Button("Merge", variant="primary", scale=2)
+        stop = gr.Button("Stop", variant="stop", scale=1)
+    message = gr.Markdown()
     download = gr.DownloadButton("Download", visible=False)
-    twin, command = command_box("The same merge on the command line")
+    accordion, command = build_command_box()
     inputs = [name, kind, precision, rank, *blend.form_inputs]
 
-    def target_of(name: str, kind: str, precision: str, rank: float) -> MergeTarget:
-        return MergeTarget(name=name, kind=kind, precision=precision, rank=int(rank))
+    def read_target(name: str, kind: str, precision: str, rank: float) -> MergeTarget:
+        return MergeTarget(name=name or "", kind=kind, precision=precision, rank=int(rank))
 
     @with_messages
-    def tell(name: str, kind: str, precision: str, rank: float, *values: Any) -> str:
-        return html.escape(summarize_merge(studio, form_from(values), target_of(name, kind, precision, rank)))
+    def show_summary(name: str, kind: str, precision: str, rank: float, *values: Any) -> str:
+        return html.escape(summarize_merge(studio, read_form(values), read_target(name, kind, precision, rank)))
 
-    look.click(tell, inputs, said, **QUICK)
+    preview.click(show_summary, inputs, message, **QUICK)
 
     @with_messages
-    def write(
+    def merge_blend(
         request: gr.Request, name: str, kind: str, precision: str, rank: float, *values: Any
     ) -> Iterator[tuple[Any, ...]]:
-        target = target_of(name, kind, precision, rank)
-        for event in run_merge(studio, form_from(values), target, visitor_id(request)):
+        target = read_target(name, kind, precision, rank)
+        for event in run_merge(studio, read_form(values), target, session_id(request)):
             if isinstance(event, MergeDone):
                 file = str(event.path) if event.path.is_file() else None
-                text = f"{html.escape(event.path.name)}: {html.escape(event.text)}"
+                text = f"Saved {html.escape(event.path.name)}: {html.escape(event.text)}"
                 yield text, gr.update(value=file, visible=file is not None)
             else:
                 yield event.text, gr.skip()
 
-    go.click(write, inputs, [said, download], show_progress_on=[said], **DEVICE)
+    merge.click(merge_blend, inputs, [message, download], show_progress_on=[message], **DEVICE)
 
-    def halt(request: gr.Request) -> None:
-        studio.device.stop(visitor_id(request))
+    def stop_merge(request: gr.Request) -> None:
+        studio.device.stop(session_id(request))
 
-    stop.click(halt, None, None, **QUICK)
+    stop.click(stop_merge, None, None, **QUICK)
 
     @with_messages
-    def as_command(name: str, kind: str, precision: str, rank: float, *values: Any) -> str:
-        return format_merge_command(studio, form_from(values), target_of(name or "merged", kind, precision, rank))
+    def show_command(name: str, kind: str, precision: str, rank: float, *values: Any) -> str:
+        target = read_target(name or "merged", kind, precision, rank)
+        return format_merge_command(studio, read_form(values), target)
 
-    twin.expand(as_command, inputs, command, **QUICK)
+    accordion.expand(show_command, inputs, command, **QUICK)

@@ -1,4 +1,4 @@
-"""The Presets tab: blends that are kept, with thumbnails."""
+"""The Presets tab: lists, loads, saves, imports, exports, renames and deletes presets."""
 
 import html
 from pathlib import Path
@@ -6,139 +6,143 @@ from typing import Any
 
 import gradio as gr
 
-from lora_diffusion_studio.cards import make_thumbnail
-from lora_diffusion_studio.keeping import (
+from lora_diffusion_studio.backend.presets import (
     SavedPreset,
-    discard_preset,
+    delete_preset,
+    format_preset_commands,
     get_preset,
     import_preset,
     list_saved_presets,
-    preset_commands,
     rename_preset,
-    save_form,
+    save_preset,
 )
-from lora_diffusion_studio.studio import Studio
-from lora_diffusion_studio.tabs.blend import BlendTab, form_from, form_updates
-from lora_diffusion_studio.tabs.events import QUICK, command_box, with_messages
-from lora_diffusion_studio.tabs.shelf import card_gallery
+from lora_diffusion_studio.backend.studio import Studio
+from lora_diffusion_studio.tabs.blend.adapter_gallery import build_thumbnail_gallery
+from lora_diffusion_studio.tabs.blend.form_values import form_updates, read_form
+from lora_diffusion_studio.tabs.blend.layout import BlendTab
+from lora_diffusion_studio.tabs.handlers import QUICK, build_command_box, with_messages
+from lora_diffusion_studio.view_models.thumbnails import make_thumbnail
 
 
-def draw_presets(studio: Studio, blend: BlendTab) -> list[Any]:
-    """List on the left, what can be done on the right; returns what `list_updates` shows."""
+def build_presets_tab(studio: Studio, blend: BlendTab) -> list[Any]:
+    """Build the tab and connect its events; returns the components that `list_updates` changes."""
     with gr.Row():
         with gr.Column(scale=3, min_width=300):
-            gallery = card_gallery(preset_thumbnails(studio), label="Presets: click one", elem_classes="shelf tidy")
-            chosen = gr.Dropdown(
-                preset_names(studio), label="Preset", info="those marked (ready) come with the package"
+            gallery = build_thumbnail_gallery(_thumbnails(studio), label="Presets", show_label=False)
+            selected = gr.Dropdown(
+                _names(studio), label="Preset", info="Built-in presets can be loaded, but not changed"
             )
-            about = gr.Markdown()
-            said = gr.Markdown()
-            twin, command = command_box("The same preset on the command line")
+            summary = gr.Markdown()
+            message = gr.Markdown()
+            accordion, command = build_command_box()
         with gr.Column(scale=2, min_width=300):
-            load = gr.Button("Load onto the table", variant="primary")
-            export = gr.DownloadButton("Export")
-            shown = [chosen, gallery, about, export]
-            wire_keeping(studio, blend, [*shown, said])
-            wire_changes(studio, [*shown, said])
+            load = gr.Button("Load preset", variant="primary")
+            export = gr.DownloadButton("Export preset")
+            outputs = [selected, gallery, summary, export, message]
+            _build_save(studio, blend, outputs)
+            _build_changes(studio, outputs)
 
     @with_messages
-    def look(name: str | None) -> list[Any]:
-        return show_preset(get_preset(studio, name) if name else None)
+    def show(name: str | None) -> list[Any]:
+        return _preset_updates(get_preset(studio, name) if name else None)
 
-    chosen.change(look, chosen, [about, export], **QUICK)
+    selected.change(show, selected, [summary, export], **QUICK)
 
-    def pick(data: gr.SelectData) -> str:
-        return preset_names(studio)[int(data.index)]
+    def click_thumbnail(data: gr.SelectData) -> str:
+        return _names(studio)[int(data.index)]
 
-    gallery.select(pick, None, chosen, **QUICK)
+    gallery.select(click_thumbnail, None, selected, **QUICK)
 
     @with_messages
-    def put(name: str | None) -> list[Any]:
+    def load_preset(name: str | None) -> list[Any]:
         form, notes = studio.form_from_preset(get_preset(studio, name or "").path)
-        return [*form_updates(studio, form), html.escape("; ".join(notes) or "on the table: see the Blend tab")]
+        text = "Preset loaded into the Blend tab." + "".join(f" Note: {html.escape(note)}." for note in notes)
+        return [*form_updates(studio, form), text]
 
-    load.click(put, chosen, [*blend.form_outputs, said], **QUICK)
+    load.click(load_preset, selected, [*blend.form_outputs, message], **QUICK)
 
     @with_messages
-    def as_command(name: str | None) -> str:
-        return preset_commands(studio, name or "")
+    def show_command(name: str | None) -> str:
+        return format_preset_commands(studio, name or "")
 
-    twin.expand(as_command, chosen, command, **QUICK)
-    return [chosen, gallery]
+    accordion.expand(show_command, selected, command, **QUICK)
+    return [selected, gallery]
 
 
-def wire_keeping(studio: Studio, blend: BlendTab, shown: list[Any]) -> None:
-    """A preset from the table, or from a file."""
+def _build_save(studio: Studio, blend: BlendTab, outputs: list[Any]) -> None:
+    """Build the fields that save the current blend, and the import of a file."""
     with gr.Group():
-        name = gr.Textbox(label="Name of a preset to save or import", placeholder="Late neon")
-        description = gr.Textbox(label="What it is good for")
-        replace = gr.Checkbox(False, label="Replace one of that name")
-        save = gr.Button("Save the table as a preset")
-    imported = gr.File(label="Import a preset (.json)", file_types=[".json"], height=140)
+        name = gr.Textbox(label="Preset name", placeholder="Late neon", info="For saving or importing")
+        description = gr.Textbox(label="Description", placeholder="What the preset is good for")
+        overwrite = gr.Checkbox(False, label="Overwrite a preset of the same name")
+        save = gr.Button("Save current blend as preset")
+    file = gr.File(label="Import preset (.json)", file_types=[".json"], height=140)
 
     @with_messages
-    def keep_form(name: str, description: str, replace: bool, kept: list[str], *values: Any) -> list[Any]:
-        picture = Path(kept[0]) if kept else None
-        done = save_form(studio, form_from(values), name, description, picture, replace=replace)
-        return [*refresh_list(studio, done.name), f"saved as {html.escape(done.name)}"]
+    def save_blend(name: str, description: str, overwrite: bool, images: list[str], *values: Any) -> list[Any]:
+        image = Path(images[0]) if images else None
+        saved = save_preset(studio, read_form(values), name, description, image, overwrite=overwrite)
+        return [*_refresh(studio, saved.name), f"Preset saved as {html.escape(saved.name)}."]
 
-    save.click(keep_form, [name, description, replace, blend.stage.kept, *blend.form_inputs], shown, **QUICK)
+    inputs = [name, description, overwrite, blend.output.image_paths, *blend.form_inputs]
+    save.click(save_blend, inputs, outputs, **QUICK)
 
     @with_messages
-    def take(file: str | None, name: str) -> list[Any]:
+    def import_file(file: str | None, name: str) -> list[Any]:
         path = Path(file or "")
-        return [*refresh_list(studio, import_preset(studio, path, name or path.stem).name), "imported"]
+        imported = import_preset(studio, path, name or path.stem)
+        return [*_refresh(studio, imported.name), f"Preset imported as {html.escape(imported.name)}."]
 
-    imported.upload(take, [imported, name], shown, **QUICK)
+    file.upload(import_file, [file, name], outputs, **QUICK)
 
 
-def wire_changes(studio: Studio, shown: list[Any]) -> None:
-    """Another name, or out of the list."""
+def _build_changes(studio: Studio, outputs: list[Any]) -> None:
+    """Build the fields that rename and delete the selected preset."""
     with gr.Group():
-        new = gr.Textbox(label="New name")
+        new_name = gr.Textbox(label="New name")
         with gr.Row():
-            renaming = gr.Button("Rename", min_width=90)
-            remove = gr.Button("Remove", variant="stop", min_width=90)
-    chosen = shown[0]
+            rename = gr.Button("Rename", min_width=90)
+            delete = gr.Button("Delete", variant="stop", min_width=90)
+    selected = outputs[0]
 
     @with_messages
-    def rename_one(name: str | None, new: str) -> list[Any]:
-        return [*refresh_list(studio, rename_preset(studio, name or "", new).name), "renamed"]
+    def rename_selected(name: str | None, new_name: str) -> list[Any]:
+        renamed = rename_preset(studio, name or "", new_name).name
+        return [*_refresh(studio, renamed), f"Preset renamed to {html.escape(renamed)}."]
 
-    renaming.click(rename_one, [chosen, new], shown, **QUICK)
+    rename.click(rename_selected, [selected, new_name], outputs, **QUICK)
 
     @with_messages
-    def remove_one(name: str | None) -> list[Any]:
-        discard_preset(studio, name or "")
-        return [*refresh_list(studio, ""), "removed; its file is in the folder `discarded`"]
+    def delete_selected(name: str | None) -> list[Any]:
+        delete_preset(studio, name or "")
+        return [*_refresh(studio, ""), "Preset moved to the folder `deleted presets`."]
 
-    remove.click(remove_one, chosen, shown, **QUICK)
-
-
-def refresh_list(studio: Studio, name: str) -> list[Any]:
-    """Update the list, with one preset chosen and shown."""
-    found = [kept for kept in list_saved_presets(studio) if kept.name == name]
-    chosen, gallery = list_updates(studio)
-    return [{**chosen, "value": name or None}, gallery, *show_preset(found[0] if found else None)]
+    delete.click(delete_selected, selected, outputs, **QUICK)
 
 
 def list_updates(studio: Studio) -> list[Any]:
-    """Return the current list, by name and as thumbnails."""
-    return [gr.update(choices=preset_names(studio)), gr.update(value=preset_thumbnails(studio), selected_index=None)]
+    """Return the updates of the dropdown and the gallery that show the current presets."""
+    return [gr.update(choices=_names(studio)), gr.update(value=_thumbnails(studio), selected_index=None)]
 
 
-def preset_names(studio: Studio) -> list[str]:
-    return [kept.name for kept in list_saved_presets(studio)]
+def _refresh(studio: Studio, name: str) -> list[Any]:
+    """Return the updates that show the current presets, with one of them selected."""
+    preset = next((preset for preset in list_saved_presets(studio) if preset.name == name), None)
+    selected, gallery = list_updates(studio)
+    return [{**selected, "value": name or None}, gallery, *_preset_updates(preset)]
 
 
-def preset_thumbnails(studio: Studio) -> list[Any]:
-    """Return thumbnails with names."""
-    return [(make_thumbnail(kept.title, kept.thumbnail), kept.name) for kept in list_saved_presets(studio)]
+def _names(studio: Studio) -> list[str]:
+    return [preset.name for preset in list_saved_presets(studio)]
 
 
-def show_preset(kept: SavedPreset | None) -> list[Any]:
-    """What is shown of a preset: text, and its file to export."""
-    if kept is None:
+def _thumbnails(studio: Studio) -> list[Any]:
+    return [(make_thumbnail(preset.title, preset.thumbnail), preset.path.stem) for preset in list_saved_presets(studio)]
+
+
+def _preset_updates(preset: SavedPreset | None) -> list[Any]:
+    """Return the updates of the summary and of the export button."""
+    if preset is None:
         return ["", gr.update(value=None)]
-    text = f"**{html.escape(kept.title)}**\n\n{html.escape(kept.problem or kept.about)}"
-    return [text, gr.update(value=str(kept.path))]
+    text = f"**{html.escape(preset.title)}**\n\n{html.escape(preset.problem or preset.summary)}"
+    return [text, gr.update(value=str(preset.path))]

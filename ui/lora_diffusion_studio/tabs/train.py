@@ -1,4 +1,4 @@
-"""The Train tab: pictures, captions, a run in its own process, and adding its adapter to the library."""
+"""The Train tab: uploads and captions images, starts and watches a run, and adds its adapter to the library."""
 
 import html
 from collections.abc import Sequence
@@ -7,35 +7,38 @@ from typing import Any
 
 import gradio as gr
 
-from lora_diffusion_studio.studio import Studio
-from lora_diffusion_studio.tabs.blend import BlendTab, list_choices
-from lora_diffusion_studio.tabs.events import QUICK, command_box, with_messages
-from lora_diffusion_studio.training import PURPOSES, Job, RunManager, RunStatus
+from lora_diffusion_studio.backend.studio import Studio
+from lora_diffusion_studio.backend.training_runs import PURPOSES, RunStatus, TrainingJob, TrainingRuns
+from lora_diffusion_studio.tabs.blend.adapter_gallery import adapter_choices
+from lora_diffusion_studio.tabs.blend.layout import BlendTab
+from lora_diffusion_studio.tabs.handlers import QUICK, build_command_box, with_messages
 
-EVERY_S = 2.0
+_REFRESH_S = 2.0
+_PURPOSE_LABELS = {"style": "Style", "dreambooth": "Subject (DreamBooth)"}
 
 
-def draw_train(studio: Studio, blend: BlendTab) -> None:
-    """Data on the left, the run on the right."""
-    trainer = RunManager(studio)
+def build_train_tab(studio: Studio, blend: BlendTab) -> None:
+    """Build the tab, with the data on the left and the run on the right, and connect its events."""
+    runs = TrainingRuns(studio)
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             with gr.Row():
                 name = gr.Textbox(
-                    label="Name of the run", placeholder="my ink", info="Enter shows one that is there", min_width=140
+                    label="Run name", placeholder="my ink", info="Press Enter to open an existing run", min_width=140
                 )
-                purpose = gr.Radio(list(PURPOSES), value="style", label="What is learned", min_width=180)
-            check = wire_data(trainer, name)
+                choices = [(_PURPOSE_LABELS[purpose], purpose) for purpose in PURPOSES]
+                purpose = gr.Radio(choices, value=PURPOSES[0], label="Training type", min_width=180)
+            check = _build_dataset(runs, name)
         with gr.Column(scale=5, min_width=320):
-            job = [name, purpose, blend.base, *draw_job()]
-            wire_run(studio, trainer, blend, name, job, check)
+            job = [name, purpose, blend.base, *_build_settings()]
+            _build_run(studio, runs, blend, job, check)
 
 
-def wire_data(trainer: RunManager, name: gr.Textbox) -> gr.Button:
-    """Pictures and their captions; returns the button that checks them."""
-    files = gr.File(label="Pictures, and captions as .txt", file_count="multiple", height=130)
+def _build_dataset(runs: TrainingRuns, name: gr.Textbox) -> gr.Button:
+    """Build the upload and the captions; returns the button that checks them."""
+    files = gr.File(label="Images, with captions as .txt files", file_count="multiple", height=130)
     captions = gr.Dataframe(
-        headers=["", "picture", "caption"],
+        headers=["", "Image", "Caption"],
         datatype=["html", "str", "str"],
         column_count=3,
         column_widths=["80px", "90px", "330px"],
@@ -43,135 +46,142 @@ def wire_data(trainer: RunManager, name: gr.Textbox) -> gr.Button:
         interactive=True,
         label="Captions",
         wrap=True,
-        elem_classes="facts",
+        elem_classes="wrapped-table",
     )
     with gr.Row():
-        keep = gr.Button("Keep captions")
-        check = gr.Button("Check the data")
-    kept = gr.Markdown()
+        save = gr.Button("Save captions")
+        check = gr.Button("Check dataset")
+    message = gr.Markdown()
 
     @with_messages
-    def add(files: list[str] | None, name: str) -> list[list[str]]:
-        return captions_table(trainer, name, trainer.add_pictures(name, [Path(file) for file in files or ()]))
+    def add_files(files: list[str] | None, name: str) -> list[list[str]]:
+        return _caption_rows(runs, name, runs.add_files(name, [Path(file) for file in files or ()]))
 
-    files.upload(add, [files, name], captions, **QUICK)
-
-    @with_messages
-    def look(name: str) -> list[list[str]]:
-        return captions_table(trainer, name, trainer.captions(name)) if name else []
-
-    name.submit(look, name, captions, **QUICK)
+    files.upload(add_files, [files, name], captions, **QUICK)
 
     @with_messages
-    def write(name: str, rows: Any) -> str:
-        trainer.write_captions(name, [row[1:] for row in rows.values.tolist()])
-        return "captions kept"
+    def open_run(name: str) -> list[list[str]]:
+        return _caption_rows(runs, name, runs.read_captions(name)) if name else []
 
-    keep.click(write, [name, captions], kept, **QUICK)
+    name.submit(open_run, name, captions, **QUICK)
+
+    @with_messages
+    def save_captions(name: str, rows: Any) -> str:
+        runs.write_captions(name, [row[1:] for row in rows.values.tolist()])
+        return "Captions saved."
+
+    save.click(save_captions, [name, captions], message, **QUICK)
     return check
 
 
-def draw_job() -> list[Any]:
-    """What else a run is told, in the order of `Job`."""
+def _build_settings() -> list[Any]:
+    """Build the settings of a run, in the order of `_parse_job`."""
     with gr.Row():
-        trigger = gr.Textbox(label="Trigger word", placeholder="sks", info="for a style", min_width=140)
-        instance = gr.Textbox(label="Instance prompt", placeholder="photo of sks dog", info="for a subject")
-        steps = gr.Number(0, label="Training steps", info="0: the default", precision=0, minimum=0, min_width=100)
-    with gr.Accordion("Expert settings", open=False):
-        extra = gr.Textbox(label="Settings", lines=3, placeholder="validation.share=0.1\nadapter.rank=16")
-        prompts = gr.Textbox(label="Prompts of the samples", lines=2, info="a line each; the first caption if empty")
-    return [trigger, instance, steps, extra, prompts]
+        trigger_word = gr.Textbox(label="Trigger word", placeholder="sks", info="For a style", min_width=140)
+        instance_prompt = gr.Textbox(label="Instance prompt", placeholder="photo of sks dog", info="For a subject")
+        steps = gr.Number(0, label="Training steps", info="0 = default", precision=0, minimum=0, min_width=100)
+    with gr.Accordion("Advanced settings", open=False):
+        settings = gr.Textbox(
+            label="Other settings",
+            lines=3,
+            placeholder="validation.share=0.1\nadapter.rank=16",
+            info="One section.key=value per line, as for --set",
+        )
+        sample_prompts = gr.Textbox(
+            label="Sample prompts", lines=2, info="One per line. Default: the instance prompt or the first caption"
+        )
+    return [trigger_word, instance_prompt, steps, settings, sample_prompts]
 
 
-def wire_run(
-    studio: Studio, trainer: RunManager, blend: BlendTab, name: gr.Textbox, job: list[Any], check: gr.Button
-) -> None:
-    """Start, stop, watch, and add the adapter to the library."""
+def _build_run(studio: Studio, runs: TrainingRuns, blend: BlendTab, job: list[Any], check: gr.Button) -> None:
+    """Build the buttons and the status of a run, and connect them."""
+    name = job[0]
     with gr.Row():
         start = gr.Button("Start training", variant="primary", min_width=120)
         stop = gr.Button("Stop training", variant="stop", min_width=120)
-        publish = gr.Button("Put it on the shelf", min_width=120)
-    said = gr.Markdown()
-    state = gr.Markdown(elem_id="train-state")
-    curve = gr.LinePlot(x="step", y="loss", label="Training loss", height=280)
-    sheet = gr.Image(label="Samples on the way", format="png", interactive=False, elem_classes="picture", height=440)
-    report = gr.DownloadButton("Report", visible=False)
-    twin, command = command_box("The same run on the command line")
-    timer = gr.Timer(EVERY_S, active=False)
+        add = gr.Button("Add to library", min_width=120)
+    message = gr.Markdown()
+    status = gr.Markdown(elem_id="training-status")
+    losses = gr.LinePlot(x="step", y="loss", x_title="Step", y_title="Loss", label="Training loss", height=280)
+    samples = gr.Image(label="Samples", format="png", interactive=False, elem_classes="fit-image", height=440)
+    report = gr.DownloadButton("Download report", visible=False)
+    accordion, command = build_command_box()
+    timer = gr.Timer(_REFRESH_S, active=False)
 
     @with_messages
-    def look(*values: Any) -> str:
-        return join_lines(trainer.check(parse_job(values)))
+    def check_dataset(*values: Any) -> str:
+        return _as_list(runs.check_dataset(_parse_job(values)))
 
-    check.click(look, job, said, **QUICK)
+    check.click(check_dataset, job, message, **QUICK)
 
     @with_messages
-    def begin(*values: Any) -> tuple[Any, ...]:
-        trainer.start(parse_job(values))
+    def start_run(*values: Any) -> tuple[Any, ...]:
+        runs.start(_parse_job(values))
         return "", gr.Timer(active=True)
 
-    start.click(begin, job, [said, timer], **QUICK)
+    start.click(start_run, job, [message, timer], **QUICK)
 
     @with_messages
-    def end() -> str:
-        trainer.stop()
-        return "stopping; its state is kept"
+    def stop_run() -> str:
+        runs.stop()
+        return "Stopping. The state is saved; Start training resumes the run."
 
-    stop.click(end, None, said, **QUICK)
-
-    @with_messages
-    def watch(name: str) -> tuple[Any, ...]:
-        return status_updates(trainer.state(name)) if name else (gr.skip(),) * 5
-
-    shown = [state, curve, sheet, report, timer]
-    gr.on([timer.tick, name.submit], watch, name, shown, **QUICK)
+    stop.click(stop_run, None, message, **QUICK)
 
     @with_messages
-    def shelve(name: str, base: str) -> tuple[Any, ...]:
-        done = html.escape(trainer.publish(name))
-        return f"{done} is on the shelf; choose it on the Blend tab", gr.update(choices=list_choices(studio, base))
+    def refresh(name: str) -> tuple[Any, ...]:
+        return _status_updates(runs.get_status(name)) if name else (gr.skip(),) * 5
 
-    publish.click(shelve, [name, blend.base], [said, blend.chosen], **QUICK)
+    gr.on([timer.tick, name.submit], refresh, name, [status, losses, samples, report, timer], **QUICK)
 
     @with_messages
-    def as_command(*values: Any) -> str:
-        return trainer.command(parse_job(values))
+    def add_to_library(name: str, base: str) -> tuple[Any, ...]:
+        added = html.escape(runs.add_to_library(name))
+        choices = gr.update(choices=adapter_choices(studio, base))
+        return f"Added {added} to the library. Select it on the Blend tab.", choices
 
-    twin.expand(as_command, job, command, **QUICK)
+    add.click(add_to_library, [name, blend.base], [message, blend.adapters], **QUICK)
+
+    @with_messages
+    def show_command(*values: Any) -> str:
+        return runs.format_command(_parse_job(values))
+
+    accordion.expand(show_command, job, command, **QUICK)
 
 
-def parse_job(values: Sequence[Any]) -> Job:
-    name, purpose, base, trigger, instance, steps, extra, prompts = values
-    return Job(
+def _parse_job(values: Sequence[Any]) -> TrainingJob:
+    name, purpose, base, trigger_word, instance_prompt, steps, settings, sample_prompts = values
+    return TrainingJob(
         name=name or "",
         purpose=purpose,
         base=base,
-        trigger=(trigger or "").strip(),
-        instance=(instance or "").strip(),
+        trigger_word=(trigger_word or "").strip(),
+        instance_prompt=(instance_prompt or "").strip(),
         steps=int(steps or 0),
-        extra=extra or "",
-        prompts=prompts or "",
+        settings=settings or "",
+        sample_prompts=sample_prompts or "",
     )
 
 
-def captions_table(trainer: RunManager, name: str, rows: list[tuple[str, str]]) -> list[list[str]]:
-    """Return pictures with their captions, as the table shows them."""
+def _caption_rows(runs: TrainingRuns, name: str, captions: Sequence[tuple[str, str]]) -> list[list[str]]:
+    """Return the rows of the caption table: thumbnail, file name and caption."""
     return [
-        [f'<img src="{trainer.thumbnail(name, picture)}" alt="{html.escape(picture)}">', picture, caption]
-        for picture, caption in rows
+        [f'<img src="{runs.thumbnail_url(name, image)}" alt="{html.escape(image)}">', image, caption]
+        for image, caption in captions
     ]
 
 
-def join_lines(lines: str) -> str:
-    return "\n".join(f"- {html.escape(line)}" for line in lines.splitlines())
+def _as_list(text: str) -> str:
+    """Return lines of text as a Markdown list."""
+    return "\n".join(f"- {html.escape(line)}" for line in text.splitlines())
 
 
-def status_updates(state: RunStatus) -> tuple[Any, ...]:
-    """Return the updates that show the status of a run."""
+def _status_updates(status: RunStatus) -> tuple[Any, ...]:
+    """Return the updates of the status, the plot, the samples, the report and the timer."""
     import pandas as pd
 
-    steps, losses = [step for step, _ in state.losses], [loss for _, loss in state.losses]
-    curve = pd.DataFrame({"step": steps, "loss": losses}, dtype=float)
-    report = gr.update(value=str(state.report) if state.report else None, visible=state.report is not None)
-    sheet = str(state.sheet) if state.sheet else None
-    return html.escape(state.text), curve, sheet, report, gr.Timer(active=state.running)
+    steps, losses = [step for step, _ in status.losses], [loss for _, loss in status.losses]
+    plot = pd.DataFrame({"step": steps, "loss": losses}, dtype=float)
+    report = gr.update(value=str(status.report) if status.report else None, visible=status.report is not None)
+    samples = str(status.sample_sheet) if status.sample_sheet else None
+    return html.escape(status.text), plot, samples, report, gr.Timer(active=status.running)

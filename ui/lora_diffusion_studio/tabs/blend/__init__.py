@@ -1,0 +1,1 @@
+"""The Blend tab: layout, adapter slots and events."""
