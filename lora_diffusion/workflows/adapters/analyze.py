@@ -63,32 +63,32 @@ def analyze_files(paths: Sequence[Path], base: str = "", ignore: Sequence[str] =
     if not paths:
         raise ConfigError("no adapter to analyze; give at least one file")
     adapters = [load_adapter(path, ignore=ignore) for path in paths]
-    check_same_base(adapters, paths)
-    weight_of = open_base_weights(base, adapters) if base else no_base_weight
+    _check_same_base(adapters, paths)
+    weight_of = _open_base_weights(base, adapters) if base else _no_base_weight
     alone = [AdapterStats() for _ in adapters]
     together = {pair: PairStats() for pair in combinations(range(len(adapters)), 2)}
     modules = sorted({module for adapter in adapters for module in adapter.layers})
     for module in tqdm(modules, desc="analyze", unit="module", leave=False):
         weight = weight_of(module)
-        spectra = [spectrum_at(*pair, module, weight) for pair in zip(adapters, alone, strict=True)]
-        add_adapter_stats(alone, spectra, module, weight)
-        add_pair_stats(together, spectra, module)
+        spectra = [_spectrum_at(*pair, module, weight) for pair in zip(adapters, alone, strict=True)]
+        _add_adapter_stats(alone, spectra, module, weight)
+        _add_pair_stats(together, spectra, module)
     for path, found in zip(paths, alone, strict=True):
         if not found.spectra:
-            raise ConfigError(f"{path}: {explain_nothing_left(found)}")
-    names = make_distinct_names(adapters, paths)
-    pairs = [pair_to_json(names[i], names[j], found) for (i, j), found in together.items()]
+            raise ConfigError(f"{path}: {_explain_nothing_left(found)}")
+    names = _make_distinct_names(adapters, paths)
+    pairs = [_pair_to_json(names[i], names[j], found) for (i, j), found in together.items()]
     return {
         "base": base,
         "names": names,
-        "adapters": [adapter_to_json(*each) for each in zip(names, paths, adapters, alone, strict=True)],
+        "adapters": [_adapter_to_json(*each) for each in zip(names, paths, adapters, alone, strict=True)],
         "pairs": pairs,
-        "cosine": make_matrix(pairs, names, "cosine"),
-        "shared": make_matrix(pairs, names, "shared"),
+        "cosine": _make_matrix(pairs, names, "cosine"),
+        "shared": _make_matrix(pairs, names, "shared"),
     }
 
 
-def check_same_base(adapters: Sequence[Adapter], paths: Sequence[Path]) -> None:
+def _check_same_base(adapters: Sequence[Adapter], paths: Sequence[Path]) -> None:
     """Raise FamilyMismatchError unless families, and sizes of modules in common, agree."""
     for (one, first), (two, second) in combinations(zip(adapters, paths, strict=True), 2):
         families = one.metadata.family, two.metadata.family
@@ -106,7 +106,7 @@ def check_same_base(adapters: Sequence[Adapter], paths: Sequence[Path]) -> None:
                 )
 
 
-def open_base_weights(base: str, adapters: Sequence[Adapter]) -> Callable[[str], Tensor | None]:
+def _open_base_weights(base: str, adapters: Sequence[Adapter]) -> Callable[[str], Tensor | None]:
     """Return a function that reads the base's weight of a module that an adapter changes.
 
     Raises BaseModelError, FamilyMismatchError if anything finds no weight of its shape.
@@ -118,36 +118,36 @@ def open_base_weights(base: str, adapters: Sequence[Adapter]) -> Callable[[str],
     return lambda module: parameters[f"{module}.weight"].read()
 
 
-def no_base_weight(_module: str) -> None:
+def _no_base_weight(_module: str) -> None:
     """Return None, the weight of a module without a base."""
 
 
-def spectrum_at(adapter: Adapter, found: AdapterStats, module: str, weight: Tensor | None) -> Spectrum | None:
+def _spectrum_at(adapter: Adapter, found: AdapterStats, module: str, weight: Tensor | None) -> Spectrum | None:
     """The spectrum of an adapter's delta at a module; None, noted in `found`, if it has none to decompose."""
     layer = adapter.layers.get(module)
     if layer is None:
         return None
-    reason = explain_no_spectrum(layer, weight)
+    reason = _explain_no_spectrum(layer, weight)
     if reason:
         found.left_out[module] = reason
         return None
     return spectrum_of([(1.0, layer)], weight)
 
 
-def explain_no_spectrum(layer: Layer, weight: Tensor | None) -> str:
+def _explain_no_spectrum(layer: Layer, weight: Tensor | None) -> str:
     """Explain why a layer's delta cannot be decomposed; empty if it can."""
     if len(layer.weight_shape) < 2:
         return "the weight of a norm is no matrix"
     return "DoRA needs the base's weight" if layer.kind == "DoRA" and weight is None else ""
 
 
-def explain_nothing_left(found: AdapterStats) -> str:
+def _explain_nothing_left(found: AdapterStats) -> str:
     if "DoRA needs the base's weight" in found.left_out.values():
         return "its layers are DoRA, whose delta depends on the base; give the base with --base"
     return "no layer whose delta is a matrix; expected LoRA, LoHa, LoKr, DoRA or full differences of weights"
 
 
-def add_adapter_stats(
+def _add_adapter_stats(
     alone: Sequence[AdapterStats], spectra: Sequence[Spectrum | None], module: str, weight: Tensor | None
 ) -> None:
     for found, spectrum in zip(alone, spectra, strict=True):
@@ -157,7 +157,7 @@ def add_adapter_stats(
             found.amplifications[module] = measure_amplification(spectrum, weight)
 
 
-def add_pair_stats(
+def _add_pair_stats(
     together: Mapping[tuple[int, int], PairStats], spectra: Sequence[Spectrum | None], module: str
 ) -> None:
     directions = [None if spectrum is None else leading_directions(spectrum) for spectrum in spectra]
@@ -171,23 +171,23 @@ def add_pair_stats(
             found.outputs[module] = compare_subspaces(alive[0].output, alive[1].output)
 
 
-def make_distinct_names(adapters: Sequence[Adapter], paths: Sequence[Path]) -> list[str]:
+def _make_distinct_names(adapters: Sequence[Adapter], paths: Sequence[Path]) -> list[str]:
     """Return distinct display names: the adapter's name, else the file's, else that with a number."""
     own, stems = [adapter.metadata.name for adapter in adapters], [path.stem for path in paths]
     numbered = [f"{stem} ({number})" for number, stem in enumerate(stems, start=1)]
     return next(names for names in (own, stems, numbered) if len(set(names)) == len(names) and all(names))
 
 
-def group_by_block(modules: Iterable[str]) -> dict[str, list[str]]:
+def _group_by_block(modules: Iterable[str]) -> dict[str, list[str]]:
     blocks: dict[str, list[str]] = {}
     for module in modules:
         blocks.setdefault(block_prefix(module), []).append(module)
     return blocks
 
 
-def adapter_to_json(name: str, path: Path, adapter: Adapter, found: AdapterStats) -> Facts:
+def _adapter_to_json(name: str, path: Path, adapter: Adapter, found: AdapterStats) -> Facts:
     """Return the measurements of one adapter: in total, by block, by module."""
-    blocks = group_by_block(found.spectra)
+    blocks = _group_by_block(found.spectra)
     facts: Facts = {
         "name": name,
         "file": str(path),
@@ -204,43 +204,45 @@ def adapter_to_json(name: str, path: Path, adapter: Adapter, found: AdapterStats
     if found.amplifications:
         amplified = found.amplifications
         facts["amplification"] = {
-            "whole": median_amplification(list(amplified.values())),
-            "blocks": {block: median_amplification([amplified[m] for m in inside]) for block, inside in blocks.items()},
+            "whole": _median_amplification(list(amplified.values())),
+            "blocks": {
+                block: _median_amplification([amplified[m] for m in inside]) for block, inside in blocks.items()
+            },
             "modules": {module: asdict(each) for module, each in amplified.items()},
         }
     return facts
 
 
-def median_amplification(found: Sequence[Amplification]) -> Facts:
+def _median_amplification(found: Sequence[Amplification]) -> Facts:
     """Return the median of each number; None if no module has it."""
     columns = {name: [getattr(each, name) for each in found] for name in Amplification.__dataclass_fields__}
     known = {name: [value for value in values if value is not None] for name, values in columns.items()}
     return {name: median(values) if values else None for name, values in known.items()}
 
 
-def pair_to_json(first: str, second: str, found: PairStats) -> Facts:
+def _pair_to_json(first: str, second: str, found: PairStats) -> Facts:
     """Return the measurements of two adapters: in total, by block, by module."""
     return {
         "first": first,
         "second": second,
         "modules_in_both": len(found.inputs),
-        **overlap_to_json(sum_overlaps(found.overlaps.values())),
-        "input": similarity_to_json(list(found.inputs.values())),
-        "output": similarity_to_json(list(found.outputs.values())),
+        **_overlap_to_json(sum_overlaps(found.overlaps.values())),
+        "input": _similarity_to_json(list(found.inputs.values())),
+        "output": _similarity_to_json(list(found.outputs.values())),
         "blocks": {
-            block: overlap_to_json(sum_overlaps(found.overlaps[module] for module in inside))
-            for block, inside in group_by_block(found.overlaps).items()
+            block: _overlap_to_json(sum_overlaps(found.overlaps[module] for module in inside))
+            for block, inside in _group_by_block(found.overlaps).items()
         },
-        "modules": {module: overlap_to_json(overlap) for module, overlap in found.overlaps.items()},
+        "modules": {module: _overlap_to_json(overlap) for module, overlap in found.overlaps.items()},
     }
 
 
-def overlap_to_json(overlap: Overlap) -> Facts:
+def _overlap_to_json(overlap: Overlap) -> Facts:
     """Return cosine and shares; `shared` measures the interference of two adapters, `chance` its expectation."""
     return {name: getattr(overlap, name) for name in ("cosine", "shared", "chance", "first_share", "second_share")}
 
 
-def similarity_to_json(found: Sequence[SubspaceSimilarity]) -> Facts:
+def _similarity_to_json(found: Sequence[SubspaceSimilarity]) -> Facts:
     """Return means of phi over modules, for all pairs of ranks and for all directions; empty for none."""
     if not found:
         return {}
@@ -249,17 +251,17 @@ def similarity_to_json(found: Sequence[SubspaceSimilarity]) -> Facts:
         "random_phi": fmean(float(each.random[-1, -1]) for each in found),
         "distance": median(each.distance for each in found),
         "largest_distance": median(each.largest_distance for each in found),
-        "similarity": rounded_grid([each.similarity for each in found]),
-        "random": rounded_grid([each.random for each in found]),
+        "similarity": _rounded_grid([each.similarity for each in found]),
+        "random": _rounded_grid([each.random for each in found]),
     }
 
 
-def rounded_grid(grids: Sequence[Tensor]) -> list[list[float]]:
+def _rounded_grid(grids: Sequence[Tensor]) -> list[list[float]]:
     """The mean, to four decimals: there are as many numbers as the product of two ranks."""
     return [[round(value, 4) for value in row] for row in mean_grid(grids).tolist()]
 
 
-def make_matrix(pairs: Sequence[Facts], names: Sequence[str], key: str) -> list[list[float]]:
+def _make_matrix(pairs: Sequence[Facts], names: Sequence[str], key: str) -> list[list[float]]:
     """Return a number of each pair as a symmetric matrix in the adapters' order, with 1 on the diagonal."""
     values = {(pair["first"], pair["second"]): pair[key] for pair in pairs}
     values |= {(second, first): value for (first, second), value in values.items()}

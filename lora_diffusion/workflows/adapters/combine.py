@@ -28,7 +28,7 @@ from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.library.recipe import blend_entries
 from lora_diffusion.library.references import load_blend
 
-STALE = ("ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_network_args")
+_STALE = ("ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_network_args")
 """What kohya's record says of factors that are no longer those of the file."""
 
 
@@ -78,8 +78,8 @@ def combine_files(entries: Sequence[BlendEntry], output: Path, how: CombineConfi
     active = [entry for entry in blend.entries if not is_zero(entry.weight)]
     if not active:
         raise ConfigError("nothing to combine; give at least one adapter with a weight other than 0")
-    exact, report = combine_blend(materialize_dora(blend, how.base) if how.base else blend, how)
-    dtype = find_common_dtype(active) if how.dtype == "keep" else torch_dtype(how.dtype)
+    exact, report = _combine_blend(_materialize_dora(blend, how.base) if how.base else blend, how)
+    dtype = _find_common_dtype(active) if how.dtype == "keep" else torch_dtype(how.dtype)
     rounded = replace(cast_adapter(exact, dtype), tokens=exact.tokens)
     if rounded.non_finite:
         raise ConfigError(
@@ -87,8 +87,8 @@ def combine_files(entries: Sequence[BlendEntry], output: Path, how: CombineConfi
             "bfloat16 or float32"
         )
     error = rounding_error(exact, rounded)
-    metadata = merge_metadata(active, output.stem).model_copy(
-        update={"training": make_record(active, how, report, error)}
+    metadata = _merge_metadata(active, output.stem).model_copy(
+        update={"training": _make_record(active, how, report, error)}
     )
     written = replace(rounded, metadata=metadata)
     save_adapter(written, output)
@@ -104,7 +104,7 @@ def combine_files(entries: Sequence[BlendEntry], output: Path, how: CombineConfi
     )
 
 
-def combine_blend(blend: Blend, how: CombineConfig) -> tuple[Adapter, CompressionReport | None]:
+def _combine_blend(blend: Blend, how: CombineConfig) -> tuple[Adapter, CompressionReport | None]:
     """Combine a blend into one adapter; every way of combining is implemented here.
 
     Raises LoRADiffusionError's children.
@@ -116,14 +116,14 @@ def combine_blend(blend: Blend, how: CombineConfig) -> tuple[Adapter, Compressio
             entries=(WeightedAdapter(adapter=combine_by_consensus(blend, how.consensus, AdapterMetadata(), layout)),)
         )
     if how.first is not None:
-        return truncate_adapter(combine(disable_timestep_ranks(blend), AdapterMetadata(), layout), how.first)
+        return truncate_adapter(combine(_disable_timestep_ranks(blend), AdapterMetadata(), layout), how.first)
     if how.rule is None:
         return combine(blend, AdapterMetadata(), layout), None
     adapter, report = compress(joint_sum(blend, layout), how.rule, AdapterMetadata())
     return replace(adapter, tokens=merge_tokens(blend)), report
 
 
-def materialize_dora(blend: Blend, base: str) -> Blend:
+def _materialize_dora(blend: Blend, base: str) -> Blend:
     """Replace each DoRA layer by its change to the base's weight, as a full difference.
 
     That is how a blend applies it: beside the others, never on top of them. Raises BaseModelError, FamilyMismatchError.
@@ -143,7 +143,7 @@ def materialize_dora(blend: Blend, base: str) -> Blend:
     return Blend(entries=tuple(replace(entry, adapter=materialize(entry.adapter)) for entry in blend.entries))
 
 
-def find_common_dtype(entries: Sequence[WeightedAdapter]) -> torch.dtype:
+def _find_common_dtype(entries: Sequence[WeightedAdapter]) -> torch.dtype:
     """Return the common half-precision type of all layers and biases, else float32."""
     adapters = [entry.adapter for entry in entries]
     kinds = {
@@ -153,7 +153,7 @@ def find_common_dtype(entries: Sequence[WeightedAdapter]) -> torch.dtype:
     return kinds.pop() if kinds in ({torch.float16}, {torch.bfloat16}) else torch.float32
 
 
-def merge_metadata(entries: Sequence[WeightedAdapter], name: str) -> AdapterMetadata:
+def _merge_metadata(entries: Sequence[WeightedAdapter], name: str) -> AdapterMetadata:
     """Merge the metadata of all adapters; differing values are left empty, and trigger words are united."""
     known = [entry.adapter.metadata for entry in entries]
 
@@ -177,7 +177,7 @@ def merge_metadata(entries: Sequence[WeightedAdapter], name: str) -> AdapterMeta
     )
 
 
-def disable_timestep_ranks(blend: Blend) -> Blend:
+def _disable_timestep_ranks(blend: Blend) -> Blend:
     """Return the blend with every direction of a T-LoRA active at all steps."""
 
     def disable(adapter: Adapter) -> Adapter:
@@ -186,7 +186,7 @@ def disable_timestep_ranks(blend: Blend) -> Blend:
     return Blend(entries=tuple(replace(entry, adapter=disable(entry.adapter)) for entry in blend.entries))
 
 
-def make_record(
+def _make_record(
     entries: Sequence[WeightedAdapter], how: CombineConfig, report: CompressionReport | None, rounding: float
 ) -> dict[str, Any]:
     """Return the record of how the file was made; a single adapter keeps the record of its training."""
@@ -197,16 +197,16 @@ def make_record(
     ]
     made = {
         "adapters": parts,
-        "rule": describe_rule(how),
+        "rule": _describe_rule(how),
         "consensus": asdict(how.consensus) if how.consensus else None,
         "relative_error": 0.0 if report is None else report.total.relative,
         "rounding_error": rounding,
         "base": how.base,
     }
-    return {key: value for key, value in training.items() if key not in STALE} | {"combination": made}
+    return {key: value for key, value in training.items() if key not in _STALE} | {"combination": made}
 
 
-def describe_rule(how: CombineConfig) -> str:
+def _describe_rule(how: CombineConfig) -> str:
     """Describe how ranks were chosen, for a record."""
     if how.first is not None:
         return f"first {how.first}"

@@ -19,7 +19,7 @@ from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.formats.adapters.textual_inversion import save_embedding
 from lora_diffusion.workflows.adapters.hub_card import format_hub_card
 
-WRITERS: Mapping[Dialect, Callable[[Adapter, Path], None]] = {
+_WRITERS: Mapping[Dialect, Callable[[Adapter, Path], None]] = {
     "native": save_adapter,
     "kohya": save_kohya,
     "embedding": save_embedding,
@@ -71,14 +71,14 @@ def convert(source: Path, output: Path, how: ConvertConfig) -> ConvertResult:
     broken = rounded.non_finite
     if broken:
         raise ConfigError(f"{source}: {broken[0]} is beyond the range of {how.dtype}; choose bfloat16 or float32")
-    WRITERS[how.to](rounded, output)
+    _WRITERS[how.to](rounded, output)
     if how.card:
         with atomic_file(card) as part:
             part.write_text(format_hub_card(rounded, output.name), encoding="utf-8")
     return ConvertResult(source=source, output=output, rounding_error=rounding_error(adapter, rounded))
 
 
-def plan_outputs(sources: Sequence[Path], target: Path) -> list[Path]:
+def _plan_outputs(sources: Sequence[Path], target: Path) -> list[Path]:
     """Return the output path of each file: `target` itself, or inside it for several files or a folder.
 
     Raises ConfigError if two would take the same name.
@@ -96,5 +96,5 @@ def plan_outputs(sources: Sequence[Path], target: Path) -> list[Path]:
 
 def convert_files(sources: Sequence[Path], target: Path, how: ConvertConfig) -> list[ConvertResult]:
     """Convert files to `target`, or into it; stops at the first bad one. Raises LoRADiffusionError's children."""
-    pairs = list(zip(sources, plan_outputs(sources, target), strict=True))
+    pairs = list(zip(sources, _plan_outputs(sources, target), strict=True))
     return [convert(source, output, how) for source, output in tqdm(pairs, unit="file", disable=len(pairs) < 2)]

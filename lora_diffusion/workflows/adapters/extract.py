@@ -37,7 +37,7 @@ from lora_diffusion.models.locate import find_checkpoint
 
 Method: TypeAlias = Literal["exact", "randomized"]
 Vectors: TypeAlias = Literal["leave", "keep"]
-SKETCHES: Mapping[Method, Sketch | None] = {"exact": None, "randomized": Sketch()}
+_SKETCHES: Mapping[Method, Sketch | None] = {"exact": None, "randomized": Sketch()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,27 +102,27 @@ def extract_file(tuned: str, base: str, output: Path, how: ExtractConfig) -> Ext
     BaseModelError.
     """
     first, second = find_checkpoint(base), find_checkpoint(tuned)
-    check_output(output, (*list_files(first), *list_files(second)), force=how.force)
-    check_same_architecture(first, second)
-    names = select_names(first, how)
-    pairs = ((parameter_module(n), first.parameters[n].read(), second.parameters[n].read()) for n in progress(names))
-    found = extract_layers(pairs, make_approximation(how, list_stored_dtypes((first, second), names)))
-    kept, left_out = split_kept_and_skipped(
-        iterate_differences(first, second, remaining_parameters(first, names)), target_paths(first, how), how
+    check_output(output, (*_list_files(first), *_list_files(second)), force=how.force)
+    _check_same_architecture(first, second)
+    names = _select_names(first, how)
+    pairs = ((_parameter_module(n), first.parameters[n].read(), second.parameters[n].read()) for n in _progress(names))
+    found = extract_layers(pairs, _make_approximation(how, _list_stored_dtypes((first, second), names)))
+    kept, left_out = _split_kept_and_skipped(
+        _iterate_differences(first, second, _remaining_parameters(first, names)), _target_paths(first, how), how
     )
     if not found.layers and not kept:
-        raise ConfigError(explain_no_difference(tuned, base, left_out))
+        raise ConfigError(_explain_no_difference(tuned, base, left_out))
     done = ExtractResult(tuned=tuned, base=base, output=output, how=how, found=found, kept=kept, left_out=left_out)
     metadata = AdapterMetadata(
         name=output.stem,
         family=first.family.name,
-        variant=detect_variant(first),
+        variant=_detect_variant(first),
         base_name=base,
         base_hash=first.hash,
         description=f"Extracted from {second.path.name}: what it has over its base, {how.rule}.",
-        training={"extraction": {"tuned": tuned, "tuned_hash": second.hash, **make_record(done)}},
+        training={"extraction": {"tuned": tuned, "tuned_hash": second.hash, **_make_record(done)}},
     )
-    save_adapter(make_adapter(done, metadata), output)
+    save_adapter(_make_adapter(done, metadata), output)
     return done
 
 
@@ -133,13 +133,13 @@ def approximate_file(base: str, output: Path, how: ExtractConfig) -> ExtractResu
     it to a base refuses. Norms, biases and embeddings are left out. Raises as `extract_file` does.
     """
     source = find_checkpoint(base)
-    check_output(output, list_files(source), force=how.force)
-    names = select_names(source, how)
-    weights = ((parameter_module(name), weight) for name, weight in iterate_values(source, progress(names)))
-    found = approximate_layers(weights, make_approximation(how, list_stored_dtypes((source,), names)))
+    check_output(output, _list_files(source), force=how.force)
+    names = _select_names(source, how)
+    weights = ((_parameter_module(name), weight) for name, weight in _iterate_values(source, _progress(names)))
+    found = approximate_layers(weights, _make_approximation(how, _list_stored_dtypes((source,), names)))
     if not found.layers:
         raise ConfigError(f"{base}: all weights at the targets are zero; there is nothing to approximate")
-    _, left_out = split_kept_and_skipped(iterate_values(source, remaining_parameters(source, names)), (), how)
+    _, left_out = _split_kept_and_skipped(_iterate_values(source, _remaining_parameters(source, names)), (), how)
     done = ExtractResult(tuned="", base=base, output=output, how=how, found=found, kept={}, left_out=left_out)
     metadata = AdapterMetadata(
         name=f"low-rank part of {source.path.name}",
@@ -147,13 +147,13 @@ def approximate_file(base: str, output: Path, how: ExtractConfig) -> ExtractResu
         base_name=base,
         base_hash=source.hash,
         description="The base's own weights at low rank, not a change to them: do not add it to a base.",
-        training={"approximation": make_record(done)},
+        training={"approximation": _make_record(done)},
     )
-    save_adapter(make_adapter(done, metadata), output)
+    save_adapter(_make_adapter(done, metadata), output)
     return done
 
 
-def make_record(done: ExtractResult) -> dict[str, Any]:
+def _make_record(done: ExtractResult) -> dict[str, Any]:
     """Return the record of how the file was made, for its header."""
     how, total = done.how, done.found.report.total
     return {
@@ -167,12 +167,12 @@ def make_record(done: ExtractResult) -> dict[str, Any]:
     }
 
 
-def list_files(checkpoint: Checkpoint) -> list[Path]:
+def _list_files(checkpoint: Checkpoint) -> list[Path]:
     """List every file of a checkpoint."""
     return [p for p in checkpoint.path.rglob("*") if p.is_file()] if checkpoint.is_folder else [checkpoint.path]
 
 
-def check_same_architecture(base: Checkpoint, tuned: Checkpoint) -> None:
+def _check_same_architecture(base: Checkpoint, tuned: Checkpoint) -> None:
     """Raise FamilyMismatchError unless both have the same parameters; a vocabulary may have grown."""
     if tuned.family is not base.family:
         raise FamilyMismatchError(
@@ -182,63 +182,63 @@ def check_same_architecture(base: Checkpoint, tuned: Checkpoint) -> None:
     shapes, theirs = base.shapes, tuned.shapes
     for name in (*shapes, *(name for name in theirs if name not in shapes)):
         mine, other = shapes.get(name), theirs.get(name)
-        if mine is None or other is None or not (is_same_weight(other, mine) or may_grow(name, mine, other)):
+        if mine is None or other is None or not (is_same_weight(other, mine) or _may_grow(name, mine, other)):
             raise FamilyMismatchError(
                 f"{name} is {other or 'missing'} in {tuned.path}, but {mine or 'missing'} in {base.path}; "
                 "give the base that it was made of"
             )
 
 
-def may_grow(name: str, one: tuple[int, ...], two: tuple[int, ...]) -> bool:
+def _may_grow(name: str, one: tuple[int, ...], two: tuple[int, ...]) -> bool:
     return name.endswith(".token_embedding.weight") and one[1:] == two[1:]
 
 
-def target_paths(checkpoint: Checkpoint, how: ExtractConfig) -> tuple[str, ...]:
+def _target_paths(checkpoint: Checkpoint, how: ExtractConfig) -> tuple[str, ...]:
     """Return the modules, norms included, that sets and patterns name. Raises ConfigError if one matches none."""
     paths = changeable_paths(checkpoint.layout)
     return resolve_targets(paths, unet=how.unet, text_encoders=how.text_encoders)
 
 
-def select_names(checkpoint: Checkpoint, how: ExtractConfig) -> list[str]:
+def _select_names(checkpoint: Checkpoint, how: ExtractConfig) -> list[str]:
     """Select the weights that get a layer: those of two or four dimensions among the targets."""
-    names = [f"{path}.weight" for path in target_paths(checkpoint, how)]
+    names = [f"{path}.weight" for path in _target_paths(checkpoint, how)]
     return [name for name in names if name in checkpoint.parameters and len(checkpoint.shapes[name]) > 1]
 
 
-def parameter_module(name: str) -> str:
+def _parameter_module(name: str) -> str:
     """Return the module of a parameter."""
     return name.rpartition(".")[0]
 
 
-def progress(names: Sequence[str]) -> Iterable[str]:
-    """Iterate over the names, with a progress bar on a terminal."""
+def _progress(names: Sequence[str]) -> Iterable[str]:
+    """Iterate over the names, with a _progress bar on a terminal."""
     return tqdm(names, desc="extract", unit="module", leave=False, disable=None)
 
 
-def list_stored_dtypes(checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> set[str]:
+def _list_stored_dtypes(checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> set[str]:
     """List the types in which the weights are stored."""
     return {checkpoint.parameters[name].kind[0] for checkpoint in checkpoints for name in names}
 
 
-def make_approximation(how: ExtractConfig, types: set[str]) -> Approximation:
+def _make_approximation(how: ExtractConfig, types: set[str]) -> Approximation:
     """Make the approximation settings. Raises ConfigError for a randomized method without a fixed rank."""
     kept = types.pop() if types in ({"float16"}, {"bfloat16"}) else "float32"
     dtype = torch_dtype(kept if how.dtype == "keep" else how.dtype)
-    return Approximation(rule=how.rule, sketch=SKETCHES[how.method], dtype=dtype)
+    return Approximation(rule=how.rule, sketch=_SKETCHES[how.method], dtype=dtype)
 
 
-def remaining_parameters(checkpoint: Checkpoint, names: Sequence[str]) -> list[str]:
+def _remaining_parameters(checkpoint: Checkpoint, names: Sequence[str]) -> list[str]:
     """Return the names of all other parameters."""
     taken = set(names)
     return [name for name in checkpoint.parameters if name not in taken]
 
 
-def iterate_values(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+def _iterate_values(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """Yield parameters in float32, one at a time."""
     return ((name, checkpoint.parameters[name].read().float()) for name in names)
 
 
-def iterate_differences(base: Checkpoint, tuned: Checkpoint, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+def _iterate_differences(base: Checkpoint, tuned: Checkpoint, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """Yield the difference of each parameter; rows that only one checkpoint has count in full."""
     for name in names:
         mine, other = base.parameters[name].read(), tuned.parameters[name].read()
@@ -247,7 +247,7 @@ def iterate_differences(base: Checkpoint, tuned: Checkpoint, names: Iterable[str
         yield name, torch.cat([subtract_weights(mine[:rows], other[:rows]), longer[rows:].float()])
 
 
-def split_kept_and_skipped(
+def _split_kept_and_skipped(
     parameters: Iterable[tuple[str, Tensor]], targets: Sequence[str], how: ExtractConfig
 ) -> tuple[dict[str, Tensor], dict[str, ParameterGroup]]:
     """Split nonzero parameters into kept norms and biases, and all others grouped by kind.
@@ -259,14 +259,14 @@ def split_kept_and_skipped(
     for name, values in check_finite_weights(parameters):
         if not values.any():
             continue
-        if how.norms_and_biases == "keep" and values.ndim == 1 and parameter_module(name) in targets:
+        if how.norms_and_biases == "keep" and values.ndim == 1 and _parameter_module(name) in targets:
             kept[name] = values
         else:
-            norms.setdefault(parameter_kind(name, values), []).append(frobenius_norm(values))
+            norms.setdefault(_parameter_kind(name, values), []).append(frobenius_norm(values))
     return kept, {kind: ParameterGroup(count=len(found), norm=hypot(*found)) for kind, found in norms.items()}
 
 
-def parameter_kind(name: str, values: Tensor) -> str:
+def _parameter_kind(name: str, values: Tensor) -> str:
     if "_embedding.weight" in name:
         return "embeddings"
     if name.endswith(".bias"):
@@ -274,7 +274,7 @@ def parameter_kind(name: str, values: Tensor) -> str:
     return "norm weights" if values.ndim == 1 else "modules beyond the targets"
 
 
-def explain_no_difference(tuned: str, base: str, left_out: Mapping[str, ParameterGroup]) -> str:
+def _explain_no_difference(tuned: str, base: str, left_out: Mapping[str, ParameterGroup]) -> str:
     if not left_out:
         return f"{tuned}: nothing to extract; its UNet and text encoders are those of {base}"
     return (
@@ -288,16 +288,16 @@ def format_groups(left_out: Mapping[str, ParameterGroup]) -> str:
     return ", ".join(f"{kind} ({found.count})" for kind, found in left_out.items())
 
 
-def detect_variant(base: Checkpoint) -> str:
+def _detect_variant(base: Checkpoint) -> str:
     """Return `v-prediction` if a folder's scheduler says so; single files do not tell."""
     scheduler = base.path / "scheduler" / "scheduler_config.json"
     says = read_json(scheduler).get("prediction_type") if scheduler.is_file() else None
     return "v-prediction" if says == "v_prediction" else ""
 
 
-def make_adapter(done: ExtractResult, metadata: AdapterMetadata) -> Adapter:
+def _make_adapter(done: ExtractResult, metadata: AdapterMetadata) -> Adapter:
     norms = {
-        parameter_module(name): FullLayer(diff=diff) for name, diff in done.kept.items() if name.endswith(".weight")
+        _parameter_module(name): FullLayer(diff=diff) for name, diff in done.kept.items() if name.endswith(".weight")
     }
-    biases = {parameter_module(name): bias for name, bias in done.kept.items() if name.endswith(".bias")}
+    biases = {_parameter_module(name): bias for name, bias in done.kept.items() if name.endswith(".bias")}
     return Adapter(layers={**done.found.layers, **norms}, biases=biases, metadata=metadata)

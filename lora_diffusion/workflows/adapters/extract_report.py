@@ -36,7 +36,7 @@ def format_report(done: ExtractResult) -> str:
     head = f"{done.output}: {len(done.found.layers)} layers {what}, {format_megabytes(count_bytes(done.output))}"
     rows = [*done.found.report.by_group(block_prefix).items(), ("all", done.found.report.total)]
     columns = f"{'block':<22}{'modules':>8}{'rank':>10}{'norm':>12}{'error':>12}"
-    lines = [head, columns, *(format_row(name, loss) for name, loss in rows)]
+    lines = [head, columns, *(_format_row(name, loss) for name, loss in rows)]
     if done.kept:
         lines.append(f"kept whole: {len(done.kept)} norms and biases")
     if done.found.equal:
@@ -47,5 +47,5 @@ def format_report(done: ExtractResult) -> str:
     return "\n".join([*lines, f"error of the whole: {done.whole_error:.3g}"])
 
 
-def format_row(name: str, loss: Loss) -> str:
+def _format_row(name: str, loss: Loss) -> str:
     return f"{name:<22}{loss.modules:>8}{format_range(loss.ranks_after):>10}{loss.norm:>12.4g}{loss.relative:>12.3g}"

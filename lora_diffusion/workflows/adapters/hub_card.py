@@ -5,7 +5,7 @@ import json
 from lora_diffusion.adapters.adapter import Adapter, adapter_hash
 from lora_diffusion.architectures.families import family_title
 
-HUB_BASES = {
+_HUB_BASES = {
     "sd1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd2": "stabilityai/stable-diffusion-2-1",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
@@ -16,11 +16,11 @@ def format_hub_card(adapter: Adapter, file_name: str) -> str:
     """Format a model card with the Hub's front matter: base model, instance prompt, widget and tags."""
     metadata = adapter.metadata
     trigger = ", ".join(metadata.trigger_words)
-    base = HUB_BASES.get(metadata.family, metadata.base_name)
+    base = _HUB_BASES.get(metadata.family, metadata.base_name)
     front = ["library_name: diffusers", "pipeline_tag: text-to-image"]
-    front += [f"base_model: {quote_yaml(base)}"] if base else []
+    front += [f"base_model: {_quote_yaml(base)}"] if base else []
     front += (
-        [f"instance_prompt: {quote_yaml(trigger)}", "widget:", f"  - text: {quote_yaml(trigger)}"] if trigger else []
+        [f"instance_prompt: {_quote_yaml(trigger)}", "widget:", f"  - text: {_quote_yaml(trigger)}"] if trigger else []
     )
     front += ["tags:", "  - lora", "  - diffusers", "  - text-to-image"]
     front += ["  - template:sd-lora"] if trigger else []
@@ -39,6 +39,6 @@ def format_hub_card(adapter: Adapter, file_name: str) -> str:
     )
 
 
-def quote_yaml(text: str) -> str:
+def _quote_yaml(text: str) -> str:
     """Quote a text for YAML, which reads JSON strings."""
     return json.dumps(text, ensure_ascii=False)

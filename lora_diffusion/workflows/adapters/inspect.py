@@ -18,8 +18,8 @@ from lora_diffusion.formats.adapters.metadata import tag_frequencies
 from lora_diffusion.formats.adapters.pickle import is_pickled
 from lora_diffusion.formats.safetensors import file_payload_hash
 
-MOST_TAGS = 20
-LEGACY_START, LEGACY_BYTES = 0x100000, 0x10000
+_MOST_TAGS = 20
+_LEGACY_START, _LEGACY_BYTES = 0x100000, 0x10000
 
 
 def inspect_adapter(path: Path, *, norms: bool = False, ignore: Sequence[str] = ()) -> dict[str, Any]:
@@ -47,33 +47,35 @@ def inspect_adapter(path: Path, *, norms: bool = False, ignore: Sequence[str] = 
         "learned_tokens": {word: {c: list(v.shape) for c, v in t.items()} for word, t in adapter.tokens.items()},
         "parameters": adapter.num_parameters,
         "precision": sorted({dtype_name(tensor.dtype) for _, tensor in named_tensors(adapter)}),
-        "ranks": summarize_range(value for layer in adapter.layers.values() if (value := getattr(layer, "rank", None))),
-        "alphas": summarize_range(
+        "ranks": _summarize_range(
+            value for layer in adapter.layers.values() if (value := getattr(layer, "rank", None))
+        ),
+        "alphas": _summarize_range(
             v for layer in adapter.layers.values() if (v := getattr(layer, "alpha", None)) is not None
         ),
         "components": dict(Counter(path.split(".", 1)[0] for path in adapter.paths)),
         "blocks": dict(Counter(block_prefix(path) for path in adapter.paths)),
-        "tags": dict(list(tags.items())[:MOST_TAGS]),
+        "tags": dict(list(tags.items())[:_MOST_TAGS]),
         "training": training,
         "description": metadata.description,
         "created": metadata.created,
         "notes": list(metadata.notes),
     }
-    return facts | (measure_norms(adapter, path) if norms else {})
+    return facts | (_measure_norms(adapter, path) if norms else {})
 
 
-def summarize_range(values: Iterable[float]) -> dict[str, float]:
+def _summarize_range(values: Iterable[float]) -> dict[str, float]:
     """Return the smallest, median and largest value; empty for no values."""
     listed = sorted(values)
     return {"min": listed[0], "median": median(listed), "max": listed[-1]} if listed else {}
 
 
-def measure_norms(adapter: Adapter, path: Path) -> dict[str, Any]:
+def _measure_norms(adapter: Adapter, path: Path) -> dict[str, Any]:
     """Measure what only the tensors tell."""
     norms = {layer_path: delta_norm(layer) for layer_path, layer in adapter.layers.items()}
     facts: dict[str, Any] = {
         "hash": adapter_hash(adapter),
-        "norms": summarize_block_norms(norms),
+        "norms": _summarize_block_norms(norms),
         "no_norm": sorted(layer_path for layer_path, norm in norms.items() if norm is None),
         "dead": sorted(layer_path for layer_path, norm in norms.items() if norm == 0),
         "non_finite": list(adapter.non_finite),
@@ -81,7 +83,7 @@ def measure_norms(adapter: Adapter, path: Path) -> dict[str, Any]:
     return facts | (file_hashes(path) if path.is_file() and not is_pickled(path) else {})
 
 
-def summarize_block_norms(norms: Mapping[str, float | None]) -> dict[str, dict[str, float]]:
+def _summarize_block_norms(norms: Mapping[str, float | None]) -> dict[str, dict[str, float]]:
     """Return the median and largest delta norm in each block."""
     blocks: dict[str, list[float]] = {}
     for path, norm in norms.items():
@@ -97,8 +99,8 @@ def file_hashes(path: Path) -> dict[str, str]:
     `sshs_legacy_hash` that of 64 KiB behind the first mebibyte [github.com/kohya-ss/sd-scripts, library/train_util.py].
     """
     with path.open("rb") as file:
-        file.seek(LEGACY_START)
-        legacy = hashlib.sha256(file.read(LEGACY_BYTES)).hexdigest()
+        file.seek(_LEGACY_START)
+        legacy = hashlib.sha256(file.read(_LEGACY_BYTES)).hexdigest()
     whole = file_hash(path, use_cache=False)
     return {"autov2": whole[:10], "sshs_model_hash": file_payload_hash(path), "sshs_legacy_hash": legacy[:8]}
 
@@ -109,21 +111,21 @@ def describe_inspection(facts: Mapping[str, Any]) -> str:
     for key, value in facts.items():
         title = key.replace("_", " ")
         if key == "norms":
-            lines += ["delta norms, middle and largest:", *format_bars(value)]
+            lines += ["delta norms, middle and largest:", *_format_bars(value)]
         elif value not in ("", [], {}, None):
-            lines.append(f"{title:<18}{format_value(value)}")
+            lines.append(f"{title:<18}{_format_value(value)}")
     return "\n".join(lines)
 
 
-def format_value(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {format_value(inner)}" for key, inner in value.items())
+        return ", ".join(f"{key}: {_format_value(inner)}" for key, inner in value.items())
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def format_bars(norms: Mapping[str, Mapping[str, float]], width: int = 40) -> list[str]:
+def _format_bars(norms: Mapping[str, Mapping[str, float]], width: int = 40) -> list[str]:
     """Format one line for each block: name, bar, numbers."""
     longest = max((entry["median"] for entry in norms.values()), default=0) or 1
     lines: list[str] = []

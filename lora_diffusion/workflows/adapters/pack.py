@@ -69,11 +69,11 @@ def pack_files(sources: Sequence[Path], output: Path, how: PackConfig) -> PackRe
     is an input, or cannot be written; ConfigError for no adapters, two of one name, or kinds that cannot share factors;
     FamilyMismatchError; AdapterFormatError for a file that cannot be read.
     """
-    files = name_files(sources)
+    files = _name_files(sources)
     check_output(output, files.values(), force=how.force)
     adapters = {name: load_adapter(path) for name, path in tqdm(files.items(), unit="file", disable=len(files) < 20)}
     family = share_bases(
-        adapters, how.rank, find_common_dtype(adapters) if how.dtype == "keep" else torch_dtype(how.dtype)
+        adapters, how.rank, _find_common_dtype(adapters) if how.dtype == "keep" else torch_dtype(how.dtype)
     )
     save_pack(family, output)
     return PackResult(
@@ -85,10 +85,10 @@ def pack_files(sources: Sequence[Path], output: Path, how: PackConfig) -> PackRe
     )
 
 
-def name_files(sources: Sequence[Path]) -> dict[str, Path]:
+def _name_files(sources: Sequence[Path]) -> dict[str, Path]:
     """Return the adapters by name, sorted. Raises ConfigError for none, or for duplicate names."""
     files: dict[str, Path] = {}
-    for path in (file for source in sources for file in list_adapter_files(source)):
+    for path in (file for source in sources for file in _list_adapter_files(source)):
         name = adapter_stem(path)
         if name in files:
             raise ConfigError(f"{files[name]} and {path} are both called {name!r}; give one of them another file name")
@@ -98,7 +98,7 @@ def name_files(sources: Sequence[Path]) -> dict[str, Path]:
     return dict(sorted(files.items()))
 
 
-def list_adapter_files(source: Path) -> Iterator[Path]:
+def _list_adapter_files(source: Path) -> Iterator[Path]:
     """List the file itself, or all adapters below a folder. Raises ConfigError for unreadable entries."""
     places, refused = scan_folder(source) if source.is_dir() else ([], [])
     if refused:
@@ -106,7 +106,7 @@ def list_adapter_files(source: Path) -> Iterator[Path]:
     yield from (place.path for place in places) if source.is_dir() else (source,)
 
 
-def find_common_dtype(adapters: Mapping[str, Adapter]) -> torch.dtype:
+def _find_common_dtype(adapters: Mapping[str, Adapter]) -> torch.dtype:
     """Return the common type of all factors, or float32 if there is none."""
     layers = (layer for adapter in adapters.values() for layer in adapter.layers.values())
     types = {factor.dtype for layer in layers for factor in layer.factors.values()}
@@ -122,7 +122,7 @@ def unpack_file(pack: Path, folder: Path, *, name: str = "", force: bool = False
     """
     names = (name,) if name else list_members(pack)
     family = load_pack(pack, names)
-    files = {wanted: folder / f"{check_file_name(wanted, pack)}.safetensors" for wanted in names}
+    files = {wanted: folder / f"{_check_file_name(wanted, pack)}.safetensors" for wanted in names}
     for path in files.values():
         if path.exists() and path.samefile(pack):
             raise OutputError(f"{path}: is the pack itself; give another folder")
@@ -139,7 +139,7 @@ def unpack_file(pack: Path, folder: Path, *, name: str = "", force: bool = False
     )
 
 
-def check_file_name(name: str, pack: Path) -> str:
+def _check_file_name(name: str, pack: Path) -> str:
     """Return the name if it is safe as a file name. Raises ConfigError for one that leads to another folder."""
     if name in ("", ".", "..") or any(letter in "/\\\0" for letter in name):
         raise ConfigError(f"{pack}: holds an adapter called {name!r}, which is no file name; the pack is not of ours")
@@ -154,7 +154,7 @@ def pack_to_json(done: PackResult) -> dict[str, Any]:
         "rank": done.rank,
         "bytes_before": done.bytes_before,
         "bytes_after": done.bytes_after,
-        **errors_to_json(done.errors),
+        **_errors_to_json(done.errors),
     }
 
 
@@ -165,11 +165,11 @@ def unpack_to_json(done: UnpackResult) -> dict[str, Any]:
         "files": {name: str(path) for name, path in done.files.items()},
         "bytes_before": done.bytes_before,
         "bytes_after": done.bytes_after,
-        **errors_to_json(done.errors),
+        **_errors_to_json(done.errors),
     }
 
 
-def errors_to_json(errors: Mapping[str, float]) -> dict[str, Any]:
+def _errors_to_json(errors: Mapping[str, float]) -> dict[str, Any]:
     worst = max(errors, key=lambda name: errors[name])
     found = {"worst": {worst: errors[worst]}, "median": median(errors.values())}
     return {"error": found, "errors": dict(errors)}
@@ -179,16 +179,16 @@ def describe_pack(done: PackResult) -> str:
     """Format the result of packing as lines of text."""
     share = done.bytes_after / done.bytes_before
     sizes = f"{done.bytes_before:,} bytes before, {done.bytes_after:,} after ({share:.1%})"
-    return f"{done.output}: {len(done.errors)} adapters at rank {done.rank}; {sizes}\n{describe_errors(done.errors)}"
+    return f"{done.output}: {len(done.errors)} adapters at rank {done.rank}; {sizes}\n{_describe_errors(done.errors)}"
 
 
 def describe_unpack(done: UnpackResult) -> str:
     """Format the result of unpacking as lines of text."""
     sizes = f"{done.bytes_before:,} bytes in the pack, {done.bytes_after:,} unpacked"
     listed = list(map(str, done.files.values())) if len(done.files) == 1 else [f"{len(done.files)} files"]
-    return f"{done.pack}: {listed[0]}; {sizes}\n{describe_errors(done.errors)}"
+    return f"{done.pack}: {listed[0]}; {sizes}\n{_describe_errors(done.errors)}"
 
 
-def describe_errors(errors: Mapping[str, float]) -> str:
+def _describe_errors(errors: Mapping[str, float]) -> str:
     worst = max(errors, key=lambda name: errors[name])
     return f"error of the deltas: median {median(errors.values()):.3g}, worst {errors[worst]:.3g} ({worst})"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lora_diffusion.config.merge import WeightType
 
 Part: TypeAlias = Literal["factors", "delta"]
-PRUNE = {"factors": prune_factors, "delta": prune_deltas}
+_PRUNE = {"factors": prune_factors, "delta": prune_deltas}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,8 @@ def prune_file(source: Path, output: Path, how: PruneConfig) -> PruneResult:
     before = load_adapter(source)
     if not before.layers:
         raise AdapterFormatError(f"{source}: has no layers to prune; expected a LoRA")
-    pruned = PRUNE[how.what](before, how.keep, how.scope)
-    after = restore_dtypes(pruned, before) if how.dtype == "keep" else cast_adapter(pruned, torch_dtype(how.dtype))
+    pruned = _PRUNE[how.what](before, how.keep, how.scope)
+    after = _restore_dtypes(pruned, before) if how.dtype == "keep" else cast_adapter(pruned, torch_dtype(how.dtype))
     if after.non_finite:
         raise ConfigError(f"{source}: {after.non_finite[0]} is beyond the range of its type; choose --dtype float32")
     metadata = before.metadata.model_copy(update={"merged_from": (before.hash,)})
@@ -80,7 +80,7 @@ def prune_file(source: Path, output: Path, how: PruneConfig) -> PruneResult:
     )
 
 
-def restore_dtypes(pruned: Adapter, before: Adapter) -> Adapter:
+def _restore_dtypes(pruned: Adapter, before: Adapter) -> Adapter:
     """Cast every factor to the type that its layer had; pruned factors already have it."""
     first = {path: next(iter(layer.factors.values())).dtype for path, layer in before.layers.items()}
     layers = {

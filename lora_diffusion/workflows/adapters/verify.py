@@ -16,7 +16,7 @@ from lora_diffusion.formats.safetensors import read_header
 from lora_diffusion.models.locate import find_base
 from lora_diffusion.workflows.adapters.inspect import delta_norm, file_hashes
 
-HASH_KEY = "modelspec.hash_sha256"
+_HASH_KEY = "modelspec.hash_sha256"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,22 +40,22 @@ def verify(path: Path, *, base: str = "", ignore: Sequence[str] = ()) -> list[Ch
     )
     checks = [
         CheckResult(name="readable and understood in full", passed=True, detail=said),
-        check_family_known(adapter),
-        check_assumptions(adapter),
-        check_not_zero(adapter),
-        check_payload(path),
+        _check_family_known(adapter),
+        _check_assumptions(adapter),
+        _check_not_zero(adapter),
+        _check_payload(path),
     ]
-    return [*checks, check_base(adapter, base)] if base else checks
+    return [*checks, _check_base(adapter, base)] if base else checks
 
 
-def check_family_known(adapter: Adapter) -> CheckResult:
+def _check_family_known(adapter: Adapter) -> CheckResult:
     family = family_title(adapter.metadata.family)
     return CheckResult(
         name="family recognized", passed=bool(family), detail=family or "fits several families, or none known"
     )
 
 
-def check_assumptions(adapter: Adapter) -> CheckResult:
+def _check_assumptions(adapter: Adapter) -> CheckResult:
     """Nothing had to be assumed; a file that leaves its alpha out is legal, so this never fails."""
     notes = adapter.metadata.notes
     return CheckResult(
@@ -63,7 +63,7 @@ def check_assumptions(adapter: Adapter) -> CheckResult:
     )
 
 
-def check_not_zero(adapter: Adapter) -> CheckResult:
+def _check_not_zero(adapter: Adapter) -> CheckResult:
     """Check that every layer has a nonzero delta, as trained layers do."""
     dead = [path for path, layer in adapter.layers.items() if delta_norm(layer) == 0]
     detail = (
@@ -72,19 +72,19 @@ def check_not_zero(adapter: Adapter) -> CheckResult:
     return CheckResult(name="no dead layers", passed=not dead, detail=detail)
 
 
-def check_payload(path: Path) -> CheckResult:
+def _check_payload(path: Path) -> CheckResult:
     """The tensors are those that the header's ModelSpec hash names."""
     name = "tensors as hashed in the header"
     if not path.is_file() or path.suffix != ".safetensors":
         return CheckResult(name=name, passed=None, detail="no safetensors header")
-    stated = read_header(path).metadata.get(HASH_KEY, "")
+    stated = read_header(path).metadata.get(_HASH_KEY, "")
     if not stated:
-        return CheckResult(name=name, passed=None, detail=f"the header has no {HASH_KEY}")
+        return CheckResult(name=name, passed=None, detail=f"the header has no {_HASH_KEY}")
     actual = file_hashes(path)["sshs_model_hash"]
     return CheckResult(name=name, passed=stated.removeprefix("0x") == actual, detail=stated)
 
 
-def check_base(adapter: Adapter, base: str) -> CheckResult:
+def _check_base(adapter: Adapter, base: str) -> CheckResult:
     """Every layer finds a weight of its shape in the base; reads the base's headers alone."""
     name = f"fits {base}"
     try:

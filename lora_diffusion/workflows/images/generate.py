@@ -27,7 +27,7 @@ from lora_diffusion.models.locate import find_checkpoint
 from lora_diffusion.models.quantize import load_quantized_base
 from lora_diffusion.workflows.images.request import GenerationRequest, resolve_prompt_tags
 
-MOST_LOST = 0.1
+_MOST_LOST = 0.1
 """Share of a blend's delta that rounding may take before a user is told."""
 
 
@@ -46,7 +46,7 @@ class LoadOptions:
     """Take the base's own values back from its files, and keep no copies in memory."""
 
 
-def check_families(entries: Iterable[BlendEntry], base: str, ignore: Sequence[str] = ()) -> None:
+def _check_families(entries: Iterable[BlendEntry], base: str, ignore: Sequence[str] = ()) -> None:
     """Raise FamilyMismatchError for an adapter of another family than the base's, from file headers alone."""
     family = find_checkpoint(base).family
     for entry in entries:
@@ -61,7 +61,7 @@ def load_and_resolve_blend(base: str, entries: tuple[BlendEntry, ...], options: 
 
     Raises LoRADiffusionError's children.
     """
-    check_families(entries, base, options.ignore)
+    _check_families(entries, base, options.ignore)
     presets = read_block_presets(options.block_presets) if options.block_presets else None
     layout = find_checkpoint(base).layout
     found = load_blend(entries, options.resolver, ignore=options.ignore)
@@ -72,7 +72,7 @@ def load_and_resolve_blend(base: str, entries: tuple[BlendEntry, ...], options: 
     return replace(found, blend=balance_weights(blend) if options.balance else blend)
 
 
-def check_base_hash(base: Base, recipe: Recipe) -> None:
+def _check_base_hash(base: Base, recipe: Recipe) -> None:
     """Raise ConfigError if the base is not the one that the recipe was made with."""
     if base.hash != recipe.base_hash:
         raise ConfigError(
@@ -120,7 +120,7 @@ def write_images(
     """Generate images with a loaded base and loaded adapters; `on_picture` receives each one when written."""
     notes = [*request.notes, *found.notes]
     if request.recipe:
-        check_base_hash(base, request.recipe)
+        _check_base_hash(base, request.recipe)
         notes += [
             f"{note}; the pixels may differ" for note in list_differences(request.recipe, device=base.pipe.device.type)
         ]
@@ -150,14 +150,14 @@ def warn_about_rounding(base: Base, blend: Blend, request: GenerationRequest) ->
     if request.composition.parallel or is_quantized(base) or base.pipe.unet.dtype == torch.float32:
         return []
     validate_blend(base, blend)
-    lost = rounding_loss(base, blend_sum(without_schedules_and_regions(blend), base.layout))
-    if lost <= MOST_LOST:
+    lost = rounding_loss(base, blend_sum(_without_schedules_and_regions(blend), base.layout))
+    if lost <= _MOST_LOST:
         return []
     kind = dtype_name(base.pipe.unet.dtype)
     return [f"rounding to {kind} loses {lost:.0%} of what the adapters change; --parallel keeps it in full"]
 
 
-def without_schedules_and_regions(blend: Blend) -> Blend:
+def _without_schedules_and_regions(blend: Blend) -> Blend:
     """Return the blend at full weight everywhere, without schedules and regions."""
     return Blend(entries=tuple(replace(e, region=None, weight=without_schedules(e.weight)) for e in blend.entries))
 

@@ -28,7 +28,7 @@ from lora_diffusion.workflows.images.generate import (
 from lora_diffusion.workflows.images.grid_axes import GridAxis, expand_grid, without_blocks
 from lora_diffusion.workflows.images.request import GenerationRequest, resolve_prompt_tags
 
-LEAST_CELL_PX, MOST_CELL_PX = 192, 512
+_LEAST_CELL_PX, _MOST_CELL_PX = 192, 512
 GRID_KEY = "lora_diffusion_grid"
 """Text entry of a grid's PNG: its axes, and the recipe of each picture."""
 
@@ -71,12 +71,12 @@ def draw_grid(
         for line, blends in zip(rows, found, strict=True):
             paths.append([])
             for cell, blend in zip(line, blends, strict=True):
-                paths[-1].append(draw_cell(base, blend, cell, output, options, notes))
+                paths[-1].append(_draw_cell(base, blend, cell, output, options, notes))
                 bar.update()
     return RenderedGrid(path=save_sheet(paths, across, down, output), notes=tuple(dict.fromkeys(notes)))
 
 
-def draw_cell(
+def _draw_cell(
     base: Base, blend: ResolvedBlend, cell: GenerationRequest, output: Path, options: LoadOptions, notes: list[str]
 ) -> Path:
     """Generate the picture of one cell, and collect notes."""
@@ -87,9 +87,9 @@ def draw_cell(
 
 def save_sheet(rows: Sequence[Sequence[Path]], across: GridAxis, down: GridAxis, output: Path) -> Path:
     """Pictures of ours as one labeled picture, which has the axes and their recipes in it. Raises OutputError."""
-    read = [[open_image(path) for path in row] for row in rows]
+    read = [[_open_image(path) for path in row] for row in rows]
     pictures = [[picture for picture, _ in row] for row in read]
-    side_px = min(MOST_CELL_PX, max(LEAST_CELL_PX, *pictures[0][0].size))
+    side_px = min(_MOST_CELL_PX, max(_LEAST_CELL_PX, *pictures[0][0].size))
     sheet = draw_image_grid(pictures, columns=across.labels, labels=down.labels, cell_px=side_px)
     facts = {
         "across": asdict(across),
@@ -105,7 +105,7 @@ def save_sheet(rows: Sequence[Sequence[Path]], across: GridAxis, down: GridAxis,
     return path
 
 
-def open_image(path: Path) -> tuple[Image.Image, str]:
+def _open_image(path: Path) -> tuple[Image.Image, str]:
     """Open one of our pictures with its recipe."""
     with Image.open(path) as opened:
         return opened.convert("RGB"), opened.info[PNG_KEY]
@@ -124,7 +124,7 @@ def measure_blocks(
     base = load_base_for(request)
     paths: dict[str, Path] = {}
     for block, less in tqdm(plans.items(), desc="blocks", unit="picture", leave=False):
-        paths[block] = draw_cell(
+        paths[block] = _draw_cell(
             base, load_and_resolve_blend(less.base, less.entries, options), less, output, options, []
         )
     return rank_blocks(paths)
@@ -132,10 +132,10 @@ def measure_blocks(
 
 def rank_blocks(paths: Mapping[str, Path]) -> tuple[BlockEffect, ...]:
     """Rank blocks by how much each picture differs from the one with all blocks, which is under ""."""
-    effects = (measure_block_effect(block, path, paths[""]) for block, path in paths.items() if block)
+    effects = (_measure_block_effect(block, path, paths[""]) for block, path in paths.items() if block)
     return tuple(sorted(effects, key=lambda effect: -effect.change))
 
 
-def measure_block_effect(block: str, without: Path, whole: Path) -> BlockEffect:
-    less, more = (np.asarray(open_image(path)[0], dtype=np.float32) for path in (without, whole))
+def _measure_block_effect(block: str, without: Path, whole: Path) -> BlockEffect:
+    less, more = (np.asarray(_open_image(path)[0], dtype=np.float32) for path in (without, whole))
     return BlockEffect(block=block, change=float(np.abs(less - more).mean()), path=without)

@@ -16,7 +16,7 @@ from lora_diffusion.errors import ConfigError
 from lora_diffusion.library.entry import adapter_stem
 from lora_diffusion.workflows.images.request import GenerationRequest
 
-MOST_CELLS = 64
+_MOST_CELLS = 64
 NOTHING = "nothing"
 TEXTS = ("prompt", "negative_prompt")
 """Settings whose values may hold commas, so that a `|` stands between them."""
@@ -74,15 +74,15 @@ def format_axis(side: GridAxis) -> str:
 def expand_grid(request: GenerationRequest, across: GridAxis, down: GridAxis) -> list[list[GenerationRequest]]:
     """Return the request of each picture, row by row. Raises ConfigError for an invalid value."""
     count = len(across.values) * len(down.values)
-    if count > MOST_CELLS:
-        raise ConfigError(f"{count} pictures are more than a grid holds; {MOST_CELLS} at most")
+    if count > _MOST_CELLS:
+        raise ConfigError(f"{count} pictures are more than a grid holds; {_MOST_CELLS} at most")
     single = replace(request, settings=request.settings.model_copy(update={"count": 1}))
     return [
-        [apply_axis_value(apply_axis_value(single, down, y), across, x) for x in across.values] for y in down.values
+        [_apply_axis_value(_apply_axis_value(single, down, y), across, x) for x in across.values] for y in down.values
     ]
 
 
-def apply_axis_value(request: GenerationRequest, side: GridAxis, value: str) -> GenerationRequest:
+def _apply_axis_value(request: GenerationRequest, side: GridAxis, value: str) -> GenerationRequest:
     """Return the request with this value. Raises ConfigError."""
     try:
         return CHANGES[side.what](request, value, side.of)
@@ -92,7 +92,7 @@ def apply_axis_value(request: GenerationRequest, side: GridAxis, value: str) -> 
         raise ConfigError(f"{side.what}: {value!r} is no number; write values like 0, 0.5, 1") from None
 
 
-def set_setting(name: str) -> Callable[[GenerationRequest, str, str], GenerationRequest]:
+def _set_setting(name: str) -> Callable[[GenerationRequest, str, str], GenerationRequest]:
     """A setting of the picture."""
 
     def change(request: GenerationRequest, value: str, _of: str) -> GenerationRequest:
@@ -104,7 +104,7 @@ def set_setting(name: str) -> Callable[[GenerationRequest, str, str], Generation
     return change
 
 
-def set_weight(
+def _set_weight(
     update: Callable[[str], Mapping[str, Any]],
 ) -> Callable[[GenerationRequest, str, str], GenerationRequest]:
     """A change of one adapter's weight."""
@@ -112,30 +112,30 @@ def set_weight(
     def change(request: GenerationRequest, value: str, of: str) -> GenerationRequest:
         at = find_entry(request.entries, of)
         weight = validate(
-            BlendWeight, {**as_blend_weight(request.entries[at].weight).model_dump(), **update(value)}, source=value
+            BlendWeight, {**_as_blend_weight(request.entries[at].weight).model_dump(), **update(value)}, source=value
         )
-        return replace(request, entries=with_weight(request.entries, at, weight))
+        return replace(request, entries=_with_weight(request.entries, at, weight))
 
     return change
 
 
-def keep_only(request: GenerationRequest, value: str, _of: str) -> GenerationRequest:
+def _keep_only(request: GenerationRequest, value: str, _of: str) -> GenerationRequest:
     """Keep a single adapter, at its weight."""
     return replace(request, entries=(request.entries[find_entry(request.entries, value)],))
 
 
-def set_mode(request: GenerationRequest, value: str, _of: str) -> GenerationRequest:
+def _set_mode(request: GenerationRequest, value: str, _of: str) -> GenerationRequest:
     """Set another composition mode, with its default settings."""
     return replace(request, composition=validate(Composition, {"mode": value}, source="the grid"))
 
 
 CHANGES: dict[str, Callable[[GenerationRequest, str, str], GenerationRequest]] = {
-    "weight": set_weight(lambda value: {"value": float(value)}),
-    "block preset": set_weight(lambda value: {"blocks": value}),
-    "adapter": keep_only,
-    "mode": set_mode,
-    **{name: set_setting(name) for name in ("seed", "scheduler", *TEXTS)},
-    **{short: set_setting(name) for name, short in SHORT_NAMES.items()},
+    "weight": _set_weight(lambda value: {"value": float(value)}),
+    "block preset": _set_weight(lambda value: {"blocks": value}),
+    "adapter": _keep_only,
+    "mode": _set_mode,
+    **{name: _set_setting(name) for name in ("seed", "scheduler", *TEXTS)},
+    **{short: _set_setting(name) for name, short in SHORT_NAMES.items()},
     NOTHING: lambda request, _, __: request,
 }
 
@@ -158,12 +158,12 @@ def find_entry(entries: Sequence[BlendEntry], of: str) -> int:
     raise ConfigError(f"{of}: is not on the table; name one of {known}")
 
 
-def as_blend_weight(weight: Weight) -> BlendWeight:
+def _as_blend_weight(weight: Weight) -> BlendWeight:
     """Return a plain number as a BlendWeight."""
     return weight if isinstance(weight, BlendWeight) else BlendWeight(value=weight)
 
 
-def with_weight(entries: tuple[BlendEntry, ...], at: int, weight: BlendWeight) -> tuple[BlendEntry, ...]:
+def _with_weight(entries: tuple[BlendEntry, ...], at: int, weight: BlendWeight) -> tuple[BlendEntry, ...]:
     """The entries with another weight for one; a weight that is no more than a number is one."""
     plain = weight.value if weight == BlendWeight(value=weight.value) else weight
     return (*entries[:at], entries[at].model_copy(update={"weight": plain}), *entries[at + 1 :])
@@ -175,11 +175,11 @@ def without_blocks(
     """Return a request without each block of one adapter, by block, and with all under "". Raises ConfigError."""
     single = replace(request, settings=request.settings.model_copy(update={"count": 1}))
     at = find_entry(request.entries, of)
-    weight = as_blend_weight(expand_block_preset(request.entries[at].weight, layout, presets))
+    weight = _as_blend_weight(expand_block_preset(request.entries[at].weight, layout, presets))
     factors = dict(weight.blocks) if isinstance(weight.blocks, Mapping) else {}
     _, attentive = vector_block_names(layout)
     found = {"": single}
     for block in attentive:
         less = weight.model_copy(update={"blocks": {**factors, block: 0.0}})
-        found[block] = replace(single, entries=with_weight(request.entries, at, less))
+        found[block] = replace(single, entries=_with_weight(request.entries, at, less))
     return found

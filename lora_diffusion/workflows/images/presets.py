@@ -32,14 +32,14 @@ def check_preset(path: Path, resolver: AdapterResolver, ignore: Sequence[str] = 
         checks.append(
             (
                 f"adapter {entry.name or entry.path}",
-                explain_entry_problem(entry, resolver, ignore, family.name if family else "", layout),
+                _explain_entry_problem(entry, resolver, ignore, family.name if family else "", layout),
             )
         )
-    checks.append(("composition", explain_composition_problem(preset)))
+    checks.append(("composition", _explain_composition_problem(preset)))
     return checks
 
 
-def explain_composition_problem(preset: BlendPreset) -> str:
+def _explain_composition_problem(preset: BlendPreset) -> str:
     """Explain why the adapters cannot be composed as the preset says; empty if they can."""
     active = sum(not is_zero(entry.weight) for entry in preset.adapters)
     try:
@@ -49,7 +49,7 @@ def explain_composition_problem(preset: BlendPreset) -> str:
     return ""
 
 
-def explain_entry_problem(
+def _explain_entry_problem(
     entry: BlendEntry, resolver: AdapterResolver, ignore: Sequence[str], family: str, layout: ModelLayout | None
 ) -> str:
     """Explain why an adapter cannot be used as the preset says; empty if it can."""

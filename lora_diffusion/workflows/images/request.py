@@ -17,9 +17,9 @@ from lora_diffusion.prompts.image_metadata import read_infotext
 from lora_diffusion.prompts.infotext import Infotext, convert_settings
 from lora_diffusion.prompts.tags import convert_a1111_tags, extract_tags
 
-COMPOSABLE = re.compile(r"\bAND\b")
+_COMPOSABLE = re.compile(r"\bAND\b")
 """What joins several prompts to A1111."""
-EMPHASIS = re.compile(r"(?<!\\)[(\[]")
+_EMPHASIS = re.compile(r"(?<!\\)[(\[]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +50,12 @@ def request_from_preset(
     return GenerationRequest(
         base=base or preset.base,
         entries=resolve_entry_paths(preset.adapters, path.parent) + adapters,
-        settings=merge_settings(GenerateConfig, preset.settings, settings, source=str(path)),
-        composition=merge_settings(Composition, preset.composition, composition, source=str(path)),
+        settings=_merge_settings(GenerateConfig, preset.settings, settings, source=str(path)),
+        composition=_merge_settings(Composition, preset.composition, composition, source=str(path)),
     )
 
 
-def merge_settings(kind: type[Model], kept: Model | None, given: Mapping[str, Any], *, source: str) -> Model:
+def _merge_settings(kind: type[Model], kept: Model | None, given: Mapping[str, Any], *, source: str) -> Model:
     """Merge given settings into existing ones. Raises ConfigError."""
     return validate(kind, {**(kept.model_dump() if kept else {}), **given}, source=source)
 
@@ -67,7 +67,7 @@ def request_from_image(image: Path, *, base: str, resolver: AdapterResolver) -> 
     """
     info = None if has_recipe(image) else read_infotext(image)
     if info is not None:
-        return request_from_infotext(image, info, base=base, resolver=resolver)
+        return _request_from_infotext(image, info, base=base, resolver=resolver)
     recipe = read_recipe(image)
     if recipe.kind != "image" or recipe.settings is None:
         raise ConfigError(f"{image}: carries the recipe of a {recipe.kind}, not of a picture")
@@ -96,13 +96,13 @@ def request_from_settings(
     return GenerationRequest(
         base=base or start.base,
         entries=start.entries + adapters,
-        settings=merge_settings(GenerateConfig, start.settings, settings, source="preset save"),
-        composition=merge_settings(Composition, start.composition, composition, source="preset save"),
+        settings=_merge_settings(GenerateConfig, start.settings, settings, source="preset save"),
+        composition=_merge_settings(Composition, start.composition, composition, source="preset save"),
         notes=start.notes,
     )
 
 
-def request_from_infotext(image: Path, info: Infotext, *, base: str, resolver: AdapterResolver) -> GenerationRequest:
+def _request_from_infotext(image: Path, info: Infotext, *, base: str, resolver: AdapterResolver) -> GenerationRequest:
     """Make a request from an A1111 or Forge picture, as far as its settings have a counterpart here.
 
     Raises ConfigError if no base is given, as a picture names one that only its maker has.
@@ -118,20 +118,20 @@ def request_from_infotext(image: Path, info: Infotext, *, base: str, resolver: A
         base=base,
         entries=entries,
         settings=settings,
-        notes=(*notes, *more, *unsupported_prompt_features(info, settings)),
+        notes=(*notes, *more, *_unsupported_prompt_features(info, settings)),
     )
 
 
-def unsupported_prompt_features(info: Infotext, settings: GenerateConfig) -> list[str]:
+def _unsupported_prompt_features(info: Infotext, settings: GenerateConfig) -> list[str]:
     """Describe what the other program would interpret in the prompt and this one does not."""
     notes: list[str] = []
     if info.ti_hashes:
         words = ", ".join(info.ti_hashes)
         notes.append(f"its learned tokens ({words}) are not looked for; give their files with --adapter")
     prompts = f"{settings.prompt}\n{settings.negative_prompt}"
-    if EMPHASIS.search(prompts):
+    if _EMPHASIS.search(prompts):
         notes.append("words in brackets are moved away from the empty prompt here, where A1111 rescales all words")
-    if COMPOSABLE.search(prompts):
+    if _COMPOSABLE.search(prompts):
         notes.append("AND is read as a plain word here")
     return notes
 

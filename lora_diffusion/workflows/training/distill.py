@@ -17,7 +17,7 @@ from lora_diffusion.training.distillation.distill import DistillResult, distill
 from lora_diffusion.workflows.images.generate import LoadOptions, load_and_resolve_blend
 from lora_diffusion.workflows.images.request import GenerationRequest
 
-SCENES = (
+_SCENES = (
     "a picture",
     "a portrait",
     "a cat in a forest",
@@ -66,7 +66,7 @@ def distill_file(
     """
     check_output(output, [Path(entry.path) for entry in request.entries], force=force)
     found = load_and_resolve_blend(request.base, request.entries, options)
-    prompts = load_prompts(source, found.blend)
+    prompts = _load_prompts(source, found.blend)
     base = load_base(request.base, precision=torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32)
     backup = "file" if options.low_memory else "memory"
     result = distill(base, found.blend, request.composition, prompts, config, backup=backup)
@@ -74,7 +74,7 @@ def distill_file(
     return DistillFileResult(path=output, result=result, notes=(*request.notes, *found.notes))
 
 
-def load_prompts(source: PromptSource, blend: Blend) -> tuple[str, ...]:
+def _load_prompts(source: PromptSource, blend: Blend) -> tuple[str, ...]:
     """Load the prompts to distill the blend on. Raises ConfigError, and DatasetError for a folder."""
     if source.file and source.folder:
         raise ConfigError("prompts come from --prompts FILE or from the captions of --data FOLDER; give one of them")
@@ -98,4 +98,4 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 def make_scene_prompts(blend: Blend) -> tuple[str, ...]:
     """Return each scene with the trigger words of all adapters, in their order."""
     words = [word for entry in blend.entries for word in entry.adapter.metadata.trigger_words]
-    return tuple(", ".join([scene, *dict.fromkeys(words)]) for scene in SCENES)
+    return tuple(", ".join([scene, *dict.fromkeys(words)]) for scene in _SCENES)

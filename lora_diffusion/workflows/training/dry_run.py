@@ -23,7 +23,7 @@ from lora_diffusion.training.objectives.prior_preservation import class_folder, 
 from lora_diffusion.training.setup import TrainingContext, run_folder
 from lora_diffusion.workflows.training.dataset_check import check_dataset_for_base
 
-STEPS = 4
+_STEPS = 4
 """The first is left out, as it warms up."""
 
 
@@ -57,7 +57,7 @@ def estimate_run(config: TrainConfig) -> ResourceEstimate:
     dataset = check_dataset_for_base(config.data, config.base, trigger)
     seen: list[TrainingContext] = []
     with tempfile.TemporaryDirectory() as scratch:
-        trial = make_trial_config(config, Path(scratch))
+        trial = _make_trial_config(config, Path(scratch))
         result = train(trial, watch=lambda run, _: seen.append(run))
         lines = read_log(run_folder(trial.output) / LOG) if result.is_main_process else []
         size = result.path.stat().st_size if result.is_main_process else 0
@@ -65,7 +65,7 @@ def estimate_run(config: TrainConfig) -> ResourceEstimate:
     per_step = config.batch_size * config.gradient_accumulation * run.accelerator.num_processes
     pictures, repeats = run.samples[0].examples, config.data.repeats
     seconds = median([whole - loading for whole, loading in steps[1:]] or [0.0])
-    loading = sum(loading for _, loading in steps) / STEPS
+    loading = sum(loading for _, loading in steps) / _STEPS
     cached = config.data.cache != "none"
     loads = len(pictures) * config.data.variants / per_step if cached else config.steps
     return ResourceEstimate(
@@ -74,7 +74,7 @@ def estimate_run(config: TrainConfig) -> ResourceEstimate:
         modules=len(run.paths),
         pictures_per_step=per_step,
         passes=config.steps * per_step / (sum(example.repeats for example in pictures) * repeats),
-        class_pictures=len(find_missing_class_images(config)),
+        class_pictures=len(_find_missing_class_images(config)),
         seconds_per_step=seconds if cached else seconds + loading,
         seconds=seconds * config.steps + loading * loads,
         memory_mb=peak_memory_mb(),
@@ -83,14 +83,14 @@ def estimate_run(config: TrainConfig) -> ResourceEstimate:
     )
 
 
-def find_missing_class_images(config: TrainConfig) -> list[int]:
+def _find_missing_class_images(config: TrainConfig) -> list[int]:
     """Return the seeds of class pictures that the run would generate."""
     if config.prior.mode != "pictures":
         return []
     return missing_pictures(config.prior, class_folder(config.prior, run_folder(config.output)))
 
 
-def make_trial_config(config: TrainConfig, scratch: Path) -> TrainConfig:
+def _make_trial_config(config: TrainConfig, scratch: Path) -> TrainConfig:
     """Return the config of a short trial in a scratch folder, with a single class picture."""
     changes: dict[str, dict[str, Any]] = {
         "data": {"cache": "memory" if config.data.cache == "disk" else config.data.cache},
@@ -100,7 +100,7 @@ def make_trial_config(config: TrainConfig, scratch: Path) -> TrainConfig:
     }
     sections = {name: getattr(config, name).model_copy(update=update) for name, update in changes.items()}
     output = scratch / "trial.safetensors"
-    return config.model_copy(update={"output": output, "steps": STEPS, "save_every": 0, "state_every": 0, **sections})
+    return config.model_copy(update={"output": output, "steps": _STEPS, "save_every": 0, "state_every": 0, **sections})
 
 
 def format_estimate(needs: ResourceEstimate, config: TrainConfig) -> str:
@@ -111,7 +111,7 @@ def format_estimate(needs: ResourceEstimate, config: TrainConfig) -> str:
         f"{config.base}: {count} would learn, and be a file of {needs.adapter_mb:.1f} MB",
         f"{config.steps} steps of {each} picture{'s' * (each > 1)}, which is {needs.passes:.1f} passes over the data",
         f"{needs.seconds_per_step:.2f} s a step, so {timedelta(seconds=round(needs.seconds))} without samples and "
-        f"validation; {needs.memory_mb:,.0f} MB of memory at most (after {STEPS} steps on {describe_machine()})",
+        f"validation; {needs.memory_mb:,.0f} MB of memory at most (after {_STEPS} steps on {describe_machine()})",
     ]
     if needs.class_pictures:
         lines.append(f"{needs.class_pictures} class pictures would be made first")

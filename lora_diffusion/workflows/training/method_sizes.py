@@ -16,7 +16,7 @@ from lora_diffusion.config.textual_inversion import TextualInversionConfig
 from lora_diffusion.models.locate import find_checkpoint
 
 Shape = tuple[int, ...]
-FILE_BYTES = 2
+_FILE_BYTES = 2
 """Of a number in a file, which is float16 unless told otherwise."""
 
 
@@ -37,7 +37,7 @@ class MethodSize:
     """Of the file."""
 
 
-def count_numbers(config: AdapterConfig, shape: Shape, rank: int) -> tuple[int, int]:
+def _count_numbers(config: AdapterConfig, shape: Shape, rank: int) -> tuple[int, int]:
     """Count trained and saved numbers of one module whose weight is (out, in[, kh, kw])."""
     out, inputs = shape[0], prod(shape[1:])
     pair = rank * (inputs + out)
@@ -46,7 +46,7 @@ def count_numbers(config: AdapterConfig, shape: Shape, rank: int) -> tuple[int, 
         case "loha":
             return 2 * pair + magnitude, 2 * pair + magnitude
         case "lokr":
-            numbers = count_kronecker_numbers(shape, rank, config.decompose_factor)
+            numbers = _count_kronecker_numbers(shape, rank, config.decompose_factor)
             return numbers + magnitude, numbers + magnitude
         case "vera":
             return rank + out, pair
@@ -60,7 +60,7 @@ def count_numbers(config: AdapterConfig, shape: Shape, rank: int) -> tuple[int, 
             return trained + magnitude, pair * (2 if config.init_weights == "pissa" else 1) + magnitude
 
 
-def count_kronecker_numbers(shape: Shape, rank: int, most: int) -> int:
+def _count_kronecker_numbers(shape: Shape, rank: int, most: int) -> int:
     """Count the numbers of LoKr's small matrix and of its larger one, whole or low-rank, whichever is smaller."""
     small_out, small_in = (max(d for d in range(1, most + 1) if side % d == 0) for side in shape[:2])
     out, inputs = shape[0] // small_out, prod(shape[1:]) // small_in
@@ -93,7 +93,7 @@ def measure_config(name: str, base: str, config: AdapterConfig, words: TextualIn
     if words.placeholder_tokens and words.start_adapter_at == 1:
         paths, full = (), ()
     ranks = resolve_patterns(paths, config.rank_pattern, "adapter.rank_pattern", config.rank)
-    sizes = [count_numbers(config, shapes[f"{path}.weight"], ranks[path]) for path in paths]
+    sizes = [_count_numbers(config, shapes[f"{path}.weight"], ranks[path]) for path in paths]
     whole = sum(prod(shapes.get(f"{path}.{part}", (0,))) for path in full for part in ("weight", "bias"))
     trained, saved = (sum(size[side] for size in sizes) + whole + vectors for side in (0, 1))
     total = sum(map(prod, shapes.values()))
@@ -107,7 +107,7 @@ def measure_config(name: str, base: str, config: AdapterConfig, words: TextualIn
         trained=trained,
         saved=saved,
         share=trained / total,
-        megabytes=(saved + magnitudes) * FILE_BYTES / 1e6,
+        megabytes=(saved + magnitudes) * _FILE_BYTES / 1e6,
     )
 
 
@@ -124,11 +124,11 @@ def format_methods(found: Sequence[tuple[Method, MethodSize]], base: str) -> str
         numbers = f"{size.rank:>5}{size.trained:>13,}{size.share:>13.2%}{size.megabytes:>10.2f}"
         rows.append(f"{method.name:<12}{numbers}  {lines}")
     wrap = textwrap.TextWrapper(width=100, initial_indent="  ", subsequent_indent="  ")
-    about = [f"{method.name} [{format_source(method)}]\n{wrap.fill(method.about)}" for method, _ in found]
+    about = [f"{method.name} [{_format_source(method)}]\n{wrap.fill(method.about)}" for method, _ in found]
     return "\n".join([f"On {base}, with the defaults for a style:", *rows, "", *about])
 
 
-def format_source(method: Method) -> str:
+def _format_source(method: Method) -> str:
     return f"arXiv:{method.paper}"
 
 

@@ -9,7 +9,7 @@ from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.architectures.blocks import block_prefix
 
-BLUE, GREY = "#2b6cb0", "#a0aec0"
+_BLUE, _GREY = "#2b6cb0", "#a0aec0"
 
 
 def ranks_by_block(adapter: Adapter) -> dict[str, list[int]]:
@@ -27,9 +27,9 @@ def draw_allocation(ranks: Mapping[str, Sequence[int]]) -> bytes:
     blocks = sorted(ranks)
     figure = Figure(figsize=(9.6, 0.32 * len(blocks) + 1), layout="constrained")
     axes = figure.add_subplot()
-    axes.barh(range(len(blocks)), [sum(ranks[b]) / len(ranks[b]) for b in blocks], color=BLUE, height=0.6, alpha=0.75)
+    axes.barh(range(len(blocks)), [sum(ranks[b]) / len(ranks[b]) for b in blocks], color=_BLUE, height=0.6, alpha=0.75)
     for row, block in enumerate(blocks):
-        axes.plot(ranks[block], [row] * len(ranks[block]), "|", color=GREY, markersize=9)
+        axes.plot(ranks[block], [row] * len(ranks[block]), "|", color=_GREY, markersize=9)
     axes.set_yticks(range(len(blocks)), blocks)
     axes.invert_yaxis()
     axes.set_xlabel("rank: mean of the block, and each module")

@@ -35,7 +35,7 @@ def train_and_report(config: TrainConfig) -> TrainResult:
 
     result = train(config, watch=watch)
     if config.tracking.report and result.is_main_process and not result.stopped:
-        facts = to_json(seen[0], result, time.perf_counter() - started)
+        facts = _to_json(seen[0], result, time.perf_counter() - started)
         with atomic_file(seen[0].folder / FACTS) as part:
             part.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         write_report(seen[0].folder)
@@ -57,7 +57,7 @@ def write_report(folder: Path) -> Path:
     return folder / REPORT
 
 
-def to_json(run: TrainingContext, result: TrainResult, seconds: float) -> dict[str, Any]:
+def _to_json(run: TrainingContext, result: TrainResult, seconds: float) -> dict[str, Any]:
     """Return the facts of a finished run."""
     pictures = run.samples[0]
     taken = [line["seconds"] for line in read_log(run.folder / LOG) if "seconds" in line]

@@ -9,7 +9,7 @@ from PIL import Image
 from lora_diffusion.evaluation.image_grid import draw_image_grid, save_grid
 from lora_diffusion.training.previews import SAMPLES, preview_path
 
-CELL_PX = 192
+_CELL_PX = 192
 
 
 def sheet_path(folder: Path) -> Path:
@@ -22,13 +22,13 @@ def draw_sheet(folder: Path, prompts: Sequence[str]) -> Path | None:
     whole = [step for step in steps if all(preview_path(folder, step, i).is_file() for i in range(len(prompts)))]
     if not whole or not prompts:
         return None
-    rows = [[open_image(preview_path(folder, step, i)) for i in range(len(prompts))] for step in whole]
+    rows = [[_open_image(preview_path(folder, step, i)) for i in range(len(prompts))] for step in whole]
     columns = [textwrap.shorten(prompt, 22, placeholder=" …") for prompt in prompts]
     labels = ["before training" if step == 0 else f"step {step}" for step in whole]
-    save_grid(draw_image_grid(rows, columns=columns, labels=labels, cell_px=CELL_PX), sheet_path(folder))
+    save_grid(draw_image_grid(rows, columns=columns, labels=labels, cell_px=_CELL_PX), sheet_path(folder))
     return sheet_path(folder)
 
 
-def open_image(path: Path) -> Image.Image:
+def _open_image(path: Path) -> Image.Image:
     with Image.open(path) as opened:
         return opened.convert("RGB")
