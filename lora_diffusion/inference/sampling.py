@@ -312,7 +312,6 @@ def _latent_size(base: Base, settings: GenerateConfig) -> tuple[int, int]:
 def _make_recipe(base: Base, blend: Blend, composition: Composition, settings: GenerateConfig) -> Recipe:
     """Record what is needed to reproduce an image."""
     return Recipe(
-        kind="image",
         base=base.name,
         base_hash=base.hash,
         adapters=blend_entries(blend),

@@ -1,4 +1,4 @@
-"""Recipes, which record how an image or a merged checkpoint was made, and PNG files that carry them.
+"""Recipes, which record how an image was made, and PNG files that carry them.
 
 A recipe identifies the base and the adapters by content hash. It is stored as JSON in the PNG text chunk
 `lora_diffusion`; the chunk `parameters` repeats it as an A1111 infotext for other programs.
@@ -30,10 +30,10 @@ INFOTEXT_KEY = "parameters"
 
 
 class Recipe(Settings):
-    """Everything needed to reproduce an image or a merged checkpoint."""
+    """Everything needed to reproduce an image."""
 
-    kind: Literal["image", "merge"]
-    """Whether it describes an image or a merged checkpoint."""
+    kind: Literal["image"] = "image"
+    """Marks the JSON as the recipe of an image."""
     base: str
     """Name, path or hub id of the base."""
     base_hash: str
@@ -42,8 +42,8 @@ class Recipe(Settings):
     """The adapters with their weights and hashes."""
     composition: Composition = Composition()
     """How the adapters are combined."""
-    settings: GenerateConfig | None = None
-    """The sampling settings of an image; None for a merged checkpoint."""
+    settings: GenerateConfig
+    """The sampling settings."""
     precision: str = "float32"
     """Data type of the weights, as torch names it."""
     quantization: Annotated[Quantization, Field(validation_alias=AliasChoices("quantization", "codes"))] = "none"
@@ -89,10 +89,8 @@ def list_differences(recipe: Recipe, *, device: str) -> list[str]:
 
 
 def format_infotext(recipe: Recipe) -> str:
-    """Format a recipe as an A1111 infotext; empty for a recipe without sampling settings."""
+    """Format a recipe as an A1111 infotext."""
     settings = recipe.settings
-    if settings is None:
-        return ""
     tags = "".join(f" <lora:{e.name or Path(e.path).stem}:{format_weight(e.weight)}>" for e in recipe.adapters)
     pairs = {
         "Steps": str(settings.num_inference_steps),

@@ -173,9 +173,9 @@ def test_differences_from_a1111_prompts_are_noted(sd: Base, library: Path, tmp_p
     common = ["--base", sd.folder, "--library", library, "--output", tmp_path / "out"]
     assert run("generate", "--from", picture, *common) == 0
     notes = capsys.readouterr().err
-    assert "learned tokens (EasyNegative) are not looked for" in notes
-    assert "words in brackets are moved away from the empty prompt" in notes
-    assert "AND is read as a plain word" in notes
+    assert "textual inversion embeddings (EasyNegative) are not searched for" in notes
+    assert "words in brackets are interpolated with the empty prompt" in notes
+    assert "AND is an ordinary word" in notes
     edited = a1111_picture(tmp_path / "b.png", "a [cat:dog:0.5]")
     assert "prompt editing" in refused(capsys, "generate", "--from", edited, *common)
 

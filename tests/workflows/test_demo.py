@@ -45,6 +45,6 @@ def full_style_cells(path: Path) -> list[Image.Image]:
 
 def test_a_folder_that_is_not_a_demos_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(OutputError, match="holds something that is not a demo's"):
+    with pytest.raises(OutputError, match="contains files that no demo wrote"):
         run_demo(tmp_path, steps=1, print_line=print)
     assert (tmp_path / "mine.txt").read_text() == "keep"

@@ -249,5 +249,5 @@ def test_the_command_prints_what_it_did(file: Path, tmp_path: Path, capsys: pyte
     assert (facts["nonzeros"], facts["entries"], facts["share"]) == (160, 320, 0.5)
     Prune(source=file, output=tmp_path / "b.safetensors", keep=0.5).run()
     text = capsys.readouterr().out
-    assert "160 of 320 numbers are not zero (50.00%)" in text
+    assert "160 of 320 values are not zero (50.00%)" in text
     assert f"error of the deltas: {facts['error']:.3g} of their norm" in text

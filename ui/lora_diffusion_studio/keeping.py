@@ -8,7 +8,7 @@ from pathlib import Path
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.library.presets import list_presets, read_preset
 from lora_diffusion.prompts.tags import format_weight
-from lora_diffusion.workflows.images.generate import LoadOptions, save_plan
+from lora_diffusion.workflows.images.generate import LoadOptions, save_request_as_preset
 from lora_diffusion_studio.forms import BlendForm
 from lora_diffusion_studio.studio import Studio, check_name, stock_presets_folder
 
@@ -76,7 +76,7 @@ def save_form(
     file = studio.places.presets / f"{check_name(name)}.json"
     prompted = form if str(form.settings.get("prompt", "")).strip() else with_default_prompt(form)
     request = studio.make_request(prompted)
-    saved = save_plan(
+    saved = save_request_as_preset(
         request, file, LoadOptions(resolver=studio.resolver), name=name.strip(), description=description, force=replace
     )
     if picture and picture.is_file():

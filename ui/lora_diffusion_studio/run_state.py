@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.workflows.training.run import FACTS
+from lora_diffusion.workflows.training.run import SUMMARY_FILE
 
 PACE_STEPS = 20
 """So many of the last steps say how long the rest will take."""
@@ -27,7 +27,7 @@ class RunStatus:
 def read_total_steps(run: Path) -> int:
     """Return the number of steps of a finished run, from its facts; 0 if there are none."""
     try:
-        return int(json.loads((run / FACTS).read_text(encoding="utf-8"))["settings"]["steps"])
+        return int(json.loads((run / SUMMARY_FILE).read_text(encoding="utf-8"))["settings"]["steps"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0
 

@@ -22,7 +22,7 @@ from lora_diffusion.errors import ConfigError
 from lora_diffusion.models.locate import find_checkpoint
 from lora_diffusion.training.log import LOG, read_log
 from lora_diffusion.workflows.training.dataset_check import check_dataset_for_base
-from lora_diffusion.workflows.training.run import REPORT
+from lora_diffusion.workflows.training.run import REPORT_FILE
 from lora_diffusion.workflows.training.sample_sheet import sheet_path
 from lora_diffusion_studio.run_state import RunStatus, existing_or_none, format_status, read_total_steps
 from lora_diffusion_studio.studio import Studio, check_name
@@ -179,7 +179,7 @@ class RunManager:
             running=running,
             losses=tuple((line["step"], line["loss"]) for line in log),
             sheet=existing_or_none(sheet_path(run)),
-            report=existing_or_none(run / REPORT),
+            report=existing_or_none(run / REPORT_FILE),
             adapter=None if running else existing_or_none(adapter),
         )
 

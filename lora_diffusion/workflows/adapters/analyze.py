@@ -32,7 +32,7 @@ from lora_diffusion.architectures.families import family_title
 from lora_diffusion.errors import ConfigError, FamilyMismatchError
 from lora_diffusion.formats.adapters.load import load_adapter
 
-Facts = dict[str, Any]
+Report = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class PairStats:
     outputs: dict[str, SubspaceSimilarity] = field(default_factory=dict[str, SubspaceSimilarity])
 
 
-def analyze_files(paths: Sequence[Path], base: str = "", ignore: Sequence[str] = ()) -> Facts:
+def analyze_files(paths: Sequence[Path], base: str = "", ignore: Sequence[str] = ()) -> Report:
     """Spectra of each adapter, overlap and similarity of each two, and, with a base, amplification.
 
     `base` is `tiny-sd`, a folder, a single file or a hub id; only the weights that the adapters change are looked at.
@@ -65,23 +65,23 @@ def analyze_files(paths: Sequence[Path], base: str = "", ignore: Sequence[str] =
     adapters = [load_adapter(path, ignore=ignore) for path in paths]
     _check_same_base(adapters, paths)
     weight_of = _open_base_weights(base, adapters) if base else _no_base_weight
-    alone = [AdapterStats() for _ in adapters]
-    together = {pair: PairStats() for pair in combinations(range(len(adapters)), 2)}
+    adapter_stats = [AdapterStats() for _ in adapters]
+    pair_stats = {pair: PairStats() for pair in combinations(range(len(adapters)), 2)}
     modules = sorted({module for adapter in adapters for module in adapter.layers})
     for module in tqdm(modules, desc="analyze", unit="module", leave=False):
         weight = weight_of(module)
-        spectra = [_spectrum_at(*pair, module, weight) for pair in zip(adapters, alone, strict=True)]
-        _add_adapter_stats(alone, spectra, module, weight)
-        _add_pair_stats(together, spectra, module)
-    for path, found in zip(paths, alone, strict=True):
+        spectra = [_spectrum_at(*pair, module, weight) for pair in zip(adapters, adapter_stats, strict=True)]
+        _add_adapter_stats(adapter_stats, spectra, module, weight)
+        _add_pair_stats(pair_stats, spectra, module)
+    for path, found in zip(paths, adapter_stats, strict=True):
         if not found.spectra:
             raise ConfigError(f"{path}: {_explain_nothing_left(found)}")
     names = _make_distinct_names(adapters, paths)
-    pairs = [_pair_to_json(names[i], names[j], found) for (i, j), found in together.items()]
+    pairs = [_pair_to_json(names[i], names[j], found) for (i, j), found in pair_stats.items()]
     return {
         "base": base,
         "names": names,
-        "adapters": [_adapter_to_json(*each) for each in zip(names, paths, adapters, alone, strict=True)],
+        "adapters": [_adapter_to_json(*each) for each in zip(names, paths, adapters, adapter_stats, strict=True)],
         "pairs": pairs,
         "cosine": _make_matrix(pairs, names, "cosine"),
         "shared": _make_matrix(pairs, names, "shared"),
@@ -148,9 +148,9 @@ def _explain_nothing_left(found: AdapterStats) -> str:
 
 
 def _add_adapter_stats(
-    alone: Sequence[AdapterStats], spectra: Sequence[Spectrum | None], module: str, weight: Tensor | None
+    adapter_stats: Sequence[AdapterStats], spectra: Sequence[Spectrum | None], module: str, weight: Tensor | None
 ) -> None:
-    for found, spectrum in zip(alone, spectra, strict=True):
+    for found, spectrum in zip(adapter_stats, spectra, strict=True):
         if spectrum is not None:
             found.spectra[module] = measure_spectrum(spectrum)
         if spectrum is not None and weight is not None:
@@ -158,10 +158,10 @@ def _add_adapter_stats(
 
 
 def _add_pair_stats(
-    together: Mapping[tuple[int, int], PairStats], spectra: Sequence[Spectrum | None], module: str
+    pair_stats: Mapping[tuple[int, int], PairStats], spectra: Sequence[Spectrum | None], module: str
 ) -> None:
     directions = [None if spectrum is None else leading_directions(spectrum) for spectrum in spectra]
-    for (i, j), found in together.items():
+    for (i, j), found in pair_stats.items():
         if spectra[i] is None and spectra[j] is None:
             continue
         found.overlaps[module] = measure_overlap(spectra[i], spectra[j])
@@ -185,10 +185,10 @@ def _group_by_block(modules: Iterable[str]) -> dict[str, list[str]]:
     return blocks
 
 
-def _adapter_to_json(name: str, path: Path, adapter: Adapter, found: AdapterStats) -> Facts:
+def _adapter_to_json(name: str, path: Path, adapter: Adapter, found: AdapterStats) -> Report:
     """Return the measurements of one adapter: in total, by block, by module."""
     blocks = _group_by_block(found.spectra)
-    facts: Facts = {
+    report: Report = {
         "name": name,
         "file": str(path),
         "hash": adapter.hash,
@@ -203,24 +203,24 @@ def _adapter_to_json(name: str, path: Path, adapter: Adapter, found: AdapterStat
     }
     if found.amplifications:
         amplified = found.amplifications
-        facts["amplification"] = {
+        report["amplification"] = {
             "whole": _median_amplification(list(amplified.values())),
             "blocks": {
                 block: _median_amplification([amplified[m] for m in inside]) for block, inside in blocks.items()
             },
             "modules": {module: asdict(each) for module, each in amplified.items()},
         }
-    return facts
+    return report
 
 
-def _median_amplification(found: Sequence[Amplification]) -> Facts:
+def _median_amplification(found: Sequence[Amplification]) -> Report:
     """Return the median of each number; None if no module has it."""
     columns = {name: [getattr(each, name) for each in found] for name in Amplification.__dataclass_fields__}
     known = {name: [value for value in values if value is not None] for name, values in columns.items()}
     return {name: median(values) if values else None for name, values in known.items()}
 
 
-def _pair_to_json(first: str, second: str, found: PairStats) -> Facts:
+def _pair_to_json(first: str, second: str, found: PairStats) -> Report:
     """Return the measurements of two adapters: in total, by block, by module."""
     return {
         "first": first,
@@ -237,12 +237,12 @@ def _pair_to_json(first: str, second: str, found: PairStats) -> Facts:
     }
 
 
-def _overlap_to_json(overlap: Overlap) -> Facts:
+def _overlap_to_json(overlap: Overlap) -> Report:
     """Return cosine and shares; `shared` measures the interference of two adapters, `chance` its expectation."""
     return {name: getattr(overlap, name) for name in ("cosine", "shared", "chance", "first_share", "second_share")}
 
 
-def _similarity_to_json(found: Sequence[SubspaceSimilarity]) -> Facts:
+def _similarity_to_json(found: Sequence[SubspaceSimilarity]) -> Report:
     """Return means of phi over modules, for all pairs of ranks and for all directions; empty for none."""
     if not found:
         return {}
@@ -261,7 +261,7 @@ def _rounded_grid(grids: Sequence[Tensor]) -> list[list[float]]:
     return [[round(value, 4) for value in row] for row in mean_grid(grids).tolist()]
 
 
-def _make_matrix(pairs: Sequence[Facts], names: Sequence[str], key: str) -> list[list[float]]:
+def _make_matrix(pairs: Sequence[Report], names: Sequence[str], key: str) -> list[list[float]]:
     """Return a number of each pair as a symmetric matrix in the adapters' order, with 1 on the diagonal."""
     values = {(pair["first"], pair["second"]): pair[key] for pair in pairs}
     values |= {(second, first): value for (first, second), value in values.items()}

@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-Facts = Mapping[str, Any]
+Report = Mapping[str, Any]
 Rows = Sequence[Sequence[str]]
-_MOST_PAIRS = 20
+_MAX_PAIRS = 20
 
 
-def describe_analysis(facts: Facts) -> str:
-    """Format the facts of `analyze_files`: adapters, their blocks, amplification and overlap."""
-    adapters, pairs = facts["adapters"], sorted(facts["pairs"], key=lambda pair: -pair["shared"])
+def describe_analysis(analysis: Report) -> str:
+    """Format the analysis of `analyze_files`: adapters, their blocks, amplification and overlap."""
+    adapters, pairs = analysis["adapters"], sorted(analysis["pairs"], key=lambda pair: -pair["shared"])
     parts = [
         _format_totals(adapters),
         _format_by_block(
@@ -20,8 +20,8 @@ def describe_analysis(facts: Facts) -> str:
             adapters, "Frobenius norm by block, modules together", lambda found: _format_digits(found["norm"])
         ),
     ]
-    if facts["base"]:
-        parts.append(_format_amplifications(adapters, facts["base"]))
+    if analysis["base"]:
+        parts.append(_format_amplifications(adapters, analysis["base"]))
     if pairs:
         parts.append(_format_overlaps(pairs))
     if len(pairs) == 1:
@@ -29,20 +29,20 @@ def describe_analysis(facts: Facts) -> str:
     return "\n\n".join([*parts, *_format_left_out(adapters)])
 
 
-def _format_totals(adapters: Sequence[Facts]) -> str:
+def _format_totals(adapters: Sequence[Report]) -> str:
     heading = ["", "family", "kind", "modules", "norm", "rank", "effective", "stable", "for 99 %"]
     title = "deltas; ranks are medians over modules, the last one holds 99 % of the energy"
     return f"{title}\n{format_table([heading, *map(_format_total, adapters)], left=3)}"
 
 
-def _format_total(adapter: Facts) -> list[str]:
+def _format_total(adapter: Report) -> list[str]:
     found = adapter["whole"]
     ranks = [f"{found['rank']:g}", f"{found['effective_rank']:.1f}", f"{found['stable_rank']:.1f}"]
     names = [_truncate_name(adapter["name"]), adapter["family"], adapter["kind"]]
     return [*names, str(found["modules"]), _format_digits(found["norm"]), *ranks, f"{found['rank_99']:g}"]
 
 
-def _format_by_block(adapters: Sequence[Facts], title: str, cell: Callable[[Facts], str]) -> str:
+def _format_by_block(adapters: Sequence[Report], title: str, cell: Callable[[Report], str]) -> str:
     """Format a table with a row for each block and a column for each adapter."""
     blocks = sorted({block for adapter in adapters for block in adapter["blocks"]})
     found = [adapter["blocks"] for adapter in adapters]
@@ -50,7 +50,7 @@ def _format_by_block(adapters: Sequence[Facts], title: str, cell: Callable[[Fact
     return f"{title}\n{format_table([['', *(_truncate_name(adapter['name'], 12) for adapter in adapters)], *rows])}"
 
 
-def _format_amplifications(adapters: Sequence[Facts], base: str) -> str:
+def _format_amplifications(adapters: Sequence[Report], base: str) -> str:
     """Format medians over modules of the numbers of section 7.3 of LoRA [arXiv:2106.09685]."""
     keys = ("delta_norm", "projected", "own", "random", "factor")
     title = f"U'WV, what {base} holds in the delta's directions, in its own first ones, in random ones; medians"
@@ -65,7 +65,7 @@ def _format_digits(value: float | None) -> str:
     return "-" if value is None else f"{value:#.3g}".rstrip(".")
 
 
-def _format_overlaps(pairs: Sequence[Facts]) -> str:
+def _format_overlaps(pairs: Sequence[Report]) -> str:
     title = "overlap, most first"
     heading = ["", "cosine", "shared", "random", "inputs", "random", "outputs", "random", "most shared in"]
     notes = (
@@ -73,12 +73,12 @@ def _format_overlaps(pairs: Sequence[Facts]) -> str:
         "shared: energy of each in the other's input and output directions, mean of both: how much they will fight",
         "inputs, outputs: phi of all directions of one side, 100 % if the one's lie inside the other's",
     )
-    rows = [[*_format_pair(pair), _find_strongest_block(pair)] for pair in pairs[:_MOST_PAIRS]]
-    more = [f"and {len(pairs) - _MOST_PAIRS} more, which --json lists"] if len(pairs) > _MOST_PAIRS else []
+    rows = [[*_format_pair(pair), _find_strongest_block(pair)] for pair in pairs[:_MAX_PAIRS]]
+    more = [f"and {len(pairs) - _MAX_PAIRS} more, which --json lists"] if len(pairs) > _MAX_PAIRS else []
     return "\n".join([title, format_table([heading, *rows], left_last=True), *more, *notes])
 
 
-def _format_pair(pair: Facts) -> list[str]:
+def _format_pair(pair: Report) -> list[str]:
     sides = [pair[side].get(key) for side in ("input", "output") for key in ("phi", "random_phi")]
     shares = [pair["shared"], pair["chance"], *sides]
     return [
@@ -92,13 +92,13 @@ def _format_percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
-def _find_strongest_block(pair: Facts) -> str:
+def _find_strongest_block(pair: Report) -> str:
     """Return the block with the most shared energy."""
     block, found = max(pair["blocks"].items(), key=lambda item: item[1]["shared"])
     return f"{block} {_format_percent(found['shared'])}"
 
 
-def _format_overlap_by_block(pair: Facts) -> str:
+def _format_overlap_by_block(pair: Report) -> str:
     title = "overlap by block; the last two are each one's energy in the other's directions"
     heading = ["", "cosine", "shared", _truncate_name(pair["first"]), _truncate_name(pair["second"])]
     keys = ("shared", "first_share", "second_share")
@@ -106,7 +106,7 @@ def _format_overlap_by_block(pair: Facts) -> str:
     return f"{title}\n{format_table([heading, *rows])}"
 
 
-def _format_left_out(adapters: Iterable[Facts]) -> list[str]:
+def _format_left_out(adapters: Iterable[Report]) -> list[str]:
     """Format one line for each adapter and reason."""
     lines: list[str] = []
     for adapter in adapters:
