@@ -1,10 +1,10 @@
-"""How quickly the studio is there, and what it holds.
+"""Start-up time, latency and memory of the studio.
 
     python -m tests.benchmarks.studio
 
-On the embedded base, in headless Chromium: seconds from the command to the line that says that the studio is open, from
-opening the page to a usable Generate button, from a click to the first preview and to the picture; and how much memory
-the server has after ten adapters were blended. Writes `studio.json` beside this script.
+On the embedded base, in headless Chromium: seconds from the command to the message that the studio is open, from
+opening the page to a usable Generate button, from a click to the first preview and to the image; and the memory of the
+server after ten adapters were blended. Writes `studio.json` beside this script.
 """
 
 import re
@@ -41,7 +41,7 @@ def resident_mb(process: int) -> float:
 
 
 def watched(address: str) -> dict[str, float]:
-    """A visitor's waits."""
+    """Measure the waiting times of a user in the browser."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         page: Any = browser.new_page()

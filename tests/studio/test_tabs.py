@@ -116,12 +116,12 @@ def test_a_grid_is_its_pictures_side_by_side(studio: Studio) -> None:
 @pytest.mark.parametrize(
     ("what", "values", "words"),
     [
-        ("weight", "a, b", "is no number"),
+        ("weight", "a, b", "is not a number"),
         ("weight", "", "no values"),
-        ("adapter", "nobody", "is not on the table"),
+        ("adapter", "nobody", "is not an adapter of the blend"),
         ("mode", "mixed", "mode"),
         ("seed", ",".join(map(str, range(65))), "64 at most"),
-        ("taste", "1", "cannot be compared"),
+        ("taste", "1", "is not a setting"),
     ],
 )
 def test_a_grid_that_cannot_be_is_one_sentence(studio: Studio, what: str, values: str, words: str) -> None:

@@ -142,7 +142,7 @@ def test_dora_is_left_out_without_the_base_and_measured_with_it(
     mixed = replace(plain, layers={**plain.layers, path: dora(sd, layer, path)})
     file = saved(mixed, "mixed")
     assert run(file) == 0
-    assert f"mixed: 1 modules left out, DoRA needs the base's weight (first: {path})" in capsys.readouterr().out
+    assert f"mixed: 1 modules left out: DoRA needs the base's weight (first: {path})" in capsys.readouterr().out
     merge(str(sd.folder), Blend(), tmp_path / "one.safetensors", bases=[BaseTerm(added=str(sd.folder), weight=0.0)])
     delta = mixed.layers[path].delta(weight_at(sd, path))
     for base in (sd.folder, tmp_path / "one.safetensors"):

@@ -80,11 +80,11 @@ def test_an_adapter_is_named_in_any_way(of: str) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("weight", "WHAT=VALUES"),
+        ("weight", "SETTING=VALUES"),
         ("weight=", "no values"),
-        ("weight=a", "is no number"),
-        ("weight:zuki=1", "is not on the table; name one of neon, gloop"),
-        ("new/gloop=1", "cannot be compared"),
+        ("weight=a", "is not a number"),
+        ("weight:zuki=1", "is not an adapter of the blend; expected one of neon, gloop"),
+        ("new/gloop=1", "is not a setting that a grid can vary"),
         ("steps=0", "steps"),
         ("scheduler=fast", "scheduler"),
         ("mode=mixed", "mode"),

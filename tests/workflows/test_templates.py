@@ -19,7 +19,7 @@ def test_html_templates_escape_their_values() -> None:
     rows = {key: [(hostile, hostile)] for key in ("changed_settings", "run")}
     page = render_template("lora_diffusion.workflows", "report.html.j2", **values, **lists, **rows)
     assert "<script>" not in page
-    assert page.count("&lt;/li&gt;&lt;script&gt;alert(&#39;x&#39;)") == 14
+    assert page.count("&lt;/li&gt;&lt;script&gt;alert(&#39;x&#39;)") == 13
 
 
 def test_missing_variables_are_errors() -> None:
@@ -36,5 +36,5 @@ def test_model_card_quotes_trigger_words_for_yaml_and_does_not_escape_html() -> 
     prompt = next(line for line in front.splitlines() if line.startswith("instance_prompt: "))
     assert json.loads(prompt.removeprefix("instance_prompt: ")) == ", ".join(words)
     assert "naïve" in prompt
-    assert text.startswith("\n# N\n\nLines & light.\n\n| | |\n|---|---|\n| kind | LoRA |\n")
+    assert text.startswith("\n# N\n\nLines & light.\n\n| | |\n|---|---|\n| kind | ")
     assert text.endswith('```python\npipe.load_lora_weights("n.v2", weight_name="n.v2.safetensors")\n```\n')

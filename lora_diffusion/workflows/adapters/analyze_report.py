@@ -1,4 +1,4 @@
-"""What an analysis found, as aligned tables for the terminal."""
+"""The result of an analysis of adapters as aligned tables for the terminal."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -9,7 +9,14 @@ _MAX_PAIRS = 20
 
 
 def describe_analysis(analysis: Report) -> str:
-    """Format the analysis of `analyze_files`: adapters, their blocks, amplification and overlap."""
+    """Format the result of `analyze_files` as text.
+
+    Args:
+        analysis: The result.
+
+    Returns:
+        Tables of the adapters, their blocks, the amplification and the overlap.
+    """
     adapters, pairs = analysis["adapters"], sorted(analysis["pairs"], key=lambda pair: -pair["shared"])
     parts = [
         _format_totals(adapters),
@@ -17,7 +24,7 @@ def describe_analysis(analysis: Report) -> str:
             adapters, "effective rank by block, medians over modules", lambda found: f"{found['effective_rank']:.1f}"
         ),
         _format_by_block(
-            adapters, "Frobenius norm by block, modules together", lambda found: _format_digits(found["norm"])
+            adapters, "Frobenius norm by block, over all modules", lambda found: _format_digits(found["norm"])
         ),
     ]
     if analysis["base"]:
@@ -31,7 +38,7 @@ def describe_analysis(analysis: Report) -> str:
 
 def _format_totals(adapters: Sequence[Report]) -> str:
     heading = ["", "family", "kind", "modules", "norm", "rank", "effective", "stable", "for 99 %"]
-    title = "deltas; ranks are medians over modules, the last one holds 99 % of the energy"
+    title = "deltas; ranks are medians over modules; the last is the rank that contains 99 % of the energy"
     return f"{title}\n{format_table([heading, *map(_format_total, adapters)], left=3)}"
 
 
@@ -51,9 +58,9 @@ def _format_by_block(adapters: Sequence[Report], title: str, cell: Callable[[Rep
 
 
 def _format_amplifications(adapters: Sequence[Report], base: str) -> str:
-    """Format medians over modules of the numbers of section 7.3 of LoRA [arXiv:2106.09685]."""
+    """Format medians over modules of the measurements in section 7.3 of LoRA [arXiv:2106.09685]."""
     keys = ("delta_norm", "projected", "own", "random", "factor")
-    title = f"U'WV, what {base} holds in the delta's directions, in its own first ones, in random ones; medians"
+    title = f"|U'WV|: norm of {base} in the directions of the delta, in its own leading ones, in random ones; medians"
     heading = ["", "|delta|", "|U'WV|", "own", "random", "|delta| / |U'WV|"]
     medians = [(_truncate_name(adapter["name"]), adapter["amplification"]["whole"]) for adapter in adapters]
     rows = [[name, *(_format_digits(found[key]) for key in keys)] for name, found in medians]
@@ -61,17 +68,17 @@ def _format_amplifications(adapters: Sequence[Report], base: str) -> str:
 
 
 def _format_digits(value: float | None) -> str:
-    """Format with three significant digits."""
+    """Format a number with three significant digits."""
     return "-" if value is None else f"{value:#.3g}".rstrip(".")
 
 
 def _format_overlaps(pairs: Sequence[Report]) -> str:
-    title = "overlap, most first"
+    title = "overlap, largest first"
     heading = ["", "cosine", "shared", "random", "inputs", "random", "outputs", "random", "most shared in"]
     notes = (
-        "cosine of the deltas: 1 the same change, 0 unrelated, -1 opposite",
-        "shared: energy of each in the other's input and output directions, mean of both: how much they will fight",
-        "inputs, outputs: phi of all directions of one side, 100 % if the one's lie inside the other's",
+        "cosine of the deltas: 1 for the same change, 0 for unrelated ones, -1 for opposite ones",
+        "shared: energy of each delta in the directions of the other, mean of both; adapters that share much interfere",
+        "inputs, outputs: phi of all input or output directions, 100 % if one subspace contains the other",
     )
     rows = [[*_format_pair(pair), _find_strongest_block(pair)] for pair in pairs[:_MAX_PAIRS]]
     more = [f"and {len(pairs) - _MAX_PAIRS} more, which --json lists"] if len(pairs) > _MAX_PAIRS else []
@@ -99,7 +106,7 @@ def _find_strongest_block(pair: Report) -> str:
 
 
 def _format_overlap_by_block(pair: Report) -> str:
-    title = "overlap by block; the last two are each one's energy in the other's directions"
+    title = "overlap by block; the last two columns are the energy of each delta in the directions of the other"
     heading = ["", "cosine", "shared", _truncate_name(pair["first"]), _truncate_name(pair["second"])]
     keys = ("shared", "first_share", "second_share")
     rows = [[b, f"{x['cosine']:z.3f}", *(_format_percent(x[key]) for key in keys)] for b, x in pair["blocks"].items()]
@@ -112,7 +119,7 @@ def _format_left_out(adapters: Iterable[Report]) -> list[str]:
     for adapter in adapters:
         for reason in sorted(set(adapter["left_out"].values())):
             modules = [module for module, why in adapter["left_out"].items() if why == reason]
-            lines.append(f"{adapter['name']}: {len(modules)} modules left out, {reason} (first: {modules[0]})")
+            lines.append(f"{adapter['name']}: {len(modules)} modules left out: {reason} (first: {modules[0]})")
     return ["\n".join(lines)] if lines else []
 
 

@@ -32,7 +32,9 @@ class CheckResult:
     """What was found."""
 
 
-def verify(path: str | os.PathLike[str], *, base: str = "", ignore: Sequence[str] = ()) -> list[CheckResult]:
+def verify(
+    path: str | os.PathLike[str], *, base: str | os.PathLike[str] = "", ignore: Sequence[str] = ()
+) -> list[CheckResult]:
     """Check an adapter file. An invalid file is a failed check, not an exception.
 
     Args:
@@ -56,7 +58,7 @@ def verify(path: str | os.PathLike[str], *, base: str = "", ignore: Sequence[str
         _check_not_zero(adapter),
         _check_payload(path),
     ]
-    return [*checks, _check_base(adapter, base)] if base else checks
+    return [*checks, _check_base(adapter, os.fspath(base))] if base else checks
 
 
 def _check_family_known(adapter: Adapter) -> CheckResult:
