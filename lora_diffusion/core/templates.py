@@ -1,6 +1,5 @@
 """Rendering of the jinja2 templates that a package keeps in its folder `templates`."""
 
-import json
 from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
@@ -19,7 +18,7 @@ def render_template(package: str, template: str, /, **values: object) -> str:
 
 @cache
 def _template_environment(package: str) -> Environment:
-    environment = Environment(
+    return Environment(
         loader=PackageLoader(package),
         autoescape=select_autoescape(enabled_extensions=("html.j2",), default=False),
         undefined=StrictUndefined,
@@ -27,10 +26,3 @@ def _template_environment(package: str) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["json_string"] = _json_string
-    return environment
-
-
-def _json_string(text: str) -> str:
-    """Quote a text as a JSON string, which is also a YAML string."""
-    return json.dumps(text, ensure_ascii=False)

@@ -65,7 +65,7 @@ def request_from_checkpoint(path: str | os.PathLike[str], *, base: str, force: b
 
     Args:
         path: The merged checkpoint, a folder or a single file.
-        base: Where the base is now; empty for the place in the recipe.
+        base: Where the base is now; empty for the path or name in the recipe.
         force: Whether an existing output is replaced, and a merge that the base already contains is repeated.
 
     Raises:
@@ -133,7 +133,7 @@ def undo_files(
     Args:
         merged: The merged checkpoint, a folder or a single file.
         output: Folder or single file to write.
-        base: Where the base is now; empty for the place in the recipe.
+        base: Where the base is now; empty for the path or name in the recipe.
         options: How adapters are found.
 
     Returns:

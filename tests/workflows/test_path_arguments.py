@@ -121,10 +121,8 @@ def image_cases(sd: Base, inputs: Path) -> Cases:
     image, preset, axis = inputs / "00000.png", inputs / "p.json", GridAxis()
     options, resolver = generate.LoadOptions(), AdapterResolver()
     made = request.request_from_image(image, base=str(sd.folder), resolver=resolver)
-    bare, nothing = (
-        request.GenerationRequest(base=made.base, entries=(), settings=made.settings),
-        ResolvedBlend(Blend()),
-    )
+    bare = request.GenerationRequest(base=made.base, entries=(), settings=made.settings)
+    nothing = ResolvedBlend(blend=Blend())
     changes: dict[str, Any] = {"base": "", "settings": {}, "composition": {}, "adapters": ()}
     texts: dict[str, Any] = {"name": "", "description": "", "force": False}
     return {

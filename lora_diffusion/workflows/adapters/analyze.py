@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -281,7 +281,8 @@ def _similarity_to_json(similarities: Sequence[SubspaceSimilarity]) -> Report:
 
 def _average_grids(grids: Sequence[Tensor]) -> list[list[float]]:
     """Return the mean of grids of (rank, rank) values, rounded to four decimals to keep the JSON short."""
-    return [[round(value, 4) for value in row] for row in mean_grid(grids).tolist()]
+    mean: list[list[float]] = cast(Any, mean_grid(grids)).tolist()  # Tensor.tolist has no element type
+    return [[round(value, 4) for value in row] for row in mean]
 
 
 def _make_matrix(pairs: Sequence[Report], names: Sequence[str], key: str) -> list[list[float]]:

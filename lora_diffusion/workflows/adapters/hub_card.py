@@ -1,5 +1,7 @@
 """Model cards for the Hugging Face Hub."""
 
+import json
+
 from lora_diffusion.adapters.adapter import Adapter, adapter_hash
 from lora_diffusion.architectures.families import family_title
 from lora_diffusion.core.templates import render_template
@@ -34,9 +36,14 @@ def format_hub_card(adapter: Adapter, file_name: str) -> str:
         "hub_card.md.j2",
         title=metadata.name or file_name,
         description=metadata.description,
-        base=_HUB_BASES.get(metadata.family, metadata.base_name),
-        trigger=trigger,
+        base=_quote_yaml(_HUB_BASES.get(metadata.family, metadata.base_name)),
+        trigger=_quote_yaml(trigger),
         rows=list(rows.items()),
         adapter_name=file_name.rsplit(".", 1)[0],
         file_name=file_name,
     )
+
+
+def _quote_yaml(text: str) -> str:
+    """Quote a text for YAML, of which JSON strings are a part; an empty text stays empty."""
+    return json.dumps(text, ensure_ascii=False) if text else ""

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 from lora_diffusion.adapters.adapter import Adapter, adapter_hash, named_tensors
 from lora_diffusion.algebra.metrics.norms import delta_norm
@@ -134,10 +134,12 @@ def describe_inspection(report: Mapping[str, Any]) -> str:
 
 
 def _format_value(value: Any) -> str:
+    """Format a value of the report on one line."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_format_value(inner)}" for key, inner in value.items())
+        items = cast(Mapping[str, Any], value).items()
+        return ", ".join(f"{key}: {_format_value(inner)}" for key, inner in items)
     if isinstance(value, list):
-        return ", ".join(map(str, value))
+        return ", ".join(map(str, cast(list[object], value)))
     return f"{value:g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 

@@ -89,7 +89,19 @@ def format_axis(side: GridAxis) -> str:
 
 
 def expand_grid(request: GenerationRequest, across: GridAxis, down: GridAxis) -> list[list[GenerationRequest]]:
-    """Return the request of each picture, row by row. Raises ConfigError for an invalid value."""
+    """Return the request of each image of a grid.
+
+    Args:
+        request: What all images have in common.
+        across: The setting that changes from column to column.
+        down: The setting that changes from row to row.
+
+    Returns:
+        The requests, row by row, each for a single image.
+
+    Raises:
+        ConfigError: If a value is invalid, or the grid is too large.
+    """
     count = len(across.values) * len(down.values)
     if count > _MAX_CELLS:
         raise ConfigError(f"a grid of {count} images is too large; give values for {_MAX_CELLS} at most")

@@ -1,5 +1,8 @@
 """Curves of a training run: losses, drift, gradient norm and learning rate by step."""
 
+# pyright: reportUnknownMemberType=false
+# matplotlib leaves keyword arguments untyped
+
 import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 LogLines = Sequence[Mapping[str, Any]]
 """Lines of a training log, parsed from JSON."""
@@ -36,10 +40,10 @@ def draw_curves(log: LogLines) -> bytes:
     panels = [(draw, lines) for draw, lines in drawings if lines]
     rows = -(-len(panels) // 2)
     figure = Figure(figsize=(9.6, 3.1 * rows), layout="constrained")
-    every = figure.subplots(rows, 2).flatten()
-    for axes in every[len(panels) :]:
+    all_axes: list[Axes] = list(figure.subplots(rows, 2).flatten())
+    for axes in all_axes[len(panels) :]:
         axes.remove()
-    for axes, (draw, lines) in zip(every, panels, strict=False):
+    for axes, (draw, lines) in zip(all_axes, panels, strict=False):
         draw(axes, lines)
         axes.set_xlabel("step")
         axes.spines[["top", "right"]].set_visible(False)
@@ -90,7 +94,7 @@ def _draw_rate(axes: Axes, steps: LogLines) -> None:
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
 
 
-def _average_points(steps: LogLines, key: str) -> tuple[np.ndarray, np.ndarray]:
+def _average_points(steps: LogLines, key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return steps and values, averaged over equal ranges if there are more than `_MAX_POINTS`."""
     x, y = (np.array([line[name] for line in steps], dtype=float) for name in ("step", key))
     width = -(-len(x) // _MAX_POINTS)

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import CLIPTokenizer
 
@@ -31,7 +31,7 @@ def check_dataset_for_base(config: DataConfig, base: str, trigger: str = "") -> 
     """
     folder = find_base(base)
     with quiet_libraries():
-        tokenizer: Any = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        tokenizer: Any = cast(Any, CLIPTokenizer).from_pretrained(folder / "tokenizer")
     sample_size = int(read_json(folder / "unet" / "config.json")["sample_size"])
     levels = len(read_json(folder / "vae" / "config.json")["block_out_channels"])
     return check_dataset(

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
-from accelerate import PartialState
+from accelerate import PartialState  # pyright: ignore[reportMissingTypeStubs]
 
 from lora_diffusion.config.train import TrainConfig
 from lora_diffusion.core.atomic_files import check_writable
@@ -106,7 +106,7 @@ def _make_trial_config(config: TrainConfig, scratch: Path) -> TrainConfig:
     """Return the config of a short trial in a scratch folder, with one class picture per process."""
     changes: dict[str, dict[str, Any]] = {
         "data": {"cache": "memory" if config.data.cache == "disk" else config.data.cache},
-        "prior": {"folder": None, "count": PartialState().num_processes},
+        "prior": {"folder": None, "count": cast(Any, PartialState()).num_processes},
         "samples": {"prompts": ()},
         "tracking": {"trackers": (), "report": False},
     }

@@ -1,5 +1,8 @@
 """Ranks of an adapter by block, for methods such as AdaLoRA that distribute ranks over the modules."""
 
+# pyright: reportUnknownMemberType=false
+# matplotlib leaves keyword arguments untyped
+
 import io
 from collections.abc import Mapping, Sequence
 
