@@ -54,7 +54,7 @@ class GeneratedImage:
     def __repr__(self) -> str:
         """Describe the image on one line: size, prompt and seed."""
         settings = self.recipe.settings
-        details = f", {settings.prompt!r}, seed={settings.seed}" if settings else ""
+        details = f", {settings.prompt!r}, seed={settings.seed}"
         return f"GeneratedImage({self.image.width}x{self.image.height}{details})"
 
     def _repr_png_(self) -> bytes:

@@ -155,7 +155,7 @@ def test_an_a1111_image_is_replayed_with_its_adapters(sd: Base, library: Path, t
         tmp_path / "a.png", "a cat <lora:their_name:0.4:0.9>", f', Lora hashes: "their_name: {digest}"'
     )
     common = ["--library", library, "--output", tmp_path / "out"]
-    assert "give that with --base" in refused(capsys, "generate", "--from", picture, *common)
+    assert "give the base with --base" in refused(capsys, "generate", "--from", picture, *common)
     assert run("generate", "--from", picture, "--base", sd.folder, *common) == 0
     recipe = read_recipe(tmp_path / "out" / "00000.png")
     weight = recipe.adapters[0].weight
@@ -223,7 +223,9 @@ def test_keys_of_earlier_versions_are_read() -> None:
     preset = BlendPreset.from_json(text, source="old.json")
     assert preset.settings == GenerateConfig(prompt="a cat", num_inference_steps=7, guidance_scale=2.5)
     assert preset.composition == Composition(parallel=True)
-    recipe = Recipe.model_validate({"kind": "image", "base": "tiny-sd", "base_hash": "", "codes": "nf4"})
+    recipe = Recipe.model_validate(
+        {"kind": "image", "base": "tiny-sd", "base_hash": "", "codes": "nf4", "settings": {"prompt": ""}}
+    )
     assert recipe.quantization == "nf4"
     assert AdapterMetadata.model_validate({"least_rank": 2}).min_rank == 2
     assert BlendPreset.from_json(preset.model_dump_json(), source="new.json") == preset
