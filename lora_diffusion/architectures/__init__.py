@@ -1,1 +1,1 @@
-"""Model families: their components, module paths, blocks and targets."""
+"""Model families as data: components, module paths, blocks, target modules, and the detection of a family."""

@@ -1,4 +1,4 @@
-"""Which family an adapter is for, read off its module paths and the shapes of its layers."""
+"""Detect the family of an adapter from its module paths and the shapes of its weights."""
 
 import re
 from collections.abc import Mapping
@@ -6,13 +6,19 @@ from collections.abc import Mapping
 from lora_diffusion.architectures.families import FAMILIES
 from lora_diffusion.architectures.module_paths import LAYOUTS, changeable_paths
 
-CHANNEL_LEAVES = re.compile(r"\.(attn1\.to_[qkv]|attn\d\.to_out\.0|proj_in|proj_out|conv1|conv2)$")
+_CHANNEL_LEAVES = re.compile(r"\.(attn1\.to_[qkv]|attn\d\.to_out\.0|proj_in|proj_out|conv1|conv2)$")
 
 
 def is_plausible(path: str, shape: tuple[int, ...], family: str) -> bool:
-    """Whether a weight of that shape can stand at that path in a base of the family.
+    """Return whether the weight at a module path can have this shape in a base of the family.
 
-    Only widths that tell families apart are looked at: the text context, the text encoders', the UNet blocks'.
+    Only the widths that differ between families are compared: those of the text context, of the text encoders and of
+    the UNet's blocks.
+
+    Args:
+        path: Module path.
+        shape: Shape of the weight, (out, in) or (out, in, kh, kw).
+        family: Name of a family.
     """
     component, inner = path.split(".", 1)
     if component != "unet":
@@ -21,11 +27,19 @@ def is_plausible(path: str, shape: tuple[int, ...], family: str) -> bool:
     if inner.endswith((".attn2.to_k", ".attn2.to_v")):
         return shape[1:2] == (FAMILIES[family].context_width,)
     channels = block_channels(inner, family)
-    return channels is None or CHANNEL_LEAVES.search(inner) is None or shape[0] == channels
+    return channels is None or _CHANNEL_LEAVES.search(inner) is None or shape[0] == channels
 
 
 def block_channels(inner: str, family: str) -> int | None:
-    """Channels of the block that a UNet path is in; None outside the blocks."""
+    """Return the number of channels of the block that contains a UNet module.
+
+    Args:
+        inner: Module path without `unet.`.
+        family: Name of a family.
+
+    Returns:
+        The number of channels; None for modules outside the blocks.
+    """
     widths = LAYOUTS[family].block_channels
     side, _, rest = inner.partition(".")
     if side == "mid_block":
@@ -37,17 +51,29 @@ def block_channels(inner: str, family: str) -> int | None:
 
 
 def candidate_families(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
-    """Return the families that have all of these module paths with weights of these shapes."""
+    """Return the names of the families that have all of these modules with weights of these shapes.
+
+    Args:
+        shapes: Shape of each weight, by module path.
+    """
     return tuple(
         family
-        for family, shape in LAYOUTS.items()
-        if shapes.keys() <= set(changeable_paths(shape))
-        and all(is_plausible(path, weight, family) for path, weight in shapes.items())
+        for family, layout in LAYOUTS.items()
+        if shapes.keys() <= set(changeable_paths(layout))
+        and all(is_plausible(path, shape, family) for path, shape in shapes.items())
     )
 
 
-def choose_family(possible: tuple[str, ...], hint: str) -> str:
-    """The one possible family, or the one that the file's own record names; an empty text if that leaves it open."""
-    if len(possible) == 1:
-        return possible[0]
-    return hint if hint in possible else ""
+def choose_family(candidates: tuple[str, ...], hint: str) -> str:
+    """Choose the family of an adapter.
+
+    Args:
+        candidates: Families that the module paths and shapes allow.
+        hint: Family that the file's metadata names; empty if it names none.
+
+    Returns:
+        The only candidate, or else the hint if it is a candidate; empty if neither decides.
+    """
+    if len(candidates) == 1:
+        return candidates[0]
+    return hint if hint in candidates else ""

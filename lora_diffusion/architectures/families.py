@@ -1,4 +1,4 @@
-"""SD 1.x, SD 2.x and SDXL as data: what they are called, their components, and how to recognize one."""
+"""The families SD 1.x, SD 2.x and SDXL: names, components, widths, and detection from a base's configuration."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,29 +6,31 @@ from dataclasses import dataclass
 from lora_diffusion.errors import BaseModelError
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+"""Components that an adapter can change."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Bases between which adapters can be exchanged."""
+    """Base models that can share adapters."""
 
     name: str
     """Identifier in files and recipes."""
     title: str
-    """What people call it."""
+    """Name shown to users."""
     components: tuple[str, ...]
+    """Components of a base that an adapter can change."""
     cross_attention_dim: int | None
-    """Width of the text context; None for bases of a size of their own, such as the embedded one."""
+    """Width of the text context; None for the tiny families, whose bases differ in size."""
     text_widths: Mapping[str, int]
-    """Width of each text encoder, by component; for bases of a size of their own, the embedded one's."""
+    """Width of each text encoder, by component; for the family `tiny-sd`, those of the embedded base."""
     modelspec: str
     """Architecture id of an adapter in ModelSpec 1.0.1."""
     resolution: int
-    """Side of the square pictures it was trained on, in pixels."""
+    """Side of the square training pictures, in pixels."""
 
     @property
     def context_width(self) -> int:
-        """Width of what the UNet's cross-attention reads: that of all text encoders together."""
+        """Width of the context of the UNet's cross-attention: the sum of the text encoders' widths."""
         return self.cross_attention_dim or sum(self.text_widths.values())
 
 
@@ -85,17 +87,25 @@ FAMILIES = {family.name: family for family in (SD1, SD2, SDXL, TINY_SD, TINY_SDX
 
 
 def family_title(name: str) -> str:
-    """What people call a family; an unknown name is its own title."""
+    """Return the name of a family that is shown to users; an unknown name is returned as it is."""
     return FAMILIES[name].title if name in FAMILIES else name
 
 
 def detect_family(cross_attention_dim: int, *, two_encoders: bool) -> Family:
-    """Detect the family from the UNet's cross-attention width and the number of text encoders.
+    """Detect the family of a base.
 
-    Raises BaseModelError if the two contradict each other.
+    Args:
+        cross_attention_dim: Width of the text context in the UNet's configuration.
+        two_encoders: Whether the base has two text encoders.
+
+    Returns:
+        The family with this width, or else one of the tiny families.
+
+    Raises:
+        BaseModelError: If the family with this width has another number of text encoders.
     """
-    named = {SD1.cross_attention_dim: SD1, SD2.cross_attention_dim: SD2, SDXL.cross_attention_dim: SDXL}
-    family = named.get(cross_attention_dim, TINY_SDXL if two_encoders else TINY_SD)
+    by_width = {SD1.cross_attention_dim: SD1, SD2.cross_attention_dim: SD2, SDXL.cross_attention_dim: SDXL}
+    family = by_width.get(cross_attention_dim, TINY_SDXL if two_encoders else TINY_SD)
     if (family.components == TWO_ENCODERS) != two_encoders:
         count = "two text encoders" if two_encoders else "one text encoder"
         raise BaseModelError(

@@ -13,6 +13,7 @@ from lora_diffusion.config.merge import MergeConfig
 from lora_diffusion.config.preset import BaseTerm, BlendEntry
 from lora_diffusion.config.settings import Settings, format_validation_error
 from lora_diffusion.core.dtypes import tensor_bytes
+from lora_diffusion.core.templates import render_template
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.checkpoints.checkpoint import Checkpoint
 from lora_diffusion.formats.checkpoints.diffusers import read_base_header, weight_files
@@ -131,18 +132,18 @@ def format_model_card(recipe: MergeRecipe, rounding_error: float) -> str:
         recipe: Recipe of the merge, with hashes.
         rounding_error: Norm of the rounding errors divided by that of all changes.
     """
-    rows = [f"| {e.name or e.path} | {format_weight(e.weight)} | `{e.hash[:16]}` |" for e in recipe.adapters]
+    rows = [(e.name or e.path, format_weight(e.weight), e.hash[:16]) for e in recipe.adapters]
     rows += [
-        f"| {term.added} minus {term.taken or recipe.base} | {term.weight:g} | `{term.added_hash[:16]}` |"
+        (f"{term.added} minus {term.taken or recipe.base}", f"{term.weight:g}", term.added_hash[:16])
         for term in recipe.bases
     ]
-    table = "\n".join(rows)
-    return (
-        f"# {recipe.base} with {len(rows)} merged in\n\n"
-        f"| merged in | weight | hash |\n|---|---|---|\n{table}\n\n"
-        f"Base: {recipe.base} (`{recipe.base_hash[:16]}`). Rounding to the stored precision altered the merged changes "
-        f"by {rounding_error:.2%}. The recipe is stored in `{RECIPE_FILE}` and in the header of each weight file; "
-        "`lora-diffusion merge --from` reproduces this checkpoint from it. Merged by lora_diffusion.\n"
+    return render_template(
+        "lora_diffusion.merging",
+        "model_card.md.j2",
+        recipe=recipe,
+        rows=rows,
+        rounding_error=f"{rounding_error:.2%}",
+        recipe_file=RECIPE_FILE,
     )
 
 

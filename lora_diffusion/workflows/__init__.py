@@ -1,1 +1,1 @@
-"""One function for each task of a user; what the command line and the studio share."""
+"""One function for each task of a user, shared by the command line and the studio."""

@@ -1,5 +1,6 @@
-"""What `lora-diffusion merge` does between its flags and the library: merge, merge again by recipe, and undo."""
+"""Merging of adapter files and checkpoints into a checkpoint, also by the recipe of an earlier merge, and its undo."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,29 +22,56 @@ class MergeRequest:
     """A merge, with adapters and checkpoints by reference."""
 
     base: str
+    """Checkpoint to merge into: `tiny-sd`, a folder, a single file or a hub id."""
     entries: tuple[BlendEntry, ...] = ()
+    """Adapters by path or hash, with weights."""
     bases: tuple[BaseTerm, ...] = ()
+    """Differences of checkpoints to add."""
     config: MergeConfig = field(default_factory=MergeConfig)
-    like: Path | None = None
+    """Output type, shard size and rounding."""
+    like: str | os.PathLike[str] | None = None
+    """Folder whose tokenizer and configuration are copied if the base is a single file."""
     base_hash: str = ""
-    """That of the base of the recipe that is run again."""
+    """Hash that the base must have, for a merge by recipe; empty for any."""
     force: bool = False
+    """Whether an existing output is replaced, and a merge that the base already contains is repeated."""
 
 
-def read_preset_entries(path: Path) -> tuple[str, tuple[BlendEntry, ...]]:
-    """Return base and adapters of a preset. Raises ConfigError for modes that weights cannot hold."""
+def read_preset_entries(path: str | os.PathLike[str]) -> tuple[str, tuple[BlendEntry, ...]]:
+    """Read the base and the adapters of a preset.
+
+    Args:
+        path: The preset file.
+
+    Returns:
+        The base, and the adapters with paths relative to the working folder.
+
+    Raises:
+        ConfigError: If the preset cannot be read, or its composition is not a sum and cannot be merged into weights.
+    """
+    path = Path(path)
     preset = read_preset(path)
     mode = preset.composition.mode if preset.composition else "sum"
     if mode != "sum":
         raise ConfigError(
-            f"{path}: blends by {mode}, which no weights can hold; `lora-diffusion distill` comes near it"
+            f"{path}: its composition mode is {mode!r}, which cannot be merged into weights; expected 'sum'; "
+            "`lora-diffusion distill` trains an adapter that approximates other modes"
         )
     return preset.base, resolve_entry_paths(preset.adapters, path.parent)
 
 
-def request_from_checkpoint(path: Path, *, base: str, force: bool) -> MergeRequest:
-    """Return the request that made a merged checkpoint. Raises ConfigError if it has no recipe."""
-    recipe = read_merge_recipe(path)
+def request_from_checkpoint(path: str | os.PathLike[str], *, base: str, force: bool) -> MergeRequest:
+    """Return the request that reproduces a merged checkpoint.
+
+    Args:
+        path: The merged checkpoint, a folder or a single file.
+        base: Where the base is now; empty for the path or name in the recipe.
+        force: Whether an existing output is replaced, and a merge that the base already contains is repeated.
+
+    Raises:
+        ConfigError: If the checkpoint does not exist or has no recipe.
+    """
+    recipe = read_merge_recipe(Path(path))
     return MergeRequest(
         base=base or recipe.base,
         entries=recipe.adapters,
@@ -56,47 +84,77 @@ def request_from_checkpoint(path: Path, *, base: str, force: bool) -> MergeReque
 
 
 def merge_files(
-    request: MergeRequest, output: Path, options: LoadOptions | None = None, on_progress: OnProgress | None = None
+    request: MergeRequest,
+    output: str | os.PathLike[str],
+    options: LoadOptions | None = None,
+    on_progress: OnProgress | None = None,
 ) -> tuple[MergeReport, tuple[str, ...]]:
-    """Merge adapter files and other checkpoints into a base; also notes of where things were found.
+    """Merge adapter files and differences of checkpoints into a checkpoint.
 
-    Raises LoRADiffusionError's children.
+    Args:
+        request: The base, the adapters and the settings.
+        output: Folder or single file to write.
+        options: How adapters are found and the blend is prepared.
+        on_progress: Called with the written share of the output, 0 to 1.
+
+    Returns:
+        The report of the merge, and messages for the user.
+
+    Raises:
+        LoRADiffusionError: If an input is invalid or the output cannot be written.
     """
-    found = load_and_resolve_blend(request.base, request.entries, options or LoadOptions())
+    resolved = load_and_resolve_blend(request.base, request.entries, options or LoadOptions())
     if request.base_hash and find_checkpoint(request.base).hash != request.base_hash:
         raise ConfigError(
-            f"{request.base}: is not the base of the recipe (hash {request.base_hash[:12]}); give that one with --base"
+            f"{request.base}: is not the base of the recipe, whose hash is {request.base_hash[:12]}; give that base "
+            "with --base"
         )
     report = merge(
         request.base,
-        found.blend,
-        output,
+        resolved.blend,
+        Path(output),
         request.config,
         bases=request.bases,
-        like=request.like,
+        like=Path(request.like) if request.like else None,
         force=request.force,
         on_progress=on_progress,
     )
-    return report, found.notes
+    return report, resolved.notes
 
 
-def undo_files(merged: Path, output: Path, *, base: str, options: LoadOptions | None = None) -> str:
-    """Write the base of a merged checkpoint to `output`, bit for bit; returns how it was had.
+def undo_files(
+    merged: str | os.PathLike[str], output: str | os.PathLike[str], *, base: str, options: LoadOptions | None = None
+) -> str:
+    """Restore the base of a merged checkpoint, bit for bit.
 
-    Raises ConfigError if neither the base nor the adapters give it back.
+    The base is copied if it is found. Otherwise the adapters are subtracted, which is refused if the result would not
+    be exact.
+
+    Args:
+        merged: The merged checkpoint, a folder or a single file.
+        output: Folder or single file to write.
+        base: Where the base is now; empty for the path or name in the recipe.
+        options: How adapters are found.
+
+    Returns:
+        A sentence that says how the base was restored.
+
+    Raises:
+        ConfigError: If the checkpoint has no recipe, or neither its base nor all of its adapters are found.
     """
+    merged, output = Path(merged), Path(output)
     recipe = read_merge_recipe(merged)
-    own = find_original_base(recipe, base)
-    if own is not None:
-        copy_base(own, output)
-        return f"copied from {own.path}"
+    original = find_original_base(recipe, base)
+    if original is not None:
+        copy_base(original, output)
+        return f"copied from {original.path}"
     options = options or LoadOptions()
     try:
-        found = load_blend(recipe.adapters, options.resolver, ignore=options.ignore)
+        resolved = load_blend(recipe.adapters, options.resolver, ignore=options.ignore)
     except LoRADiffusionError as error:
         raise ConfigError(
-            f"{merged}: its base {recipe.base!r} (hash {recipe.base_hash[:12]}) is not at hand, and neither are all "
-            f"adapters ({error}); give the base with --base"
+            f"{merged}: neither its base {recipe.base!r} (hash {recipe.base_hash[:12]}) nor all of its adapters were "
+            f"found ({error}); give the base with --base"
         ) from None
-    subtract_blend(merged, recipe, found.blend, output)
-    return "the adapters were subtracted; every changed weight is the base's own"
+    subtract_blend(merged, recipe, resolved.blend, output)
+    return "the adapters were subtracted; every changed weight equals that of the base"

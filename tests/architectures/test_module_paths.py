@@ -1,4 +1,4 @@
-"""Module paths come from the family's data; here they are held against the models themselves."""
+"""Module paths computed from configurations, compared with the modules of the models themselves."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def weighted_modules(model: nn.Module) -> set[str]:
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)
-def test_unet_paths_are_exactly_the_modules_of_the_full_size_unet(name: str) -> None:
+def test_unet_paths_are_the_modules_of_full_size_unets(name: str) -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel(**FULL_SIZE[name])
     paths = [p.removeprefix("unet.") for p in module_paths(layout_from_configs(FULL_SIZE[name], {}))]
@@ -53,15 +53,15 @@ def test_unet_paths_are_exactly_the_modules_of_the_full_size_unet(name: str) -> 
     assert set(paths) == weighted_modules(unet)
 
 
-def test_text_encoder_paths_are_exactly_the_modules_of_clip() -> None:
+def test_text_encoder_paths_are_the_modules_of_clip() -> None:
     with torch.device("meta"):
         encoder = CLIPTextModel(CLIPTextConfig(num_hidden_layers=12))
-    shape = layout_from_configs(FULL_SIZE["SD 1.5"], {"text_encoder": {"num_hidden_layers": 12}})
-    paths = {p.removeprefix("text_encoder.") for p in module_paths(shape) if p.startswith("text_encoder.")}
+    layout = layout_from_configs(FULL_SIZE["SD 1.5"], {"text_encoder": {"num_hidden_layers": 12}})
+    paths = {p.removeprefix("text_encoder.") for p in module_paths(layout) if p.startswith("text_encoder.")}
     assert {transformers_path(encoder, p) for p in paths} == weighted_modules(encoder)
 
 
-def test_paths_of_both_random_bases_are_their_modules(sd: Base, sdxl: Base) -> None:
+def test_paths_of_the_random_bases_are_their_modules(sd: Base, sdxl: Base) -> None:
     for base in (sd, sdxl):
         live = {
             f"{component}.{name}"
@@ -75,13 +75,13 @@ def test_paths_of_both_random_bases_are_their_modules(sd: Base, sdxl: Base) -> N
         assert spelled == live
 
 
-def test_widths_name_the_family() -> None:
+def test_family_is_detected_from_the_width() -> None:
     assert detect_family(768, two_encoders=False) is SD1
     assert detect_family(2048, two_encoders=True) is SDXL
     assert detect_family(128, two_encoders=False) is TINY_SD
     assert set(FAMILIES) == {"sd1", "sd2", "sdxl", "tiny-sd", "tiny-sdxl"}
 
 
-def test_a_width_with_the_wrong_number_of_encoders_is_refused() -> None:
+def test_wrong_number_of_text_encoders_is_rejected() -> None:
     with pytest.raises(BaseModelError, match=r"SDXL, which does not have one text encoder"):
         detect_family(2048, two_encoders=False)

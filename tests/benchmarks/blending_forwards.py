@@ -1,4 +1,4 @@
-"""What a forward costs with a blend in it or beside it: operations, projections, compiled graphs, allocation."""
+"""Cost of a forward pass with a blend in the weights or in parallel: operations, time, compiled graphs, allocation."""
 
 import json
 import resource
@@ -46,7 +46,7 @@ class CountOperations(TorchDispatchMode):
 
 
 def operations_group() -> Group:
-    """ATen calls in one forward of a batch of 4."""
+    """Count the ATen calls in one forward pass of a batch of 4."""
     base = base_around(new_unet("sd1"), "sd1")
     adapters = [new_adapter(base, seed) for seed in range(32)]
     sample, words = torch.randn(4, 4, 16, 16), torch.randn(4, 77, 768)
@@ -81,14 +81,14 @@ def operations_group() -> Group:
         with parallel_patch(base) as patch:
             for number in (1, 8):
                 patch.apply([blend_of(adapters, [0.1] * number)])
-                add(f"a forward, branch of {number}", ours=count(base.pipe.unet), peer=theirs[number])
+                add(f"a forward, {number} in parallel", ours=count(base.pipe.unet), peer=theirs[number])
             patch.apply([blend_of([adapter], [1.0]) for adapter in adapters[:4]])
             add("a forward, 4 blends in 4 samples", ours=count(base.pipe.unet), peer=per_sample)
     return Group(rows=rows, details={})
 
 
 def projections_group() -> Group:
-    """The 128 projections alone, on 4 samples of 256 tokens."""
+    """Time the 128 projections alone, on 4 samples of 256 tokens."""
     base = base_around(new_unet("sd1"), "sd1")
     adapters = [new_adapter(base, seed) for seed in range(8)]
     widths = {
@@ -119,13 +119,13 @@ def projections_group() -> Group:
                 rounds.time(f"peer {number}", partial(forward, peer.base))
             rounds.time("peer per sample", partial(forward, wrapped, adapter_names=list(SAMPLES)))
 
-    rows = [rounds.row(f"projections, branch of {n}", str(n), unit="bare") for n in COUNTS]
+    rows = [rounds.row(f"projections, {n} in parallel", str(n), unit="bare") for n in COUNTS]
     rows.append(rounds.row("projections, 4 blends in 4 samples", "per sample", unit="bare"))
     return Group(rows=rows, details={"times": rounds.details()})
 
 
 def compile_group() -> Group:
-    """New graphs under torch.compile, on the embedded base."""
+    """Count the new graphs under torch.compile, on the embedded base."""
     import torch._dynamo
     from torch._dynamo.utils import counters
 
@@ -151,10 +151,10 @@ def compile_group() -> Group:
         assert graphs > 0 and new_graphs(model) == 0
         events: dict[str, Callable[[], None]] = {
             "the first adapter": lambda: patch.apply(blend_of([first], [1.0])),
-            "another one": lambda: patch.apply(blend_of([other], [1.0])),
+            "another adapter": lambda: patch.apply(blend_of([other], [1.0])),
             "another weight": lambda: patch.apply(blend_of([other], [0.5])),
             "another rank": lambda: patch.apply(blend_of([larger], [0.5])),
-            "several at once": lambda: patch.apply(blend_of([first, other, larger], [0.5, 0.4, 0.3])),
+            "several adapters": lambda: patch.apply(blend_of([first, other, larger], [0.5, 0.4, 0.3])),
             "undo": patch.undo,
         }
         for name, event in events.items():
@@ -166,7 +166,7 @@ def compile_group() -> Group:
 
 
 def peer_graphs(peer: Peer, new_graphs: Callable[[Any], int]) -> dict[str, int]:
-    """The same events, unfused, as far as PEFT has them."""
+    """Count the new graphs for the same events with PEFT, without fusing, as far as PEFT supports them."""
     model = torch.compile(peer.base.pipe.unet, backend="eager")
     new_graphs(model)
     found: dict[str, int] = {}
@@ -177,9 +177,9 @@ def peer_graphs(peer: Peer, new_graphs: Callable[[Any], int]) -> dict[str, int]:
 
     events: dict[str, Callable[[], None]] = {
         "the first adapter": partial(peer.load, 0),
-        "another one": both,
+        "another adapter": both,
         "another weight": lambda: peer.pipe.set_adapters([peer.files[1].stem], [0.5]),
-        "several at once": lambda: peer.activate([0.5, 0.4]),
+        "several adapters": lambda: peer.activate([0.5, 0.4]),
         "undo": peer.unload,
     }
     for name, event in events.items():
@@ -189,7 +189,7 @@ def peer_graphs(peer: Peer, new_graphs: Callable[[Any], int]) -> dict[str, int]:
 
 
 def forwards_with(mode: str) -> None:
-    """For each line that comes in, print what one forward takes."""
+    """Print the time and page faults of one forward pass for each line that is read from standard input."""
     if mode == "at run time":
         assert keep_freed_memory()
     unet = new_unet("sd1")
@@ -204,8 +204,11 @@ def forwards_with(mode: str) -> None:
 
 
 def allocator_group() -> Group:
-    """A forward at 32 x 32 with glibc's allocator as it is, told by its environment to keep memory, and told later."""
-    modes = ("as it is", "by environment", "at run time")
+    """Time a forward pass at 32 x 32 with glibc's allocator at its default and set to keep freed memory.
+
+    It is set by the environment, or at run time.
+    """
+    modes = ("default", "by environment", "at run time")
     found: dict[str, list[dict[str, float]]] = {mode: [] for mode in modes}
     with ExitStack() as stack:
         workers = {mode: stack.enter_context(worker("forwards_with", mode, keeping=mode == modes[1])) for mode in modes}
@@ -218,9 +221,9 @@ def allocator_group() -> Group:
         mode: {key: statistics.median(row[key] for row in forwards[1:]) for key in forwards[0]}
         for mode, forwards in found.items()
     }
-    bare = medians["as it is"]["seconds"]
+    bare = medians["default"]["seconds"]
     rows = [
-        Row(what=f"a forward, allocator told {mode}", unit="x as it is", ours=round(medians[mode]["seconds"] / bare, 3))
+        Row(what=f"a forward, allocator set {mode}", unit="x default", ours=round(medians[mode]["seconds"] / bare, 3))
         for mode in modes[1:]
     ]
     return Group(rows=rows, details=medians)

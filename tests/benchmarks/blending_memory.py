@@ -1,4 +1,4 @@
-"""What blending takes in memory, and how long switching among many files takes."""
+"""Memory of blending, and the time to switch between many adapter files."""
 
 import statistics
 import tempfile
@@ -31,7 +31,7 @@ from tests.benchmarks.measuring import Group, Rounds, Row, in_own_process, statu
 
 @contextmanager
 def peak_growth(field: str, found: dict[str, float]) -> Iterator[None]:
-    """Follow a figure of this process every millisecond; its growth to the peak and to the end, in MB."""
+    """Sample a memory figure of this process every millisecond; yield its growth to the peak and to the end, in MB."""
     before, highest, done = status_mb(field), [0.0], threading.Event()
 
     def follow() -> None:
@@ -50,7 +50,7 @@ def peak_growth(field: str, found: dict[str, float]) -> Iterator[None]:
 
 
 def memory_of(mode: str, weights: str, folder: str) -> dict[str, float]:
-    """What reading and applying a blend of 4 takes on a base from a folder."""
+    """Measure the memory for reading and applying a blend of 4 on a base from a folder."""
     base = load_base(str(Path(folder) / "base"))
     if weights == "copied":
         for parameter in base.pipe.unet.parameters():
@@ -102,7 +102,7 @@ def memory_group() -> Group:
 
 
 def switch_times(base: Base, folder: Path, count: int) -> dict[str, list[float]]:
-    """Wall milliseconds of switches at random, in turn in a library of 10 and in one of 100."""
+    """Measure the wall time in ms of random switches, alternating between a library of 10 and one of 100 adapters."""
     sizes = (10, 100)
     files = write_adapters(base, folder, sizes[-1])
     times: dict[str, list[float]] = {str(size): [] for size in sizes}
@@ -138,7 +138,7 @@ def switching_group() -> Group:
 
 
 def sdxl_group() -> Group:
-    """Switches on a UNet of SDXL's size in float16; copies are of its own touched weights."""
+    """Time switches on a UNet of SDXL's size in float16, in multiples of a copy of its changed weights."""
     base = base_around(new_unet("sdxl", torch.float16), "sdxl")
     rounds, wall = Rounds(), []
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad(), weight_patch(base) as patch:

@@ -1,4 +1,4 @@
-"""What it costs to put blends into weights and take them out, and how exact that is."""
+"""Cost and exactness of writing blends into the weights and undoing them."""
 
 import tempfile
 from collections import Counter
@@ -33,7 +33,7 @@ from tests.benchmarks.measuring import COUNTS, OWN_ROUNDS, ROUNDS, Group, Rounds
 
 
 def weights_group() -> Group:
-    """Apply, switch, new weights, undo and registering."""
+    """Time apply, switch, new weights, undo and registration."""
     base = base_around(new_unet("sd1"), "sd1")
     rounds, changed, growth = Rounds(), dict[str, float](), 0.0
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad(), weight_patch(base) as patch:
@@ -52,14 +52,14 @@ def weights_group() -> Group:
                 rounds.time(f"ours register {number}", lambda file=file: registered.append(load_meta_adapter(file)))
             growth = status_mb("VmRSS") - before
             changed |= peer_round(peer, own, rounds, i)
-    rows = [rounds.row(f"apply {n} read already", f"apply {n}") for n in COUNTS]
+    rows = [rounds.row(f"apply {n} loaded", f"apply {n}") for n in COUNTS]
     rows += [rounds.row("switch to another file", "switch"), rounds.row("read a file", "read")]
     rows += [rounds.row("new weight for one of 4", "one weight")]
     rows += [rounds.row("new weights for all 4", "all weights")]
     rows += [rounds.row(f"undo {n}", f"undo {n}") for n in COUNTS]
     rows += [
         Row(
-            what=f"weights other than before {n}",
+            what=f"weights changed by apply and undo {n}",
             unit="share",
             ours=changed[f"ours {n}"],
             peer=changed[f"peer {n}"],
@@ -67,7 +67,7 @@ def weights_group() -> Group:
         for n in COUNTS
     ]
     rows += [rounds.row(f"register, number {n}", f"register {n}") for n in (1, 8, 50)]
-    rows.append(Row(what="growth by 50 registered", unit="MB", ours=round(growth, 2)))
+    rows.append(Row(what="memory growth by 50 registered adapters", unit="MB", ours=round(growth, 2)))
     times = {
         n: found for n, found in rounds.details().items() if " register " not in n or n.endswith((" 1", " 8", " 50"))
     }
@@ -75,7 +75,7 @@ def weights_group() -> Group:
 
 
 def floors(base: Base, rounds: Rounds) -> dict[str, float]:
-    """A copy and the product's bare arithmetic, at the rate of a large product of matrices on this machine."""
+    """Measure lower limits: a copy of the weights, and the arithmetic of the product at the speed of a large matmul."""
     first, second = torch.randn(2048, 2048), torch.randn(2048, 2048)
     for _ in range(ROUNDS):
         rounds.time("a large product", lambda: torch.mm(first, second))
@@ -88,7 +88,10 @@ def floors(base: Base, rounds: Rounds) -> dict[str, float]:
 def own_round(
     patch: Any, adapters: Sequence[Adapter], files: Sequence[Path], rounds: Rounds, hand: ByHand, number: int
 ) -> dict[str, float]:
-    """Returns the share of the weights that apply and undo have changed; asserts what a blend must be besides fast."""
+    """Time one round of this library and return the fraction of weights that differ after apply and undo.
+
+    Asserts what must hold for a blend in addition to its speed.
+    """
     changed: dict[str, float] = {}
     for count in COUNTS:
         weights = [0.9 - 0.1 * i for i in range(count)]
@@ -118,7 +121,10 @@ def own_round(
 
 
 def peer_round(peer: Peer, own: Sequence[Tensor], rounds: Rounds, number: int) -> dict[str, float]:
-    """Returns the share of the weights that fusing and unfusing has changed; they are put right each time."""
+    """Time one round of the peer and return the fraction of weights that differ after fuse and unfuse.
+
+    The weights are restored after each round.
+    """
     changed: dict[str, float] = {}
     peer.unload()
     for index in range(len(peer.files)):
@@ -144,14 +150,14 @@ def peer_round(peer: Peer, own: Sequence[Tensor], rounds: Rounds, number: int) -
 
 
 def rounding_group() -> Group:
-    """A blend of 5 in half precision: its error, in those of rounding the exact value once, and what it costs."""
+    """Measure a blend of 5 in half precision: its time, and its error in multiples of rounding the exact value once."""
     found = {str(dtype).removeprefix("torch."): in_half(dtype) for dtype in (torch.float16, torch.bfloat16)}
     rows = [
         row
         for name, (rounds, errors) in found.items()
         for row in (
             Row(what=f"error of 5 in {name}", unit="roundings", ours=errors["ours"], peer=errors["peer"]),
-            rounds.row(f"apply 5 read already in {name}", "apply"),
+            rounds.row(f"apply 5 loaded in {name}", "apply"),
         )
     ]
     return Group(rows=rows, details={name: rounds.details() for name, (rounds, _) in found.items()})
@@ -188,7 +194,7 @@ def rounding_errors(
     ours: Sequence[Tensor],
     theirs: Sequence[Tensor],
 ) -> dict[str, float]:
-    """Norms of the differences from the blend in float64, over all modules."""
+    """Return the norms of the differences from the blend in float64, over all modules."""
     squares = Counter[str]()
     for found, base, first, second in zip(layers, own, ours, theirs, strict=True):
         deltas = (w * x.scale * x.up.double() @ x.down.double() for w, x in zip(weights, found, strict=True))

@@ -1,12 +1,12 @@
-"""How long it takes to make one adapter of four, of rank 64, for every attention projection of SDXL's UNet.
+"""Time to combine four adapters of rank 64 into one, for all attention projections of SDXL's UNet.
 
     python -m tests.benchmarks.combining
 
-Random float16 factors of the true shapes, from a UNet without memory. Exact combining stacks factors; compressing to
-rank 64 takes QR factors of the stacks and the SVD of a small matrix. Beside it stands torch's SVD of the whole delta
-in float32, which gives the same: of two modules of each shape, times how many modules have that shape. A second table
-has one module of 1280 x 1280 by the sum of the ranks, on which the gain depends. CPU seconds of one thread. Writes
-`combining.json` beside this script.
+Random float16 factors of the real shapes, from a UNet on the meta device. The exact sum stacks factors; compression to
+rank 64 computes QR factors of the stacks and the SVD of a small matrix. It is compared with torch's SVD of the dense
+delta in float32, which has the same result, measured on two modules of each shape and multiplied by the number of
+modules. A second table has the time for one module of 1280 x 1280 by the sum of the ranks. CPU seconds of one thread.
+Writes `combining.json` beside this script.
 """
 
 import statistics
@@ -52,7 +52,7 @@ GOALS = {
 
 
 def attention_shapes() -> dict[str, tuple[int, int]]:
-    """(out, in) of each attention projection of SDXL's UNet."""
+    """Return (out, in) of each attention projection of SDXL's UNet."""
     with torch.device("meta"), quiet_libraries():
         unet: Any = UNet2DConditionModel(**CONFIGS["sdxl"])
     leaves = tuple(f".{leaf}" for leaf in ATTENTION_LEAVES)
@@ -80,14 +80,14 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def whole_svd(terms: tuple[Term, ...]) -> tuple[float, float]:
-    """CPU seconds of the SVD of the dense delta, and the norm of what lies beyond the rank."""
+    """Return the CPU seconds of the SVD of the dense delta, and the norm of the part beyond the rank."""
     delta = sum_deltas(terms)
     seconds, (_, values, _) = timed(lambda: torch.linalg.svd(delta, full_matrices=False))
     return seconds, float(values[RANK:].double().norm())
 
 
 def by_stack() -> list[dict[str, Any]]:
-    """Milliseconds for one module, the median of some, by the sum of its ranks."""
+    """Return the median time in ms for one module, by the sum of the ranks."""
     rows: list[dict[str, Any]] = []
     for rank in STACKS:
         rng = torch.Generator().manual_seed(rank)

@@ -1,5 +1,5 @@
-"""UNets of Stable Diffusion's sizes with random weights, adapters for them, and what else can blend those: a loop that
-is written by hand, and diffusers with PEFT.
+"""UNets of Stable Diffusion's sizes with random weights, adapters for them, and two peers: a hand-written loop, and
+diffusers with PEFT.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def new_unet(family: str, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
-    """A frozen UNet of a published checkpoint's configuration."""
+    """Create a frozen UNet with the configuration of a published checkpoint."""
     with torch.device("meta"), quiet_libraries():
         unet: Any = UNet2DConditionModel(**CONFIGS[family])
         unet.to(dtype).requires_grad_(False).eval()
@@ -58,19 +58,19 @@ def base_around(unet: UNet2DConditionModel, family: str) -> Base:
 
 
 def attention_paths(base: Base) -> list[str]:
-    """The UNet's attention projections."""
+    """Return the paths of the UNet's attention projections."""
     leaves = tuple(f".{leaf}" for leaf in ATTENTION_LEAVES)
     return [path for path in module_paths(base.layout) if path.startswith("unet.") and path.endswith(leaves)]
 
 
 def attention_weights(base: Base) -> list[Tensor]:
-    """Their live weights, be PEFT's layers around them or not."""
+    """Return the weights of the attention projections, with or without PEFT's layers around them."""
     modules: list[Any] = [module_at(base, path) for path in attention_paths(base)]
     return [getattr(module, "base_layer", module).weight.data for module in modules]
 
 
 def new_adapter(base: Base, seed: int, rank: int = RANK) -> Adapter:
-    """Random float16 factors for every attention projection."""
+    """Create an adapter with random float16 factors for every attention projection."""
     rng = torch.Generator().manual_seed(seed)
     layers = {}
     for path, weight in zip(attention_paths(base), attention_weights(base), strict=True):
@@ -107,7 +107,7 @@ def share_changed(now: Sequence[Tensor], before: Sequence[Tensor]) -> float:
 
 
 def twin(base: Base) -> Base:
-    """A second base of the same weights: shared ones, but for the attention projections, which are its own."""
+    """Create a second base that shares all weights except those of the attention projections, which are copied."""
     unet: Any = base.pipe.unet
     with torch.device("meta"):
         other: Any = UNet2DConditionModel.from_config(unet.config)
@@ -118,7 +118,7 @@ def twin(base: Base) -> Base:
 
 
 class ByHand:
-    """A blend with nothing around it: factors side by side in float32, weighted, one product added to a copy."""
+    """A minimal blend: concatenated float32 factors with weights, and one product added to a copy of the weight."""
 
     def __init__(self, base: Base, adapters: Sequence[Adapter], own: Sequence[Tensor]) -> None:
         self.live, self.own = attention_weights(base), own
@@ -144,14 +144,14 @@ class ByHand:
 
 
 def pipeline_around(unet: UNet2DConditionModel) -> StableDiffusionPipeline:
-    """diffusers' pipeline with that UNet; the other parts are the embedded base's."""
+    """Return diffusers' pipeline with this UNet and the embedded base's other components."""
     parts = {**load_base().pipe.components, "unet": unet}
     with quiet_libraries():
         return StableDiffusionPipeline(**parts, requires_safety_checker=False)
 
 
 class Peer:
-    """diffusers with PEFT, used as its documentation says."""
+    """Blending with diffusers and PEFT as documented."""
 
     def __init__(self, base: Base, files: Sequence[Path]) -> None:
         self.base = base
@@ -167,7 +167,7 @@ class Peer:
             self.load(index)
 
     def activate(self, weights: Sequence[float]) -> None:
-        """Give the first adapters these weights; the others are off."""
+        """Set the weights of the first adapters, and disable the others."""
         self.pipe.set_adapters([file.stem for file in self.files[: len(weights)]], list(weights))
 
     def fuse(self) -> None:
@@ -192,7 +192,7 @@ class Peer:
 
 
 def peft_model(base: Base, names: Sequence[str]) -> Any:
-    """The UNet in PEFT's own wrapper, which takes an adapter per sample, with random adapters of those names."""
+    """Wrap the UNet in PEFT's model, which takes an adapter name per sample, with random adapters."""
     from peft import LoraConfig, get_peft_model
 
     targets = [path.removeprefix("unet.") for path in attention_paths(base)]

@@ -15,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """A limit of one figure: the largest value that meets it, or the smallest one with `at_least`."""
+    """A limit for one figure: a maximum, or a minimum with `at_least`."""
 
     limit: float
     at_least: bool = False
@@ -23,36 +23,36 @@ class Goal:
     """Where the limit comes from: a stated goal, or a recorded figure and its tolerance."""
 
     def is_met(self, value: float | None) -> bool:
-        """Whether a figure meets the goal; one that was not measured or is not a number does not."""
+        """Return whether a figure meets the goal; a figure that is missing or not a number does not."""
         if value is None:
             return False
         return value >= self.limit if self.at_least else value <= self.limit
 
 
 def at_most(limit: float) -> Goal:
-    """A stated goal that smaller figures meet."""
+    """Return a stated goal that is met by smaller figures."""
     return Goal(limit=limit)
 
 
 def at_least(limit: float) -> Goal:
-    """A stated goal that larger figures meet."""
+    """Return a stated goal that is met by larger figures."""
     return Goal(limit=limit, at_least=True)
 
 
 def not_above(recorded: float, *, tolerance: float) -> Goal:
-    """A regression limit for a figure without a stated goal: the recorded one plus a relative tolerance."""
+    """Return a regression limit for a figure without a stated goal: the recorded figure plus a relative tolerance."""
     source = f"regression limit: recorded {recorded:g} plus {tolerance:.0%}"
     return Goal(limit=float(f"{recorded * (1 + tolerance):.4g}"), source=source)
 
 
 def not_below(recorded: float, *, tolerance: float) -> Goal:
-    """A regression limit for a figure that should be large: the recorded one minus a relative tolerance."""
+    """Return a regression limit for a figure that should be large: the recorded figure minus a relative tolerance."""
     source = f"regression limit: recorded {recorded:g} minus {tolerance:.0%}"
     return Goal(limit=float(f"{recorded * (1 - tolerance):.4g}"), at_least=True, source=source)
 
 
 def figures_by_path(figures: Any, path: str = "") -> dict[str, float]:
-    """All numbers and booleans of a JSON value by their path."""
+    """Return all numbers and booleans of a JSON value by their path."""
     if isinstance(figures, bool | int | float):
         return {path: figures}
     parts: Iterable[tuple[Any, Any]] = ()
@@ -68,7 +68,7 @@ def figures_by_path(figures: Any, path: str = "") -> dict[str, float]:
 
 
 def compare(figures: Mapping[str, Any], goals: Mapping[str, Goal]) -> dict[str, dict[str, Any]]:
-    """The "goals" table of a benchmark's output: for each path the limit, the value and whether it is met."""
+    """Return the "goals" table of a benchmark's output: limit, value and whether it is met, for each path."""
     values = figures_by_path(figures)
     return {
         path: {
@@ -83,7 +83,7 @@ def compare(figures: Mapping[str, Any], goals: Mapping[str, Goal]) -> dict[str, 
 
 
 def print_missed(table: Mapping[str, Mapping[str, Any]]) -> int:
-    """Print each goal of a "goals" table that is not met to standard error; returns the exit status, 1 for any miss."""
+    """Print each missed goal of a "goals" table to standard error and return the exit status, 1 for any miss."""
     missed = {path: row for path, row in table.items() if not row["met"]}
     for path, row in missed.items():
         print(

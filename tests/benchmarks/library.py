@@ -1,12 +1,12 @@
-"""How long a folder of a thousand adapters takes to be read, read again, and searched by name and by hash.
+"""Time to read a folder of a thousand adapters, to read it again, and to search it by name and by hash.
 
     python -m tests.benchmarks.library
 
-The adapters are the package's own five, each saved a hundred times in our layout and a hundred times in kohya's: every
-one in full (1.4 MB, no links), under a name of its own and with a layer of its own, so that no two share a hash. The
-files are in the system's cache; the measuring runs in a process of its own, whose start is not counted. A first look-up
-by hash comes on top of what those before it have found out, in the order of the figures; "reopened" is one more with
-the folder opened anew, which counts. Writes `library.json` beside this script.
+The adapters are the five in the sample data, each saved a hundred times in the native format and a hundred times in
+kohya's: complete copies (1.4 MB, no links) with different names and one different layer, so that all hashes differ. The
+files are in the page cache. The measurement runs in a process of its own, whose start is not counted. The first search
+by hash adds to what earlier steps have read, in the order of the figures; "reopened" is the same search after the
+folder is opened again, which is counted. Writes `library.json` beside this script.
 """
 
 import json
@@ -41,7 +41,7 @@ GOALS = {
 
 
 def write_adapters(folder: Path) -> int:
-    """The files; returns how many."""
+    """Write the files and return their number."""
     from lora_diffusion.core.atomic_files import sample_data_folder
     from lora_diffusion.formats.adapters.kohya import save_kohya
     from lora_diffusion.formats.adapters.load import load_adapter
@@ -75,7 +75,7 @@ def median_seconds(work: Callable[[], Any]) -> float:
 
 
 def measure_here(folder: Path) -> None:
-    """Print the figures; the index is empty at the start."""
+    """Print the figures, starting with an empty index."""
     from lora_diffusion.library.search import (
         find_adapter,
         find_by_hash,

@@ -1,4 +1,4 @@
-"""How the blending benchmark measures: rounds of variants in turn, processes of their own, rows of a table."""
+"""Measurement for the blending benchmark: alternating rounds of variants, separate processes, rows of a table."""
 
 import json
 import os
@@ -28,7 +28,7 @@ SAMPLES = ("one", "two", "three", "four")
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the table; None is not measured."""
+    """One row of the table; None if not measured."""
 
     what: str
     unit: str = "copies"
@@ -45,7 +45,7 @@ class Group:
 
 
 class Rounds:
-    """CPU seconds of this process by name; the first of each warms up."""
+    """CPU seconds of this process by name of the variant; the first measurement of each is a warm-up."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = defaultdict(list)
@@ -62,14 +62,14 @@ class Rounds:
         return round(self.median(name) / self.median(unit), 3)
 
     def row(self, what: str, name: str, *, unit: str = "copy") -> Row:
-        """What "ours <name>", "hand <name>" and "peer <name>" took."""
+        """Make a row of the measurements "ours <name>", "hand <name>" and "peer <name>"."""
         timed = {who: f"{who} {name}" for who in ("ours", "hand", "peer")}
         ratios = {who: self.ratio(full, unit) for who, full in timed.items() if full in self.seconds}
         of_hand = self.ratio(timed["ours"], timed["hand"]) if "hand" in ratios else None
         return Row(what=what, unit="copies" if unit == "copy" else f"x {unit}", of_hand=of_hand, **ratios)
 
     def details(self) -> dict[str, Any]:
-        """Median and range in milliseconds."""
+        """Return median and range in ms."""
         kept = {name: [1000 * value for value in values[1:]] for name, values in self.seconds.items()}
         return {
             n: {"ms": round(statistics.median(v), 1), "range": [round(min(v), 1), round(max(v), 1)]}
@@ -78,13 +78,13 @@ class Rounds:
 
 
 def status_mb(field: str) -> float:
-    """A figure of this process from the system."""
+    """Return a memory figure of this process from /proc, in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) / 1024
 
 
 def worker(name: str, *arguments: str, keeping: bool = True) -> subprocess.Popen[str]:
-    """A fresh process that does this."""
+    """Return the command that runs a measurement in a new process."""
     environment = {key: value for key, value in os.environ.items() if key not in KEEPING}
     environment |= {"OMP_WAIT_POLICY": "PASSIVE", **(KEEPING if keeping else {})}
     command = [sys.executable, "-m", "tests.benchmarks.blending", "--worker", name, *arguments]
@@ -92,7 +92,7 @@ def worker(name: str, *arguments: str, keeping: bool = True) -> subprocess.Popen
 
 
 def in_own_process(name: str, *arguments: str, keeping: bool = True) -> Any:
-    """What a worker finds in a fresh process."""
+    """Run a measurement in a new process and return its result."""
     with worker(name, *arguments, keeping=keeping) as process:
         output, _ = process.communicate()
     if process.returncode:

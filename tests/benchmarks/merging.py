@@ -1,11 +1,11 @@
-"""What merging four adapters into a checkpoint costs: against copying the files, and diffusers with PEFT.
+"""Cost of merging four adapters into a checkpoint, compared with copying the files, and with diffusers and PEFT.
 
     python -m tests.benchmarks.merging
 
-UNets of SD 1.5's and SDXL's size with random weights in float16, beside small text encoders and autoencoders; adapters
-of rank 16 on all attention projections. Each way runs in a process of its own, in turn, and writes to disk and syncs;
-wall time, as files are what it is about. Memory is how far the process grows above what it holds before, which for ours
-has the adapters in it. Writes `merging.json` beside this script.
+UNets of SD 1.5's and SDXL's size with random weights in float16, with small text encoders and autoencoders; adapters of
+rank 16 on all attention projections. Each variant runs in a process of its own, alternating, and writes to disk and
+syncs. Times are wall time, since the work is dominated by files. Memory is the growth of the process above its initial
+size, which includes the adapters for this library. Writes `merging.json` beside this script.
 """
 
 import argparse
@@ -44,7 +44,7 @@ GOALS = {
 
 
 def prepare(folder: Path) -> None:
-    """The base, of the family that the folder is named after, and the adapters."""
+    """Write the base, of the family that the folder is named after, and the adapters."""
     family = folder.name
     unet = new_unet(family, torch.float16)
     (pipeline_around if family == "sd1" else xl_pipeline_around)(unet).save_pretrained(folder / "base")
@@ -52,7 +52,7 @@ def prepare(folder: Path) -> None:
 
 
 def xl_pipeline_around(unet: UNet2DConditionModel) -> StableDiffusionXLPipeline:
-    """diffusers' pipeline with that UNet; the other parts are those of the tests' random base."""
+    """Return diffusers' SDXL pipeline with this UNet and the other components of the tests' random base."""
     with tempfile.TemporaryDirectory() as scratch, quiet_libraries():
         small: Any = StableDiffusionXLPipeline.from_pretrained(write_random_sdxl(Path(scratch) / "xl"))
         return StableDiffusionXLPipeline(**{**small.components, "unet": unet})
@@ -70,7 +70,7 @@ def ours(folder: Path, output: Path) -> None:
 
 
 def peer(folder: Path, output: Path) -> None:
-    """diffusers as its documentation says: load, fuse, save."""
+    """Load, fuse and save with diffusers as documented."""
     from diffusers import DiffusionPipeline
 
     pipe: Any = DiffusionPipeline.from_pretrained(folder / "base", torch_dtype=torch.float16)
@@ -91,7 +91,7 @@ def adapters_in(folder: Path) -> list[Path]:
 
 
 def measured(way: str, folder: Path) -> dict[str, float]:
-    """Wall seconds until everything is synced, and megabytes that the process grew by."""
+    """Return wall seconds until everything is synced, and the growth of the process in MB."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         output, before, started = Path(scratch) / "out", status_mb("VmRSS"), time.perf_counter()
         WAYS[way](folder, output)
@@ -122,7 +122,7 @@ def main() -> None:
 
 
 def compared(family: str) -> dict[str, object]:
-    """Medians over rounds in which each way has its turn."""
+    """Return medians over rounds in which the variants alternate."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / family
         folder.mkdir()

@@ -1,9 +1,9 @@
-"""1,000 adapters in one pack with shared factors: bytes and error against the rank of the shared bases.
+"""Size and error of a pack of 1,000 adapters with shared bases, by the rank of the bases.
 
     python -m tests.benchmarks.packing
 
-Two families by simulation: adapters that are independent, and adapters whose factors come from common directions with
-some noise of their own. Beside each, what the same bytes buy when every adapter is compressed alone by its SVD.
+Two simulated families: independent adapters, and adapters whose factors share common directions with some noise. For
+comparison, the error of compressing every adapter separately by SVD to the same number of bytes.
 """
 
 import math
@@ -56,7 +56,7 @@ GOALS = {
 
 
 def family(common: bool) -> dict[str, Adapter]:
-    """Random adapters in float16, by name."""
+    """Create random adapters in float16, by name."""
     rng = torch.Generator().manual_seed(0)
     bases = {p: [torch.randn(side, COMMON_DIRECTIONS, generator=rng) for _ in "ab"] for p, side in WIDTHS.items()}
 
@@ -76,12 +76,12 @@ def family(common: bool) -> dict[str, Adapter]:
 
 
 def spectra_of(adapters: Mapping[str, Adapter]) -> Spectra:
-    """Singular values by adapter and module."""
+    """Return the singular values by adapter and module."""
     return {n: {p: spectrum_of([(1.0, x)]).values for p, x in a.layers.items()} for n, a in adapters.items()}
 
 
 def alone(spectra: Spectra, rank: int) -> float:
-    """Median error of adapters that are cut to a rank one by one, which is the best there is for each."""
+    """Return the median error of adapters that are truncated separately, which is optimal for each of them."""
     errors: list[float] = []
     for values in spectra.values():
         lost = math.hypot(*(float(v[rank:].double().square().sum().sqrt()) for v in values.values()))

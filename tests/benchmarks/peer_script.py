@@ -1,10 +1,10 @@
-"""Runs diffusers' example training script where torchvision and datasets are not installed.
+"""Run diffusers' example training script without torchvision and datasets.
 
     python -m tests.benchmarks.peer_script train_text_to_image_lora.py --train_data_dir pictures ...
 
-torchvision does not go with a CPU build of torch from elsewhere, and the script wants of both libraries only what is
-below: pictures in a folder with captions in .txt files, cut and turned into tensors. These do less than the real ones
-do, so the script is faster with them, if anything.
+torchvision cannot be combined with a CPU build of torch from another index, and the script needs only a small part of
+both libraries: image folders with captions in .txt files, crops, and conversion to tensors. The replacements do less
+work than the originals, so they make the script faster, if anything.
 """
 
 import runpy
@@ -64,7 +64,7 @@ def scaled(mean: list[float], spread: list[float]) -> Callable[[Tensor], Tensor]
 
 
 class Pictures(torch.utils.data.Dataset[dict[str, Any]]):
-    """A folder as `datasets` shows it, one row at a time."""
+    """An image folder in the form of a `datasets` dataset."""
 
     column_names = ("image", "text")
 
@@ -92,7 +92,7 @@ def load_dataset(_kind: str, *, data_files: dict[str, str], cache_dir: str | Non
 
 
 def stand_ins() -> dict[str, ModuleType]:
-    """The two libraries as modules."""
+    """Return replacements for the two libraries, as modules."""
     vision, data = ModuleType("torchvision"), ModuleType("datasets")
     vision.transforms = SimpleNamespace(  # type: ignore[attr-defined]
         InterpolationMode=InterpolationMode,

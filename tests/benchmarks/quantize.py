@@ -1,11 +1,11 @@
-"""What a base in codes saves: memory of a training step on the UNets of SD 1.5 and SDXL, against half precision.
+"""Memory of a training step with a quantized base, on the UNets of SD 1.5 and SDXL, compared with half precision.
 
     python -m tests.benchmarks.quantize
 
 Random weights, 32x32 latents, batch 1, rank 16 on all attention and feed-forward layers, in a process of its own for
-each kind of base: half precision (float16 on a GPU, bfloat16 on a processor, two bytes either way), nf4, fp4 and int8.
-"held" is the UNet's own tensors; "peak" is what the process has at most in its second step, above what it had before
-the UNet was there. The error is that of the UNet's output. Writes `quantizing.json` beside this script.
+each data type: half precision (float16 on a GPU, bfloat16 on a CPU), nf4, fp4 and int8. "held" is the size of the
+UNet's tensors; "peak" is the maximum memory of the process in its second step minus its memory before the UNet was
+created. The error is that of the UNet's output. Writes `quantize.json` beside this script.
 """
 
 import ctypes
@@ -55,7 +55,7 @@ GOALS = {
 
 
 def predicted(unet: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """What the UNet makes of the same noise each time."""
+    """Return the UNet's output for a fixed noise."""
     rng = torch.Generator().manual_seed(0)
     width = unet.config.cross_attention_dim
     shapes = {"latents": (1, 4, 32, 32), "text": (1, 77, width), "text_embeds": (1, 1280), "time_ids": (1, 6)}
@@ -67,7 +67,7 @@ def predicted(unet: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def held_mb(unet: nn.Module) -> float:
-    """Parameters, buffers and the constants of blocks."""
+    """Return the size of parameters, buffers and quantization constants in MB."""
     tensors = [*unet.parameters(), *unet.buffers()]
     weights = [module.weight for module in unet.modules() if isinstance(module, nn.Linear)]
     states = [weight.quant_state for weight in weights if hasattr(weight, "quant_state")]
@@ -96,7 +96,7 @@ def peak_mb(device: torch.device) -> float:
 
 @torch.no_grad()
 def into_codes(base: Base, codes: Any, device: torch.device, dtype: torch.dtype) -> float:
-    """Put the UNet into codes; returns how far its output moves, relative to its size."""
+    """Quantize the UNet and return the relative change of its output."""
     wanted = predicted(base.pipe.unet, torch.device("cpu"), torch.bfloat16)
     quantize_base(base, codes, device)
     return float((predicted(base.pipe.unet, device, dtype).cpu() - wanted).norm() / wanted.norm())

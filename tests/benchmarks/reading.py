@@ -1,9 +1,9 @@
-"""How fast adapter files are read and converted, against a plain read of the bytes and against diffusers.
+"""Speed of reading and converting adapter files, compared with reading the bytes, and with diffusers.
 
     python -m tests.benchmarks.reading
 
-Every measurement runs in a process of its own, so that its peak memory is its own; all in one run, one after another,
-on one file of SD 1.5's size (rank 64, attention and feed-forward, float16). Writes `reading.json` beside this script.
+Each measurement runs in a process of its own, one after another, so that peak memory is that of the measurement alone.
+The file has SD 1.5's size (rank 64, attention and feed-forward, float16). Writes `reading.json` beside this script.
 """
 
 import json
@@ -51,7 +51,7 @@ GOALS = {
 
 
 def full_size_adapter(rank: int) -> Adapter:
-    """Random factors for SD 1.5's attention and feed-forward."""
+    """Create an adapter with random factors for SD 1.5's attention and feed-forward layers."""
     rng = torch.Generator().manual_seed(0)
     layers: dict[str, LoRALayer] = {}
     for path in module_paths(LAYOUTS["sd1"]):
@@ -66,7 +66,7 @@ def full_size_adapter(rank: int) -> Adapter:
 
 
 def diffusers_loader() -> Callable[[Path], Any]:
-    """A pipeline with SD 1.5's UNet, of random weights, that takes the file as a user would give it."""
+    """Return a function that loads the file into a diffusers pipeline with SD 1.5's UNet and random weights."""
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
     from lora_diffusion.models.load import load_base, quiet_libraries
@@ -107,13 +107,13 @@ def measure_here(name: str, path: Path) -> None:
 
 
 def memory_mb(field: str) -> float:
-    """A figure of this process from the system: VmRSS is what it holds, VmHWM the most that it held."""
+    """Return a memory figure of this process from /proc in MB: VmRSS is the current size, VmHWM the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) / 1024
 
 
 def measured(name: str, path: Path) -> dict[str, float]:
-    """Median over fresh processes."""
+    """Return medians over new processes."""
     rows = []
     for _ in range(RUNS):
         done = subprocess.run(
@@ -127,7 +127,7 @@ def measured(name: str, path: Path) -> dict[str, float]:
 
 
 def inspect_seconds(path: Path) -> float:
-    """Median of the whole command, from the shell to the last line."""
+    """Return the median duration of the whole command, including the start of the interpreter."""
     seconds = []
     for _ in range(RUNS):
         started = time.perf_counter()
@@ -137,7 +137,7 @@ def inspect_seconds(path: Path) -> float:
 
 
 def conversions_per_second(folder: Path) -> float:
-    """A folder of copies of a ready adapter (1.4 MB), native to kohya."""
+    """Measure the conversion of a folder with copies of one adapter (1.4 MB) from native to kohya."""
     source = sample_data_folder() / "adapters" / "neon.safetensors"
     files = [Path(shutil.copy(source, folder / f"{i:03d}.safetensors")) for i in range(FOLDER)]
     (folder / "out").mkdir()

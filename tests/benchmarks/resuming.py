@@ -1,9 +1,9 @@
-"""A run killed twenty times, at random moments, and gone on with each time: does it end with the same adapter?
+"""Comparison of a run that is killed and resumed twenty times with an uninterrupted run.
 
     python -m tests.benchmarks.resuming
 
-On the tests' random base, with everything in the run that draws at random or has a state; a state after each step.
-Writes `resuming.json` beside this script.
+The runs use the tests' random base and everything that draws random numbers or has a state, and save a state after each
+step. The adapters must be equal. Writes `resuming.json` beside this script.
 """
 
 import random

@@ -1,13 +1,13 @@
-"""What a training step takes of us and of diffusers' example script, all told: same base, pictures, rank and targets.
+"""Time of a training step of this library and of diffusers' example script, with all overhead.
 
     python -m tests.benchmarks.trainers train_text_to_image_lora.py
 
-The script is in diffusers' repository under `examples/text_to_image`. Both trainers run as their users start them, each
-in processes of its own: a short and a long run, whose difference divided by the steps between is a step with all that
-belongs to it; reading and encoding the pictures is in the short run for us, and in every step for the script, which has
-no cache. One thread, float32, batch 1, rank 4 on the UNet's attention projections. The bases are the embedded one and
-one of SD 1.5's size, UNet, autoencoder and text encoder, with random weights, at 256 pixels. Writes `trainers.json`
-beside this script.
+The script is in diffusers' repository under `examples/text_to_image`. Both trainers are started from the command line,
+in processes of their own: a short run and a long run. The difference of their durations divided by the difference of
+their steps is the time of a step with all overhead. This library reads and encodes the images once, in the short run as
+well; the script has no cache and does so in every step. One thread, float32, batch 1, rank 4 on the UNet's attention
+projections. The bases are the embedded one and one of SD 1.5's size (UNet, autoencoder and text encoder) with random
+weights, at 256 pixels. Writes `trainers.json` beside this script.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ GOALS = {
 
 
 def write_sd1(folder: Path) -> Path:
-    """A base of SD 1.5's size with random weights, and the embedded base's tokenizer and scheduler."""
+    """Write a base of SD 1.5's size with random weights, and the tokenizer and scheduler of the embedded base."""
     tiny = sample_data_folder() / "tiny-sd"
     tokenizer: Any = CLIPTokenizer.from_pretrained(tiny / "tokenizer", model_max_length=77)
     with quiet_libraries():
@@ -103,7 +103,7 @@ def theirs(script: Path, base: Path, pictures: Path, steps: int, size_px: int, f
 
 
 def taken(command: list[str]) -> tuple[float, float]:
-    """Seconds of a process and its largest size in megabytes."""
+    """Return the duration of a process in seconds and its peak size in MB."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "ACCELERATE_USE_CPU": "true"}
     started = time.perf_counter()
     with (
@@ -119,7 +119,7 @@ def taken(command: list[str]) -> tuple[float, float]:
 
 
 def compared(script: Path, base: Path, size: str, pictures: Path, folder: Path) -> dict[str, Any]:
-    """A step of either on a base, in turn."""
+    """Measure a step of both trainers on one base, alternating."""
     short, long = STEPS[size]
     size_px = SIZES_PX[size]
     seconds: dict[str, list[float]] = {"ours": [], "theirs": []}

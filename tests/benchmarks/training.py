@@ -1,11 +1,11 @@
-"""What a training step costs: against the frozen network's own passes, and PEFT's modules.
+"""Cost of a training step, compared with the passes of the frozen network, and with PEFT's modules.
 
     python -m tests.benchmarks.training
 
 SD 1.5's UNet with random weights in float32, 32x32 latents, batch 1, rank 8 on its 128 attention projections. The floor
-is the frozen UNet's forward and its backward to the input; "checkpointed" is ours with gradient checkpointing.
-Processor time of one thread, medians of rounds in turn; operations are calls that reach the processor; memory is how
-far a process of its own grows in its first step. Writes `training.json` beside this script.
+is the forward pass of the frozen UNet and its backward pass to the input; "checkpointed" is this library with gradient
+checkpointing. CPU time of one thread, medians of alternating rounds. Operations are calls that reach the device; memory
+is the growth of a new process in its first step. Writes `training.json` beside this script.
 """
 
 import statistics
@@ -44,13 +44,13 @@ def inputs(*, learns: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def step(unet: Any, *, learns: bool) -> None:
-    """Forward and backward, as far as something learns."""
+    """Run forward and backward, as far as there are trainable tensors."""
     latents, timestep, text = inputs(learns=learns)
     unet(latents, timestep, encoder_hidden_states=text).sample.square().mean().backward()
 
 
 def floor() -> tuple[Any, bool]:
-    """The frozen UNet, whose input learns."""
+    """Run the frozen UNet with an input that requires a gradient."""
     return new_unet("sd1"), True
 
 
@@ -63,7 +63,7 @@ def ours() -> tuple[Any, bool]:
 
 
 def checkpointed() -> tuple[Any, bool]:
-    """Ours, with activations computed again on the way back."""
+    """Run this library with gradient checkpointing."""
     unet, learns = ours()
     unet.enable_gradient_checkpointing()
     unet.train()
@@ -78,7 +78,7 @@ def pefts() -> tuple[Any, bool]:
 
 
 class Counting(TorchDispatchMode):
-    """Counts the operations that reach the processor."""
+    """Count the operations that reach the device."""
 
     count = 0
 
@@ -88,14 +88,14 @@ class Counting(TorchDispatchMode):
 
 
 def operations(unet: Any, *, learns: bool) -> int:
-    """Of a step; views are among them, as each costs a call."""
+    """Count the operations of a step, views included, since each costs a call."""
     with Counting() as counting:
         step(unet, learns=learns)
     return counting.count
 
 
 def added_mb(way: str) -> float:
-    """How far a process of its own grows in a step above what it held before."""
+    """Return the growth of a new process in a step above its memory before the step, in MB."""
     command = [sys.executable, "-m", "tests.benchmarks.training", "--worker", way]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.splitlines()[-1])

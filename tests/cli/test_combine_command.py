@@ -150,7 +150,7 @@ def test_a_consensus_is_written_and_said_and_settings_without_a_method_are_refus
     inputs = [str(sample_data_folder() / "adapters" / f"{name}.safetensors") for name in ("ink", "neon")]
     output = tmp_path / "ties.safetensors"
     assert main(["combine", *inputs, str(output), "--method", "ties", "--density", "0.3"]) == 0
-    assert "made by ties" in capsys.readouterr().out
+    assert "combined by ties" in capsys.readouterr().out
     found = load_adapter(output)
     assert found.metadata.training["combination"]["consensus"]["density"] == 0.3
     blend = Blend(entries=tuple(WeightedAdapter(adapter=load_adapter(Path(path))) for path in inputs))

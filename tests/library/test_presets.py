@@ -69,7 +69,7 @@ def test_a_saved_preset_reproduces_its_settings(sd: Base, library: Path, tmp_pat
     assert table["adapters"][0]["weight"]["blocks"]["OUT03"] == 0.0
     assert run("generate", "--preset", preset, "--output", tmp_path / "out") == 0
     recipe = read_recipe(tmp_path / "out" / "00000.png")
-    assert (recipe.composition.mode, recipe.settings.prompt) == ("switch", "a cat")
+    assert (recipe.composition.mode, recipe.settings.prompt) == ("switch", "a cat")  # type: ignore[union-attr]
     assert run("preset", "save", tmp_path / "again.json", "--from", tmp_path / "out" / "00000.png") == 0
     first, again = (BlendPreset.from_json(p.read_text(), source="") for p in (preset, tmp_path / "again.json"))
     assert [(e.hash, e.weight) for e in first.adapters] == [(e.hash, e.weight) for e in again.adapters]
@@ -125,7 +125,7 @@ def test_tags_find_adapters_in_the_library(sd: Base, library: Path, tmp_path: Pa
     common = ["--base", sd.folder, "--library", library, "--output", tmp_path / "out", *FAST]
     assert run("generate", *common, "--prompt", "a cat <lora:one:0.5:te=0> <lora:two:start=0.5>") == 0
     recipe = read_recipe(tmp_path / "out" / "00000.png")
-    assert recipe.settings.prompt == "a cat"
+    assert recipe.settings and recipe.settings.prompt == "a cat"
     assert [entry.name for entry in recipe.adapters] == ["random-1", "random-2"]
     assert isinstance(recipe.adapters[0].weight, BlendWeight)
     assert "did you mean 'one'" in refused(capsys, "generate", *common, "--prompt", "a cat <lora:onne:1>")
@@ -155,7 +155,7 @@ def test_an_a1111_image_is_replayed_with_its_adapters(sd: Base, library: Path, t
         tmp_path / "a.png", "a cat <lora:their_name:0.4:0.9>", f', Lora hashes: "their_name: {digest}"'
     )
     common = ["--library", library, "--output", tmp_path / "out"]
-    assert "give that with --base" in refused(capsys, "generate", "--from", picture, *common)
+    assert "give the base with --base" in refused(capsys, "generate", "--from", picture, *common)
     assert run("generate", "--from", picture, "--base", sd.folder, *common) == 0
     recipe = read_recipe(tmp_path / "out" / "00000.png")
     weight = recipe.adapters[0].weight
@@ -163,7 +163,7 @@ def test_an_a1111_image_is_replayed_with_its_adapters(sd: Base, library: Path, t
     assert (weight.value, weight.components["text_encoder"]) == (0.9, 0.4), (
         "A1111 writes the text encoder's weight first"
     )
-    assert (recipe.settings.seed, recipe.settings.negative_prompt) == (5, "blurry")
+    assert recipe.settings and (recipe.settings.seed, recipe.settings.negative_prompt) == (5, "blurry")
     lost = a1111_picture(tmp_path / "b.png", "a <lora:x:1>", ', Lora hashes: "x: 0123456789ab"')
     assert "hash 0123456789ab) is not in" in refused(capsys, "generate", "--from", lost, "--base", sd.folder, *common)
 
@@ -173,9 +173,9 @@ def test_differences_from_a1111_prompts_are_noted(sd: Base, library: Path, tmp_p
     common = ["--base", sd.folder, "--library", library, "--output", tmp_path / "out"]
     assert run("generate", "--from", picture, *common) == 0
     notes = capsys.readouterr().err
-    assert "learned tokens (EasyNegative) are not looked for" in notes
-    assert "words in brackets are moved away from the empty prompt" in notes
-    assert "AND is read as a plain word" in notes
+    assert "textual inversion embeddings (EasyNegative) are not searched for" in notes
+    assert "words in brackets are interpolated with the empty prompt" in notes
+    assert "AND is an ordinary word" in notes
     edited = a1111_picture(tmp_path / "b.png", "a [cat:dog:0.5]")
     assert "prompt editing" in refused(capsys, "generate", "--from", edited, *common)
 
@@ -223,7 +223,9 @@ def test_keys_of_earlier_versions_are_read() -> None:
     preset = BlendPreset.from_json(text, source="old.json")
     assert preset.settings == GenerateConfig(prompt="a cat", num_inference_steps=7, guidance_scale=2.5)
     assert preset.composition == Composition(parallel=True)
-    recipe = Recipe.model_validate({"base": "tiny-sd", "base_hash": "", "codes": "nf4", "settings": settings})
+    recipe = Recipe.model_validate(
+        {"kind": "image", "base": "tiny-sd", "base_hash": "", "codes": "nf4", "settings": {"prompt": ""}}
+    )
     assert recipe.quantization == "nf4"
     assert AdapterMetadata.model_validate({"least_rank": 2}).min_rank == 2
     assert BlendPreset.from_json(preset.model_dump_json(), source="new.json") == preset

@@ -43,12 +43,12 @@ def test_grid_carries_the_recipe_of_each_image(studio: Studio) -> None:
 @pytest.mark.parametrize(
     ("what", "values", "words"),
     [
-        ("weight", "a, b", "is no number"),
+        ("weight", "a, b", "is not a number"),
         ("weight", "", "no values"),
-        ("adapter", "nobody", "is not on the table"),
+        ("adapter", "nobody", "is not an adapter of the blend"),
         ("mode", "mixed", "mode"),
         ("seed", ",".join(map(str, range(65))), "64 at most"),
-        ("taste", "1", "cannot be compared"),
+        ("taste", "1", "is not a setting"),
     ],
 )
 def test_invalid_grid_is_refused_before_the_first_image(studio: Studio, what: str, values: str, words: str) -> None:

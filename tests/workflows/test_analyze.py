@@ -1,4 +1,4 @@
-"""What adapters are made of and how much they will fight: analyses of files, and the command."""
+"""Analysis of adapter files: spectra, overlap and amplification, against dense computations, and the command."""
 
 import json
 import math
@@ -35,7 +35,7 @@ Saved = Callable[..., Path]
 
 
 def dense(layer: Layer) -> Tensor:
-    """The delta as a matrix, float64."""
+    """Return the delta as a matrix in float64."""
     return layer.delta().double().flatten(1)
 
 
@@ -58,8 +58,8 @@ def run(*arguments: object) -> int:
     return tyro.cli(Analyze, args=[str(argument) for argument in arguments]).run()
 
 
-def check_drawn(path: Path) -> None:
-    """A picture of many shades, most of it ground."""
+def check_plot(path: Path) -> None:
+    """Check that an image has many shades, and that most of it is background."""
     with Image.open(path) as image:
         shades = np.asarray(image.convert("L"))
     assert min(shades.shape) > 300
@@ -67,65 +67,63 @@ def check_drawn(path: Path) -> None:
     assert 0.02 < (shades < 250).mean() < 0.98
 
 
-def test_the_command_on_the_ready_adapters_prints_and_draws_them(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_prints_and_plots_the_sample_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [ADAPTERS / f"{name}.safetensors" for name in ("gloop", "neon", "zuki")]
     assert run(*files, "--base", "tiny-sd", "--plots", tmp_path / "plots", "--json") == 0
-    facts = json.loads(capsys.readouterr().out)
-    drawn = [Path(path) for path in facts["plots"]]
-    assert {path.name for path in drawn} == {path.name for path in (tmp_path / "plots").iterdir()}
-    assert len(drawn) == 5
-    for path in drawn:
-        check_drawn(path)
+    report = json.loads(capsys.readouterr().out)
+    plots = [Path(path) for path in report["plots"]]
+    assert {path.name for path in plots} == {path.name for path in (tmp_path / "plots").iterdir()}
+    assert len(plots) == 5
+    for path in plots:
+        check_plot(path)
     for key in ("cosine", "shared"):
-        square = np.array(facts[key])
+        square = np.array(report[key])
         assert (square == square.T).all() and (np.diag(square) == 1).all() and (np.abs(square) <= 1).all()
     neon = load_adapter(files[1])
     path, layer = next(iter(neon.layers.items()))
-    stated = facts["adapters"][1]["modules"][path]
+    stated = report["adapters"][1]["modules"][path]
     assert stated["norm"] == pytest.approx(float(dense(layer).norm()), rel=1e-5)
     assert stated["values"] == pytest.approx(torch.linalg.svdvals(dense(layer))[: layer.rank].tolist(), rel=1e-4)
-    text = describe_analysis(facts)
+    text = describe_analysis(report)
     assert all(name in text for name in ("gloop + zuki", "unet.mid_block", "|U'WV|"))
     with pytest.raises(OutputError, match=r"spectrum.png: already exists.*--force"):
         run(*files, "--plots", tmp_path / "plots")
 
 
-def test_one_adapter_has_spectra_and_no_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_adapter_has_spectra_but_no_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(ADAPTERS / "ink.safetensors", "--plots", tmp_path) == 0
     assert "overlap" not in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["effective_rank.png", "spectrum.png"]
     assert run(ADAPTERS / "ink.safetensors", "--plots", tmp_path, "--force") == 0
 
 
-def test_a_lower_rank_of_a_training_lies_inside_the_whole(tmp_path: Path) -> None:
+def test_truncated_adapter_lies_in_the_subspace_of_the_full_one(tmp_path: Path) -> None:
     neon = load_adapter(ADAPTERS / "neon.safetensors")
     lower = {path: truncate_spectrum(spectrum_of([(1.0, layer)]), 3) for path, layer in neon.layers.items()}
     path = tmp_path / "lower.safetensors"
     save_adapter(replace(neon, layers=lower), path)
-    facts = analyze_files([ADAPTERS / "neon.safetensors", path])
-    (pair,) = facts["pairs"]
-    assert facts["names"] == ["neon", "lower"]  # both say neon of themselves
+    report = analyze_files([ADAPTERS / "neon.safetensors", path])
+    (pair,) = report["pairs"]
+    assert report["names"] == ["neon", "lower"]  # both have the name neon in their metadata
     for side in ("input", "output"):
         assert np.array(pair[side]["similarity"]).shape == (8, 3)
         assert np.array(pair[side]["similarity"]) == pytest.approx(1, abs=1e-3)
         assert pair[side]["distance"] == pytest.approx(0, abs=1e-3)
     assert pair["second_share"] == pytest.approx(1, abs=1e-5)
-    kept = [facts["adapters"][0]["modules"][m] for m in lower]
+    kept = [report["adapters"][0]["modules"][m] for m in lower]
     energy = sum(k["norm"] ** 2 * k["energy"][2] for k in kept) / sum(k["norm"] ** 2 for k in kept)
     assert pair["first_share"] == pytest.approx(energy, rel=1e-4)
     assert pair["cosine"] == pytest.approx(math.sqrt(energy), rel=1e-4)
 
 
-def test_amplification_reads_the_bases_own_weights(sd: Base, saved: Saved) -> None:
+def test_amplification_uses_the_weights_of_the_base(sd: Base, saved: Saved) -> None:
     adapter = random_adapter(sd, seed=1)
-    facts = analyze_files([saved(adapter, "one")], base=str(sd.folder))
-    for path, found in facts["adapters"][0]["amplification"]["modules"].items():
+    report = analyze_files([saved(adapter, "one")], base=str(sd.folder))
+    for path, found in report["adapters"][0]["amplification"]["modules"].items():
         U, V = dense_directions(dense(adapter.layers[path]), 4)
         expected = float((U.T @ weight_at(sd, path).double().flatten(1) @ V).norm())
         assert found["projected"] == pytest.approx(expected, rel=1e-4)
-    assert len(facts["adapters"][0]["amplification"]["modules"]) == len(adapter.layers)
+    assert len(report["adapters"][0]["amplification"]["modules"]) == len(adapter.layers)
 
 
 def dora(base: Base, layer: LoRALayer, path: str) -> DoRALayer:
@@ -133,7 +131,7 @@ def dora(base: Base, layer: LoRALayer, path: str) -> DoRALayer:
     return DoRALayer(inner=layer, magnitude=1.5 * weight.flatten(1).norm(dim=1).reshape(-1, *[1] * (weight.ndim - 1)))
 
 
-def test_dora_is_left_out_without_the_base_and_measured_with_it(
+def test_dora_is_measured_only_if_a_base_is_given(
     sd: Base, saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = random_adapter(sd, seed=1)
@@ -142,7 +140,7 @@ def test_dora_is_left_out_without_the_base_and_measured_with_it(
     mixed = replace(plain, layers={**plain.layers, path: dora(sd, layer, path)})
     file = saved(mixed, "mixed")
     assert run(file) == 0
-    assert f"mixed: 1 modules left out, DoRA needs the base's weight (first: {path})" in capsys.readouterr().out
+    assert f"mixed: 1 modules left out: DoRA needs the base's weight (first: {path})" in capsys.readouterr().out
     merge(str(sd.folder), Blend(), tmp_path / "one.safetensors", bases=[BaseTerm(added=str(sd.folder), weight=0.0)])
     delta = mixed.layers[path].delta(weight_at(sd, path))
     for base in (sd.folder, tmp_path / "one.safetensors"):
@@ -151,7 +149,7 @@ def test_dora_is_left_out_without_the_base_and_measured_with_it(
         assert found["modules"][path]["norm"] == pytest.approx(float(delta.norm()), rel=1e-4)
 
 
-def test_refusals_say_what_to_do(sd: Base, sdxl: Base, saved: Saved) -> None:
+def test_errors_say_what_to_do(sd: Base, sdxl: Base, saved: Saved) -> None:
     one, other = saved(random_adapter(sd, seed=1), "one"), saved(random_adapter(sdxl, seed=2), "other")
     with pytest.raises(ConfigError, match="at least one file"):
         analyze_files([])
@@ -167,7 +165,7 @@ def test_refusals_say_what_to_do(sd: Base, sdxl: Base, saved: Saved) -> None:
         analyze_files([one, ADAPTERS / "ink.safetensors"])
 
 
-def test_files_without_a_matrix_are_refused(sd: Base, saved: Saved) -> None:
+def test_adapters_without_a_matrix_are_rejected(sd: Base, saved: Saved) -> None:
     plain = random_adapter(sd, seed=1)
     path, layer = next(iter(plain.layers.items()))
     assert isinstance(layer, LoRALayer)
@@ -178,7 +176,7 @@ def test_files_without_a_matrix_are_refused(sd: Base, saved: Saved) -> None:
         analyze_files([saved(replace(plain, layers={path: dora(sd, layer, path)}), "dora")])
 
 
-def test_names_with_dollars_and_without_modules_in_common_are_drawn(
+def test_names_with_dollar_signs_and_disjoint_modules_are_plotted(
     sd: Base, saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unet = random_adapter(sd, seed=1, text_encoders=())
@@ -186,4 +184,4 @@ def test_names_with_dollars_and_without_modules_in_common_are_drawn(
     assert run(saved(unet, "$a_x$ and $b"), saved(text, "b" * 60), "--plots", tmp_path / "plots") == 0
     assert capsys.readouterr().out.count("$a_x$ and $b") > 3
     assert not (tmp_path / "plots" / "similarity.png").exists()
-    check_drawn(tmp_path / "plots" / "effective_rank.png")
+    check_plot(tmp_path / "plots" / "effective_rank.png")

@@ -1,4 +1,4 @@
-"""The demo in a shortened form: it trains, blends, merges, and its figures say that each had its effect."""
+"""The demo with fewer steps: it trains, blends and merges, and its measurements show that each step had an effect."""
 
 from pathlib import Path
 
@@ -13,26 +13,26 @@ from train_scripts.tiny_world.reader import load_reader, read
 
 
 @pytest.mark.slow
-def test_the_story_in_short(tmp_path: Path) -> None:
-    said: list[str] = []
-    result = run_demo(tmp_path / "demo", steps=60, print_line=said.append)
+def test_short_demo_trains_blends_and_merges(tmp_path: Path) -> None:
+    lines: list[str] = []
+    result = run_demo(tmp_path / "demo", steps=60, print_line=lines.append)
     base, half, full, _, both = result.distances.values()
     assert max(half, full) < base
     assert both < base
     assert result.merged_exact == 0
     assert result.merged_half <= 16
-    assert any("grid.png" in line for line in said)
+    assert any("grid.png" in line for line in lines)
     with Image.open(tmp_path / "demo" / "grid.png") as sheet:
         assert sheet.width > 900
     assert load_base(str(tmp_path / "demo" / "merged")).family.name == "tiny-sd"
     cells = full_style_cells(tmp_path / "demo" / "grid.png")
     readings = read(load_reader(sample_data_folder() / "tiny-world-reader"), cells)
-    recognised = [r.subject in prompt.split() for r, prompt in zip(readings, PROMPTS, strict=False)]
-    assert sum(recognised) >= 2, readings
+    recognized = [r.subject in prompt.split() for r, prompt in zip(readings, PROMPTS, strict=False)]
+    assert sum(recognized) >= 2, readings
 
 
 def full_style_cells(path: Path) -> list[Image.Image]:
-    """The pictures of the world's own subjects in the column of the style at weight 1."""
+    """Return the images of known subjects in the column of the style at weight 1."""
     from lora_diffusion.evaluation.image_grid import HEADER_PX, LABEL_PX, MARGIN_PX
 
     cell = 192
@@ -43,8 +43,8 @@ def full_style_cells(path: Path) -> list[Image.Image]:
         return [sheet.crop(box).resize((64, 64), Image.Resampling.NEAREST) for box in boxes]
 
 
-def test_a_folder_that_is_not_a_demos_is_left_alone(tmp_path: Path) -> None:
+def test_other_folders_are_not_deleted(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(OutputError, match="holds something that is not a demo's"):
+    with pytest.raises(OutputError, match="contains files that no demo wrote"):
         run_demo(tmp_path, steps=1, print_line=print)
     assert (tmp_path / "mine.txt").read_text() == "keep"

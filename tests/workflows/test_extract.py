@@ -254,11 +254,11 @@ def test_small_text_encoder_difference_is_extracted(sd: Base, tmp_path: Path) ->
     key = key if key in names else key.removeprefix("text_model.")
     tuned = altered(sd, tmp_path / "tuned", TEXT, add(key, 1e-4))
     done = extract_file(str(tuned), str(sd.folder), tmp_path / "x.safetensors", settings_for(RankRule(rank=999)))
-    (path,) = done.found.layers
+    (path,) = done.extraction.layers
     assert path == "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
-    assert len(done.found.equal) == len(sd.paths) - 1
+    assert len(done.extraction.equal) == len(sd.paths) - 1
     expected = load_file(tuned.joinpath(*TEXT))[key].double() - names[key].double()
-    assert float((product(done.found.layers[path]) - expected).norm() / expected.norm()) < 1e-5
+    assert float((product(done.extraction.layers[path]) - expected).norm() / expected.norm()) < 1e-5
 
 
 def change_weights_norms_and_biases(tensors: dict[str, Tensor]) -> None:
@@ -277,7 +277,7 @@ def test_norms_and_biases_left_out_are_reported(sd: Base, tmp_path: Path) -> Non
     weight = differ.pop("conv_in.weight").flatten(1)
     left = math.hypot(*(float(value.norm()) for value in differ.values()))
     assert done.left_out_norm == pytest.approx(left, rel=1e-5)
-    lost = float((weight - product(done.found.layers[PATH])).norm())
+    lost = float((weight - product(done.extraction.layers[PATH])).norm())
     whole = math.hypot(left, float(weight.norm()))
     assert done.whole_error == pytest.approx(math.hypot(left, lost) / whole, rel=1e-5)
     assert not load_adapter(done.output).biases
@@ -299,12 +299,12 @@ def test_targets_select_modules_and_the_rest_is_reported(sd: Base, tmp_path: Pat
     merge(str(sd.folder), Blend(entries=(WeightedAdapter(adapter=adapter),)), tmp_path / "tuned")
     how = settings_for(unet=("convolutions", "mid_block.*"), text_encoders=())
     done = extract_file(str(tmp_path / "tuned"), str(sd.folder), tmp_path / "x.safetensors", how)
-    inner = [path.removeprefix("unet.") for path in done.found.layers]
+    inner = [path.removeprefix("unet.") for path in done.extraction.layers]
     assert all(path.startswith("mid_block.") or path.rsplit(".", 1)[-1].startswith("conv") for path in inner)
     count = done.left_out["modules beyond the targets"].count
     assert count + len(inner) == len(adapter.layers)
     norms = {path: float(layer.delta().double().norm()) for path, layer in adapter.layers.items()}
-    left = math.hypot(*(norms[path] for path in norms if path not in done.found.layers))
+    left = math.hypot(*(norms[path] for path in norms if path not in done.extraction.layers))
     assert done.left_out_norm == pytest.approx(left, rel=1e-4)
 
 
@@ -316,7 +316,7 @@ def test_larger_vocabulary_is_accepted(sd: Base, tmp_path: Path) -> None:
 
     tuned = altered(sd, tmp_path / "tuned", TEXT, change)
     done = extract_file(str(tuned), str(sd.folder), tmp_path / "x.safetensors", settings_for())
-    assert list(done.found.layers) == ["text_encoder.text_model.encoder.layers.1.mlp.fc1"]
+    assert list(done.extraction.layers) == ["text_encoder.text_model.encoder.layers.1.mlp.fc1"]
     assert done.left_out["embeddings"].count == 1
     assert done.left_out["embeddings"].norm == pytest.approx(0.5 * math.sqrt(2 * 32))
 
@@ -328,7 +328,7 @@ def test_metadata_records_the_extraction(sd: Base, tmp_path: Path) -> None:
     assert (metadata.family, metadata.base_hash) == (sd.family.name, sd.hash)
     made = metadata.training["extraction"]
     assert (made["rule"], made["tuned"]) == ("threshold 0.01", str(tuned))
-    assert made["relative_error"] == done.found.report.total.relative
+    assert made["relative_error"] == done.extraction.report.total.relative
 
 
 def test_factors_have_the_dtype_of_the_checkpoints_or_the_requested_one(sd: Base, tmp_path: Path) -> None:
@@ -352,7 +352,7 @@ def test_factors_have_the_dtype_of_the_checkpoints_or_the_requested_one(sd: Base
 
 def test_equal_checkpoints_have_nothing_to_extract(sd: Base, tmp_path: Path) -> None:
     out = tmp_path / "x.safetensors"
-    with pytest.raises(ConfigError, match="nothing to extract; its UNet and text encoders are those of"):
+    with pytest.raises(ConfigError, match="nothing to extract; its UNet and text encoders are equal to those of"):
         extract_file(str(sd.folder), str(sd.folder), out, settings_for())
     tuned = altered(sd, tmp_path / "tuned", UNET, add("conv_in.bias", 0.01))
     with pytest.raises(ConfigError, match=r"nothing to extract at the targets; only biases \(1\) differ"):
@@ -415,7 +415,7 @@ def test_low_rank_part_of_a_base_approximates_its_weights(sd: Base, tmp_path: Pa
         values = torch.linalg.svdvals(weight)
         error = float((adapter.layers[path].delta().double().flatten(1) - weight).norm())
         assert error == pytest.approx(float(values[3:].square().sum().sqrt()), rel=1e-4)
-        assert done.found.report.modules[path].lost == pytest.approx(error, rel=1e-4)
+        assert done.extraction.report.modules[path].lost == pytest.approx(error, rel=1e-4)
     assert {"biases", "norm weights", "embeddings"} == set(done.left_out)
 
 

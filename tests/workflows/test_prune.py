@@ -1,4 +1,4 @@
-"""Setting the smallest numbers to zero: exact shares, true errors, refusals."""
+"""Pruning: exact fractions, reported errors against actual ones, and rejected inputs."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,9 @@ def true_errors(before: Adapter, after: Adapter) -> tuple[float, dict[str, float
 
 @settings(max_examples=20)
 @given(adapters(), st.floats(0.01, 1), scopes)
-def test_exactly_the_share_is_left_and_the_error_is_the_true_one(adapter: Adapter, keep: float, scope: Scope) -> None:
+def test_pruning_keeps_the_exact_fraction_and_reports_the_actual_error(
+    adapter: Adapter, keep: float, scope: Scope
+) -> None:
     pruned = prune_factors(adapter, keep, scope)
     found = measure_sparsity(adapter, pruned)
     sizes = [x.up.numel() + x.down.numel() for x in adapter.layers.values() if isinstance(x, LoRALayer)]
@@ -74,7 +76,7 @@ def test_exactly_the_share_is_left_and_the_error_is_the_true_one(adapter: Adapte
 
 @settings(max_examples=10)
 @given(adapters(), st.floats(0.01, 1), scopes)
-def test_what_is_left_is_as_it_was(adapter: Adapter, keep: float, scope: Scope) -> None:
+def test_remaining_values_are_unchanged(adapter: Adapter, keep: float, scope: Scope) -> None:
     pruned = prune_factors(adapter, keep, scope)
     for path, layer in adapter.layers.items():
         for name, factor in layer.factors.items():
@@ -88,7 +90,7 @@ def test_what_is_left_is_as_it_was(adapter: Adapter, keep: float, scope: Scope) 
 
 @settings(max_examples=10)
 @given(adapters(), scopes, st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
-def test_to_keep_all_is_the_identity_bit_for_bit(adapter: Adapter, scope: Scope, dtype: torch.dtype) -> None:
+def test_keeping_everything_is_the_identity(adapter: Adapter, scope: Scope, dtype: torch.dtype) -> None:
     whole = cast_adapter(adapter, dtype)
     pruned = prune_factors(whole, 1.0, scope)
     assert adapter_hash(pruned) == adapter_hash(whole)
@@ -99,7 +101,7 @@ def test_to_keep_all_is_the_identity_bit_for_bit(adapter: Adapter, scope: Scope,
 
 @settings(max_examples=10)
 @given(adapters(), st.integers(-6, 6), st.floats(0.1, 0.9), scopes)
-def test_how_a_trainer_spread_the_size_over_the_factors_changes_nothing(
+def test_pruning_does_not_depend_on_the_scale_of_the_factors(
     adapter: Adapter, power: int, keep: float, scope: Scope
 ) -> None:
     moved = {
@@ -114,7 +116,7 @@ def test_how_a_trainer_spread_the_size_over_the_factors_changes_nothing(
 
 @settings(max_examples=10)
 @given(adapters(), st.floats(0.05, 0.95))
-def test_removing_one_entry_costs_what_it_was_scored_by(adapter: Adapter, keep: float) -> None:
+def test_score_of_an_entry_is_the_error_of_removing_it(adapter: Adapter, keep: float) -> None:
     """Every entry that goes would by itself cost no more than any that stays, in the Frobenius norm of the delta."""
     layer = adapter.layers[QUERY]
     assert isinstance(layer, LoRALayer)
@@ -131,7 +133,7 @@ def test_removing_one_entry_costs_what_it_was_scored_by(adapter: Adapter, keep: 
 
 @settings(max_examples=15)
 @given(adapters(), st.floats(0.01, 1), scopes)
-def test_the_largest_entries_of_the_delta_are_left(adapter: Adapter, keep: float, scope: Scope) -> None:
+def test_largest_entries_of_the_delta_are_kept(adapter: Adapter, keep: float, scope: Scope) -> None:
     pruned = prune_deltas(adapter, keep, scope)
     before = {path: layer.delta() for path, layer in adapter.layers.items()}
     groups = [[path] for path in before] if scope == "module" else [list(before)]
@@ -148,7 +150,7 @@ def test_the_largest_entries_of_the_delta_are_left(adapter: Adapter, keep: float
     assert {path: found.error_over([path]) for path in each} == pytest.approx(each, abs=1e-6)
 
 
-def test_the_whole_adapter_at_once_loses_less_than_every_module_by_itself() -> None:
+def test_pruning_over_the_adapter_loses_less_than_by_module() -> None:
     rng = torch.Generator().manual_seed(3)
     sizes = {QUERY: 0.1, MIDDLE: 1.0}
     layers = {
@@ -172,7 +174,7 @@ def other_kinds() -> dict[str, tuple[Adapter, str]]:
 
 
 @pytest.mark.parametrize(("adapter", "words"), other_kinds().values(), ids=other_kinds())
-def test_factors_of_other_kinds_are_refused_by_name(adapter: Adapter, words: str) -> None:
+def test_factors_of_other_kinds_are_rejected(adapter: Adapter, words: str) -> None:
     with pytest.raises(ConfigError, match=f"{QUERY}: is .*{words}.*prune the delta"):
         prune_factors(adapter, 0.5)
 
@@ -191,7 +193,7 @@ def test_deltas_of_other_kinds_are_pruned_but_not_dora() -> None:
 
 
 @pytest.mark.parametrize("keep", [0.0, -0.1, 1.01, float("nan")])
-def test_a_share_that_is_none_is_refused(keep: float) -> None:
+def test_invalid_fractions_are_rejected(keep: float) -> None:
     layer = LoRALayer(up=torch.ones(3, 1), down=torch.ones(1, 3), alpha=1.0)
     for prune in (prune_factors, prune_deltas):
         with pytest.raises(ConfigError, match=r"expected a fraction of the entries above 0 and at most 1"):
@@ -212,24 +214,24 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("what", ["factors", "delta"])
 @pytest.mark.parametrize("dtype", ["keep", "float32", "bfloat16"])
-def test_the_file_holds_what_is_reported(file: Path, tmp_path: Path, what: str, dtype: str) -> None:
+def test_file_matches_the_report(file: Path, tmp_path: Path, what: str, dtype: str) -> None:
     output = tmp_path / "out.safetensors"
-    done = prune_file(file, output, PruneConfig(keep=0.5, what=what, dtype=dtype))  # type: ignore[arg-type]
+    result = prune_file(file, output, PruneConfig(keep=0.5, what=what, dtype=dtype))  # type: ignore[arg-type]
     before, after = load_adapter(file), load_adapter(output)
     total, each = true_errors(before, after)
-    assert done.sparsity.error == pytest.approx(total, abs=1e-6)
-    assert done.block_errors == pytest.approx(
+    assert result.sparsity.error == pytest.approx(total, abs=1e-6)
+    assert result.block_errors == pytest.approx(
         {"unet.down_blocks.0": each[QUERY], "unet.mid_block": each[MIDDLE]}, abs=1e-6
     )
-    assert done.sparsity.share == pytest.approx(0.5, abs=0.002)
+    assert result.sparsity.share == pytest.approx(0.5, abs=0.002)
     types = {factor.dtype for layer in after.layers.values() for factor in layer.factors.values()}
     assert types == {torch.float16 if dtype == "keep" else getattr(torch, dtype)}
     assert after.metadata.trigger_words == ("sks",)
     assert after.metadata.merged_from == (adapter_hash(before),)
-    assert (done.bytes_before, done.bytes_after) == (file.stat().st_size, output.stat().st_size)
+    assert (result.bytes_before, result.bytes_after) == (file.stat().st_size, output.stat().st_size)
 
 
-def test_outputs_are_not_replaced_unasked_and_inputs_never(file: Path, tmp_path: Path) -> None:
+def test_existing_files_and_inputs_are_not_overwritten(file: Path, tmp_path: Path) -> None:
     output, before = tmp_path / "out.safetensors", file.read_bytes()
     prune_file(file, output, PruneConfig(keep=0.5))
     with pytest.raises(OutputError, match="already exists; choose another output, or replace it with --force"):
@@ -241,13 +243,13 @@ def test_outputs_are_not_replaced_unasked_and_inputs_never(file: Path, tmp_path:
     assert file.read_bytes() == before
 
 
-def test_the_command_prints_what_it_did(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_the_result(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from lora_diffusion.cli.commands.prune import Prune
 
     Prune(source=file, output=tmp_path / "a.safetensors", keep=0.5, json=True).run()
-    facts = json.loads(capsys.readouterr().out)
-    assert (facts["nonzeros"], facts["entries"], facts["share"]) == (160, 320, 0.5)
+    report = json.loads(capsys.readouterr().out)
+    assert (report["nonzeros"], report["entries"], report["share"]) == (160, 320, 0.5)
     Prune(source=file, output=tmp_path / "b.safetensors", keep=0.5).run()
     text = capsys.readouterr().out
-    assert "160 of 320 numbers are not zero (50.00%)" in text
-    assert f"error of the deltas: {facts['error']:.3g} of their norm" in text
+    assert "160 of 320 values are not zero (50.00%)" in text
+    assert f"error of the deltas: {report['error']:.3g} of their norm" in text

@@ -126,7 +126,7 @@ class Preset:
             return {"save": self.save, "list": self.list, "show": self.show, "check": self.check}[self.action]()
 
     def save(self) -> int:
-        from lora_diffusion.workflows.images.generate import save_plan
+        from lora_diffusion.workflows.images.generate import save_request_as_preset
         from lora_diffusion.workflows.images.request import request_from_settings
 
         settings, composition = set_flags(self.settings), set_flags(self.composition)
@@ -139,7 +139,9 @@ class Preset:
             adapters=parse_adapters(self.adapter),
             resolver=options.resolver,
         )
-        saved = save_plan(request, self.path, options, name=self.name, description=self.description, force=self.force)
+        saved = save_request_as_preset(
+            request, self.path, options, name=self.name, description=self.description, force=self.force
+        )
         for note in saved.notes:
             print(f"note: {note}", file=sys.stderr)
         print(saved.preset.model_dump_json(exclude_defaults=True) if self.json else f"{self.path}: saved")

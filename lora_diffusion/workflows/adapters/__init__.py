@@ -1,1 +1,1 @@
-"""Tasks on adapter files."""
+"""User tasks on adapter files: analyze, combine, convert, extract, inspect, pack, prune, verify."""

@@ -1,14 +1,15 @@
-"""What adapters are made of and how they get along, as plain values ready for JSON.
+"""Analysis of adapters: spectra of each, overlap of each pair, and amplification of the base's directions.
 
-Goes module by module, so that no more than one module's spectra are in memory at once.
+Works module by module, so that only the spectra of one module are in memory at a time.
 """
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ from lora_diffusion.architectures.families import family_title
 from lora_diffusion.errors import ConfigError, FamilyMismatchError
 from lora_diffusion.formats.adapters.load import load_adapter
 
-Facts = dict[str, Any]
+Report = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,11 @@ class AdapterStats:
     """Measurements of one adapter, by module path."""
 
     spectra: dict[str, SpectrumStats] = field(default_factory=dict[str, SpectrumStats])
+    """Norm, ranks and singular values of the delta."""
     amplifications: dict[str, Amplification] = field(default_factory=dict[str, Amplification])
+    """Comparison of the delta with the weight of the base, if a base is given."""
     left_out: dict[str, str] = field(default_factory=dict[str, str])
+    """Reasons why modules were left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,47 +53,65 @@ class PairStats:
     """Measurements of two adapters, by module path."""
 
     overlaps: dict[str, Overlap] = field(default_factory=dict[str, Overlap])
+    """Overlap of the deltas."""
     inputs: dict[str, SubspaceSimilarity] = field(default_factory=dict[str, SubspaceSimilarity])
+    """Similarity of the input directions, for modules that both change."""
     outputs: dict[str, SubspaceSimilarity] = field(default_factory=dict[str, SubspaceSimilarity])
+    """Similarity of the output directions, for modules that both change."""
 
 
-def analyze_files(paths: Sequence[Path], base: str = "", ignore: Sequence[str] = ()) -> Facts:
-    """Spectra of each adapter, overlap and similarity of each two, and, with a base, amplification.
+def analyze_files(
+    paths: Sequence[str | os.PathLike[str]], base: str | os.PathLike[str] = "", ignore: Sequence[str] = ()
+) -> Report:
+    """Analyze adapter files.
 
-    `base` is `tiny-sd`, a folder, a single file or a hub id; only the weights that the adapters change are looked at.
-    Raises ConfigError for no adapter or one without a delta to decompose, FamilyMismatchError for adapters of different
-    families or a base that is not theirs, AdapterFormatError and BaseModelError for files that cannot be read.
+    Args:
+        paths: The adapter files.
+        base: Base to compare the deltas with: `tiny-sd`, a folder, a single file or a hub id. Only the weights that the
+            adapters change are read. Empty for no comparison.
+        ignore: Patterns of keys that the files may contain although they are not understood.
+
+    Returns:
+        Plain values, ready for JSON: spectra of each adapter, overlap and similarity of each pair, and, with a base,
+        amplification; each in total, by block and by module.
+
+    Raises:
+        ConfigError: If there is no file, or an adapter has no delta that is a matrix.
+        FamilyMismatchError: If the adapters are for different bases, or do not fit `base`.
+        AdapterFormatError: If a file cannot be read.
+        BaseModelError: If the base is not found or cannot be read.
     """
     if not paths:
         raise ConfigError("no adapter to analyze; give at least one file")
+    paths, base = [Path(path) for path in paths], os.fspath(base)
     adapters = [load_adapter(path, ignore=ignore) for path in paths]
-    check_same_base(adapters, paths)
-    weight_of = open_base_weights(base, adapters) if base else no_base_weight
-    alone = [AdapterStats() for _ in adapters]
-    together = {pair: PairStats() for pair in combinations(range(len(adapters)), 2)}
+    _check_same_base(adapters, paths)
+    weight_of = _open_base_weights(base, adapters) if base else _no_base_weight
+    adapter_stats = [AdapterStats() for _ in adapters]
+    pair_stats = {pair: PairStats() for pair in combinations(range(len(adapters)), 2)}
     modules = sorted({module for adapter in adapters for module in adapter.layers})
     for module in tqdm(modules, desc="analyze", unit="module", leave=False):
         weight = weight_of(module)
-        spectra = [spectrum_at(*pair, module, weight) for pair in zip(adapters, alone, strict=True)]
-        add_adapter_stats(alone, spectra, module, weight)
-        add_pair_stats(together, spectra, module)
-    for path, found in zip(paths, alone, strict=True):
-        if not found.spectra:
-            raise ConfigError(f"{path}: {explain_nothing_left(found)}")
-    names = make_distinct_names(adapters, paths)
-    pairs = [pair_to_json(names[i], names[j], found) for (i, j), found in together.items()]
+        spectra = [_spectrum_at(*pair, module, weight) for pair in zip(adapters, adapter_stats, strict=True)]
+        _add_adapter_stats(adapter_stats, spectra, module, weight)
+        _add_pair_stats(pair_stats, spectra, module)
+    for path, stats in zip(paths, adapter_stats, strict=True):
+        if not stats.spectra:
+            raise ConfigError(f"{path}: {_explain_no_spectra(stats)}")
+    names = _make_distinct_names(adapters, paths)
+    pairs = [_pair_to_json(names[i], names[j], stats) for (i, j), stats in pair_stats.items()]
     return {
         "base": base,
         "names": names,
-        "adapters": [adapter_to_json(*each) for each in zip(names, paths, adapters, alone, strict=True)],
+        "adapters": [_adapter_to_json(*each) for each in zip(names, paths, adapters, adapter_stats, strict=True)],
         "pairs": pairs,
-        "cosine": make_matrix(pairs, names, "cosine"),
-        "shared": make_matrix(pairs, names, "shared"),
+        "cosine": _make_matrix(pairs, names, "cosine"),
+        "shared": _make_matrix(pairs, names, "shared"),
     }
 
 
-def check_same_base(adapters: Sequence[Adapter], paths: Sequence[Path]) -> None:
-    """Raise FamilyMismatchError unless families, and sizes of modules in common, agree."""
+def _check_same_base(adapters: Sequence[Adapter], paths: Sequence[Path]) -> None:
+    """Raise FamilyMismatchError unless the families and the shapes of common modules are equal."""
     for (one, first), (two, second) in combinations(zip(adapters, paths, strict=True), 2):
         families = one.metadata.family, two.metadata.family
         if all(families) and families[0] != families[1]:
@@ -106,11 +128,8 @@ def check_same_base(adapters: Sequence[Adapter], paths: Sequence[Path]) -> None:
                 )
 
 
-def open_base_weights(base: str, adapters: Sequence[Adapter]) -> Callable[[str], Tensor | None]:
-    """Return a function that reads the base's weight of a module that an adapter changes.
-
-    Raises BaseModelError, FamilyMismatchError if anything finds no weight of its shape.
-    """
+def _open_base_weights(base: str, adapters: Sequence[Adapter]) -> Callable[[str], Tensor | None]:
+    """Return a function that reads the base's weight of a module that an adapter changes."""
     from lora_diffusion.models.locate import find_matching_checkpoint  # slow to import, and nothing else here needs it
 
     blend = Blend(entries=tuple(WeightedAdapter(adapter=adapter) for adapter in adapters))
@@ -118,149 +137,156 @@ def open_base_weights(base: str, adapters: Sequence[Adapter]) -> Callable[[str],
     return lambda module: parameters[f"{module}.weight"].read()
 
 
-def no_base_weight(_module: str) -> None:
-    """Return None, the weight of a module without a base."""
+def _no_base_weight(_module: str) -> None:
+    """Stand in for the function of `_open_base_weights` if no base is given."""
 
 
-def spectrum_at(adapter: Adapter, found: AdapterStats, module: str, weight: Tensor | None) -> Spectrum | None:
-    """The spectrum of an adapter's delta at a module; None, noted in `found`, if it has none to decompose."""
+def _spectrum_at(adapter: Adapter, stats: AdapterStats, module: str, weight: Tensor | None) -> Spectrum | None:
+    """Return the spectrum of an adapter's delta at a module; if it has none, None, with the reason in `stats`."""
     layer = adapter.layers.get(module)
     if layer is None:
         return None
-    reason = explain_no_spectrum(layer, weight)
+    reason = _explain_no_spectrum(layer, weight)
     if reason:
-        found.left_out[module] = reason
+        stats.left_out[module] = reason
         return None
     return spectrum_of([(1.0, layer)], weight)
 
 
-def explain_no_spectrum(layer: Layer, weight: Tensor | None) -> str:
+def _explain_no_spectrum(layer: Layer, weight: Tensor | None) -> str:
     """Explain why a layer's delta cannot be decomposed; empty if it can."""
     if len(layer.weight_shape) < 2:
-        return "the weight of a norm is no matrix"
+        return "the weight of a norm is not a matrix"
     return "DoRA needs the base's weight" if layer.kind == "DoRA" and weight is None else ""
 
 
-def explain_nothing_left(found: AdapterStats) -> str:
-    if "DoRA needs the base's weight" in found.left_out.values():
+def _explain_no_spectra(stats: AdapterStats) -> str:
+    """Explain why no layer of an adapter could be analyzed."""
+    if "DoRA needs the base's weight" in stats.left_out.values():
         return "its layers are DoRA, whose delta depends on the base; give the base with --base"
     return "no layer whose delta is a matrix; expected LoRA, LoHa, LoKr, DoRA or full differences of weights"
 
 
-def add_adapter_stats(
-    alone: Sequence[AdapterStats], spectra: Sequence[Spectrum | None], module: str, weight: Tensor | None
+def _add_adapter_stats(
+    adapter_stats: Sequence[AdapterStats], spectra: Sequence[Spectrum | None], module: str, weight: Tensor | None
 ) -> None:
-    for found, spectrum in zip(alone, spectra, strict=True):
+    """Add the measurements of one module to those of each adapter."""
+    for stats, spectrum in zip(adapter_stats, spectra, strict=True):
         if spectrum is not None:
-            found.spectra[module] = measure_spectrum(spectrum)
+            stats.spectra[module] = measure_spectrum(spectrum)
         if spectrum is not None and weight is not None:
-            found.amplifications[module] = measure_amplification(spectrum, weight)
+            stats.amplifications[module] = measure_amplification(spectrum, weight)
 
 
-def add_pair_stats(
-    together: Mapping[tuple[int, int], PairStats], spectra: Sequence[Spectrum | None], module: str
+def _add_pair_stats(
+    pair_stats: Mapping[tuple[int, int], PairStats], spectra: Sequence[Spectrum | None], module: str
 ) -> None:
+    """Add the measurements of one module to those of each pair of adapters."""
     directions = [None if spectrum is None else leading_directions(spectrum) for spectrum in spectra]
-    for (i, j), found in together.items():
+    for (i, j), stats in pair_stats.items():
         if spectra[i] is None and spectra[j] is None:
             continue
-        found.overlaps[module] = measure_overlap(spectra[i], spectra[j])
-        alive = [each for each in (directions[i], directions[j]) if each is not None and each.output.shape[1]]
-        if len(alive) == 2:
-            found.inputs[module] = compare_subspaces(alive[0].input, alive[1].input)
-            found.outputs[module] = compare_subspaces(alive[0].output, alive[1].output)
+        stats.overlaps[module] = measure_overlap(spectra[i], spectra[j])
+        nonzero = [each for each in (directions[i], directions[j]) if each is not None and each.output.shape[1]]
+        if len(nonzero) == 2:
+            stats.inputs[module] = compare_subspaces(nonzero[0].input, nonzero[1].input)
+            stats.outputs[module] = compare_subspaces(nonzero[0].output, nonzero[1].output)
 
 
-def make_distinct_names(adapters: Sequence[Adapter], paths: Sequence[Path]) -> list[str]:
-    """Return distinct display names: the adapter's name, else the file's, else that with a number."""
-    own, stems = [adapter.metadata.name for adapter in adapters], [path.stem for path in paths]
+def _make_distinct_names(adapters: Sequence[Adapter], paths: Sequence[Path]) -> list[str]:
+    """Return distinct display names: those in the metadata, or the file names, or the file names with numbers."""
+    titles, stems = [adapter.metadata.name for adapter in adapters], [path.stem for path in paths]
     numbered = [f"{stem} ({number})" for number, stem in enumerate(stems, start=1)]
-    return next(names for names in (own, stems, numbered) if len(set(names)) == len(names) and all(names))
+    return next(names for names in (titles, stems, numbered) if len(set(names)) == len(names) and all(names))
 
 
-def group_by_block(modules: Iterable[str]) -> dict[str, list[str]]:
+def _group_by_block(modules: Iterable[str]) -> dict[str, list[str]]:
+    """Group module paths by block."""
     blocks: dict[str, list[str]] = {}
     for module in modules:
         blocks.setdefault(block_prefix(module), []).append(module)
     return blocks
 
 
-def adapter_to_json(name: str, path: Path, adapter: Adapter, found: AdapterStats) -> Facts:
-    """Return the measurements of one adapter: in total, by block, by module."""
-    blocks = group_by_block(found.spectra)
-    facts: Facts = {
+def _adapter_to_json(name: str, path: Path, adapter: Adapter, stats: AdapterStats) -> Report:
+    """Return the measurements of one adapter in total, by block and by module."""
+    blocks = _group_by_block(stats.spectra)
+    report: Report = {
         "name": name,
         "file": str(path),
         "hash": adapter.hash,
         "family": family_title(adapter.metadata.family) or "unknown",
         "kind": ", ".join(adapter.kinds),
-        "whole": asdict(summarize_block(list(found.spectra.values()))),
+        "whole": asdict(summarize_block(list(stats.spectra.values()))),
         "blocks": {
-            block: asdict(summarize_block([found.spectra[m] for m in inside])) for block, inside in blocks.items()
+            block: asdict(summarize_block([stats.spectra[m] for m in inside])) for block, inside in blocks.items()
         },
-        "modules": {module: asdict(spectrum) for module, spectrum in found.spectra.items()},
-        "left_out": found.left_out,
+        "modules": {module: asdict(spectrum) for module, spectrum in stats.spectra.items()},
+        "left_out": stats.left_out,
     }
-    if found.amplifications:
-        amplified = found.amplifications
-        facts["amplification"] = {
-            "whole": median_amplification(list(amplified.values())),
-            "blocks": {block: median_amplification([amplified[m] for m in inside]) for block, inside in blocks.items()},
+    if stats.amplifications:
+        amplified = stats.amplifications
+        report["amplification"] = {
+            "whole": _median_amplification(list(amplified.values())),
+            "blocks": {
+                block: _median_amplification([amplified[m] for m in inside]) for block, inside in blocks.items()
+            },
             "modules": {module: asdict(each) for module, each in amplified.items()},
         }
-    return facts
+    return report
 
 
-def median_amplification(found: Sequence[Amplification]) -> Facts:
-    """Return the median of each number; None if no module has it."""
-    columns = {name: [getattr(each, name) for each in found] for name in Amplification.__dataclass_fields__}
+def _median_amplification(amplifications: Sequence[Amplification]) -> Report:
+    """Return the median of each measurement over modules; None for one that no module has."""
+    columns = {name: [getattr(each, name) for each in amplifications] for name in Amplification.__dataclass_fields__}
     known = {name: [value for value in values if value is not None] for name, values in columns.items()}
     return {name: median(values) if values else None for name, values in known.items()}
 
 
-def pair_to_json(first: str, second: str, found: PairStats) -> Facts:
-    """Return the measurements of two adapters: in total, by block, by module."""
+def _pair_to_json(first: str, second: str, stats: PairStats) -> Report:
+    """Return the measurements of two adapters in total, by block and by module."""
     return {
         "first": first,
         "second": second,
-        "modules_in_both": len(found.inputs),
-        **overlap_to_json(sum_overlaps(found.overlaps.values())),
-        "input": similarity_to_json(list(found.inputs.values())),
-        "output": similarity_to_json(list(found.outputs.values())),
+        "modules_in_both": len(stats.inputs),
+        **_overlap_to_json(sum_overlaps(stats.overlaps.values())),
+        "input": _similarity_to_json(list(stats.inputs.values())),
+        "output": _similarity_to_json(list(stats.outputs.values())),
         "blocks": {
-            block: overlap_to_json(sum_overlaps(found.overlaps[module] for module in inside))
-            for block, inside in group_by_block(found.overlaps).items()
+            block: _overlap_to_json(sum_overlaps(stats.overlaps[module] for module in inside))
+            for block, inside in _group_by_block(stats.overlaps).items()
         },
-        "modules": {module: overlap_to_json(overlap) for module, overlap in found.overlaps.items()},
+        "modules": {module: _overlap_to_json(overlap) for module, overlap in stats.overlaps.items()},
     }
 
 
-def overlap_to_json(overlap: Overlap) -> Facts:
-    """Return cosine and shares; `shared` measures the interference of two adapters, `chance` its expectation."""
+def _overlap_to_json(overlap: Overlap) -> Report:
+    """Return cosine and shares: `shared` measures interference, `chance` is its expectation for random deltas."""
     return {name: getattr(overlap, name) for name in ("cosine", "shared", "chance", "first_share", "second_share")}
 
 
-def similarity_to_json(found: Sequence[SubspaceSimilarity]) -> Facts:
-    """Return means of phi over modules, for all pairs of ranks and for all directions; empty for none."""
-    if not found:
+def _similarity_to_json(similarities: Sequence[SubspaceSimilarity]) -> Report:
+    """Return means over modules of phi, for all directions and for each pair of ranks; empty for no modules."""
+    if not similarities:
         return {}
     return {
-        "phi": fmean(float(each.similarity[-1, -1]) for each in found),
-        "random_phi": fmean(float(each.random[-1, -1]) for each in found),
-        "distance": median(each.distance for each in found),
-        "largest_distance": median(each.largest_distance for each in found),
-        "similarity": rounded_grid([each.similarity for each in found]),
-        "random": rounded_grid([each.random for each in found]),
+        "phi": fmean(float(each.similarity[-1, -1]) for each in similarities),
+        "random_phi": fmean(float(each.random[-1, -1]) for each in similarities),
+        "distance": median(each.distance for each in similarities),
+        "largest_distance": median(each.largest_distance for each in similarities),
+        "similarity": _average_grids([each.similarity for each in similarities]),
+        "random": _average_grids([each.random for each in similarities]),
     }
 
 
-def rounded_grid(grids: Sequence[Tensor]) -> list[list[float]]:
-    """The mean, to four decimals: there are as many numbers as the product of two ranks."""
-    return [[round(value, 4) for value in row] for row in mean_grid(grids).tolist()]
+def _average_grids(grids: Sequence[Tensor]) -> list[list[float]]:
+    """Return the mean of grids of (rank, rank) values, rounded to four decimals to keep the JSON short."""
+    mean: list[list[float]] = cast(Any, mean_grid(grids)).tolist()  # Tensor.tolist has no element type
+    return [[round(value, 4) for value in row] for row in mean]
 
 
-def make_matrix(pairs: Sequence[Facts], names: Sequence[str], key: str) -> list[list[float]]:
-    """Return a number of each pair as a symmetric matrix in the adapters' order, with 1 on the diagonal."""
+def _make_matrix(pairs: Sequence[Report], names: Sequence[str], key: str) -> list[list[float]]:
+    """Return one measurement of all pairs as a symmetric matrix in the order of `names`, with 1 on the diagonal."""
     values = {(pair["first"], pair["second"]): pair[key] for pair in pairs}
     values |= {(second, first): value for (first, second), value in values.items()}
     return [[values.get((row, column), 1.0) for column in names] for row in names]

@@ -1,122 +1,129 @@
-"""What an analysis found, as aligned tables for the terminal."""
+"""The result of an analysis of adapters as aligned tables for the terminal."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-Facts = Mapping[str, Any]
+Report = Mapping[str, Any]
 Rows = Sequence[Sequence[str]]
-MOST_PAIRS = 20
+_MAX_PAIRS = 20
 
 
-def describe_analysis(facts: Facts) -> str:
-    """Format the facts of `analyze_files`: adapters, their blocks, amplification and overlap."""
-    adapters, pairs = facts["adapters"], sorted(facts["pairs"], key=lambda pair: -pair["shared"])
+def describe_analysis(analysis: Report) -> str:
+    """Format the result of `analyze_files` as text.
+
+    Args:
+        analysis: The result.
+
+    Returns:
+        Tables of the adapters, their blocks, the amplification and the overlap.
+    """
+    adapters, pairs = analysis["adapters"], sorted(analysis["pairs"], key=lambda pair: -pair["shared"])
     parts = [
-        format_totals(adapters),
-        format_by_block(
+        _format_totals(adapters),
+        _format_by_block(
             adapters, "effective rank by block, medians over modules", lambda found: f"{found['effective_rank']:.1f}"
         ),
-        format_by_block(
-            adapters, "Frobenius norm by block, modules together", lambda found: format_digits(found["norm"])
+        _format_by_block(
+            adapters, "Frobenius norm by block, over all modules", lambda found: _format_digits(found["norm"])
         ),
     ]
-    if facts["base"]:
-        parts.append(format_amplifications(adapters, facts["base"]))
+    if analysis["base"]:
+        parts.append(_format_amplifications(adapters, analysis["base"]))
     if pairs:
-        parts.append(format_overlaps(pairs))
+        parts.append(_format_overlaps(pairs))
     if len(pairs) == 1:
-        parts.append(format_overlap_by_block(pairs[0]))
-    return "\n\n".join([*parts, *format_left_out(adapters)])
+        parts.append(_format_overlap_by_block(pairs[0]))
+    return "\n\n".join([*parts, *_format_left_out(adapters)])
 
 
-def format_totals(adapters: Sequence[Facts]) -> str:
+def _format_totals(adapters: Sequence[Report]) -> str:
     heading = ["", "family", "kind", "modules", "norm", "rank", "effective", "stable", "for 99 %"]
-    title = "deltas; ranks are medians over modules, the last one holds 99 % of the energy"
-    return f"{title}\n{format_table([heading, *map(format_total, adapters)], left=3)}"
+    title = "deltas; ranks are medians over modules; the last is the rank that contains 99 % of the energy"
+    return f"{title}\n{format_table([heading, *map(_format_total, adapters)], left=3)}"
 
 
-def format_total(adapter: Facts) -> list[str]:
+def _format_total(adapter: Report) -> list[str]:
     found = adapter["whole"]
     ranks = [f"{found['rank']:g}", f"{found['effective_rank']:.1f}", f"{found['stable_rank']:.1f}"]
-    names = [truncate_name(adapter["name"]), adapter["family"], adapter["kind"]]
-    return [*names, str(found["modules"]), format_digits(found["norm"]), *ranks, f"{found['rank_99']:g}"]
+    names = [_truncate_name(adapter["name"]), adapter["family"], adapter["kind"]]
+    return [*names, str(found["modules"]), _format_digits(found["norm"]), *ranks, f"{found['rank_99']:g}"]
 
 
-def format_by_block(adapters: Sequence[Facts], title: str, cell: Callable[[Facts], str]) -> str:
+def _format_by_block(adapters: Sequence[Report], title: str, cell: Callable[[Report], str]) -> str:
     """Format a table with a row for each block and a column for each adapter."""
     blocks = sorted({block for adapter in adapters for block in adapter["blocks"]})
     found = [adapter["blocks"] for adapter in adapters]
     rows = [[block, *(cell(each[block]) if block in each else "-" for each in found)] for block in blocks]
-    return f"{title}\n{format_table([['', *(truncate_name(adapter['name'], 12) for adapter in adapters)], *rows])}"
+    return f"{title}\n{format_table([['', *(_truncate_name(adapter['name'], 12) for adapter in adapters)], *rows])}"
 
 
-def format_amplifications(adapters: Sequence[Facts], base: str) -> str:
-    """Format medians over modules of the numbers of section 7.3 of LoRA [arXiv:2106.09685]."""
+def _format_amplifications(adapters: Sequence[Report], base: str) -> str:
+    """Format medians over modules of the measurements in section 7.3 of LoRA [arXiv:2106.09685]."""
     keys = ("delta_norm", "projected", "own", "random", "factor")
-    title = f"U'WV, what {base} holds in the delta's directions, in its own first ones, in random ones; medians"
+    title = f"|U'WV|: norm of {base} in the directions of the delta, in its own leading ones, in random ones; medians"
     heading = ["", "|delta|", "|U'WV|", "own", "random", "|delta| / |U'WV|"]
-    medians = [(truncate_name(adapter["name"]), adapter["amplification"]["whole"]) for adapter in adapters]
-    rows = [[name, *(format_digits(found[key]) for key in keys)] for name, found in medians]
+    medians = [(_truncate_name(adapter["name"]), adapter["amplification"]["whole"]) for adapter in adapters]
+    rows = [[name, *(_format_digits(found[key]) for key in keys)] for name, found in medians]
     return f"{title}\n{format_table([heading, *rows])}"
 
 
-def format_digits(value: float | None) -> str:
-    """Format with three significant digits."""
+def _format_digits(value: float | None) -> str:
+    """Format a number with three significant digits."""
     return "-" if value is None else f"{value:#.3g}".rstrip(".")
 
 
-def format_overlaps(pairs: Sequence[Facts]) -> str:
-    title = "overlap, most first"
+def _format_overlaps(pairs: Sequence[Report]) -> str:
+    title = "overlap, largest first"
     heading = ["", "cosine", "shared", "random", "inputs", "random", "outputs", "random", "most shared in"]
     notes = (
-        "cosine of the deltas: 1 the same change, 0 unrelated, -1 opposite",
-        "shared: energy of each in the other's input and output directions, mean of both: how much they will fight",
-        "inputs, outputs: phi of all directions of one side, 100 % if the one's lie inside the other's",
+        "cosine of the deltas: 1 for the same change, 0 for unrelated ones, -1 for opposite ones",
+        "shared: energy of each delta in the directions of the other, mean of both; adapters that share much interfere",
+        "inputs, outputs: phi of all input or output directions, 100 % if one subspace contains the other",
     )
-    rows = [[*format_pair(pair), find_strongest_block(pair)] for pair in pairs[:MOST_PAIRS]]
-    more = [f"and {len(pairs) - MOST_PAIRS} more, which --json lists"] if len(pairs) > MOST_PAIRS else []
+    rows = [[*_format_pair(pair), _find_strongest_block(pair)] for pair in pairs[:_MAX_PAIRS]]
+    more = [f"and {len(pairs) - _MAX_PAIRS} more, which --json lists"] if len(pairs) > _MAX_PAIRS else []
     return "\n".join([title, format_table([heading, *rows], left_last=True), *more, *notes])
 
 
-def format_pair(pair: Facts) -> list[str]:
+def _format_pair(pair: Report) -> list[str]:
     sides = [pair[side].get(key) for side in ("input", "output") for key in ("phi", "random_phi")]
     shares = [pair["shared"], pair["chance"], *sides]
     return [
-        f"{truncate_name(pair['first'])} + {truncate_name(pair['second'])}",
+        f"{_truncate_name(pair['first'])} + {_truncate_name(pair['second'])}",
         f"{pair['cosine']:z.3f}",
-        *map(format_percent, shares),
+        *map(_format_percent, shares),
     ]
 
 
-def format_percent(share: float | None) -> str:
+def _format_percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
-def find_strongest_block(pair: Facts) -> str:
+def _find_strongest_block(pair: Report) -> str:
     """Return the block with the most shared energy."""
     block, found = max(pair["blocks"].items(), key=lambda item: item[1]["shared"])
-    return f"{block} {format_percent(found['shared'])}"
+    return f"{block} {_format_percent(found['shared'])}"
 
 
-def format_overlap_by_block(pair: Facts) -> str:
-    title = "overlap by block; the last two are each one's energy in the other's directions"
-    heading = ["", "cosine", "shared", truncate_name(pair["first"]), truncate_name(pair["second"])]
+def _format_overlap_by_block(pair: Report) -> str:
+    title = "overlap by block; the last two columns are the energy of each delta in the directions of the other"
+    heading = ["", "cosine", "shared", _truncate_name(pair["first"]), _truncate_name(pair["second"])]
     keys = ("shared", "first_share", "second_share")
-    rows = [[b, f"{x['cosine']:z.3f}", *(format_percent(x[key]) for key in keys)] for b, x in pair["blocks"].items()]
+    rows = [[b, f"{x['cosine']:z.3f}", *(_format_percent(x[key]) for key in keys)] for b, x in pair["blocks"].items()]
     return f"{title}\n{format_table([heading, *rows])}"
 
 
-def format_left_out(adapters: Iterable[Facts]) -> list[str]:
+def _format_left_out(adapters: Iterable[Report]) -> list[str]:
     """Format one line for each adapter and reason."""
     lines: list[str] = []
     for adapter in adapters:
         for reason in sorted(set(adapter["left_out"].values())):
             modules = [module for module, why in adapter["left_out"].items() if why == reason]
-            lines.append(f"{adapter['name']}: {len(modules)} modules left out, {reason} (first: {modules[0]})")
+            lines.append(f"{adapter['name']}: {len(modules)} modules left out: {reason} (first: {modules[0]})")
     return ["\n".join(lines)] if lines else []
 
 
-def truncate_name(name: str, longest: int = 24) -> str:
+def _truncate_name(name: str, longest: int = 24) -> str:
     return name if len(name) <= longest else f"{name[: longest - 1]}…"
 
 

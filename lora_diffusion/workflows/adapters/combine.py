@@ -1,5 +1,6 @@
-"""Adapter files made into one, exactly or at a small rank; one file alone is resized."""
+"""Combination of adapter files into one, exactly or at a lower rank; a single file is resized."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,8 +29,8 @@ from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.library.recipe import blend_entries
 from lora_diffusion.library.references import load_blend
 
-STALE = ("ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_network_args")
-"""What kohya's record says of factors that are no longer those of the file."""
+_STALE_KOHYA_KEYS = ("ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_network_args")
+"""Keys of kohya's metadata that describe the factors and do not apply to the combined ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,34 +53,51 @@ class CombineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CombineResult:
-    """A written file, and the files it was made from."""
+    """A combined adapter file."""
 
     sources: tuple[Path, ...]
+    """The files that were read."""
     output: Path
-    how: CombineConfig
+    """The file that was written."""
+    config: CombineConfig
+    """The settings."""
     adapter: Adapter
+    """Content of the written file."""
     report: CompressionReport | None
-    """What compression took; None for an exact sum."""
+    """Error of the reduction of ranks; None for an exact sum."""
     rounding_error: float
-    """Norm of what rounding to the written type changed in the deltas over the norm of all deltas."""
+    """Norm of the change of the deltas by rounding to the written type, divided by the norm of the deltas."""
     bytes_before: int
+    """Size of all files that were read."""
     bytes_after: int
+    """Size of the written file."""
 
 
-def combine_files(entries: Sequence[BlendEntry], output: Path, how: CombineConfig) -> CombineResult:
-    """Combine adapters in any dialect into a native file; a single adapter may be resized.
+def combine_files(
+    entries: Sequence[BlendEntry], output: str | os.PathLike[str], config: CombineConfig
+) -> CombineResult:
+    """Combine adapter files of any format into a native file, or resize a single one.
 
-    Raises OutputError if the output is an input, or there already, ConfigError if there is nothing to combine, or what
-    cannot be combined, or a type that cannot hold it, FamilyMismatchError, AdapterFormatError.
+    Args:
+        entries: The adapters by path, with weights.
+        output: The .safetensors file to write.
+        config: Settings: how the adapters are combined, and the rank of the result.
+
+    Raises:
+        OutputError: If `output` is an input, exists without `config.force`, or cannot be written.
+        ConfigError: If all weights are 0, layers cannot be combined, or the type cannot represent a value.
+        FamilyMismatchError: If the adapters are for different families, or do not fit `config.base`.
+        AdapterFormatError: If a file cannot be read.
     """
+    output = Path(output)
     sources = tuple(dict.fromkeys(Path(entry.path) for entry in entries))
-    check_output(output, sources, force=how.force)
-    blend = load_blend(entries, ignore=how.ignore).blend
+    check_output(output, sources, force=config.force)
+    blend = load_blend(entries, ignore=config.ignore).blend
     active = [entry for entry in blend.entries if not is_zero(entry.weight)]
     if not active:
         raise ConfigError("nothing to combine; give at least one adapter with a weight other than 0")
-    exact, report = combine_blend(materialize_dora(blend, how.base) if how.base else blend, how)
-    dtype = find_common_dtype(active) if how.dtype == "keep" else torch_dtype(how.dtype)
+    exact, report = _combine_blend(_materialize_dora(blend, config.base) if config.base else blend, config)
+    dtype = _find_common_dtype(active) if config.dtype == "keep" else torch_dtype(config.dtype)
     rounded = replace(cast_adapter(exact, dtype), tokens=exact.tokens)
     if rounded.non_finite:
         raise ConfigError(
@@ -87,15 +105,15 @@ def combine_files(entries: Sequence[BlendEntry], output: Path, how: CombineConfi
             "bfloat16 or float32"
         )
     error = rounding_error(exact, rounded)
-    metadata = merge_metadata(active, output.stem).model_copy(
-        update={"training": make_record(active, how, report, error)}
+    metadata = _merge_metadata(active, output.stem).model_copy(
+        update={"training": _make_record(active, config, report, error)}
     )
     written = replace(rounded, metadata=metadata)
     save_adapter(written, output)
     return CombineResult(
         sources=sources,
         output=output,
-        how=how,
+        config=config,
         adapter=written,
         report=report,
         rounding_error=error,
@@ -104,29 +122,26 @@ def combine_files(entries: Sequence[BlendEntry], output: Path, how: CombineConfi
     )
 
 
-def combine_blend(blend: Blend, how: CombineConfig) -> tuple[Adapter, CompressionReport | None]:
-    """Combine a blend into one adapter; every way of combining is implemented here.
-
-    Raises LoRADiffusionError's children.
-    """
+def _combine_blend(blend: Blend, config: CombineConfig) -> tuple[Adapter, CompressionReport | None]:
+    """Combine a blend into one adapter in float32 by the method in the settings."""
     family = next((e.adapter.metadata.family for e in blend.active if e.adapter.metadata.family), "")
     layout = LAYOUTS.get(family)
-    if how.consensus:
+    if config.consensus:
         blend = Blend(
-            entries=(WeightedAdapter(adapter=combine_by_consensus(blend, how.consensus, AdapterMetadata(), layout)),)
+            entries=(WeightedAdapter(adapter=combine_by_consensus(blend, config.consensus, AdapterMetadata(), layout)),)
         )
-    if how.first is not None:
-        return truncate_adapter(combine(disable_timestep_ranks(blend), AdapterMetadata(), layout), how.first)
-    if how.rule is None:
+    if config.first is not None:
+        return truncate_adapter(combine(_disable_timestep_ranks(blend), AdapterMetadata(), layout), config.first)
+    if config.rule is None:
         return combine(blend, AdapterMetadata(), layout), None
-    adapter, report = compress(joint_sum(blend, layout), how.rule, AdapterMetadata())
+    adapter, report = compress(joint_sum(blend, layout), config.rule, AdapterMetadata())
     return replace(adapter, tokens=merge_tokens(blend)), report
 
 
-def materialize_dora(blend: Blend, base: str) -> Blend:
-    """Replace each DoRA layer by its change to the base's weight, as a full difference.
+def _materialize_dora(blend: Blend, base: str) -> Blend:
+    """Replace each DoRA layer by the difference that it makes to the weight of the base.
 
-    That is how a blend applies it: beside the others, never on top of them. Raises BaseModelError, FamilyMismatchError.
+    The weight is that of the unchanged base, as in a blend, where no adapter is applied on top of another.
     """
     from lora_diffusion.models.locate import find_matching_checkpoint  # slow to import, and nothing else here needs it
 
@@ -143,42 +158,44 @@ def materialize_dora(blend: Blend, base: str) -> Blend:
     return Blend(entries=tuple(replace(entry, adapter=materialize(entry.adapter)) for entry in blend.entries))
 
 
-def find_common_dtype(entries: Sequence[WeightedAdapter]) -> torch.dtype:
-    """Return the common half-precision type of all layers and biases, else float32."""
+def _find_common_dtype(entries: Sequence[WeightedAdapter]) -> torch.dtype:
+    """Return the type of all layers and biases if it is the same half-precision type, else float32."""
     adapters = [entry.adapter for entry in entries]
-    kinds = {
+    dtypes = {
         factor.dtype for adapter in adapters for layer in adapter.layers.values() for factor in layer.factors.values()
     }
-    kinds |= {bias.dtype for adapter in adapters for bias in adapter.biases.values()}
-    return kinds.pop() if kinds in ({torch.float16}, {torch.bfloat16}) else torch.float32
+    dtypes |= {bias.dtype for adapter in adapters for bias in adapter.biases.values()}
+    return dtypes.pop() if dtypes in ({torch.float16}, {torch.bfloat16}) else torch.float32
 
 
-def merge_metadata(entries: Sequence[WeightedAdapter], name: str) -> AdapterMetadata:
-    """Merge the metadata of all adapters; differing values are left empty, and trigger words are united."""
-    known = [entry.adapter.metadata for entry in entries]
+def _merge_metadata(entries: Sequence[WeightedAdapter], name: str) -> AdapterMetadata:
+    """Merge the metadata of all adapters: values that differ are left empty, trigger words are concatenated."""
+    all_metadata = [entry.adapter.metadata for entry in entries]
 
     def common_value(field: str) -> str:
-        values = {getattr(metadata, field) for metadata in known} - {""}
+        values = {getattr(metadata, field) for metadata in all_metadata} - {""}
         return values.pop() if len(values) == 1 else ""
 
-    variants = sorted({metadata.variant or "none" for metadata in known})
-    odd = (f"made of adapters for bases of different variants ({', '.join(variants)})",) if len(variants) > 1 else ()
+    variants = sorted({metadata.variant or "none" for metadata in all_metadata})
+    variant_notes: tuple[str, ...] = ()
+    if len(variants) > 1:
+        variant_notes = (f"combined from adapters for bases of different variants ({', '.join(variants)})",)
     return AdapterMetadata(
         name=name,
         family=common_value("family"),
         base_name=common_value("base_name"),
         base_hash=common_value("base_hash"),
         description=common_value("description"),
-        variant=known[0].variant if len(variants) == 1 else "",
-        trigger_words=tuple(dict.fromkeys(word for metadata in known for word in metadata.trigger_words)),
-        created=known[0].created if len(known) == 1 else "",
-        notes=tuple(dict.fromkeys((*(note for metadata in known for note in metadata.notes), *odd))),
+        variant=all_metadata[0].variant if len(variants) == 1 else "",
+        trigger_words=tuple(dict.fromkeys(word for metadata in all_metadata for word in metadata.trigger_words)),
+        created=all_metadata[0].created if len(all_metadata) == 1 else "",
+        notes=tuple(dict.fromkeys((*(note for metadata in all_metadata for note in metadata.notes), *variant_notes))),
         merged_from=tuple(f"{entry.name} ({entry.hash[:16]})" for entry in entries),
     )
 
 
-def disable_timestep_ranks(blend: Blend) -> Blend:
-    """Return the blend with every direction of a T-LoRA active at all steps."""
+def _disable_timestep_ranks(blend: Blend) -> Blend:
+    """Return the blend with the full rank of each T-LoRA at all timesteps."""
 
     def disable(adapter: Adapter) -> Adapter:
         return replace(adapter, metadata=adapter.metadata.model_copy(update={"min_rank": 0}))
@@ -186,77 +203,80 @@ def disable_timestep_ranks(blend: Blend) -> Blend:
     return Blend(entries=tuple(replace(entry, adapter=disable(entry.adapter)) for entry in blend.entries))
 
 
-def make_record(
-    entries: Sequence[WeightedAdapter], how: CombineConfig, report: CompressionReport | None, rounding: float
+def _make_record(
+    entries: Sequence[WeightedAdapter], config: CombineConfig, report: CompressionReport | None, rounding: float
 ) -> dict[str, Any]:
-    """Return the record of how the file was made; a single adapter keeps the record of its training."""
+    """Return the training metadata of the output: how it was combined, and a single adapter's own training."""
     training = dict(entries[0].adapter.metadata.training) if len(entries) == 1 else {}
     parts = [
         {"file": Path(part.path).name, **part.model_dump(mode="json", include={"name", "hash", "weight"})}
         for part in blend_entries(Blend(entries=tuple(entries)))
     ]
-    made = {
+    record = {
         "adapters": parts,
-        "rule": describe_rule(how),
-        "consensus": asdict(how.consensus) if how.consensus else None,
+        "rule": _describe_rule(config),
+        "consensus": asdict(config.consensus) if config.consensus else None,
         "relative_error": 0.0 if report is None else report.total.relative,
         "rounding_error": rounding,
-        "base": how.base,
+        "base": config.base,
     }
-    return {key: value for key, value in training.items() if key not in STALE} | {"combination": made}
+    return {key: value for key, value in training.items() if key not in _STALE_KOHYA_KEYS} | {"combination": record}
 
 
-def describe_rule(how: CombineConfig) -> str:
-    """Describe how ranks were chosen, for a record."""
-    if how.first is not None:
-        return f"first {how.first}"
-    return "exact" if how.rule is None else str(how.rule)
+def _describe_rule(config: CombineConfig) -> str:
+    """Describe how ranks were chosen, for the metadata."""
+    if config.first is not None:
+        return f"first {config.first}"
+    return "exact" if config.rule is None else str(config.rule)
 
 
-def to_json(done: CombineResult) -> dict[str, Any]:
-    """Return the result as plain values, ready for JSON."""
-    facts = {
-        "from": [str(source) for source in done.sources],
-        "to": str(done.output),
-        "layers": len(done.adapter.layers),
-        "rounding_error": done.rounding_error,
-        "bytes_before": done.bytes_before,
-        "bytes_after": done.bytes_after,
-        "exact": done.report is None and done.how.consensus is None,
+def to_json(result: CombineResult) -> dict[str, Any]:
+    """Return the result of a combination as plain values, ready for JSON."""
+    summary = {
+        "from": [str(source) for source in result.sources],
+        "to": str(result.output),
+        "layers": len(result.adapter.layers),
+        "rounding_error": result.rounding_error,
+        "bytes_before": result.bytes_before,
+        "bytes_after": result.bytes_after,
+        "exact": result.report is None and result.config.consensus is None,
     }
-    if done.report is None:
-        return facts
-    blocks = {block: loss_to_json(loss) for block, loss in done.report.by_group(block_prefix).items()}
-    modules = {path: asdict(loss) for path, loss in done.report.modules.items()}
-    return {**facts, **loss_to_json(done.report.total), "blocks": blocks, "by_module": modules}
+    if result.report is None:
+        return summary
+    blocks = {block: loss_to_json(loss) for block, loss in result.report.by_group(block_prefix).items()}
+    modules = {path: asdict(loss) for path, loss in result.report.modules.items()}
+    return {**summary, **loss_to_json(result.report.total), "blocks": blocks, "by_module": modules}
 
 
 def loss_to_json(loss: Loss) -> dict[str, Any]:
+    """Return the error of a group of modules as plain values, ready for JSON."""
     return {**asdict(loss), "error": loss.relative}
 
 
-def format_report(done: CombineResult) -> str:
-    """Format the result as text, with a table of compression losses by block."""
-    before, after = format_megabytes(done.bytes_before), format_megabytes(done.bytes_after)
-    sizes = f"{len(done.adapter.layers)} layers, {before} before, {after} after"
-    rounding = f"rounding changed the delta by {done.rounding_error:.2%}"
-    if done.report is None:
-        made = f"made by {done.how.consensus.method}" if done.how.consensus else "the sum is exact"
-        return f"{done.output}: {sizes}; {made}, {rounding}"
-    rows = [*done.report.by_group(block_prefix).items(), ("all", done.report.total)]
+def format_report(result: CombineResult) -> str:
+    """Format the result of a combination as text, with a table of errors by block."""
+    before, after = format_megabytes(result.bytes_before), format_megabytes(result.bytes_after)
+    sizes = f"{len(result.adapter.layers)} layers, {before} before, {after} after"
+    rounding = f"rounding changed the delta by {result.rounding_error:.2%}"
+    if result.report is None:
+        method = f"combined by {result.config.consensus.method}" if result.config.consensus else "the sum is exact"
+        return f"{result.output}: {sizes}; {method}, {rounding}"
+    rows = [*result.report.by_group(block_prefix).items(), ("all", result.report.total)]
     table = [
         f"{name:<22}{loss.modules:>8}{format_range(loss.ranks_before):>10}{format_range(loss.ranks_after):>10}"
         f"{loss.norm:>12.4g}{loss.relative:>12.3g}"
         for name, loss in rows
     ]
-    head = f"{'block':<22}{'modules':>8}{'rank was':>10}{'rank is':>10}{'norm':>12}{'error':>12}"
-    return "\n".join([f"{done.output}: {sizes}; {rounding}", head, *table])
+    head = f"{'block':<22}{'modules':>8}{'old rank':>10}{'new rank':>10}{'norm':>12}{'error':>12}"
+    return "\n".join([f"{result.output}: {sizes}; {rounding}", head, *table])
 
 
 def format_range(ranks: tuple[int, int]) -> str:
+    """Format the lowest and the highest rank, as `4-16`; as `4` if they are equal."""
     low, high = ranks
     return f"{low}" if low == high else f"{low}-{high}"
 
 
 def format_megabytes(size: int) -> str:
+    """Format a number of bytes in MB."""
     return f"{size / 1e6:.2f} MB"

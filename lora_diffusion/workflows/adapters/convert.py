@@ -1,5 +1,6 @@
-"""Adapters from one dialect into another, with what a change of precision cost."""
+"""Conversion of adapter files from one format to another, with the error of a change of precision."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.formats.adapters.textual_inversion import save_embedding
 from lora_diffusion.workflows.adapters.hub_card import format_hub_card
 
-WRITERS: Mapping[Dialect, Callable[[Adapter, Path], None]] = {
+_WRITERS: Mapping[Dialect, Callable[[Adapter, Path], None]] = {
     "native": save_adapter,
     "kohya": save_kohya,
     "embedding": save_embedding,
@@ -40,60 +41,81 @@ class ConvertConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertResult:
-    """A written file, and the rounding error."""
+    """A converted adapter file."""
 
     source: Path
+    """The file that was read."""
     output: Path
+    """The file that was written."""
     rounding_error: float
     """Relative change of the deltas by rounding to the output dtype; 0 if the dtype stays the same."""
 
 
-def convert(source: Path, output: Path, how: ConvertConfig) -> ConvertResult:
-    """Read `source` in any dialect and write it to `output` in another.
+def convert(source: str | os.PathLike[str], output: str | os.PathLike[str], config: ConvertConfig) -> ConvertResult:
+    """Convert an adapter file of any format.
 
-    Raises OutputError if something is there already, AdapterFormatError, ConfigError for a type that cannot hold it.
+    Args:
+        source: The adapter file.
+        output: The file to write. A model card is written beside it if the settings ask for one.
+        config: Settings: format, dtype, and what is left out.
+
+    Raises:
+        OutputError: If a file exists without `config.force`, or cannot be written.
+        AdapterFormatError: If the file cannot be read, or the other format cannot represent the adapter.
+        ConfigError: If the dtype cannot represent a value, or a T-LoRA would become a plain LoRA.
     """
+    source, output = Path(source), Path(output)
     card = output.with_suffix(".md")
-    for path in (output, card) if how.card else (output,):
-        check_output_free(path, force=how.force)
-    adapter = load_adapter(source, ignore=how.ignore)
-    if how.without_tokens:
+    for path in (output, card) if config.card else (output,):
+        check_output_free(path, force=config.force)
+    adapter = load_adapter(source, ignore=config.ignore)
+    if config.without_tokens:
         adapter = replace(adapter, tokens={})
-    if how.to == "embedding":
+    if config.to == "embedding":
         adapter = replace(adapter, layers={}, biases={})
-    if adapter.metadata.min_rank and how.to != "native":
+    if adapter.metadata.min_rank and config.to != "native":
         raise ConfigError(
-            f"{source}: is a T-LoRA, which changes with the timestep, and {how.to} cannot say so; cut it to one rank "
-            "with resize --first, or stay native"
+            f"{source}: is a T-LoRA, whose rank depends on the timestep; the format {config.to} cannot represent this; "
+            "give it a constant rank with `lora-diffusion resize --first`, or convert it to native"
         )
-    rounded = adapter if how.dtype == "keep" else cast_adapter(adapter, torch_dtype(how.dtype))
-    broken = rounded.non_finite
-    if broken:
-        raise ConfigError(f"{source}: {broken[0]} is beyond the range of {how.dtype}; choose bfloat16 or float32")
-    WRITERS[how.to](rounded, output)
-    if how.card:
+    rounded = adapter if config.dtype == "keep" else cast_adapter(adapter, torch_dtype(config.dtype))
+    if rounded.non_finite:
+        raise ConfigError(
+            f"{source}: {rounded.non_finite[0]} is beyond the range of {config.dtype}; choose bfloat16 or float32"
+        )
+    _WRITERS[config.to](rounded, output)
+    if config.card:
         with atomic_file(card) as part:
             part.write_text(format_hub_card(rounded, output.name), encoding="utf-8")
     return ConvertResult(source=source, output=output, rounding_error=rounding_error(adapter, rounded))
 
 
-def plan_outputs(sources: Sequence[Path], target: Path) -> list[Path]:
-    """Return the output path of each file: `target` itself, or inside it for several files or a folder.
-
-    Raises ConfigError if two would take the same name.
-    """
+def _plan_outputs(sources: Sequence[Path], target: Path) -> list[Path]:
+    """Return the output path of each file: `target` itself, or a path in it for several files or a folder."""
     if len(sources) == 1 and not target.is_dir() and target.suffix == ".safetensors":
         return [target]
     outputs = [target / f"{source.stem}.safetensors" for source in sources]
     if len(set(outputs)) < len(outputs):
-        twice = next(path for path in outputs if outputs.count(path) > 1)
-        raise ConfigError(f"two of the files would become {twice}; convert them into different folders")
+        duplicate = next(path for path in outputs if outputs.count(path) > 1)
+        raise ConfigError(f"{duplicate}: would be written for two of the files; convert them into different folders")
     if target.is_file() or (len(sources) == 1 and target.suffix not in ("", ".safetensors")):
         raise ConfigError(f"{target}: expected a folder, or one input and an output that ends in .safetensors")
     return outputs
 
 
-def convert_files(sources: Sequence[Path], target: Path, how: ConvertConfig) -> list[ConvertResult]:
-    """Convert files to `target`, or into it; stops at the first bad one. Raises LoRADiffusionError's children."""
-    pairs = list(zip(sources, plan_outputs(sources, target), strict=True))
-    return [convert(source, output, how) for source, output in tqdm(pairs, unit="file", disable=len(pairs) < 2)]
+def convert_files(
+    sources: Sequence[str | os.PathLike[str]], target: str | os.PathLike[str], config: ConvertConfig
+) -> list[ConvertResult]:
+    """Convert adapter files, and stop at the first one that fails.
+
+    Args:
+        sources: The adapter files.
+        target: The .safetensors file to write for a single input, or the folder for several.
+        config: Settings: format, dtype, and what is left out.
+
+    Raises:
+        LoRADiffusionError: If a file cannot be converted, or two would be written to the same path.
+    """
+    files = [Path(source) for source in sources]
+    pairs = list(zip(files, _plan_outputs(files, Path(target)), strict=True))
+    return [convert(source, output, config) for source, output in tqdm(pairs, unit="file", disable=len(pairs) < 2)]

@@ -1,4 +1,4 @@
-"""What was taken out of a checkpoint, as plain values and as text."""
+"""The result of an extraction as plain values and as text."""
 
 from dataclasses import asdict
 from typing import Any
@@ -10,42 +10,43 @@ from lora_diffusion.workflows.adapters.combine import format_megabytes, format_r
 from lora_diffusion.workflows.adapters.extract import ExtractResult, format_groups
 
 
-def to_json(done: ExtractResult) -> dict[str, Any]:
-    """Return the result as plain values, ready for JSON."""
-    report = done.found.report
+def to_json(result: ExtractResult) -> dict[str, Any]:
+    """Return the result of an extraction as plain values, ready for JSON."""
+    report = result.extraction.report
     return {
-        "from": done.tuned or done.base,
-        "base": done.base,
-        "to": str(done.output),
-        "layers": len(done.found.layers),
-        "norms_and_biases": len(done.kept),
-        "equal": list(done.found.equal),
-        "left_out": {kind: asdict(group) for kind, group in done.left_out.items()},
-        "left_out_share": done.left_out_norm / done.whole_norm,
-        "whole_error": done.whole_error,
-        "bytes": count_bytes(done.output),
+        "from": result.tuned or result.base,
+        "base": result.base,
+        "to": str(result.output),
+        "layers": len(result.extraction.layers),
+        "norms_and_biases": len(result.kept),
+        "equal": list(result.extraction.equal),
+        "left_out": {kind: asdict(group) for kind, group in result.left_out.items()},
+        "left_out_share": result.left_out_norm / result.whole_norm,
+        "whole_error": result.whole_error,
+        "bytes": count_bytes(result.output),
         **loss_to_json(report.total),
         "blocks": {block: loss_to_json(loss) for block, loss in report.by_group(block_prefix).items()},
         "by_module": {path: asdict(loss) for path, loss in report.modules.items()},
     }
 
 
-def format_report(done: ExtractResult) -> str:
-    """Format a table of losses by block, and what is not in the file."""
-    what = "of the difference" if done.tuned else "of the base's own weights, not to be added to a base"
-    head = f"{done.output}: {len(done.found.layers)} layers {what}, {format_megabytes(count_bytes(done.output))}"
-    rows = [*done.found.report.by_group(block_prefix).items(), ("all", done.found.report.total)]
+def format_report(result: ExtractResult) -> str:
+    """Format a table of errors by block, and what was left out."""
+    what = "of the difference" if result.tuned else "of the base's own weights, not to be added to a base"
+    size = format_megabytes(count_bytes(result.output))
+    head = f"{result.output}: {len(result.extraction.layers)} layers {what}, {size}"
+    rows = [*result.extraction.report.by_group(block_prefix).items(), ("all", result.extraction.report.total)]
     columns = f"{'block':<22}{'modules':>8}{'rank':>10}{'norm':>12}{'error':>12}"
-    lines = [head, columns, *(format_row(name, loss) for name, loss in rows)]
-    if done.kept:
-        lines.append(f"kept whole: {len(done.kept)} norms and biases")
-    if done.found.equal:
-        lines.append(f"no layer for {len(done.found.equal)} modules that are equal")
-    if done.left_out:
-        share = done.left_out_norm / done.whole_norm
-        lines.append(f"left out: {format_groups(done.left_out)}; {share:.2%} of the norm of the whole")
-    return "\n".join([*lines, f"error of the whole: {done.whole_error:.3g}"])
+    lines = [head, columns, *(_format_row(name, loss) for name, loss in rows)]
+    if result.kept:
+        lines.append(f"kept in full: {len(result.kept)} norms and biases")
+    if result.extraction.equal:
+        lines.append(f"no layer for {len(result.extraction.equal)} modules that are equal in both")
+    if result.left_out:
+        share = result.left_out_norm / result.whole_norm
+        lines.append(f"left out: {format_groups(result.left_out)}; {share:.2%} of the norm of all differences")
+    return "\n".join([*lines, f"error over all differences: {result.whole_error:.3g}"])
 
 
-def format_row(name: str, loss: Loss) -> str:
+def _format_row(name: str, loss: Loss) -> str:
     return f"{name:<22}{loss.modules:>8}{format_range(loss.ranks_after):>10}{loss.norm:>12.4g}{loss.relative:>12.3g}"

@@ -1,11 +1,12 @@
-"""A model card for the Hugging Face Hub: what an adapter is, as its page's front matter and text."""
+"""Model cards for the Hugging Face Hub."""
 
 import json
 
 from lora_diffusion.adapters.adapter import Adapter, adapter_hash
 from lora_diffusion.architectures.families import family_title
+from lora_diffusion.core.templates import render_template
 
-HUB_BASES = {
+_HUB_BASES = {
     "sd1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd2": "stabilityai/stable-diffusion-2-1",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
@@ -13,17 +14,16 @@ HUB_BASES = {
 
 
 def format_hub_card(adapter: Adapter, file_name: str) -> str:
-    """Format a model card with the Hub's front matter: base model, instance prompt, widget and tags."""
+    """Format the model card of an adapter in Markdown.
+
+    The front matter has the base model, the trigger words as instance prompt and widget, and tags.
+
+    Args:
+        adapter: The adapter.
+        file_name: Name of its weight file on the Hub.
+    """
     metadata = adapter.metadata
     trigger = ", ".join(metadata.trigger_words)
-    base = HUB_BASES.get(metadata.family, metadata.base_name)
-    front = ["library_name: diffusers", "pipeline_tag: text-to-image"]
-    front += [f"base_model: {quote_yaml(base)}"] if base else []
-    front += (
-        [f"instance_prompt: {quote_yaml(trigger)}", "widget:", f"  - text: {quote_yaml(trigger)}"] if trigger else []
-    )
-    front += ["tags:", "  - lora", "  - diffusers", "  - text-to-image"]
-    front += ["  - template:sd-lora"] if trigger else []
     rows = {
         "kind": ", ".join(adapter.kinds),
         "for": family_title(metadata.family) or "unknown",
@@ -31,14 +31,19 @@ def format_hub_card(adapter: Adapter, file_name: str) -> str:
         "parameters": f"{adapter.num_parameters:,}",
         "hash": f"`{adapter_hash(adapter)}`",
     }
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    about = f"{metadata.description}\n\n" if metadata.description else ""
-    return (
-        "---\n" + "\n".join(front) + f"\n---\n\n# {metadata.name or file_name}\n\n{about}| | |\n|---|---|\n{table}\n\n"
-        f'```python\npipe.load_lora_weights("{file_name.rsplit(".", 1)[0]}", weight_name="{file_name}")\n```\n'
+    return render_template(
+        "lora_diffusion.workflows",
+        "hub_card.md.j2",
+        title=metadata.name or file_name,
+        description=metadata.description,
+        base=_quote_yaml(_HUB_BASES.get(metadata.family, metadata.base_name)),
+        trigger=_quote_yaml(trigger),
+        rows=list(rows.items()),
+        adapter_name=file_name.rsplit(".", 1)[0],
+        file_name=file_name,
     )
 
 
-def quote_yaml(text: str) -> str:
-    """Quote a text for YAML, which reads JSON strings."""
-    return json.dumps(text, ensure_ascii=False)
+def _quote_yaml(text: str) -> str:
+    """Quote a text for YAML, of which JSON strings are a part; an empty text stays empty."""
+    return json.dumps(text, ensure_ascii=False) if text else ""

@@ -1,11 +1,12 @@
-"""What is in an adapter file, as plain values: from its header alone, or with its tensors read."""
+"""Contents of an adapter file as plain values, from its header or from its tensors."""
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 from lora_diffusion.adapters.adapter import Adapter, adapter_hash, named_tensors
 from lora_diffusion.algebra.metrics.norms import delta_norm
@@ -18,22 +19,34 @@ from lora_diffusion.formats.adapters.metadata import tag_frequencies
 from lora_diffusion.formats.adapters.pickle import is_pickled
 from lora_diffusion.formats.safetensors import file_payload_hash
 
-MOST_TAGS = 20
-LEGACY_START, LEGACY_BYTES = 0x100000, 0x10000
+_MAX_TAGS = 20
+"""Maximum number of caption tags in a report; the most frequent ones."""
+_LEGACY_START, _LEGACY_BYTES = 0x100000, 0x10000
+"""The range of a file that kohya's legacy hash covers."""
 
 
-def inspect_adapter(path: Path, *, norms: bool = False, ignore: Sequence[str] = ()) -> dict[str, Any]:
-    """Dialect, kind, family, sizes, triggers and record of an adapter, ready for JSON.
+def inspect_adapter(path: str | os.PathLike[str], *, norms: bool = False, ignore: Sequence[str] = ()) -> dict[str, Any]:
+    """Describe an adapter file: format, kind, family, sizes, trigger words and training metadata.
 
-    Reads the header alone, unless `norms` asks for what only the tensors tell: norms of the deltas, dead layers, NaN,
-    and hashes. Raises AdapterFormatError.
+    Args:
+        path: The adapter file.
+        norms: Whether the tensors are read as well, for the norms of the deltas, dead layers, NaN and hashes. By
+            default only the header is read.
+        ignore: Patterns of keys that the file may contain although they are not understood.
+
+    Returns:
+        Plain values, ready for JSON.
+
+    Raises:
+        AdapterFormatError: If the file cannot be read or is not an adapter.
     """
+    path = Path(path)
     adapter = (load_unchecked if norms else load_meta_adapter)(path, ignore=ignore)
     metadata = adapter.metadata
     training = dict(metadata.training)
     tags = tag_frequencies(training)
     training.pop("ss_tag_frequency", None)
-    facts = {
+    report = {
         "file": str(path),
         "bytes": count_bytes(path),
         "name": metadata.name,
@@ -47,41 +60,43 @@ def inspect_adapter(path: Path, *, norms: bool = False, ignore: Sequence[str] = 
         "learned_tokens": {word: {c: list(v.shape) for c, v in t.items()} for word, t in adapter.tokens.items()},
         "parameters": adapter.num_parameters,
         "precision": sorted({dtype_name(tensor.dtype) for _, tensor in named_tensors(adapter)}),
-        "ranks": summarize_range(value for layer in adapter.layers.values() if (value := getattr(layer, "rank", None))),
-        "alphas": summarize_range(
+        "ranks": _summarize_range(
+            value for layer in adapter.layers.values() if (value := getattr(layer, "rank", None))
+        ),
+        "alphas": _summarize_range(
             v for layer in adapter.layers.values() if (v := getattr(layer, "alpha", None)) is not None
         ),
         "components": dict(Counter(path.split(".", 1)[0] for path in adapter.paths)),
         "blocks": dict(Counter(block_prefix(path) for path in adapter.paths)),
-        "tags": dict(list(tags.items())[:MOST_TAGS]),
+        "tags": dict(list(tags.items())[:_MAX_TAGS]),
         "training": training,
         "description": metadata.description,
         "created": metadata.created,
         "notes": list(metadata.notes),
     }
-    return facts | (measure_norms(adapter, path) if norms else {})
+    return report | (_measure_norms(adapter, path) if norms else {})
 
 
-def summarize_range(values: Iterable[float]) -> dict[str, float]:
+def _summarize_range(values: Iterable[float]) -> dict[str, float]:
     """Return the smallest, median and largest value; empty for no values."""
-    listed = sorted(values)
-    return {"min": listed[0], "median": median(listed), "max": listed[-1]} if listed else {}
+    ordered = sorted(values)
+    return {"min": ordered[0], "median": median(ordered), "max": ordered[-1]} if ordered else {}
 
 
-def measure_norms(adapter: Adapter, path: Path) -> dict[str, Any]:
-    """Measure what only the tensors tell."""
+def _measure_norms(adapter: Adapter, path: Path) -> dict[str, Any]:
+    """Return what requires the tensors: hashes, norms, dead layers and tensors with NaN or infinity."""
     norms = {layer_path: delta_norm(layer) for layer_path, layer in adapter.layers.items()}
-    facts: dict[str, Any] = {
+    report: dict[str, Any] = {
         "hash": adapter_hash(adapter),
-        "norms": summarize_block_norms(norms),
+        "norms": _summarize_block_norms(norms),
         "no_norm": sorted(layer_path for layer_path, norm in norms.items() if norm is None),
         "dead": sorted(layer_path for layer_path, norm in norms.items() if norm == 0),
         "non_finite": list(adapter.non_finite),
     }
-    return facts | (file_hashes(path) if path.is_file() and not is_pickled(path) else {})
+    return report | (file_hashes(path) if path.is_file() and not is_pickled(path) else {})
 
 
-def summarize_block_norms(norms: Mapping[str, float | None]) -> dict[str, dict[str, float]]:
+def _summarize_block_norms(norms: Mapping[str, float | None]) -> dict[str, dict[str, float]]:
     """Return the median and largest delta norm in each block."""
     blocks: dict[str, list[float]] = {}
     for path, norm in norms.items():
@@ -90,40 +105,45 @@ def summarize_block_norms(norms: Mapping[str, float | None]) -> dict[str, dict[s
     return {block: {"median": median(found), "max": max(found)} for block, found in blocks.items()}
 
 
-def file_hashes(path: Path) -> dict[str, str]:
-    """The hashes by which sites and user interfaces know a file.
+def file_hashes(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Compute the hashes by which websites and user interfaces identify a file.
 
-    `autov2` begins the SHA-256 of the whole file; `sshs_model_hash` is that of the bytes after the header, and
-    `sshs_legacy_hash` that of 64 KiB behind the first mebibyte [github.com/kohya-ss/sd-scripts, library/train_util.py].
+    Returns:
+        `autov2`, the first ten digits of the SHA-256 of the file, as on Civitai; `sshs_model_hash`, the SHA-256 of the
+        bytes after the header; `sshs_legacy_hash`, the first eight digits of the SHA-256 of 64 KiB after the first
+        mebibyte. The last two are those of kohya's scripts [github.com/kohya-ss/sd-scripts, library/train_util.py].
     """
+    path = Path(path)
     with path.open("rb") as file:
-        file.seek(LEGACY_START)
-        legacy = hashlib.sha256(file.read(LEGACY_BYTES)).hexdigest()
+        file.seek(_LEGACY_START)
+        legacy = hashlib.sha256(file.read(_LEGACY_BYTES)).hexdigest()
     whole = file_hash(path, use_cache=False)
     return {"autov2": whole[:10], "sshs_model_hash": file_payload_hash(path), "sshs_legacy_hash": legacy[:8]}
 
 
-def describe_inspection(facts: Mapping[str, Any]) -> str:
-    """The facts as aligned lines of text, with a bar for each block's norm."""
+def describe_inspection(report: Mapping[str, Any]) -> str:
+    """Format the result of `inspect_adapter` as aligned lines of text, with a bar for the norm of each block."""
     lines: list[str] = []
-    for key, value in facts.items():
+    for key, value in report.items():
         title = key.replace("_", " ")
         if key == "norms":
-            lines += ["delta norms, middle and largest:", *format_bars(value)]
+            lines += ["delta norms by block, median (largest):", *_format_bars(value)]
         elif value not in ("", [], {}, None):
-            lines.append(f"{title:<18}{format_value(value)}")
+            lines.append(f"{title:<18}{_format_value(value)}")
     return "\n".join(lines)
 
 
-def format_value(value: Any) -> str:
+def _format_value(value: Any) -> str:
+    """Format a value of the report on one line."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {format_value(inner)}" for key, inner in value.items())
+        items = cast(Mapping[str, Any], value).items()
+        return ", ".join(f"{key}: {_format_value(inner)}" for key, inner in items)
     if isinstance(value, list):
-        return ", ".join(map(str, value))
+        return ", ".join(map(str, cast(list[object], value)))
     return f"{value:g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def format_bars(norms: Mapping[str, Mapping[str, float]], width: int = 40) -> list[str]:
+def _format_bars(norms: Mapping[str, Mapping[str, float]], width: int = 40) -> list[str]:
     """Format one line for each block: name, bar, numbers."""
     longest = max((entry["median"] for entry in norms.values()), default=0) or 1
     lines: list[str] = []

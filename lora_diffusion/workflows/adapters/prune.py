@@ -1,7 +1,8 @@
-"""Adapter files with their smallest numbers set to zero, and what that cost."""
+"""Pruning of adapter files: set the smallest values to zero, and measure the error."""
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from lora_diffusion.config.merge import WeightType
 
 Part: TypeAlias = Literal["factors", "delta"]
-PRUNE = {"factors": prune_factors, "delta": prune_deltas}
+_PRUNE = {"factors": prune_factors, "delta": prune_deltas}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,37 +37,51 @@ class PruneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PruneResult:
-    """A pruned file, and the file it was made from."""
+    """A pruned adapter file."""
 
     source: Path
+    """The file that was read."""
     output: Path
+    """The file that was written."""
     sparsity: Sparsity
-    """Of what was written, rounding included."""
+    """Fraction of nonzero values and error of the written file, rounding included."""
     bytes_before: int
+    """Size of the file that was read."""
     bytes_after: int
+    """Size of the written file."""
 
     @property
     def block_errors(self) -> dict[str, float]:
-        """Relative error in each block: norm of the loss over the norm of the deltas."""
+        """Relative error in each block: norm of the change of the deltas divided by the norm of the deltas."""
         blocks: dict[str, list[str]] = defaultdict(list)
         for path in self.sparsity.norms:
             blocks[block_prefix(path)].append(path)
         return {block: self.sparsity.error_over(paths) for block, paths in blocks.items()}
 
 
-def prune_file(source: Path, output: Path, how: PruneConfig) -> PruneResult:
-    """Prune an adapter in any dialect and write it in the native layout.
+def prune_file(source: str | os.PathLike[str], output: str | os.PathLike[str], config: PruneConfig) -> PruneResult:
+    """Prune an adapter file of any format and write it in the native format.
 
-    `keep` as a type gives factors their own type, and a delta that of its layer's first factor. Raises OutputError if
-    something is there already or if the output is the input, ConfigError for a share or layers that cannot be pruned,
-    or a type that cannot hold them, AdapterFormatError.
+    Args:
+        source: The adapter file.
+        output: The .safetensors file to write.
+        config: Settings. With the dtype `keep`, factors keep their type and a delta has that of its layer's first
+            factor.
+
+    Raises:
+        OutputError: If `output` is the input, exists without `config.force`, or cannot be written.
+        ConfigError: If the fraction is invalid, a layer cannot be pruned, or the type cannot represent a value.
+        AdapterFormatError: If the file cannot be read or has no layers.
     """
-    check_output(output, [source], force=how.force)
+    source, output = Path(source), Path(output)
+    check_output(output, [source], force=config.force)
     before = load_adapter(source)
     if not before.layers:
         raise AdapterFormatError(f"{source}: has no layers to prune; expected a LoRA")
-    pruned = PRUNE[how.what](before, how.keep, how.scope)
-    after = restore_dtypes(pruned, before) if how.dtype == "keep" else cast_adapter(pruned, torch_dtype(how.dtype))
+    pruned = _PRUNE[config.what](before, config.keep, config.scope)
+    after = (
+        _restore_dtypes(pruned, before) if config.dtype == "keep" else cast_adapter(pruned, torch_dtype(config.dtype))
+    )
     if after.non_finite:
         raise ConfigError(f"{source}: {after.non_finite[0]} is beyond the range of its type; choose --dtype float32")
     metadata = before.metadata.model_copy(update={"merged_from": (before.hash,)})
@@ -80,7 +95,7 @@ def prune_file(source: Path, output: Path, how: PruneConfig) -> PruneResult:
     )
 
 
-def restore_dtypes(pruned: Adapter, before: Adapter) -> Adapter:
+def _restore_dtypes(pruned: Adapter, before: Adapter) -> Adapter:
     """Cast every factor to the type that its layer had; pruned factors already have it."""
     first = {path: next(iter(layer.factors.values())).dtype for path, layer in before.layers.items()}
     layers = {
@@ -92,27 +107,27 @@ def restore_dtypes(pruned: Adapter, before: Adapter) -> Adapter:
     return replace(pruned, layers=layers)
 
 
-def to_json(done: PruneResult) -> dict[str, Any]:
-    """Return the result as plain values, ready for JSON."""
+def to_json(result: PruneResult) -> dict[str, Any]:
+    """Return the result of pruning as plain values, ready for JSON."""
     return {
-        "from": str(done.source),
-        "to": str(done.output),
-        "nonzeros": done.sparsity.nonzeros,
-        "entries": done.sparsity.entries,
-        "share": done.sparsity.share,
-        "error": done.sparsity.error,
-        "block_errors": done.block_errors,
-        "bytes_before": done.bytes_before,
-        "bytes_after": done.bytes_after,
+        "from": str(result.source),
+        "to": str(result.output),
+        "nonzeros": result.sparsity.nonzeros,
+        "entries": result.sparsity.entries,
+        "share": result.sparsity.share,
+        "error": result.sparsity.error,
+        "block_errors": result.block_errors,
+        "bytes_before": result.bytes_before,
+        "bytes_after": result.bytes_after,
     }
 
 
-def format_report(done: PruneResult) -> str:
-    """Format the result as lines of text."""
-    found = done.sparsity
+def format_report(result: PruneResult) -> str:
+    """Format the result of pruning as lines of text."""
+    sparsity = result.sparsity
     lines = [
-        f"{done.output}: {found.nonzeros:,} of {found.entries:,} numbers are not zero ({found.share:.2%})",
-        f"{done.bytes_before:,} bytes before, {done.bytes_after:,} after; zeros are stored like other numbers",
-        f"error of the deltas: {found.error:.3g} of their norm",
+        f"{result.output}: {sparsity.nonzeros:,} of {sparsity.entries:,} values are not zero ({sparsity.share:.2%})",
+        f"{result.bytes_before:,} bytes before, {result.bytes_after:,} after; zeros are stored like other values",
+        f"error of the deltas: {sparsity.error:.3g} of their norm",
     ]
-    return "\n".join([*lines, *(f"  {block:<22}{error:.3g}" for block, error in done.block_errors.items())])
+    return "\n".join([*lines, *(f"  {block:<22}{error:.3g}" for block, error in result.block_errors.items())])

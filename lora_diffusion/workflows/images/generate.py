@@ -1,5 +1,6 @@
-"""What the commands do between their flags and the library: find files, load, run, write."""
+"""Image generation from a request: find and load the files, sample, and write PNG files or a preset."""
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,108 +28,142 @@ from lora_diffusion.models.locate import find_checkpoint
 from lora_diffusion.models.quantize import load_quantized_base
 from lora_diffusion.workflows.images.request import GenerationRequest, resolve_prompt_tags
 
-MOST_LOST = 0.1
-"""Share of a blend's delta that rounding may take before a user is told."""
+_MAX_ROUNDING_LOSS = 0.1
+"""Fraction of a blend's delta that rounding may lose without a warning."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """Where adapters and presets are found, and how a blend is prepared."""
+    """How adapters are found and a blend is prepared."""
 
     resolver: AdapterResolver = field(default_factory=AdapterResolver)
+    """Finds adapters by path, hash or name."""
     ignore: tuple[str, ...] = ()
-    """Patterns of keys that adapter files may hold without being understood."""
-    block_presets: Path | None = None
+    """Patterns of keys that adapter files may contain although they are not understood."""
+    block_presets: str | os.PathLike[str] | None = None
     """An `lbwpresets.txt` with block vectors by name."""
     balance: bool = False
-    """Scale the weights so that equal ones mean equal strength."""
+    """Whether weights are scaled so that equal weights mean equal strength."""
     low_memory: bool = False
-    """Take the base's own values back from its files, and keep no copies in memory."""
+    """Whether original weights are restored from the base's files instead of copies in memory."""
 
 
-def check_families(entries: Iterable[BlendEntry], base: str, ignore: Sequence[str] = ()) -> None:
-    """Raise FamilyMismatchError for an adapter of another family than the base's, from file headers alone."""
+def _check_families(entries: Iterable[BlendEntry], base: str, ignore: Sequence[str] = ()) -> None:
+    """Raise FamilyMismatchError if an adapter is for another family than the base; only headers are read."""
     family = find_checkpoint(base).family
     for entry in entries:
         if entry.hash and not Path(entry.path).exists():
-            continue  # looked for by its hash later
-        outline = load_meta_adapter(Path(entry.path), ignore=ignore)
-        check_family(outline.metadata.family, outline.metadata.name, base_name=base, family=family.name)
+            continue  # it is searched by its hash later
+        metadata = load_meta_adapter(Path(entry.path), ignore=ignore).metadata
+        check_family(metadata.family, metadata.name, base_name=base, family=family.name)
 
 
 def load_and_resolve_blend(base: str, entries: tuple[BlendEntry, ...], options: LoadOptions) -> ResolvedBlend:
-    """Load the adapters, expand their block presets for this base, and balance them if requested.
+    """Load the adapters of a blend, expand their block presets for a base, and balance the weights if requested.
 
-    Raises LoRADiffusionError's children.
+    Args:
+        base: `tiny-sd`, a folder, a single file or a hub id; only headers are read.
+        entries: The adapters by path or hash, with weights.
+        options: How adapters are found and the blend is prepared.
+
+    Returns:
+        The blend, with notes on adapters that were found elsewhere than stated.
+
+    Raises:
+        LoRADiffusionError: If the base or an adapter is not found, cannot be read or does not fit.
     """
-    check_families(entries, base, options.ignore)
-    presets = read_block_presets(options.block_presets) if options.block_presets else None
+    _check_families(entries, base, options.ignore)
+    presets = read_block_presets(Path(options.block_presets)) if options.block_presets else None
     layout = find_checkpoint(base).layout
-    found = load_blend(entries, options.resolver, ignore=options.ignore)
-    spelled = [
-        replace(entry, weight=expand_block_preset(entry.weight, layout, presets)) for entry in found.blend.entries
+    resolved = load_blend(entries, options.resolver, ignore=options.ignore)
+    expanded = [
+        replace(entry, weight=expand_block_preset(entry.weight, layout, presets)) for entry in resolved.blend.entries
     ]
-    blend = Blend(entries=tuple(spelled))
-    return replace(found, blend=balance_weights(blend) if options.balance else blend)
+    blend = Blend(entries=tuple(expanded))
+    return replace(resolved, blend=balance_weights(blend) if options.balance else blend)
 
 
-def check_base_hash(base: Base, recipe: Recipe) -> None:
-    """Raise ConfigError if the base is not the one that the recipe was made with."""
+def _check_base_hash(base: Base, recipe: Recipe) -> None:
+    """Raise ConfigError if the base does not have the hash in the recipe."""
     if base.hash != recipe.base_hash:
         raise ConfigError(
-            f"{base.name}: its weights (hash {base.hash[:12]}) are not those of the recipe ({recipe.base_hash[:12]}); "
+            f"{base.name}: its hash is {base.hash[:12]}, but the recipe was made with {recipe.base_hash[:12]}; "
             "give the original base with --base"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratedImages:
-    """Paths of the generated images, with notes for the user."""
+    """Files of the generated images."""
 
     paths: tuple[Path, ...]
+    """The written PNG files."""
     notes: tuple[str, ...] = ()
+    """Messages for the user."""
 
 
-def generate_files(request: GenerationRequest, output: Path, options: LoadOptions | None = None) -> GeneratedImages:
-    """Generate the images of a request and write each into `output` under a free name as soon as it is done.
+def generate_files(
+    request: GenerationRequest, output: str | os.PathLike[str], options: LoadOptions | None = None
+) -> GeneratedImages:
+    """Generate the images of a request and write each as a PNG file as soon as it is finished.
 
-    Raises LoRADiffusionError's children.
+    Args:
+        request: The images to generate.
+        output: Folder for the images, which are numbered after the existing ones.
+        options: How adapters are found and the blend is prepared.
+
+    Raises:
+        LoRADiffusionError: If an input is invalid or the folder cannot be written.
     """
-    options = options or LoadOptions()
+    options, output = options or LoadOptions(), Path(output)
     check_writable(output / "00000.png")
     request = resolve_prompt_tags(request, options.resolver)
-    found = load_and_resolve_blend(request.base, request.entries, options)
+    resolved = load_and_resolve_blend(request.base, request.entries, options)
     base = load_base_for(request)
     with tqdm(total=request.settings.count, desc="generate", unit="picture", leave=False) as bar:
 
         def advance(_path: Path, _picture: GeneratedImage) -> None:
             bar.update()
 
-        return write_images(base, found, request, output, options, on_image=advance)
+        return write_images(base, resolved, request, output, options, on_image=advance)
 
 
 def write_images(
     base: Base,
-    found: ResolvedBlend,
+    resolved: ResolvedBlend,
     request: GenerationRequest,
-    output: Path,
+    output: str | os.PathLike[str],
     options: LoadOptions,
     *,
     on_image: Callable[[Path, GeneratedImage], None],
     on_step: OnStep | None = None,
 ) -> GeneratedImages:
-    """Generate images with a loaded base and loaded adapters; `on_image` receives each one when written."""
-    notes = [*request.notes, *found.notes]
+    """Generate and write images with a loaded base and loaded adapters.
+
+    Args:
+        base: The loaded base.
+        resolved: The loaded adapters with their weights.
+        request: The images to generate. The tags of its prompt must be resolved.
+        output: Folder for the images, which are numbered after the existing ones.
+        options: How the original weights are restored.
+        on_image: Called with the path and the image after each image is written.
+        on_step: Called after each denoising step.
+
+    Raises:
+        LoRADiffusionError: If the request does not fit the base, or an image cannot be written.
+    """
+    folder = Path(output)
+    notes = [*request.notes, *resolved.notes]
     if request.recipe:
-        check_base_hash(base, request.recipe)
+        _check_base_hash(base, request.recipe)
         notes += [
             f"{note}; the pixels may differ" for note in list_differences(request.recipe, device=base.pipe.device.type)
         ]
-    notes += warn_about_rounding(base, found.blend, request)
+    notes += warn_about_rounding(base, resolved.blend, request)
     paths: list[Path] = []
 
-    def keep(picture: GeneratedImage) -> None:
-        paths.append(next_image_path(output))
+    def write(picture: GeneratedImage) -> None:
+        paths.append(next_image_path(folder))
         picture.save(paths[-1])
         on_image(paths[-1], picture)
 
@@ -136,65 +171,96 @@ def write_images(
     generate(
         base,
         [request.settings],
-        found.blend,
+        resolved.blend,
         composition=request.composition,
         backup=backup,
-        on_image=keep,
+        on_image=write,
         on_step=on_step,
     )
     return GeneratedImages(paths=tuple(paths), notes=tuple(notes))
 
 
 def warn_about_rounding(base: Base, blend: Blend, request: GenerationRequest) -> list[str]:
-    """Return a warning if adding to the weights would round away a considerable part of the blend."""
+    """Return a warning if rounding to the type of the weights loses more than a tenth of the blend's delta.
+
+    Returns:
+        One warning or none.
+
+    Raises:
+        LoRADiffusionError: If the blend does not fit the base.
+    """
     if request.composition.parallel or is_quantized(base) or base.pipe.unet.dtype == torch.float32:
         return []
     validate_blend(base, blend)
-    lost = rounding_loss(base, blend_sum(without_schedules_and_regions(blend), base.layout))
-    if lost <= MOST_LOST:
+    loss = rounding_loss(base, blend_sum(_without_schedules_and_regions(blend), base.layout))
+    if loss <= _MAX_ROUNDING_LOSS:
         return []
-    kind = dtype_name(base.pipe.unet.dtype)
-    return [f"rounding to {kind} loses {lost:.0%} of what the adapters change; --parallel keeps it in full"]
+    dtype = dtype_name(base.pipe.unet.dtype)
+    return [f"rounding to {dtype} loses {loss:.0%} of the adapters' delta; --parallel applies it in full"]
 
 
-def without_schedules_and_regions(blend: Blend) -> Blend:
-    """Return the blend at full weight everywhere, without schedules and regions."""
+def _without_schedules_and_regions(blend: Blend) -> Blend:
+    """Return the blend without schedules and regions, that is, at full weight at all steps and everywhere."""
     return Blend(entries=tuple(replace(e, region=None, weight=without_schedules(e.weight)) for e in blend.entries))
 
 
 def load_base_for(request: GenerationRequest) -> Base:
-    """Load the base of a request; a replay uses the recipe's precision. Raises BaseModelError, ConfigError."""
+    """Load the base of a request, quantized if requested; for a recipe, with the precision that it states.
+
+    Raises:
+        BaseModelError: If the base is not found or cannot be loaded.
+        ConfigError: If the base cannot be quantized on this machine.
+    """
     precision = torch_dtype(request.recipe.precision) if request.recipe else None
     return load_quantized_base(request.base, request.quantization, precision=precision)
 
 
-def next_image_path(folder: Path) -> Path:
-    """Return the first free five-digit PNG name after the existing ones."""
-    taken = [int(p.stem) for p in folder.glob("*.png") if p.stem.isdecimal()] if folder.is_dir() else []
-    return folder / f"{max(taken, default=-1) + 1:05d}.png"
+def next_image_path(folder: str | os.PathLike[str]) -> Path:
+    """Return the path of a new image in a folder: the five-digit number after the highest existing one."""
+    folder = Path(folder)
+    numbers = [int(p.stem) for p in folder.glob("*.png") if p.stem.isdecimal()] if folder.is_dir() else []
+    return folder / f"{max(numbers, default=-1) + 1:05d}.png"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedPreset:
-    """A written preset, with notes for the user."""
+    """A preset file that was written."""
 
     preset: BlendPreset
+    """Content of the file."""
     notes: tuple[str, ...]
+    """Messages for the user."""
 
 
-def save_plan(
-    request: GenerationRequest, path: Path, options: LoadOptions, *, name: str, description: str, force: bool
+def save_request_as_preset(
+    request: GenerationRequest,
+    path: str | os.PathLike[str],
+    options: LoadOptions,
+    *,
+    name: str,
+    description: str,
+    force: bool,
 ) -> SavedPreset:
-    """Write a request as a preset, with the hashes of all adapters and their full weights.
+    """Write a request as a preset, with the hashes of all adapters.
 
-    Raises LoRADiffusionError's children.
+    Args:
+        request: The request; tags in its prompt become adapters of the preset.
+        path: The .json file to write.
+        options: How adapters are found.
+        name: Name of the preset; empty for the name of the file.
+        description: Description of the preset.
+        force: Whether an existing file may be replaced.
+
+    Raises:
+        LoRADiffusionError: If the request has no adapters, an adapter cannot be loaded, or the file cannot be written.
     """
+    path = Path(path)
     if path.suffix != ".json":
-        raise ConfigError(f"{path}: a preset is a .json file; give one, e.g. my-blend.json")
+        raise ConfigError(f"{path}: a preset is a .json file; expected a name such as my-blend.json")
     request = resolve_prompt_tags(request, options.resolver)
     if not request.entries:
         raise ConfigError("nothing to save; give at least one --adapter, a prompt with a tag, or --from IMAGE")
-    found = load_and_resolve_blend(request.base, request.entries, options)
+    resolved = load_and_resolve_blend(request.base, request.entries, options)
     preset = BlendPreset(
         name=name or path.stem,
         description=description,
@@ -203,4 +269,5 @@ def save_plan(
         composition=request.composition,
         settings=None if request.settings == GenerateConfig(prompt="") else request.settings,
     )
-    return SavedPreset(preset=save_preset(preset, path, found.blend, force=force), notes=(*request.notes, *found.notes))
+    saved = save_preset(preset, path, resolved.blend, force=force)
+    return SavedPreset(preset=saved, notes=(*request.notes, *resolved.notes))

@@ -1,6 +1,7 @@
-"""Grids of pictures over two settings, and what each block of an adapter does to a picture."""
+"""Image grids over two settings, and the effect of each block of an adapter on an image."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -28,9 +29,9 @@ from lora_diffusion.workflows.images.generate import (
 from lora_diffusion.workflows.images.grid_axes import GridAxis, expand_grid, without_blocks
 from lora_diffusion.workflows.images.request import GenerationRequest, resolve_prompt_tags
 
-LEAST_CELL_PX, MOST_CELL_PX = 192, 512
+_MIN_CELL_PX, _MAX_CELL_PX = 192, 512
 GRID_KEY = "lora_diffusion_grid"
-"""Text entry of a grid's PNG: its axes, and the recipe of each picture."""
+"""Key of the PNG text chunk with the axes of a grid and the recipe of each image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,104 +39,154 @@ class BlockEffect:
     """The effect of one block of an adapter."""
 
     block: str
+    """Name of the block, such as `IN04`."""
     change: float
-    """Mean absolute difference of pixels to the picture with all blocks, 0..255."""
+    """Mean absolute difference of the pixels to the image with all blocks, 0..255."""
     path: Path
+    """The image without the block."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RenderedGrid:
-    """A finished grid, with notes for the user."""
+    """An image grid that was written."""
 
     path: Path
+    """The PNG file of the grid."""
     notes: tuple[str, ...] = ()
+    """Messages for the user."""
 
 
 def draw_grid(
-    request: GenerationRequest, across: GridAxis, down: GridAxis, output: Path, options: LoadOptions | None = None
+    request: GenerationRequest,
+    across: GridAxis,
+    down: GridAxis,
+    output: str | os.PathLike[str],
+    options: LoadOptions | None = None,
 ) -> RenderedGrid:
-    """Every picture of the grid into `output`, and the grid into its folder `grids`.
+    """Generate the images of a grid and draw them as one labeled image.
 
-    All mistakes are found before the first picture. Raises LoRADiffusionError's children.
+    Args:
+        request: What all images have in common.
+        across: The setting that changes from column to column.
+        down: The setting that changes from row to row.
+        output: Folder for the images; the grid is written to its subfolder `grids`.
+        options: How adapters are found and the blends are prepared.
+
+    Raises:
+        LoRADiffusionError: If an input is invalid; all cells are checked before the first image is generated.
     """
-    options = options or LoadOptions()
+    options, output = options or LoadOptions(), Path(output)
     check_writable(output / "00000.png")
     rows = expand_grid(resolve_prompt_tags(request, options.resolver), across, down)
-    found = [[load_and_resolve_blend(cell.base, cell.entries, options) for cell in row] for row in rows]
-    for cell, blend in zip(chain.from_iterable(rows), chain.from_iterable(found), strict=True):
-        check_composition(blend.blend, cell.composition)
+    blends = [[load_and_resolve_blend(cell.base, cell.entries, options) for cell in row] for row in rows]
+    for cell, resolved in zip(chain.from_iterable(rows), chain.from_iterable(blends), strict=True):
+        check_composition(resolved.blend, cell.composition)
     base = load_base_for(request)
     notes: list[str] = list(request.notes)
     paths: list[list[Path]] = []
     with tqdm(total=len(across.values) * len(down.values), desc="grid", unit="picture", leave=False) as bar:
-        for line, blends in zip(rows, found, strict=True):
+        for row, row_blends in zip(rows, blends, strict=True):
             paths.append([])
-            for cell, blend in zip(line, blends, strict=True):
-                paths[-1].append(draw_cell(base, blend, cell, output, options, notes))
+            for cell, resolved in zip(row, row_blends, strict=True):
+                paths[-1].append(_draw_cell(base, resolved, cell, output, options, notes))
                 bar.update()
     return RenderedGrid(path=save_sheet(paths, across, down, output), notes=tuple(dict.fromkeys(notes)))
 
 
-def draw_cell(
-    base: Base, blend: ResolvedBlend, cell: GenerationRequest, output: Path, options: LoadOptions, notes: list[str]
+def _draw_cell(
+    base: Base, resolved: ResolvedBlend, cell: GenerationRequest, output: Path, options: LoadOptions, notes: list[str]
 ) -> Path:
-    """Generate the picture of one cell, and collect notes."""
-    written = write_images(base, blend, cell, output, options, on_image=lambda _path, _picture: None)
-    notes += written.notes
-    return written.paths[0]
+    """Generate the image of one cell, and append its notes to `notes`."""
+    images = write_images(base, resolved, cell, output, options, on_image=lambda _path, _picture: None)
+    notes += images.notes
+    return images.paths[0]
 
 
-def save_sheet(rows: Sequence[Sequence[Path]], across: GridAxis, down: GridAxis, output: Path) -> Path:
-    """Pictures of ours as one labeled picture, which has the axes and their recipes in it. Raises OutputError."""
-    read = [[open_image(path) for path in row] for row in rows]
-    pictures = [[picture for picture, _ in row] for row in read]
-    side_px = min(MOST_CELL_PX, max(LEAST_CELL_PX, *pictures[0][0].size))
+def save_sheet(
+    rows: Sequence[Sequence[str | os.PathLike[str]]], across: GridAxis, down: GridAxis, output: str | os.PathLike[str]
+) -> Path:
+    """Draw generated images as one labeled image that contains the axes and all recipes.
+
+    Args:
+        rows: The PNG files, which must have recipes, row by row.
+        across: The setting that changes from column to column.
+        down: The setting that changes from row to row.
+        output: Folder; the grid is written to its subfolder `grids`.
+
+    Returns:
+        The path of the grid.
+
+    Raises:
+        OutputError: If the grid cannot be written.
+    """
+    opened = [[_open_image(Path(path)) for path in row] for row in rows]
+    pictures = [[picture for picture, _ in row] for row in opened]
+    side_px = min(_MAX_CELL_PX, max(_MIN_CELL_PX, *pictures[0][0].size))
     sheet = draw_image_grid(pictures, columns=across.labels, labels=down.labels, cell_px=side_px)
-    facts = {
+    record = {
         "across": asdict(across),
         "down": asdict(down),
-        "pictures": [[picture.name for picture in row] for row in rows],
-        "recipes": [[recipe for _, recipe in row] for row in read],
+        "pictures": [[Path(path).name for path in row] for row in rows],
+        "recipes": [[recipe for _, recipe in row] for row in opened],
     }
     texts = PngImagePlugin.PngInfo()
-    texts.add_text(GRID_KEY, json.dumps(facts))
-    path = next_image_path(output / "grids")
+    texts.add_text(GRID_KEY, json.dumps(record))
+    path = next_image_path(Path(output) / "grids")
     with atomic_file(path) as part:
         sheet.save(part, format="PNG", pnginfo=texts)
     return path
 
 
-def open_image(path: Path) -> tuple[Image.Image, str]:
-    """Open one of our pictures with its recipe."""
+def _open_image(path: Path) -> tuple[Image.Image, str]:
+    """Open a generated image, with its recipe as JSON."""
     with Image.open(path) as opened:
         return opened.convert("RGB"), opened.info[PNG_KEY]
 
 
 def measure_blocks(
-    request: GenerationRequest, of: str, output: Path, options: LoadOptions | None = None
+    request: GenerationRequest, of: str, output: str | os.PathLike[str], options: LoadOptions | None = None
 ) -> tuple[BlockEffect, ...]:
-    """Leave out one block of an adapter at a time; the strongest first. Raises LoRADiffusionError's children."""
-    options = options or LoadOptions()
+    """Measure the effect of each block of an adapter by generating an image without it.
+
+    Args:
+        request: The image to generate.
+        of: File name or number of the adapter; empty for the first.
+        output: Folder for the images.
+        options: How adapters are found and the blend is prepared.
+
+    Returns:
+        The blocks with the largest change first.
+
+    Raises:
+        LoRADiffusionError: If an input is invalid or the folder cannot be written.
+    """
+    options, output = options or LoadOptions(), Path(output)
     check_writable(output / "00000.png")
-    presets = read_block_presets(options.block_presets) if options.block_presets else None
-    plans = without_blocks(
+    presets = read_block_presets(Path(options.block_presets)) if options.block_presets else None
+    requests = without_blocks(
         resolve_prompt_tags(request, options.resolver), of, find_checkpoint(request.base).layout, presets
     )
     base = load_base_for(request)
     paths: dict[str, Path] = {}
-    for block, less in tqdm(plans.items(), desc="blocks", unit="picture", leave=False):
-        paths[block] = draw_cell(
-            base, load_and_resolve_blend(less.base, less.entries, options), less, output, options, []
-        )
+    for block, partial in tqdm(requests.items(), desc="blocks", unit="picture", leave=False):
+        resolved = load_and_resolve_blend(partial.base, partial.entries, options)
+        paths[block] = _draw_cell(base, resolved, partial, output, options, [])
     return rank_blocks(paths)
 
 
-def rank_blocks(paths: Mapping[str, Path]) -> tuple[BlockEffect, ...]:
-    """Rank blocks by how much each picture differs from the one with all blocks, which is under ""."""
-    effects = (measure_block_effect(block, path, paths[""]) for block, path in paths.items() if block)
+def rank_blocks(paths: Mapping[str, str | os.PathLike[str]]) -> tuple[BlockEffect, ...]:
+    """Rank blocks by the difference between the images without them and the image with all blocks.
+
+    Args:
+        paths: The image without each block, by name of the block, and the image with all blocks under the empty name.
+
+    Returns:
+        The blocks with the largest change first.
+    """
+    effects = (_measure_block_effect(block, Path(path), Path(paths[""])) for block, path in paths.items() if block)
     return tuple(sorted(effects, key=lambda effect: -effect.change))
 
 
-def measure_block_effect(block: str, without: Path, whole: Path) -> BlockEffect:
-    less, more = (np.asarray(open_image(path)[0], dtype=np.float32) for path in (without, whole))
-    return BlockEffect(block=block, change=float(np.abs(less - more).mean()), path=without)
+def _measure_block_effect(block: str, without: Path, complete: Path) -> BlockEffect:
+    partial, full = (np.asarray(_open_image(path)[0], dtype=np.float32) for path in (without, complete))
+    return BlockEffect(block=block, change=float(np.abs(partial - full).mean()), path=without)

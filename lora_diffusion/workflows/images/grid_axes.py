@@ -1,4 +1,4 @@
-"""Grid axes: the requests of a grid of pictures over two settings, or of a blend without one block at a time."""
+"""Axes of image grids: the requests of a grid over two settings, or of a blend without one block at a time."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +16,12 @@ from lora_diffusion.errors import ConfigError
 from lora_diffusion.library.entry import adapter_stem
 from lora_diffusion.workflows.images.request import GenerationRequest
 
-MOST_CELLS = 64
+_MAX_CELLS = 64
+"""Maximum number of images in a grid."""
 NOTHING = "nothing"
+"""Name of an axis with a single image."""
 TEXTS = ("prompt", "negative_prompt")
-"""Settings whose values may hold commas, so that a `|` stands between them."""
+"""Settings whose values can contain commas, so that they are separated by `|`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +29,11 @@ class GridAxis:
     """The setting that changes along one side of a grid, and its values."""
 
     what: str = NOTHING
-    """A key of `CHANGES`."""
+    """Name of the setting, a key of `CHANGES`."""
     values: tuple[str, ...] = ("",)
+    """Values of the setting, as text."""
     of: str = ""
-    """Which adapter, for a weight or a block preset: its file's name, or its number from 1; the first if empty."""
+    """Adapter whose weight or block preset changes: file name, or number from 1; empty for the first adapter."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -44,127 +47,164 @@ class GridAxis:
 
 
 def make_axis(what: str, text: str, of: str = "") -> GridAxis:
-    """Make an axis from comma-separated values, or prompts separated by `|`. Raises ConfigError."""
+    """Make an axis from text.
+
+    Args:
+        what: Name of the setting, a key of `CHANGES`.
+        text: Values separated by commas; prompts are separated by `|`.
+        of: Adapter whose weight or block preset changes.
+
+    Raises:
+        ConfigError: If the setting is unknown or there are no values.
+    """
     what = what.strip().replace("-", "_") if what.strip() != "block-preset" else "block preset"
     if what == NOTHING:
         return GridAxis()
     if what not in CHANGES:
-        raise ConfigError(f"{what!r} cannot be compared; choose one of {', '.join(CHANGES)}")
+        raise ConfigError(f"{what!r}: is not a setting that a grid can vary; expected one of {', '.join(CHANGES)}")
     values = tuple(part.strip() for part in text.split("|" if what in TEXTS else ",") if part.strip())
     if not values:
-        raise ConfigError(f"no values for {what}; write some, with {'a |' if what in TEXTS else 'commas'} between")
+        separator = "|" if what in TEXTS else "commas"
+        raise ConfigError(f"{what}: no values; expected one or more, separated by {separator}")
     return GridAxis(what=what, values=values, of=of)
 
 
 def parse_axis(text: str) -> GridAxis:
-    """Parse `weight:neon=0,0.5,1` or `seed=1,2`. Raises ConfigError."""
-    found = re.fullmatch(r"(?P<what>[^:=]+)(?::(?P<of>[^=]+))?=(?P<values>.*)", text, re.DOTALL)
-    if not found:
-        raise ConfigError(f"{text!r}: expected WHAT=VALUES or WHAT:ADAPTER=VALUES, e.g. weight:neon=0,0.5,1")
-    return make_axis(found["what"], found["values"], found["of"] or "")
+    """Parse an axis such as `weight:neon=0,0.5,1` or `seed=1,2`.
+
+    Raises:
+        ConfigError: If the text has another form, or the setting is unknown.
+    """
+    match = re.fullmatch(r"(?P<what>[^:=]+)(?::(?P<of>[^=]+))?=(?P<values>.*)", text, re.DOTALL)
+    if not match:
+        raise ConfigError(f"{text!r}: expected SETTING=VALUES or SETTING:ADAPTER=VALUES, e.g. weight:neon=0,0.5,1")
+    return make_axis(match["what"], match["values"], match["of"] or "")
 
 
 def format_axis(side: GridAxis) -> str:
-    """Format an axis as `parse_axis` reads it."""
+    """Format an axis as text that `parse_axis` reads."""
     what = "block-preset" if side.what == "block preset" else side.what
     between = "|" if side.what in TEXTS else ","
     return f"{what}{side.of and ':'}{side.of}={between.join(side.values)}"
 
 
 def expand_grid(request: GenerationRequest, across: GridAxis, down: GridAxis) -> list[list[GenerationRequest]]:
-    """Return the request of each picture, row by row. Raises ConfigError for an invalid value."""
+    """Return the request of each image of a grid.
+
+    Args:
+        request: What all images have in common.
+        across: The setting that changes from column to column.
+        down: The setting that changes from row to row.
+
+    Returns:
+        The requests, row by row, each for a single image.
+
+    Raises:
+        ConfigError: If a value is invalid, or the grid is too large.
+    """
     count = len(across.values) * len(down.values)
-    if count > MOST_CELLS:
-        raise ConfigError(f"{count} pictures are more than a grid holds; {MOST_CELLS} at most")
+    if count > _MAX_CELLS:
+        raise ConfigError(f"a grid of {count} images is too large; give values for {_MAX_CELLS} at most")
     single = replace(request, settings=request.settings.model_copy(update={"count": 1}))
     return [
-        [apply_axis_value(apply_axis_value(single, down, y), across, x) for x in across.values] for y in down.values
+        [_apply_axis_value(_apply_axis_value(single, down, y), across, x) for x in across.values] for y in down.values
     ]
 
 
-def apply_axis_value(request: GenerationRequest, side: GridAxis, value: str) -> GenerationRequest:
-    """Return the request with this value. Raises ConfigError."""
+def _apply_axis_value(request: GenerationRequest, side: GridAxis, value: str) -> GenerationRequest:
+    """Return the request with one value of an axis."""
     try:
         return CHANGES[side.what](request, value, side.of)
     except ConfigError:
         raise
     except ValueError:
-        raise ConfigError(f"{side.what}: {value!r} is no number; write values like 0, 0.5, 1") from None
+        raise ConfigError(f"{side.what}: {value!r} is not a number; expected values such as 0, 0.5, 1") from None
 
 
-def set_setting(name: str) -> Callable[[GenerationRequest, str, str], GenerationRequest]:
-    """A setting of the picture."""
+def _set_setting(name: str) -> Callable[[GenerationRequest, str, str], GenerationRequest]:
+    """Return a function that changes a sampling setting of a request."""
 
     def change(request: GenerationRequest, value: str, _of: str) -> GenerationRequest:
-        whole = name in ("seed", "num_inference_steps")
-        number = float(value) if name == "guidance_scale" else int(value) if whole else value
-        settings = validate(GenerateConfig, {**request.settings.model_dump(), name: number}, source="the grid")
+        is_integer = name in ("seed", "num_inference_steps")
+        parsed = float(value) if name == "guidance_scale" else int(value) if is_integer else value
+        settings = validate(GenerateConfig, {**request.settings.model_dump(), name: parsed}, source="the grid")
         return replace(request, settings=settings)
 
     return change
 
 
-def set_weight(
+def _set_weight(
     update: Callable[[str], Mapping[str, Any]],
 ) -> Callable[[GenerationRequest, str, str], GenerationRequest]:
-    """A change of one adapter's weight."""
+    """Return a function that changes the weight of one adapter of a request."""
 
     def change(request: GenerationRequest, value: str, of: str) -> GenerationRequest:
         at = find_entry(request.entries, of)
         weight = validate(
-            BlendWeight, {**as_blend_weight(request.entries[at].weight).model_dump(), **update(value)}, source=value
+            BlendWeight, {**_as_blend_weight(request.entries[at].weight).model_dump(), **update(value)}, source=value
         )
-        return replace(request, entries=with_weight(request.entries, at, weight))
+        return replace(request, entries=_with_weight(request.entries, at, weight))
 
     return change
 
 
-def keep_only(request: GenerationRequest, value: str, _of: str) -> GenerationRequest:
-    """Keep a single adapter, at its weight."""
+def _keep_only(request: GenerationRequest, value: str, _of: str) -> GenerationRequest:
+    """Return the request with a single adapter, at its weight."""
     return replace(request, entries=(request.entries[find_entry(request.entries, value)],))
 
 
-def set_mode(request: GenerationRequest, value: str, _of: str) -> GenerationRequest:
-    """Set another composition mode, with its default settings."""
+def _set_mode(request: GenerationRequest, value: str, _of: str) -> GenerationRequest:
+    """Return the request with another composition mode, at its default settings."""
     return replace(request, composition=validate(Composition, {"mode": value}, source="the grid"))
 
 
 CHANGES: dict[str, Callable[[GenerationRequest, str, str], GenerationRequest]] = {
-    "weight": set_weight(lambda value: {"value": float(value)}),
-    "block preset": set_weight(lambda value: {"blocks": value}),
-    "adapter": keep_only,
-    "mode": set_mode,
-    **{name: set_setting(name) for name in ("seed", "scheduler", *TEXTS)},
-    **{short: set_setting(name) for name, short in SHORT_NAMES.items()},
+    "weight": _set_weight(lambda value: {"value": float(value)}),
+    "block preset": _set_weight(lambda value: {"blocks": value}),
+    "adapter": _keep_only,
+    "mode": _set_mode,
+    **{name: _set_setting(name) for name in ("seed", "scheduler", *TEXTS)},
+    **{short: _set_setting(name) for name, short in SHORT_NAMES.items()},
     NOTHING: lambda request, _, __: request,
 }
 
 
 def find_entry(entries: Sequence[BlendEntry], of: str) -> int:
-    """Find an entry by its number from 1, its file name, or the end of its path. Raises ConfigError."""
+    """Find an adapter of a request.
+
+    Args:
+        entries: The adapters of the request.
+        of: Number from 1, name, file name, or the end of the path, with or without its suffix; empty for the first.
+
+    Returns:
+        Index of the adapter.
+
+    Raises:
+        ConfigError: If there is no such adapter.
+    """
     if not entries:
-        raise ConfigError("no adapter is on the table; put one there, or compare something else")
+        raise ConfigError("the blend has no adapters; add one, or vary another setting")
     if not of:
         return 0
     if of.isdecimal() and 1 <= int(of) <= len(entries):
         return int(of) - 1
     wanted = Path(of)
-    for place, entry in enumerate(entries):
+    for index, entry in enumerate(entries):
         path = Path(entry.path)
         same_folder = path.parent.parts[len(path.parent.parts) - len(wanted.parent.parts) :] == wanted.parent.parts
         if of == entry.name or (same_folder and adapter_stem(path) == adapter_stem(wanted)):
-            return place
+            return index
     known = ", ".join(entry.name or adapter_stem(Path(entry.path)) for entry in entries)
-    raise ConfigError(f"{of}: is not on the table; name one of {known}")
+    raise ConfigError(f"{of}: is not an adapter of the blend; expected one of {known}")
 
 
-def as_blend_weight(weight: Weight) -> BlendWeight:
-    """Return a plain number as a BlendWeight."""
+def _as_blend_weight(weight: Weight) -> BlendWeight:
+    """Return a weight as a BlendWeight."""
     return weight if isinstance(weight, BlendWeight) else BlendWeight(value=weight)
 
 
-def with_weight(entries: tuple[BlendEntry, ...], at: int, weight: BlendWeight) -> tuple[BlendEntry, ...]:
-    """The entries with another weight for one; a weight that is no more than a number is one."""
+def _with_weight(entries: tuple[BlendEntry, ...], at: int, weight: BlendWeight) -> tuple[BlendEntry, ...]:
+    """Return the entries with another weight for one; a weight without further settings becomes a number."""
     plain = weight.value if weight == BlendWeight(value=weight.value) else weight
     return (*entries[:at], entries[at].model_copy(update={"weight": plain}), *entries[at + 1 :])
 
@@ -172,14 +212,27 @@ def with_weight(entries: tuple[BlendEntry, ...], at: int, weight: BlendWeight) -
 def without_blocks(
     request: GenerationRequest, of: str, layout: ModelLayout, presets: BlockPresets | None = None
 ) -> dict[str, GenerationRequest]:
-    """Return a request without each block of one adapter, by block, and with all under "". Raises ConfigError."""
+    """Return requests that each leave out one block of an adapter.
+
+    Args:
+        request: The image to generate.
+        of: File name or number of the adapter; empty for the first.
+        layout: Layout of the base, which determines the blocks.
+        presets: Block vectors by name.
+
+    Returns:
+        The requests by name of the left out block, and the unchanged request under the empty name.
+
+    Raises:
+        ConfigError: If there is no such adapter, or its block preset is unknown.
+    """
     single = replace(request, settings=request.settings.model_copy(update={"count": 1}))
     at = find_entry(request.entries, of)
-    weight = as_blend_weight(expand_block_preset(request.entries[at].weight, layout, presets))
+    weight = _as_blend_weight(expand_block_preset(request.entries[at].weight, layout, presets))
     factors = dict(weight.blocks) if isinstance(weight.blocks, Mapping) else {}
-    _, attentive = vector_block_names(layout)
-    found = {"": single}
-    for block in attentive:
-        less = weight.model_copy(update={"blocks": {**factors, block: 0.0}})
-        found[block] = replace(single, entries=with_weight(request.entries, at, less))
-    return found
+    _, attention_blocks = vector_block_names(layout)
+    requests = {"": single}
+    for block in attention_blocks:
+        partial = weight.model_copy(update={"blocks": {**factors, block: 0.0}})
+        requests[block] = replace(single, entries=_with_weight(request.entries, at, partial))
+    return requests

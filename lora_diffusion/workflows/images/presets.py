@@ -1,5 +1,6 @@
-"""Checks of preset files: whether each adapter is found, fits the base, and goes together with the others."""
+"""Checks of preset files: whether the base, each adapter and the composition can be used."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,11 +16,23 @@ from lora_diffusion.library.references import AdapterResolver, load_blend, resol
 from lora_diffusion.models.locate import find_base
 
 
-def check_preset(path: Path, resolver: AdapterResolver, ignore: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """What is wrong with a preset: pairs of what was checked and what came of it, empty if all is well.
+def check_preset(
+    path: str | os.PathLike[str], resolver: AdapterResolver, ignore: Sequence[str] = ()
+) -> list[tuple[str, str]]:
+    """Check that the base of a preset is found, and that each adapter is found by its hash and fits the base.
 
-    Each adapter has to be found with its hash, its weight has to fit its base, and all have to go together.
+    Args:
+        path: The preset file.
+        resolver: Finds adapters by path, hash or name.
+        ignore: Patterns of keys that adapter files may contain although they are not understood.
+
+    Returns:
+        A pair for each check: the name of what was checked, and the problem, which is empty if there is none.
+
+    Raises:
+        ConfigError: If the preset cannot be read.
     """
+    path = Path(path)
     preset = read_preset(path)
     checks: list[tuple[str, str]] = []
     try:
@@ -32,15 +45,15 @@ def check_preset(path: Path, resolver: AdapterResolver, ignore: Sequence[str] = 
         checks.append(
             (
                 f"adapter {entry.name or entry.path}",
-                explain_entry_problem(entry, resolver, ignore, family.name if family else "", layout),
+                _explain_entry_problem(entry, resolver, ignore, family.name if family else "", layout),
             )
         )
-    checks.append(("composition", explain_composition_problem(preset)))
+    checks.append(("composition", _explain_composition_problem(preset)))
     return checks
 
 
-def explain_composition_problem(preset: BlendPreset) -> str:
-    """Explain why the adapters cannot be composed as the preset says; empty if they can."""
+def _explain_composition_problem(preset: BlendPreset) -> str:
+    """Explain why the adapters cannot be combined with the preset's composition; empty if they can."""
     active = sum(not is_zero(entry.weight) for entry in preset.adapters)
     try:
         validate_composition(preset.composition, active, regions=any(entry.region for entry in preset.adapters))
@@ -49,19 +62,19 @@ def explain_composition_problem(preset: BlendPreset) -> str:
     return ""
 
 
-def explain_entry_problem(
+def _explain_entry_problem(
     entry: BlendEntry, resolver: AdapterResolver, ignore: Sequence[str], family: str, layout: ModelLayout | None
 ) -> str:
-    """Explain why an adapter cannot be used as the preset says; empty if it can."""
+    """Explain why an adapter cannot be used with its weight and region in the preset; empty if it can."""
     try:
-        found = load_blend([entry], resolver, ignore=ignore)
+        resolved = load_blend([entry], resolver, ignore=ignore)
         if entry.region:
             region_mask(entry.region)
-        own = found.blend.entries[0].adapter.metadata.family
-        if family and own and own != family:
-            return f"is for {own}, the preset's base is {family}"
+        adapter_family = resolved.blend.entries[0].adapter.metadata.family
+        if family and adapter_family and adapter_family != family:
+            return f"is for {adapter_family}, but the preset's base is {family}"
         if layout is not None:
             expand_block_preset(entry.weight, layout)
     except LoRADiffusionError as error:
         return str(error)
-    return "; ".join(found.notes)
+    return "; ".join(resolved.notes)

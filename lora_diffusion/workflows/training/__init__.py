@@ -1,1 +1,1 @@
-"""What a training run leaves for a person to look at: curves, a sheet of samples, and a page with everything."""
+"""User tasks around training: dry run, dataset check, training with a report, distillation, sizes of methods."""

@@ -1,7 +1,8 @@
-"""Training data against the base that they are for."""
+"""Checks of training data for a base."""
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import CLIPTokenizer
 
@@ -17,10 +18,20 @@ from lora_diffusion.prompts.emphasis import parse_literal
 
 
 def check_dataset_for_base(config: DataConfig, base: str, trigger: str = "") -> DatasetReport:
-    """Check a dataset for a base, whose weights are not read. Raises BaseModelError, DatasetError."""
+    """Check a dataset with the tokenizer and the resolution of a base, whose weights are not read.
+
+    Args:
+        config: Settings of the dataset.
+        base: `tiny-sd`, a diffusers folder or a hub id.
+        trigger: Text that captions are expected to contain; empty to expect none.
+
+    Raises:
+        BaseModelError: If the base is not found, or its configuration cannot be read.
+        DatasetError: If the folder, a picture or a caption cannot be read.
+    """
     folder = find_base(base)
     with quiet_libraries():
-        tokenizer: Any = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        tokenizer: Any = cast(Any, CLIPTokenizer).from_pretrained(folder / "tokenizer")
     sample_size = int(read_json(folder / "unet" / "config.json")["sample_size"])
     levels = len(read_json(folder / "vae" / "config.json")["block_out_channels"])
     return check_dataset(
@@ -31,7 +42,11 @@ def check_dataset_for_base(config: DataConfig, base: str, trigger: str = "") -> 
     )
 
 
-def save_contact_sheet(report: DatasetReport, config: DataConfig, path: Path) -> None:
-    """Write the contact sheet as PNG. Raises OutputError."""
-    with atomic_file(path) as part:
+def save_contact_sheet(report: DatasetReport, config: DataConfig, path: str | os.PathLike[str]) -> None:
+    """Write a contact sheet of the pictures as they are cropped for training, as PNG.
+
+    Raises:
+        OutputError: If the file cannot be written.
+    """
+    with atomic_file(Path(path)) as part:
         draw_contact_sheet(report, config).save(part, format="PNG")

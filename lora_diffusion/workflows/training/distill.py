@@ -1,5 +1,6 @@
-"""What `distill` does between its flags and the training: prompts, adapters and base are read, a file is written."""
+"""Distillation of a blend into one adapter file, with the choice of its prompts."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from lora_diffusion.training.distillation.distill import DistillResult, distill
 from lora_diffusion.workflows.images.generate import LoadOptions, load_and_resolve_blend
 from lora_diffusion.workflows.images.request import GenerationRequest
 
-SCENES = (
+_SCENES = (
     "a picture",
     "a portrait",
     "a cat in a forest",
@@ -31,71 +32,91 @@ SCENES = (
     "a castle in the mountains at night",
     "a person in a room",
 )
-"""What prompts are made of where none are given."""
+"""Prompts for distillation if none are given; the trigger words of the adapters are appended."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSource:
-    """Prompts from a file with one per line, from a folder's captions, or else from built-in scenes."""
+    """Where the prompts come from; built-in scenes without a file or folder."""
 
-    file: Path | None = None
-    folder: Path | None = None
+    file: str | os.PathLike[str] | None = None
+    """Text file with one prompt per line."""
+    folder: str | os.PathLike[str] | None = None
+    """Folder of training pictures whose captions are used."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillFileResult:
-    """A written file, how close it comes to the blend, and notes for the user."""
+    """A distilled adapter file."""
 
     path: Path
+    """The written file."""
     result: DistillResult
+    """The adapter, and how close it comes to the blend."""
     notes: tuple[str, ...] = ()
+    """Messages for the user."""
 
 
 def distill_file(
     request: GenerationRequest,
     source: PromptSource,
     config: DistillConfig,
-    output: Path,
+    output: str | os.PathLike[str],
     options: LoadOptions,
     *,
     force: bool = False,
 ) -> DistillFileResult:
-    """Distill the blend of a request into an adapter file, written atomically. Its prompt is not used.
+    """Distill the blend of a request into an adapter file, which is written atomically.
 
-    Raises LoRADiffusionError's children, for what can be seen from the input before the first step.
+    Args:
+        request: Base, adapters and composition of the blend; its prompt and sampling settings are not used.
+        source: Where the training prompts come from.
+        config: Settings of the distillation.
+        output: The .safetensors file to write.
+        options: How adapters are found and the blend is prepared.
+        force: Whether an existing file may be replaced.
+
+    Raises:
+        LoRADiffusionError: If an input is invalid; this is checked before the first training step.
     """
+    output = Path(output)
     check_output(output, [Path(entry.path) for entry in request.entries], force=force)
-    found = load_and_resolve_blend(request.base, request.entries, options)
-    prompts = load_prompts(source, found.blend)
+    resolved = load_and_resolve_blend(request.base, request.entries, options)
+    prompts = _load_prompts(source, resolved.blend)
     base = load_base(request.base, precision=torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32)
     backup = "file" if options.low_memory else "memory"
-    result = distill(base, found.blend, request.composition, prompts, config, backup=backup)
+    result = distill(base, resolved.blend, request.composition, prompts, config, backup=backup)
     save_adapter(result.adapter, output)
-    return DistillFileResult(path=output, result=result, notes=(*request.notes, *found.notes))
+    return DistillFileResult(path=output, result=result, notes=(*request.notes, *resolved.notes))
 
 
-def load_prompts(source: PromptSource, blend: Blend) -> tuple[str, ...]:
-    """Load the prompts to distill the blend on. Raises ConfigError, and DatasetError for a folder."""
+def _load_prompts(source: PromptSource, blend: Blend) -> tuple[str, ...]:
+    """Load the prompts on which the blend is distilled."""
     if source.file and source.folder:
-        raise ConfigError("prompts come from --prompts FILE or from the captions of --data FOLDER; give one of them")
+        raise ConfigError("--prompts FILE and --data FOLDER are both given; give one source of prompts")
     if source.folder:
-        return tuple(example.caption for example in read_dataset(DataConfig(folder=source.folder)))
+        return tuple(example.caption for example in read_dataset(DataConfig(folder=Path(source.folder))))
     return read_prompts(source.file) if source.file else make_scene_prompts(blend)
 
 
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """Read one prompt per line. Raises ConfigError."""
+def read_prompts(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Read a UTF-8 text file with one prompt per line; empty lines are skipped.
+
+    Raises:
+        ConfigError: If the file cannot be read or contains no prompt.
+    """
+    path = Path(path)
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); expected a text file with one prompt a line") from None
+        raise ConfigError(f"{path}: cannot be read ({error}); expected a text file with one prompt per line") from None
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
-        raise ConfigError(f"{path}: there are no prompts in it; expected one a line")
+        raise ConfigError(f"{path}: contains no prompts; expected one per line")
     return prompts
 
 
 def make_scene_prompts(blend: Blend) -> tuple[str, ...]:
-    """Return each scene with the trigger words of all adapters, in their order."""
+    """Return the built-in scenes, each followed by the trigger words of all adapters in the order of the blend."""
     words = [word for entry in blend.entries for word in entry.adapter.metadata.trigger_words]
-    return tuple(", ".join([scene, *dict.fromkeys(words)]) for scene in SCENES)
+    return tuple(", ".join([scene, *dict.fromkeys(words)]) for scene in _SCENES)

@@ -1,6 +1,7 @@
-"""Training with everything around it: facts of the run, samples as they come, and the report."""
+"""Training with a sheet of samples, a summary in JSON and an HTML report in the folder of the run."""
 
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -18,49 +19,68 @@ from lora_diffusion.training.log import LOG, read_log
 from lora_diffusion.training.loop import TrainResult, train
 from lora_diffusion.training.setup import TrainingContext
 from lora_diffusion.workflows.training.rank_allocation import ranks_by_block
-from lora_diffusion.workflows.training.report import write_page
+from lora_diffusion.workflows.training.report import render_report
 from lora_diffusion.workflows.training.sample_sheet import draw_sheet
 
-FACTS, REPORT = "run.json", "report.html"
+SUMMARY_FILE = "run.json"
+"""Name of the summary in the folder of a run."""
+REPORT_FILE = "report.html"
+"""Name of the report in the folder of a run."""
 
 
 def train_and_report(config: TrainConfig) -> TrainResult:
-    """`train`, with a sheet of samples that grows meanwhile, and `report.html` in the run's folder at the end."""
-    started, seen = time.perf_counter(), list[TrainingContext]()
+    """Train an adapter, update a sheet of samples during the run, and write `report.html` at the end.
+
+    Args:
+        config: Settings of the run. The report is written only with `tracking.report`, and not if the run was stopped.
+
+    Raises:
+        LoRADiffusionError: If a setting, the base, the data or the output is invalid.
+    """
+    started, contexts = time.perf_counter(), list[TrainingContext]()
 
     def watch(run: TrainingContext, _step: int) -> None:
-        seen[:] = [run]
+        contexts[:] = [run]
         if run.accelerator.is_main_process:
             draw_sheet(run.folder, config.samples.prompts)
 
     result = train(config, watch=watch)
     if config.tracking.report and result.is_main_process and not result.stopped:
-        facts = to_json(seen[0], result, time.perf_counter() - started)
-        with atomic_file(seen[0].folder / FACTS) as part:
-            part.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        write_report(seen[0].folder)
+        summary = _summarize_run(contexts[0], result, time.perf_counter() - started)
+        with atomic_file(contexts[0].folder / SUMMARY_FILE) as part:
+            part.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        write_report(contexts[0].folder)
     return result
 
 
-def write_report(folder: Path) -> Path:
-    """Write the page of a run's folder from what is in it. Raises ConfigError if the run has not come to its end."""
+def write_report(folder: str | os.PathLike[str]) -> Path:
+    """Write the HTML report of a finished run from the files in its folder.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        ConfigError: If the folder has no summary or no log.
+        OutputError: If the report cannot be written.
+    """
+    folder = Path(folder)
     try:
-        facts: Mapping[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        summary: Mapping[str, Any] = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
         log = read_log(folder / LOG)
     except FileNotFoundError as error:
         raise ConfigError(
             f"{folder}: has no {Path(str(error.filename)).name}; give the NAME-run folder of a run that has ended"
         ) from None
-    draw_sheet(folder, facts["settings"]["samples"]["prompts"])
-    with atomic_file(folder / REPORT) as part:
-        part.write_text(write_page(folder, facts, log), encoding="utf-8")
-    return folder / REPORT
+    draw_sheet(folder, summary["settings"]["samples"]["prompts"])
+    with atomic_file(folder / REPORT_FILE) as part:
+        part.write_text(render_report(folder, summary, log), encoding="utf-8")
+    return folder / REPORT_FILE
 
 
-def to_json(run: TrainingContext, result: TrainResult, seconds: float) -> dict[str, Any]:
-    """Return the facts of a finished run."""
+def _summarize_run(run: TrainingContext, result: TrainResult, seconds: float) -> dict[str, Any]:
+    """Return the summary of a finished run, for `run.json`."""
     pictures = run.samples[0]
-    taken = [line["seconds"] for line in read_log(run.folder / LOG) if "seconds" in line]
+    step_seconds = [line["seconds"] for line in read_log(run.folder / LOG) if "seconds" in line]
     return {
         "name": result.adapter.metadata.name,
         "settings": run.config.model_dump(mode="json"),
@@ -78,7 +98,7 @@ def to_json(run: TrainingContext, result: TrainResult, seconds: float) -> dict[s
         "allocation": ranks_by_block(result.adapter),
         "parameters": sum(p.numel() for p in run.parameters.values()),
         "seconds": seconds,
-        "seconds_per_step": sum(taken) / max(1, len(taken)),
+        "seconds_per_step": sum(step_seconds) / max(1, len(step_seconds)),
         "memory_mb": peak_memory_mb(),
         "machine": describe_machine(),
         "versions": library_versions(),

@@ -113,7 +113,7 @@ def test_b_lora_targets_match_the_block_preset_of_that_name(part: str, block: st
     assert {block_name(path, layout) for path in paths} == {block}
     factors = block_factors(f"BLORA-{part.upper()}", layout)
     assert [name for name, factor in factors.items() if factor] == [block]
-    with pytest.raises(ConfigError, match="names no module"):
+    with pytest.raises(ConfigError, match="matches no module"):
         resolve_targets(trainable_paths(LAYOUTS["sd1"]), unet=[f"b-lora-{part}"], text_encoders=())
     with pytest.raises(ConfigError, match="unknown block preset"):
         block_factors(f"BLORA-{part.upper()}", LAYOUTS["sd1"])

@@ -220,5 +220,5 @@ def test_invalid_combinations_are_rejected(table: dict[str, Any], words: tuple[s
 def test_module_in_two_kinds_of_targets_is_rejected(pictures: Path, sd_folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"modules_to_save and by the other targets"):
         train(settings(pictures, sd_folder, {"adapter": {"modules_to_save": ["unet.*.to_q"]}}))
-    with pytest.raises(ConfigError, match=r"'unet.nowhere' names no module"):
+    with pytest.raises(ConfigError, match=r"'unet.nowhere' matches no module"):
         train(settings(pictures, sd_folder, {"adapter": {"modules_to_save": ["unet.nowhere"]}}))

@@ -25,7 +25,7 @@ from lora_diffusion.errors import ConfigError
 from lora_diffusion.models.locate import find_checkpoint
 from lora_diffusion.training.log import LOG, read_log
 from lora_diffusion.workflows.training.dataset_check import check_dataset_for_base
-from lora_diffusion.workflows.training.run import REPORT
+from lora_diffusion.workflows.training.run import REPORT_FILE
 from lora_diffusion.workflows.training.sample_sheet import sheet_path
 from lora_diffusion_studio.backend.config import check_file_name
 from lora_diffusion_studio.backend.studio import Studio
@@ -224,7 +224,7 @@ class TrainingRuns:
             running=running,
             losses=tuple((line["step"], line["loss"]) for line in log),
             sample_sheet=_existing(sheet_path(run_folder)),
-            report=_existing(run_folder / REPORT),
+            report=_existing(run_folder / REPORT_FILE),
             adapter=None if running else _existing(folder / f"{folder.name}.safetensors"),
         )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.workflows.training.run import FACTS
+from lora_diffusion.workflows.training.run import SUMMARY_FILE
 
 _PACE_STEPS = 20
 """Number of recent steps from which the remaining time is estimated."""
@@ -31,7 +31,7 @@ class RunStatus:
 def read_total_steps(run_folder: Path) -> int:
     """Return the number of steps that a run was started with, or 0 if it is unknown."""
     try:
-        return int(json.loads((run_folder / FACTS).read_text(encoding="utf-8"))["settings"]["steps"])
+        return int(json.loads((run_folder / SUMMARY_FILE).read_text(encoding="utf-8"))["settings"]["steps"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0
 
