@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from lora_diffusion.config.generate import DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_INFERENCE_STEPS
 from lora_diffusion.config.settings import Positive, Settings
 
 
@@ -25,9 +26,9 @@ class DistillConfig(Settings):
     """Prompts used at most, drawn from those given; a quarter is held out to measure with."""
     runs: Positive = 2
     """Sampling runs of the blend for each prompt, each from noise of its own."""
-    num_inference_steps: Positive = 20
+    num_inference_steps: Positive = DEFAULT_NUM_INFERENCE_STEPS
     """Denoising steps of a run (DDIM); a mode that goes by steps is imitated for runs of this length."""
-    guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 4.0
+    guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = DEFAULT_GUIDANCE_SCALE
     """Classifier-free guidance of the runs; above 1, the predictions for the empty prompt are imitated too."""
     resolution: Annotated[int, Field(gt=0, multiple_of=8)] | None = None
     """Side of the square pictures of the runs."""

@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lora_diffusion.config.adapter import PRODUCT_KINDS, PRUNING_KINDS, AboveZero, AdapterConfig, NotNegative, Share
+from lora_diffusion.config.generate import DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_INFERENCE_STEPS
 from lora_diffusion.config.optimizer import OptimizerConfig
 from lora_diffusion.config.settings import EMBEDDED_BASE, Positive, Precision, Quantization, Settings
 from lora_diffusion.config.textual_inversion import SliderConfig, TextualInversionConfig
@@ -171,9 +172,9 @@ class SamplesConfig(Settings):
     """Optimizer steps between rows of the contact sheet."""
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
     """Seed of each picture."""
-    num_inference_steps: Positive = 20
+    num_inference_steps: Positive = DEFAULT_NUM_INFERENCE_STEPS
     """Denoising steps."""
-    guidance_scale: NotNegative = 4.0
+    guidance_scale: NotNegative = DEFAULT_GUIDANCE_SCALE
     """Classifier-free guidance scale."""
 
 

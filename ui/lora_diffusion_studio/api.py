@@ -4,6 +4,7 @@ from typing import Any
 
 import gradio as gr
 
+from lora_diffusion.config.generate import DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_INFERENCE_STEPS
 from lora_diffusion.errors import ConfigError
 from lora_diffusion_studio.forms import BlendForm
 from lora_diffusion_studio.rows import AdapterSlot, normalize_options
@@ -21,8 +22,8 @@ def add_api(studio: Studio) -> None:
         base: str = "",
         mode: str = "sum",
         seed: int = 0,
-        steps: int = 20,
-        guidance: float = 4.0,
+        steps: int = DEFAULT_NUM_INFERENCE_STEPS,
+        guidance: float = DEFAULT_GUIDANCE_SCALE,
         count: int = 1,
     ) -> dict[str, Any]:
         """Pictures of a blend; adapters as `name:0.8:start=0.3`. Returns the files' paths, and notes."""

@@ -10,12 +10,14 @@ from typing import Any
 
 from PIL import Image
 
+from lora_diffusion.config.adapter_files import ConvertConfig
+from lora_diffusion.config.settings import Dialect
 from lora_diffusion.core.atomic_files import atomic_file
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.evaluation.plots import save_analysis_plots
 from lora_diffusion.library.search import find_adapter
 from lora_diffusion.workflows.adapters.analyze import analyze_files
-from lora_diffusion.workflows.adapters.convert import ConvertConfig, Dialect, convert
+from lora_diffusion.workflows.adapters.convert import convert
 from lora_diffusion.workflows.adapters.inspect import inspect_adapter
 from lora_diffusion.workflows.adapters.verify import describe_checks, verify
 from lora_diffusion_studio.rows import LEAST, MOST

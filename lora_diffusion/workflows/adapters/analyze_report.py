@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from lora_diffusion.core.tables import format_table
+
 Facts = Mapping[str, Any]
-Rows = Sequence[Sequence[str]]
 MOST_PAIRS = 20
 
 
@@ -32,7 +33,7 @@ def describe_analysis(facts: Facts) -> str:
 def format_totals(adapters: Sequence[Facts]) -> str:
     heading = ["", "family", "kind", "modules", "norm", "rank", "effective", "stable", "for 99 %"]
     title = "deltas; ranks are medians over modules, the last one holds 99 % of the energy"
-    return f"{title}\n{format_table([heading, *map(format_total, adapters)], left=3)}"
+    return f"{title}\n{format_table(heading, [*map(format_total, adapters)], left=(0, 1, 2))}"
 
 
 def format_total(adapter: Facts) -> list[str]:
@@ -47,7 +48,8 @@ def format_by_block(adapters: Sequence[Facts], title: str, cell: Callable[[Facts
     blocks = sorted({block for adapter in adapters for block in adapter["blocks"]})
     found = [adapter["blocks"] for adapter in adapters]
     rows = [[block, *(cell(each[block]) if block in each else "-" for each in found)] for block in blocks]
-    return f"{title}\n{format_table([['', *(truncate_name(adapter['name'], 12) for adapter in adapters)], *rows])}"
+    heading = ["", *(truncate_name(adapter["name"], 12) for adapter in adapters)]
+    return f"{title}\n{format_table(heading, rows)}"
 
 
 def format_amplifications(adapters: Sequence[Facts], base: str) -> str:
@@ -57,7 +59,7 @@ def format_amplifications(adapters: Sequence[Facts], base: str) -> str:
     heading = ["", "|delta|", "|U'WV|", "own", "random", "|delta| / |U'WV|"]
     medians = [(truncate_name(adapter["name"]), adapter["amplification"]["whole"]) for adapter in adapters]
     rows = [[name, *(format_digits(found[key]) for key in keys)] for name, found in medians]
-    return f"{title}\n{format_table([heading, *rows])}"
+    return f"{title}\n{format_table(heading, rows)}"
 
 
 def format_digits(value: float | None) -> str:
@@ -75,7 +77,7 @@ def format_overlaps(pairs: Sequence[Facts]) -> str:
     )
     rows = [[*format_pair(pair), find_strongest_block(pair)] for pair in pairs[:MOST_PAIRS]]
     more = [f"and {len(pairs) - MOST_PAIRS} more, which --json lists"] if len(pairs) > MOST_PAIRS else []
-    return "\n".join([title, format_table([heading, *rows], left_last=True), *more, *notes])
+    return "\n".join([title, format_table(heading, rows, left=(0, -1)), *more, *notes])
 
 
 def format_pair(pair: Facts) -> list[str]:
@@ -103,7 +105,7 @@ def format_overlap_by_block(pair: Facts) -> str:
     heading = ["", "cosine", "shared", truncate_name(pair["first"]), truncate_name(pair["second"])]
     keys = ("shared", "first_share", "second_share")
     rows = [[b, f"{x['cosine']:z.3f}", *(format_percent(x[key]) for key in keys)] for b, x in pair["blocks"].items()]
-    return f"{title}\n{format_table([heading, *rows])}"
+    return f"{title}\n{format_table(heading, rows)}"
 
 
 def format_left_out(adapters: Iterable[Facts]) -> list[str]:
@@ -118,18 +120,3 @@ def format_left_out(adapters: Iterable[Facts]) -> list[str]:
 
 def truncate_name(name: str, longest: int = 24) -> str:
     return name if len(name) <= longest else f"{name[: longest - 1]}…"
-
-
-def format_table(rows: Rows, *, left: int = 1, left_last: bool = False) -> str:
-    """Format columns as wide as their widest cell; the first `left` are left-aligned, the others right-aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    last = len(widths) - 1
-
-    def line(row: Sequence[str]) -> str:
-        cells = zip(row, widths, strict=True)
-        return "  ".join(
-            cell.ljust(width) if i < left or (left_last and i == last) else cell.rjust(width)
-            for i, (cell, width) in enumerate(cells)
-        ).rstrip()
-
-    return "\n".join(map(line, rows))

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from lora_diffusion.adapters.adapter import Adapter, cast_adapter
 from lora_diffusion.algebra.metrics.quantization_error import rounding_error
-from lora_diffusion.config.merge import WeightType
+from lora_diffusion.config.adapter_files import ConvertConfig
 from lora_diffusion.config.settings import Dialect
 from lora_diffusion.core.atomic_files import atomic_file, check_output_free
 from lora_diffusion.core.dtypes import torch_dtype
@@ -24,18 +24,6 @@ WRITERS: Mapping[Dialect, Callable[[Adapter, Path], None]] = {
     "kohya": save_kohya,
     "embedding": save_embedding,
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvertConfig:
-    """Settings of converting adapter files."""
-
-    to: Dialect
-    dtype: WeightType = "keep"
-    force: bool = False
-    without_tokens: bool = False
-    card: bool = False
-    ignore: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +44,7 @@ def convert(source: Path, output: Path, how: ConvertConfig) -> ConvertResult:
     card = output.with_suffix(".md")
     for path in (output, card) if how.card else (output,):
         check_output_free(path, force=how.force)
-    adapter = load_adapter(source, ignore=how.ignore)
+    adapter = load_adapter(source, ignore=how.ignore_unmatched)
     if how.without_tokens:
         adapter = replace(adapter, tokens={})
     if how.to == "embedding":

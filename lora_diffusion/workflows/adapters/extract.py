@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import hypot
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +23,9 @@ from lora_diffusion.algebra.reduce.extract import (
     subtract_weights,
 )
 from lora_diffusion.algebra.svd.randomized_svd import Sketch
-from lora_diffusion.algebra.svd.rank_selection import RankRule
 from lora_diffusion.architectures.module_paths import changeable_paths
 from lora_diffusion.architectures.targets import resolve_targets
-from lora_diffusion.config.merge import WeightType
+from lora_diffusion.config.adapter_files import ExtractConfig, SVDMethod
 from lora_diffusion.core.atomic_files import check_output
 from lora_diffusion.core.dtypes import torch_dtype
 from lora_diffusion.errors import ConfigError, FamilyMismatchError
@@ -35,24 +34,7 @@ from lora_diffusion.formats.checkpoints.checkpoint import Checkpoint
 from lora_diffusion.formats.checkpoints.diffusers import read_json
 from lora_diffusion.models.locate import find_checkpoint
 
-Method: TypeAlias = Literal["exact", "randomized"]
-Vectors: TypeAlias = Literal["leave", "keep"]
-SKETCHES: Mapping[Method, Sketch | None] = {"exact": None, "randomized": Sketch()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtractConfig:
-    """Settings of extracting an adapter from a checkpoint."""
-
-    rule: RankRule
-    method: Method = "exact"
-    unet: tuple[str, ...] = ("all",)
-    text_encoders: tuple[str, ...] = ("all",)
-    norms_and_biases: Vectors = "leave"
-    """Those that differ are left out, or kept whole in float32. Of the low-rank part of a base they are left out."""
-    dtype: WeightType = "keep"
-    """Type of the factors; `keep` is that of the checkpoints, or float32 if they differ."""
-    force: bool = False
+SKETCHES: Mapping[SVDMethod, Sketch | None] = {"exact": None, "randomized": Sketch()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,8 +141,8 @@ def make_record(done: ExtractResult) -> dict[str, Any]:
     return {
         "rule": str(how.rule),
         "method": how.method,
-        "unet_target_modules": list(how.unet),
-        "text_encoder_target_modules": list(how.text_encoders),
+        "unet_target_modules": list(how.unet_target_modules),
+        "text_encoder_target_modules": list(how.text_encoder_target_modules),
         "relative_error": total.relative,
         "left_out": {kind: asdict(group) for kind, group in done.left_out.items()},
         "whole_error": done.whole_error,
@@ -196,7 +178,7 @@ def may_grow(name: str, one: tuple[int, ...], two: tuple[int, ...]) -> bool:
 def target_paths(checkpoint: Checkpoint, how: ExtractConfig) -> tuple[str, ...]:
     """Return the modules, norms included, that sets and patterns name. Raises ConfigError if one matches none."""
     paths = changeable_paths(checkpoint.layout)
-    return resolve_targets(paths, unet=how.unet, text_encoders=how.text_encoders)
+    return resolve_targets(paths, unet=how.unet_target_modules, text_encoders=how.text_encoder_target_modules)
 
 
 def select_names(checkpoint: Checkpoint, how: ExtractConfig) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 from lora_diffusion.algebra.reduce.resize import Loss
 from lora_diffusion.architectures.blocks import block_prefix
 from lora_diffusion.core.atomic_files import count_bytes
+from lora_diffusion.core.tables import format_table
 from lora_diffusion.workflows.adapters.combine import format_megabytes, format_range, loss_to_json
 from lora_diffusion.workflows.adapters.extract import ExtractResult, format_groups
 
@@ -35,8 +36,8 @@ def format_report(done: ExtractResult) -> str:
     what = "of the difference" if done.tuned else "of the base's own weights, not to be added to a base"
     head = f"{done.output}: {len(done.found.layers)} layers {what}, {format_megabytes(count_bytes(done.output))}"
     rows = [*done.found.report.by_group(block_prefix).items(), ("all", done.found.report.total)]
-    columns = f"{'block':<22}{'modules':>8}{'rank':>10}{'norm':>12}{'error':>12}"
-    lines = [head, columns, *(format_row(name, loss) for name, loss in rows)]
+    table = format_table(["block", "modules", "rank", "norm", "error"], [format_row(name, loss) for name, loss in rows])
+    lines = [head, table]
     if done.kept:
         lines.append(f"kept whole: {len(done.kept)} norms and biases")
     if done.found.equal:
@@ -47,5 +48,6 @@ def format_report(done: ExtractResult) -> str:
     return "\n".join([*lines, f"error of the whole: {done.whole_error:.3g}"])
 
 
-def format_row(name: str, loss: Loss) -> str:
-    return f"{name:<22}{loss.modules:>8}{format_range(loss.ranks_after):>10}{loss.norm:>12.4g}{loss.relative:>12.3g}"
+def format_row(name: str, loss: Loss) -> list[str]:
+    """Format the cells of one row of the table."""
+    return [name, str(loss.modules), format_range(loss.ranks_after), f"{loss.norm:.4g}", f"{loss.relative:.3g}"]

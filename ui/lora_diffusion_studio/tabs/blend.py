@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import gradio as gr
 
-from lora_diffusion.config.generate import Scheduler
+from lora_diffusion.config.generate import DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_INFERENCE_STEPS, Scheduler
 from lora_diffusion.config.preset import MODE_OF, Composition
 from lora_diffusion_studio.forms import MODES, MOST, SEEDS, BlendForm
 from lora_diffusion_studio.studio import Studio
@@ -77,8 +77,8 @@ PLAIN: dict[str, Any] = {
     "prompt": "",
     "negative_prompt": "",
     "seed": 0,
-    "num_inference_steps": 20,
-    "guidance_scale": 4.0,
+    "num_inference_steps": DEFAULT_NUM_INFERENCE_STEPS,
+    "guidance_scale": DEFAULT_GUIDANCE_SCALE,
     "scheduler": "base",
     "width": 0,
     "height": 0,
@@ -216,8 +216,10 @@ def draw_numbers() -> tuple[dict[str, Any], gr.Radio]:
     """All other settings, and what the next picture's seeds are."""
     with gr.Row():
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=90)
-        steps = gr.Slider(1, MOST["num_inference_steps"], 20, step=1, label="Steps", min_width=140)
-        guidance = gr.Slider(0, 15, 4, step=0.5, label="Guidance", min_width=140)
+        steps = gr.Slider(
+            1, MOST["num_inference_steps"], DEFAULT_NUM_INFERENCE_STEPS, step=1, label="Steps", min_width=140
+        )
+        guidance = gr.Slider(0, 15, DEFAULT_GUIDANCE_SCALE, step=0.5, label="Guidance", min_width=140)
     seeds = gr.Radio(list(SEEDS), value="fixed", label="Seed of the next picture")
     with gr.Accordion("Size, count, scheduler, variation", open=False), gr.Row():
         scheduler = gr.Dropdown(list(get_args(Scheduler)), value="base", label="Scheduler", min_width=120)
