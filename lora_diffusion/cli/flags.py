@@ -115,6 +115,10 @@ def format_hint(default: object) -> str:
 
 def format_default(default: object) -> str:
     """Format a default value as text."""
+    if isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, Mapping):
+        return ", ".join(map(str, cast("Mapping[object, object]", default))) or "none"
     if isinstance(default, tuple | list):
         return ", ".join(map(str, cast("tuple[object, ...]", default))) or "none"
     return str(default) or "none"
@@ -130,8 +134,10 @@ def settings_table(kind: type[Settings], prefix: str = "") -> str:
             rows += [f"\n  [{prefix}{name}] {about}", settings_table(cast("type[Settings]", inner), f"{prefix}{name}.")]
             continue
         value = info.get_default(call_default_factory=True)
-        default = "required" if info.is_required() else "not set" if value is None else format_default(value)
-        rows.append(f"  {name}: {setting_help(kind, name)} ({default})")
+        hint = "(required)" if info.is_required() else format_hint(value)
+        choices = make_metavar(info.annotation)
+        title = f"{name} ({choices})" if "|" in choices else name
+        rows.append(f"  {title}: {setting_help(kind, name)} {hint}".rstrip())
     return "\n".join(rows)
 
 

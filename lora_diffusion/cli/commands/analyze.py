@@ -27,6 +27,7 @@ class Analyze:
     """Print all measurements, module by module, as JSON."""
 
     def run(self) -> int:
+        """Run the command and return the exit code."""
         from lora_diffusion.evaluation.plots import check_plots_free, save_analysis_plots
         from lora_diffusion.workflows.adapters.analyze import analyze_files
         from lora_diffusion.workflows.adapters.analyze_report import describe_analysis

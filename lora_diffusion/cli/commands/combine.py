@@ -85,6 +85,7 @@ class Combine:
     """Print the result as JSON, with the error of each module."""
 
     def run(self) -> int:
+        """Run the command and return the exit code."""
         if len(self.files) < 2:
             raise ConfigError("give at least one adapter and, last, the output: combine A:0.8 B:0.6 OUT.safetensors")
         *adapters, output = self.files
@@ -118,6 +119,7 @@ class Resize:
     """Print the result as JSON, with the error of each module."""
 
     def run(self) -> int:
+        """Run the command and return the exit code."""
         rule = read_rank_rule(self.rank, "resize")
         if (rule is None) == (self.first is None):
             raise ConfigError("give exactly one rank flag, such as --rank 8, --keep 0.99 or --first 4")

@@ -29,6 +29,7 @@ class Check:
     """Print the result as JSON."""
 
     def run(self) -> None:
+        """Run the command."""
         from lora_diffusion.config.train import DataConfig
 
         config = validate(

@@ -46,6 +46,7 @@ class Distill:
     """Print the result as JSON."""
 
     def run(self) -> int:
+        """Run the command and return the exit code."""
         with quiet_libraries():
             from lora_diffusion.workflows.training.distill import PromptSource, distill_file
 

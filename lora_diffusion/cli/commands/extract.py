@@ -63,6 +63,7 @@ class Extract:
     """Print the result as JSON, with the error of each module."""
 
     def run(self) -> int:
+        """Run the command and return the exit code."""
         config = read_extract_config(self.rank, self.settings, "extract", self.norms_and_biases)
         with quiet_libraries():
             from lora_diffusion.workflows.adapters.extract import extract_file
@@ -89,6 +90,7 @@ class Approximate:
     """Print the result as JSON, with the error of each module."""
 
     def run(self) -> int:
+        """Run the command and return the exit code."""
         config = read_extract_config(self.rank, self.settings, "approximate")
         with quiet_libraries():
             from lora_diffusion.workflows.adapters.extract import approximate_file

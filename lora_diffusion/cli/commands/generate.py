@@ -52,6 +52,7 @@ class Generate:
     """Print the paths of the images as JSON."""
 
     def run(self) -> None:
+        """Run the command."""
         with quiet_libraries():
             from lora_diffusion.workflows.images.generate import generate_files
 
@@ -117,6 +118,7 @@ class Preset:
     """Print the result as JSON."""
 
     def run(self) -> int:
+        """Run the command and return the exit code."""
         if self.action != "save" and (
             given_settings(self.settings) or given_settings(self.composition) or self.adapter or self.from_
         ):

@@ -27,6 +27,7 @@ class Grid(Generate):
     """Vertical axis, such as `seed=0,1,2`."""
 
     def run(self) -> None:
+        """Run the command."""
         with quiet_libraries():
             from lora_diffusion.workflows.images.grid import draw_grid
             from lora_diffusion.workflows.images.grid_axes import GridAxis, parse_axis
@@ -51,6 +52,7 @@ class Blocks(Generate):
     """Adapter to measure: its file name without suffix, or its number."""
 
     def run(self) -> None:
+        """Run the command."""
         with quiet_libraries():
             from lora_diffusion.workflows.images.grid import measure_blocks
 

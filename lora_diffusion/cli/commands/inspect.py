@@ -31,6 +31,7 @@ class Inspect:
     """Print the result as JSON."""
 
     def run(self) -> int:
+        """Run the command and return the exit code."""
         from lora_diffusion.workflows.adapters.inspect import describe_inspection, inspect_adapter
 
         if not self.files:
@@ -65,6 +66,7 @@ class Convert:
     """Print the result as JSON."""
 
     def run(self) -> int:
+        """Run the command and return the exit code."""
         if len(self.paths) < 2:
             raise ConfigError("give at least one input and, last, the output: convert IN OUT --to kohya")
         given = {**given_settings(self.settings), "ignore_unmatched": self.ignore_unmatched}
@@ -91,6 +93,7 @@ class Verify:
     """Print the checks as JSON."""
 
     def run(self) -> int:
+        """Run the command and return the exit code."""
         with quiet_libraries():
             from lora_diffusion.workflows.adapters.verify import describe_checks, verify
 
@@ -122,6 +125,7 @@ class Library:
     """Print the result as JSON."""
 
     def run(self) -> int:
+        """Run the command and return the exit code."""
         from lora_diffusion.library.search import default_folder, describe_library, entry_to_json, open_library, search
 
         library = open_library(self.folder or default_folder())

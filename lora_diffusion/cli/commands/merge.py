@@ -62,6 +62,7 @@ class Merge:
     """Print the result as JSON."""
 
     def run(self) -> None:
+        """Run the command."""
         with quiet_libraries():
             if self.undo:
                 return self.undo_merge(self.undo)

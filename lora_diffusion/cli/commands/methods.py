@@ -31,6 +31,7 @@ class Methods:
     """Print the result as JSON."""
 
     def run(self) -> None:
+        """Run the command."""
         from lora_diffusion.config.methods import METHODS
 
         known = [method.name for method in METHODS]

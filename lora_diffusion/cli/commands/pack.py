@@ -35,6 +35,7 @@ class Pack:
     """Print the result as JSON, with the error of each adapter."""
 
     def run(self) -> int:
+        """Run the command and return the exit code."""
         if len(self.paths) < 2:
             raise ConfigError("give at least one adapter or folder and, last, the output: FOLDER OUT --rank 32")
         config = validate(PackConfig, given_settings(self.settings), source="library pack")
@@ -61,6 +62,7 @@ class Unpack:
     """Print the result as JSON."""
 
     def run(self) -> int:
+        """Run the command and return the exit code."""
         from lora_diffusion.workflows.adapters.pack import describe_unpack, unpack_file, unpack_to_json
 
         done = unpack_file(self.pack, self.folder, name=self.name, force=self.force)

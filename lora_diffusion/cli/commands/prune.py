@@ -34,6 +34,7 @@ class Prune:
     """Print the result as JSON."""
 
     def run(self) -> int:
+        """Run the command and return the exit code."""
         config = validate(PruneConfig, given_settings(self.settings), source="prune")
         from lora_diffusion.workflows.adapters.prune import format_report, prune_file, to_json
 

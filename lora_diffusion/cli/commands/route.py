@@ -1,5 +1,6 @@
 """The command `route`, which trains gates over adapters."""
 
+import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,10 @@ class Route:
     @classmethod
     def about(cls) -> str:
         """Return the description for the command's own help, with all settings of the file."""
-        return f"{cls.__doc__}\n\nSettings of the TOML file:\n{settings_table(RouteConfig)}"
+        return f"{inspect.getdoc(cls)}\n\nSettings of the TOML file:\n{settings_table(RouteConfig)}"
 
     def run(self) -> None:
+        """Run the command."""
         changes = parse_changes(self.set)
         with quiet_libraries():
             from lora_diffusion.training.routing.train import read_route, route

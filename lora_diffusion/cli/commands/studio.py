@@ -47,6 +47,7 @@ class Ui:
     """Offer the endpoints `/generate` and `/adapters` to programs that use `gradio_client`."""
 
     def run(self) -> None:
+        """Run the command."""
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         try:
             with quiet_libraries():

@@ -1,5 +1,6 @@
 """The commands `train`, `train style`, `train dreambooth`, `report` and `demo`."""
 
+import inspect
 import json
 import signal
 import sys
@@ -89,9 +90,10 @@ class Train:
     @classmethod
     def about(cls) -> str:
         """Return the description for the command's own help, with all settings of the file."""
-        return f"{cls.__doc__}\n\nSettings of the TOML file:\n{settings_table(train_config_class())}"
+        return f"{inspect.getdoc(cls)}\n\nSettings of the TOML file:\n{settings_table(train_config_class())}"
 
     def run(self) -> int:
+        """Run the command and return the exit code."""
         config = read_toml(self.config, train_config_class(), parse_changes(self.run_flags.set))
         return self.run_flags.train(config)
 
@@ -125,6 +127,7 @@ class TrainStyle:
     run_flags: Annotated[RunFlags, tyro.conf.arg(name="")]
 
     def run(self) -> int:
+        """Run the command and return the exit code."""
         given = {"data": {"folder": self.data}, "output": self.output, "trigger_words": self.trigger.split()}
         return self.run_flags.train(self.defaults.settings("style", given, self.run_flags.set))
 
@@ -145,6 +148,7 @@ class TrainDreambooth:
     run_flags: Annotated[RunFlags, tyro.conf.arg(name="")]
 
     def run(self) -> int:
+        """Run the command and return the exit code."""
         with quiet_libraries():
             from lora_diffusion.training.presets import subject_settings
 
@@ -160,6 +164,7 @@ class Report:
     """Folder of the run, beside its adapter."""
 
     def run(self) -> None:
+        """Run the command."""
         with quiet_libraries():
             from lora_diffusion.workflows.training.run import write_report
 
@@ -176,6 +181,7 @@ class Demo:
     """Training steps."""
 
     def run(self) -> None:
+        """Run the command."""
         with quiet_libraries():
             from lora_diffusion.workflows.demo import run_demo
 
