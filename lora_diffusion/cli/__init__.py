@@ -60,8 +60,9 @@ def parse_command(arguments: list[str]) -> Any:
             kind = command_class(name)
             about = kind.about() if hasattr(kind, "about") else None
             return tyro.cli(kind, args=arguments[num_words:], prog=f"lora-diffusion {name}", description=about)
+    all_commands: Any = Union[tuple(_summarize_command(name) for name in COMMANDS)]  # noqa: UP007 (built at run time)
     return tyro.cli(
-        Union[tuple(_summarize_command(name) for name in COMMANDS)],  # noqa: UP007  # a union of values, not of types
+        all_commands,
         args=arguments,
         prog="lora-diffusion",
         description="Train, blend, merge and convert LoRA adapters for Stable Diffusion.\n\n"

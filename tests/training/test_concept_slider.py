@@ -112,7 +112,7 @@ def test_gradient_checkpointing_does_not_change_the_gradients(pictures: Path, sd
         ({"slider": {"negative": "a"}}, "have no effect without positive"),
         (
             {"slider": NIGHT, "textual_inversion": {"placeholder_tokens": ["sks"]}},
-            "slider and trained text encoders or tokens",
+            "slider cannot be combined with trained text encoders or tokens",
         ),
         ({"slider": NIGHT, "adapter": {"use_dora": True, "text_encoder_target_modules": []}}, "adapter.kind to lora"),
         ({"slider": NIGHT, "prior": {"mode": "prediction"}}, "slider and prior"),
