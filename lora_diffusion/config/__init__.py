@@ -1,1 +1,1 @@
-"""Settings, declared once: flags, file format, help texts and validation derive from them."""
+"""Settings classes (pydantic), from which flags, file formats, help texts and validation derive."""

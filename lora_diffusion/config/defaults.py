@@ -1,31 +1,45 @@
-"""What a run has where nothing else is said, by family and purpose.
+"""Default settings of training, by family of the base, purpose and GPU memory.
 
-Sources: the HF DreamBooth study and SDXL advanced script, kohya's documentation, OneTrainer's presets, and spacepxl's
-"demystifying sd finetuning"; what they agree on is taken, and what the embedded base showed. Why, for each:
+Sources: the Hugging Face DreamBooth study and advanced SDXL script, kohya's documentation, OneTrainer's presets, and
+spacepxl's "demystifying sd finetuning", as far as they agree, and measurements on the embedded base. Reasons:
 
-- attention and feed-forward layers: attention alone leaves a gap to full fine-tuning at any rank.
-- alpha = rank: the effective rate then does not depend on the rank.
-- 1e-4 for the real families: the middle of every source's range for AdamW. The embedded base is small and wants 3e-3.
-- text encoders: trained a little on SD 1.x and 2.x for subjects, whose new word they must learn; left alone on SDXL and
-  for styles, where sources find no gain and prompts suffer.
-- subjects: fewer steps, as few pictures overfit soon, and a pull towards the base's own predictions for the class,
-  which keeps the class without class pictures.
+- Attention and feed-forward layers are trained: attention alone falls short of full fine-tuning at any rank.
+- alpha = rank: the effective learning rate then does not depend on the rank.
+- A learning rate of 1e-4 for Stable Diffusion: the middle of all sources' ranges for AdamW. The embedded base is small
+  and needs 3e-3.
+- Text encoders are trained at a low rate for subjects on SD 1.x and 2.x, which must learn a new word, and not at all on
+  SDXL and for styles, where the sources report no gain and worse prompt following.
+- Subjects train for fewer steps, because few images overfit soon, with prior preservation by the base's own
+  predictions, which needs no class images.
 """
 
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from lora_diffusion.config.settings import deep_merge
+from lora_diffusion.config.settings import EMBEDDED_BASE, Settings, deep_merge
 
 Purpose = Literal["style", "dreambooth"]
+"""What is trained: a style, or a subject (DreamBooth)."""
+GpuGigabytes = Literal[8, 12, 24]
+"""GPU memory for which there are memory-saving settings, in GB."""
 
-LARGE: dict[str, Any] = {
+
+class DefaultsConfig(Settings):
+    """What the defaults of a training run depend on, besides its purpose."""
+
+    base: str = EMBEDDED_BASE
+    """Base model to train on: `tiny-sd` (embedded), a folder in diffusers' layout, or a hub id."""
+    gpu_gb: GpuGigabytes | None = None
+    """GPU memory in GB to choose memory-saving settings for; without it the settings of the family are unchanged."""
+
+
+_LARGE_FAMILY: dict[str, Any] = {
     "batch_size": 1,
     "gradient_accumulation": 4,
     "adapter": {"rank": 16},
     "optimizer": {"learning_rate": 1e-4, "warmup_steps": 50},
 }
-SMALL: dict[str, Any] = {
+_SMALL_FAMILY: dict[str, Any] = {
     "batch_size": 4,
     "adapter": {
         "rank": 8,
@@ -35,21 +49,25 @@ SMALL: dict[str, Any] = {
     "optimizer": {"learning_rate": 3e-3, "text_encoder_learning_rate": 5e-4, "warmup_steps": 20},
 }
 FAMILIES: dict[str, dict[str, Any]] = {
-    "sd1": LARGE,
-    "sd2": LARGE,
-    "sdxl": {**LARGE, "adapter": {"rank": 32}, "compute": {"gradient_checkpointing": True}},
-    "tiny-sd": SMALL,
-    "tiny-sdxl": SMALL,
+    "sd1": _LARGE_FAMILY,
+    "sd2": _LARGE_FAMILY,
+    "sdxl": {**_LARGE_FAMILY, "adapter": {"rank": 32}, "compute": {"gradient_checkpointing": True}},
+    "tiny-sd": _SMALL_FAMILY,
+    "tiny-sdxl": _SMALL_FAMILY,
 }
+"""Settings by family of the base."""
 STEPS: dict[Purpose, dict[str, int]] = {
     "style": {"sd1": 1000, "sd2": 1000, "sdxl": 1000, "tiny-sd": 600, "tiny-sdxl": 600},
     "dreambooth": {"sd1": 400, "sd2": 400, "sdxl": 500, "tiny-sd": 400, "tiny-sdxl": 400},
 }
+"""Optimizer steps by purpose and family."""
 SUBJECT: dict[str, Any] = {"prior": {"mode": "prediction", "weight": 0.5}, "captions": {"dropout": 0.0}}
-SUBJECT_WORD: dict[str, Any] = {
+"""Settings of a subject (DreamBooth) on any family."""
+SUBJECT_TEXT_ENCODER: dict[str, Any] = {
     "adapter": {"text_encoder_target_modules": ["attention"]},
     "optimizer": {"text_encoder_learning_rate": 1e-5},
 }
+"""Further settings of a subject on SD 1.x and 2.x, where the text encoder is trained too."""
 
 
 MEMORY: dict[int, dict[str, dict[str, Any]]] = {
@@ -67,24 +85,27 @@ MEMORY: dict[int, dict[str, dict[str, Any]]] = {
         "sdxl": {"batch_size": 2, "gradient_accumulation": 2, "compute": {"gradient_checkpointing": True}},
     },
 }
-"""What fits a GPU of so many gigabytes, by kind of base. The global batch stays 4, so that nothing else need change."""
+"""Settings that fit a GPU, by its memory in GB and the kind of base.
+
+The effective batch size (batch_size * gradient_accumulation) is always 4, so that nothing else has to change.
+"""
 
 
 def memory_settings(family: str, gigabytes: int) -> dict[str, Any]:
-    """What is changed for a GPU of so many gigabytes; the embedded bases need nothing."""
+    """Return the settings for a GPU with this much memory; none for the embedded bases, which fit everywhere."""
     return {} if family.startswith("tiny") else MEMORY[gigabytes]["sdxl" if family == "sdxl" else "sd"]
 
 
 def default_settings(purpose: Purpose, family: str) -> dict[str, Any]:
-    """The settings of a `TrainConfig` but for data and output; `family` is the base's."""
+    """Return the default settings of a `TrainConfig`, except for data and output, by the family of the base."""
     table = {**FAMILIES[family], "steps": STEPS[purpose][family]}
     if purpose == "dreambooth":
         table = deep_merge(table, SUBJECT)
         if family in ("sd1", "sd2"):
-            table = deep_merge(table, SUBJECT_WORD)
+            table = deep_merge(table, SUBJECT_TEXT_ENCODER)
     return table
 
 
 def with_precision(table: Mapping[str, Any], *, on_gpu: bool) -> dict[str, Any]:
-    """Half precision where there is a GPU to gain from it."""
+    """Return the settings with bf16 mixed precision on a GPU, and with none on a CPU, which gains nothing from it."""
     return deep_merge(table, {"compute": {"mixed_precision": "bf16" if on_gpu else "no"}})

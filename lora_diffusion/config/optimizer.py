@@ -1,4 +1,4 @@
-"""How parameters move: optimizer, rates and their schedule."""
+"""Settings of the optimizer: kind, learning rates and their schedule."""
 
 from typing import Annotated, Any, Literal
 
@@ -8,46 +8,48 @@ from lora_diffusion.config.adapter import AboveZero, NotNegative
 from lora_diffusion.config.settings import Positive, Settings
 
 Count = Annotated[int, Field(ge=0)]
+"""A number of things or steps, 0 included."""
 
 KIND_DEFAULTS: dict[str, dict[str, Any]] = {
     "prodigy": {"learning_rate": 1.0, "embedding_learning_rate": 1.0},
     "schedule-free": {"schedule": "constant"},
 }
-"""What a kind of optimizer has instead of the defaults below."""
+"""Defaults that differ by kind of optimizer."""
 
 
 class OptimizerConfig(Settings):
-    """How parameters move."""
+    """Optimizer, learning rates and their schedule."""
 
     kind: str = "adamw"
-    """adamw, adamw-8bit, paged-adamw-8bit, prodigy, adafactor, lion, schedule-free, or a class by its import path."""
+    """Optimizer: adamw, adamw-8bit, paged-adamw-8bit, prodigy, adafactor, lion, schedule-free, or the import path of a
+    class."""
     learning_rate: AboveZero = 1e-4
-    """Peak rate of the UNet's factors. 1 for prodigy if left out, which finds the rate that this is a factor of; lion
-    wants three to ten times less than adamw."""
+    """Peak learning rate of the UNet's layers. prodigy multiplies it by the rate that it finds, and defaults to 1; lion
+    needs 3 to 10 times less than adamw."""
     text_encoder_learning_rate: AboveZero | tuple[AboveZero, ...] | None = None
-    """Peak rate of the text encoders' factors, one for all or one for each; a tenth of the UNet's if left out (with
-    prodigy the same, as it has one rate)."""
+    """Peak learning rate of the text encoders' layers, one for all or one for each; by default a tenth of the UNet's
+    (with prodigy the same, because it has a single rate)."""
     loraplus_lr_ratio: Annotated[float, Field(ge=1, le=64)] = 1.0
-    """How many times the rate of the first factor that of the second is [LoRA+, arXiv 2402.12354]; 4 to 16 for it."""
+    """Learning rate of up divided by that of down [LoRA+, arXiv 2402.12354]; 4 to 16 are common."""
     embedding_learning_rate: AboveZero = 5e-3
-    """Peak rate of learned tokens' vectors."""
+    """Peak learning rate of textual-inversion embeddings."""
     rates: dict[str, NotNegative] = Field(default_factory=dict[str, float])
-    """Factors on the rate by pattern of modules or of their factors, such as `"unet.down_blocks.*" = 0.5` or
-    `"*.up" = 4`; factors of all patterns that match are multiplied, and 0 freezes."""
+    """Multipliers of the learning rate by pattern of modules or parameters, such as `"unet.down_blocks.*" = 0.5` or
+    `"*.up" = 4`; those of all matching patterns are multiplied, and 0 freezes."""
     weight_decay: NotNegative = 0.01
     """Decoupled weight decay."""
     options: dict[str, Any] = Field(default_factory=dict[str, Any])
-    """More arguments of the optimizer's class, such as `betas`."""
+    """Further arguments of the optimizer's class, such as `betas`."""
     schedule: Literal["constant", "linear", "cosine", "restarts"] = "cosine"
-    """How the rate falls after warm-up; schedule-free means over steps instead, and has `constant`."""
+    """Learning-rate schedule after the warm-up; schedule-free averages over steps instead and needs `constant`."""
     restarts: Positive = 1
-    """How often `restarts` begins its cosine anew."""
+    """Number of restarts of the cosine with the schedule `restarts`."""
     warmup_steps: Count = 20
-    """Steps of linear warm-up."""
+    """Number of linear warm-up steps."""
     max_gradient_norm: AboveZero = 1.0
-    """Gradients are clipped to this norm."""
+    """Maximum norm of the gradients; larger ones are clipped."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay of a running mean of the parameters that is saved in their place; 0 for none."""
+    """Decay of an exponential moving average of the parameters, which is saved in their place; 0 for none."""
 
     @model_validator(mode="before")
     @classmethod
@@ -76,6 +78,6 @@ class OptimizerConfig(Settings):
         """Refuse a schedule or moving average beside a schedule-free optimizer."""
         if self.kind == "schedule-free" and (self.schedule != "constant" or self.ema_decay):
             raise ValueError(
-                "kind 'schedule-free' has a mean of its own; set schedule to 'constant' and ema_decay to 0"
+                "kind 'schedule-free' computes a mean of its own; set schedule to 'constant' and ema_decay to 0"
             )
         return self

@@ -1,7 +1,7 @@
-"""What all settings share: their base class, reading from TOML, and messages that name each mistake.
+"""The base class of all settings, reading them from TOML, and error messages for invalid settings.
 
 Settings are declared once: flags, file format, help texts, validation and the record in every output derive from them.
-This package imports no heavy library, so that help comes at once.
+This package imports no heavy library, so that help is fast.
 """
 
 import difflib
@@ -17,39 +17,49 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lora_diffusion.errors import ConfigError
 
 Precision = Literal["no", "fp16", "bf16"]
+"""Mixed precision, in Accelerate's names."""
 Dialect = Literal["native", "kohya", "embedding"]
+"""Dialects of adapter files that can be written."""
 Quantization = Literal["none", "nf4", "fp4", "int8"]
-"""How a frozen base's linear layers are kept: as they are, in four bits or in eight."""
+"""Quantization of a base's linear layers: none, 4 bits (nf4, fp4) or 8 bits (int8)."""
 Positive = Annotated[int, Field(gt=0)]
+"""An integer of at least 1."""
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+"""A finite number."""
 
 TYPE_TAG = re.compile(r"constrained-\w+|(tuple|list|dict)\[.*")
-"""What pydantic adds to a setting's name where it may have several types."""
+"""Parts of an error's location by which pydantic distinguishes the types of a union."""
 
 EMBEDDED_BASE = "tiny-sd"
-"""The name by which every command knows the base that comes with the package."""
+"""Name of the base model that is embedded in the package."""
 
 
 class Settings(BaseModel):
-    """Frozen settings that refuse unknown keys."""
+    """Base class of settings: immutable, with an error for unknown keys."""
 
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
         use_attribute_docstrings=True,
         coerce_numbers_to_str=True,
-        defer_build=True,  # validators are built when they are first needed, which help never does
+        defer_build=True,  # validators are built on first use, which keeps help fast
     )
 
 
 Model = TypeVar("Model", bound=Settings)
+"""A settings class."""
 
 
 def read_toml(path: Path, kind: type[Model], changes: Mapping[str, Any] | None = None) -> Model:
-    """The settings in a TOML file, with `changes` over them; those of a section are changed one by one.
+    """Read settings from a TOML file.
 
-    Relative paths in the file are taken from its own folder, those in `changes` from the present one. Raises
-    ConfigError with all mistakes at once.
+    Args:
+        path: The file; relative paths in it start at its folder.
+        kind: The settings class.
+        changes: Settings that override those of the file, by section; relative paths start at the working directory.
+
+    Raises:
+        ConfigError: If the file cannot be read or settings are invalid; the message lists all mistakes.
     """
     changes = changes or {}
     table = resolve_paths(read_table(path), kind, path.parent)
@@ -67,7 +77,11 @@ def deep_merge(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """A TOML file as it is. Raises ConfigError."""
+    """Read a TOML file without validating it.
+
+    Raises:
+        ConfigError: If the file cannot be read.
+    """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -79,7 +93,16 @@ def read_table(path: Path) -> dict[str, Any]:
 
 
 def validate(kind: type[Model], table: Mapping[str, Any], *, source: str) -> Model:
-    """`table` as settings of `kind`; raises ConfigError that names every wrong key and the nearest right one."""
+    """Validate a table as settings.
+
+    Args:
+        kind: The settings class.
+        table: Settings by name, with a nested table for each section.
+        source: Where the table comes from, for the error message.
+
+    Raises:
+        ConfigError: If settings are invalid; the message lists all mistakes and suggests keys for unknown ones.
+    """
     try:
         return kind.model_validate(dict(table))
     except ValidationError as error:
@@ -89,7 +112,7 @@ def validate(kind: type[Model], table: Mapping[str, Any], *, source: str) -> Mod
 def resolve_paths(table: Mapping[str, Any], kind: type[BaseModel], folder: Path) -> dict[str, Any]:
     """Return the table with relative path settings joined to `folder`, nested settings included.
 
-    Of a table by path, the paths.
+    In settings that are tables with paths as keys, the keys are resolved.
     """
 
     def resolve(value: Any) -> Any:
@@ -120,7 +143,7 @@ def nested_model(kind: type[BaseModel], name: str) -> type[BaseModel] | None:
 
 
 def dotted_names(kind: type[BaseModel]) -> list[str]:
-    """All settings, those of sections as `section.setting`."""
+    """List the names of all settings, those of sections as `section.setting`."""
     names: list[str] = []
     for name in kind.model_fields:
         inner = nested_model(kind, name)
@@ -129,7 +152,7 @@ def dotted_names(kind: type[BaseModel]) -> list[str]:
 
 
 def format_validation_error(error: ValidationError, kind: type[BaseModel]) -> str:
-    """Describe every mistake of a validation in one sentence each."""
+    """Describe every mistake of a validation, in one sentence each."""
     found: dict[tuple[Any, ...], str] = {}
     for item in error.errors():
         names = tuple(part for part in item["loc"] if not TYPE_TAG.fullmatch(str(part)))
@@ -139,14 +162,15 @@ def format_validation_error(error: ValidationError, kind: type[BaseModel]) -> st
 
 
 def format_mistake(item: Mapping[str, Any], kind: type[BaseModel]) -> str:
+    """Describe one mistake, with the name of the setting, its value and what was expected."""
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         return f"unknown key {key!r}; {suggest_key(key, kind)}"
     if item["type"] == "missing":
-        return f"{key!r} is missing; it has no default"
+        return f"{key!r} is missing and has no default"
     reason = f"{item['msg'][0].lower()}{item['msg'][1:]}"
     reason = reason.removeprefix("value error, ")
-    if isinstance(item["input"], Mapping):  # a whole section, in which settings do not go together
+    if isinstance(item["input"], Mapping):  # an error about a section as a whole
         return f"{key}: {reason}" if key else reason
     return f"{key!r} is {item['input']!r}: {reason}" if key else reason
 

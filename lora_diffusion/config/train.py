@@ -1,7 +1,7 @@
-"""The settings of a training run, in sections: one for each part of the loop that reads it.
+"""Settings of a training run, in the sections of its TOML file.
 
-Defaults suit Stable Diffusion 1.x at 512 pixels on a GPU and a style of ten to fifty pictures; `defaults.py` has
-what other families and purposes change. Each docstring says what the value does and why it is what it is.
+The defaults suit a style of 10 to 50 images on Stable Diffusion 1.x at 512 pixels; `defaults.py` has the defaults for
+other families, purposes and GPUs.
 """
 
 import re
@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lora_diffusion.config.adapter import PRODUCT_KINDS, PRUNING_KINDS, AboveZero, AdapterConfig, NotNegative, Share
+from lora_diffusion.config.generate import DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_INFERENCE_STEPS
 from lora_diffusion.config.optimizer import OptimizerConfig
 from lora_diffusion.config.settings import EMBEDDED_BASE, Positive, Precision, Quantization, Settings
 from lora_diffusion.config.textual_inversion import SliderConfig, TextualInversionConfig
@@ -19,62 +20,62 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class DataConfig(Settings):
-    """Which pictures, and how they are cut."""
+    """Training images and captions, and how images are cropped."""
 
     shorthand: ClassVar[str] = "folder"
-    """`data = "pictures"` stands for a section with nothing but this."""
+    """The setting that `data = "pictures"` stands for."""
     folder: Path
-    """Pictures with captions: .txt or .caption files beside them, metadata.jsonl, or kohya's folders named `N_what`."""
+    """Folder of images with captions: .txt or .caption files, metadata.jsonl, or kohya's folders `REPEATS_CAPTION`."""
     instance_prompt: str = ""
-    """Caption of pictures that have none, such as `photo of sks dog`; if left out, they are an error."""
+    """Caption of images without one, such as `photo of sks dog`; by default a missing caption is an error."""
     repeats: Positive = 1
-    """How often each picture comes in one pass over the data, times what its folder's name says."""
+    """Repeats of each image per epoch, multiplied by those in the name of its kohya folder."""
     resolution: Annotated[int, Field(gt=0, multiple_of=8)] | None = None
-    """Side of the square whose area every bucket has; the base's own if left out."""
+    """Resolution in pixels: buckets have the area of a square of this size; the base's native one by default."""
     buckets: bool = True
-    """Keep each picture's shape, roughly: cut it to the nearest of several sizes of one area; else to a square."""
+    """Aspect-ratio bucketing: crop each image to the nearest of several sizes of equal area; else to a square."""
     bucket_step: Annotated[int, Field(gt=0, multiple_of=8)] | None = None
-    """Sides of buckets are multiples of this; an eighth of the resolution if left out, as 64 is of 512."""
+    """Bucket sizes are multiples of this; an eighth of the resolution by default, such as 64 for 512."""
     largest_aspect: Annotated[float, Field(ge=1, le=4)] = 2.0
-    """Longest side over shortest side of any bucket."""
+    """Maximum aspect ratio of a bucket, long side over short side."""
     crop: Literal["center", "random"] = "center"
-    """What is kept of a picture that does not have its bucket's shape. Random cuts make a small set go further."""
+    """Position of the crop in images that do not have the shape of their bucket; random crops augment small sets."""
     crop_zoom: Annotated[float, Field(ge=1, le=4)] = 1.0
-    """Random cuts are enlarged by up to this, so that square pictures have something to cut too."""
+    """Random crops are zoomed in by up to this factor, so that images with the bucket's shape vary too."""
     flip: bool = False
-    """Mirror every other view. Off, as faces, text and anything with a left and a right suffer."""
+    """Flip every second view of an image horizontally; harmful for faces, text and everything asymmetric."""
     color_jitter: Share = 0.0
-    """Largest change of brightness, contrast and saturation, as a share."""
+    """Maximum relative change of brightness, contrast and saturation."""
     variants: Positive = 1
-    """Different views (crop, flip, colors) of each picture that are encoded and cached, taken in turn."""
+    """Number of augmented versions (crop, flip, color) of each image that are cached and used in turn."""
     masks: Literal["none", "file", "alpha"] = "none"
-    """Where the loss counts: `a.mask.png` beside `a.png` (white counts), or the picture's own alpha."""
+    """Masked loss: `file` reads `a.mask.png` beside `a.png` (white counts), `alpha` the image's alpha channel."""
     mask_floor: Share = 0.0
-    """What unmasked parts count, against 1 for masked ones."""
+    """Weight of the loss outside the mask, compared with 1 inside."""
     cache: Literal["memory", "disk", "none"] = "memory"
-    """Where encoded pictures and captions are kept; `none` encodes at each step, with a new view each time."""
+    """Cache of encoded images and captions; `none` encodes them at each step, with new augmentation each time."""
     cache_folder: Path | None = None
-    """Folder of a disk cache; in the run's folder if left out. Entries are named by content, so none goes stale."""
+    """Folder of the disk cache; in the run's folder by default. Entries are named by content and never stale."""
 
 
 class CaptionConfig(Settings):
-    """What becomes of a caption before a step sees it."""
+    """How captions are changed before they are encoded."""
 
     template: str = "{caption}"
-    """Wording around each caption, which {caption} stands for; {trigger} stands for the trigger words."""
+    """Template of captions, where {caption} is the caption and {trigger} the trigger words."""
     weights: bool = False
-    """Read `(word:1.3)` and BREAK in captions as prompts have them. Off, as tags such as `saber (fate)` mean their
-    brackets; long captions are read whole either way."""
+    """Interpret `(word:1.3)` and BREAK in captions as in prompts; off, because tags such as `saber (fate)` contain
+    parentheses. Captions longer than 75 tokens are encoded in full either way."""
     shuffle: bool = False
-    """Put the parts of a caption in a new order each time."""
+    """Shuffle the tags of a caption at each step."""
     separator: Annotated[str, Field(min_length=1)] = ","
-    """What parts of a caption are divided by."""
+    """Separator of the tags of a caption."""
     keep_tokens: Count = 0
     """Number of leading tags that are never shuffled or dropped."""
     tag_dropout: Share = 0.0
-    """Probability of dropping each other tag."""
+    """Probability of dropping each of the other tags."""
     dropout: Share = 0.05
-    """Chance that the whole caption is replaced by the empty one, which keeps classifier-free guidance working."""
+    """Probability of replacing the caption by the empty one, which preserves classifier-free guidance."""
 
     @field_validator("template")
     @classmethod
@@ -82,165 +83,165 @@ class CaptionConfig(Settings):
         """Refuse unknown placeholders."""
         unknown = sorted(set(re.findall(r"{[^{}]*}", template)) - {"{caption}", "{trigger}"})
         if unknown:
-            raise ValueError(f"{', '.join(unknown)} stands for nothing; known are {{caption}} and {{trigger}}")
+            raise ValueError(f"{', '.join(unknown)} is not a placeholder; use {{caption}} and {{trigger}}")
         return template
 
 
 class ObjectiveConfig(Settings):
-    """What a step minimizes."""
+    """Loss, noise and timesteps."""
 
     prediction: Literal["base", "epsilon", "v"] = "base"
-    """What the UNet predicts; `base` is what the base was trained for."""
+    """Prediction type of the UNet; `base` is that of the base."""
     zero_terminal_snr: bool = False
-    """Rescale the noise schedule so that its last step is pure noise [arXiv 2305.08891]; needs v-prediction."""
+    """Rescale the noise schedule to zero terminal SNR [arXiv 2305.08891]; needs v-prediction."""
     loss: Literal["mse", "huber", "smooth-l1", "l1"] = "mse"
-    """Distance of prediction and target; huber and smooth-l1 forgive outliers."""
+    """Loss between prediction and target; huber and smooth-l1 are robust to outliers."""
     huber_delta: AboveZero = 0.1
-    """Where huber and smooth-l1 turn from square to linear, in units of the noise."""
+    """Error at which huber and smooth-l1 turn from quadratic to linear, in units of the noise."""
     huber_schedule: Literal["constant", "snr", "exponential"] = "snr"
-    """How that point moves: `snr` and `exponential` go from 1 in clean pictures to huber_delta in noise
-    [arXiv 2403.16728]."""
+    """How huber_delta depends on the timestep: `snr` and `exponential` go from 1 without noise to huber_delta at full
+    noise [arXiv 2403.16728]."""
     weighting: Literal["none", "min-snr", "debiased"] = "none"
-    """Weight of a timestep: none, min-SNR [arXiv 2303.09556] or debiased [arXiv 2310.08442]."""
+    """Weighting of the loss by timestep: none, min-SNR [arXiv 2303.09556] or debiased [arXiv 2310.08442]."""
     min_snr_gamma: AboveZero = 5.0
-    """The gamma of min-SNR; 5 is the paper's."""
+    """Gamma of min-SNR weighting; the paper recommends 5."""
     timesteps: Literal["uniform", "logit-normal", "content", "style"] = "uniform"
-    """How timesteps are drawn: logit-normal leans to the middle [arXiv 2403.03206], content to high noise, style to low
-    [arXiv 2302.08453]."""
+    """Distribution of timesteps: logit-normal prefers the middle [arXiv 2403.03206], content high noise and style low
+    noise [arXiv 2302.08453]."""
     first_timestep: Count = 0
-    """Lowest timestep drawn."""
+    """Lowest timestep to sample."""
     last_timestep: Count | None = None
-    """Highest timestep drawn; the schedule's last if left out."""
+    """Highest timestep to sample; the last one of the schedule by default."""
     noise_offset: NotNegative = 0.0
-    """Size of a shift per channel that is added to the noise, for very dark or bright pictures; 0.05 is mild."""
+    """Noise offset: scale of a random shift per channel, for very dark or bright images; 0.05 is mild."""
     pyramid_discount: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Noise of lower resolutions is added, each level by this factor weaker; 0 for none, 0.3 is common."""
+    """Pyramid noise: factor by which each level of lower-resolution noise is weaker; 0 for none, 0.3 is common."""
     pyramid_levels: Annotated[int, Field(ge=1, le=12)] = 6
-    """How many of them at most; a level of one pixel is the last."""
+    """Maximum number of levels of pyramid noise."""
     input_perturbation: NotNegative = 0.0
-    """Extra noise in the input that the target does not know of [arXiv 2301.11706]; 0.1 is the paper's."""
+    """Input perturbation: scale of extra noise in the input only [arXiv 2301.11706]; the paper uses 0.1."""
 
 
 class PriorConfig(Settings):
-    """What keeps the base's own knowledge."""
+    """Prior preservation: how the base's knowledge of the class is kept."""
 
     mode: Literal["none", "pictures", "prediction"] = "none"
-    """`pictures`: train on pictures of the class as well, made by the base where they are missing (DreamBooth).
-    `prediction`: pull towards the frozen base's own prediction on other prompts, which needs no pictures."""
+    """`pictures`: also train on class images, which the base generates where they are missing (DreamBooth).
+    `prediction`: keep the predictions for other prompts close to those of the frozen base, without class images."""
     weight: NotNegative = 1.0
-    """Of this loss against the pictures' own."""
+    """Weight of this loss, compared with 1 for the training images."""
     prompt: str = ""
-    """What class pictures show, such as `photo of a dog`."""
+    """Class prompt, such as `photo of a dog`."""
     folder: Path | None = None
-    """Class pictures; in the run's folder if left out."""
+    """Folder of class images; in the run's folder by default."""
     count: Positive = 100
-    """How many there should be; missing ones are made."""
+    """Number of class images; missing ones are generated."""
     guidance_scale: NotNegative = 7.5
-    """Classifier-free guidance for making them."""
+    """Classifier-free guidance scale for generating class images."""
     num_inference_steps: Positive = 25
-    """Denoising steps for making them."""
+    """Number of denoising steps for generating class images."""
     prompts: tuple[str, ...] = ()
-    """Prompts for `prediction`; the class prompt, or else the empty one, if none is given."""
+    """Prompts for `prediction`; by default the class prompt, or the empty one without a class prompt."""
 
 
 class ValidationConfig(Settings):
-    """How a run tells whether it still gets better."""
+    """Validation during training, and early stopping."""
 
     share: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the pictures that is held out; they are never trained on."""
+    """Fraction of the images that is held out for validation and never trained on."""
     folder: Path | None = None
-    """Held-out pictures of their own, read as the training data are."""
+    """Folder of validation images with captions, instead of held-out training images."""
     every: Positive = 100
     """Optimizer steps between validations."""
     draws: Positive = 8
-    """Timesteps per picture, spread over the schedule, each with fixed noise."""
+    """Timesteps per image, spread over the schedule, each with fixed noise."""
     base_prompts: tuple[str, ...] = ()
-    """Prompts on which the drift from the frozen base is measured."""
+    """Prompts on which the drift of the predictions from the frozen base is measured."""
     patience: Count = 0
-    """Stop after so many validations without a better one; 0 never stops early."""
+    """Stop after this many validations without improvement; 0 never stops early."""
     keep_best: bool = True
-    """Write the adapter of the best validation rather than the last one."""
+    """Save the adapter with the best validation loss rather than the last one."""
 
 
 class SamplesConfig(Settings):
-    """Pictures on the way."""
+    """Sample images during training."""
 
     prompts: tuple[str, ...] = ()
-    """What they show; none are made without prompts."""
+    """Prompts of the sample images; none are generated without prompts."""
     every: Positive = 100
-    """Optimizer steps between rows of the contact sheet."""
+    """Optimizer steps between samples, which are the rows of a contact sheet."""
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
-    """Seed of each picture."""
-    num_inference_steps: Positive = 20
-    """Denoising steps."""
-    guidance_scale: NotNegative = 4.0
+    """Seed of each sample image."""
+    num_inference_steps: Positive = DEFAULT_NUM_INFERENCE_STEPS
+    """Number of denoising steps."""
+    guidance_scale: NotNegative = DEFAULT_GUIDANCE_SCALE
     """Classifier-free guidance scale."""
 
 
 class ComputeConfig(Settings):
-    """What a step costs."""
+    """Precision, memory and speed."""
 
     mixed_precision: Precision = "no"
-    """Accelerate's mixed precision; trainable parameters are float32 always."""
+    """Mixed precision (Accelerate); trainable parameters are always float32."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: about a third slower, a third to a half less memory."""
+    """Recompute activations in the backward pass: about a third slower, with a third to a half less memory."""
     offload: bool = False
-    """Keep the autoencoder and frozen text encoders in the processor's memory while nothing is encoded: two gigabytes
-    of an SDXL base, at the price of moving them for each picture or caption that is not in the cache."""
+    """Keep the VAE and frozen text encoders in CPU memory while nothing is encoded: saves 2 GB of GPU memory with SDXL,
+    but moves them for each image or caption that is not in the cache."""
     shard: bool = False
-    """Share out the frozen UNet's weights among the processes of `accelerate launch`, for a base too large for one GPU;
-    each block is gathered as it works, which costs time."""
+    """Shard the frozen UNet over the processes of `accelerate launch`, for a base too large for one GPU; slower, as
+    each block's weights are gathered when they are needed."""
     quantize: Quantization = "none"
-    """Keep the frozen UNet's linear layers in four or eight bits [QLoRA, arXiv 2305.14314]: a quarter or half of their
-    memory, at the price of time and of some of the base's precision. Needs bitsandbytes."""
+    """Quantize the frozen UNet's linear layers to 4 or 8 bits [QLoRA, arXiv 2305.14314]: a quarter or half of their
+    memory, but slower and less precise. Needs bitsandbytes."""
     compile: bool = False
-    """`torch.compile` for the UNet."""
+    """Compile the UNet with `torch.compile`."""
     channels_last: bool = False
-    """Channels-last layout for the UNet, faster for convolutions on recent GPUs."""
+    """Channels-last memory format of the UNet; faster convolutions on recent GPUs."""
 
 
 class TrackingConfig(Settings):
-    """What is kept of a run besides the adapter."""
+    """Logs and report of a run."""
 
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
-    """Where curves go while a run goes on; in `logs` in the run's folder."""
+    """Trackers that receive the training curves; TensorBoard writes to `logs` in the run's folder."""
     project: str = "lora_diffusion"
-    """Name of the project there."""
+    """Name of the project in the tracker."""
     report: bool = True
-    """Write `report.html` at the end."""
+    """Write `report.html` to the run's folder at the end."""
 
 
 class TrainConfig(Settings):
-    """One training run, as read from a TOML file."""
+    """Settings of a training run."""
 
     output: Path
-    """The adapter file to write (.safetensors). What else a run keeps lies beside it, in `NAME-run`."""
+    """Adapter file to write (.safetensors). All other files of the run go to the folder `NAME-run` beside it."""
     base: str = EMBEDDED_BASE
-    """Base to train on: `tiny-sd`, a folder in diffusers' layout, or a hub id."""
+    """Base model to train on: `tiny-sd` (embedded), a folder in diffusers' layout, or a hub id."""
     name: str = ""
-    """Name of the adapter; the output's file name if empty."""
+    """Name of the adapter; the output's file name by default."""
     trigger_words: tuple[str, ...] = ()
-    """Words that call the adapter in a prompt; recorded in the file."""
+    """Trigger words of the adapter, which are recorded in the file."""
     base_adapters: dict[Path, float] = Field(default_factory=dict[Path, float])
     """Adapter files merged into the base before training, with weights, such as `{ "gloop.safetensors" = 0.8 }`."""
     steps: Positive = 1500
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch_size: Positive = 1
-    """Pictures per step and process."""
+    """Images per process and forward pass."""
     gradient_accumulation: Positive = 1
-    """Batches whose gradients are summed into one optimizer step."""
+    """Number of batches whose gradients are accumulated for one optimizer step."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seed of initial weights, data order, noise and dropout."""
+    """Seed for initial weights, data order, noise and dropout."""
     save_every: Count = 0
-    """Optimizer steps between intermediate adapters (`name-step00000100.safetensors`); 0 for none."""
+    """Optimizer steps between intermediate adapter files (`name-step00000100.safetensors`); 0 for none."""
     save_precision: Literal["float32", "float16", "bfloat16"] = "float16"
-    """Type of the saved factors."""
+    """Dtype of the saved tensors."""
     state_every: Count = 200
-    """Optimizer steps between states that a stopped run goes on from; 0 for none."""
+    """Optimizer steps between saved training states, from which a stopped run continues; 0 for none."""
     resume: bool = True
-    """Go on from the last state of an unfinished run of the same settings, if there is one."""
+    """Continue from the last state of an unfinished run with the same settings, if there is one."""
     data: DataConfig
-    captions: CaptionConfig = Field(default_factory=CaptionConfig)  # made when asked for, which help never does
+    captions: CaptionConfig = Field(default_factory=CaptionConfig)  # made on demand, which keeps help fast
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
     textual_inversion: TextualInversionConfig = Field(default_factory=TextualInversionConfig)
     slider: SliderConfig = Field(default_factory=SliderConfig)
@@ -259,56 +260,55 @@ class TrainConfig(Settings):
             return self
         if self.trains_captions:
             raise ValueError(
-                "slider and trained text encoders or tokens do not go together, as frozen encoders read its prompts; "
-                "empty adapter.text_encoder_target_modules and "
-                "textual_inversion.placeholder_tokens"
+                "slider cannot be combined with trained text encoders or tokens; set "
+                "adapter.text_encoder_target_modules and textual_inversion.placeholder_tokens to []"
             )
         plain = self.adapter.kind in PRODUCT_KINDS and not self.adapter.use_dora and not self.adapter.modules_to_save
         if not plain or self.adapter.init_from:
             raise ValueError(
-                "slider weighs a product of factors with a sign; set adapter.kind to lora, and leave out use_dora, "
-                "modules_to_save and init_from"
+                "slider supports plain low-rank adapters only, whose delta is proportional to the weight; set "
+                "adapter.kind to lora, and leave out use_dora, modules_to_save and init_from"
             )
-        idle = {
+        unsupported = {
             "objective.loss": self.objective.loss != "mse",
             "objective.weighting": self.objective.weighting != "none",
             "objective.input_perturbation": bool(self.objective.input_perturbation),
             "data.masks": self.data.masks != "none",
         }
-        told = [name for name, given in idle.items() if given]
-        if told:
-            raise ValueError(f"slider has a loss of its own, which knows no {told[0]}; leave {told[0]} out")
+        used = [name for name, given in unsupported.items() if given]
+        if used:
+            raise ValueError(f"slider has its own loss, which does not support {used[0]}; leave {used[0]} out")
         if self.prior.mode != "none":
             raise ValueError(
-                "slider and prior do not go together, as a slider learns from the frozen base anyway; set prior.mode "
-                "to none"
+                "slider and prior cannot be combined, because a slider is trained on the frozen base's predictions "
+                "already; set prior.mode to none"
             )
         return self
 
     @model_validator(mode="after")
     def check_parameter_edits(self) -> "TrainConfig":
         """Refuse parameter averages and a late start where a method edits its parameters during training."""
-        optimizer, cut = self.optimizer, self.adapter.kind in PRUNING_KINDS
+        optimizer, prunes = self.optimizer, self.adapter.kind in PRUNING_KINDS
         editing = {
-            f"adapter.kind '{self.adapter.kind}'": cut,
+            f"adapter.kind '{self.adapter.kind}'": prunes,
             "adapter.max_delta_norm": self.adapter.max_delta_norm is not None,
             "textual_inversion.placeholder_tokens": bool(self.textual_inversion.placeholder_tokens),
         }
         edits = next((name for name, given in editing.items() if given), "")
         if optimizer.kind == "schedule-free" and edits:
             raise ValueError(
-                f"optimizer.kind 'schedule-free' saves a mean over steps, in which what {edits} takes away comes back; "
-                "set optimizer.kind to adamw"
+                f"optimizer.kind 'schedule-free' cannot be combined with {edits}, because it saves an average over "
+                "steps, which would undo that; set optimizer.kind to adamw"
             )
-        if optimizer.ema_decay and cut:
+        if optimizer.ema_decay and prunes:
             raise ValueError(
-                f"optimizer.ema_decay and adapter.kind '{self.adapter.kind}' do not go together, as directions that "
-                "are taken away live on in a mean; set ema_decay to 0"
+                f"optimizer.ema_decay and adapter.kind '{self.adapter.kind}' cannot be combined, because pruned "
+                "directions would remain in the average; set ema_decay to 0"
             )
-        if self.textual_inversion.start_adapter_at and cut and not self.trains_embeddings_only:
+        if self.textual_inversion.start_adapter_at and prunes and not self.trains_embeddings_only:
             raise ValueError(
-                f"textual_inversion.start_adapter_at and adapter.kind '{self.adapter.kind}' do not go together, as "
-                "both schedule the beginning of the run; set start_adapter_at to 0, or adapter.kind to lora"
+                f"textual_inversion.start_adapter_at and adapter.kind '{self.adapter.kind}' cannot be combined, "
+                "because both schedule the beginning of the run; set start_adapter_at to 0, or adapter.kind to lora"
             )
         return self
 
@@ -347,4 +347,5 @@ class TrainConfig(Settings):
     @field_validator("data", mode="before")
     @classmethod
     def accept_folder(cls, value: object) -> object:
+        """Accept a folder alone as the data section."""
         return {DataConfig.shorthand: value} if isinstance(value, str | Path) else value

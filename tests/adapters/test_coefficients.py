@@ -198,7 +198,7 @@ def test_tags_are_removed_from_the_prompt() -> None:
         ("<lora:x:1:start=0.5:linear=0@0.1,1@0.2>", "more than one schedule"),
         ("<lora:x:start=0.5:stop=10>", "mixes fractions and steps"),
         ("<lora:x:start=1.5>", "at most 1.0"),
-        ("<lora:x:start=0.8:stop=0.2>", "go back"),
+        ("<lora:x:start=0.8:stop=0.2>", "not in ascending order"),
         ("<lora:x:lbw=MIDD:IN04=1>", "both lbw= and factors for single blocks"),
         ("<lora:x:lbw=1,R,0>", "'R' is not a number"),
         ("<lora:x:1:2:3:4>", "up to three numbers"),

@@ -19,13 +19,15 @@ from lora_diffusion.adapters.layers import DoRALayer, FullLayer, Layer, LoHaLaye
 from lora_diffusion.algebra.combine.exact_sum import combine, joint_sum
 from lora_diffusion.algebra.metrics.quantization_error import rounding_error
 from lora_diffusion.algebra.reduce.resize import compress
-from lora_diffusion.algebra.svd.rank_selection import RankRule, select_rank
+from lora_diffusion.algebra.svd.rank_selection import select_rank
 from lora_diffusion.architectures.blocks import block_prefix
+from lora_diffusion.config.combine import CombineConfig, RankRule
 from lora_diffusion.config.preset import BlendEntry
+from lora_diffusion.config.settings import validate
 from lora_diffusion.errors import ConfigError, FamilyMismatchError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
-from lora_diffusion.workflows.adapters.combine import CombineConfig, combine_files
+from lora_diffusion.workflows.adapters.combine import combine_files
 
 LINEAR = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 CONV = "unet.down_blocks.0.resnets.0.conv1"
@@ -240,18 +242,18 @@ def test_no_rule_keeps_numerically_zero_singular_values(way: str) -> None:
         ({}, "exactly one of rank, keep, ratio, frobenius, cumulative, threshold and quantile, not by none"),
         ({"at_most": 4}, "not by none"),
         ({"rank": 4, "keep": 0.9}, "not by rank and keep"),
-        ({"rank": 0}, "rank is 0"),
-        ({"rank": 2, "at_most": 0}, "at most is 0"),
-        ({"keep": 0.0}, "keep is 0; expected a fraction above 0"),
-        ({"frobenius": 1.01}, "frobenius is 1.01"),
-        ({"cumulative": math.nan}, "cumulative is nan"),
-        ({"ratio": 0.5}, "ratio is 0.5; expected a number of at least 1"),
-        ({"ratio": math.inf}, "ratio is inf"),
+        ({"rank": 0}, "'rank' is 0: input should be greater than 0"),
+        ({"rank": 2, "at_most": 0}, "'at_most' is 0"),
+        ({"keep": 0.0}, "'keep' is 0.0: input should be greater than 0"),
+        ({"frobenius": 1.01}, "'frobenius' is 1.01: input should be less than or equal to 1"),
+        ({"cumulative": math.nan}, "'cumulative' is nan"),
+        ({"ratio": 0.5}, "'ratio' is 0.5: input should be greater than or equal to 1"),
+        ({"ratio": math.inf}, "'ratio' is inf"),
     ],
 )
 def test_invalid_rank_rules_are_rejected(rule: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        RankRule(**rule)
+        validate(RankRule, rule, source="test")
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"row {fault['row']}: {fault['fault']}")

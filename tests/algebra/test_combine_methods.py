@@ -17,14 +17,16 @@ from lora_diffusion.adapters.blend import Blend, WeightedAdapter, blend_sum
 from lora_diffusion.adapters.deltas import sum_deltas
 from lora_diffusion.adapters.layers import LoHaLayer, LoRALayer
 from lora_diffusion.algebra.combine.core_space import build_core_space, build_knots_space, layer_from_core
-from lora_diffusion.algebra.combine.methods import METHODS, ConsensusConfig, Method, combine_by_consensus
+from lora_diffusion.algebra.combine.methods import METHODS, combine_by_consensus
 from lora_diffusion.algebra.combine.ties_dare_della import dare, della, magnitude, median, slerp, ties
 from lora_diffusion.algebra.combine.ziplora import solve_coefficients, zip_coefficients, zip_layers
+from lora_diffusion.config.combine import ConsensusConfig, ConsensusMethod
+from lora_diffusion.config.settings import validate
 from lora_diffusion.errors import ConfigError, FamilyMismatchError
 
 PATH = "unet.mid_block.attentions.0.proj_in"
 OTHER = "unet.mid_block.attentions.0.proj_out"
-ALL = get_args(Method)
+ALL = get_args(ConsensusMethod)
 SEEDED = ("dare", "della")
 
 Rule = Callable[[Tensor, Tensor], Tensor]
@@ -130,7 +132,7 @@ def test_core_space_of_equal_layers_has_the_size_of_one() -> None:
 
 
 @pytest.mark.parametrize("method", [method for method in ALL if method not in SEEDED])
-def test_result_depends_on_deltas_but_not_on_their_factorization(method: Method) -> None:
+def test_result_depends_on_deltas_but_not_on_their_factorization(method: ConsensusMethod) -> None:
     mixing = torch.randn(3, 3, generator=generator(9)).double() + 2 * torch.eye(3)
     first, second = lora(1), lora(2)
     other = LoRALayer(
@@ -179,7 +181,7 @@ def test_magnitude_pruning_keeps_the_largest() -> None:
 
 
 @pytest.mark.parametrize("method", ["magnitude", "dare"])
-def test_density_1_gives_the_weighted_sum_for_any_alpha_and_rank(method: Method) -> None:
+def test_density_1_gives_the_weighted_sum_for_any_alpha_and_rank(method: ConsensusMethod) -> None:
     blend = blend_of([lora(1, rank=2, alpha=8.0), lora(2, rank=5, alpha=1.0), lora(3)], [0.7, -0.4, 1.0])
     result = merged(blend, ConsensusConfig(method=method, density=1.0))
     assert close(result, sum_deltas(blend_sum(blend).layers[PATH]))
@@ -365,7 +367,7 @@ def entries(*adapters: Adapter) -> Blend:
 
 
 @pytest.mark.parametrize("method", [method for method in ALL if method != "np-lora"])
-def test_order_of_adapters_does_not_change_the_hash(method: Method) -> None:
+def test_order_of_adapters_does_not_change_the_hash(method: ConsensusMethod) -> None:
     blend = entries(two_modules(1, PATH, OTHER), two_modules(5, PATH, OTHER))
     config = ConsensusConfig(method=method)
     one, reversed_order = (
@@ -375,7 +377,7 @@ def test_order_of_adapters_does_not_change_the_hash(method: Method) -> None:
 
 
 @pytest.mark.parametrize("method", SEEDED)
-def test_a_seed_gives_the_same_again_and_another_seed_does_not(method: Method) -> None:
+def test_a_seed_gives_the_same_again_and_another_seed_does_not(method: ConsensusMethod) -> None:
     blend = entries(two_modules(1, PATH, OTHER), two_modules(5, PATH, OTHER))
     made = [
         combine_by_consensus(blend, ConsensusConfig(method=method, seed=seed), AdapterMetadata()).hash
@@ -385,14 +387,14 @@ def test_a_seed_gives_the_same_again_and_another_seed_does_not(method: Method) -
 
 
 @pytest.mark.parametrize("method", SEEDED)
-def test_modules_draw_different_numbers(method: Method) -> None:
+def test_modules_draw_different_numbers(method: ConsensusMethod) -> None:
     one, two = (Adapter(layers=dict.fromkeys((PATH, OTHER), lora(seed))) for seed in (1, 2))
     layers = combine_by_consensus(entries(one, two), ConsensusConfig(method=method), AdapterMetadata()).layers
     assert not torch.allclose(layers[PATH].delta(), layers[OTHER].delta())
 
 
 @pytest.mark.parametrize("method", ALL)
-def test_module_of_a_single_adapter_is_scaled_by_its_weight(method: Method) -> None:
+def test_module_of_a_single_adapter_is_scaled_by_its_weight(method: ConsensusMethod) -> None:
     one, two = two_modules(1, PATH, OTHER), two_modules(5, PATH)
     result = combine_by_consensus(entries(one, two), ConsensusConfig(method=method), AdapterMetadata(name="x"))
     assert result.metadata.name == "x"
@@ -401,7 +403,7 @@ def test_module_of_a_single_adapter_is_scaled_by_its_weight(method: Method) -> N
 
 
 @pytest.mark.parametrize("method", ALL)
-def test_convolutions_keep_their_kernels(method: Method) -> None:
+def test_convolutions_keep_their_kernels(method: ConsensusMethod) -> None:
     layers = [lora(1, inner=(4, 3, 3)), lora(2, rank=2, inner=(4, 3, 3))]
     result = combine_by_consensus(
         blend_of(layers, [1.0, 0.5]), ConsensusConfig(method=method), AdapterMetadata()
@@ -474,13 +476,13 @@ def test_zip_does_not_change_orthogonal_columns() -> None:
 
 
 def test_zip_of_an_adapter_with_itself() -> None:
-    result = merged(blend_of([lora(1), lora(1)], [1.0, 1.0]), ConsensusConfig(method="zip", penalty=0.9))
+    result = merged(blend_of([lora(1), lora(1)], [1.0, 1.0]), ConsensusConfig(method="ziplora", penalty=0.9))
     assert close(result, 2 / 1.9 * delta64(lora(1)))
 
 
 def test_zip_without_penalty_is_the_sum() -> None:
     first, second = lora(1), lora(2, rank=1, alpha=4.0)
-    result = merged(blend_of([first, second], [0.7, -0.4]), ConsensusConfig(method="zip", penalty=0.0))
+    result = merged(blend_of([first, second], [0.7, -0.4]), ConsensusConfig(method="ziplora", penalty=0.0))
     assert close(result, 0.7 * delta64(first) - 0.4 * delta64(second))
 
 
@@ -499,7 +501,7 @@ def test_every_method_is_implemented() -> None:
 
 
 @pytest.mark.parametrize("method", ALL)
-def test_layers_other_than_plain_lora_are_rejected(method: Method) -> None:
+def test_layers_other_than_plain_lora_are_rejected(method: ConsensusMethod) -> None:
     loha = LoHaLayer(
         w1_a=torch.ones(12, 1), w1_b=torch.ones(1, 10), w2_a=torch.ones(12, 1), w2_b=torch.ones(1, 10), alpha=1.0
     )
@@ -513,16 +515,16 @@ def test_layers_other_than_plain_lora_are_rejected(method: Method) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"method": "tie"}, "method is 'tie'; expected one of ties, dare"),
-        ({"density": 0.0}, "density is 0.0; expected a number above 0"),
-        ({"density": 1.5}, "density is 1.5"),
-        ({"density": math.nan}, "density is nan"),
-        ({"method": "dare", "seed": -1}, "seed is -1; expected an integer"),
-        ({"method": "dare", "seed": 0.5}, "seed is 0.5; expected an integer"),
-        ({"method": "della", "spread": 1.0}, "spread is 1.0; expected a number from 0 to below 1"),
-        ({"disjoint": "max"}, "disjoint is 'max'; expected mean or sum"),
-        ({"method": "zip", "penalty": 1.0}, "penalty is 1.0"),
-        ({"method": "np-lora", "strength": math.inf}, "strength is inf"),
+        ({"method": "tie"}, "'method' is 'tie': input should be 'ties', 'dare'"),
+        ({"density": 0.0}, "'density' is 0.0: input should be greater than 0"),
+        ({"density": 1.5}, "'density' is 1.5"),
+        ({"density": math.nan}, "'density' is nan"),
+        ({"method": "dare", "seed": -1}, "'seed' is -1: input should be greater than or equal to 0"),
+        ({"method": "dare", "seed": 0.5}, "'seed' is 0.5: input should be a valid integer"),
+        ({"method": "della", "spread": 1.0}, "'spread' is 1.0: input should be less than 1"),
+        ({"disjoint": "max"}, "'disjoint' is 'max': input should be 'mean' or 'sum'"),
+        ({"method": "ziplora", "penalty": 1.0}, "'penalty' is 1.0"),
+        ({"method": "np-lora", "strength": math.inf}, "'strength' is inf"),
         (
             {"method": "slerp", "density": 0.3},
             "density is a setting of ties, dare, della, knots, magnitude; the method slerp",
@@ -532,12 +534,12 @@ def test_layers_other_than_plain_lora_are_rejected(method: Method) -> None:
 )
 def test_invalid_settings_are_rejected(setting: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        ConsensusConfig(**{"method": "ties", **setting})
+        validate(ConsensusConfig, {"method": "ties", **setting}, source="test")
 
 
 def test_unsupported_numbers_of_adapters_are_rejected() -> None:
     blend = blend_of([lora(1), lora(2), lora(3)], [1.0, 1.0, 1.0])
-    for method in ("slerp", "zip"):
+    for method in ("slerp", "ziplora"):
         with pytest.raises(ConfigError, match=f"{method} merges two adapters, but this blend has 3"):
             combine_by_consensus(blend, ConsensusConfig(method=method), AdapterMetadata())
     with pytest.raises(ConfigError, match="np-lora needs two or more adapters, a subject followed by styles"):

@@ -27,9 +27,9 @@ from lora_diffusion.adapters.factor_stack import Term
 from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.algebra.combine.exact_sum import combine, joint_sum
 from lora_diffusion.algebra.reduce.resize import compress
-from lora_diffusion.algebra.svd.rank_selection import RankRule
 from lora_diffusion.algebra.svd.svd import spectrum_of
 from lora_diffusion.architectures.module_paths import ATTENTION_LEAVES, LAYOUTS, module_paths
+from lora_diffusion.config.combine import RankRule
 from lora_diffusion.models.load import quiet_libraries
 from tests.benchmarks.full_size import CONFIGS
 from tests.benchmarks.goals import at_least, at_most, not_below, write_report

@@ -24,11 +24,12 @@ from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
 from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.architectures.detection import block_channels
 from lora_diffusion.architectures.module_paths import LAYOUTS, module_paths
+from lora_diffusion.config.adapter_files import ConvertConfig
 from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.formats.adapters.kohya import save_kohya
 from lora_diffusion.formats.adapters.load import load_adapter, load_meta_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
-from lora_diffusion.workflows.adapters.convert import ConvertConfig, convert
+from lora_diffusion.workflows.adapters.convert import convert
 from tests.benchmarks.goals import not_above, not_below, write_report
 
 RANK, LARGE_RANK, RUNS, FOLDER = 64, 1400, 5, 100

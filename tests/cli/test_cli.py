@@ -162,7 +162,7 @@ def test_bad_input_ends_in_one_sentence(
         (["generate", *base, *out, "--prompt", "a", "--adapter", f"{adapter}:much"], "is not a finite number"),
         (["generate", *base, *out, "--prompt", "a", "--adapter", f"{adapter}:nan"], "finite"),
         (["generate", *base, *out], "'prompt' is missing"),
-        (["generate", *base, *out, "--prompt", "a", "--steps", "0"], "'num_inference_steps' is 0"),
+        (["generate", *base, *out, "--prompt", "a", "--steps", "0"], "'num_inference_steps' is '0'"),
         (["generate", *base, *out, "--prompt", "a", "--width", "33"], "multiple of 8"),
         (["generate", "--base", str(tmp_path), *out, "--prompt", "a"], "no model_index.json"),
         (["generate", "--base", "no/such base", *out, "--prompt", "a"], "no such folder"),

@@ -12,9 +12,9 @@ import torch
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, cast_adapter
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.adapters.layers import DoRALayer, Layer, LoRALayer
-from lora_diffusion.algebra.combine.methods import ConsensusConfig, combine_by_consensus
-from lora_diffusion.algebra.svd.rank_selection import RankRule
+from lora_diffusion.algebra.combine.methods import combine_by_consensus
 from lora_diffusion.cli import main
+from lora_diffusion.config.combine import CombineConfig, ConsensusConfig, RankRule
 from lora_diffusion.config.preset import BlendEntry
 from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import LoRADiffusionError
@@ -23,7 +23,7 @@ from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.inference.in_place import blended_weights, weight_at
 from lora_diffusion.library.references import load_blend
 from lora_diffusion.models.load import Base
-from lora_diffusion.workflows.adapters.combine import CombineConfig, combine_files
+from lora_diffusion.workflows.adapters.combine import combine_files
 from tests.algebra.test_combine import dense, summed
 from tests.conftest import random_adapter
 
@@ -84,7 +84,7 @@ def test_a_resized_file_reports_its_true_error(
     assert training["combination"]["relative_error"] == pytest.approx(facts["error"])
     assert main(["resize", str(files[0]), str(out), "--rank", "1", "--force"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["block", "modules", "rank", "was", "rank", "is", "norm", "error"]
+    assert lines[1].split() == ["block", "modules", "rank", "before", "rank", "after", "norm", "error"]
     assert lines[-1].split()[:4] == ["all", str(len(before.layers)), "4", "1"]
 
 
@@ -114,9 +114,9 @@ def test_the_type_is_that_of_the_inputs_unless_they_differ(files: list[Path], tm
         (["combine", "ONE:1e38", "TWO:1e38", "OUT", "--dtype", "float16"], "beyond the range of float16"),
         (["combine", "ONE", "TWO", "OUT", "--rank", "2", "--keep", "0.9"], "not by rank and keep"),
         (["combine", "missing.safetensors", "OUT"], "no such file"),
-        (["resize", "ONE", "OUT"], "give the rank"),
+        (["resize", "ONE", "OUT"], "give exactly one rank flag"),
         (["resize", "ONE", "ONE", "--rank", "2", "--force"], "is one of the inputs"),
-        (["resize", "ONE", "OUT", "--keep", "1.5"], "expected a fraction above 0 and at most 1"),
+        (["resize", "ONE", "OUT", "--keep", "1.5"], "'keep' is '1.5': input should be less than or equal to 1"),
     ],
 )
 def test_wrong_input_is_one_sentence_and_writes_nothing(
@@ -158,7 +158,7 @@ def test_a_consensus_is_written_and_said_and_settings_without_a_method_are_refus
     path = next(iter(wanted.layers))
     assert torch.allclose(found.layers[path].delta(), wanted.layers[path].delta(), atol=1e-2, rtol=1e-2)
     assert main(["combine", *inputs, str(tmp_path / "no.safetensors"), "--density", "0.3"]) == 2
-    assert "--density belongs to a --method" in capsys.readouterr().err
+    assert "--density is a setting of --method; add one" in capsys.readouterr().err
 
 
 def with_dora(base: Base, plain: Adapter) -> Adapter:

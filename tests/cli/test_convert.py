@@ -59,7 +59,7 @@ def test_a_card_for_the_hub(tmp_path: Path) -> None:
         (["convert", str(NEON), "out.safetensors", "--to", "embedding"], "has 0 textual-inversion embeddings"),
         (["convert", "missing.safetensors", "out.safetensors", "--to", "native"], "no such file"),
         (["inspect", "missing.safetensors"], "no such file"),
-        (["inspect", str(NEON), str(NEON), "--plot", "a.png"], "give one adapter to plot"),
+        (["inspect", str(NEON), str(NEON), "--plot", "a.png"], "--plot takes a single adapter, but 2 are given"),
     ],
 )
 def test_wrong_input_is_one_sentence(

@@ -354,5 +354,5 @@ def test_transparent_and_dark_parts_of_a_mask_are_outside_the_region(tmp_path: P
 
 
 def test_a_setting_of_another_mode_is_refused() -> None:
-    with pytest.raises(ConfigError, match="projection belongs to the mode np-lora; switch has no use for it"):
+    with pytest.raises(ConfigError, match="projection is a setting of the mode np-lora; the mode switch does not"):
         validate(Composition, {"mode": "switch", "projection": 3.0}, source="generate")

@@ -83,5 +83,5 @@ def test_a_strength_of_0_is_no_variation() -> None:
 
 
 def test_a_variation_seed_without_strength_is_refused() -> None:
-    with pytest.raises(ConfigError, match="variation_seed does nothing"):
+    with pytest.raises(ConfigError, match="variation_seed has no effect"):
         validate(GenerateConfig, {"prompt": "a", "variation_seed": 3}, source="test")

@@ -108,15 +108,15 @@ def test_gradient_checkpointing_does_not_change_the_gradients(pictures: Path, sd
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"slider": {**NIGHT, "negative": NIGHT["positive"]}}, "say the same"),
-        ({"slider": {"negative": "a"}}, "name what is more of it in positive"),
+        ({"slider": {**NIGHT, "negative": NIGHT["positive"]}}, "are the same prompt"),
+        ({"slider": {"negative": "a"}}, "have no effect without positive"),
         (
             {"slider": NIGHT, "textual_inversion": {"placeholder_tokens": ["sks"]}},
-            "slider and trained text encoders or tokens",
+            "slider cannot be combined with trained text encoders or tokens",
         ),
         ({"slider": NIGHT, "adapter": {"use_dora": True, "text_encoder_target_modules": []}}, "adapter.kind to lora"),
         ({"slider": NIGHT, "prior": {"mode": "prediction"}}, "slider and prior"),
-        ({"slider": NIGHT, "objective": {"loss": "huber"}}, "knows no objective.loss"),
+        ({"slider": NIGHT, "objective": {"loss": "huber"}}, "does not support objective.loss"),
     ],
 )
 def test_invalid_slider_settings_are_rejected(

@@ -22,16 +22,18 @@ from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.algebra.reduce.extract import Approximation, approximate_layers, extract_layers
 from lora_diffusion.algebra.reduce.resize import CompressionReport
 from lora_diffusion.algebra.svd.randomized_svd import Sketch, randomized_spectrum
-from lora_diffusion.algebra.svd.rank_selection import RankRule, select_rank
+from lora_diffusion.algebra.svd.rank_selection import select_rank
 from lora_diffusion.algebra.svd.svd import dense_spectrum
 from lora_diffusion.cli.commands.extract import Approximate, Extract
-from lora_diffusion.config.settings import EMBEDDED_BASE
+from lora_diffusion.config.adapter_files import ExtractConfig
+from lora_diffusion.config.combine import RankRule
+from lora_diffusion.config.settings import EMBEDDED_BASE, validate
 from lora_diffusion.errors import BaseModelError, ConfigError, FamilyMismatchError, OutputError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.inference.in_place import blended_weights, weight_at
 from lora_diffusion.merging.merge import merge
 from lora_diffusion.models.load import Base
-from lora_diffusion.workflows.adapters.extract import ExtractConfig, approximate_file, extract_file
+from lora_diffusion.workflows.adapters.extract import approximate_file, extract_file
 from tests.conftest import random_adapter
 
 PATH = "unet.conv_in"
@@ -82,7 +84,7 @@ def add(key: str, value: float) -> Callable[[dict[str, Tensor]], None]:
 
 
 def settings_for(rule: RankRule | None = None, **changes: object) -> ExtractConfig:
-    return replace(ExtractConfig(rule=rule or RankRule(rank=4)), **changes)  # type: ignore[arg-type]
+    return ExtractConfig.model_validate({"rule": rule or RankRule(rank=4), **changes})
 
 
 @pytest.mark.parametrize("output", ["merged", "merged.safetensors"])
@@ -190,15 +192,15 @@ def test_thresholds_and_quantiles_respect_at_most_and_numerical_zeros() -> None:
     ("values", "message"),
     [
         ({"threshold": 1.0, "quantile": 0.5}, "not by threshold and quantile"),
-        ({"threshold": 0.0}, "expected a number above 0"),
-        ({"threshold": math.nan}, "expected a number above 0"),
-        ({"quantile": 1.0}, "from 0 to below 1"),
-        ({"quantile": 0.5, "at_most": 0}, "at least 1"),
+        ({"threshold": 0.0}, "'threshold' is 0.0: input should be greater than 0"),
+        ({"threshold": math.nan}, "'threshold' is nan"),
+        ({"quantile": 1.0}, "'quantile' is 1.0: input should be less than 1"),
+        ({"quantile": 0.5, "at_most": 0}, "'at_most' is 0"),
     ],
 )
 def test_invalid_rank_rules_are_rejected(values: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        RankRule(**values)  # type: ignore[arg-type]
+        validate(RankRule, values, source="test")
 
 
 @settings(max_examples=10)
@@ -297,7 +299,7 @@ def test_norms_and_biases_can_be_kept(sd: Base, tmp_path: Path) -> None:
 def test_targets_select_modules_and_the_rest_is_reported(sd: Base, tmp_path: Path) -> None:
     adapter = random_adapter(sd, seed=1, unet=("all",), text_encoders=("all",))
     merge(str(sd.folder), Blend(entries=(WeightedAdapter(adapter=adapter),)), tmp_path / "tuned")
-    how = settings_for(unet=("convolutions", "mid_block.*"), text_encoders=())
+    how = settings_for(unet_target_modules=("convolutions", "mid_block.*"), text_encoder_target_modules=())
     done = extract_file(str(tmp_path / "tuned"), str(sd.folder), tmp_path / "x.safetensors", how)
     inner = [path.removeprefix("unet.") for path in done.extraction.layers]
     assert all(path.startswith("mid_block.") or path.rsplit(".", 1)[-1].startswith("conv") for path in inner)
@@ -341,9 +343,11 @@ def test_factors_have_the_dtype_of_the_checkpoints_or_the_requested_one(sd: Base
         tensors["conv_in.weight"] = tensors["conv_in.weight"] * 1.5
 
     one, two = (altered(sd, tmp_path / n, UNET, f) for n, f in (("one", halved), ("two", tuned_half)))
-    how = settings_for(text_encoders=())
+    how = settings_for(text_encoder_target_modules=())
     for requested, expected in (("keep", torch.float16), ("bfloat16", torch.bfloat16), ("float32", torch.float32)):
-        done = extract_file(str(two), str(one), tmp_path / f"{requested}.safetensors", replace(how, dtype=requested))
+        done = extract_file(
+            str(two), str(one), tmp_path / f"{requested}.safetensors", how.model_copy(update={"dtype": requested})
+        )
         layer = load_adapter(done.output).layers[PATH]
         assert {factor.dtype for factor in layer.factors.values()} == {expected}
     done = extract_file(str(two), str(sd.folder), tmp_path / "mixed.safetensors", how)
@@ -448,5 +452,5 @@ def test_extract_and_approximate_commands(sd: Base, tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize("flags", [(), ("--rank", "4", "--quantile", "0.5"), ("--at-most", "4")])
 def test_extract_command_needs_one_rank_rule(flags: tuple[str, ...], tmp_path: Path) -> None:
     command = [EMBEDDED_BASE, str(tmp_path / "x.safetensors"), "--base", EMBEDDED_BASE, *flags]
-    with pytest.raises(ConfigError, match=r"give the rank|exactly one of rank"):
+    with pytest.raises(ConfigError, match=r"give a rank flag|exactly one of rank"):
         tyro.cli(Extract, args=command).run()

@@ -16,14 +16,16 @@ from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, adapter_ha
 from lora_diffusion.adapters.layers import DoRALayer, LoHaLayer, LoRALayer
 from lora_diffusion.algebra.reduce.shared_basis import AdapterPack, share_bases, unpack_adapter
 from lora_diffusion.algebra.svd.svd import spectrum_of, truncate_spectrum
-from lora_diffusion.cli.commands.pack import Pack, Unpack
+from lora_diffusion.cli import main
+from lora_diffusion.cli.commands.pack import Unpack
+from lora_diffusion.config.adapter_files import PackConfig
 from lora_diffusion.core.dtypes import tensor_bytes
 from lora_diffusion.errors import AdapterFormatError, ConfigError, FamilyMismatchError, OutputError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.formats.adapters.pack import PACK_KEY, check_not_pack, list_packed_adapters, load_pack, save_pack
 from lora_diffusion.formats.safetensors import read_header, read_safetensors, write_safetensors
-from lora_diffusion.workflows.adapters.pack import PackConfig, pack_files, unpack_file
+from lora_diffusion.workflows.adapters.pack import pack_files, unpack_file
 
 QUERY = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 CONV = "unet.up_blocks.0.resnets.0.conv1"
@@ -385,17 +387,18 @@ def test_pack_and_unpack_commands_report_sizes_and_errors(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pack = tmp_path / "pack.safetensors"
-    Pack(paths=(files, pack), rank=3, json=True).run()
+    command = ["library", "pack", str(files), str(pack), "--rank", "3"]
+    assert main([*command, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["adapters"] == 3
     assert facts["bytes_after"] == pack.stat().st_size
     worst = max(facts["errors"], key=facts["errors"].get)
     assert facts["error"] == {"worst": {worst: facts["errors"][worst]}, "median": sorted(facts["errors"].values())[1]}
-    Pack(paths=(files, pack), rank=3, force=True).run()
+    assert main([*command, "--force"]) == 0
     assert f"worst {facts['errors'][worst]:.3g} ({worst})" in capsys.readouterr().out
     Unpack(pack=pack, folder=tmp_path / "out", name="file-1").run()
     assert f"worst {facts['errors']['file-1']:.3g} (file-1)" in capsys.readouterr().out
     Unpack(pack=pack, folder=tmp_path / "all", json=True).run()
     assert json.loads(capsys.readouterr().out)["errors"] == facts["errors"]
-    with pytest.raises(ConfigError, match="at least one adapter or folder"):
-        Pack(paths=(pack,), rank=3).run()
+    assert main(["library", "pack", str(pack), "--rank", "3"]) == 2
+    assert "at least one adapter or folder" in capsys.readouterr().err

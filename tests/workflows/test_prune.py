@@ -11,11 +11,13 @@ from torch import Tensor
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, adapter_hash, cast_adapter
 from lora_diffusion.adapters.layers import DoRALayer, FullLayer, LoHaLayer, LoRALayer
-from lora_diffusion.algebra.reduce.prune import Scope, measure_sparsity, prune_deltas, prune_factors
+from lora_diffusion.algebra.reduce.prune import measure_sparsity, prune_deltas, prune_factors
+from lora_diffusion.cli import main
+from lora_diffusion.config.adapter_files import PruneConfig, PruneScope
 from lora_diffusion.errors import ConfigError, OutputError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
-from lora_diffusion.workflows.adapters.prune import PruneConfig, prune_file
+from lora_diffusion.workflows.adapters.prune import prune_file
 
 QUERY = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 CONV = "unet.up_blocks.0.resnets.0.conv1"
@@ -61,7 +63,7 @@ def true_errors(before: Adapter, after: Adapter) -> tuple[float, dict[str, float
 @settings(max_examples=20)
 @given(adapters(), st.floats(0.01, 1), scopes)
 def test_pruning_keeps_the_exact_fraction_and_reports_the_actual_error(
-    adapter: Adapter, keep: float, scope: Scope
+    adapter: Adapter, keep: float, scope: PruneScope
 ) -> None:
     pruned = prune_factors(adapter, keep, scope)
     found = measure_sparsity(adapter, pruned)
@@ -76,7 +78,7 @@ def test_pruning_keeps_the_exact_fraction_and_reports_the_actual_error(
 
 @settings(max_examples=10)
 @given(adapters(), st.floats(0.01, 1), scopes)
-def test_remaining_values_are_unchanged(adapter: Adapter, keep: float, scope: Scope) -> None:
+def test_remaining_values_are_unchanged(adapter: Adapter, keep: float, scope: PruneScope) -> None:
     pruned = prune_factors(adapter, keep, scope)
     for path, layer in adapter.layers.items():
         for name, factor in layer.factors.items():
@@ -90,7 +92,7 @@ def test_remaining_values_are_unchanged(adapter: Adapter, keep: float, scope: Sc
 
 @settings(max_examples=10)
 @given(adapters(), scopes, st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
-def test_keeping_everything_is_the_identity(adapter: Adapter, scope: Scope, dtype: torch.dtype) -> None:
+def test_keeping_everything_is_the_identity(adapter: Adapter, scope: PruneScope, dtype: torch.dtype) -> None:
     whole = cast_adapter(adapter, dtype)
     pruned = prune_factors(whole, 1.0, scope)
     assert adapter_hash(pruned) == adapter_hash(whole)
@@ -102,7 +104,7 @@ def test_keeping_everything_is_the_identity(adapter: Adapter, scope: Scope, dtyp
 @settings(max_examples=10)
 @given(adapters(), st.integers(-6, 6), st.floats(0.1, 0.9), scopes)
 def test_pruning_does_not_depend_on_the_scale_of_the_factors(
-    adapter: Adapter, power: int, keep: float, scope: Scope
+    adapter: Adapter, power: int, keep: float, scope: PruneScope
 ) -> None:
     moved = {
         path: LoRALayer(up=x.up * 2.0**power, down=x.down * 2.0**-power, alpha=x.alpha)
@@ -133,7 +135,7 @@ def test_score_of_an_entry_is_the_error_of_removing_it(adapter: Adapter, keep: f
 
 @settings(max_examples=15)
 @given(adapters(), st.floats(0.01, 1), scopes)
-def test_largest_entries_of_the_delta_are_kept(adapter: Adapter, keep: float, scope: Scope) -> None:
+def test_largest_entries_of_the_delta_are_kept(adapter: Adapter, keep: float, scope: PruneScope) -> None:
     pruned = prune_deltas(adapter, keep, scope)
     before = {path: layer.delta() for path, layer in adapter.layers.items()}
     groups = [[path] for path in before] if scope == "module" else [list(before)]
@@ -244,12 +246,10 @@ def test_existing_files_and_inputs_are_not_overwritten(file: Path, tmp_path: Pat
 
 
 def test_command_prints_the_result(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from lora_diffusion.cli.commands.prune import Prune
-
-    Prune(source=file, output=tmp_path / "a.safetensors", keep=0.5, json=True).run()
+    assert main(["prune", str(file), str(tmp_path / "a.safetensors"), "--keep", "0.5", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["nonzeros"], report["entries"], report["share"]) == (160, 320, 0.5)
-    Prune(source=file, output=tmp_path / "b.safetensors", keep=0.5).run()
+    assert main(["prune", str(file), str(tmp_path / "b.safetensors"), "--keep", "0.5"]) == 0
     text = capsys.readouterr().out
     assert "160 of 320 values are not zero (50.00%)" in text
     assert f"error of the deltas: {report['error']:.3g} of their norm" in text

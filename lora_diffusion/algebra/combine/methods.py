@@ -7,8 +7,6 @@ KnOTS in its own coordinates (see `core_space`); ZipLoRA and NP-LoRA work on the
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Literal, get_args
 
 import torch
 from torch import Generator, Tensor
@@ -21,69 +19,11 @@ from lora_diffusion.adapters.layers import Layer, LoRALayer
 from lora_diffusion.algebra.combine.core_space import CoreSpace, build_core_space, build_knots_space, layer_from_core
 from lora_diffusion.algebra.combine.exact_sum import combine, joint_sum, merge_tokens
 from lora_diffusion.algebra.combine.np_lora import project_entries
-from lora_diffusion.algebra.combine.ties_dare_della import Disjoint, dare, della, magnitude, median, slerp, ties
+from lora_diffusion.algebra.combine.ties_dare_della import dare, della, magnitude, median, slerp, ties
 from lora_diffusion.algebra.combine.ziplora import zip_layers
 from lora_diffusion.architectures.module_paths import ModelLayout
+from lora_diffusion.config.combine import ConsensusConfig, ConsensusMethod
 from lora_diffusion.errors import ConfigError
-
-Method = Literal["ties", "dare", "della", "knots", "magnitude", "median", "slerp", "zip", "np-lora"]
-"""Names of the consensus methods; `zip` is ZipLoRA."""
-
-_METHODS_BY_SETTING: Mapping[str, tuple[Method, ...]] = {
-    "density": ("ties", "dare", "della", "knots", "magnitude"),
-    "seed": ("dare", "della"),
-    "spread": ("della",),
-    "disjoint": ("ties", "della", "knots"),
-    "penalty": ("zip",),
-    "strength": ("np-lora",),
-}
-"""The methods that use each setting."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConsensusConfig:
-    """A consensus method and its settings.
-
-    Raises:
-        ConfigError: If the method is unknown, a value is out of range, or a setting differs from its default although
-            the method does not use it.
-    """
-
-    method: Method
-    """Name of the method."""
-    density: float = 0.5
-    """Fraction of entries to keep, above 0 and at most 1 (ties, dare, della, knots, magnitude)."""
-    seed: int = 0
-    """Seed for dropping entries (dare, della)."""
-    spread: float = 0.2
-    """How much more often DELLA drops small entries than large ones, from 0 (equally often) to below 1."""
-    disjoint: Disjoint = "mean"
-    """How entries that agree in sign are merged: mean (strength of one adapter) or sum (ties, della, knots)."""
-    penalty: float = 0.9
-    """How strongly ZipLoRA reduces overlapping columns, from 0 (plain sum) to below 1."""
-    strength: float = 1.0
-    """How much of the other adapters' main directions NP-LoRA removes: 0 nothing, 1 half, large values everything."""
-
-    def __post_init__(self) -> None:
-        expected = {
-            "method": (self.method in get_args(Method), f"one of {', '.join(get_args(Method))}"),
-            "density": (0 < self.density <= 1, "a number above 0 and at most 1"),
-            "seed": (isinstance(self.seed, int) and 0 <= self.seed < 2**62, "an integer from 0 to 2^62 - 1"),  # pyright: ignore[reportUnnecessaryIsInstance]
-            "spread": (0 <= self.spread < 1, "a number from 0 to below 1"),
-            "disjoint": (self.disjoint in get_args(Disjoint), "mean or sum"),
-            "penalty": (0 <= self.penalty < 1, "a number from 0 to below 1"),
-            "strength": (0 <= self.strength < float("inf"), "a number of at least 0"),
-        }
-        for name, (is_valid, description) in expected.items():
-            if not is_valid:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {description}")
-        defaults = {field.name: field.default for field in fields(self)}
-        for name, methods in _METHODS_BY_SETTING.items():
-            if self.method not in methods and getattr(self, name) != defaults[name]:
-                raise ConfigError(
-                    f"{name} is a setting of {', '.join(methods)}; the method {self.method} does not use it"
-                )
-
 
 Terms = Sequence[tuple[float, LoRALayer]]
 """Weights and plain LoRA layers of one module."""
@@ -118,7 +58,7 @@ def _merge_cores_by_della(cores: Tensor, weights: Tensor, config: ConsensusConfi
     )
 
 
-METHODS: Mapping[Method, ModuleMethod] = {
+METHODS: Mapping[ConsensusMethod, ModuleMethod] = {
     "ties": _make_core_method(build_core_space, _merge_cores_by_ties),
     "dare": _make_core_method(build_core_space, _merge_cores_by_dare),
     "della": _make_core_method(build_core_space, _merge_cores_by_della),
@@ -128,7 +68,7 @@ METHODS: Mapping[Method, ModuleMethod] = {
     ),
     "median": _make_core_method(build_core_space, lambda cores, weights, _, __: median(cores, weights)),
     "slerp": _make_core_method(build_core_space, lambda cores, weights, _, __: slerp(cores, weights)),
-    "zip": lambda terms, config, _: zip_layers(terms, config.penalty),
+    "ziplora": lambda terms, config, _: zip_layers(terms, config.penalty),
 }
 """Methods that merge one module at a time. `np-lora` needs whole adapters in the order given, so it is not listed."""
 
@@ -204,10 +144,10 @@ def _biases_as_layers(terms: Sequence[BiasTerm]) -> Terms:
     ]
 
 
-def _check_consensus_blend(blend: Blend, method: Method) -> None:
+def _check_consensus_blend(blend: Blend, method: ConsensusMethod) -> None:
     """Raise ConfigError if the method does not support the blend's number of adapters or kinds of layers."""
     count = len(blend.active)
-    if method in ("slerp", "zip") and count > 2:
+    if method in ("slerp", "ziplora") and count > 2:
         raise ConfigError(f"{method} merges two adapters, but this blend has {count}; merge them in pairs")
     if method == "np-lora" and count < 2:
         raise ConfigError(f"np-lora needs two or more adapters, a subject followed by styles; this blend has {count}")

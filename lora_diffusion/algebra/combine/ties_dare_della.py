@@ -8,15 +8,11 @@ TIES, DARE, DELLA and magnitude pruning work on entries, so they depend on the c
 distances and angles, which are the same in every orthonormal basis and thus those of the dense deltas.
 """
 
-from typing import Literal
-
 import torch
 from torch import Generator, Tensor
 
 from lora_diffusion.algebra.combine.geometric_median import median_shares
-
-Disjoint = Literal["mean", "sum"]
-"""How TIES merges the entries that agree in sign: by their mean or their sum."""
+from lora_diffusion.config.combine import Disjoint
 
 _PARALLEL_TOLERANCE = 1e-6
 """Matrices with 1 - |cosine| below this count as parallel, so SLERP has no arc to follow."""

@@ -13,8 +13,9 @@ from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.algebra.metrics.norms import frobenius_norm
 from lora_diffusion.algebra.reduce.resize import CompressionReport, ModuleLoss
 from lora_diffusion.algebra.svd.randomized_svd import Sketch, randomized_spectrum, smaller_side
-from lora_diffusion.algebra.svd.rank_selection import RankRule, select_rank
+from lora_diffusion.algebra.svd.rank_selection import select_rank
 from lora_diffusion.algebra.svd.svd import Spectrum, dense_spectrum, truncate_spectrum
+from lora_diffusion.config.combine import RankRule
 from lora_diffusion.errors import BaseModelError, ConfigError
 
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,15 +12,8 @@ from lora_diffusion.adapters.factor_stack import is_joinable
 from lora_diffusion.adapters.layers import FullLayer, Layer, LoRALayer
 from lora_diffusion.algebra.metrics.norms import delta_norm
 from lora_diffusion.algebra.metrics.quantization_error import delta_difference_norm
+from lora_diffusion.config.adapter_files import PruneScope
 from lora_diffusion.errors import ConfigError
-
-Scope: TypeAlias = Literal["module", "adapter"]
-"""Whether entries compete within their own module or within the whole adapter.
-
-With `module`, the default, every module keeps the same fraction of entries, so none is emptied: a small delta is not an
-unimportant one, because the norms of different modules say little about their effect on an image. With `adapter`, the
-error over all deltas together is smaller for the same fraction, at the cost of modules with small deltas.
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +46,7 @@ class Sparsity:
         return lost / norm if norm else 0.0
 
 
-def prune_factors(adapter: Adapter, keep: float, scope: Scope = "module") -> Adapter:
+def prune_factors(adapter: Adapter, keep: float, scope: PruneScope = "module") -> Adapter:
     """Set the least important entries of `up` and `down` to zero.
 
     The importance of an entry is the Frobenius norm of the change of the delta if only this entry is set to zero: its
@@ -94,7 +86,7 @@ def prune_factors(adapter: Adapter, keep: float, scope: Scope = "module") -> Ada
     return replace(adapter, layers=layers)
 
 
-def prune_deltas(adapter: Adapter, keep: float, scope: Scope = "module") -> Adapter:
+def prune_deltas(adapter: Adapter, keep: float, scope: PruneScope = "module") -> Adapter:
     """Set the smallest entries of each delta to zero and return the deltas as full differences in float32.
 
     Works for all kinds of layers except DoRA, whose delta depends on the base. A pruned delta is no longer low-rank,
@@ -150,7 +142,7 @@ def _score_factors(layer: LoRALayer) -> list[Tensor]:
     ]
 
 
-def _select_highest(scores: Mapping[str, list[Tensor]], keep: float, scope: Scope) -> dict[str, list[Tensor]]:
+def _select_highest(scores: Mapping[str, list[Tensor]], keep: float, scope: PruneScope) -> dict[str, list[Tensor]]:
     """Return masks of the highest-scoring fraction `keep` of the entries of each module, or of the whole adapter.
 
     Raises ConfigError if `keep` is out of range.

@@ -13,8 +13,9 @@ from lora_diffusion.adapters.blend import BlendSum
 from lora_diffusion.adapters.factor_stack import Term, common_weight_shape
 from lora_diffusion.adapters.layers import Layer
 from lora_diffusion.algebra.combine.exact_sum import sum_biases, sum_full_layers
-from lora_diffusion.algebra.svd.rank_selection import RankRule, select_rank
+from lora_diffusion.algebra.svd.rank_selection import select_rank
 from lora_diffusion.algebra.svd.svd import lost_norm, spectrum_norm, spectrum_of, truncate_spectrum
+from lora_diffusion.config.combine import RankRule
 from lora_diffusion.errors import ConfigError
 
 _LINALG: Any = torch.linalg  # PyTorch's stub does not export LinAlgError

@@ -1,4 +1,4 @@
-"""The command that looks into adapters: analyze."""
+"""The command `analyze`, which measures adapters and their overlap."""
 
 import json
 from dataclasses import dataclass
@@ -7,27 +7,27 @@ from typing import Annotated
 
 import tyro
 
-from lora_diffusion.cli.flags import Patterns, quiet_libraries
+from lora_diffusion.cli.flags import IgnoreUnmatched, Switch, quiet_libraries
 
 
 @dataclass(frozen=True, kw_only=True)
 class Analyze:
-    """Show what adapters are made of and how much they will fight: ranks, directions, overlap."""
+    """Measure adapters and how strongly they interfere: norms, effective ranks, shared directions."""
 
     files: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER", help_behavior_hint="")]
-    """Adapter files, or folders that PEFT saved; of one family."""
-    base: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: none)")] = ""
-    """Base to compare them with, which DoRA needs: `tiny-sd`, a folder in diffusers' layout, or a hub id."""
+    """Adapter files, or folders that PEFT saved; all for the same family of base models."""
+    base: Annotated[str, tyro.conf.arg(metavar="BASE", help_behavior_hint="")] = ""
+    """Base model to compare the adapters with, needed for DoRA: `tiny-sd`, a folder, a single file, or a hub id."""
     plots: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = None
-    """Draw pictures into this folder."""
-    force: bool = False
-    """Replace pictures that are there."""
-    ignore_unmatched: Patterns = ()
-    """Keys that may be there without being understood."""
-    json: bool = False
-    """Print everything, module by module, as JSON."""
+    """Also draw plots into this folder."""
+    force: Switch = False
+    """Replace existing plots."""
+    ignore_unmatched: IgnoreUnmatched = ()
+    json: Switch = False
+    """Print all measurements, module by module, as JSON."""
 
     def run(self) -> int:
+        """Run the command and return the exit code."""
         from lora_diffusion.evaluation.plots import check_plots_free, save_analysis_plots
         from lora_diffusion.workflows.adapters.analyze import analyze_files
         from lora_diffusion.workflows.adapters.analyze_report import describe_analysis
@@ -36,9 +36,9 @@ class Analyze:
             check_plots_free(self.plots, len(self.files), force=self.force)
         with quiet_libraries():
             facts = analyze_files(self.files, base=self.base, ignore=self.ignore_unmatched)
-        drawn = save_analysis_plots(facts, self.plots) if self.plots else []
+        plots = save_analysis_plots(facts, self.plots) if self.plots else []
         if self.json:
-            print(json.dumps({**facts, "plots": [str(path) for path in drawn]}))
+            print(json.dumps({**facts, "plots": [str(path) for path in plots]}))
         else:
-            print("\n".join([describe_analysis(facts), *(f"drawn: {path}" for path in drawn)]))
+            print("\n".join([describe_analysis(facts), *(f"plot: {path}" for path in plots)]))
         return 0

@@ -1,4 +1,4 @@
-"""The command that looks at training data: dataset check."""
+"""The command `dataset check`, which inspects training data."""
 
 import json
 from dataclasses import dataclass
@@ -7,28 +7,29 @@ from typing import Annotated
 
 import tyro
 
-from lora_diffusion.cli.flags import Changes, parse_changes, quiet_libraries
+from lora_diffusion.cli.flags import Changes, Switch, describe_flag, parse_changes, quiet_libraries
+from lora_diffusion.config.generate import LoadConfig
 from lora_diffusion.config.settings import EMBEDDED_BASE, deep_merge, validate
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """Look at a folder of training data as training does: pictures, captions, buckets, and what may go wrong."""
+    """Check a folder of training data as training reads it: images, captions, buckets, and likely problems."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
-    """Pictures with captions."""
-    base: str = EMBEDDED_BASE
-    """Base that they are for: its resolution and its tokens."""
-    trigger: str = ""
-    """Word that every caption should have."""
+    """Folder of images with captions."""
+    base: Annotated[str, describe_flag(LoadConfig, "base")] = EMBEDDED_BASE
+    trigger: Annotated[str, tyro.conf.arg(metavar="WORD", help_behavior_hint="")] = ""
+    """Trigger word that every caption should contain."""
     sheet: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png", help_behavior_hint="")] = None
-    """Picture to write: all pictures, cut as training cuts them, with their captions."""
+    """Write a contact sheet: all images, cropped as for training, with their captions."""
     set: Changes = ()
-    """Change one setting of the data section of a run, such as resolution=768."""
-    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Change one setting of a training config's [data] section, such as resolution=768."""
+    json: Switch = False
     """Print the result as JSON."""
 
     def run(self) -> None:
+        """Run the command."""
         from lora_diffusion.config.train import DataConfig
 
         config = validate(

@@ -1,4 +1,4 @@
-"""The commands that make pictures: generate and preset."""
+"""The commands `generate` and `preset`, which make images and save blend presets."""
 
 import json
 import sys
@@ -9,66 +9,71 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from lora_diffusion.cli.blend_flags import (
+    DEFAULT_QUANTIZATION,
     Adapters,
     BaseFlag,
     CompositionFlags,
     GenerateFlags,
     LoadFlags,
+    QuantizeFlag,
     parse_adapters,
-    set_flags,
 )
-from lora_diffusion.cli.flags import quiet_libraries
+from lora_diffusion.cli.flags import Switch, describe_flag, given_settings, quiet_libraries
 from lora_diffusion.config.generate import GenerateConfig
-from lora_diffusion.config.preset import Composition
-from lora_diffusion.config.settings import EMBEDDED_BASE, Quantization, validate
+from lora_diffusion.config.preset import BlendPreset, Composition
+from lora_diffusion.config.settings import EMBEDDED_BASE, validate
+from lora_diffusion.core.tables import format_table
 from lora_diffusion.errors import ConfigError
+
+Action = Literal["save", "list", "show", "check"]
+"""What `preset` does."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Make pictures from a base and any blend of adapters.
+    """Generate images from a base model and any blend of adapters.
 
-    Tags in the prompt call adapters of the library: `<lora:neon:0.8:lbw=MIDD:start=0.2:stop=0.8>`.
+    Tags in the prompt add adapters of the library: `<lora:neon:0.8:lbw=MIDD:start=0.2:stop=0.8>`.
     """
 
     settings: Annotated[GenerateFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
     composition: Annotated[CompositionFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
-    where: Annotated[LoadFlags, tyro.conf.arg(name="")]
+    load: Annotated[LoadFlags, tyro.conf.arg(name="")]
     base: BaseFlag = ""
-    """`tiny-sd`, a folder in diffusers' layout, or a hub id."""
     adapter: Adapters = ()
-    """Adapter and its weight, 1 if not given; options may follow, as in a prompt's tags."""
     preset: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
-    """Blend preset (JSON) whose base, adapters and settings are used."""
+    """Blend preset (JSON) whose base, adapters and settings are used; flags override its settings."""
     from_: Annotated[Path | None, tyro.conf.arg(name="from", metavar="IMAGE", help_behavior_hint="")] = None
-    """Picture to be made again: one of ours, or one of A1111 or Forge, whose adapters are found by their hashes."""
-    quantize: Annotated[Quantization, tyro.conf.arg(metavar="none|nf4|fp4|int8")] = "none"
-    """Keep the base's linear layers in four or eight bits, for a GPU that cannot hold them; needs bitsandbytes."""
+    """Image to generate again, by the recipe or the A1111/Forge parameters in it; adapters are found by hash."""
+    quantize: QuantizeFlag = DEFAULT_QUANTIZATION
     output: Path = Path("outputs")
-    """Folder for the PNGs."""
-    json: bool = False
-    """Print the result as JSON."""
+    """Folder to write the images to (PNG)."""
+    json: Switch = False
+    """Print the paths of the images as JSON."""
 
     def run(self) -> None:
+        """Run the command."""
         with quiet_libraries():
             from lora_diffusion.workflows.images.generate import generate_files
 
-            options = self.where.options()
+            options = self.load.options()
             written = generate_files(self.make_request(options.resolver), self.output, options)
         for note in written.notes:
             print(f"note: {note}", file=sys.stderr)
         print(json.dumps([str(p) for p in written.paths]) if self.json else "\n".join(map(str, written.paths)))
 
     def make_request(self, resolver: Any) -> Any:
-        """What to make, from the flags."""
+        """Return the images to generate."""
         from lora_diffusion.workflows.images.request import GenerationRequest, request_from_image, request_from_preset
 
-        settings, composition = set_flags(self.settings), set_flags(self.composition)
+        settings, composition = given_settings(self.settings), given_settings(self.composition)
         adapters = parse_adapters(self.adapter)
         if self.from_:
-            others = (settings, composition, adapters, self.preset, self.where.balance, self.quantize != "none")
-            if any(others):
-                raise ConfigError("--from makes a picture again as it was; give only --base, --library and --output")
+            quantized = self.quantize != DEFAULT_QUANTIZATION
+            if any((settings, composition, adapters, self.preset, self.load.balance, quantized)):
+                raise ConfigError(
+                    "--from repeats an image with its own settings; combine it only with --base, --library and --output"
+                )
             return request_from_image(self.from_, base=self.base, resolver=resolver)
         if self.preset:
             request = request_from_preset(
@@ -88,54 +93,50 @@ class Generate:
 class Preset:
     """Save, list, show or check blend presets.
 
-    `save FILE` writes the adapters and settings given; `list [FOLDER]`; `show FILE`; `check FILE` looks for every
-    adapter by path and hash and exits with 1 if one is missing or has changed.
+    `preset save FILE` writes the given adapters and settings, `preset list [FOLDER]` lists presets, `preset show FILE`
+    prints one, and `preset check FILE` looks up every adapter by path and hash and exits with 1 if one is missing or
+    has changed.
     """
 
     action: Annotated[
-        Literal["save", "list", "show", "check"],
-        tyro.conf.Positional,
-        tyro.conf.arg(metavar="save|list|show|check", help_behavior_hint=""),
+        Action, tyro.conf.Positional, tyro.conf.arg(metavar="save|list|show|check", help_behavior_hint="")
     ]
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[PATH]", help_behavior_hint="")] = Path()
-    """File of the preset, or folder to list."""
+    """Preset file, or for `list` a folder (default: the current one)."""
     settings: Annotated[GenerateFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
     composition: Annotated[CompositionFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
-    where: Annotated[LoadFlags, tyro.conf.arg(name="")]
+    load: Annotated[LoadFlags, tyro.conf.arg(name="")]
     adapter: Adapters = ()
-    """Adapter to save, with its weight and options."""
     base: BaseFlag = ""
-    """Base to save: `tiny-sd`, a folder in diffusers' layout, or a hub id."""
     from_: Annotated[Path | None, tyro.conf.arg(name="from", metavar="IMAGE", help_behavior_hint="")] = None
-    """Picture whose blend and settings are saved."""
-    name: str = ""
-    """Name of the preset; the file's if empty."""
-    description: str = ""
-    """What it is good for."""
-    force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Replace a preset that is there."""
-    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print as JSON."""
+    """Image whose blend and settings are saved; flags override its settings."""
+    name: Annotated[str, describe_flag(BlendPreset, "name", hint="(default: the file's name)")] = ""
+    description: Annotated[str, describe_flag(BlendPreset, "description")] = ""
+    force: Switch = False
+    """Replace an existing preset."""
+    json: Switch = False
+    """Print the result as JSON."""
 
     def run(self) -> int:
+        """Run the command and return the exit code."""
         if self.action != "save" and (
-            set_flags(self.settings) or set_flags(self.composition) or self.adapter or self.from_
+            given_settings(self.settings) or given_settings(self.composition) or self.adapter or self.from_
         ):
             raise ConfigError(f"preset {self.action} takes no adapters and no settings; only `preset save` does")
         with quiet_libraries():
             return {"save": self.save, "list": self.list, "show": self.show, "check": self.check}[self.action]()
 
     def save(self) -> int:
+        """Write a preset from the flags."""
         from lora_diffusion.workflows.images.generate import save_request_as_preset
         from lora_diffusion.workflows.images.request import request_from_settings
 
-        settings, composition = set_flags(self.settings), set_flags(self.composition)
-        options = self.where.options()
+        options = self.load.options()
         request = request_from_settings(
             self.from_,
             base=self.base,
-            settings=settings,
-            composition=composition,
+            settings=given_settings(self.settings),
+            composition=given_settings(self.composition),
             adapters=parse_adapters(self.adapter),
             resolver=options.resolver,
         )
@@ -148,6 +149,7 @@ class Preset:
         return 0
 
     def list(self) -> int:
+        """Print the presets in a folder."""
         from lora_diffusion.library.presets import list_presets
 
         rows = list_presets(self.path)
@@ -160,6 +162,7 @@ class Preset:
         return 0
 
     def show(self) -> int:
+        """Print one preset."""
         from lora_diffusion.library.presets import describe_preset, read_preset
 
         preset = read_preset(self.path)
@@ -167,16 +170,14 @@ class Preset:
         return 0
 
     def check(self) -> int:
+        """Print whether each adapter of a preset is found, unchanged."""
         from lora_diffusion.workflows.images.presets import check_preset
 
-        options = self.where.options()
+        options = self.load.options()
         checks = check_preset(self.path, options.resolver, options.ignore)
         if self.json:
             print(json.dumps([{"what": what, "problem": problem} for what, problem in checks]))
         else:
-            print(
-                "\n".join(
-                    f"{'ok' if not problem else 'NO':<4}{what}{problem and ': '}{problem}" for what, problem in checks
-                )
-            )
+            rows = [["FAILED" if problem else "ok", f"{what}{problem and ': '}{problem}"] for what, problem in checks]
+            print(format_table([], rows, left=(0, 1)))
         return int(any(problem for _, problem in checks))

@@ -1,4 +1,4 @@
-"""The commands on adapter files: inspect, convert, verify, library."""
+"""The commands `inspect`, `convert`, `verify` and `library`, which work on adapter files."""
 
 import json
 from dataclasses import dataclass
@@ -7,32 +7,37 @@ from typing import Annotated
 
 import tyro
 
-from lora_diffusion.cli.flags import Patterns, quiet_libraries
-from lora_diffusion.config.merge import WeightType
-from lora_diffusion.config.settings import Dialect
+from lora_diffusion.cli.flags import IgnoreUnmatched, Switch, given_settings, optional_flags, quiet_libraries
+from lora_diffusion.config.adapter_files import ConvertConfig
+from lora_diffusion.config.settings import validate
 from lora_diffusion.errors import ConfigError
+
+ConvertFlags = optional_flags(ConvertConfig, exclude=("ignore_unmatched",))
+"""Flags of the conversion settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect:
-    """Show what is in adapter files, from their headers alone."""
+    """Show what adapter files contain, by reading their headers only."""
 
     files: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER", help_behavior_hint="")]
     """Adapter files, or folders that PEFT saved."""
-    norms: bool = False
-    """Read the tensors too: norms of the deltas, dead layers, NaN and hashes."""
+    norms: Switch = False
+    """Read the tensors too: show norms of the deltas, layers that are zero, NaN values, and hashes."""
     plot: Annotated[Path | None, tyro.conf.arg(metavar="PNG", help_behavior_hint="")] = None
-    """Draw the norms into this picture; one adapter only."""
-    ignore_unmatched: Patterns = ()
-    """Keys that may be there without being understood."""
-    json: bool = False
-    """Print as JSON."""
+    """Plot the norms into this file; for a single adapter."""
+    ignore_unmatched: IgnoreUnmatched = ()
+    json: Switch = False
+    """Print the result as JSON."""
 
     def run(self) -> int:
+        """Run the command and return the exit code."""
         from lora_diffusion.workflows.adapters.inspect import describe_inspection, inspect_adapter
 
-        if not self.files or (self.plot and len(self.files) > 1):
-            raise ConfigError("give one adapter to plot" if self.files else "give at least one adapter file")
+        if not self.files:
+            raise ConfigError("give at least one adapter file")
+        if self.plot and len(self.files) > 1:
+            raise ConfigError(f"--plot takes a single adapter, but {len(self.files)} are given; plot them one by one")
         read = self.norms or self.plot is not None
         facts = [inspect_adapter(file, norms=read, ignore=self.ignore_unmatched) for file in self.files]
         if self.plot:
@@ -48,39 +53,27 @@ class Inspect:
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Write adapters in another dialect: the inputs first, the output file or folder last."""
+    """Convert adapter files to another dialect, such as from PEFT's to kohya's.
+
+    Example: `lora-diffusion convert lora.safetensors kohya.safetensors --to kohya`
+    """
 
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IN ... OUT", help_behavior_hint="")]
-    """Adapters to read, and where to write: a .safetensors file for one, a folder for several."""
-    to: Dialect
-    """native (PEFT/diffusers), kohya (A1111, Forge, ComfyUI), or embedding (a learned token alone)."""
-    dtype: WeightType = "keep"
-    """Type of the written tensors."""
-    force: bool = False
-    """Replace files that are there."""
-    without_tokens: bool = False
-    """Leave learned tokens out."""
-    card: bool = False
-    """Also write a model card for the Hugging Face Hub beside each file."""
-    ignore_unmatched: Patterns = ()
-    """Keys that may be there without being understood."""
-    json: bool = False
+    """Adapter files to read; last, a .safetensors file to write, or a folder if there are several inputs."""
+    settings: Annotated[ConvertFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    ignore_unmatched: IgnoreUnmatched = ()
+    json: Switch = False
     """Print the result as JSON."""
 
     def run(self) -> int:
-        from lora_diffusion.workflows.adapters.convert import ConvertConfig, convert_files
-
+        """Run the command and return the exit code."""
         if len(self.paths) < 2:
             raise ConfigError("give at least one input and, last, the output: convert IN OUT --to kohya")
-        how = ConvertConfig(
-            to=self.to,
-            dtype=self.dtype,
-            force=self.force,
-            without_tokens=self.without_tokens,
-            card=self.card,
-            ignore=self.ignore_unmatched,
-        )
-        done = convert_files(self.paths[:-1], self.paths[-1], how)
+        given = {**given_settings(self.settings), "ignore_unmatched": self.ignore_unmatched}
+        config = validate(ConvertConfig, given, source="convert")
+        from lora_diffusion.workflows.adapters.convert import convert_files
+
+        done = convert_files(self.paths[:-1], self.paths[-1], config)
         facts = [{"from": str(x.source), "to": str(x.output), "rounding_error": x.rounding_error} for x in done]
         lines = [f"{x.output}: rounding changed the deltas by {x.rounding_error:.2g} of their norm" for x in done]
         print(json.dumps(facts) if self.json else "\n".join(lines))
@@ -89,17 +82,18 @@ class Convert:
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Check an adapter file; the exit code is 0 if every check passes, else 1."""
+    """Check that an adapter file is complete and sound; the exit code is 1 if a check fails."""
 
-    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER")]
-    base: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: none)")] = ""
-    """Base that it should fit: `tiny-sd`, a folder in diffusers' layout, or a hub id."""
-    ignore_unmatched: Patterns = ()
-    """Keys that may be there without being understood."""
-    json: bool = False
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER", help_behavior_hint="")]
+    """Adapter file, or folder that PEFT saved."""
+    base: Annotated[str, tyro.conf.arg(metavar="BASE", help_behavior_hint="")] = ""
+    """Also check that the adapter fits this base model: `tiny-sd`, a folder in diffusers' layout, or a hub id."""
+    ignore_unmatched: IgnoreUnmatched = ()
+    json: Switch = False
     """Print the checks as JSON."""
 
     def run(self) -> int:
+        """Run the command and return the exit code."""
         with quiet_libraries():
             from lora_diffusion.workflows.adapters.verify import describe_checks, verify
 
@@ -110,27 +104,28 @@ class Verify:
 
 @dataclass(frozen=True, kw_only=True)
 class Library:
-    """List a folder's adapters, from an index that reads each file once.
+    """List the adapters in a folder, from an index that reads each file only once.
 
-    `library pack` and `library unpack` store adapters that share directions in one file.
+    `library pack` and `library unpack` store many adapters in one file with shared factors.
     """
 
     folder: Annotated[
         Path | None,
         tyro.conf.Positional,
         tyro.conf.arg(
-            metavar="[FOLDER]", help_behavior_hint="(default: $LORA_DIFFUSION_LIBRARY, or the package's own)"
+            metavar="[FOLDER]", help_behavior_hint="(default: $LORA_DIFFUSION_LIBRARY, or the built-in adapters)"
         ),
     ] = None
-    """Folder of adapters; those in folders inside it are found too."""
+    """Folder of adapters, including its subfolders."""
     search: Annotated[str, tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: all)")] = ""
-    """Words in name, trigger words or path."""
+    """Show only adapters whose name, trigger words or path contain these words."""
     family: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: all)")] = ""
-    """sd1, sd2, sdxl, tiny-sd or tiny-sdxl."""
-    json: bool = False
-    """Print as JSON."""
+    """Show only adapters for this family of base models: sd1, sd2, sdxl, tiny-sd or tiny-sdxl."""
+    json: Switch = False
+    """Print the result as JSON."""
 
     def run(self) -> int:
+        """Run the command and return the exit code."""
         from lora_diffusion.library.search import default_folder, describe_library, entry_to_json, open_library, search
 
         library = open_library(self.folder or default_folder())

@@ -1,4 +1,4 @@
-"""The command that merges."""
+"""The command `merge`, which writes adapters and other checkpoints into a checkpoint."""
 
 import json
 import sys
@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from lora_diffusion.cli.blend_flags import Adapters, BaseFlag, LoadFlags, parse_adapters, set_flags
-from lora_diffusion.cli.flags import REPEATABLE, optional_flags, quiet_libraries
+from lora_diffusion.cli.blend_flags import Adapters, LoadFlags, parse_adapters
+from lora_diffusion.cli.flags import REPEATABLE, Switch, given_settings, optional_flags, quiet_libraries
 from lora_diffusion.config.merge import MergeConfig
 from lora_diffusion.config.preset import BaseTerm
 from lora_diffusion.config.settings import EMBEDDED_BASE, validate
@@ -21,47 +21,54 @@ Checkpoints = Annotated[
     tyro.conf.UseAppendAction,
     tyro.conf.arg(metavar="CHECKPOINT:WEIGHT[:minus=OTHER]", help_behavior_hint=REPEATABLE),
 ]
+"""Checkpoints with weights."""
 MergeFlags = optional_flags(MergeConfig)
+"""Flags of the merge settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Merge:
-    """Merge adapters and other checkpoints into a checkpoint: a single file if the output ends in .safetensors, else a
-    folder in diffusers' layout.
+    """Merge adapters and other checkpoints into a base model, as a single file or a folder in diffusers' layout.
 
-    `--from` runs the recipe of a merged checkpoint again, `--undo` gives its base back bit for bit.
+    The output is a single file if its name ends in .safetensors, else a folder. `--from` repeats the merge that made a
+    checkpoint, and `--undo` restores the base of one bit for bit.
     """
 
     output: Path
     """File or folder to write."""
     settings: Annotated[MergeFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
-    where: Annotated[LoadFlags, tyro.conf.arg(name="")]
-    base: BaseFlag = ""
-    """`tiny-sd`, a folder in diffusers' layout, a single .safetensors file in the original layout, or a hub id."""
+    load: Annotated[LoadFlags, tyro.conf.arg(name="")]
+    base: Annotated[
+        str,
+        tyro.conf.arg(
+            metavar="BASE", help_behavior_hint=f"(default: {EMBEDDED_BASE}, or that of the preset or recipe)"
+        ),
+    ] = ""
+    """Base model: `tiny-sd`, a folder in diffusers' layout, a single .safetensors file, or a hub id."""
     adapter: Adapters = ()
-    """Adapter and its weight, 1 if not given; options may follow, as in a prompt's tags."""
     preset: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """Blend preset (JSON) whose base and adapters are merged."""
     checkpoint: Checkpoints = ()
-    """Checkpoint blended into the base: a weighted sum at that weight, or with minus=OTHER their difference added."""
+    """Checkpoint to merge: a weighted sum with the base, or with minus=OTHER the added difference of both."""
     like: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = None
-    """Folder of the same family that lends tokenizer and configuration when a single file becomes a folder."""
+    """Folder of the same family to copy tokenizer and configuration from, if a single-file base becomes a folder."""
     from_: Annotated[Path | None, tyro.conf.arg(name="from", metavar="MERGED", help_behavior_hint="")] = None
     """Merged checkpoint whose recipe is run again."""
     undo: Annotated[Path | None, tyro.conf.arg(metavar="MERGED", help_behavior_hint="")] = None
-    """Merged checkpoint whose base is written to the output."""
-    force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Replace a file that is there; merge once more into a base that has this merge in it already."""
-    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Merged checkpoint whose base is restored to the output."""
+    force: Switch = False
+    """Replace an existing file, and allow merging adapters that are merged into the base already."""
+    json: Switch = False
     """Print the result as JSON."""
 
     def run(self) -> None:
+        """Run the command."""
         with quiet_libraries():
             if self.undo:
                 return self.undo_merge(self.undo)
             from lora_diffusion.workflows.merge import merge_files
 
-            report, notes = merge_files(self.make_request(), self.output, self.where.options())
+            report, notes = merge_files(self.make_request(), self.output, self.load.options())
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
         facts = {
@@ -69,24 +76,26 @@ class Merge:
             "merged_modules": report.merged_modules,
             "rounding_error": report.rounding_error,
             "bytes": report.num_bytes,
-            "words": [str(file) for file in report.embedding_files],
+            "textual_inversion": [str(file) for file in report.embedding_files],
         }
         text = (
             f"{report.output}: {report.merged_modules} modules merged, {report.num_bytes / 1e6:,.0f} MB; "
-            f"rounding changed what was merged in by {report.rounding_error:.2%}"
+            f"rounding changed the merged deltas by {report.rounding_error:.2%}"
         )
-        lines = [text, *(f"{file}: learned word" for file in report.embedding_files)]
+        lines = [text, *(f"{file}: textual-inversion embedding" for file in report.embedding_files)]
         print(json.dumps(facts) if self.json else "\n".join(lines))
         return None
 
     def make_request(self) -> Any:
-        """What to merge, from the flags."""
+        """Return the merge to run."""
         from lora_diffusion.workflows.merge import MergeRequest, read_preset_entries, request_from_checkpoint
 
-        settings = set_flags(self.settings)
+        settings = given_settings(self.settings)
         if self.from_:
-            if settings or self.adapter or self.preset or self.checkpoint or self.like or self.where.balance:
-                raise ConfigError("--from merges once more what was merged; give only --base, --library and --output")
+            if settings or self.adapter or self.preset or self.checkpoint or self.like or self.load.balance:
+                raise ConfigError(
+                    "--from repeats a merge with its own settings; combine it only with --base, --library and --output"
+                )
             return request_from_checkpoint(self.from_, base=self.base, force=self.force)
         base, entries = read_preset_entries(self.preset) if self.preset else ("", ())
         return MergeRequest(
@@ -99,17 +108,22 @@ class Merge:
         )
 
     def undo_merge(self, merged: Path) -> None:
+        """Restore the base of a merged checkpoint."""
         from lora_diffusion.workflows.merge import undo_files
 
-        if set_flags(self.settings) or self.adapter or self.preset or self.checkpoint or self.like or self.from_:
-            raise ConfigError("--undo gives the base back as it was; give only --base, --library and --output")
-        how = undo_files(merged, self.output, base=self.base, options=self.where.options())
+        if given_settings(self.settings) or self.adapter or self.preset or self.checkpoint or self.like or self.from_:
+            raise ConfigError("--undo restores the base as it was; combine it only with --base, --library and --output")
+        how = undo_files(merged, self.output, base=self.base, options=self.load.options())
         facts = {"output": str(self.output), "how": how}
         print(json.dumps(facts) if self.json else f"{self.output}: {how}")
 
 
 def parse_checkpoint(text: str) -> BaseTerm:
-    """CHECKPOINT:WEIGHT[:minus=OTHER]. Raises ConfigError."""
+    """Parse CHECKPOINT:WEIGHT[:minus=OTHER].
+
+    Raises:
+        ConfigError: If the text has another form.
+    """
     summed, _, taken = text.partition(":minus=")
     added, _, weight = summed.rpartition(":")
     if not added or not is_number(weight) or (":minus=" in text and not taken):

@@ -1,4 +1,4 @@
-"""The command that lists the methods of training: methods."""
+"""The command `methods`, which lists the training methods."""
 
 import json
 from dataclasses import dataclass
@@ -6,7 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from lora_diffusion.cli.flags import quiet_libraries
+from lora_diffusion.cli.flags import Switch, describe_flag, quiet_libraries
+from lora_diffusion.config.generate import LoadConfig
 from lora_diffusion.config.settings import EMBEDDED_BASE
 from lora_diffusion.errors import ConfigError
 
@@ -15,30 +16,30 @@ Names = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="
 
 @dataclass(frozen=True, kw_only=True)
 class Methods:
-    """List the methods of training, with what each trains on a base, its file's size, and when to choose it.
+    """List the training methods: how many parameters each trains, the size of its file, and when to choose it.
 
-    A method is chosen by lines in a training config, or by `--set` as shown. The numbers are the arithmetic of
-    rank * (inputs + outputs) over all modules, with the defaults for a style.
+    To choose a method, put its settings into the training config, or pass them with `--set` as shown. Sizes are
+    computed from the shapes of the base's weights, with the default settings for a style.
     """
 
     names: Names = ()
-    """Methods to show; all if none is named."""
-    base: str = EMBEDDED_BASE
-    """Base: `tiny-sd`, a folder in diffusers' layout, a single file, or a hub id."""
-    rank: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: the base's)")] = None
+    """Methods to show; all by default."""
+    base: Annotated[str, describe_flag(LoadConfig, "base")] = EMBEDDED_BASE
+    rank: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: that of the base)")] = None
     """Rank of every method."""
-    json: bool = False
-    """Print as JSON."""
+    json: Switch = False
+    """Print the result as JSON."""
 
     def run(self) -> None:
+        """Run the command."""
         from lora_diffusion.config.methods import METHODS
 
         known = [method.name for method in METHODS]
         unknown = [name for name in self.names if name not in known]
         if unknown:
-            raise ConfigError(f"no method called {unknown[0]!r}; there are {', '.join(known)}")
+            raise ConfigError(f"unknown method {unknown[0]!r}; choose from {', '.join(known)}")
         if self.rank is not None and self.rank < 1:
-            raise ConfigError(f"--rank is {self.rank}; expected a whole number of at least 1")
+            raise ConfigError(f"--rank is {self.rank}; expected an integer of at least 1")
         with quiet_libraries():
             from lora_diffusion.workflows.training.method_sizes import format_methods, list_methods, to_json
 

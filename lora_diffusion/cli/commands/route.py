@@ -1,5 +1,6 @@
-"""The command that trains gates over adapters: route."""
+"""The command `route`, which trains gates over adapters."""
 
+import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,27 +8,28 @@ from typing import Annotated
 
 import tyro
 
-from lora_diffusion.cli.flags import Changes, parse_changes, quiet_libraries, settings_table
+from lora_diffusion.cli.flags import Changes, Switch, parse_changes, quiet_libraries, settings_table
 from lora_diffusion.config.routing import RouteConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Route:
-    """Train gates that weigh adapters by block and time bin of the denoising steps; write them as a blend preset."""
+    """Train gates that weight adapters per block and per range of denoising steps, and save them as a blend preset."""
 
-    config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG.toml")]
-    """TOML file with the run's settings."""
+    config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG.toml", help_behavior_hint="")]
+    """TOML file with the settings, which are listed above."""
     set: Changes = ()
     """Change one setting of the file."""
-    json: bool = False
+    json: Switch = False
     """Print the result as JSON."""
 
     @classmethod
     def about(cls) -> str:
-        """What help says of this command alone."""
-        return f"{cls.__doc__}\n\nSettings of the TOML file:\n{settings_table(RouteConfig)}"
+        """Return the description for the command's own help, with all settings of the file."""
+        return f"{inspect.getdoc(cls)}\n\nSettings of the TOML file:\n{settings_table(RouteConfig)}"
 
     def run(self) -> None:
+        """Run the command."""
         changes = parse_changes(self.set)
         with quiet_libraries():
             from lora_diffusion.training.routing.train import read_route, route

@@ -1,16 +1,18 @@
-"""The commands that train adapters: train, train style, train dreambooth, report, demo."""
+"""The commands `train`, `train style`, `train dreambooth`, `report` and `demo`."""
 
+import inspect
 import json
 import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from lora_diffusion.cli.flags import Changes, parse_changes, quiet_libraries, settings_table
+from lora_diffusion.cli.flags import Changes, Switch, describe_flag, parse_changes, quiet_libraries, settings_table
+from lora_diffusion.config.defaults import DefaultsConfig, GpuGigabytes
 from lora_diffusion.config.settings import EMBEDDED_BASE, read_toml
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def train_config_class() -> "type[TrainConfig]":
-    """Imported when it is asked for: a hundred settings take a while, which the help of all commands need not wait."""
+    """Import the settings of training only when needed: they are many, and would delay the help of all commands."""
     from lora_diffusion.config.train import TrainConfig
 
     return TrainConfig
@@ -27,20 +29,21 @@ def train_config_class() -> "type[TrainConfig]":
 
 @dataclass(frozen=True, kw_only=True)
 class RunFlags:
-    """What is changed in a run's settings, and how its end is told."""
+    """Flags of a training run, and the run itself."""
 
     set: Changes = ()
-    """Change one setting; those of a section as SECTION.KEY."""
-    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Change one setting of the run, such as steps=800 or adapter.rank=32."""
+    json: Switch = False
     """Print the result as JSON."""
-    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Check the data, take a few steps, and say how long the run would take and how much memory; keep nothing."""
+    dry_run: Switch = False
+    """Check the data and train a few steps, to estimate the time and memory of the run; write nothing."""
 
     def train(self, config: "TrainConfig") -> int:
-        """Do it and say what came of it."""
+        """Train, or only estimate the run, and return the exit code."""
         return self.print_estimate(config) if self.dry_run else self.train_and_print(config)
 
     def print_estimate(self, config: "TrainConfig") -> int:
+        """Print the estimated time and memory of a run."""
         with quiet_libraries():
             from lora_diffusion.workflows.training.dry_run import estimate_run, estimate_to_json, format_estimate
 
@@ -50,6 +53,7 @@ class RunFlags:
         return 0
 
     def train_and_print(self, config: "TrainConfig") -> int:
+        """Train and print the result."""
         with quiet_libraries():
             from lora_diffusion.workflows.training.run import train_and_report
 
@@ -57,7 +61,7 @@ class RunFlags:
         if not result.is_main_process:
             return 0
         if result.stopped:
-            print(f"stopped after step {result.steps}; the same command goes on from there", file=sys.stderr)
+            print(f"stopped after step {result.steps}; run the same command again to continue", file=sys.stderr)
             return 128 + signal.SIGINT
         facts = {
             "adapter": str(result.path),
@@ -74,89 +78,93 @@ class RunFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train an adapter from captioned pictures: by a file of settings, or as a style or a subject with defaults.
+    """Train an adapter from captioned images, with the settings of a TOML file.
 
     `train style FOLDER` and `train dreambooth FOLDER --instance "photo of sks dog"` need no file; see their --help.
     """
 
-    config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG.toml")]
-    """TOML file with the run's settings."""
-    how: Annotated[RunFlags, tyro.conf.arg(name="")]
+    config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG.toml", help_behavior_hint="")]
+    """TOML file with the settings, which are listed above."""
+    run_flags: Annotated[RunFlags, tyro.conf.arg(name="")]
 
     @classmethod
     def about(cls) -> str:
-        """What help says of this command alone."""
-        return f"{cls.__doc__}\n\nSettings of the TOML file:\n{settings_table(train_config_class())}"
+        """Return the description for the command's own help, with all settings of the file."""
+        return f"{inspect.getdoc(cls)}\n\nSettings of the TOML file:\n{settings_table(train_config_class())}"
 
     def run(self) -> int:
-        return self.how.train(read_toml(self.config, train_config_class(), parse_changes(self.how.set)))
+        """Run the command and return the exit code."""
+        config = read_toml(self.config, train_config_class(), parse_changes(self.run_flags.set))
+        return self.run_flags.train(config)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DefaultsFlags:
-    """What the defaults of a run are chosen for."""
+    """Flags that the defaults of a run are chosen by."""
 
-    base: str = EMBEDDED_BASE
-    """Base to train on: `tiny-sd`, a folder in diffusers' layout, or a hub id."""
-    gpu_gb: Literal[8, 12, 24] | None = None
-    """Memory of the GPU; settings that save memory are chosen by it."""
+    base: Annotated[str, describe_flag(DefaultsConfig, "base")] = EMBEDDED_BASE
+    gpu_gb: Annotated[GpuGigabytes | None, describe_flag(DefaultsConfig, "gpu_gb")] = None
 
-    def settings(self, purpose: "Purpose", told: Mapping[str, Any], changes: Changes) -> "TrainConfig":
+    def settings(self, purpose: "Purpose", given: Mapping[str, Any], changes: Changes) -> "TrainConfig":
+        """Return the settings of a run: defaults for the purpose and base, overridden by what is given."""
         with quiet_libraries():
             from lora_diffusion.training.presets import make_settings
 
-        return make_settings(purpose, told, parse_changes(changes), base=self.base, gigabytes=self.gpu_gb)
+        return make_settings(purpose, given, parse_changes(changes), base=self.base, gigabytes=self.gpu_gb)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStyle:
-    """Train a style from a folder of captioned pictures, with defaults for the base's family."""
+    """Train a style from a folder of captioned images, with defaults for the base's family."""
 
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
-    """Pictures, each with its caption in a .txt file of the same name."""
+    """Folder of images, each with a caption in a .txt file of the same name."""
     output: Path
-    """The adapter file to write (.safetensors)."""
-    suited: Annotated[DefaultsFlags, tyro.conf.arg(name="")]
-    trigger: str = ""
-    """Word that calls the style, as it stands in the captions."""
-    how: Annotated[RunFlags, tyro.conf.arg(name="")]
+    """Adapter file to write (.safetensors)."""
+    defaults: Annotated[DefaultsFlags, tyro.conf.arg(name="")]
+    trigger: Annotated[str, tyro.conf.arg(metavar="WORD", help_behavior_hint="")] = ""
+    """Trigger word of the style, as it appears in the captions; recorded in the file."""
+    run_flags: Annotated[RunFlags, tyro.conf.arg(name="")]
 
     def run(self) -> int:
-        told = {"data": {"folder": self.data}, "output": self.output, "trigger_words": self.trigger.split()}
-        return self.how.train(self.suited.settings("style", told, self.how.set))
+        """Run the command and return the exit code."""
+        given = {"data": {"folder": self.data}, "output": self.output, "trigger_words": self.trigger.split()}
+        return self.run_flags.train(self.defaults.settings("style", given, self.run_flags.set))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainDreambooth:
-    """Train a subject from a few pictures of it, with defaults for the base's family."""
+    """Train a subject from a few images of it (DreamBooth), with defaults for the base's family."""
 
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
-    """Pictures of the subject; captions in .txt files are used where there are any."""
+    """Folder of images of the subject; captions in .txt files replace the instance prompt."""
     output: Path
-    """The adapter file to write (.safetensors)."""
-    instance: str
-    """What the pictures show, with a word of the subject's own: "photo of sks dog"."""
-    class_prompt: str = ""
-    """What is to stay as it is: "photo of a dog"; the empty prompt if left out."""
-    suited: Annotated[DefaultsFlags, tyro.conf.arg(name="")]
-    how: Annotated[RunFlags, tyro.conf.arg(name="")]
+    """Adapter file to write (.safetensors)."""
+    instance: Annotated[str, tyro.conf.arg(metavar="PROMPT")]
+    """Instance prompt, with a rare word for the subject: "photo of sks dog"."""
+    class_prompt: Annotated[str, tyro.conf.arg(metavar="PROMPT", help_behavior_hint="(default: the empty prompt)")] = ""
+    """Class prompt for prior preservation: "photo of a dog"."""
+    defaults: Annotated[DefaultsFlags, tyro.conf.arg(name="")]
+    run_flags: Annotated[RunFlags, tyro.conf.arg(name="")]
 
     def run(self) -> int:
+        """Run the command and return the exit code."""
         with quiet_libraries():
             from lora_diffusion.training.presets import subject_settings
 
-        told = subject_settings(self.data, self.output, instance=self.instance, class_prompt=self.class_prompt)
-        return self.how.train(self.suited.settings("dreambooth", told, self.how.set))
+        given = subject_settings(self.data, self.output, instance=self.instance, class_prompt=self.class_prompt)
+        return self.run_flags.train(self.defaults.settings("dreambooth", given, self.run_flags.set))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Write the report of a run that has ended anew, from what is in its folder."""
+    """Write the report (HTML) of a finished training run again, from the files in its folder."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="NAME-run", help_behavior_hint="")]
-    """The run's folder, beside its adapter."""
+    """Folder of the run, beside its adapter."""
 
     def run(self) -> None:
+        """Run the command."""
         with quiet_libraries():
             from lora_diffusion.workflows.training.run import write_report
 
@@ -165,15 +173,16 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Run the whole story on the embedded base: train, blend, merge, compare."""
+    """Run a demonstration on the embedded base: train a style, blend it with a subject, merge both, compare images."""
 
     output: Path = Path("demo")
-    """Folder for the grid, the adapter and the merged checkpoint; an earlier demo there is replaced."""
-    steps: int = 0
-    """Training steps; 0 takes the demo's own number."""
+    """Folder for the grid, the adapter and the merged checkpoint; the files of an earlier demo are replaced."""
+    steps: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: those of the demo)")] = None
+    """Training steps."""
 
     def run(self) -> None:
+        """Run the command."""
         with quiet_libraries():
             from lora_diffusion.workflows.demo import run_demo
 
-            run_demo(self.output, steps=self.steps, print_line=print)
+            run_demo(self.output, steps=self.steps or 0, print_line=print)

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from lora_diffusion.core.tables import format_table
+
 Report = Mapping[str, Any]
-Rows = Sequence[Sequence[str]]
 _MAX_PAIRS = 20
 
 
@@ -39,7 +40,7 @@ def describe_analysis(analysis: Report) -> str:
 def _format_totals(adapters: Sequence[Report]) -> str:
     heading = ["", "family", "kind", "modules", "norm", "rank", "effective", "stable", "for 99 %"]
     title = "deltas; ranks are medians over modules; the last is the rank that contains 99 % of the energy"
-    return f"{title}\n{format_table([heading, *map(_format_total, adapters)], left=3)}"
+    return f"{title}\n{format_table(heading, [*map(_format_total, adapters)], left=(0, 1, 2))}"
 
 
 def _format_total(adapter: Report) -> list[str]:
@@ -54,7 +55,8 @@ def _format_by_block(adapters: Sequence[Report], title: str, cell: Callable[[Rep
     blocks = sorted({block for adapter in adapters for block in adapter["blocks"]})
     found = [adapter["blocks"] for adapter in adapters]
     rows = [[block, *(cell(each[block]) if block in each else "-" for each in found)] for block in blocks]
-    return f"{title}\n{format_table([['', *(_truncate_name(adapter['name'], 12) for adapter in adapters)], *rows])}"
+    heading = ["", *(_truncate_name(adapter["name"], 12) for adapter in adapters)]
+    return f"{title}\n{format_table(heading, rows)}"
 
 
 def _format_amplifications(adapters: Sequence[Report], base: str) -> str:
@@ -64,7 +66,7 @@ def _format_amplifications(adapters: Sequence[Report], base: str) -> str:
     heading = ["", "|delta|", "|U'WV|", "own", "random", "|delta| / |U'WV|"]
     medians = [(_truncate_name(adapter["name"]), adapter["amplification"]["whole"]) for adapter in adapters]
     rows = [[name, *(_format_digits(found[key]) for key in keys)] for name, found in medians]
-    return f"{title}\n{format_table([heading, *rows])}"
+    return f"{title}\n{format_table(heading, rows)}"
 
 
 def _format_digits(value: float | None) -> str:
@@ -82,7 +84,7 @@ def _format_overlaps(pairs: Sequence[Report]) -> str:
     )
     rows = [[*_format_pair(pair), _find_strongest_block(pair)] for pair in pairs[:_MAX_PAIRS]]
     more = [f"and {len(pairs) - _MAX_PAIRS} more, which --json lists"] if len(pairs) > _MAX_PAIRS else []
-    return "\n".join([title, format_table([heading, *rows], left_last=True), *more, *notes])
+    return "\n".join([title, format_table(heading, rows, left=(0, -1)), *more, *notes])
 
 
 def _format_pair(pair: Report) -> list[str]:
@@ -110,7 +112,7 @@ def _format_overlap_by_block(pair: Report) -> str:
     heading = ["", "cosine", "shared", _truncate_name(pair["first"]), _truncate_name(pair["second"])]
     keys = ("shared", "first_share", "second_share")
     rows = [[b, f"{x['cosine']:z.3f}", *(_format_percent(x[key]) for key in keys)] for b, x in pair["blocks"].items()]
-    return f"{title}\n{format_table([heading, *rows])}"
+    return f"{title}\n{format_table(heading, rows)}"
 
 
 def _format_left_out(adapters: Iterable[Report]) -> list[str]:
@@ -125,18 +127,3 @@ def _format_left_out(adapters: Iterable[Report]) -> list[str]:
 
 def _truncate_name(name: str, longest: int = 24) -> str:
     return name if len(name) <= longest else f"{name[: longest - 1]}…"
-
-
-def format_table(rows: Rows, *, left: int = 1, left_last: bool = False) -> str:
-    """Format columns as wide as their widest cell; the first `left` are left-aligned, the others right-aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    last = len(widths) - 1
-
-    def line(row: Sequence[str]) -> str:
-        cells = zip(row, widths, strict=True)
-        return "  ".join(
-            cell.ljust(width) if i < left or (left_last and i == last) else cell.rjust(width)
-            for i, (cell, width) in enumerate(cells)
-        ).rstrip()
-
-    return "\n".join(map(line, rows))

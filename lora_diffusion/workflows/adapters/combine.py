@@ -13,17 +13,17 @@ from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.adapters.coefficients import is_zero
 from lora_diffusion.adapters.layers import DoRALayer, FullLayer
 from lora_diffusion.algebra.combine.exact_sum import combine, joint_sum, merge_tokens
-from lora_diffusion.algebra.combine.methods import ConsensusConfig, combine_by_consensus
+from lora_diffusion.algebra.combine.methods import combine_by_consensus
 from lora_diffusion.algebra.metrics.quantization_error import rounding_error
 from lora_diffusion.algebra.reduce.resize import CompressionReport, Loss, compress
 from lora_diffusion.algebra.reduce.truncate import truncate_adapter
-from lora_diffusion.algebra.svd.rank_selection import RankRule
 from lora_diffusion.architectures.blocks import block_prefix
 from lora_diffusion.architectures.module_paths import LAYOUTS
-from lora_diffusion.config.merge import WeightType
+from lora_diffusion.config.combine import CombineConfig
 from lora_diffusion.config.preset import BlendEntry
 from lora_diffusion.core.atomic_files import check_output, count_bytes
 from lora_diffusion.core.dtypes import dtype_name, torch_dtype
+from lora_diffusion.core.tables import format_table
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.library.recipe import blend_entries
@@ -31,24 +31,6 @@ from lora_diffusion.library.references import load_blend
 
 _STALE_KOHYA_KEYS = ("ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_network_args")
 """Keys of kohya's metadata that describe the factors and do not apply to the combined ones."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CombineConfig:
-    """Settings of combining adapters into one."""
-
-    rule: RankRule | None = None
-    """Which rank each module gets; without a rule nothing is cut off, and ranks add up."""
-    first: int | None = None
-    """Cut each module to so many first directions instead, as DyLoRA trains them; no rule then."""
-    consensus: ConsensusConfig | None = None
-    """What decides where adapters disagree; without it they are summed."""
-    base: str = ""
-    """The base that DoRA layers are for, which have no delta without it."""
-    dtype: WeightType = "keep"
-    """Type of the layers' tensors; `keep` is that of the inputs, or float32 if they differ. Words keep theirs."""
-    force: bool = False
-    ignore: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +74,7 @@ def combine_files(
     output = Path(output)
     sources = tuple(dict.fromkeys(Path(entry.path) for entry in entries))
     check_output(output, sources, force=config.force)
-    blend = load_blend(entries, ignore=config.ignore).blend
+    blend = load_blend(entries, ignore=config.ignore_unmatched).blend
     active = [entry for entry in blend.entries if not is_zero(entry.weight)]
     if not active:
         raise ConfigError("nothing to combine; give at least one adapter with a weight other than 0")
@@ -215,7 +197,7 @@ def _make_record(
     record = {
         "adapters": parts,
         "rule": _describe_rule(config),
-        "consensus": asdict(config.consensus) if config.consensus else None,
+        "consensus": config.consensus.model_dump() if config.consensus else None,
         "relative_error": 0.0 if report is None else report.total.relative,
         "rounding_error": rounding,
         "base": config.base,
@@ -262,13 +244,19 @@ def format_report(result: CombineResult) -> str:
         method = f"combined by {result.config.consensus.method}" if result.config.consensus else "the sum is exact"
         return f"{result.output}: {sizes}; {method}, {rounding}"
     rows = [*result.report.by_group(block_prefix).items(), ("all", result.report.total)]
-    table = [
-        f"{name:<22}{loss.modules:>8}{format_range(loss.ranks_before):>10}{format_range(loss.ranks_after):>10}"
-        f"{loss.norm:>12.4g}{loss.relative:>12.3g}"
+    cells = [
+        [
+            name,
+            str(loss.modules),
+            format_range(loss.ranks_before),
+            format_range(loss.ranks_after),
+            f"{loss.norm:.4g}",
+            f"{loss.relative:.3g}",
+        ]
         for name, loss in rows
     ]
-    head = f"{'block':<22}{'modules':>8}{'old rank':>10}{'new rank':>10}{'norm':>12}{'error':>12}"
-    return "\n".join([f"{result.output}: {sizes}; {rounding}", head, *table])
+    table = format_table(["block", "modules", "old rank", "new rank", "norm", "error"], cells)
+    return f"{result.output}: {sizes}; {rounding}\n{table}"
 
 
 def format_range(ranks: tuple[int, int]) -> str:

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from lora_diffusion.adapters.adapter import Adapter, cast_adapter
 from lora_diffusion.algebra.metrics.quantization_error import rounding_error
-from lora_diffusion.config.merge import WeightType
+from lora_diffusion.config.adapter_files import ConvertConfig
 from lora_diffusion.config.settings import Dialect
 from lora_diffusion.core.atomic_files import atomic_file, check_output_free
 from lora_diffusion.core.dtypes import torch_dtype
@@ -25,18 +25,6 @@ _WRITERS: Mapping[Dialect, Callable[[Adapter, Path], None]] = {
     "kohya": save_kohya,
     "embedding": save_embedding,
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvertConfig:
-    """Settings of converting adapter files."""
-
-    to: Dialect
-    dtype: WeightType = "keep"
-    force: bool = False
-    without_tokens: bool = False
-    card: bool = False
-    ignore: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +56,7 @@ def convert(source: str | os.PathLike[str], output: str | os.PathLike[str], conf
     card = output.with_suffix(".md")
     for path in (output, card) if config.card else (output,):
         check_output_free(path, force=config.force)
-    adapter = load_adapter(source, ignore=config.ignore)
+    adapter = load_adapter(source, ignore=config.ignore_unmatched)
     if config.without_tokens:
         adapter = replace(adapter, tokens={})
     if config.to == "embedding":

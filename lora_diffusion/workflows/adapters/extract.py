@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import hypot
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +24,9 @@ from lora_diffusion.algebra.reduce.extract import (
     subtract_weights,
 )
 from lora_diffusion.algebra.svd.randomized_svd import Sketch
-from lora_diffusion.algebra.svd.rank_selection import RankRule
 from lora_diffusion.architectures.module_paths import changeable_paths
 from lora_diffusion.architectures.targets import resolve_targets
-from lora_diffusion.config.merge import WeightType
+from lora_diffusion.config.adapter_files import ExtractConfig, SVDMethod
 from lora_diffusion.core.atomic_files import check_output
 from lora_diffusion.core.dtypes import torch_dtype
 from lora_diffusion.errors import ConfigError, FamilyMismatchError
@@ -36,24 +35,7 @@ from lora_diffusion.formats.checkpoints.checkpoint import Checkpoint
 from lora_diffusion.formats.checkpoints.diffusers import read_json
 from lora_diffusion.models.locate import find_checkpoint
 
-Method: TypeAlias = Literal["exact", "randomized"]
-Vectors: TypeAlias = Literal["leave", "keep"]
-_SKETCHES: Mapping[Method, Sketch | None] = {"exact": None, "randomized": Sketch()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtractConfig:
-    """Settings of extracting an adapter from a checkpoint."""
-
-    rule: RankRule
-    method: Method = "exact"
-    unet: tuple[str, ...] = ("all",)
-    text_encoders: tuple[str, ...] = ("all",)
-    norms_and_biases: Vectors = "leave"
-    """Those that differ are left out, or kept whole in float32. Of the low-rank part of a base they are left out."""
-    dtype: WeightType = "keep"
-    """Type of the factors; `keep` is that of the checkpoints, or float32 if they differ."""
-    force: bool = False
+_SKETCHES: Mapping[SVDMethod, Sketch | None] = {"exact": None, "randomized": Sketch()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,8 +178,8 @@ def _make_record(result: ExtractResult) -> dict[str, Any]:
     return {
         "rule": str(config.rule),
         "method": config.method,
-        "unet_target_modules": list(config.unet),
-        "text_encoder_target_modules": list(config.text_encoders),
+        "unet_target_modules": list(config.unet_target_modules),
+        "text_encoder_target_modules": list(config.text_encoder_target_modules),
         "relative_error": total.relative,
         "left_out": {kind: asdict(group) for kind, group in result.left_out.items()},
         "whole_error": result.whole_error,
@@ -233,7 +215,7 @@ def _may_grow(name: str, one: tuple[int, ...], two: tuple[int, ...]) -> bool:
 def _target_paths(checkpoint: Checkpoint, config: ExtractConfig) -> tuple[str, ...]:
     """Return the modules, norms included, that the targets match. Raise ConfigError if one matches none."""
     paths = changeable_paths(checkpoint.layout)
-    return resolve_targets(paths, unet=config.unet, text_encoders=config.text_encoders)
+    return resolve_targets(paths, unet=config.unet_target_modules, text_encoders=config.text_encoder_target_modules)
 
 
 def _select_names(checkpoint: Checkpoint, config: ExtractConfig) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 from lora_diffusion.algebra.reduce.resize import Loss
 from lora_diffusion.architectures.blocks import block_prefix
 from lora_diffusion.core.atomic_files import count_bytes
+from lora_diffusion.core.tables import format_table
 from lora_diffusion.workflows.adapters.combine import format_megabytes, format_range, loss_to_json
 from lora_diffusion.workflows.adapters.extract import ExtractResult, format_groups
 
@@ -36,8 +37,8 @@ def format_report(result: ExtractResult) -> str:
     size = format_megabytes(count_bytes(result.output))
     head = f"{result.output}: {len(result.extraction.layers)} layers {what}, {size}"
     rows = [*result.extraction.report.by_group(block_prefix).items(), ("all", result.extraction.report.total)]
-    columns = f"{'block':<22}{'modules':>8}{'rank':>10}{'norm':>12}{'error':>12}"
-    lines = [head, columns, *(_format_row(name, loss) for name, loss in rows)]
+    cells = [_format_row(name, loss) for name, loss in rows]
+    lines = [head, format_table(["block", "modules", "rank", "norm", "error"], cells)]
     if result.kept:
         lines.append(f"kept in full: {len(result.kept)} norms and biases")
     if result.extraction.equal:
@@ -48,5 +49,5 @@ def format_report(result: ExtractResult) -> str:
     return "\n".join([*lines, f"error over all differences: {result.whole_error:.3g}"])
 
 
-def _format_row(name: str, loss: Loss) -> str:
-    return f"{name:<22}{loss.modules:>8}{format_range(loss.ranks_after):>10}{loss.norm:>12.4g}{loss.relative:>12.3g}"
+def _format_row(name: str, loss: Loss) -> list[str]:
+    return [name, str(loss.modules), format_range(loss.ranks_after), f"{loss.norm:.4g}", f"{loss.relative:.3g}"]

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.algebra.reduce.shared_basis import share_bases, unpack_adapter
+from lora_diffusion.config.adapter_files import PackConfig
 from lora_diffusion.core.atomic_files import check_output, check_output_free, count_bytes
 from lora_diffusion.core.dtypes import torch_dtype
 from lora_diffusion.errors import ConfigError, OutputError
@@ -23,17 +24,6 @@ from lora_diffusion.library.entry import adapter_stem, scan_folder
 
 if TYPE_CHECKING:
     import torch
-
-    from lora_diffusion.config.merge import WeightType
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackConfig:
-    """Settings of packing adapters."""
-
-    rank: int
-    dtype: WeightType = "keep"
-    force: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,33 +6,20 @@ import os
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any
 
 from lora_diffusion.adapters.adapter import Adapter, cast_adapter
-from lora_diffusion.algebra.reduce.prune import Scope, Sparsity, measure_sparsity, prune_deltas, prune_factors
+from lora_diffusion.algebra.reduce.prune import Sparsity, measure_sparsity, prune_deltas, prune_factors
 from lora_diffusion.architectures.blocks import block_prefix
+from lora_diffusion.config.adapter_files import PruneConfig
 from lora_diffusion.core.atomic_files import check_output, count_bytes
 from lora_diffusion.core.dtypes import torch_dtype
+from lora_diffusion.core.tables import format_table
 from lora_diffusion.errors import AdapterFormatError, ConfigError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
 
-if TYPE_CHECKING:
-    from lora_diffusion.config.merge import WeightType
-
-Part: TypeAlias = Literal["factors", "delta"]
 _PRUNE = {"factors": prune_factors, "delta": prune_deltas}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PruneConfig:
-    """Settings of pruning an adapter."""
-
-    keep: float
-    what: Part = "factors"
-    scope: Scope = "module"
-    dtype: WeightType = "keep"
-    force: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,4 +117,5 @@ def format_report(result: PruneResult) -> str:
         f"{result.bytes_before:,} bytes before, {result.bytes_after:,} after; zeros are stored like other values",
         f"error of the deltas: {sparsity.error:.3g} of their norm",
     ]
-    return "\n".join([*lines, *(f"  {block:<22}{error:.3g}" for block, error in result.block_errors.items())])
+    rows = [[block, f"{error:.3g}"] for block, error in result.block_errors.items()]
+    return "\n".join([*lines, format_table(["block", "error"], rows)])

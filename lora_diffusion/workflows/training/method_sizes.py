@@ -13,6 +13,7 @@ from lora_diffusion.config.defaults import default_settings
 from lora_diffusion.config.methods import METHODS, Method, with_method
 from lora_diffusion.config.settings import deep_merge, validate
 from lora_diffusion.config.textual_inversion import TextualInversionConfig
+from lora_diffusion.core.tables import format_table
 from lora_diffusion.models.locate import find_checkpoint
 
 Shape = tuple[int, ...]
@@ -150,14 +151,21 @@ def list_methods(base: str, rank: int | None, names: Sequence[str]) -> list[tupl
 
 def format_methods(methods: Sequence[tuple[Method, MethodSize]], base: str) -> str:
     """Format methods and sizes as a table with a paragraph for each method."""
-    rows = [f"{'method':<12}{'rank':>5}{'trained':>13}{'of the base':>13}{'file, MB':>10}  settings"]
-    for method, size in methods:
-        lines = " ".join(f"--set '{line}'" for line in method.lines) or "(the defaults)"
-        numbers = f"{size.rank:>5}{size.trained:>13,}{size.share:>13.2%}{size.megabytes:>10.2f}"
-        rows.append(f"{method.name:<12}{numbers}  {lines}")
+    rows = [
+        [
+            method.name,
+            str(size.rank),
+            f"{size.trained:,}",
+            f"{size.share:.2%}",
+            f"{size.megabytes:.2f}",
+            " ".join(f"--set '{line}'" for line in method.lines) or "(the defaults)",
+        ]
+        for method, size in methods
+    ]
+    table = format_table(["method", "rank", "trained", "of the base", "file, MB", "settings"], rows, left=(0, -1))
     wrap = textwrap.TextWrapper(width=100, initial_indent="  ", subsequent_indent="  ")
     about = [f"{method.name} [{_format_source(method)}]\n{wrap.fill(method.about)}" for method, _ in methods]
-    return "\n".join([f"Sizes on {base}, with the defaults for a style:", *rows, "", *about])
+    return "\n".join([f"Sizes on {base}, with the default settings for a style:", table, "", *about])
 
 
 def _format_source(method: Method) -> str:
