@@ -32,8 +32,8 @@ def check_finite(loss: Tensor, step: int) -> None:
     """
     if not bool(torch.isfinite(loss)):
         raise TrainingError(
-            f"the loss at step {step} is {float(loss)}; training stopped before this step. Lower learning_rate, or "
-            "use mixed_precision 'bf16' or 'no'"
+            f"the loss at step {step} is {float(loss.detach())}; training stopped before this step. Lower "
+            "learning_rate, or use mixed_precision 'bf16' or 'no'"
         )
 
 

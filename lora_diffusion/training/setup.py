@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import nn
 
@@ -41,6 +40,7 @@ from lora_diffusion.training.inputs.cache import Cache, DiskCache, MemoryCache, 
 from lora_diffusion.training.inputs.captions import CaptionEncoder
 from lora_diffusion.training.inputs.latents import ViewEncoder
 from lora_diffusion.training.inputs.samples import TrainingSamples, plan_order
+from lora_diffusion.training.loop import new_accelerator
 from lora_diffusion.training.methods.callbacks import CallbackList, MethodCallbacks
 from lora_diffusion.training.methods.injection import adapter_state_of, inject, inject_adapter
 from lora_diffusion.training.methods.resume_from_adapter import check_continuable
@@ -268,9 +268,8 @@ def _new_accelerator(config: TrainConfig) -> Accelerator:
     precision = config.compute.mixed_precision
     if precision == "fp16" and default_device().type == "cpu":
         raise ConfigError("compute.mixed_precision 'fp16' needs a GPU; on the CPU use 'no' or 'bf16'")
-    AcceleratorState._reset_state()  # a shared state would keep the precision of an earlier run in this process
     passes = 2 if config.prior.mode == "pictures" else 1
-    return Accelerator(
+    return new_accelerator(
         mixed_precision=precision,
         gradient_accumulation_steps=config.gradient_accumulation * passes,
         log_with=[check_tracker(name) for name in config.tracking.trackers] or None,

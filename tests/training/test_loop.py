@@ -20,11 +20,11 @@ from lora_diffusion.training import loop
 from lora_diffusion.training.checkpoint import list_states
 from lora_diffusion.training.checks import check_finite, explained_memory_errors
 from lora_diffusion.training.log import read_log
-from lora_diffusion.training.loop import train
 from lora_diffusion.training.methods.injection import adapter_disabled, extract_adapter, inject
 from lora_diffusion.training.optim.ema import copy_values
 from lora_diffusion.training.seeding import picture_order, sample_seed
 from lora_diffusion.training.setup import set_up
+from lora_diffusion.training.train import train
 from lora_diffusion.training.validation import measure_drift
 from tests.helpers.short_runs import UNET_ONLY, settings
 

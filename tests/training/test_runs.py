@@ -24,8 +24,8 @@ from lora_diffusion.config.train import TrainConfig
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.models.load import load_base
-from lora_diffusion.training.loop import train
 from lora_diffusion.training.presets import make_settings
+from lora_diffusion.training.train import train
 from lora_diffusion.workflows.training.dry_run import estimate_run
 from lora_diffusion.workflows.training.run import train_and_report
 from tests.helpers.short_runs import settings
@@ -176,7 +176,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from lora_diffusion.config.train import TrainConfig
-from lora_diffusion.training.loop import train
+from lora_diffusion.training.train import train
 from train_scripts.write_configs import CONFIGS, configs
 
 def watch(run, step):

@@ -18,13 +18,13 @@ from lora_diffusion.inference.in_place import blended_weights
 from lora_diffusion.models.load import load_base
 from lora_diffusion.training.checkpoint import list_states
 from lora_diffusion.training.log import LOG, read_log
-from lora_diffusion.training.loop import train
 from lora_diffusion.training.methods.adalora import AdaLoRACallbacks, TrainableAdaLoRA
 from lora_diffusion.training.methods.base import AdapterSize
 from lora_diffusion.training.methods.dylora import DyLoRACallbacks, TrainableDyLoRA
 from lora_diffusion.training.methods.injection import adapter_disabled, extract_adapter, get_layer
 from lora_diffusion.training.methods.sparse import SparseCallbacks, TrainableSparseLoRA
 from lora_diffusion.training.setup import set_up
+from lora_diffusion.training.train import train
 from lora_diffusion.training.validation import validate
 from lora_diffusion.workflows.training.rank_allocation import draw_allocation, ranks_by_block
 from lora_diffusion.workflows.training.run import train_and_report
