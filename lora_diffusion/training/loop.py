@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lora_diffusion.config.optimizer import OptimizerConfig
+from lora_diffusion.core.seeding import derive_seed
 from lora_diffusion.training.checks import check_finite
 from lora_diffusion.training.log import RunLog
 from lora_diffusion.training.methods.callbacks import MethodCallbacks
 from lora_diffusion.training.optim.ema import MovingAverage
 from lora_diffusion.training.optim.lr_schedule import lr_fraction
 from lora_diffusion.training.optim.optimizers import new_optimizer
-from lora_diffusion.training.seeding import sample_seed
 from lora_diffusion.training.signals import StopRequest, stop_requests
 
 Batch = Mapping[str, Any]
@@ -135,7 +135,7 @@ class Trainer:
         if not self.model.training:  # train() visits every module of the base, so do not call it at every step
             self.model.train()
         if task.seed is not None:  # seeded per step and process, so that resumed runs are reproducible
-            torch.manual_seed(sample_seed(task.seed + accelerator.process_index, -(2**40) - step))
+            torch.manual_seed(derive_seed(task.seed + accelerator.process_index, -(2**40) - step))
         fraction = lr_fraction(step, task.optimizer, task.steps)
         for group, peak in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
             group["lr"] = peak * fraction

@@ -16,6 +16,7 @@ from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.config.distillation import DistillConfig
+from lora_diffusion.data.sampler import picture_order
 from lora_diffusion.inference.composition import is_unet_path
 from lora_diffusion.inference.in_place import Backup, blended_weights
 from lora_diffusion.inference.parallel import Forward, ForwardOverrides, convolve_per_sample
@@ -30,7 +31,6 @@ from lora_diffusion.training.distillation.trajectories import (
 from lora_diffusion.training.loop import TrainingTask, run_to_end
 from lora_diffusion.training.methods.callbacks import MethodCallbacks
 from lora_diffusion.training.optim.optimizers import adam_settings
-from lora_diffusion.training.seeding import picture_order
 
 _CONVERGED_LOSS = 1e-6
 """Relative loss below which only rounding errors remain; Adam would amplify them, so gradients are skipped."""

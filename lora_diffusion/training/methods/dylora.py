@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_diffusion.core.seeding import make_generator
 from lora_diffusion.training.methods.base import AdapterSize
 from lora_diffusion.training.methods.callbacks import MethodCallbacks
 from lora_diffusion.training.methods.lora import TrainableLoRA
@@ -46,7 +47,7 @@ class DyLoRACallbacks(MethodCallbacks):
 
     def before_step(self, step: int) -> None:
         """Draw the rank of a step, as a function of the seed and the step alone."""
-        fraction = torch.rand((), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + step))
+        fraction = torch.rand((), generator=make_generator(self.seed, f"dylora {step}"))
         for layer in self.layers:
             layer.training_rank = 1 + int(fraction * layer.down.shape[0])
 

@@ -1,6 +1,5 @@
 """Inject trainable adapter layers into a base, disable them, and extract them as an adapter."""
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
 from lora_diffusion.adapters.layers import Layer
 from lora_diffusion.architectures.targets import resolve_patterns
 from lora_diffusion.config.adapter import AdapterConfig
+from lora_diffusion.core.seeding import make_generator
 from lora_diffusion.models.load import Base, module_at
 from lora_diffusion.training.methods.adalora import AdaLoRACallbacks, TrainableAdaLoRA
 from lora_diffusion.training.methods.base import SUBMODULE_NAME, AdapterSize, AdapterState, TrainableLayer, attach
@@ -76,12 +76,12 @@ def inject(
     modules = {path: module_at(base, path) for path in paths}
     sizes = _resolve_sizes(paths, config)
     shared = (
-        make_vera_factors([*modules.values()], config.rank, _make_generator(seed, "vera"))
+        make_vera_factors([*modules.values()], config.rank, make_generator(seed, "vera"))
         if config.kind == "vera"
         else None
     )
     layers: dict[str, TrainableLayer] = {
-        path: _new_layer(modules[path], sizes[path], _make_generator(seed, path), shared) for path in paths
+        path: _new_layer(modules[path], sizes[path], make_generator(seed, path), shared) for path in paths
     }
     layers |= {path: TrainableFullLayer(module_at(base, path)) for path in full}
     parameters = _attach_layers(base, layers)
@@ -168,12 +168,6 @@ def _compute_scale(rank: int, alpha: float | None, config: AdapterConfig) -> flo
     if alpha is None:
         return 1.0
     return alpha / (rank**0.5 if config.use_rslora else rank)
-
-
-def _make_generator(seed: int, path: str) -> torch.Generator:
-    """Make a random generator that depends on the seed and the path alone."""
-    digest = hashlib.sha256(f"{seed} {path}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def get_layer(base: Base, path: str) -> Any:

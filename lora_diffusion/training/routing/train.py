@@ -21,8 +21,10 @@ from lora_diffusion.config.routing import RouteConfig
 from lora_diffusion.config.settings import read_toml
 from lora_diffusion.config.train import DataConfig, ObjectiveConfig
 from lora_diffusion.core.atomic_files import check_writable
+from lora_diffusion.core.seeding import make_generator
 from lora_diffusion.data.buckets import Bucket
 from lora_diffusion.data.folder import Example, data_hash, read_dataset
+from lora_diffusion.data.sampler import picture_order
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.checkpoints.diffusers import read_layout
 from lora_diffusion.library.presets import save_preset
@@ -38,7 +40,6 @@ from lora_diffusion.training.methods.callbacks import MethodCallbacks
 from lora_diffusion.training.objectives.denoiser import Denoiser
 from lora_diffusion.training.optim.optimizers import adam_settings
 from lora_diffusion.training.routing.gates import Gates, gated_base
-from lora_diffusion.training.seeding import picture_order, sample_seed
 from lora_diffusion.training.validation import to_device
 
 _NUM_HELD_OUT = 32
@@ -82,7 +83,7 @@ class _RoutingSamples:
         self.order = picture_order(len(images), length, seed)
 
     def __getitem__(self, index: int) -> Sample:
-        rng = torch.Generator().manual_seed(sample_seed(self.seed, index))
+        rng = make_generator(self.seed, index)
         return draw_sample(*self.images[self.order[index]], ObjectiveConfig(), self.num_timesteps, rng)
 
 
