@@ -306,3 +306,27 @@ def test_a_dry_run_predicts_the_size_of_the_adapter(pictures: Path, sd_folder: P
     assert needs.parameters == sum(
         factor.numel() for layer in result.adapter.layers.values() for factor in layer.factors.values()
     )
+
+
+def test_training_and_sampling_need_no_peft(pictures: Path, sd_folder: Path) -> None:
+    """PEFT is a dependency of the tests alone; `None` in `sys.modules` makes its import fail."""
+    (pictures.parent / "run.json").write_text(settings(pictures, sd_folder, steps=1).model_dump_json())
+    code = (
+        "import sys; sys.modules['peft'] = None\n"
+        "from pathlib import Path\n"
+        "from lora_diffusion import GenerateConfig, TrainConfig, blend_adapters, generate, load_base, train\n"
+        "result = train(TrainConfig.model_validate_json(Path('run.json').read_text()))\n"
+        f"base = load_base({str(sd_folder)!r})\n"
+        "settings = GenerateConfig(prompt='sks', num_inference_steps=1, width=16, height=16)\n"
+        "print(len(generate(base, [settings], blend_adapters({result.path: 0.5}))), 'image')\n"
+    )
+    path = os.pathsep.join(filter(None, (str(Path.cwd()), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=pictures.parent,
+        env={**os.environ, "PYTHONPATH": path},
+        check=False,
+    )
+    assert done.stdout.endswith("1 image\n"), done.stderr[-2000:]
