@@ -40,7 +40,7 @@ def new_accelerator(**options: Any) -> Accelerator:
     """Make an Accelerator with these options, independent of earlier ones in the same process."""
     # Accelerate shares one state per process, which would keep the precision of an earlier run; there is no public API
     # to discard it.
-    AcceleratorState._reset_state()  # pyright: ignore[reportPrivateUsage]
+    AcceleratorState._reset_state()
     return Accelerator(**options)
 
 

@@ -3,7 +3,7 @@
 The steps themselves are those of `training/loop.py`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -221,7 +221,7 @@ class AdapterTrainer(Trainer):
         context.accelerator.wait_for_everyone()
 
     @contextmanager
-    def eval_state(self) -> Iterator[None]:
+    def eval_state(self) -> Generator[None]:
         """Switch to the parameters that would be saved (those of the EMA, if there is one), and disable dropout."""
         self.context.denoiser.eval()
         try:

@@ -3,7 +3,7 @@
 The student is the base with one LoRA; the teacher's predictions are recorded by `trajectories`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -122,7 +122,7 @@ def train_student(
 
 
 @contextmanager
-def _trainable_adapter(base: Base, start: Adapter, backup: Backup) -> Iterator[_TrainableLayers]:
+def _trainable_adapter(base: Base, start: Adapter, backup: Backup) -> Generator[_TrainableLayers]:
     """Apply an adapter to the base while the context is active, with its LoRA layers in the UNet trainable.
 
     Trainable layers are added in the forward pass; the rest of the adapter is merged into the weights.

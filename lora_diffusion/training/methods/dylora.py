@@ -5,7 +5,7 @@ paper's frozen variant, its default and the cheaper one. For every b, the first 
 alone, so that truncating the file to rank b is exact.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -52,7 +52,7 @@ class DyLoRACallbacks(MethodCallbacks):
             layer.training_rank = 1 + int(fraction * layer.down.shape[0])
 
     @contextmanager
-    def truncated_to(self, rank: int) -> Iterator[None]:
+    def truncated_to(self, rank: int) -> Generator[None]:
         """Evaluate all layers with their first `rank` directions inside the context."""
         for layer in self.layers:
             layer.eval_rank = min(rank, layer.down.shape[0])

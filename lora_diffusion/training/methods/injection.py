@@ -1,6 +1,6 @@
 """Inject trainable adapter layers into a base, disable them, and extract them as an adapter."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,7 +49,7 @@ class InjectedAdapter:
 
     parameters: dict[str, nn.Parameter]
     """Trained parameters by module path and factor, such as `unet.conv_in.down`."""
-    rules: MethodCallbacks
+    callbacks: MethodCallbacks
     """Callbacks of the training method."""
 
 
@@ -88,7 +88,7 @@ def inject(
     t_lora_layers = [layer for layer in layers.values() if isinstance(layer, TrainableTLoRA)]
     if t_lora_layers:
         follow_timesteps(base.pipe.unet, t_lora_layers, base.pipe.scheduler.config.num_train_timesteps)
-    return InjectedAdapter(parameters=parameters, rules=_make_callbacks(layers, config, seed, steps))
+    return InjectedAdapter(parameters=parameters, callbacks=_make_callbacks(layers, config, seed, steps))
 
 
 def inject_adapter(base: Base, adapter: Adapter, config: AdapterConfig) -> InjectedAdapter:
@@ -107,7 +107,7 @@ def inject_adapter(base: Base, adapter: Adapter, config: AdapterConfig) -> Injec
         path: layer_from_adapter(path, module_at(base, path), layer, adapter.biases.get(path), config)
         for path, layer in adapter.layers.items()
     }
-    return InjectedAdapter(parameters=_attach_layers(base, layers), rules=MethodCallbacks())
+    return InjectedAdapter(parameters=_attach_layers(base, layers), callbacks=MethodCallbacks())
 
 
 def _attach_layers(base: Base, layers: Mapping[str, TrainableLayer]) -> dict[str, nn.Parameter]:
@@ -182,7 +182,7 @@ def _list_layers(base: Base) -> list[TrainableLayer]:
 
 
 @contextmanager
-def adapter_disabled(base: Base) -> Iterator[None]:
+def adapter_disabled(base: Base) -> Generator[None]:
     """Disable all trainable layers inside the context, so that the base predicts exactly as without them."""
     state = adapter_state_of(base)
     with state.override(replace(state.current, active=False)):

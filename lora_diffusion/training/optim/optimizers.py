@@ -4,7 +4,7 @@ import difflib
 import importlib
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -93,7 +93,7 @@ def new_optimizer(
 
 
 @contextmanager
-def evaluation_mode(optimizer: Any) -> Iterator[None]:
+def evaluation_mode(optimizer: Any) -> Generator[None]:
     """Switch the parameters to the values to evaluate and save inside the context, and restore them afterwards.
 
     Schedule-free optimizers compute gradients at y, but the model to evaluate is their average x; other optimizers are

@@ -5,6 +5,7 @@ denoising loss as an adapter. The result is an ordinary `BlendPreset` with sched
 other preset and costs the same in sampling.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +134,7 @@ def _initial_gate(config: RouteConfig) -> float:
     return 1 / len(config.adapters) if config.init_value == "average" else config.init_value
 
 
-def read_route(path: Path, changes: Mapping[str, Any] | None = None) -> RouteConfig:
+def read_route(path: str | os.PathLike[str], changes: Mapping[str, Any] | None = None) -> RouteConfig:
     """Read the settings from a TOML file. Relative paths, including those of adapters, are relative to its folder.
 
     Args:
@@ -143,7 +144,7 @@ def read_route(path: Path, changes: Mapping[str, Any] | None = None) -> RouteCon
     Raises:
         ConfigError: If the file cannot be read or settings are invalid.
     """
-    changes = changes or {}
+    path, changes = Path(path), changes or {}
     config = read_toml(path, RouteConfig, changes)
     if "adapters" in changes:
         return config
