@@ -142,7 +142,7 @@ def test_norms_are_restored_after_a_step() -> None:
             {"placeholder_tokens": ["sks"], "start_adapter_at": 0.8, "freeze_tokens_at": 0.2},
             "nothing would be trained in between",
         ),
-        ({"num_vectors": 2}, "name them in textual_inversion.placeholder_tokens"),
+        ({"num_vectors": 2}, "name the tokens in textual_inversion.placeholder_tokens"),
         ({"placeholder_tokens": ["two words"]}, "no spaces"),
         ({"placeholder_tokens": ["sks"], "num_vectors": 40}, "num_vectors"),
     ],
