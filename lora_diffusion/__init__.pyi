@@ -74,10 +74,10 @@ from .prompts.image_metadata import read_infotext as read_infotext
 from .prompts.tags import extract_tags as extract_tags
 from .training.distillation.distill import DistillResult as DistillResult
 from .training.distillation.distill import distill as distill
-from .training.loop import TrainResult as TrainResult
-from .training.loop import train as train
 from .training.routing.train import RouteResult as RouteResult
 from .training.routing.train import route as route
+from .training.train import TrainResult as TrainResult
+from .training.train import train as train
 from .workflows.adapters.analyze import analyze_files as analyze_files
 from .workflows.adapters.combine import CombineResult as CombineResult
 from .workflows.adapters.combine import combine_files as combine_files

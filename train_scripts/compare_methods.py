@@ -33,7 +33,7 @@ from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import load_base
 from lora_diffusion.training.log import LOG, read_log
-from lora_diffusion.training.loop import train
+from lora_diffusion.training.train import train
 from lora_diffusion.workflows.training.method_sizes import measure_config
 from train_scripts.evaluate_routing import prompts as places
 from train_scripts.tiny_world.reader import load_reader, machine, read

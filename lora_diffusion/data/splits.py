@@ -42,5 +42,5 @@ def split_validation(
 
 
 def _split_key(example: Example, seed: int) -> bytes:
-    """Return the pseudo-random sort key of an example."""
+    """Return the pseudo-random sort key of an example; the split is part of recorded runs, so it must not change."""
     return hashlib.sha256(f"{seed}".encode() + example.picture.read_bytes()).digest()

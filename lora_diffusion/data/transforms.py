@@ -90,7 +90,7 @@ def _draw_crop(size: tuple[int, int], bucket: Bucket, config: DataConfig, *, see
 
     All random numbers are always drawn, so that changing one setting does not change the others' random choices.
     """
-    rng = Generator().manual_seed(seed + variant)
+    rng = Generator().manual_seed(seed + variant)  # not `derive_seed`: the crops are part of recorded runs
     zoom, down, right, *shifts = map(float, torch.rand(6, generator=rng, dtype=torch.float64))
     random = config.crop == "random"
     scale = max(bucket.width / size[0], bucket.height / size[1])

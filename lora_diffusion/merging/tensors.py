@@ -9,9 +9,9 @@ from torch import Tensor, linalg
 
 from lora_diffusion.adapters.blend import BlendSum
 from lora_diffusion.adapters.deltas import check_range, compute_blended_bias, compute_blended_weight
-from lora_diffusion.algebra.combine.methods import make_generator
 from lora_diffusion.config.merge import MergeConfig
 from lora_diffusion.core.dtypes import torch_dtype
+from lora_diffusion.core.seeding import make_generator
 from lora_diffusion.formats.checkpoints.checkpoint import Checkpoint
 from lora_diffusion.merging.layout import OutputTensor, SourceTensor
 

@@ -12,7 +12,7 @@ from lora_diffusion.library.references import load_blend
 from lora_diffusion.models.load import Base
 
 
-def add_base_adapters(base: Base, weights: Mapping[Path, float]) -> Base:
+def add_base_adapters(base: Base, weights: Mapping[Path, float] | Mapping[str, float]) -> Base:
     """Merge adapter files into the weights of a base for good.
 
     The models of `base` are changed in place. The returned base records the merged adapters, so its hash differs from

@@ -6,6 +6,7 @@ either a complete state or none.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -102,9 +103,9 @@ def forget_states(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def list_states(folder: Path) -> list[Path]:
+def list_states(folder: str | os.PathLike[str]) -> list[Path]:
     """List the folders of complete states, oldest first."""
-    return sorted(path for path in folder.glob("state-*") if (path / "state.pt").is_file())
+    return sorted(path for path in Path(folder).glob("state-*") if (path / "state.pt").is_file())
 
 
 def _state_name(step: int) -> str:

@@ -1,6 +1,6 @@
 """Checks during and after training that stop a run whose result would be useless."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ def check_finite(loss: Tensor, step: int) -> None:
     """
     if not bool(torch.isfinite(loss)):
         raise TrainingError(
-            f"the loss at step {step} is {float(loss)}; training stopped before this step. Lower learning_rate, or "
-            "use mixed_precision 'bf16' or 'no'"
+            f"the loss at step {step} is {float(loss.detach())}; training stopped before this step. Lower "
+            "learning_rate, or use mixed_precision 'bf16' or 'no'"
         )
 
 
@@ -60,7 +60,7 @@ def check_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
 
 
 @contextmanager
-def explained_memory_errors() -> Iterator[None]:
+def explained_memory_errors() -> Generator[None]:
     """Convert out-of-memory errors into a TrainingError that names the settings which save the most memory."""
     try:
         yield

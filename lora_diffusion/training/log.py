@@ -1,6 +1,7 @@
 """Log of a training run: `log.jsonl`, one JSON object per optimizer step or event."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,12 @@ class RunLog:
     def __init__(self, folder: Path, *, active: bool) -> None:
         self.path, self.active = folder / LOG, active
 
-    def add(self, step: int, facts: Mapping[str, Any]) -> None:
+    def add(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one line with the given values after `step` optimizer steps."""
         if self.active:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **facts}) + "\n")
+                file.write(json.dumps({"step": step, **values}) + "\n")
 
     def begin(self, step: int) -> None:
         """Remove the lines after `step`, from which the run resumes, or all lines if `step` is 0."""
@@ -37,10 +38,10 @@ class RunLog:
                 part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
+def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Read the lines of a log. Stop at an incomplete line, which a killed process may leave at the end."""
     lines: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in Path(path).read_text(encoding="utf-8").splitlines():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:

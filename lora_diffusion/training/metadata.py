@@ -8,11 +8,9 @@ from pathlib import Path
 from lora_diffusion.adapters.adapter import AdapterMetadata
 from lora_diffusion.config.adapter import TIMESTEP_KINDS
 from lora_diffusion.library.recipe import library_versions
+from lora_diffusion.training.loop import recent_loss
 from lora_diffusion.training.setup import TrainingContext
 from lora_diffusion.training.validation import EarlyStopping
-
-_RECENT_STEPS = 20
-"""Number of steps over which the displayed and recorded loss is averaged."""
 
 
 def make_metadata(run: TrainingContext, losses: Sequence[float], best: EarlyStopping) -> AdapterMetadata:
@@ -53,8 +51,3 @@ def make_metadata(run: TrainingContext, losses: Sequence[float], best: EarlyStop
         training=record,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-
-
-def recent_loss(losses: Sequence[float]) -> float:
-    """Return the mean loss of the last 20 steps."""
-    return sum(losses[-_RECENT_STEPS:]) / len(losses[-_RECENT_STEPS:])

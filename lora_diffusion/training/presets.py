@@ -1,5 +1,6 @@
 """Complete training settings from a few: defaults for the purpose and the base's family, and the user's changes."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,9 @@ def _drop_overridden_defaults(defaults: Mapping[str, Any], given: Mapping[str, A
     return {**defaults, **sections}
 
 
-def subject_settings(data: Path, output: Path, *, instance: str, class_prompt: str) -> dict[str, Any]:
+def subject_settings(
+    data: str | os.PathLike[str], output: str | os.PathLike[str], *, instance: str, class_prompt: str
+) -> dict[str, Any]:
     """Make the settings that are specific to a subject (DreamBooth).
 
     Args:
@@ -89,4 +92,4 @@ def subject_settings(data: Path, output: Path, *, instance: str, class_prompt: s
             "'photo of sks dog'"
         )
     prior = {"prior": {"prompt": class_prompt}} if class_prompt else {}
-    return {"data": {"folder": data, "instance_prompt": instance}, "output": output, **prior}
+    return {"data": {"folder": Path(data), "instance_prompt": instance}, "output": Path(output), **prior}

@@ -3,6 +3,7 @@
 The prompts and seeds stay the same during the whole run, so differences between images come from training alone.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ SAMPLES = "samples"
 """Name of the folder for sample images in a run's folder."""
 
 
-def preview_path(folder: Path, step: int, number: int) -> Path:
+def preview_path(folder: str | os.PathLike[str], step: int, number: int) -> Path:
     """Return the path of a sample image.
 
     Args:
@@ -25,7 +26,7 @@ def preview_path(folder: Path, step: int, number: int) -> Path:
         step: Number of optimizer steps done.
         number: Index of the prompt in `samples.prompts`.
     """
-    return folder / SAMPLES / f"step-{step:08d}-{number}.png"
+    return Path(folder) / SAMPLES / f"step-{step:08d}-{number}.png"
 
 
 @torch.no_grad()

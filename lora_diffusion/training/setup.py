@@ -3,13 +3,13 @@
 Most mistakes in settings and data are found here, before the first optimizer step.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import nn
 
@@ -33,6 +33,7 @@ from lora_diffusion.inference.in_place import check_base_fits
 from lora_diffusion.models.load import Base, default_device, load_base
 from lora_diffusion.models.offload import list_idle_models, offload
 from lora_diffusion.models.quantize import check_quantization_available, quantize_base
+from lora_diffusion.prompts.emphasis import ReadText
 from lora_diffusion.training.base_adapters import add_base_adapters
 from lora_diffusion.training.checks import check_trainable
 from lora_diffusion.training.diffusion.timesteps import check_timesteps
@@ -41,6 +42,7 @@ from lora_diffusion.training.inputs.cache import Cache, DiskCache, MemoryCache, 
 from lora_diffusion.training.inputs.captions import CaptionEncoder
 from lora_diffusion.training.inputs.latents import ViewEncoder
 from lora_diffusion.training.inputs.samples import TrainingSamples, plan_order
+from lora_diffusion.training.loop import new_accelerator
 from lora_diffusion.training.methods.callbacks import CallbackList, MethodCallbacks
 from lora_diffusion.training.methods.injection import adapter_state_of, inject, inject_adapter
 from lora_diffusion.training.methods.resume_from_adapter import check_continuable
@@ -95,8 +97,9 @@ class TrainingContext:
     """The run's folder, for states, log, sample images and cache."""
 
 
-def run_folder(output: Path) -> Path:
+def run_folder(output: str | os.PathLike[str]) -> Path:
     """Return the folder of a run: `NAME-run`, next to the adapter file `NAME.safetensors`."""
+    output = Path(output)
     return output.with_name(f"{output.stem}-run")
 
 
@@ -113,34 +116,18 @@ def set_up(config: TrainConfig) -> TrainingContext:
         TrainingError: If there is nothing to train.
     """
     check_views(config)
-    examples, validation_examples = _split_examples(config)
-    check_captions((*examples, *validation_examples), config)
-    check_learned_tokens(examples, config)
+    examples, validation_examples = _read_examples(config)
     accelerator = _new_accelerator(config)
-    check_data_parallel(accelerator)
-    if accelerator.is_main_process:
-        check_writable(config.output)
     set_seed(config.seed)
-    base = _prepare_base(config, accelerator)
-    folder, cache = run_folder(config.output), _new_cache(config)
+    base, cache = _prepare_base(config, accelerator), _new_cache(config)
     initial = _load_initial_adapter(config, base)
     paths, full = _resolve_target_modules(base, config, initial)
-    words = config.textual_inversion
-    tokens = add_learned_tokens(base, words, config.seed) if words.placeholder_tokens else None
-    parse = tokens.wrap_parser(caption_parser(config.captions)) if tokens else caption_parser(config.captions)
-    captions = CaptionEncoder(base, cache, parse)
+    tokens = _add_tokens(base, config)
+    captions = CaptionEncoder(base, cache, _make_parser(config, tokens))
     denoiser = Denoiser(base, config.objective, captions.read, text_learns=config.trains_captions)
     check_timesteps(config.objective, denoiser.num_timesteps)
-    per_step = config.batch_size * config.gradient_accumulation * accelerator.num_processes
-    size_px = config.data.resolution or base.size_px
-    groups = [(config, examples)]
-    if config.prior.mode == "pictures":
-        groups.append(_make_class_examples(config, base, folder, size_px, accelerator))
-    samples = tuple(
-        _make_training_samples(base, group_config, group_examples, cache, denoiser, size_px, per_step)
-        for group_config, group_examples in groups
-    )
-    held_out = _encode_held_out(base, config, validation_examples, cache, size_px)
+    samples = _make_samples(config, examples, base, cache, accelerator, denoiser.num_timesteps)
+    held_out = _encode_held_out(base, config, validation_examples, cache)
     if config.prior.mode == "prediction":
         denoiser.auxiliary_loss = PriorPreservationLoss(captions, config.prior)
     if config.slider.positive:
@@ -163,7 +150,7 @@ def set_up(config: TrainConfig) -> TrainingContext:
         captions=captions,
         held_out=held_out,
         data_hash=data_hash(examples),
-        folder=folder,
+        folder=run_folder(config.output),
     )
 
 
@@ -199,11 +186,11 @@ def _attach_adapter(
         adapter = AdapterConfig() if config.trains_embeddings_only else config.adapter
         injected = inject(base, paths, adapter, config.seed, full=full, steps=config.steps)
     if tokens is None:
-        return injected.parameters, injected.rules
+        return injected.parameters, injected.callbacks
     for embedding in tokens.parameters.values():
         embedding.requires_grad_(True)  # injecting the adapter froze all parameters of the text encoders
     callbacks = CallbackList(
-        injected.rules,
+        injected.callbacks,
         TextualInversionCallbacks(tokens.parameters, injected.parameters, config.textual_inversion, config.steps),
     )
     return {**injected.parameters, **tokens.parameters}, callbacks
@@ -248,6 +235,14 @@ def _load_initial_adapter(config: TrainConfig, base: Base) -> Adapter | None:
     return adapter
 
 
+def _read_examples(config: TrainConfig) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """Read and check the images; return those to train on and those to validate on."""
+    examples, validation_examples = _split_examples(config)
+    check_captions((*examples, *validation_examples), config)
+    check_learned_tokens(examples, config)
+    return examples, validation_examples
+
+
 def _split_examples(config: TrainConfig) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """Read the images, and split them into images to train on and images to validate on."""
     if config.validation.folder and config.validation.share:
@@ -259,7 +254,7 @@ def _split_examples(config: TrainConfig) -> tuple[tuple[Example, ...], tuple[Exa
 
 
 def _new_accelerator(config: TrainConfig) -> Accelerator:
-    """Make the accelerator, after checking the output's suffix, the precision and the trackers."""
+    """Make the accelerator, after checking the output, the precision and the trackers."""
     if config.output.suffix != ".safetensors":
         raise ConfigError(
             f"output {str(config.output)!r} does not end in .safetensors, the format that adapters are saved in; "
@@ -268,14 +263,29 @@ def _new_accelerator(config: TrainConfig) -> Accelerator:
     precision = config.compute.mixed_precision
     if precision == "fp16" and default_device().type == "cpu":
         raise ConfigError("compute.mixed_precision 'fp16' needs a GPU; on the CPU use 'no' or 'bf16'")
-    AcceleratorState._reset_state()  # a shared state would keep the precision of an earlier run in this process
     passes = 2 if config.prior.mode == "pictures" else 1
-    return Accelerator(
+    accelerator = new_accelerator(
         mixed_precision=precision,
         gradient_accumulation_steps=config.gradient_accumulation * passes,
         log_with=[check_tracker(name) for name in config.tracking.trackers] or None,
         project_dir=run_folder(config.output) / "logs",
     )
+    check_data_parallel(accelerator)
+    if accelerator.is_main_process:
+        check_writable(config.output)
+    return accelerator
+
+
+def _add_tokens(base: Base, config: TrainConfig) -> LearnedTokens | None:
+    """Add the textual-inversion tokens to the base; return None if there are none."""
+    words = config.textual_inversion
+    return add_learned_tokens(base, words, config.seed) if words.placeholder_tokens else None
+
+
+def _make_parser(config: TrainConfig, tokens: LearnedTokens | None) -> ReadText:
+    """Make the parser of captions, which replaces each learned token by its vectors."""
+    parse = caption_parser(config.captions)
+    return tokens.wrap_parser(parse) if tokens else parse
 
 
 def _new_cache(config: TrainConfig) -> Cache:
@@ -285,11 +295,40 @@ def _new_cache(config: TrainConfig) -> Cache:
     return MemoryCache() if config.data.cache == "memory" else NoCache()
 
 
+def _make_samples(
+    config: TrainConfig,
+    examples: Sequence[Example],
+    base: Base,
+    cache: Cache,
+    accelerator: Accelerator,
+    num_timesteps: int,
+) -> tuple[TrainingSamples, ...]:
+    """Plan the samples of the training images, and those of the class images if there are any."""
+    size_px = config.data.resolution or base.size_px
+    per_step = config.batch_size * config.gradient_accumulation * accelerator.num_processes
+    groups = [(config, examples)]
+    if config.prior.mode == "pictures":
+        groups.append(_make_class_examples(config, base, size_px, accelerator))
+
+    def plan(config: TrainConfig, examples: Sequence[Example]) -> TrainingSamples:
+        buckets = assign_buckets(_read_sizes(examples), config.data, size_px)
+        return TrainingSamples(
+            config=config,
+            examples=examples,
+            buckets=buckets,
+            encoder=ViewEncoder(base, config.data, cache),
+            num_timesteps=num_timesteps,
+            order=plan_order(config, examples, buckets, per_step),
+        )
+
+    return tuple(plan(*group) for group in groups)
+
+
 def _make_class_examples(
-    config: TrainConfig, base: Base, folder: Path, size_px: int, accelerator: Accelerator
-) -> tuple[TrainConfig, tuple[Example, ...]]:
+    config: TrainConfig, base: Base, size_px: int, accelerator: Accelerator
+) -> tuple[TrainConfig, Sequence[Example]]:
     """Generate the class images that are missing; return the settings for training on class images, and the images."""
-    class_images = class_folder(config.prior, folder)
+    class_images = class_folder(config.prior, run_folder(config.output))
     share, of = accelerator.process_index, accelerator.num_processes
     make_class_pictures(base, config.prior, class_images, size_px, share=share, of=of)
     accelerator.wait_for_everyone()
@@ -298,33 +337,10 @@ def _make_class_examples(
     return config.model_copy(update={"data": data, "captions": captions, "seed": config.seed + 1}), read_dataset(data)
 
 
-def _make_training_samples(
-    base: Base,
-    config: TrainConfig,
-    examples: Sequence[Example],
-    cache: Cache,
-    denoiser: Denoiser,
-    size_px: int,
-    per_step: int,
-) -> TrainingSamples:
-    """Assign images to buckets and plan the order of the run's samples."""
-    buckets = assign_buckets(_read_sizes(examples), config.data, size_px)
-    return TrainingSamples(
-        config=config,
-        examples=examples,
-        buckets=buckets,
-        encoder=ViewEncoder(base, config.data, cache),
-        num_timesteps=denoiser.num_timesteps,
-        order=plan_order(config, examples, buckets, per_step),
-    )
-
-
-def _encode_held_out(
-    base: Base, config: TrainConfig, examples: Sequence[Example], cache: Cache, size_px: int
-) -> HeldOut | None:
+def _encode_held_out(base: Base, config: TrainConfig, examples: Sequence[Example], cache: Cache) -> HeldOut | None:
     """Encode the images to validate on; return None if there are none."""
     encoder = ViewEncoder(base, config.data, cache)
-    buckets = assign_buckets(_read_sizes(examples), config.data, size_px)
+    buckets = assign_buckets(_read_sizes(examples), config.data, config.data.resolution or base.size_px)
     views = [
         encoder.encode(example, bucket, seed=0, variant=0) for example, bucket in zip(examples, buckets, strict=True)
     ]

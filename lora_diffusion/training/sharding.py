@@ -53,4 +53,5 @@ def shard_base(base: Base, denoiser: nn.Module, parameters: Mapping[str, nn.Para
     for module in [each for each in unet.modules() if type(each).__name__ in _SHARDED_BLOCKS] + [unet]:
         fully_shard(module, mesh=mesh, ignored_params=replicated)
     frozen = [name for name, parameter in denoiser.named_parameters() if not parameter.requires_grad]
+    # PyTorch has no public way to exclude frozen parameters [github.com/pytorch/pytorch/issues/43690].
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(denoiser, frozen)

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from lora_diffusion.config.train import TrainConfig
+from lora_diffusion.core.seeding import make_generator
 from lora_diffusion.data.captions import format_caption
 from lora_diffusion.training.inputs.captions import CaptionEncoder
 from lora_diffusion.training.inputs.latents import LatentView
 from lora_diffusion.training.inputs.samples import collate, draw_sample
 from lora_diffusion.training.objectives.denoiser import Denoiser
 from lora_diffusion.training.objectives.prior_preservation import predict_both
-from lora_diffusion.training.seeding import sample_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ def _fixed_batch(
     """
     text, samples = format_caption(caption, config.captions, config.trigger_words), []
     for position, timestep in enumerate(timesteps):
-        rng = Generator().manual_seed(sample_seed(number, position))
+        rng = make_generator(number, position)
         samples.append(
             {
                 **draw_sample(view, text, config.objective, denoiser.num_timesteps, rng),

@@ -23,7 +23,7 @@ from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.merging.merge import merge
 from lora_diffusion.models.load import Base, load_base
-from lora_diffusion.training.loop import train
+from lora_diffusion.training.train import train
 
 _MARKER = ".lora_diffusion_demo"
 _STYLE, _SUBJECT = "neon", "gloop"

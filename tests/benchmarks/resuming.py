@@ -16,7 +16,7 @@ import torch
 from lora_diffusion.adapters.adapter import adapter_hash
 from lora_diffusion.config.settings import deep_merge
 from lora_diffusion.formats.adapters.load import load_adapter
-from lora_diffusion.training.loop import train
+from lora_diffusion.training.train import train
 from tests.benchmarks.goals import at_least, write_report
 from tests.benchmarks.measuring import machine
 from tests.helpers.picture_folders import write_pictures

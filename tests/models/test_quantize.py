@@ -24,8 +24,8 @@ from lora_diffusion.library.recipe import read_recipe
 from lora_diffusion.models.load import load_base
 from lora_diffusion.models.quantize import is_quantizable, quantize_base
 from lora_diffusion.training.log import LOG, read_log
-from lora_diffusion.training.loop import train
 from lora_diffusion.training.setup import set_up
+from lora_diffusion.training.train import train
 from tests.helpers.short_runs import loss_before, short_run
 
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")

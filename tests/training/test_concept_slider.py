@@ -17,10 +17,10 @@ from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import Base
-from lora_diffusion.training.loop import train
 from lora_diffusion.training.methods.injection import adapter_disabled, get_layer
 from lora_diffusion.training.objectives.concept_slider import adapter_weight
 from lora_diffusion.training.setup import set_up
+from lora_diffusion.training.train import train
 from tests.helpers.short_runs import UNET_ONLY, settings
 
 NIGHT = {"positive": "a house at night", "negative": "a house at noon", "target": "a house", "strength": 1.0}

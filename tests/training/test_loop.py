@@ -12,6 +12,7 @@ from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.architectures.targets import resolve_targets
 from lora_diffusion.config.settings import deep_merge
 from lora_diffusion.config.train import AdapterConfig, TrainConfig
+from lora_diffusion.data.sampler import picture_order
 from lora_diffusion.errors import ConfigError, DatasetError, OutputError, TrainingError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.inference.in_place import blended_weights
@@ -20,11 +21,10 @@ from lora_diffusion.training import loop
 from lora_diffusion.training.checkpoint import list_states
 from lora_diffusion.training.checks import check_finite, explained_memory_errors
 from lora_diffusion.training.log import read_log
-from lora_diffusion.training.loop import train
 from lora_diffusion.training.methods.injection import adapter_disabled, extract_adapter, inject
 from lora_diffusion.training.optim.ema import copy_values
-from lora_diffusion.training.seeding import picture_order, sample_seed
 from lora_diffusion.training.setup import set_up
+from lora_diffusion.training.train import train
 from lora_diffusion.training.validation import measure_drift
 from tests.helpers.short_runs import UNET_ONLY, settings
 
@@ -133,12 +133,6 @@ def test_each_epoch_shows_every_picture_once() -> None:
     order = picture_order(5, 17, seed=2)
     assert all(sorted(order[i : i + 5]) == [0, 1, 2, 3, 4] for i in (0, 5, 10))
     assert order != picture_order(5, 17, seed=3)
-
-
-def test_neighboring_samples_have_unrelated_seeds() -> None:
-    seeds = {sample_seed(seed, index) for seed in range(20) for index in range(50)}
-    assert len(seeds) == 1000
-    assert all(0 <= s < 2**63 for s in seeds)
 
 
 def test_a_nan_loss_stops_the_run() -> None:

@@ -18,9 +18,9 @@ from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.training.checkpoint import list_states
 from lora_diffusion.training.log import read_log
-from lora_diffusion.training.loop import Trainer, train
 from lora_diffusion.training.setup import set_up
 from lora_diffusion.training.signals import StopRequest
+from lora_diffusion.training.train import AdapterTrainer, train
 from tests.helpers.short_runs import settings
 
 EVERYTHING: dict[str, Any] = {
@@ -35,7 +35,7 @@ EVERYTHING: dict[str, Any] = {
 
 def stop_after(config: Any, steps: int) -> None:
     """Train until a step, then stop as Ctrl-C does, which saves the state."""
-    trainer, request = Trainer(set_up(config), lambda *_: None), StopRequest()
+    trainer, request = AdapterTrainer(set_up(config), lambda *_: None), StopRequest()
     train_step = trainer.train_step
 
     def stopping_step() -> dict[str, Any]:
@@ -110,7 +110,7 @@ def command(config: Any, folder: Path) -> list[str]:
     code = (
         "import sys, torch; torch.set_num_threads(1); from pathlib import Path\n"
         "from lora_diffusion.config.train import TrainConfig\n"
-        "from lora_diffusion.training.loop import train\n"
+        "from lora_diffusion.training.train import train\n"
         "train(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text()))"
     )
     return [sys.executable, "-c", code, str(path)]

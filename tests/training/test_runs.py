@@ -24,8 +24,8 @@ from lora_diffusion.config.train import TrainConfig
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.models.load import load_base
-from lora_diffusion.training.loop import train
 from lora_diffusion.training.presets import make_settings
+from lora_diffusion.training.train import train
 from lora_diffusion.workflows.training.dry_run import estimate_run
 from lora_diffusion.workflows.training.run import train_and_report
 from tests.helpers.short_runs import settings
@@ -176,7 +176,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from lora_diffusion.config.train import TrainConfig
-from lora_diffusion.training.loop import train
+from lora_diffusion.training.train import train
 from train_scripts.write_configs import CONFIGS, configs
 
 def watch(run, step):
@@ -306,3 +306,27 @@ def test_a_dry_run_predicts_the_size_of_the_adapter(pictures: Path, sd_folder: P
     assert needs.parameters == sum(
         factor.numel() for layer in result.adapter.layers.values() for factor in layer.factors.values()
     )
+
+
+def test_training_and_sampling_need_no_peft(pictures: Path, sd_folder: Path) -> None:
+    """PEFT is a dependency of the tests alone; `None` in `sys.modules` makes its import fail."""
+    (pictures.parent / "run.json").write_text(settings(pictures, sd_folder, steps=1).model_dump_json())
+    code = (
+        "import sys; sys.modules['peft'] = None\n"
+        "from pathlib import Path\n"
+        "from lora_diffusion import GenerateConfig, TrainConfig, blend_adapters, generate, load_base, train\n"
+        "result = train(TrainConfig.model_validate_json(Path('run.json').read_text()))\n"
+        f"base = load_base({str(sd_folder)!r})\n"
+        "settings = GenerateConfig(prompt='sks', num_inference_steps=1, width=16, height=16)\n"
+        "print(len(generate(base, [settings], blend_adapters({result.path: 0.5}))), 'image')\n"
+    )
+    path = os.pathsep.join(filter(None, (str(Path.cwd()), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=pictures.parent,
+        env={**os.environ, "PYTHONPATH": path},
+        check=False,
+    )
+    assert done.stdout.endswith("1 image\n"), done.stderr[-2000:]

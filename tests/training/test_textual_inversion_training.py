@@ -16,9 +16,9 @@ from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import Base, load_base
 from lora_diffusion.models.textual_inversion import embedding_table, learned_tokens
 from lora_diffusion.training.log import LOG, read_log
-from lora_diffusion.training.loop import train
 from lora_diffusion.training.methods.textual_inversion import TextualInversionCallbacks, add_learned_tokens
 from lora_diffusion.training.setup import set_up
+from lora_diffusion.training.train import train
 from tests.helpers.short_runs import UNET_ONLY, interrupted, loss_before, settings, short_run
 
 

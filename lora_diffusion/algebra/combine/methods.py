@@ -5,7 +5,6 @@ resolve such conflicts module by module. TIES, DARE, DELLA, magnitude pruning, m
 KnOTS in its own coordinates (see `core_space`); ZipLoRA and NP-LoRA work on the factors.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -23,6 +22,7 @@ from lora_diffusion.algebra.combine.ties_dare_della import dare, della, magnitud
 from lora_diffusion.algebra.combine.ziplora import zip_layers
 from lora_diffusion.architectures.module_paths import ModelLayout
 from lora_diffusion.config.combine import ConsensusConfig, ConsensusMethod
+from lora_diffusion.core.seeding import make_generator
 from lora_diffusion.errors import ConfigError
 
 Terms = Sequence[tuple[float, LoRALayer]]
@@ -121,15 +121,6 @@ def _combine_parameter(name: str, terms: Terms, config: ConsensusConfig) -> LoRA
     if len(terms) == 1:
         return join_layers(terms)
     return METHODS[config.method](terms, config, make_generator(config.seed, name))
-
-
-def make_generator(seed: int, name: str) -> Generator:
-    """Return a CPU generator whose state depends on the seed and the parameter name.
-
-    Each parameter has its own random numbers, so the order in which modules are processed does not change the result.
-    """
-    digest = hashlib.sha256(f"{seed}|{name}".encode()).digest()
-    return Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def _as_lora_terms(terms: Sequence[tuple[float, Layer]]) -> Terms:

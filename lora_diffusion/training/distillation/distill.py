@@ -18,6 +18,7 @@ from lora_diffusion.adapters.blend import Blend, BlendSum
 from lora_diffusion.config.distillation import DistillConfig
 from lora_diffusion.config.preset import Composition
 from lora_diffusion.core.dtypes import torch_dtype
+from lora_diffusion.data.sampler import picture_order
 from lora_diffusion.errors import ConfigError, TrainingError
 from lora_diffusion.inference.composition import check_composition, composition_context, is_unet_path
 from lora_diffusion.inference.in_place import Backup, validate_blend, weight_shape
@@ -26,7 +27,6 @@ from lora_diffusion.models.load import Base, module_at, prediction_type
 from lora_diffusion.training.distillation.mean_delta import compress_sum, plain_sum, record_mean_sum
 from lora_diffusion.training.distillation.student import adapter_error, mean_squared_error, train_student
 from lora_diffusion.training.distillation.trajectories import DistillationBatch, make_runs, record_runs
-from lora_diffusion.training.seeding import picture_order
 
 _HELD_OUT_DIVISOR = 4
 """One out of this many prompts is held out for measuring."""

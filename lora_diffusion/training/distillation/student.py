@@ -3,7 +3,7 @@
 The student is the base with one LoRA; the teacher's predictions are recorded by `trajectories`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,18 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim.lr_scheduler import CosineAnnealingLR
-from tqdm import tqdm
 
 from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.config.distillation import DistillConfig
+from lora_diffusion.data.sampler import picture_order
 from lora_diffusion.inference.composition import is_unet_path
 from lora_diffusion.inference.in_place import Backup, blended_weights
 from lora_diffusion.inference.parallel import Forward, ForwardOverrides, convolve_per_sample
 from lora_diffusion.models.load import Base, module_at
-from lora_diffusion.training.checks import check_finite
 from lora_diffusion.training.distillation.trajectories import (
     Contexts,
     DistillationBatch,
@@ -30,7 +28,9 @@ from lora_diffusion.training.distillation.trajectories import (
     encode_texts,
     predict,
 )
-from lora_diffusion.training.seeding import picture_order
+from lora_diffusion.training.loop import TrainingTask, run_to_end
+from lora_diffusion.training.methods.callbacks import MethodCallbacks
+from lora_diffusion.training.optim.optimizers import adam_settings
 
 _CONVERGED_LOSS = 1e-6
 """Relative loss below which only rounding errors remain; Adam would amplify them, so gradients are skipped."""
@@ -38,6 +38,48 @@ _MAX_GRADIENT_NORM = 1.0
 
 _TrainableLayers = Mapping[str, LoRALayer]
 """Layers with trainable float32 factors, by module path."""
+
+
+class _Student(nn.Module):
+    """The base with the trainable adapter; its loss is the relative error of its predictions.
+
+    Args:
+        base: The base, inside `_trainable_adapter`.
+        layers: The trainable layers.
+        contexts: Conditioning by text.
+        effect: Mean squared difference between the predictions of teacher and base.
+    """
+
+    def __init__(self, base: Base, layers: _TrainableLayers, contexts: Contexts, effect: float) -> None:
+        super().__init__()
+        self.base, self.contexts, self.effect = base, contexts, effect
+        self.factors: dict[str, nn.Parameter] = {
+            f"{path}.{name}": factor
+            for path, layer in layers.items()
+            for name, factor in layer.factors.items()
+            if isinstance(factor, nn.Parameter)
+        }
+        self.registered = nn.ParameterList(self.factors.values())  # so that DDP finds the parameters
+        self.converged = False
+        """Whether the last loss was a rounding error."""
+
+    def forward(self, **batch: Any) -> Tensor:
+        """Compute the losses (n,); the batch has the fields of `DistillationBatch`."""
+        errors = _squared_error(self.base, DistillationBatch(**batch), self.contexts)
+        losses = errors.mean(dim=(1, 2, 3)) / self.effect
+        self.converged = float(losses.detach().mean()) <= _CONVERGED_LOSS
+        return losses
+
+
+class _SkipConvergedSteps(MethodCallbacks):
+    """Drops all gradients in steps whose loss is a rounding error, which Adam would amplify."""
+
+    def __init__(self, student: _Student) -> None:
+        self.student = student
+
+    def frozen_parameters(self, step: int) -> Iterable[nn.Parameter]:  # noqa: ARG002 (depends on the loss)
+        """Return all factors if the student has converged."""
+        return self.student.parameters() if self.student.converged else ()
 
 
 def train_student(
@@ -64,24 +106,23 @@ def train_student(
     order = picture_order(len(pairs), config.steps * size, config.seed)
     with _trainable_adapter(base, start, backup) as trainable:
         contexts = encode_texts(base, pairs.texts, config.resolution or base.size_px)
-        factors = [factor for layer in trainable.values() for factor in layer.factors.values()]
-        optimizer = torch.optim.Adam(factors, lr=config.learning_rate)
-        schedule = CosineAnnealingLR(optimizer, config.steps)
-        for step in tqdm(range(config.steps), desc="distill", unit="step"):
-            batch = pairs.take(order[step * size : (step + 1) * size])
-            loss = _squared_error(base, batch, contexts).mean() / effect
-            check_finite(loss.detach(), step + 1)
-            optimizer.zero_grad()
-            if float(loss.detach()) > _CONVERGED_LOSS:
-                loss.backward()
-                nn.utils.clip_grad_norm_(factors, _MAX_GRADIENT_NORM)
-            optimizer.step()
-            schedule.step()
+        student = _Student(base, trainable, contexts, effect)
+        run_to_end(
+            TrainingTask(
+                name="distill",
+                model=student,
+                parameters=student.factors,
+                batches=lambda step: [(vars(pairs.take(order[step * size : (step + 1) * size])), 1.0)],
+                steps=config.steps,
+                optimizer=adam_settings(config.learning_rate, _MAX_GRADIENT_NORM),
+                callbacks=_SkipConvergedSteps(student),
+            )
+        )
         return replace(start, layers={**start.layers, **{path: _detach(layer) for path, layer in trainable.items()}})
 
 
 @contextmanager
-def _trainable_adapter(base: Base, start: Adapter, backup: Backup) -> Iterator[_TrainableLayers]:
+def _trainable_adapter(base: Base, start: Adapter, backup: Backup) -> Generator[_TrainableLayers]:
     """Apply an adapter to the base while the context is active, with its LoRA layers in the UNet trainable.
 
     Trainable layers are added in the forward pass; the rest of the adapter is merged into the weights.
@@ -122,7 +163,7 @@ def _wrap_with_layer(module: nn.Module, layer: LoRALayer) -> Forward:
 def _make_trainable(layer: LoRALayer, device: torch.device) -> LoRALayer:
     """Return a copy of a layer with trainable float32 factors."""
     copies = {name: factor.to(device, torch.float32, copy=True) for name, factor in layer.factors.items()}
-    return layer.with_factors({name: factor.requires_grad_() for name, factor in copies.items()})
+    return layer.with_factors({name: nn.Parameter(factor) for name, factor in copies.items()})
 
 
 def _detach(layer: LoRALayer) -> LoRALayer:

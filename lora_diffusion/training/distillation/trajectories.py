@@ -13,11 +13,11 @@ from torch import Tensor
 
 from lora_diffusion.adapters.coefficients import DenoisingStep
 from lora_diffusion.config.distillation import DistillConfig
+from lora_diffusion.core.seeding import derive_seed
 from lora_diffusion.inference.composition import BeforeStep
 from lora_diffusion.models.load import Base, new_scheduler
 from lora_diffusion.models.text_encoding import TextContext, concatenate_contexts, count_chunks, negative_context
 from lora_diffusion.prompts.emphasis import parse_emphasis
-from lora_diffusion.training.seeding import sample_seed
 
 Contexts = Mapping[str, TextContext]
 """Conditioning of the UNet by text, each for a batch of one."""
@@ -78,7 +78,7 @@ def _concatenate(parts: Sequence[DistillationBatch]) -> DistillationBatch:
 def make_runs(prompts: Sequence[str], *, count: int, seed: int) -> tuple[SamplingRun, ...]:
     """Return `count` sampling runs for each prompt, all with different seeds."""
     texts = [prompt for prompt in prompts for _ in range(count)]
-    return tuple(SamplingRun(prompt=text, seed=sample_seed(seed, i)) for i, text in enumerate(texts))
+    return tuple(SamplingRun(prompt=text, seed=derive_seed(seed, i)) for i, text in enumerate(texts))
 
 
 @torch.no_grad()

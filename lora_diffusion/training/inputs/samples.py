@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from lora_diffusion.config.train import ObjectiveConfig, TrainConfig
+from lora_diffusion.core.seeding import derive_seed, make_generator
 from lora_diffusion.data.buckets import Bucket
 from lora_diffusion.data.captions import augment_caption
 from lora_diffusion.data.folder import Example
@@ -19,7 +20,6 @@ from lora_diffusion.data.sampler import plan_batches
 from lora_diffusion.training.diffusion.noise import draw_noise
 from lora_diffusion.training.diffusion.timesteps import draw_timestep
 from lora_diffusion.training.inputs.latents import LatentView, ViewEncoder
-from lora_diffusion.training.seeding import sample_seed
 
 
 class Sample(TypedDict):
@@ -62,10 +62,10 @@ class TrainingSamples:
         """Return the sample at a position within an optimizer step; both are counted from 0."""
         config, number = self.config, self.order[step][position]
         index = step * len(self.order[0]) + position
-        rng = Generator().manual_seed(sample_seed(config.seed, index))
+        rng = make_generator(config.seed, index)
         variant = index if config.data.cache == "none" else index // len(self.examples) % config.data.variants
         view = self.encoder.encode(
-            self.examples[number], self.buckets[number], seed=sample_seed(config.seed, -2 - number), variant=variant
+            self.examples[number], self.buckets[number], seed=derive_seed(config.seed, -2 - number), variant=variant
         )
         caption = augment_caption(self.examples[number].caption, config.captions, config.trigger_words, rng)
         return draw_sample(view, caption, config.objective, self.num_timesteps, rng)

@@ -6,7 +6,7 @@ forward pass of the frozen module by one that calls the trainable layer. All tra
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,7 +55,7 @@ class AdapterState:
         self.current = ForwardState()
 
     @contextmanager
-    def override(self, state: ForwardState) -> Iterator[None]:
+    def override(self, state: ForwardState) -> Generator[None]:
         """Use another forward state inside the context."""
         previous, self.current = self.current, state
         try:

@@ -5,13 +5,14 @@ paper's frozen variant, its default and the cheaper one. For every b, the first 
 alone, so that truncating the file to rank b is exact.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_diffusion.core.seeding import make_generator
 from lora_diffusion.training.methods.base import AdapterSize
 from lora_diffusion.training.methods.callbacks import MethodCallbacks
 from lora_diffusion.training.methods.lora import TrainableLoRA
@@ -46,12 +47,12 @@ class DyLoRACallbacks(MethodCallbacks):
 
     def before_step(self, step: int) -> None:
         """Draw the rank of a step, as a function of the seed and the step alone."""
-        fraction = torch.rand((), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + step))
+        fraction = torch.rand((), generator=make_generator(self.seed, f"dylora {step}"))
         for layer in self.layers:
             layer.training_rank = 1 + int(fraction * layer.down.shape[0])
 
     @contextmanager
-    def truncated_to(self, rank: int) -> Iterator[None]:
+    def truncated_to(self, rank: int) -> Generator[None]:
         """Evaluate all layers with their first `rank` directions inside the context."""
         for layer in self.layers:
             layer.eval_rank = min(rank, layer.down.shape[0])

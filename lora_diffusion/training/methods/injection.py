@@ -1,7 +1,6 @@
 """Inject trainable adapter layers into a base, disable them, and extract them as an adapter."""
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +12,7 @@ from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
 from lora_diffusion.adapters.layers import Layer
 from lora_diffusion.architectures.targets import resolve_patterns
 from lora_diffusion.config.adapter import AdapterConfig
+from lora_diffusion.core.seeding import make_generator
 from lora_diffusion.models.load import Base, module_at
 from lora_diffusion.training.methods.adalora import AdaLoRACallbacks, TrainableAdaLoRA
 from lora_diffusion.training.methods.base import SUBMODULE_NAME, AdapterSize, AdapterState, TrainableLayer, attach
@@ -49,7 +49,7 @@ class InjectedAdapter:
 
     parameters: dict[str, nn.Parameter]
     """Trained parameters by module path and factor, such as `unet.conv_in.down`."""
-    rules: MethodCallbacks
+    callbacks: MethodCallbacks
     """Callbacks of the training method."""
 
 
@@ -76,19 +76,19 @@ def inject(
     modules = {path: module_at(base, path) for path in paths}
     sizes = _resolve_sizes(paths, config)
     shared = (
-        make_vera_factors([*modules.values()], config.rank, _make_generator(seed, "vera"))
+        make_vera_factors([*modules.values()], config.rank, make_generator(seed, "vera"))
         if config.kind == "vera"
         else None
     )
     layers: dict[str, TrainableLayer] = {
-        path: _new_layer(modules[path], sizes[path], _make_generator(seed, path), shared) for path in paths
+        path: _new_layer(modules[path], sizes[path], make_generator(seed, path), shared) for path in paths
     }
     layers |= {path: TrainableFullLayer(module_at(base, path)) for path in full}
     parameters = _attach_layers(base, layers)
     t_lora_layers = [layer for layer in layers.values() if isinstance(layer, TrainableTLoRA)]
     if t_lora_layers:
         follow_timesteps(base.pipe.unet, t_lora_layers, base.pipe.scheduler.config.num_train_timesteps)
-    return InjectedAdapter(parameters=parameters, rules=_make_callbacks(layers, config, seed, steps))
+    return InjectedAdapter(parameters=parameters, callbacks=_make_callbacks(layers, config, seed, steps))
 
 
 def inject_adapter(base: Base, adapter: Adapter, config: AdapterConfig) -> InjectedAdapter:
@@ -107,7 +107,7 @@ def inject_adapter(base: Base, adapter: Adapter, config: AdapterConfig) -> Injec
         path: layer_from_adapter(path, module_at(base, path), layer, adapter.biases.get(path), config)
         for path, layer in adapter.layers.items()
     }
-    return InjectedAdapter(parameters=_attach_layers(base, layers), rules=MethodCallbacks())
+    return InjectedAdapter(parameters=_attach_layers(base, layers), callbacks=MethodCallbacks())
 
 
 def _attach_layers(base: Base, layers: Mapping[str, TrainableLayer]) -> dict[str, nn.Parameter]:
@@ -170,12 +170,6 @@ def _compute_scale(rank: int, alpha: float | None, config: AdapterConfig) -> flo
     return alpha / (rank**0.5 if config.use_rslora else rank)
 
 
-def _make_generator(seed: int, path: str) -> torch.Generator:
-    """Make a random generator that depends on the seed and the path alone."""
-    digest = hashlib.sha256(f"{seed} {path}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
 def get_layer(base: Base, path: str) -> Any:
     """Return the trainable layer of the module at a path."""
     return getattr(module_at(base, path), SUBMODULE_NAME)
@@ -188,7 +182,7 @@ def _list_layers(base: Base) -> list[TrainableLayer]:
 
 
 @contextmanager
-def adapter_disabled(base: Base) -> Iterator[None]:
+def adapter_disabled(base: Base) -> Generator[None]:
     """Disable all trainable layers inside the context, so that the base predicts exactly as without them."""
     state = adapter_state_of(base)
     with state.override(replace(state.current, active=False)):

@@ -16,6 +16,7 @@ from torch.nn import functional
 from lora_diffusion.adapters.adapter import Adapter, Token
 from lora_diffusion.adapters.blend import WeightedAdapter
 from lora_diffusion.config.train import TextualInversionConfig
+from lora_diffusion.core.seeding import make_generator
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.models.load import Base
 from lora_diffusion.models.text_encoding import TOKENIZERS
@@ -98,7 +99,7 @@ def _initial_vectors(base: Base, component: str, config: TextualInversionConfig,
     """
     table = embedding_table(base, component).weight.detach().float().cpu()
     if not config.initializer_token:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+        generator = make_generator(seed, f"{component} {index}")
         noise = torch.randn(config.num_vectors, table.shape[1], generator=generator)
         return table.mean(dim=0) + table.std(dim=0) * noise
     tokenizer = getattr(base.pipe, TOKENIZERS[component])

@@ -8,7 +8,7 @@ for it, shifted along the difference of two prompts:
 The training pictures only provide the noisy latents x; their captions are not used.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -78,7 +78,7 @@ class ConceptSliderLoss:
 
 
 @contextmanager
-def adapter_weight(base: Base, weight: float) -> Iterator[None]:
+def adapter_weight(base: Base, weight: float) -> Generator[None]:
     """Set the weight of all trainable layers of a base inside the context."""
     state = adapter_state_of(base)
     with state.override(replace(state.current, weight=weight)):

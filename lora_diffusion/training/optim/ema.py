@@ -1,6 +1,6 @@
 """Exponential moving average (EMA) of the trained parameters, as an immutable value."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -50,7 +50,7 @@ class MovingAverage:
 
 
 @contextmanager
-def swapped_parameters(parameters: Mapping[str, Tensor], average: MovingAverage) -> Iterator[None]:
+def swapped_parameters(parameters: Mapping[str, Tensor], average: MovingAverage) -> Generator[None]:
     """Replace the parameters by their averages inside the context, and restore them bit for bit afterwards.
 
     Before the first step there is no average, and the parameters stay as they are.

@@ -3,14 +3,15 @@
 import difflib
 import importlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from lora_diffusion.config.train import OptimizerConfig
+from lora_diffusion.config.optimizer import OptimizerConfig
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.training.optim.lr_groups import TEXT_ENCODER_SHARE, resolve_peak_rates
 
@@ -29,6 +30,23 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 """Import path and default options by value of `optimizer.kind`."""
 _DEDICATED_SETTINGS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
 """Arguments of optimizer classes with their own setting; they are not allowed in `optimizer.options`."""
+
+
+def adam_settings(learning_rate: float, max_gradient_norm: float = sys.float_info.max) -> OptimizerConfig:
+    """Return the settings of Adam without weight decay, with a cosine schedule without warmup.
+
+    Args:
+        learning_rate: Learning rate of the first step.
+        max_gradient_norm: Gradients are clipped to this norm; by default never.
+    """
+    return OptimizerConfig(
+        kind="torch.optim.Adam",
+        learning_rate=learning_rate,
+        weight_decay=0,
+        schedule="cosine",
+        warmup_steps=0,
+        max_gradient_norm=max_gradient_norm,
+    )
 
 
 def new_optimizer(
@@ -75,7 +93,7 @@ def new_optimizer(
 
 
 @contextmanager
-def evaluation_mode(optimizer: Any) -> Iterator[None]:
+def evaluation_mode(optimizer: Any) -> Generator[None]:
     """Switch the parameters to the values to evaluate and save inside the context, and restore them afterwards.
 
     Schedule-free optimizers compute gradients at y, but the model to evaluate is their average x; other optimizers are

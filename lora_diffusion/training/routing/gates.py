@@ -10,7 +10,7 @@ and late steps texture. There is no softmax: a gate multiplies the weight that t
 Trained gates are saved as `BlendWeight`, which all commands can read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -248,7 +248,7 @@ def _wrap_with_gates(module: nn.Module, factors: _GatedFactors, gates: Gates, bl
 
 
 @contextmanager
-def gated_base(gates: Gates) -> Iterator[None]:
+def gated_base(gates: Gates) -> Generator[None]:
     """Apply gated adapters to the base while the context is active; restore the base afterwards.
 
     The UNet selects the gates of each sample by its timestep. Layers without gates are merged into the weights, those

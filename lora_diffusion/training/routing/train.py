@@ -5,14 +5,14 @@ denoising loss as an adapter. The result is an ordinary `BlendPreset` with sched
 other preset and costs the same in sampling.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 from lora_diffusion.adapters.blend import Blend
@@ -22,8 +22,10 @@ from lora_diffusion.config.routing import RouteConfig
 from lora_diffusion.config.settings import read_toml
 from lora_diffusion.config.train import DataConfig, ObjectiveConfig
 from lora_diffusion.core.atomic_files import check_writable
+from lora_diffusion.core.seeding import make_generator
 from lora_diffusion.data.buckets import Bucket
 from lora_diffusion.data.folder import Example, data_hash, read_dataset
+from lora_diffusion.data.sampler import picture_order
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.checkpoints.diffusers import read_layout
 from lora_diffusion.library.presets import save_preset
@@ -34,9 +36,12 @@ from lora_diffusion.training.checks import check_finite
 from lora_diffusion.training.inputs.cache import NoCache
 from lora_diffusion.training.inputs.latents import LatentView, ViewEncoder
 from lora_diffusion.training.inputs.samples import Sample, collate, draw_sample
+from lora_diffusion.training.loop import TrainingTask, run_to_end
+from lora_diffusion.training.methods.callbacks import MethodCallbacks
 from lora_diffusion.training.objectives.denoiser import Denoiser
+from lora_diffusion.training.optim.optimizers import adam_settings
 from lora_diffusion.training.routing.gates import Gates, gated_base
-from lora_diffusion.training.seeding import picture_order, sample_seed
+from lora_diffusion.training.validation import to_device
 
 _NUM_HELD_OUT = 32
 """Number of samples on which the loss is measured before and after training: training images with other noise."""
@@ -79,7 +84,7 @@ class _RoutingSamples:
         self.order = picture_order(len(images), length, seed)
 
     def __getitem__(self, index: int) -> Sample:
-        rng = torch.Generator().manual_seed(sample_seed(self.seed, index))
+        rng = make_generator(self.seed, index)
         return draw_sample(*self.images[self.order[index]], ObjectiveConfig(), self.num_timesteps, rng)
 
 
@@ -129,7 +134,7 @@ def _initial_gate(config: RouteConfig) -> float:
     return 1 / len(config.adapters) if config.init_value == "average" else config.init_value
 
 
-def read_route(path: Path, changes: Mapping[str, Any] | None = None) -> RouteConfig:
+def read_route(path: str | os.PathLike[str], changes: Mapping[str, Any] | None = None) -> RouteConfig:
     """Read the settings from a TOML file. Relative paths, including those of adapters, are relative to its folder.
 
     Args:
@@ -139,7 +144,7 @@ def read_route(path: Path, changes: Mapping[str, Any] | None = None) -> RouteCon
     Raises:
         ConfigError: If the file cannot be read or settings are invalid.
     """
-    changes = changes or {}
+    path, changes = Path(path), changes or {}
     config = read_toml(path, RouteConfig, changes)
     if "adapters" in changes:
         return config
@@ -167,38 +172,49 @@ def _train_and_measure(gates: Gates, examples: tuple[Example, ...], config: Rout
     held_out = _RoutingSamples(images, denoiser.num_timesteps, length=_NUM_HELD_OUT, seed=config.seed + 1)
     with gated_base(gates):
         first = _measure_mean_loss(denoiser, held_out, config.batch_size)
-        _train_gates(gates, denoiser, training, config)
+        run_to_end(_make_task(gates, denoiser, training, config))
         last = _measure_mean_loss(denoiser, held_out, config.batch_size)
     check_finite(torch.tensor(last), config.steps)
     return first, last
 
 
-def _train_gates(gates: Gates, denoiser: Denoiser, samples: _RoutingSamples, config: RouteConfig) -> None:
-    """Do all optimizer steps with Adam and a cosine learning-rate schedule, inside `gated_base`."""
-    optimizer = torch.optim.Adam([gates.values], lr=config.learning_rate)
-    schedule = CosineAnnealingLR(optimizer, config.steps)
-    batches = _make_batches(denoiser, samples, config.batch_size)
-    for step, batch in enumerate(tqdm(batches, total=config.steps, desc="route", unit="step"), start=1):
-        loss = denoiser(**batch).mean()
-        check_finite(loss.detach(), step)
-        optimizer.zero_grad()
-        (loss + config.penalty * gates.compute_drift()).backward()
-        optimizer.step()
-        schedule.step()
+class _DriftPenalty(MethodCallbacks):
+    """Adds the mean squared change of the gates, times a weight, to the loss."""
+
+    def __init__(self, gates: Gates, weight: float) -> None:
+        self.gates, self.weight = gates, weight
+
+    def penalty(self) -> Tensor:
+        """Return the weighted penalty, a scalar."""
+        return self.weight * self.gates.compute_drift()
+
+
+def _make_task(gates: Gates, denoiser: Denoiser, samples: _RoutingSamples, config: RouteConfig) -> TrainingTask:
+    """Return the task of training the gates, with Adam and a cosine learning-rate schedule, inside `gated_base`."""
+    denoiser.add_module("gates", gates)  # as a submodule, so that DDP finds the parameters
+    size = config.batch_size
+    return TrainingTask(
+        name="route",
+        model=denoiser,
+        parameters={"unet.gates": gates.values},
+        batches=lambda step: [(_make_batch(denoiser, samples, range(step * size, (step + 1) * size)), 1.0)],
+        steps=config.steps,
+        optimizer=adam_settings(config.learning_rate),
+        callbacks=_DriftPenalty(gates, config.penalty),
+    )
 
 
 @torch.no_grad()
 def _measure_mean_loss(denoiser: Denoiser, samples: _RoutingSamples, batch_size: int) -> float:
     """Return the mean loss over all samples; the same samples are drawn at each call."""
-    return float(torch.cat([denoiser(**batch) for batch in _make_batches(denoiser, samples, batch_size)]).mean())
+    count = len(samples.order)
+    chunks = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    return float(torch.cat([denoiser(**_make_batch(denoiser, samples, chunk)) for chunk in chunks]).mean())
 
 
-def _make_batches(denoiser: Denoiser, samples: _RoutingSamples, size: int) -> Iterator[dict[str, Any]]:
-    """Yield the denoiser's keyword arguments for each batch, on its device."""
-    device = denoiser.alphas_cumprod.device
-    for start in range(0, len(samples.order), size):
-        batch = collate([samples[index] for index in range(start, min(start + size, len(samples.order)))])
-        yield {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+def _make_batch(denoiser: Denoiser, samples: _RoutingSamples, indices: range) -> dict[str, Any]:
+    """Return the denoiser's keyword arguments for the samples of these indices, on its device."""
+    return to_device(denoiser, collate([samples[index] for index in indices]))
 
 
 def _describe_training(config: RouteConfig, examples: tuple[Example, ...], losses: tuple[float, float]) -> str:

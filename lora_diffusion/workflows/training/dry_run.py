@@ -18,9 +18,9 @@ from lora_diffusion.core.atomic_files import check_writable
 from lora_diffusion.core.hardware import describe_machine, peak_memory_mb
 from lora_diffusion.data.checks import DatasetReport, format_report, to_json
 from lora_diffusion.training.log import LOG, read_log
-from lora_diffusion.training.loop import train
 from lora_diffusion.training.objectives.prior_preservation import class_folder, missing_pictures
 from lora_diffusion.training.setup import TrainingContext, run_folder
+from lora_diffusion.training.train import train
 from lora_diffusion.workflows.training.dataset_check import check_dataset_for_base
 
 _STEPS = 4

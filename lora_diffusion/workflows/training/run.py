@@ -16,8 +16,8 @@ from lora_diffusion.core.hardware import describe_machine, peak_memory_mb
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.library.recipe import library_versions
 from lora_diffusion.training.log import LOG, read_log
-from lora_diffusion.training.loop import TrainResult, train
 from lora_diffusion.training.setup import TrainingContext
+from lora_diffusion.training.train import TrainResult, train
 from lora_diffusion.workflows.training.rank_allocation import ranks_by_block
 from lora_diffusion.workflows.training.report import render_report
 from lora_diffusion.workflows.training.sample_sheet import draw_sheet

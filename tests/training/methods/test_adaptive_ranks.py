@@ -18,13 +18,13 @@ from lora_diffusion.inference.in_place import blended_weights
 from lora_diffusion.models.load import load_base
 from lora_diffusion.training.checkpoint import list_states
 from lora_diffusion.training.log import LOG, read_log
-from lora_diffusion.training.loop import train
 from lora_diffusion.training.methods.adalora import AdaLoRACallbacks, TrainableAdaLoRA
 from lora_diffusion.training.methods.base import AdapterSize
 from lora_diffusion.training.methods.dylora import DyLoRACallbacks, TrainableDyLoRA
 from lora_diffusion.training.methods.injection import adapter_disabled, extract_adapter, get_layer
 from lora_diffusion.training.methods.sparse import SparseCallbacks, TrainableSparseLoRA
 from lora_diffusion.training.setup import set_up
+from lora_diffusion.training.train import train
 from lora_diffusion.training.validation import validate
 from lora_diffusion.workflows.training.rank_allocation import draw_allocation, ranks_by_block
 from lora_diffusion.workflows.training.run import train_and_report
@@ -35,11 +35,11 @@ from tests.helpers.short_runs import UNET_ONLY, interrupted, settings, short_run
 def test_dylora_trains_the_last_used_direction_only(sd_folder: Path) -> None:
     base = load_base(str(sd_folder))
     paths, made = injected(base, config_of("dylora"))
-    assert isinstance(made.rules, DyLoRACallbacks)
+    assert isinstance(made.callbacks, DyLoRACallbacks)
     update: TrainableDyLoRA = get_layer(base, paths[0])
     seen: set[int] = set()
     for step in range(60):
-        made.rules.before_step(step)
+        made.callbacks.before_step(step)
         seen.add(update.training_rank)
         assert {get_layer(base, path).training_rank for path in paths} == {update.training_rank}
     assert seen == {1, 2, 3, 4}
@@ -74,17 +74,17 @@ def test_dylora_file_truncated_to_a_rank_has_the_reported_loss(ink: Path, tmp_pa
 def test_adalora_ends_within_its_budget_with_the_important_directions(sd_folder: Path) -> None:
     base = load_base(str(sd_folder))
     paths, made = injected(base, config_of("adalora", unet_target_modules=("attention",)))
-    rules = made.rules
-    assert isinstance(rules, AdaLoRACallbacks)
+    callbacks = made.callbacks
+    assert isinstance(callbacks, AdaLoRACallbacks)
     shake(made.parameters)
     important: TrainableAdaLoRA = get_layer(base, paths[0])
     for step in range(20):
         for name, parameter in made.parameters.items():
             parameter.grad = torch.ones_like(parameter) * (10.0 if name.startswith(paths[0]) else 1.0)
-        rules.after_gradients(step)
-        rules.after_step(step, lambda _strength: 1e-3)
+        callbacks.after_gradients(step)
+        callbacks.after_step(step, lambda _strength: 1e-3)
     left = [int((get_layer(base, path).strength != 0).sum()) for path in paths]
-    assert sum(left) <= rules.final_budget
+    assert sum(left) <= callbacks.final_budget
     assert left[0] == important.strength.numel() > 4
     saved = extract_adapter(base, paths, AdapterMetadata(), torch.float32)
     ranks = {layer.rank for layer in saved.layers.values() if isinstance(layer, LoRALayer)}
@@ -118,14 +118,14 @@ def test_sparse_prunes_the_weakest_directions_and_shrinks_the_file(sd_folder: Pa
     paths, made = injected(
         base, config_of("sparse", unet_target_modules=("attention",), sparse_l1=0.0, sparse_keep=0.25)
     )
-    assert isinstance(made.rules, SparseCallbacks)
+    assert isinstance(made.callbacks, SparseCallbacks)
     whole = extract_adapter(base, paths, AdapterMetadata(), torch.float32).num_parameters
     shake(made.parameters)
     strengths = torch.cat([get_layer(base, path).compute_strengths().detach() for path in paths])
-    made.rules.after_step(0, lambda _gate: 1e-3)
-    assert made.rules.report()["share_left"] == 1
-    made.rules.after_step(19, lambda _gate: 1e-3)
-    assert made.rules.report()["share_left"] == pytest.approx(0.25, abs=0.01)
+    made.callbacks.after_step(0, lambda _gate: 1e-3)
+    assert made.callbacks.report()["share_left"] == 1
+    made.callbacks.after_step(19, lambda _gate: 1e-3)
+    assert made.callbacks.report()["share_left"] == pytest.approx(0.25, abs=0.01)
     gates = torch.cat([get_layer(base, path).gate for path in paths])
     assert float(strengths[gates != 0].min()) >= float(strengths[gates == 0].max())
     assert extract_adapter(base, paths, AdapterMetadata(), torch.float32).num_parameters < 0.5 * whole

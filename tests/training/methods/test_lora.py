@@ -20,8 +20,8 @@ from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.inference.in_place import weight_patch
 from lora_diffusion.models.load import load_base, module_at
-from lora_diffusion.training.loop import train
 from lora_diffusion.training.methods.injection import extract_adapter, get_layer
+from lora_diffusion.training.train import train
 from tests.helpers.method_cases import config_of, injected, predicted, shake
 from tests.helpers.short_runs import UNET_ONLY, settings
 

@@ -27,9 +27,9 @@ from lora_diffusion.inference.in_place import blended_weights
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import Base, load_base, module_at
 from lora_diffusion.training.log import LOG, read_log
-from lora_diffusion.training.loop import train
 from lora_diffusion.training.methods.injection import adapter_disabled, extract_adapter
 from lora_diffusion.training.setup import set_up
+from lora_diffusion.training.train import train
 from lora_diffusion.workflows.training.method_sizes import measure_method
 from tests.helpers.method_cases import KINDS, METHODS, MOMENT, config_of, injected, predicted, shake
 from tests.helpers.short_runs import loss_before, settings, short_run

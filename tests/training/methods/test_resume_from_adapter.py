@@ -17,9 +17,9 @@ from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.models.load import Base, load_base, module_at
 from lora_diffusion.training.base_adapters import add_base_adapters
-from lora_diffusion.training.loop import train
 from lora_diffusion.training.methods.injection import extract_adapter, inject_adapter
 from lora_diffusion.training.methods.resume_from_adapter import check_continuable
+from lora_diffusion.training.train import train
 from tests.helpers.method_cases import config_of, injected, predicted, shake
 from tests.helpers.short_runs import UNET_ONLY, settings
 
