@@ -134,7 +134,7 @@ def quality(methods: list[Method]) -> None:
                     row |= {"rate": method.rate, "style": {}, "subject": {}}
                 if str(seed) in row[kind]:
                     continue
-                row[kind][str(seed)], row["bytes"], row["saved_numbers"] = tried(method, kind, seed)
+                row[kind][str(seed)], row["bytes"], row["saved_numbers"] = train_and_score(method, kind, seed)
                 row["machine"] = machine()
                 found["quality"] = {"steps": STEPS, "batch_size": BATCH, "pictures": PICTURES}
                 write(found)
@@ -151,7 +151,7 @@ def rates(methods: list[Method]) -> None:
                 row = found["methods"].setdefault(method.name, {}).setdefault("rates", {}).setdefault(kind, {})
                 if str(other.rate) in row:
                     continue
-                row[str(other.rate)], _, _ = tried(other, kind, RATE_SEED)
+                row[str(other.rate)], _, _ = train_and_score(other, kind, RATE_SEED)
                 write(found)
                 print(method.name, other.rate, kind, row[str(other.rate)], flush=True)
 
@@ -162,7 +162,7 @@ def best_rate(row: dict[str, Any]) -> float:
     return float(max(style.keys() & subject.keys(), key=lambda rate: subject[rate] - style[rate]))
 
 
-def tried(method: Method, kind: Kind, seed: int) -> tuple[float, int, int]:
+def train_and_score(method: Method, kind: Kind, seed: int) -> tuple[float, int, int]:
     """One run: how it is judged, and the file's bytes and numbers."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "it.safetensors"
@@ -212,13 +212,13 @@ def table() -> str:
             f"{size.trained:,}",
             f"{row['bytes'] / 1e6:.2f}",
             *costs,
-            *map(spread, (row["style"], row["subject"])),
+            *map(format_spread, (row["style"], row["subject"])),
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
-def spread(values: dict[str, float]) -> str:
+def format_spread(values: dict[str, float]) -> str:
     """Mean, and least to most."""
     found = list(values.values())
     return f"{mean(found):.3f} ({min(found):.3f} to {max(found):.3f})"

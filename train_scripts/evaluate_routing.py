@@ -35,7 +35,7 @@ def prompts() -> list[str]:
     return [f"{subject_caption(character_scene('gloop', *pair))}, in zwx style" for pair in unseen]
 
 
-def plain(neon: float, gloop: float) -> Blend:
+def plain_blend(neon: float, gloop: float) -> Blend:
     adapters = [load_adapter(sample_data_folder() / "adapters" / f"{name}.safetensors") for name in ("neon", "gloop")]
     pairs = zip(adapters, (neon, gloop), strict=True)
     return Blend(entries=tuple(WeightedAdapter(adapter=adapter, weight=weight) for adapter, weight in pairs))
@@ -44,7 +44,7 @@ def plain(neon: float, gloop: float) -> Blend:
 def measure(preset: tyro.conf.Positional[Path]) -> None:
     """Print, for the preset and for plain sums, how often gloop is read and the distance to the neon training set."""
     routed = load_blend(resolve_entry_paths(read_preset(preset).adapters, preset.parent)).blend
-    blends = {f"neon {n} + gloop {g}": plain(n, g) for n, g in SUMS} | {preset.stem: routed}
+    blends = {f"neon {n} + gloop {g}": plain_blend(n, g) for n, g in SUMS} | {preset.stem: routed}
     base, reader = load_base(), load_reader(sample_data_folder() / "tiny-world-reader")
     neon = list_style_images(sample_data_folder() / "styles" / "neon")
     texts = prompts()

@@ -12,13 +12,13 @@ from lora_diffusion.errors import ConfigError, FamilyMismatchError
 PATH = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
-def named(name: str, family: str = "sd1") -> Adapter:
+def make_adapter(name: str, family: str = "sd1") -> Adapter:
     layer = LoRALayer(down=torch.full((2, 48), float(len(name))), up=torch.ones(48, 2), alpha=2.0)
     return Adapter(layers={PATH: layer}, metadata=AdapterMetadata(name=name, family=family))
 
 
 def test_blend_of_accepts_a_mapping_or_pairs_of_adapters() -> None:
-    neon, gloop, weight = named("neon"), named("gloop"), BlendWeight(value=0.5, components={"unet": 1.0})
+    neon, gloop, weight = make_adapter("neon"), make_adapter("gloop"), BlendWeight(value=0.5, components={"unet": 1.0})
     blend = Blend.of({neon: 0.8, gloop: weight})
     assert [(entry.adapter, entry.weight) for entry in blend.entries] == [(neon, 0.8), (gloop, weight)]
     twice = Blend.of([(neon, 1.0), (neon, -1.0)])
@@ -30,6 +30,6 @@ def test_blend_of_refuses_paths_and_invalid_weights() -> None:
     with pytest.raises(ConfigError, match=r"expected an adapter to blend, but got 'a\.safetensors'; load a file with"):
         Blend.of({"a.safetensors": 0.8})  # type: ignore[dict-item]
     with pytest.raises(ConfigError, match="is not a finite number"):
-        Blend.of({named("neon"): float("inf")})
+        Blend.of({make_adapter("neon"): float("inf")})
     with pytest.raises(FamilyMismatchError, match="in one blend"):
-        Blend.of({named("neon"): 1.0, named("gloop", "sdxl"): 1.0})
+        Blend.of({make_adapter("neon"): 1.0, make_adapter("gloop", "sdxl"): 1.0})

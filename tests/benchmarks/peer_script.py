@@ -39,18 +39,18 @@ def smaller_side(size: int, interpolation: InterpolationMode) -> Callable[[Image
 
 
 def center(size: int) -> Callable[[Image.Image], Image.Image]:
-    def cut(image: Image.Image) -> Image.Image:
+    def crop(image: Image.Image) -> Image.Image:
         left, top = (image.width - size) // 2, (image.height - size) // 2
         return image.crop((left, top, left + size, top + size))
 
-    return cut
+    return crop
 
 
 def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
-def composed(steps: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Any]:
+def compose(steps: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Any]:
     def through(value: Any) -> Any:
         for step in steps:
             value = step(value)
@@ -103,7 +103,7 @@ def stand_ins() -> dict[str, ModuleType]:
         Lambda=lambda call: call,
         ToTensor=lambda: to_tensor,
         Normalize=scaled,
-        Compose=composed,
+        Compose=compose,
     )
     quiet = SimpleNamespace(set_verbosity_warning=lambda: None, set_verbosity_error=lambda: None)
     data.load_dataset = load_dataset  # type: ignore[attr-defined]

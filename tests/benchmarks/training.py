@@ -101,7 +101,7 @@ def added_mb(way: str) -> float:
     return float(done.stdout.splitlines()[-1])
 
 
-def grown(way: str) -> float:
+def measure_growth(way: str) -> float:
     unet, learns = WAYS[way]()
     before = status_mb("VmRSS")
     step(unet, learns=learns)
@@ -114,7 +114,7 @@ WAYS = {"floor": floor, "ours": ours, "checkpointed": checkpointed, "peft": peft
 def main() -> None:
     torch.set_num_threads(1)
     if "--worker" in sys.argv:
-        return print(grown(sys.argv[-1]))
+        return print(measure_growth(sys.argv[-1]))
     added = {name: statistics.median(added_mb(name) for _ in range(3)) for name in WAYS}
     ways = {name: make() for name, make in WAYS.items()}
     taken: dict[str, list[float]] = {name: [] for name in ways}

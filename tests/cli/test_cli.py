@@ -31,7 +31,7 @@ def generate(sd: Base, output: Path, *arguments: str) -> int:
     return main([*common, "--prompt", "a cat", *arguments])
 
 
-def opened(path: Path) -> Image.Image:
+def open_image(path: Path) -> Image.Image:
     with Image.open(path) as image:
         image.load()
         return image
@@ -54,7 +54,7 @@ def test_generate_writes_pictures_that_replay_to_the_same_pixels(
     first, second = (Path(p) for p in json.loads(capsys.readouterr().out))
     assert (first.name, second.name) == ("00000.png", "00001.png")
     assert main(["generate", "--from", str(second), "--output", str(tmp_path / "b")]) == 0
-    assert opened(tmp_path / "b" / "00000.png").tobytes() == opened(second).tobytes()
+    assert open_image(tmp_path / "b" / "00000.png").tobytes() == open_image(second).tobytes()
     recipe = read_recipe(second)
     assert recipe.settings is not None
     assert (recipe.settings.seed, recipe.adapters[0].weight) == (6, 0.7)
@@ -86,7 +86,7 @@ def test_a_replay_warns_of_another_device_or_other_library_versions(
     generate(sd, tmp_path)
     recipe = read_recipe(tmp_path / "00000.png")
     foreign = tmp_path / "foreign.png"
-    write_png(opened(tmp_path / "00000.png"), foreign, recipe.model_copy(update=changes))
+    write_png(open_image(tmp_path / "00000.png"), foreign, recipe.model_copy(update=changes))
     capsys.readouterr()
     assert main(["generate", "--from", str(foreign), "--output", str(tmp_path / "again")]) == 0
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
@@ -95,7 +95,7 @@ def test_a_replay_warns_of_another_device_or_other_library_versions(
 
 def test_the_picture_carries_text_that_other_programs_read(sd: Base, adapter: Path, tmp_path: Path) -> None:
     generate(sd, tmp_path, "--adapter", str(adapter), "--negative-prompt", "rain")
-    lines = opened(tmp_path / "00000.png").info[INFOTEXT_KEY].splitlines()
+    lines = open_image(tmp_path / "00000.png").info[INFOTEXT_KEY].splitlines()
     assert lines[0] == "a cat <lora:random-1:1>"
     assert lines[1] == "Negative prompt: rain"
     assert lines[2].startswith("Steps: 2, Sampler: base, CFG scale: 4, Seed: 0, Size: 32x32, Model hash: ")
@@ -104,7 +104,7 @@ def test_the_picture_carries_text_that_other_programs_read(sd: Base, adapter: Pa
 @pytest.mark.parametrize("scheduler", ["ddim", "euler", "euler-ancestral", "dpm++"])
 def test_every_scheduler_makes_a_picture(sd: Base, tmp_path: Path, scheduler: str) -> None:
     assert generate(sd, tmp_path, "--scheduler", scheduler, "--width", "40", "--height", "24") == 0
-    assert opened(tmp_path / "00000.png").size == (40, 24)
+    assert open_image(tmp_path / "00000.png").size == (40, 24)
 
 
 def test_a_recipe_whose_adapter_has_changed_is_refused(

@@ -73,7 +73,7 @@ def two(base: Base) -> Blend:
     return blend_of((random_adapter(base, seed=1), 0.8), (random_adapter(base, seed=2, rank=2), 0.6))
 
 
-def changed(**changes: Any) -> DistillConfig:
+def make_config(**changes: Any) -> DistillConfig:
     return validate(DistillConfig, {**CONFIG.model_dump(), **changes}, source="test")
 
 
@@ -94,7 +94,7 @@ def dora(base: Base) -> Blend:
 def test_runs_are_those_of_the_pipeline(family: str, guidance: float, request: pytest.FixtureRequest) -> None:
     """The latents of diffusers' pipeline, from the same noise, match the recorded latents at each step."""
     base: Base = request.getfixturevalue(family)
-    blend, config = two(base), changed(guidance_scale=guidance, num_inference_steps=3)
+    blend, config = two(base), make_config(guidance_scale=guidance, num_inference_steps=3)
     found: list[Tensor] = []
 
     def keep(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -171,7 +171,7 @@ def test_the_mean_delta_of_composite_equals_that_of_switch(sd: Base) -> None:
 
 
 def test_a_plain_sum_at_full_rank_is_exact_before_and_after_training(sd: Base) -> None:
-    result = distill(sd, two(sd), Composition(), PROMPTS, changed(rank=6))
+    result = distill(sd, two(sd), Composition(), PROMPTS, make_config(rank=6))
     report = result.report
     assert max(report.plain_error, report.start_error, report.error) < 1e-6
     for path, terms in blend_sum(two(sd)).layers.items():
@@ -180,12 +180,12 @@ def test_a_plain_sum_at_full_rank_is_exact_before_and_after_training(sd: Base) -
 
 def test_all_kinds_of_layers_and_biases_are_distilled(sd: Base) -> None:
     blend = blend_of((everywhere(sd, 1), 0.7), (everywhere(sd, 2), -0.4))
-    report = distill(sd, blend, Composition(), PROMPTS, changed(rank=1000, steps=1)).report
+    report = distill(sd, blend, Composition(), PROMPTS, make_config(rank=1000, steps=1)).report
     assert max(report.plain_error, report.start_error, report.error) < 1e-6
 
 
 def test_np_lora_is_exact_at_full_rank(sd: Base) -> None:
-    report = distill(sd, two(sd), Composition(mode="np-lora"), PROMPTS, changed(rank=6)).report
+    report = distill(sd, two(sd), Composition(mode="np-lora"), PROMPTS, make_config(rank=6)).report
     assert max(report.start_error, report.error) < 1e-6
     assert report.plain_error > 1e-3
 
@@ -207,7 +207,7 @@ def test_training_reduces_the_error_on_held_out_prompts(sd: Base, kind: str) -> 
 
 
 def test_the_reported_error_matches_the_saved_file(sd: Base, tmp_path: Path) -> None:
-    config = changed(save_precision="float16", steps=2)
+    config = make_config(save_precision="float16", steps=2)
     result = distill(sd, two(sd), SWITCH, PROMPTS, config)
     save_adapter(result.adapter, tmp_path / "one.safetensors")
     adapter = load_adapter(tmp_path / "one.safetensors")
@@ -231,7 +231,7 @@ def test_the_reported_error_matches_the_saved_file(sd: Base, tmp_path: Path) -> 
 
 def test_factors_are_float32_on_a_bfloat16_base(sd_folder: Path) -> None:
     base = load_base(str(sd_folder), device=torch.device("cpu"), precision=torch.bfloat16)
-    result = distill(base, two(base), SWITCH, PROMPTS[:2], changed(steps=4))
+    result = distill(base, two(base), SWITCH, PROMPTS[:2], make_config(steps=4))
     assert {factor.dtype for layer in result.adapter.layers.values() for factor in layer.factors.values()} == {
         torch.float32
     }
@@ -240,7 +240,7 @@ def test_factors_are_float32_on_a_bfloat16_base(sd_folder: Path) -> None:
 
 
 def test_held_out_prompts_and_noise_are_not_trained_on(sd: Base) -> None:
-    training, held_out = record_teacher(sd, two(sd), Composition(), PROMPTS, changed(runs=2), "memory")
+    training, held_out = record_teacher(sd, two(sd), Composition(), PROMPTS, make_config(runs=2), "memory")
     assert not set(training.texts) & set(held_out.texts)
     assert (len(training), len(held_out)) == (3 * 2 * 2, 2 * 2)
     starts = torch.cat([training.latents, held_out.latents])[torch.cat([training.timesteps, held_out.timesteps]) > 400]
@@ -282,4 +282,4 @@ def test_unusable_blends_raise_clear_errors(sd: Base) -> None:
     for blend, changes, kind, message in refusals(sd):
         composition, prompts = changes.pop("composition", Composition()), changes.pop("prompts", PROMPTS)
         with pytest.raises(kind, match=message):
-            distill(sd, blend, composition, prompts, changed(**changes))
+            distill(sd, blend, composition, prompts, make_config(**changes))
