@@ -84,7 +84,7 @@ def test_a_resized_file_reports_its_true_error(
     assert training["combination"]["relative_error"] == pytest.approx(facts["error"])
     assert main(["resize", str(files[0]), str(out), "--rank", "1", "--force"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["block", "modules", "rank", "before", "rank", "after", "norm", "error"]
+    assert lines[1].split() == ["block", "modules", "old", "rank", "new", "rank", "norm", "error"]
     assert lines[-1].split()[:4] == ["all", str(len(before.layers)), "4", "1"]
 
 

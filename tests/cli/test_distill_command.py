@@ -22,7 +22,7 @@ from lora_diffusion.workflows.images.request import GenerationRequest
 from lora_diffusion.workflows.training.distill import PromptSource, distill_file, make_scene_prompts, read_prompts
 from tests.conftest import random_adapter
 from tests.inference.test_in_place import blend_of
-from tests.training.test_distillation import PROMPTS, SWITCH, changed, two
+from tests.training.test_distillation import PROMPTS, SWITCH, make_config, two
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def made(files: Path, output: str, config: DistillConfig) -> DistillResult:
 
 
 def test_one_seed_gives_one_file(files: Path, sd: Base) -> None:
-    results = [made(files, f"{i}.safetensors", changed(seed=seed, steps=1)) for i, seed in enumerate((3, 3, 4))]
+    results = [made(files, f"{i}.safetensors", make_config(seed=seed, steps=1)) for i, seed in enumerate((3, 3, 4))]
     contents = [(files / f"{i}.safetensors").read_bytes() for i in range(3)]
     assert contents[0] == contents[1] != contents[2]
     assert results[0].adapter.hash != results[2].adapter.hash
@@ -109,9 +109,13 @@ def test_bad_flags_are_one_clear_error_and_no_file(files: Path, sd: Base) -> Non
     bad: list[tuple[list[str], type[LoRADiffusionError], str]] = [
         ([*new, "--rank", "0"], ConfigError, "'rank' is '0': input should be greater than 0"),
         ([*new, "--switch-every", "2"], ConfigError, "switch_every is a setting of the mode switch"),
-        ([*new, "--prompts", str(files / "none.txt")], ConfigError, "one prompt a line"),
-        ([*new, "--prompts", str(files / "empty.txt")], ConfigError, "there are no prompts in it"),
-        ([*new, "--prompts", str(files / "prompts.txt"), "--data", str(files)], ConfigError, "give one of them"),
+        ([*new, "--prompts", str(files / "none.txt")], ConfigError, "one prompt per line"),
+        ([*new, "--prompts", str(files / "empty.txt")], ConfigError, "contains no prompts"),
+        (
+            [*new, "--prompts", str(files / "prompts.txt"), "--data", str(files)],
+            ConfigError,
+            "give one source of prompts",
+        ),
         ([*new, "--data", str(files / "empty")], DatasetError, "no images found"),
         (["--output", str(output)], ConfigError, "give at least one adapter"),
         ([*blend, "--output", str(files / "two.safetensors")], OutputError, "already exists"),

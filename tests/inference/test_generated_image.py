@@ -9,15 +9,14 @@ from lora_diffusion.inference.sampling import GeneratedImage
 from lora_diffusion.library.recipe import Recipe
 
 
-def generated(settings: GenerateConfig | None) -> GeneratedImage:
+def generated(settings: GenerateConfig) -> GeneratedImage:
     return GeneratedImage(image=Image.new("RGB", (64, 32), "red"), recipe=Recipe.model_construct(settings=settings))
 
 
 def test_a_notebook_shows_the_image() -> None:
-    with Image.open(io.BytesIO(generated(None)._repr_png_())) as shown:
+    with Image.open(io.BytesIO(generated(GenerateConfig(prompt=""))._repr_png_())) as shown:
         assert (shown.format, shown.size, shown.getpixel((0, 0))) == ("PNG", (64, 32), (255, 0, 0))
 
 
 def test_it_prints_size_prompt_and_seed() -> None:
     assert repr(generated(GenerateConfig(prompt="a fox", seed=7))) == "GeneratedImage(64x32, 'a fox', seed=7)"
-    assert repr(generated(None)) == "GeneratedImage(64x32)"

@@ -93,7 +93,7 @@ def test_a_changed_file_is_reported_and_not_used(sd: Base, library: Path, tmp_pa
     message = refused(capsys, "generate", "--preset", preset, "--library", library, "--output", tmp_path / "out")
     assert "differs from the recorded hash" in message
     assert run("preset", "check", preset, "--library", library) == 1
-    assert "NO  adapter random-1" in capsys.readouterr().out
+    assert "FAILED  adapter random-1" in capsys.readouterr().out
     save_adapter(random_adapter(sd, seed=1), library / "backup.safetensors")
     assert run("generate", "--preset", preset, "--library", library, "--output", tmp_path / "out") == 0
     assert "has changed" in capsys.readouterr().err

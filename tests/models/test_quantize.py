@@ -115,7 +115,7 @@ def test_images_of_a_quantized_base_are_reproduced_from_their_recipe(
     assert (tmp_path / "00003.png").read_bytes() == quantized.read_bytes()
     capsys.readouterr()
     assert main(["generate", "--from", str(plain), "--quantize", "nf4", "--output", str(tmp_path)]) == 2
-    assert "--from makes a picture again as it was" in capsys.readouterr().err
+    assert "--from repeats an image with its own settings" in capsys.readouterr().err
 
 
 def difference(first: Path, second: Path) -> float:

@@ -281,7 +281,7 @@ def test_a_dry_run_reports_requirements_and_leaves_no_files(
     found = json.loads(capsys.readouterr().out)
     assert sorted(path for path in pictures.parent.rglob("*") if path != output.parent) == before
     count = len(list(pictures.glob("*.png")))
-    assert found["dataset"]["pictures"] == count
+    assert found["dataset"]["images"] == count
     assert found["pictures_per_step"] == 2
     assert found["passes"] == pytest.approx(50 * found["pictures_per_step"] / count)
     assert found["class_pictures"] == 9
@@ -289,7 +289,7 @@ def test_a_dry_run_reports_requirements_and_leaves_no_files(
     assert found["memory_mb"] > found["adapter_mb"] > 0
     assert main([*command, *QUICK]) == 0
     text = capsys.readouterr().out
-    assert "2 steps of 1 picture, which is 0.5 passes" in text
+    assert "2 steps of 1 picture, or 0.5 passes over the data" in text
     assert "leave out --dry-run" in text
     (pictures / "0.png").write_bytes(b"no picture")
     assert main(command) == 2

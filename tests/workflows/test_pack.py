@@ -358,7 +358,7 @@ def test_existing_files_and_inputs_are_not_overwritten(files: Path, tmp_path: Pa
         pack_files([files], first, PackConfig(rank=3, force=True))
     with pytest.raises(OutputError, match=r"expected a file to write that ends in \.safetensors"):
         pack_files([files], tmp_path / "pack", PackConfig(rank=3))
-    with pytest.raises(ConfigError, match="are both called 'file-0'"):
+    with pytest.raises(ConfigError, match="are both named 'file-0'"):
         pack_files([files, first], tmp_path / "x.safetensors", PackConfig(rank=3))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="no adapters in"):
@@ -378,7 +378,7 @@ def test_existing_files_and_inputs_are_not_overwritten(files: Path, tmp_path: Pa
 def test_names_with_paths_are_rejected(tmp_path: Path, name: str) -> None:
     pack = tmp_path / "pack.safetensors"
     save_pack(share_bases({name: new_family(8, (2,))["file-0"]}, 2), pack)
-    with pytest.raises(ConfigError, match="which is no file name"):
+    with pytest.raises(ConfigError, match="which is not a valid file name"):
         unpack_file(pack, tmp_path / "folder")
     assert list(tmp_path.iterdir()) == [pack]
 

@@ -70,7 +70,7 @@ def inputs(sd: Base, tmp_path: Path) -> Path:
         base=str(sd.folder), entries=(BlendEntry(path=str(tmp_path / "a.safetensors")),), settings=settings
     )
     resolved, options = ResolvedBlend(blend=blend), generate.LoadOptions()
-    generate.write_images(sd, resolved, made, tmp_path, options, on_picture=lambda _path, _picture: None)
+    generate.write_images(sd, resolved, made, tmp_path, options, on_image=lambda _path, _picture: None)
     generate.save_request_as_preset(made, tmp_path / "p.json", options, name="", description="", force=False)
     merge.merge_files(merge.MergeRequest(base=made.base, entries=made.entries), tmp_path / "merged")
     pack.pack_files([tmp_path / "a.safetensors"], tmp_path / "pack.safetensors", pack.PackConfig(rank=2))
@@ -128,7 +128,7 @@ def image_cases(sd: Base, inputs: Path) -> Cases:
     return {
         "generate.generate_files": lambda p, to: generate.generate_files(bare, p(to)),
         "generate.write_images": lambda p, to: generate.write_images(
-            sd, nothing, bare, p(to), options, on_picture=lambda _path, _picture: None
+            sd, nothing, bare, p(to), options, on_image=lambda _path, _picture: None
         ),
         "generate.next_image_path": lambda p, _: generate.next_image_path(p(inputs)),
         "generate.save_request_as_preset": lambda p, to: generate.save_request_as_preset(

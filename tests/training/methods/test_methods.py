@@ -150,7 +150,7 @@ def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "--json"]) == 0
     assert [row["method"] for row in json.loads(capsys.readouterr().out)] == [each.name for each in methods.METHODS]
     assert main(["methods", "drola"]) == 2
-    assert "no method called 'drola'" in capsys.readouterr().err
+    assert "unknown method 'drola'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -218,7 +218,7 @@ def test_invalid_combinations_are_rejected(table: dict[str, Any], words: tuple[s
 
 
 def test_module_in_two_kinds_of_targets_is_rejected(pictures: Path, sd_folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"modules_to_save and by the other targets"):
+    with pytest.raises(ConfigError, match=r"modules_to_save and by the target modules"):
         train(settings(pictures, sd_folder, {"adapter": {"modules_to_save": ["unet.*.to_q"]}}))
     with pytest.raises(ConfigError, match=r"'unet.nowhere' matches no module"):
         train(settings(pictures, sd_folder, {"adapter": {"modules_to_save": ["unet.nowhere"]}}))
