@@ -1,10 +1,10 @@
-# `make demo` runs the whole story on the embedded base; `make test` checks everything. Each sets itself up.
+# `make demo` trains, blends and merges on the embedded base model; `make test` checks everything. Both create .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# Two cores shared with other work: waiting threads must not spin, and nothing may reach for a hub.
+# Waiting threads must not take CPU time from other processes, and nothing may be downloaded from the Hugging Face Hub.
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false

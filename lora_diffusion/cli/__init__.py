@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        arguments: The words of the command line; those of the process by default.
+        arguments: Command-line arguments; `sys.argv[1:]` by default.
 
     Returns:
         The exit code: 0, or 2 for invalid input, with one sentence on standard error. A command stopped by Ctrl-C or
@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which unwinds a command like Ctrl-C."""
+    """Raised on SIGTERM, so that a command cleans up as it does after Ctrl-C."""
 
 
 def _raise_terminated(_number: int, _frame: object) -> None:

@@ -109,7 +109,7 @@ METAVARS = {"Path": "PATH", "int": "INT", "float": "NUMBER"}
 
 
 def format_hint(default: object) -> str:
-    """Format a default for help; help texts say themselves what happens without a value that has no default."""
+    """Format a default for help; empty for None, because the help text of such a setting explains its absence."""
     return "" if default is None else f"(default: {format_default(default)})"
 
 

@@ -13,7 +13,7 @@ SVDMethod = Literal["exact", "randomized"]
 PrunedPart = Literal["factors", "delta"]
 """What is pruned: the low-rank factors `down` and `up`, or their product."""
 PruneScope = Literal["module", "adapter"]
-"""Whether entries compete within their own module or within the whole adapter.
+"""Whether the smallest entries are selected within each module or within the whole adapter.
 
 With `module`, the default, every module keeps the same fraction of entries, so none is emptied: a small delta is not an
 unimportant one, because the norms of different modules say little about their effect on an image. With `adapter`, the

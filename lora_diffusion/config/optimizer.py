@@ -8,7 +8,7 @@ from lora_diffusion.config.adapter import AboveZero, NotNegative
 from lora_diffusion.config.settings import Positive, Settings
 
 Count = Annotated[int, Field(ge=0)]
-"""A number of things or steps, 0 included."""
+"""An integer of at least 0."""
 
 KIND_DEFAULTS: dict[str, dict[str, Any]] = {
     "prodigy": {"learning_rate": 1.0, "embedding_learning_rate": 1.0},
@@ -24,8 +24,8 @@ class OptimizerConfig(Settings):
     """Optimizer: adamw, adamw-8bit, paged-adamw-8bit, prodigy, adafactor, lion, schedule-free, or the import path of a
     class."""
     learning_rate: AboveZero = 1e-4
-    """Peak learning rate of the UNet's layers. prodigy multiplies it by the rate that it finds, and defaults to 1; lion
-    needs 3 to 10 times less than adamw."""
+    """Peak learning rate of the UNet's layers. prodigy multiplies it by the rate that it estimates, so its default is
+    1; lion needs 3 to 10 times less than adamw."""
     text_encoder_learning_rate: AboveZero | tuple[AboveZero, ...] | None = None
     """Peak learning rate of the text encoders' layers, one for all or one for each; by default a tenth of the UNet's
     (with prodigy the same, because it has a single rate)."""
@@ -75,7 +75,7 @@ class OptimizerConfig(Settings):
 
     @model_validator(mode="after")
     def check_averaging(self) -> "OptimizerConfig":
-        """Refuse a schedule or moving average beside a schedule-free optimizer."""
+        """Refuse a schedule or moving average with a schedule-free optimizer."""
         if self.kind == "schedule-free" and (self.schedule != "constant" or self.ema_decay):
             raise ValueError(
                 "kind 'schedule-free' computes a mean of its own; set schedule to 'constant' and ema_decay to 0"

@@ -36,7 +36,7 @@ class TextualInversionConfig(Settings):
                 "would be trained in between; set freeze_tokens_at to at least start_adapter_at"
             )
         if any(not word.strip() or " " in word.strip() for word in self.placeholder_tokens):
-            raise ValueError("placeholder_tokens have no spaces in them; write one such as 'sks'")
+            raise ValueError("placeholder_tokens must not contain spaces; expected a single word such as 'sks'")
         return self
 
 
@@ -54,7 +54,7 @@ class SliderConfig(Settings):
 
     @model_validator(mode="after")
     def check_ends(self) -> "SliderConfig":
-        """Refuse a slider without two different ends."""
+        """Refuse a slider without two different prompts."""
         if (self.negative or self.target) and not self.positive:
             raise ValueError("negative and target have no effect without positive; set slider.positive")
         if self.positive and self.positive == self.negative:

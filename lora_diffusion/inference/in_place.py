@@ -345,7 +345,7 @@ def weight_patch(base: Base, *, backup: Backup = "memory") -> Generator[WeightPa
     with exclusive_patch(base, "weights", conflict):
         if is_quantized(base):
             raise ConfigError(
-                f"{base.name}: deltas cannot be added to quantized weights; use a parallel patch instead (exact)"
+                f"{base.name}: deltas cannot be added to quantized weights; use `parallel_patch` or --parallel"
             )
         patch = WeightPatch(base, memory_backup() if backup == "memory" else _file_backup(base))
         try:

@@ -84,7 +84,8 @@ def single_settings(base: Base, config: GenerateConfig) -> list[GenerateConfig]:
         is `variation_seed` that increases.
 
     Raises:
-        ConfigError: If a prompt contains a `<lora:...>` tag, or `steps` exceeds the base's training timesteps.
+        ConfigError: If a prompt contains a `<lora:...>` tag, or `num_inference_steps`
+            exceeds the base's training timesteps.
     """
     tagged = next((text for text in (config.prompt, config.negative_prompt) if "<lora:" in text), "")
     if tagged:
@@ -151,7 +152,8 @@ def sample(
     arguments = prompt_arguments(encode_contexts(base, settings))
 
     def after_step(_pipe: Any, call: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        calls = len(pipe.scheduler.timesteps)  # some schedulers, such as PNDM, call the UNet more often than `steps`
+        # some schedulers, such as PNDM, call the UNet more often than `num_inference_steps`
+        calls = len(pipe.scheduler.timesteps)
         if on_step:
             on_step(
                 DenoisingStep(index=call * settings.num_inference_steps // calls, total=settings.num_inference_steps),

@@ -54,8 +54,8 @@ def check_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
     without_gradient = [component for component, nonzero in has_gradient.items() if not nonzero]
     if without_gradient:
         raise TrainingError(
-            f"the gradients of {' and '.join(without_gradient)} are zero, so it would not learn anything; please "
-            "report this as a bug with the settings of the run, or do not train it"
+            f"the gradients of {' and '.join(without_gradient)} are zero, so nothing would be learned there; please "
+            "report this as a bug with the settings of the run, or exclude this component from the training"
         )
 
 

@@ -143,7 +143,7 @@ def test_norms_are_restored_after_a_step() -> None:
             "nothing would be trained in between",
         ),
         ({"num_vectors": 2}, "have no effect without tokens; name the tokens"),
-        ({"placeholder_tokens": ["two words"]}, "no spaces"),
+        ({"placeholder_tokens": ["two words"]}, "must not contain spaces"),
         ({"placeholder_tokens": ["sks"], "num_vectors": 40}, "num_vectors"),
     ],
 )

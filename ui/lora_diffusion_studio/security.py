@@ -17,7 +17,7 @@ from lora_diffusion.errors import ConfigError
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost")
 MAX_QUEUE_SIZE = 16
-"""Most requests that wait at once."""
+"""Maximum number of requests that wait at once."""
 MAX_UPLOAD_MB = 64
 MIN_PASSWORD_LENGTH = 8
 

@@ -24,7 +24,7 @@ DistillFlags = optional_flags(DistillConfig, {"guidance_scale": SHORT_NAMES["gui
 class Distill:
     """Train one adapter to predict what a blend predicts, for blends that are not a plain sum (switch, composite, ...).
 
-    Prints the relative distance from the blend on held-out prompts and noise: 0 is the blend itself, 1 the bare base.
+    Prints the relative distance from the blend on held-out prompts and noise: 0 is the blend itself, 1 the base alone.
     """
 
     settings: Annotated[DistillFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
@@ -69,7 +69,7 @@ class Distill:
             ["distilled", f"{report.error:.4f}"],
         ]
         print(f"{done.path}: distilled in {done.result.seconds:.0f} s from {report.learned_from} predictions")
-        print(f"relative distance from the blend on {report.measured_on} held-out predictions (1 is the bare base):")
+        print(f"relative distance from the blend on {report.measured_on} held-out predictions (1 is the base alone):")
         print(format_table([], rows))
         return 0
 

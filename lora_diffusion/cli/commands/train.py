@@ -100,7 +100,7 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class DefaultsFlags:
-    """Flags that the defaults of a run are chosen by."""
+    """Flags from which the defaults of a run are chosen."""
 
     base: Annotated[str, describe_flag(DefaultsConfig, "base")] = EMBEDDED_BASE
     gpu_gb: Annotated[GpuGigabytes | None, describe_flag(DefaultsConfig, "gpu_gb")] = None

@@ -87,7 +87,7 @@ def distill(
         composition: How the adapters are composed, such as `switch` or `k-lora`.
         prompts: Prompts to sample with; a quarter of them is held out for measuring.
         config: Settings of the distillation, such as rank and number of steps.
-        backup: Where the base's original weights are kept meanwhile.
+        backup: Where the base's original weights are restored from; see `weight_patch`.
 
     Raises:
         ConfigError: If the blend cannot be distilled, or there are no usable prompts.
@@ -175,7 +175,7 @@ def record_teacher(
         composition: How the adapters are composed.
         prompts: Prompts to sample with.
         config: Settings of the distillation.
-        backup: Where the base's original weights are kept meanwhile.
+        backup: Where the base's original weights are restored from; see `weight_patch`.
 
     Returns:
         The predictions to train on, and those held out for measuring, from other prompts and other noise.

@@ -94,7 +94,7 @@ def train_student(
         effect: Mean squared difference between the predictions of teacher and base. The loss is divided by it, so that
             gradient clipping does not depend on how strong the blend is.
         config: Settings of the distillation.
-        backup: Where the base's original weights are kept meanwhile.
+        backup: Where the base's original weights are restored from; see `weight_patch`.
 
     Returns:
         The adapter after the last step, on the CPU.
@@ -143,7 +143,7 @@ def _trainable_adapter(base: Base, start: Adapter, backup: Backup) -> Generator[
 
 
 def _wrap_with_layer(module: nn.Module, layer: LoRALayer) -> Forward:
-    """Return the module's forward with a LoRA layer added. Nothing is written in place, for autograd's sake."""
+    """Return the module's forward with a LoRA layer added. No tensor is modified in place, as autograd requires."""
     base_forward = module.forward
 
     def linear(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -25,7 +25,7 @@ class MethodCallbacks:
         return None
 
     def frozen_parameters(self, step: int) -> Iterable[nn.Parameter]:  # noqa: ARG002 (used by subclasses)
-        """Return the parameters that do not learn in this step; the loop drops their gradients."""
+        """Return the parameters that are not trained in this step; the loop drops their gradients."""
         return ()
 
     def after_gradients(self, step: int) -> None:
@@ -40,9 +40,9 @@ class MethodCallbacks:
         """
 
     def is_stable(self, step: int) -> bool:  # noqa: ARG002 (used by subclasses)
-        """Return whether, after `step` steps, exactly those parameters learn that the final file will contain.
+        """Return whether, after `step` steps, exactly the parameters of the final file are trained.
 
-        The moving average and the selection of the best checkpoint start only then.
+        The moving average and the selection of the best checkpoint start only when this is true.
         """
         return True
 
@@ -54,7 +54,7 @@ class MethodCallbacks:
         """Restore the state returned by `state_dict`."""
 
     def truncations(self) -> dict[int, AbstractContextManager[None]]:
-        """Return the ranks to which the saved file can be cut, each with a context that evaluates the model so."""
+        """Return the ranks to which the saved file can be truncated, each with a context that applies it."""
         return {}
 
     def report(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Textual inversion [arXiv:2208.01618], alone or together with an adapter (pivotal tuning, arXiv:2106.05744).
 
-Each learned word gets rows of its own after the embedding table of each text encoder; the table itself stays frozen.
+Each learned token gets rows of its own after the embedding table of each text encoder; the table itself stays frozen.
 Each vector keeps its initial norm, because a longer one would dominate the rest of the prompt.
 """
 
@@ -36,14 +36,14 @@ _SUBMODULE_NAME = "words"
 
 @dataclass(frozen=True, kw_only=True)
 class LearnedTokens:
-    """Learned words that have been added to a base."""
+    """Learned tokens that have been added to a base."""
 
     parameters: dict[str, nn.Parameter]
     """Vectors (n, width) in float32, by parameter name such as `text_encoder.words.sks`."""
     rewrite: Callable[[str], str]
-    """Replaces the learned tokens in a text by the names of their tokens."""
-    open_words: ExitStack
-    """Contexts that keep the words in the tokenizers; never closed, because the base belongs to the training run."""
+    """Replaces each learned token in a text by the names of its vectors in the tokenizers."""
+    open_vocabularies: ExitStack
+    """Contexts that keep the tokens in the tokenizers; never closed, because the base belongs to the training run."""
 
     def wrap_parser(self, read: ReadText) -> ReadText:
         """Return a prompt parser that replaces the learned tokens first."""
@@ -54,7 +54,7 @@ class LearnedTokens:
         return parse
 
     def extract_tokens(self, dtype: torch.dtype) -> dict[str, Token]:
-        """Return the learned vectors by word and component, copied to the CPU in `dtype`."""
+        """Return the learned vectors by token and component, copied to the CPU in `dtype`."""
         tokens: dict[str, dict[str, Tensor]] = {}
         for name, vectors in self.parameters.items():
             component, _, word = name.split(".", 2)
@@ -63,11 +63,11 @@ class LearnedTokens:
 
 
 def add_learned_tokens(base: Base, config: TextualInversionConfig, seed: int) -> LearnedTokens:
-    """Add trainable words to a base. Mutates its tokenizers and text encoders.
+    """Add trainable tokens to a base. Mutates its tokenizers and text encoders.
 
     Args:
         base: The base to train on.
-        config: The words, their number of vectors and their initial value.
+        config: The tokens, their number of vectors and their initial value.
         seed: Seed of the random initial vectors.
 
     Raises:
@@ -80,19 +80,20 @@ def add_learned_tokens(base: Base, config: TextualInversionConfig, seed: int) ->
         for index, word in enumerate(config.placeholder_tokens)
     }
     entry = WeightedAdapter(adapter=Adapter(layers={}, tokens=initial))
-    words = tuple(
+    tokens = tuple(
         make_learned_token(entry, index, word, initial[word]) for index, word in enumerate(config.placeholder_tokens)
     )
     parameters: dict[str, nn.Parameter] = {}
-    open_words = ExitStack()
+    open_vocabularies = ExitStack()
     for component in base.layout.text_layers:
-        open_words.enter_context(extended_vocabulary(base, component, {word: word.token[component] for word in words}))
-        parameters |= _add_trainable_rows(base, component, words)
-    return LearnedTokens(parameters=parameters, rewrite=prompt_rewriter(words), open_words=open_words)
+        vectors = {token: token.token[component] for token in tokens}
+        open_vocabularies.enter_context(extended_vocabulary(base, component, vectors))
+        parameters |= _add_trainable_rows(base, component, tokens)
+    return LearnedTokens(parameters=parameters, rewrite=prompt_rewriter(tokens), open_vocabularies=open_vocabularies)
 
 
 def _initial_vectors(base: Base, component: str, config: TextualInversionConfig, seed: int, index: int) -> Tensor:
-    """Compute the initial vectors (n, width) of the word at an index.
+    """Compute the initial vectors (n, width) of the token at an index.
 
     They are the token vectors of `initializer_token`, repeated as needed, or normal noise with the mean and the
     standard deviation of the embedding table.
@@ -112,11 +113,11 @@ def _initial_vectors(base: Base, component: str, config: TextualInversionConfig,
     return table[[ids[i % len(ids)] for i in range(config.num_vectors)]]
 
 
-def _add_trainable_rows(base: Base, component: str, words: Sequence[LearnedToken]) -> dict[str, nn.Parameter]:
+def _add_trainable_rows(base: Base, component: str, tokens: Sequence[LearnedToken]) -> dict[str, nn.Parameter]:
     """Add trainable rows after the embedding table of one text encoder; the rows of the table stay frozen."""
     table: Any = embedding_table(base, component)
-    count = len(getattr(base.pipe, TOKENIZERS[component])) - sum(len(word.names) for word in words)
-    initial = [word.token[component].to(table.weight.device, torch.float32, copy=True) for word in words]
+    count = len(getattr(base.pipe, TOKENIZERS[component])) - sum(len(token.names) for token in tokens)
+    initial = [token.token[component].to(table.weight.device, torch.float32, copy=True) for token in tokens]
     rows = nn.ParameterList(nn.Parameter(vectors) for vectors in initial)
 
     def forward(ids: Tensor) -> Tensor:
@@ -127,46 +128,46 @@ def _add_trainable_rows(base: Base, component: str, words: Sequence[LearnedToken
 
     table.add_module(_SUBMODULE_NAME, rows)  # as a submodule, so that DDP finds the parameters
     table.forward = forward
-    return {f"{component}.{_SUBMODULE_NAME}.{word.word}": row for word, row in zip(words, rows, strict=True)}
+    return {f"{component}.{_SUBMODULE_NAME}.{token.word}": row for token, row in zip(tokens, rows, strict=True)}
 
 
 class TextualInversionCallbacks(MethodCallbacks):
-    """Decides when words and adapter learn, and restores the norm of each vector after each step.
+    """Decides when tokens and adapter are trained, and restores the norm of each vector after each step.
 
     Args:
-        words: Parameters of the learned tokens.
+        tokens: Parameters of the learned tokens.
         others: All other trained parameters.
-        config: `alone`, the fraction of the run in which only words learn, and `until`, the fraction after which they
-            are frozen.
+        config: Settings `start_adapter_at`, the fraction of the run in which only the tokens are trained, and
+            `freeze_tokens_at`, the fraction after which they are frozen.
         steps: Number of steps of the run.
     """
 
     def __init__(
         self,
-        words: Mapping[str, nn.Parameter],
+        tokens: Mapping[str, nn.Parameter],
         others: Mapping[str, nn.Parameter],
         config: TextualInversionConfig,
         steps: int,
     ) -> None:
-        self.words, self.others = words, others
-        self.alone, self.until = config.start_adapter_at * steps, config.freeze_tokens_at * steps
-        self.norms = {name: vectors.detach().norm(dim=1, keepdim=True) for name, vectors in words.items()}
+        self.tokens, self.others = tokens, others
+        self.adapter_start, self.tokens_end = config.start_adapter_at * steps, config.freeze_tokens_at * steps
+        self.norms = {name: vectors.detach().norm(dim=1, keepdim=True) for name, vectors in tokens.items()}
 
     def frozen_parameters(self, step: int) -> Iterable[nn.Parameter]:
-        """Return the other parameters before `alone`, and the words from `until` on."""
-        others = self.others.values() if step < self.alone else ()
-        return (*others, *(self.words.values() if step >= self.until else ()))
+        """Return the other parameters until the adapter starts, and the tokens once they are frozen."""
+        others = self.others.values() if step < self.adapter_start else ()
+        return (*others, *(self.tokens.values() if step >= self.tokens_end else ()))
 
     def is_stable(self, step: int) -> bool:
         """Return whether the adapter, if there is one, has started to learn."""
-        return not self.others or step > self.alone
+        return not self.others or step > self.adapter_start
 
     @torch.no_grad()
     def after_step(self, step: int, rate_of: RateOf) -> None:  # noqa: ARG002 (the same at every step)
         """Scale each vector to its initial norm."""
-        for name, vectors in self.words.items():
+        for name, vectors in self.tokens.items():
             vectors.mul_(self.norms[name] / vectors.norm(dim=1, keepdim=True))
 
     def report(self) -> dict[str, Any]:
         """Return the learned tokens, one entry per text encoder."""
-        return {"words": [name.split(".", 2)[2] for name in self.words]}
+        return {"words": [name.split(".", 2)[2] for name in self.tokens]}

@@ -17,7 +17,7 @@ _PREDICTION_TYPES: dict[str, Predicts] = {"epsilon": "epsilon", "v": "v_predicti
 
 
 class AuxiliaryLoss(Protocol):
-    """A loss beside or instead of the denoising loss of the pictures."""
+    """A loss that is added to the denoising loss of the pictures, or replaces it."""
 
     def compute_losses(
         self, denoiser: "Denoiser", latent: Tensor, noise: Tensor, timestep: Tensor, time_ids: Tensor

@@ -1,4 +1,4 @@
-"""Prior preservation: keep what the base knows, by class pictures or by its own predictions.
+"""Prior preservation: preserve what the base generates for other prompts, by class pictures or its own predictions.
 
 With class pictures (DreamBooth, arXiv:2208.12242) the run also trains on pictures of the class, which the base
 generates. The alternative needs no pictures: a loss on other prompts keeps the adapted predictions close to those of

@@ -230,7 +230,7 @@ def _stack_gated_factors(module: nn.Module, path: str, blend: Blend) -> _GatedFa
 
 
 def _wrap_with_gates(module: nn.Module, factors: _GatedFactors, gates: Gates, block: str) -> Forward:
-    """Return the module's forward with gated adapters added. Nothing is written in place, for autograd's sake."""
+    """Return the module's forward with gated adapters added. No tensor is modified in place, as autograd requires."""
     base_forward = module.forward
 
     def linear(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -17,7 +17,7 @@ from lora_diffusion_studio.backend.studio import Studio
 from lora_diffusion_studio.view_models.blend_form import BlendForm
 
 PREVIEW_INTERVAL_S = 0.4
-"""Least time between two previews."""
+"""Minimum time between two previews, in seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)

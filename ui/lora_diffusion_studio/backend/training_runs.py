@@ -32,7 +32,7 @@ from lora_diffusion_studio.backend.studio import Studio
 from lora_diffusion_studio.backend.training_status import RunStatus, format_status, read_total_steps
 
 MAX_FILES = 200
-"""Most files that one upload may contain."""
+"""Maximum number of files in one upload."""
 PURPOSES = ("style", "dreambooth")
 NUM_SAMPLE_SHEETS = 4
 """How many times a run generates sample images."""
