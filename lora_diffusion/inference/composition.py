@@ -32,8 +32,9 @@ from lora_diffusion.inference.in_place import (
     weight_patch,
 )
 from lora_diffusion.inference.open_patches import has_open_patch
-from lora_diffusion.inference.parallel import ForwardOverrides, ParallelPatch, parallel_patch
+from lora_diffusion.inference.parallel import ParallelPatch, parallel_patch
 from lora_diffusion.inference.regional import RegionalDelta, check_spatial, regional_patch
+from lora_diffusion.models.forward_overrides import ForwardOverrides
 from lora_diffusion.models.load import Base
 
 EncodePrompt = Callable[[], Tensor]

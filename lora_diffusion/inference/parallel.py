@@ -6,9 +6,11 @@ The factors of all LoRA layers of a module are stacked along the rank, so the nu
 the number of adapters. Each sample of a batch may have its own blend, whose factors are one slice of a batched matrix
 product. This makes it possible to run several blends in one forward pass, to limit adapters to regions of the image,
 and to apply blends to quantized weights or to half-precision weights, where rounding could lose a small delta.
+
+Deltas are added to the output in place, for speed. The reference that they equal up to rounding is `low_rank_forward`.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,10 +27,8 @@ from lora_diffusion.adapters.factor_stack import BiasTerm, Term, split_stackable
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.inference.in_place import full_precision, validate_blend, weight_shape
 from lora_diffusion.inference.open_patches import exclusive_patch
+from lora_diffusion.models.forward_overrides import Forward, ForwardOverrides
 from lora_diffusion.models.load import Base, module_at
-
-Forward = Callable[..., Any]
-"""The forward method of a module."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,27 +270,6 @@ def _normalize(module: nn.Module, x: Tensor) -> Tensor:
         return functional.group_norm(x, module.num_groups, eps=module.eps)
     assert isinstance(module, nn.LayerNorm)
     return functional.layer_norm(x, module.normalized_shape, eps=module.eps)
-
-
-class ForwardOverrides:
-    """Replaces the forward methods of modules and puts back the previous ones, including hooks of other tools."""
-
-    def __init__(self) -> None:
-        self._replaced: list[tuple[nn.Module, Forward | None]] = []
-
-    def replace(self, module: nn.Module, forward: Forward) -> None:
-        """Replace the forward method of a module until `restore`."""
-        self._replaced.append((module, vars(module).get("forward")))
-        module.forward = forward  # type: ignore[method-assign]
-
-    def restore(self) -> None:
-        """Put back the previous forward methods, in reverse order of replacement."""
-        while self._replaced:
-            module, previous = self._replaced[-1]
-            vars(module).pop("forward", None)
-            if previous is not None:
-                module.forward = previous  # type: ignore[method-assign]
-            self._replaced.pop()
 
 
 class ParallelPatch:

@@ -25,7 +25,8 @@ from lora_diffusion.adapters.blend import BlendSum
 from lora_diffusion.adapters.masks import infer_token_grid, resize_mask
 from lora_diffusion.architectures.module_paths import changeable_paths
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.inference.parallel import Forward, ForwardOverrides, ModuleDelta, build_delta
+from lora_diffusion.inference.parallel import ModuleDelta, build_delta
+from lora_diffusion.models.forward_overrides import Forward, ForwardOverrides
 from lora_diffusion.models.load import Base, module_at
 
 CROSS_ATTENTION_KV = re.compile(r"\.attn2\.to_[kv]$")

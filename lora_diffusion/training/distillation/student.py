@@ -6,11 +6,11 @@ The student is the base with one LoRA; the teacher's predictions are recorded by
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
@@ -19,7 +19,8 @@ from lora_diffusion.config.distillation import DistillConfig
 from lora_diffusion.data.sampler import picture_order
 from lora_diffusion.inference.composition import is_unet_path
 from lora_diffusion.inference.in_place import Backup, blended_weights
-from lora_diffusion.inference.parallel import Forward, ForwardOverrides, convolve_per_sample
+from lora_diffusion.inference.low_rank_forward import low_rank_forward
+from lora_diffusion.models.forward_overrides import ForwardOverrides
 from lora_diffusion.models.load import Base, module_at
 from lora_diffusion.training.distillation.trajectories import (
     Contexts,
@@ -138,26 +139,13 @@ def _trainable_adapter(base: Base, start: Adapter, backup: Backup) -> Generator[
         stack.callback(forwards.restore)
         for path, layer in trainable.items():
             module = module_at(base, path)
-            forwards.replace(module, _wrap_with_layer(module, layer))
+            forwards.add(module, partial(_forward_delta, module, layer))
         yield trainable
 
 
-def _wrap_with_layer(module: nn.Module, layer: LoRALayer) -> Forward:
-    """Return the module's forward with a LoRA layer added. No tensor is modified in place, as autograd requires."""
-    base_forward = module.forward
-
-    def linear(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        down, up = layer.down.to(x.dtype), layer.up.to(x.dtype)
-        return base_forward(x, *args, **kwargs) + layer.scale * functional.linear(functional.linear(x, down), up)
-
-    def convolution(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        assert isinstance(module, nn.Conv2d)
-        down, up = layer.down.to(x.dtype), layer.up.to(x.dtype)
-        return base_forward(x, *args, **kwargs) + layer.scale * functional.conv2d(
-            convolve_per_sample(module, x, down[None]), up
-        )
-
-    return linear if isinstance(module, nn.Linear) else convolution
+def _forward_delta(module: nn.Module, layer: LoRALayer, x: Tensor) -> Tensor:
+    """Compute what a trainable layer adds to the output of its module, in the dtype of the input."""
+    return low_rank_forward(module, x, layer.down.to(x.dtype), layer.up.to(x.dtype), scale=layer.scale)
 
 
 def _make_trainable(layer: LoRALayer, device: torch.device) -> LoRALayer:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_diffusion.adapters.layers import Layer
 from lora_diffusion.config.adapter import AdapterConfig
+from lora_diffusion.models.forward_overrides import ForwardOverrides
 
 SUBMODULE_NAME = "update"
 """Name of the submodule under which a frozen module holds its trainable layer."""
@@ -124,7 +125,7 @@ def attach(module: Any, trainable: TrainableLayer) -> None:
         return trainable.output(module, x, base_forward) if trainable.state.current.active else base_forward(module, x)
 
     module.add_module(SUBMODULE_NAME, trainable)
-    module.forward = forward
+    ForwardOverrides().replace(module, forward)  # never restored, because the base belongs to the training run
 
 
 def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

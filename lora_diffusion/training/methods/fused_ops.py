@@ -3,7 +3,8 @@
     y = W x + b + scale * up @ (down @ x)   [arXiv:2106.09685]
 
 With plain operations, autograd stores the input twice and allocates a tensor for each product. These two autograd
-functions store it once and accumulate in place, so that the adapter costs little more than the frozen layer alone.
+functions store it once and accumulate in place, so that the adapter costs little more than the frozen layer alone. The
+reference that they equal up to rounding is the frozen layer plus `low_rank_forward`.
 """
 
 from typing import Any

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.inference.in_place import weight_shape
+from lora_diffusion.inference.low_rank_forward import low_rank_forward
 from lora_diffusion.training.methods.base import (
     AdapterSize,
     AdditiveLayer,
@@ -52,7 +53,8 @@ class LowRankLayer(AdditiveLayer):
         """Compute scale * up @ down @ dropout(x)."""
         down, up = self.factors()
         x = functional.dropout(x, self.config.dropout, self.training)
-        return _low_rank_forward(module, x, self.apply_rank_dropout(down), up, self.current_scale)
+        down, up = (cast_for_compute(factor, x) for factor in (self.apply_rank_dropout(down), up))
+        return low_rank_forward(module, x, down, up, scale=self.current_scale)
 
     @property
     def current_scale(self) -> float:
@@ -116,15 +118,6 @@ def drop_pruned(factors: tuple[Tensor, Tensor], strengths: Tensor) -> tuple[Tens
     mask = strengths.detach() != 0
     mask[0] |= not bool(mask.any())
     return factors[0][mask], factors[1][:, mask]
-
-
-def _low_rank_forward(module: Any, x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """Compute scale * up @ down @ x with plain autograd operations."""
-    down, up = (cast_for_compute(factor, x) for factor in (down, up))
-    if isinstance(module, nn.Linear):
-        return scale * functional.linear(functional.linear(x, down), up)
-    hidden = functional.conv2d(x, down, None, module.stride, module.padding, module.dilation)
-    return scale * functional.conv2d(hidden, up)
 
 
 def _orthogonalize(down: Tensor, generator: torch.Generator) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_diffusion.adapters.t_lora import rank_at_step
+from lora_diffusion.inference.low_rank_forward import low_rank_forward
 from lora_diffusion.training.methods.base import AdapterSize, AdditiveLayer, BaseForward
 from lora_diffusion.training.methods.fused_ops import cast_for_compute
 from lora_diffusion.training.methods.lora import TrainableLoRA
@@ -40,18 +41,7 @@ class TrainableTLoRA(TrainableLoRA):
         down, up = (cast_for_compute(factor, x) for factor in (self.apply_rank_dropout(self.down), self.up))
         x = cast_for_compute(functional.dropout(x, self.config.dropout, self.training), x)
         with torch.autocast(x.device.type, enabled=False):
-            hidden = self._masked_down(module, x, down)
-            delta = functional.linear(hidden, up) if isinstance(module, nn.Linear) else functional.conv2d(hidden, up)
-        return self.current_scale * delta
-
-    def _masked_down(self, module: Any, x: Tensor, down: Tensor) -> Tensor:
-        """Apply `down` to the input and set the directions that a sample does not use to zero."""
-        mask = self.active_directions
-        if isinstance(module, nn.Linear):
-            hidden = functional.linear(x, down)
-            return hidden if mask is None else hidden * mask.to(hidden.dtype).view(len(x), *[1] * (x.ndim - 2), -1)
-        hidden = functional.conv2d(x, down, None, module.stride, module.padding, module.dilation)
-        return hidden if mask is None else hidden * mask.to(hidden.dtype)[:, :, None, None]
+            return low_rank_forward(module, x, down, up, scale=self.current_scale, rank_gates=self.active_directions)
 
 
 def follow_timesteps(unet: nn.Module, layers: Sequence[TrainableTLoRA], timesteps: int) -> None:

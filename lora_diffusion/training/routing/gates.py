@@ -13,11 +13,11 @@ Trained gates are saved as `BlendWeight`, which all commands can read.
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.adapters.factor_stack import is_joinable, stack_factors
@@ -25,7 +25,8 @@ from lora_diffusion.architectures.blocks import block_name, vector_block_names
 from lora_diffusion.config.preset import BlendWeight, Schedule
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.inference.in_place import validate_blend, weight_patch, weight_shape
-from lora_diffusion.inference.parallel import Forward, ForwardOverrides, convolve_per_sample
+from lora_diffusion.inference.low_rank_forward import low_rank_forward
+from lora_diffusion.models.forward_overrides import ForwardOverrides
 from lora_diffusion.models.load import Base, module_at
 
 _GATE_DECIMALS = 4
@@ -229,22 +230,10 @@ def _stack_gated_factors(module: nn.Module, path: str, blend: Blend) -> _GatedFa
     )
 
 
-def _wrap_with_gates(module: nn.Module, factors: _GatedFactors, gates: Gates, block: str) -> Forward:
-    """Return the module's forward with gated adapters added. No tensor is modified in place, as autograd requires."""
-    base_forward = module.forward
-
-    def linear(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        rank_gates = factors.repeat_gates(gates.get_block_gates(block)).to(x.dtype)
-        hidden = functional.linear(x, factors.down) * rank_gates.view(-1, *[1] * (x.ndim - 2), rank_gates.shape[1])
-        return base_forward(x, *args, **kwargs) + functional.linear(hidden, factors.up)
-
-    def convolution(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        assert isinstance(module, nn.Conv2d)
-        rank_gates = factors.repeat_gates(gates.get_block_gates(block)).to(x.dtype)
-        hidden = convolve_per_sample(module, x, factors.down[None]) * rank_gates[:, :, None, None]
-        return base_forward(x, *args, **kwargs) + functional.conv2d(hidden, factors.up)
-
-    return linear if isinstance(module, nn.Linear) else convolution
+def _forward_delta(module: nn.Module, factors: _GatedFactors, gates: Gates, block: str, x: Tensor) -> Tensor:
+    """Compute what the gated adapters add to the output of a module."""
+    rank_gates = factors.repeat_gates(gates.get_block_gates(block))
+    return low_rank_forward(module, x, factors.down, factors.up, rank_gates=rank_gates)
 
 
 @contextmanager
@@ -271,6 +260,6 @@ def gated_base(gates: Gates) -> Generator[None]:
         for path in gates.paths:
             module = module_at(base, path)
             factors = _stack_gated_factors(module, path, gates.blend)
-            forwards.replace(module, _wrap_with_gates(module, factors, gates, gates.block_of(path)))
+            forwards.add(module, partial(_forward_delta, module, factors, gates, gates.block_of(path)))
         forwards.replace(unet, forward)
         yield

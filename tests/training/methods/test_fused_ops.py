@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_diffusion.config.train import AdapterConfig
+from lora_diffusion.inference.low_rank_forward import low_rank_forward
 from lora_diffusion.training.methods.base import AdapterSize, attach
 from lora_diffusion.training.methods.fused_ops import LowRankConvolution, LowRankLinear
 from lora_diffusion.training.methods.lora import TrainableLoRA
@@ -66,6 +67,19 @@ def test_output_and_gradients_agree_with_peft(kind: str, autocast: bool) -> None
     for mine, other in zip(found, wanted, strict=True):
         assert mine.dtype == other.dtype
         assert (mine - other).float().norm() <= 8 * epsilon * other.float().norm()
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_output_and_gradients_agree_with_the_reference(kind: str) -> None:
+    ours, _ = both(kind)
+    layer = ours.update
+
+    def reference(x: Tensor) -> Tensor:
+        return type(ours).forward(ours, x) + low_rank_forward(ours, x, layer.down, layer.up, scale=layer.scale)
+
+    x, factors = input_for(ours), (layer.down, layer.up)
+    for found, wanted in zip(passed(ours, x, factors), passed(reference, x, factors), strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("kind", MODULES)
