@@ -161,6 +161,11 @@ class LoRALayer(Layer):
         kernel = self.down.shape[2:] if self.mid is None else self.mid.shape[2:]
         return (self.up.shape[0], self.down.shape[1], *kernel)
 
+    @functools.cached_property
+    def truncations(self) -> dict[int, LoRALayer]:
+        """Truncations to lower ranks that `truncate_layer` has made so far, by rank."""
+        return {}
+
     def delta(self, base: Tensor | None = None) -> Tensor:  # noqa: ARG002 (independent of the base)
         """Compute scale * up @ down, in float32 and of shape `weight_shape`."""
         up, down = self.up.float().flatten(1), self.down.float().flatten(1)

@@ -1,7 +1,6 @@
 """Truncate the layers of a T-LoRA to the rank that acts at a denoising step [arXiv:2507.05964]."""
 
 import math
-from weakref import WeakKeyDictionary
 
 from lora_diffusion.adapters.layers import Layer, LoRALayer
 
@@ -28,15 +27,14 @@ def rank_at_step(progress: float, min_rank: int, rank: int) -> int:
     return min_rank + math.floor(progress * (rank - min_rank) + 1e-6)
 
 
-_TRUNCATED: WeakKeyDictionary[LoRALayer, dict[int, LoRALayer]] = WeakKeyDictionary()
-"""Truncated layers by layer and rank. Callers compare layers by identity, so a truncation must stay the same object."""
-
-
 def truncate_layer(layer: LoRALayer, rank: int) -> LoRALayer:
-    """Return the layer with its first `rank` directions only, at unchanged scale."""
+    """Return the layer with its first `rank` directions only, at unchanged scale.
+
+    The layer keeps its truncations, because patches compare layers by identity from step to step.
+    """
     if rank >= layer.rank:
         return layer
-    by_rank = _TRUNCATED.setdefault(layer, {})
+    by_rank = layer.truncations
     if rank not in by_rank:
         up = layer.up[:, :rank].contiguous()
         by_rank[rank] = LoRALayer(down=layer.down[:rank], up=up, alpha=layer.scale * rank)

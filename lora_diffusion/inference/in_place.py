@@ -10,7 +10,6 @@ exactly. Changing from one blend to another writes only the parameters whose ter
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from typing import Literal
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +85,13 @@ def is_quantized(base: Base) -> bool:
     return any(not module.weight.dtype.is_floating_point for module in linear)
 
 
-def validate_blend(base: Base, blend: Blend) -> None:
+def validate_blend(base: Base, blend: Blend, shapes: dict[str, tuple[int, ...]] | None = None) -> None:
     """Check that a blend can be applied to a base.
+
+    Args:
+        base: Base model.
+        blend: Blend to check.
+        shapes: See `check_base_fits`.
 
     Raises:
         AdapterFormatError: If a tensor of an adapter contains NaN or infinity.
@@ -99,18 +103,24 @@ def validate_blend(base: Base, blend: Blend) -> None:
             raise AdapterFormatError(
                 f"{entry.name}: {non_finite[0]} contains NaN or infinity; remove the adapter from the blend"
             )
-    check_base_fits(base, blend)
+    check_base_fits(base, blend, shapes)
 
 
-def check_base_fits(base: Base, blend: Blend) -> None:
+def check_base_fits(base: Base, blend: Blend, shapes: dict[str, tuple[int, ...]] | None = None) -> None:
     """Check that every layer of every adapter matches a weight of the same shape in the base.
+
+    Args:
+        base: Base model.
+        blend: Blend to check.
+        shapes: Shapes of parameters of the base that are known from earlier checks; new ones are added.
 
     Raises:
         FamilyMismatchError: If a layer matches no module of the base, or one of another shape.
     """
     paths = frozenset(changeable_paths(base.layout))
     names = {name for entry in blend.entries for name in expected_shapes(entry.adapter)}
-    shapes = live_shapes(base, (name for name in names if name.rpartition(".")[0] in paths))
+    shapes = {} if shapes is None else shapes
+    shapes.update(live_shapes(base, (name for name in names - shapes.keys() if name.rpartition(".")[0] in paths)))
     check_fits(blend, base_name=base.name, family=base.family.name, paths=paths, shapes=shapes)
 
 
@@ -137,7 +147,10 @@ class WeightPatch:
         """Current tensors of the parameters accessed so far, by parameter name."""
         self.stacks: dict[str, tuple[tuple[Layer, ...], StackedFactors]] = {}
         """Stacked factors of the current blend and the layers they belong to, by module path."""
-        self._validated: WeakSet[Adapter] = WeakSet()
+        self._validated: frozenset[Adapter] = frozenset()
+        """Adapters of the current blend, which fit the base."""
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        """Shapes of the parameters that blends were validated against so far, by parameter name."""
 
     def apply(self, blend: Blend, denoising_step: DenoisingStep | None = None) -> None:
         """Replace the current blend.
@@ -157,10 +170,9 @@ class WeightPatch:
 
     def _validate(self, blend: Blend) -> None:
         new = tuple(entry for entry in blend.entries if entry.adapter not in self._validated)
-        if not new:
-            return
-        validate_blend(self.base, Blend(entries=new))
-        self._validated.update(entry.adapter for entry in new)
+        if new:
+            validate_blend(self.base, Blend(entries=new), self._shapes)
+        self._validated = frozenset(entry.adapter for entry in blend.entries)
 
     def write(self, deltas: BlendSum) -> None:
         """Set the weights to the original weights plus `deltas`, without validating the adapters.
