@@ -21,7 +21,7 @@ from lora_diffusion.evaluation.style_distance import list_style_images, style_di
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import Base, load_base
-from lora_diffusion.training.presets import make_settings, subject_settings
+from lora_diffusion.training.default_settings import make_settings, subject_settings
 from lora_diffusion.training.train import train
 from train_scripts.evaluate_routing import prompts as places
 from train_scripts.tiny_world.reader import load_reader, machine, read

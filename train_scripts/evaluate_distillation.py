@@ -30,7 +30,7 @@ from lora_diffusion.evaluation.style_distance import list_style_images, style_di
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import Base, load_base
-from lora_diffusion.training.distillation.distill import distill, make_metadata
+from lora_diffusion.training.distillation.distill import distill, make_distillation_metadata
 from lora_diffusion.training.distillation.mean_delta import compress_sum, plain_sum, record_mean_sum
 from train_scripts.evaluate_routing import prompts
 from train_scripts.tiny_world.reader import load_reader, read
@@ -61,7 +61,7 @@ def both() -> Blend:
 
 
 def svd(base: Base, blend: Blend, total: BlendSum, rank: int) -> Adapter:
-    return compress_sum(base, total, rank, make_metadata(base, blend, Composition()))
+    return compress_sum(base, total, rank, make_distillation_metadata(base, blend, Composition()))
 
 
 def alone(adapter: Adapter) -> Blend:

@@ -26,13 +26,13 @@ from lora_diffusion.models.text_encoding import TOKENIZERS
 class LearnedToken:
     """A learned token of one adapter."""
 
-    word: str
+    placeholder_token: str
     """The token as it is written in a prompt."""
     adapter: str
     """The adapter's name."""
     names: tuple[str, ...]
     """The tokenizer entries of its vectors, in order."""
-    token: Token
+    embeddings: Token
     """The embedding vectors (n, width) for each text encoder."""
 
 
@@ -40,13 +40,13 @@ def _list_learned_tokens(blend: Blend) -> tuple[LearnedToken, ...]:
     """Return the learned tokens of all adapters with a weight other than zero."""
     adapters = {entry.hash: entry for entry in blend.active if entry.adapter.tokens}
     return tuple(
-        make_learned_token(entry, number, word, token)
+        make_learned_token(entry, number, placeholder_token, embeddings)
         for entry in adapters.values()
-        for number, (word, token) in enumerate(sorted(entry.adapter.tokens.items()))
+        for number, (placeholder_token, embeddings) in enumerate(sorted(entry.adapter.tokens.items()))
     )
 
 
-def make_learned_token(entry: WeightedAdapter, number: int, word: str, token: Token) -> LearnedToken:
+def make_learned_token(entry: WeightedAdapter, number: int, placeholder_token: str, embeddings: Token) -> LearnedToken:
     """Create a learned token, with a name for the tokenizer entry of each of its vectors.
 
     The names contain no brackets or colons, because these have a meaning in prompts.
@@ -54,47 +54,53 @@ def make_learned_token(entry: WeightedAdapter, number: int, word: str, token: To
     Args:
         entry: The adapter with the token.
         number: The token's position among the tokens of the adapter.
-        word: The token as it is written in a prompt.
-        token: The embedding vectors for each text encoder.
+        placeholder_token: The token as it is written in a prompt.
+        embeddings: The embedding vectors for each text encoder.
     """
-    count = max(vectors.shape[0] for vectors in token.values())
+    count = max(vectors.shape[0] for vectors in embeddings.values())
     names = tuple(f"<{entry.hash[:8]}-{number}-{i}>" for i in range(count))
-    return LearnedToken(word=word, adapter=entry.name, names=names, token=token)
+    return LearnedToken(placeholder_token=placeholder_token, adapter=entry.name, names=names, embeddings=embeddings)
 
 
-def prompt_rewriter(words: tuple[LearnedToken, ...]) -> Callable[[str], str]:
+def prompt_rewriter(tokens: tuple[LearnedToken, ...]) -> Callable[[str], str]:
     """Return a function that replaces learned tokens in a prompt with the names of their tokenizer entries.
 
-    In a prompt, a token is written as `word` or, to choose between adapters, as `adapter/word`. The returned function
-    raises ConfigError for a plain `word` that several adapters define.
+    In a prompt, a token is written as `token` or, to choose between adapters, as `adapter/token`. The returned function
+    raises ConfigError for a plain `token` that several adapters define.
 
     Args:
-        words: The learned tokens to replace.
+        tokens: The learned tokens to replace.
 
     Raises:
         ConfigError: If two adapters of the same name define the same token.
     """
     by_name: dict[tuple[str, str], LearnedToken] = {}
-    for word in words:
-        if by_name.setdefault((word.adapter, word.word), word) is not word:
+    for token in tokens:
+        if by_name.setdefault((token.adapter, token.placeholder_token), token) is not token:
             raise ConfigError(
-                f"two adapters named {word.adapter!r} define the token {word.word!r}; rename one of the adapters"
+                f"two adapters named {token.adapter!r} define the token {token.placeholder_token!r}; rename one of the "
+                "adapters"
             )
     owners: dict[str, list[LearnedToken]] = {}
-    for word in words:
-        owners.setdefault(word.word, []).append(word)
-    table = {f"{word.adapter}/{word.word}": word for word in words}
-    table |= {word: tokens[0] for word, tokens in owners.items() if len(tokens) == 1}
+    for token in tokens:
+        owners.setdefault(token.placeholder_token, []).append(token)
+    table = {_qualified_name(token): token for token in tokens}
+    table |= {text: defined[0] for text, defined in owners.items() if len(defined) == 1}
     spellings = sorted({*table, *owners}, key=len, reverse=True)
     pattern = re.compile("|".join(rf"(?<![\w/]){re.escape(text)}(?![\w/])" for text in spellings))
 
     def replacement(match: re.Match[str]) -> str:
         if match[0] not in table:
-            choices = " or ".join(sorted(f"{word.adapter}/{word.word}" for word in owners[match[0]]))
+            choices = " or ".join(sorted(map(_qualified_name, owners[match[0]])))
             raise ConfigError(f"several adapters define the token {match[0]!r}; write {choices} in the prompt")
         return " ".join(table[match[0]].names)
 
     return lambda prompt: pattern.sub(replacement, prompt) if spellings else prompt
+
+
+def _qualified_name(token: LearnedToken) -> str:
+    """Return how a prompt names a token of one adapter among those of several."""
+    return f"{token.adapter}/{token.placeholder_token}"
 
 
 @contextmanager
@@ -114,29 +120,28 @@ def learned_tokens(base: Base, blend: Blend) -> Generator[Callable[[str], str]]:
         FamilyMismatchError: If the vectors of a token do not have the width of the text encoder.
         ConfigError: If a token has no vectors for one of the base's text encoders, or if two adapters conflict.
     """
-    words = _list_learned_tokens(blend)
+    tokens = _list_learned_tokens(blend)
     with ExitStack() as stack:
-        for component in base.layout.text_layers if words else ():
-            stack.enter_context(
-                extended_vocabulary(base, component, {word: _get_vectors(base, component, word) for word in words})
-            )
-        yield prompt_rewriter(words)
+        for component in base.layout.text_layers if tokens else ():
+            vectors = {token: _get_vectors(base, component, token) for token in tokens}
+            stack.enter_context(extended_vocabulary(base, component, vectors))
+        yield prompt_rewriter(tokens)
 
 
-def _get_vectors(base: Base, component: str, word: LearnedToken) -> Tensor:
+def _get_vectors(base: Base, component: str, token: LearnedToken) -> Tensor:
     """Return the vectors (n, width) of a token for one text encoder, after checking their width."""
-    vectors = word.token.get(component)
+    vectors = token.embeddings.get(component)
     if vectors is None:
-        have = ", ".join(sorted(word.token))
+        have = ", ".join(sorted(token.embeddings))
         raise ConfigError(
-            f"{word.adapter}: its learned token {word.word!r} has vectors for {have} and none for {component}; use a "
-            "base with the text encoders that it was trained with"
+            f"{token.adapter}: its learned token {token.placeholder_token!r} has vectors for {have} and none for "
+            f"{component}; use a base with the text encoders that it was trained with"
         )
     width = embedding_table(base, component).embedding_dim
     if vectors.shape[1] != width:
         raise FamilyMismatchError(
-            f"{word.adapter}: its learned token {word.word!r} has vectors of width {vectors.shape[1]}, but {component} "
-            f"of {base.name} has width {width}; use a base of the family that it was trained on"
+            f"{token.adapter}: its learned token {token.placeholder_token!r} has vectors of width {vectors.shape[1]}, "
+            f"but {component} of {base.name} has width {width}; use a base of the family that it was trained on"
         )
     return vectors
 
@@ -149,13 +154,13 @@ def embedding_table(base: Base, component: str) -> nn.Embedding:
 
 
 @contextmanager
-def extended_vocabulary(base: Base, component: str, words: Mapping[LearnedToken, Tensor]) -> Generator[None]:
+def extended_vocabulary(base: Base, component: str, vectors: Mapping[LearnedToken, Tensor]) -> Generator[None]:
     """Add tokens to one text encoder, and to a copy of its tokenizer, inside the block.
 
     Args:
         base: The base to extend.
         component: The text encoder, such as `text_encoder_2`.
-        words: The learned tokens with their vectors (n, width).
+        vectors: The learned tokens with their vectors (n, width).
 
     Raises:
         ConfigError: If the tokenizer already has an entry of the same name.
@@ -164,14 +169,14 @@ def extended_vocabulary(base: Base, component: str, words: Mapping[LearnedToken,
     own_tokenizer, table = getattr(base.pipe, attribute), embedding_table(base, component)
     own_weight, own_count = table.weight, table.num_embeddings
     tokenizer = copy.deepcopy(own_tokenizer)
-    names = [name for word in words for name in word.names]
+    names = [name for token in vectors for name in token.names]
     if tokenizer.add_tokens(names, special_tokens=True) != len(names):
-        known = ", ".join(word.word for word in words)
+        known = ", ".join(token.placeholder_token for token in vectors)
         raise ConfigError(
             f"{base.name}: its tokenizer already has an entry for one of the learned tokens {known}; remove the entry "
             "from the base's tokenizer, or the adapter from the blend"
         )
-    rows = torch.cat([vectors.to(own_weight.device, own_weight.dtype) for vectors in words.values()])
+    rows = torch.cat([each.to(own_weight.device, own_weight.dtype) for each in vectors.values()])
     eos_ids = _eos_holders(getattr(base.pipe, component))
     try:
         weight = torch.cat([own_weight.data[: len(own_tokenizer)], rows])

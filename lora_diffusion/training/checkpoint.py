@@ -20,6 +20,8 @@ from lora_diffusion.config.settings import Settings
 from lora_diffusion.core.atomic_files import atomic_folder
 from lora_diffusion.errors import ConfigError
 
+_STATE_FORMAT = 2
+"""Version of the files of a state, increased whenever the names of fields or parameters change."""
 _MAX_STATES = 2
 """Number of states kept on disk. An older state is removed only after a newer one has been written completely."""
 _IGNORED_SETTINGS = ("output", "name", "save_every", "save_precision", "state_every", "resume", "samples", "tracking")
@@ -45,7 +47,7 @@ class TrainingState:
     """State dict of the gradient scaler; None without fp16."""
     average: Mapping[str, Any] | None
     """State of the exponential moving average (EMA) of the parameters; None without EMA."""
-    rules: Mapping[str, Any]
+    callbacks: Mapping[str, Any]
     """State dict of the training method's callbacks."""
     best: Mapping[str, Any]
     """Fields of `EarlyStopping`: the best validation so far."""
@@ -71,7 +73,8 @@ def save_state(folder: Path, state: TrainingState, identity: Mapping[str, Any]) 
         OutputError: If the state cannot be written. Earlier states remain.
     """
     with atomic_folder(folder / _state_name(state.step)) as part:
-        (part / "run.json").write_text(json.dumps(identity, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        run = {**identity, "state_format": _STATE_FORMAT}
+        (part / "run.json").write_text(json.dumps(run, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         torch.save(vars(state), part / "state.pt")
     for path in list_states(folder)[:-_MAX_STATES]:
         shutil.rmtree(path, ignore_errors=True)
@@ -81,13 +84,18 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> TrainingState | Non
     """Load the newest state of a run; return None if there is no state.
 
     Raises:
-        ConfigError: If the newest state belongs to a run with other settings, base or data. The message names the
-            settings that differ.
+        ConfigError: If the newest state was saved by another version, or belongs to a run with other settings, base or
+            data. The message names the settings that differ.
     """
     states = list_states(folder)
     if not states:
         return None
     saved = json.loads((states[-1] / "run.json").read_text(encoding="utf-8"))
+    if saved.pop("state_format", 1) != _STATE_FORMAT:
+        raise ConfigError(
+            f"{states[-1]}: cannot resume, because this state was saved by another version of lora_diffusion; finish "
+            "the run with that version, or set resume to false to start over"
+        )
     different = [key for key in {**saved, **identity} if saved.get(key) != identity.get(key)]
     if different:
         raise ConfigError(

@@ -38,8 +38,8 @@ _RECENT_STEPS = 20
 
 def new_accelerator(**options: Any) -> Accelerator:
     """Make an Accelerator with these options, independent of earlier ones in the same process."""
-    # Accelerate shares one state per process, which would keep the precision of an earlier run; there is no public API
-    # to discard it.
+    # Accelerate shares one state per process and refuses another precision in the same process. Its constructors cannot
+    # replace the state, and there is no public API to discard it; tests/training/test_private_apis.py watches this one.
     AcceleratorState._reset_state()
     return Accelerator(**options)
 
@@ -122,7 +122,7 @@ class Trainer:
                 bar.set_postfix(loss=f"{recent_loss(self.losses):.4f}")
                 if self.after_step():
                     break
-                stop = request.synced_stop(task.accelerator)
+                stop = request.sync_stop(task.accelerator)
                 self.save_state(stop=stop)
                 if stop and self.step < task.steps:
                     self.run_log.add(self.step, {"event": "stopped"})
@@ -142,7 +142,7 @@ class Trainer:
         callbacks.before_step(step)
         batch_losses: list[Tensor] = []
         norm = 0.0
-        for batch, weight in self._timed(task.batches(step)):
+        for batch, weight in self._measure_data_time(task.batches(step)):
             with accelerator.accumulate(self.model):
                 loss = weight * self.model(**batch).mean()
                 check_finite(loss, step + 1)
@@ -174,7 +174,7 @@ class Trainer:
             task.callbacks.after_gradients(step)
         return norm
 
-    def _timed(self, batches: Iterable[tuple[Batch, float]]) -> Iterator[tuple[Batch, float]]:
+    def _measure_data_time(self, batches: Iterable[tuple[Batch, float]]) -> Iterator[tuple[Batch, float]]:
         """Yield batches, and add the time spent on making them to `data_seconds`."""
         iterator, started = iter(batches), time.perf_counter()
         for batch in iterator:

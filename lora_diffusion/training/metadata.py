@@ -13,7 +13,7 @@ from lora_diffusion.training.setup import TrainingContext
 from lora_diffusion.training.validation import EarlyStopping
 
 
-def make_metadata(run: TrainingContext, losses: Sequence[float], best: EarlyStopping) -> AdapterMetadata:
+def make_training_metadata(run: TrainingContext, losses: Sequence[float], best: EarlyStopping) -> AdapterMetadata:
     """Make the metadata of the adapter in its current state.
 
     Absolute paths are reduced to file names, and settings that do not affect the result are left out.

@@ -278,8 +278,8 @@ def _new_accelerator(config: TrainConfig) -> Accelerator:
 
 def _add_tokens(base: Base, config: TrainConfig) -> LearnedTokens | None:
     """Add the textual-inversion tokens to the base; return None if there are none."""
-    words = config.textual_inversion
-    return add_learned_tokens(base, words, config.seed) if words.placeholder_tokens else None
+    settings = config.textual_inversion
+    return add_learned_tokens(base, settings, config.seed) if settings.placeholder_tokens else None
 
 
 def _make_parser(config: TrainConfig, tokens: LearnedTokens | None) -> ReadText:

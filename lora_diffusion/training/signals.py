@@ -23,8 +23,8 @@ class StopRequest:
             signal.default_int_handler(number, frame)
         self.signal = number
 
-    def synced_stop(self, accelerator: Accelerator) -> bool:
-        """Return whether any process received a signal.
+    def sync_stop(self, accelerator: Accelerator) -> bool:
+        """Exchange stop requests between processes, and return whether any process received a signal.
 
         All processes get the same answer, so they stop after the same step. Every process has to call this.
         """

@@ -20,7 +20,7 @@ from lora_diffusion.training.checkpoint import TrainingState, forget_states, loa
 from lora_diffusion.training.checks import check_gradients, check_saved, explained_memory_errors
 from lora_diffusion.training.inputs.batches import make_batches
 from lora_diffusion.training.loop import Trainer, TrainingTask
-from lora_diffusion.training.metadata import make_metadata
+from lora_diffusion.training.metadata import make_training_metadata
 from lora_diffusion.training.methods.injection import extract_adapter, list_factors
 from lora_diffusion.training.optim.ema import MovingAverage, copy_values, swapped_parameters
 from lora_diffusion.training.optim.max_norm import limit_norms
@@ -28,7 +28,7 @@ from lora_diffusion.training.optim.optimizers import evaluation_mode
 from lora_diffusion.training.previews import draw_previews
 from lora_diffusion.training.setup import TrainingContext, set_up
 from lora_diffusion.training.signals import stop_requests
-from lora_diffusion.training.validation import EarlyStopping, HeldOut, validate
+from lora_diffusion.training.validation import EarlyStopping, HeldOut, run_validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +53,12 @@ class TrainResult:
     """Whether this process wrote the file and should report the result."""
 
 
-Watch = Callable[[TrainingContext, int], None]
-"""Callback that gets the run and the number of optimizer steps done. Called whenever sample images are due: before the
+ProgressCallback = Callable[[TrainingContext, int], None]
+"""Receives the run and the number of optimizer steps done. Called whenever sample images are due: before the
 first step, every `samples.every` steps, and after the last step."""
 
 
-def train(config: TrainConfig, watch: Watch = lambda *_: None) -> TrainResult:
+def train(config: TrainConfig, on_progress: ProgressCallback = lambda *_: None) -> TrainResult:
     """Train an adapter and save it to `config.output`.
 
     Settings and data are checked before the first step. A run that was stopped or killed resumes from its last state;
@@ -66,7 +66,7 @@ def train(config: TrainConfig, watch: Watch = lambda *_: None) -> TrainResult:
 
     Args:
         config: Settings of the run.
-        watch: Callback for progress.
+        on_progress: Callback for progress.
 
     Raises:
         ConfigError: If settings are invalid or contradict each other.
@@ -77,7 +77,7 @@ def train(config: TrainConfig, watch: Watch = lambda *_: None) -> TrainResult:
     """
     with explained_memory_errors():
         context = set_up(config)
-        trainer = AdapterTrainer(context, watch)
+        trainer = AdapterTrainer(context, on_progress)
         with stop_requests() as request:
             stopped = trainer.run(request)
         return _finalize(context, trainer, stopped=stopped)
@@ -90,10 +90,10 @@ class AdapterTrainer(Trainer):
 
     Args:
         context: The run, as `set_up` returns it.
-        watch: Callback for progress.
+        on_progress: Callback for progress.
     """
 
-    def __init__(self, context: TrainingContext, watch: Watch) -> None:
+    def __init__(self, context: TrainingContext, on_progress: ProgressCallback) -> None:
         config = context.config
         super().__init__(
             TrainingTask(
@@ -110,7 +110,7 @@ class AdapterTrainer(Trainer):
                 folder=context.folder,
             )
         )
-        self.context, self.watch = context, watch
+        self.context, self.on_progress = context, on_progress
         self.best = EarlyStopping()
         self.best_parameters: dict[str, Tensor] | None = None
         self.identity = run_identity(config, base_hash=context.base.hash, data_hash=context.data_hash)
@@ -136,7 +136,7 @@ class AdapterTrainer(Trainer):
         self.optimizer.load_state_dict(state.optimizer)
         if context.accelerator.scaler is not None and state.scaler is not None:
             context.accelerator.scaler.load_state_dict(dict(state.scaler))
-        context.callbacks.load_state_dict(state.rules)
+        context.callbacks.load_state_dict(state.callbacks)
         if state.average:
             self.ema = MovingAverage(**state.average)
         self.losses = list(state.losses)
@@ -154,7 +154,7 @@ class AdapterTrainer(Trainer):
             optimizer=self.optimizer.state_dict(),
             scaler=scaler.state_dict() if scaler else None,
             average=self.ema.state_dict() if self.ema else None,
-            rules=self.context.callbacks.state_dict(),
+            callbacks=self.context.callbacks.state_dict(),
             best=asdict(self.best),
             best_parameters=self.best_parameters,
         )
@@ -180,10 +180,10 @@ class AdapterTrainer(Trainer):
         if context.held_out is None or not (self.step % config.validation.every == 0 or self.step == config.steps):
             return {}
         with self.eval_state():
-            validation = validate(context.denoiser, context.captions, context.held_out, config)
+            validation = run_validation(context.denoiser, context.captions, context.held_out, config)
             by_rank = self.validate_ranks(context.held_out) if self.step == config.steps else {}
             if context.callbacks.is_stable(self.step):
-                self.best = self.best.updated_with(self.step, validation.loss)
+                self.best = self.best.update(self.step, validation.loss)
             if self.best.step == self.step and config.validation.keep_best:
                 self.best_parameters = {name: p.detach().clone() for name, p in context.parameters.items()}
         return {"validation": asdict(validation), "best": self.best.step == self.step, **by_rank}
@@ -193,7 +193,7 @@ class AdapterTrainer(Trainer):
         context, losses = self.context, dict[str, float]()
         for rank, truncation in context.callbacks.truncations().items():
             with truncation:
-                losses[str(rank)] = validate(context.denoiser, context.captions, held_out, context.config).loss
+                losses[str(rank)] = run_validation(context.denoiser, context.captions, held_out, context.config).loss
         return {"loss_by_rank": losses} if losses else {}
 
     def after_step(self) -> bool:
@@ -234,11 +234,11 @@ class AdapterTrainer(Trainer):
             self.context.denoiser.train()
 
     def draw_samples(self) -> None:
-        """Generate sample images with the adapter in its current state, and call `watch`."""
+        """Generate sample images with the adapter in its current state, and call `on_progress`."""
         if self.context.accelerator.is_main_process or self.context.config.compute.shard:
             with self.eval_state():
                 draw_previews(self.context, self.step)
-        self.watch(self.context, self.step)
+        self.on_progress(self.context, self.step)
 
     def save_intermediate(self) -> None:
         """Save the adapter in its current state to `NAME-stepNNNNNNNN.safetensors`."""
@@ -249,7 +249,7 @@ class AdapterTrainer(Trainer):
     def extract_adapter(self) -> Adapter:
         """Return the adapter in its current state, with metadata about the run."""
         context = self.context
-        metadata = make_metadata(context, self.losses, self.best)
+        metadata = make_training_metadata(context, self.losses, self.best)
         dtype = torch_dtype(context.config.save_precision)
         adapter = extract_adapter(context.base, context.paths, metadata, dtype)
         learned_tokens = context.learned_tokens

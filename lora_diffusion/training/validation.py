@@ -44,7 +44,7 @@ class HeldOut:
 
 
 @torch.no_grad()
-def validate(denoiser: Denoiser, encoder: CaptionEncoder, held_out: HeldOut, config: TrainConfig) -> Validation:
+def run_validation(denoiser: Denoiser, encoder: CaptionEncoder, held_out: HeldOut, config: TrainConfig) -> Validation:
     """Compute losses on held-out images at fixed timesteps with fixed noise, and the drift from the base.
 
     Args:
@@ -132,7 +132,7 @@ class EarlyStopping:
     since: int = 0
     """Number of validations since the best one."""
 
-    def updated_with(self, step: int, loss: float) -> "EarlyStopping":
+    def update(self, step: int, loss: float) -> "EarlyStopping":
         """Return the record after another validation, which had this loss at this step."""
         if loss < self.loss:
             return EarlyStopping(step=step, loss=loss)

@@ -10,7 +10,7 @@ from lora_diffusion.config.settings import deep_merge, validate
 from lora_diffusion.config.train import TrainConfig
 from lora_diffusion.training.setup import set_up
 from lora_diffusion.training.train import train
-from lora_diffusion.training.validation import validate as run_validation
+from lora_diffusion.training.validation import run_validation
 
 TABLE: dict[str, Any] = {
     "steps": 6,

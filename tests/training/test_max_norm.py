@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lora_diffusion.adapters.layers import LoRALayer
-from lora_diffusion.training.optim.max_norm import delta_norm, limit_norms
+from lora_diffusion.algebra.metrics.norms import low_rank_norm
+from lora_diffusion.training.optim.max_norm import limit_norms
 
 EPSILON = 2**-24
 Pair = tuple[nn.Parameter, nn.Parameter, float]
@@ -36,7 +37,7 @@ def test_norm_equals_that_of_the_dense_product(module: tuple[int, int, int], alp
     pair = factors(seed, rank, kernel=kernel, alpha=alpha)
     expected = dense(pair).norm()
     # ours is in float64; the dense product is rounded to float32 once, which changes its norm by no more
-    torch.testing.assert_close(delta_norm(*pair), expected, rtol=2 * EPSILON, atol=0)
+    torch.testing.assert_close(low_rank_norm(*pair), expected, rtol=2 * EPSILON, atol=0)
 
 
 @given(drawn=st.lists(modules, min_size=1, max_size=5), largest=st.floats(0.1, 30))
@@ -64,7 +65,7 @@ def test_norm_is_accurate_if_factors_nearly_cancel() -> None:
     down = torch.tensor([[1.0, 0.0], [1.0, 2.0**-20]])
     up = torch.tensor([[1.0, -1.0], [1.0, -1.0]])
     expected = (up.double() @ down.double()).norm()
-    torch.testing.assert_close(delta_norm(down, up, 1.0), expected, rtol=1e-3, atol=0)
+    torch.testing.assert_close(low_rank_norm(down, up, 1.0), expected, rtol=1e-3, atol=0)
 
 
 def test_zero_deltas_are_not_scaled() -> None:
@@ -75,4 +76,4 @@ def test_zero_deltas_are_not_scaled() -> None:
 
 def test_up_with_a_kernel_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"expected \(out, r\)"):
-        delta_norm(torch.zeros(2, 3), torch.zeros(4, 2, 3, 3), 1.0)
+        low_rank_norm(torch.zeros(2, 3), torch.zeros(4, 2, 3, 3), 1.0)

@@ -104,6 +104,17 @@ def test_the_state_of_a_run_with_other_settings_is_refused(pictures: Path, sd_fo
     assert not list_states(fresh.path.parent / "style-run")
 
 
+def test_the_state_of_another_version_is_refused(pictures: Path, sd_folder: Path) -> None:
+    config = settings(pictures, sd_folder, steps=3)
+    stop_after(config, 1)
+    (state,) = list_states(config.output.parent / "style-run")
+    run = json.loads((state / "run.json").read_text())
+    del run["state_format"]  # states had no such field before it was introduced
+    (state / "run.json").write_text(json.dumps(run))
+    with pytest.raises(ConfigError, match="saved by another version of lora_diffusion"):
+        train(config)
+
+
 def command(config: Any, folder: Path) -> list[str]:
     path = folder / "run.json"
     path.write_text(config.model_dump_json())

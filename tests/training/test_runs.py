@@ -24,7 +24,7 @@ from lora_diffusion.config.train import TrainConfig
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.models.load import load_base
-from lora_diffusion.training.presets import make_settings
+from lora_diffusion.training.default_settings import make_settings
 from lora_diffusion.training.train import train
 from lora_diffusion.workflows.training.dry_run import estimate_run
 from lora_diffusion.workflows.training.run import train_and_report
@@ -179,7 +179,7 @@ from lora_diffusion.config.train import TrainConfig
 from lora_diffusion.training.train import train
 from train_scripts.write_configs import CONFIGS, configs
 
-def watch(run, step):
+def on_progress(run, step):
     if step == 0 and "local" in sys.argv:
         unet = run.base.pipe.unet.parameters()
         print(f"local:{sum(getattr(p, 'to_local', lambda p=p: p)().numel() for p in unet if not p.requires_grad)}")
@@ -187,7 +187,7 @@ def watch(run, step):
         os.kill(os.getpid(), signal.SIGTERM)
 
 torch.set_num_threads(1)
-result = train(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text()), watch)
+result = train(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text()), on_progress)
 print(f"{'main' if result.is_main_process else 'other'}:{result.steps}")
 """
 

@@ -34,9 +34,28 @@ def delta_norm(layer: Layer) -> float | None:
         return None
     if not isinstance(layer, LoRALayer) or layer.mid is not None:
         return _none_unless_finite(float(layer.delta().double().square().sum().sqrt()))
-    up, down = layer.up.double().flatten(1), layer.down.double().flatten(1)
-    squared = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0)
-    return _none_unless_finite(abs(layer.scale) * float(squared.sqrt()))
+    return _none_unless_finite(float(low_rank_norm(layer.down, layer.up, layer.scale)))
+
+
+def low_rank_norm(down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """Compute ||scale * up @ down||_F, a scalar, without forming the product.
+
+    The square of the norm is scale^2 tr(up^T up down down^T), from two r x r Gram matrices. It is computed in float64
+    where the device supports it, because the trace loses digits when up and down nearly cancel.
+
+    Args:
+        down: (r, in) or (r, in, kh, kw).
+        up: (out, r) or (out, r, 1, 1).
+        scale: Multiplier of the product.
+
+    Raises:
+        ValueError: If `up` has a kernel larger than 1 x 1.
+    """
+    if up[0, 0].numel() != 1:
+        raise ValueError(f"up has shape {tuple(up.shape)}; expected (out, r) or (out, r, 1, 1)")
+    a, b = down.detach().flatten(1), up.detach().flatten(1)
+    a, b = (a.float(), b.float()) if a.device.type == "mps" else (a.double(), b.double())
+    return abs(scale) * ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt()
 
 
 def _none_unless_finite(norm: float) -> float | None:

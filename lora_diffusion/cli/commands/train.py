@@ -108,7 +108,7 @@ class DefaultsFlags:
     def settings(self, purpose: "Purpose", given: Mapping[str, Any], changes: Changes) -> "TrainConfig":
         """Return the settings of a run: defaults for the purpose and base, overridden by what is given."""
         with quiet_libraries():
-            from lora_diffusion.training.presets import make_settings
+            from lora_diffusion.training.default_settings import make_settings
 
         return make_settings(purpose, given, parse_changes(changes), base=self.base, gigabytes=self.gpu_gb)
 
@@ -150,7 +150,7 @@ class TrainDreambooth:
     def run(self) -> int:
         """Run the command and return the exit code."""
         with quiet_libraries():
-            from lora_diffusion.training.presets import subject_settings
+            from lora_diffusion.training.default_settings import subject_settings
 
         given = subject_settings(self.data, self.output, instance=self.instance, class_prompt=self.class_prompt)
         return self.run_flags.train(self.defaults.settings("dreambooth", given, self.run_flags.set))

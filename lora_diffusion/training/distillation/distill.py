@@ -102,7 +102,7 @@ def distill(
     _check_learnable(base, mean_deltas)
     training, held_out = record_teacher(base, blend, composition, prompts, config, backup)
     effect = _measure_effect(base, held_out, config)
-    metadata = make_metadata(base, blend, composition)
+    metadata = make_distillation_metadata(base, blend, composition)
     plain = compress_sum(base, plain_deltas, config.rank, metadata)
     start = compress_sum(base, mean_deltas, config.rank, metadata)
     student = train_student(base, start, training, effect, config, backup)
@@ -226,7 +226,7 @@ def _measure_effect(base: Base, batch: DistillationBatch, config: DistillConfig)
     return effect
 
 
-def make_metadata(base: Base, blend: Blend, composition: Composition) -> AdapterMetadata:
+def make_distillation_metadata(base: Base, blend: Blend, composition: Composition) -> AdapterMetadata:
     """Make the metadata of the distilled adapter.
 
     It has no creation date, so that the same seed gives the same file.

@@ -19,10 +19,10 @@ def make_batches(run: TrainingContext, step: int) -> Iterator[tuple[dict[str, An
         for window in range(config.gradient_accumulation):
             first = (window * accelerator.num_processes + accelerator.process_index) * config.batch_size
             positions = range(first, first + config.batch_size)
-            yield _make_batch(run, samples, step, positions), weight * len(run.samples)
+            yield _make_training_batch(run, samples, step, positions), weight * len(run.samples)
 
 
-def _make_batch(run: TrainingContext, samples: TrainingSamples, step: int, positions: range) -> dict[str, Any]:
+def _make_training_batch(run: TrainingContext, samples: TrainingSamples, step: int, positions: range) -> dict[str, Any]:
     batch: dict[str, Any] = collate([samples.sample(step, position) for position in positions])
     if samples.config.data.masks == "none":
         del batch["mask"]

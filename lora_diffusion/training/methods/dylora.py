@@ -52,7 +52,7 @@ class DyLoRACallbacks(MethodCallbacks):
             layer.training_rank = 1 + int(fraction * layer.down.shape[0])
 
     @contextmanager
-    def truncated_to(self, rank: int) -> Generator[None]:
+    def truncate(self, rank: int) -> Generator[None]:
         """Evaluate all layers with their first `rank` directions inside the context."""
         for layer in self.layers:
             layer.eval_rank = min(rank, layer.down.shape[0])
@@ -66,7 +66,7 @@ class DyLoRACallbacks(MethodCallbacks):
         """Return contexts for the powers of two below the full rank, and for the full rank."""
         max_rank = max(layer.down.shape[0] for layer in self.layers)
         ranks = [2**power for power in range(max_rank.bit_length()) if 2**power < max_rank] + [max_rank]
-        return {rank: self.truncated_to(rank) for rank in ranks}
+        return {rank: self.truncate(rank) for rank in ranks}
 
     def report(self) -> dict[str, Any]:
         """Return the largest rank that the file can be truncated to."""

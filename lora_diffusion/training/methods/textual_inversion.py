@@ -18,6 +18,7 @@ from lora_diffusion.adapters.blend import WeightedAdapter
 from lora_diffusion.config.train import TextualInversionConfig
 from lora_diffusion.core.seeding import make_generator
 from lora_diffusion.errors import ConfigError
+from lora_diffusion.models.forward_overrides import ForwardOverrides
 from lora_diffusion.models.load import Base
 from lora_diffusion.models.text_encoding import TOKENIZERS
 from lora_diffusion.models.textual_inversion import (
@@ -30,8 +31,8 @@ from lora_diffusion.models.textual_inversion import (
 from lora_diffusion.prompts.emphasis import Prompt, ReadText
 from lora_diffusion.training.methods.callbacks import MethodCallbacks, RateOf
 
-_SUBMODULE_NAME = "words"
-"""Second part of the parameter names of learned vectors, as in `text_encoder.words.sks`."""
+_SUBMODULE_NAME = "tokens"
+"""Name of the submodule with the learned vectors; second part of parameter names such as `text_encoder.tokens.sks`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +40,11 @@ class LearnedTokens:
     """Learned tokens that have been added to a base."""
 
     parameters: dict[str, nn.Parameter]
-    """Vectors (n, width) in float32, by parameter name such as `text_encoder.words.sks`."""
+    """Vectors (n, width) in float32, by parameter name such as `text_encoder.tokens.sks`."""
     rewrite: Callable[[str], str]
     """Replaces each learned token in a text by the names of its vectors in the tokenizers."""
     open_vocabularies: ExitStack
-    """Contexts that keep the tokens in the tokenizers; never closed, because the base belongs to the training run."""
+    """Contexts that keep the tokens in tokenizers and text encoders; never closed, as the base belongs to the run."""
 
     def wrap_parser(self, read: ReadText) -> ReadText:
         """Return a prompt parser that replaces the learned tokens first."""
@@ -57,8 +58,8 @@ class LearnedTokens:
         """Return the learned vectors by token and component, copied to the CPU in `dtype`."""
         tokens: dict[str, dict[str, Tensor]] = {}
         for name, vectors in self.parameters.items():
-            component, _, word = name.split(".", 2)
-            tokens.setdefault(word, {})[component] = vectors.detach().to("cpu", dtype, copy=True)
+            component, _, token = name.split(".", 2)
+            tokens.setdefault(token, {})[component] = vectors.detach().to("cpu", dtype, copy=True)
         return dict(tokens)
 
 
@@ -74,21 +75,22 @@ def add_learned_tokens(base: Base, config: TextualInversionConfig, seed: int) ->
         ConfigError: `initializer_token` gives no tokens in one of the tokenizers.
     """
     initial = {
-        word: {
+        token: {
             component: _initial_vectors(base, component, config, seed, index) for component in base.layout.text_layers
         }
-        for index, word in enumerate(config.placeholder_tokens)
+        for index, token in enumerate(config.placeholder_tokens)
     }
     entry = WeightedAdapter(adapter=Adapter(layers={}, tokens=initial))
     tokens = tuple(
-        make_learned_token(entry, index, word, initial[word]) for index, word in enumerate(config.placeholder_tokens)
+        make_learned_token(entry, index, token, initial[token]) for index, token in enumerate(config.placeholder_tokens)
     )
     parameters: dict[str, nn.Parameter] = {}
-    open_vocabularies = ExitStack()
+    open_vocabularies, forwards = ExitStack(), ForwardOverrides()
+    open_vocabularies.callback(forwards.restore)
     for component in base.layout.text_layers:
-        vectors = {token: token.token[component] for token in tokens}
+        vectors = {token: token.embeddings[component] for token in tokens}
         open_vocabularies.enter_context(extended_vocabulary(base, component, vectors))
-        parameters |= _add_trainable_rows(base, component, tokens)
+        parameters |= _add_trainable_rows(base, component, tokens, forwards)
     return LearnedTokens(parameters=parameters, rewrite=prompt_rewriter(tokens), open_vocabularies=open_vocabularies)
 
 
@@ -113,11 +115,13 @@ def _initial_vectors(base: Base, component: str, config: TextualInversionConfig,
     return table[[ids[i % len(ids)] for i in range(config.num_vectors)]]
 
 
-def _add_trainable_rows(base: Base, component: str, tokens: Sequence[LearnedToken]) -> dict[str, nn.Parameter]:
+def _add_trainable_rows(
+    base: Base, component: str, tokens: Sequence[LearnedToken], forwards: ForwardOverrides
+) -> dict[str, nn.Parameter]:
     """Add trainable rows after the embedding table of one text encoder; the rows of the table stay frozen."""
-    table: Any = embedding_table(base, component)
+    table = embedding_table(base, component)
     count = len(getattr(base.pipe, TOKENIZERS[component])) - sum(len(token.names) for token in tokens)
-    initial = [token.token[component].to(table.weight.device, torch.float32, copy=True) for token in tokens]
+    initial = [token.embeddings[component].to(table.weight.device, torch.float32, copy=True) for token in tokens]
     rows = nn.ParameterList(nn.Parameter(vectors) for vectors in initial)
 
     def forward(ids: Tensor) -> Tensor:
@@ -127,8 +131,10 @@ def _add_trainable_rows(base: Base, component: str, tokens: Sequence[LearnedToke
         return torch.where((ids >= count)[..., None], functional.embedding(row, learned), frozen)
 
     table.add_module(_SUBMODULE_NAME, rows)  # as a submodule, so that DDP finds the parameters
-    table.forward = forward
-    return {f"{component}.{_SUBMODULE_NAME}.{token.word}": row for token, row in zip(tokens, rows, strict=True)}
+    forwards.replace(table, forward)
+    return {
+        f"{component}.{_SUBMODULE_NAME}.{token.placeholder_token}": row for token, row in zip(tokens, rows, strict=True)
+    }
 
 
 class TextualInversionCallbacks(MethodCallbacks):
@@ -150,17 +156,18 @@ class TextualInversionCallbacks(MethodCallbacks):
         steps: int,
     ) -> None:
         self.tokens, self.others = tokens, others
-        self.adapter_start, self.tokens_end = config.start_adapter_at * steps, config.freeze_tokens_at * steps
+        self.start_adapter_step = config.start_adapter_at * steps
+        self.freeze_tokens_step = config.freeze_tokens_at * steps
         self.norms = {name: vectors.detach().norm(dim=1, keepdim=True) for name, vectors in tokens.items()}
 
     def frozen_parameters(self, step: int) -> Iterable[nn.Parameter]:
         """Return the other parameters until the adapter starts, and the tokens once they are frozen."""
-        others = self.others.values() if step < self.adapter_start else ()
-        return (*others, *(self.tokens.values() if step >= self.tokens_end else ()))
+        others = self.others.values() if step < self.start_adapter_step else ()
+        return (*others, *(self.tokens.values() if step >= self.freeze_tokens_step else ()))
 
     def is_stable(self, step: int) -> bool:
         """Return whether the adapter, if there is one, has started to learn."""
-        return not self.others or step > self.adapter_start
+        return not self.others or step > self.start_adapter_step
 
     @torch.no_grad()
     def after_step(self, step: int, rate_of: RateOf) -> None:  # noqa: ARG002 (the same at every step)
@@ -169,5 +176,5 @@ class TextualInversionCallbacks(MethodCallbacks):
             vectors.mul_(self.norms[name] / vectors.norm(dim=1, keepdim=True))
 
     def report(self) -> dict[str, Any]:
-        """Return the learned tokens, one entry per text encoder."""
-        return {"words": [name.split(".", 2)[2] for name in self.tokens]}
+        """Return the learned tokens."""
+        return {"tokens": list(dict.fromkeys(name.split(".", 2)[2] for name in self.tokens))}

@@ -47,7 +47,7 @@ def resolve_peak_rates(
         names, {**config.rates, **({"*.up": config.loraplus_lr_ratio} if config.loraplus_lr_ratio != 1 else {})}
     )
     rates = {
-        name: config.embedding_learning_rate if ".words." in name else by_component[name.partition(".")[0]]
+        name: config.embedding_learning_rate if ".tokens." in name else by_component[name.partition(".")[0]]
         for name in names
     }
     return {name: rates[name] * factors[name] for name in names}

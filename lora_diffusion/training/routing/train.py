@@ -197,7 +197,7 @@ def _make_task(gates: Gates, denoiser: Denoiser, samples: _RoutingSamples, confi
         name="route",
         model=denoiser,
         parameters={"unet.gates": gates.values},
-        batches=lambda step: [(_make_batch(denoiser, samples, range(step * size, (step + 1) * size)), 1.0)],
+        batches=lambda step: [(_make_routing_batch(denoiser, samples, range(step * size, (step + 1) * size)), 1.0)],
         steps=config.steps,
         optimizer=adam_settings(config.learning_rate),
         callbacks=_DriftPenalty(gates, config.penalty),
@@ -209,10 +209,10 @@ def _measure_mean_loss(denoiser: Denoiser, samples: _RoutingSamples, batch_size:
     """Return the mean loss over all samples; the same samples are drawn at each call."""
     count = len(samples.order)
     chunks = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-    return float(torch.cat([denoiser(**_make_batch(denoiser, samples, chunk)) for chunk in chunks]).mean())
+    return float(torch.cat([denoiser(**_make_routing_batch(denoiser, samples, chunk)) for chunk in chunks]).mean())
 
 
-def _make_batch(denoiser: Denoiser, samples: _RoutingSamples, indices: range) -> dict[str, Any]:
+def _make_routing_batch(denoiser: Denoiser, samples: _RoutingSamples, indices: range) -> dict[str, Any]:
     """Return the denoiser's keyword arguments for the samples of these indices, on its device."""
     return to_device(denoiser, collate([samples[index] for index in indices]))
 

@@ -70,7 +70,7 @@ def estimate_run(config: TrainConfig) -> ResourceEstimate:
     contexts: list[TrainingContext] = []
     with tempfile.TemporaryDirectory() as scratch:
         trial = _make_trial_config(config, Path(scratch))
-        result = train(trial, watch=lambda run, _: contexts.append(run))
+        result = train(trial, on_progress=lambda run, _: contexts.append(run))
         lines = read_log(run_folder(trial.output) / LOG) if result.is_main_process else []
         size = result.path.stat().st_size if result.is_main_process else 0
     run, steps = contexts[0], [(line["seconds"], line["data_seconds"]) for line in lines]

@@ -39,12 +39,12 @@ def train_and_report(config: TrainConfig) -> TrainResult:
     """
     started, contexts = time.perf_counter(), list[TrainingContext]()
 
-    def watch(run: TrainingContext, _step: int) -> None:
+    def report_progress(run: TrainingContext, _step: int) -> None:
         contexts[:] = [run]
         if run.accelerator.is_main_process:
             draw_sheet(run.folder, config.samples.prompts)
 
-    result = train(config, watch=watch)
+    result = train(config, on_progress=report_progress)
     if config.tracking.report and result.is_main_process and not result.stopped:
         summary = _summarize_run(contexts[0], result, time.perf_counter() - started)
         with atomic_file(contexts[0].folder / SUMMARY_FILE) as part:

@@ -25,7 +25,7 @@ from lora_diffusion.training.methods.injection import adapter_disabled, extract_
 from lora_diffusion.training.methods.sparse import SparseCallbacks, TrainableSparseLoRA
 from lora_diffusion.training.setup import set_up
 from lora_diffusion.training.train import train
-from lora_diffusion.training.validation import validate
+from lora_diffusion.training.validation import run_validation
 from lora_diffusion.workflows.training.rank_allocation import draw_allocation, ranks_by_block
 from lora_diffusion.workflows.training.run import train_and_report
 from tests.helpers.method_cases import config_of, injected, module_of, shake
@@ -66,7 +66,7 @@ def test_dylora_file_truncated_to_a_rank_has_the_reported_loss(ink: Path, tmp_pa
     run = set_up(config)
     assert run.held_out
     with adapter_disabled(run.base), blended_weights(run.base, Blend(entries=(WeightedAdapter(adapter=adapter),))):
-        loss = validate(run.denoiser, run.captions, run.held_out, config).loss
+        loss = run_validation(run.denoiser, run.captions, run.held_out, config).loss
     assert loss == pytest.approx(by_rank["2"], rel=1e-4)
     assert main(["resize", str(result.path), str(tmp_path / "x.safetensors"), "--first", "2", "--rank", "2"]) == 2
 
