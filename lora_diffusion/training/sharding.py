@@ -53,5 +53,7 @@ def shard_base(base: Base, denoiser: nn.Module, parameters: Mapping[str, nn.Para
     for module in [each for each in unet.modules() if type(each).__name__ in _SHARDED_BLOCKS] + [unet]:
         fully_shard(module, mesh=mesh, ignored_params=replicated)
     frozen = [name for name, parameter in denoiser.named_parameters() if not parameter.requires_grad]
-    # PyTorch has no public way to exclude frozen parameters [github.com/pytorch/pytorch/issues/43690].
+    # PyTorch has no public way to exclude frozen parameters [github.com/pytorch/pytorch/issues/43690], which it would
+    # broadcast at the start. The public `init_sync=False` would prevent that, but Accelerate makes the wrapper and does
+    # not pass it on. tests/training/test_private_apis.py watches this API.
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(denoiser, frozen)

@@ -11,8 +11,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -26,6 +24,7 @@ from transformers.optimization import (
 
 from lora_diffusion.config.train import OptimizerConfig
 from lora_diffusion.errors import ConfigError
+from lora_diffusion.training.loop import new_accelerator
 from lora_diffusion.training.optim.lr_groups import find_frozen, resolve_peak_rates
 from lora_diffusion.training.optim.lr_schedule import lr_fraction
 from lora_diffusion.training.optim.optimizers import KINDS, evaluation_mode, new_optimizer
@@ -215,9 +214,8 @@ def test_resumed_optimizer_is_bit_identical(kind: str) -> None:
 def test_evaluation_mode_does_not_change_the_run(kind: str) -> None:
     config = config_of(kind=runnable(kind), learning_rate=1e-2)
     unseen, seen = fresh(64), fresh(64)
-    AcceleratorState._reset_state()
     plain = new_optimizer(unseen, config, ENCODERS)
-    wrapped = Accelerator(cpu=True).prepare(new_optimizer(seen, config, ENCODERS))
+    wrapped = new_accelerator(cpu=True).prepare(new_optimizer(seen, config, ENCODERS))
     for number in range(5):
         step(plain, unseen, number)
         step(wrapped, seen, number)
