@@ -21,7 +21,7 @@ from lora_diffusion.workflows.images.generate import LoadOptions
 from lora_diffusion.workflows.images.request import GenerationRequest
 from lora_diffusion.workflows.training.distill import PromptSource, distill_file, make_scene_prompts, read_prompts
 from tests.conftest import random_adapter
-from tests.inference.test_in_place import blend_of
+from tests.helpers.blends import blend_of
 from tests.training.distillation.test_distillation import PROMPTS, SWITCH, make_config, two
 
 
