@@ -1,4 +1,4 @@
-"""The command that distils: flags, presets and prompts in, one file and how close it came out."""
+"""The command that distills: flags, presets and prompts in, one file and how close it came out."""
 
 import json
 from dataclasses import replace
