@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 READMES = find_readmes(ROOT)
 SECTIONS = [section for path in READMES for section in parse_sections(path, ROOT)]
 FIRST_PAGE_LINES = 150
-SECONDS = 180
-"""Limit of one section, which takes less than a third of it on two idle cores."""
+SECONDS = 60
+"""Limit of one section, which takes at most six seconds on two idle cores."""
 
 
 def readme_name(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import math
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,9 @@ from lora_diffusion.adapters.layers import DoRALayer, FullLayer, Layer, LoHaLaye
 from lora_diffusion.algebra.combine.exact_sum import combine, joint_sum
 from lora_diffusion.algebra.metrics.quantization_error import rounding_error
 from lora_diffusion.algebra.reduce.resize import compress
-from lora_diffusion.algebra.svd.rank_selection import select_rank
 from lora_diffusion.architectures.blocks import block_prefix
 from lora_diffusion.config.combine import CombineConfig, RankRule
 from lora_diffusion.config.preset import BlendEntry
-from lora_diffusion.config.settings import validate
 from lora_diffusion.errors import ConfigError, FamilyMismatchError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
@@ -187,46 +184,6 @@ def test_losses_are_aggregated_by_block() -> None:
     assert (report.total.modules, report.total.ranks_before, report.total.ranks_after) == (4, (4, 4), (1, 1))
 
 
-def smallest_rank(values: list[int], way: str, goal: Fraction) -> int:
-    """Compute the rank by definition, in exact fractions; the Frobenius criterion is compared squared."""
-    power = 1 if way == "cumulative" else 2
-    needed = (goal**2 if way == "frobenius" else goal) * sum(v**power for v in values)
-    return next(k for k in range(1, len(values) + 1) if sum(v**power for v in values[:k]) >= needed)
-
-
-@settings(max_examples=20)
-@given(
-    st.lists(st.integers(1, 60), min_size=1, max_size=8).map(lambda x: sorted(x, reverse=True)),
-    st.sampled_from(["keep", "frobenius", "cumulative"]),
-    st.integers(1, 64).map(lambda x: Fraction(x, 64)),
-)
-def test_fraction_criteria_choose_the_smallest_rank(values: list[int], way: str, goal: Fraction) -> None:
-    rule = RankRule(**{way: float(goal)})
-    assert select_rank(rule, torch.tensor(values, dtype=torch.float32)) == smallest_rank(values, way, goal)
-
-
-@pytest.mark.parametrize(
-    ("rule", "values", "expected"),
-    [
-        ({"rank": 3}, [5, 4, 3, 2], 3),
-        ({"rank": 9}, [5, 4, 3, 2], 4),
-        ({"rank": 9}, [5, 4, 1e-7, 0], 2),
-        ({"ratio": 10}, [10, 5, 1, 0.99], 3),
-        ({"ratio": 1}, [2, 2, 1], 2),
-        ({"ratio": 1e9}, [1, 0.5, 1e-8], 2),
-        ({"frobenius": 0.8}, [4, 3], 1),
-        ({"frobenius": 0.81}, [4, 3], 2),
-        ({"keep": 1}, [3, 2, 1, 0, 0], 3),
-        ({"cumulative": 1}, [3, 2, 1, 0, 0], 3),
-        ({"keep": 1, "at_most": 2}, [3, 2, 1], 2),
-        ({"keep": 0.5}, [0, 0], 1),
-        ({"ratio": 10}, [0, 0], 1),
-    ],
-)
-def test_select_rank_examples(rule: dict[str, Any], values: list[float], expected: int) -> None:
-    assert select_rank(RankRule(**rule), torch.tensor(values, dtype=torch.float32)) == expected
-
-
 @pytest.mark.parametrize("way", ["rank", "keep", "ratio", "frobenius", "cumulative"])
 def test_no_rule_keeps_numerically_zero_singular_values(way: str) -> None:
     """An adapter combined with itself has twice as many factors but the same rank."""
@@ -234,26 +191,6 @@ def test_no_rule_keeps_numerically_zero_singular_values(way: str) -> None:
     layer = lora(1, 16, 16.0, out=64, inner=(48,))
     adapter, _ = compress(sum_of([(1.0, layer), (0.5, layer)]), RankRule(**{way: goal}), AdapterMetadata())
     assert adapter.layers[LINEAR].rank == 16
-
-
-@pytest.mark.parametrize(
-    ("rule", "message"),
-    [
-        ({}, "exactly one of rank, keep, ratio, frobenius, cumulative, threshold and quantile, not by none"),
-        ({"at_most": 4}, "not by none"),
-        ({"rank": 4, "keep": 0.9}, "not by rank and keep"),
-        ({"rank": 0}, "'rank' is 0: input should be greater than 0"),
-        ({"rank": 2, "at_most": 0}, "'at_most' is 0"),
-        ({"keep": 0.0}, "'keep' is 0.0: input should be greater than 0"),
-        ({"frobenius": 1.01}, "'frobenius' is 1.01: input should be less than or equal to 1"),
-        ({"cumulative": math.nan}, "'cumulative' is nan"),
-        ({"ratio": 0.5}, "'ratio' is 0.5: input should be greater than or equal to 1"),
-        ({"ratio": math.inf}, "'ratio' is inf"),
-    ],
-)
-def test_invalid_rank_rules_are_rejected(rule: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        validate(RankRule, rule, source="test")
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"row {fault['row']}: {fault['fault']}")

@@ -37,7 +37,7 @@ def main() -> None:
         whole = train(settings(pictures, base, changes, steps=STEPS, save_precision="float32"))
         output = folder / "again" / "style.safetensors"
         config = settings(pictures, base, changes, steps=STEPS, save_precision="float32", output=output, state_every=1)
-        reached = kill_runs(config, folder, kills=KILLS, rng=random.Random(SEED))
+        reached = kill_runs(config, kills=KILLS, rng=random.Random(SEED))
         train(config)
         same = adapter_hash(load_adapter(output)) == adapter_hash(whole.adapter)
     facts = {"machine": machine(), "kills": len(reached), "steps_when_killed": reached, "same_adapter": same}

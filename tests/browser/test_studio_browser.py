@@ -17,7 +17,9 @@ from lora_diffusion_studio.backend.studio import Studio
 from tests.helpers.server_end import close_quietly, collect_quietly
 
 CHROMIUM = shutil.which("chromium")
-WIDTHS = {"desktop": (1400, 1200), "phone": (390, 844), "dark": (1400, 1200)}
+WIDTHS = {"desktop": (1400, 1200), "phone": (390, 844)}
+STEPS = 2
+"""Denoising steps, where the image itself does not matter."""
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None and not os.environ.get("CI"), reason="no chromium; apt-get install chromium"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::ResourceWarning"),
@@ -49,13 +51,20 @@ def browser() -> Iterator[Any]:
     collect_quietly()
 
 
+@pytest.fixture(scope="module")
+def context(browser: Any) -> Iterator[Any]:
+    """Yield one browser context for all tests, which therefore load the scripts of the page from its cache."""
+    opened = browser.new_context(color_scheme="light")
+    yield opened
+    opened.close()
+
+
 @pytest.fixture
-def page(browser: Any, served: tuple[str, Path], request: pytest.FixtureRequest) -> Iterator[Any]:
-    kind = getattr(request, "param", "desktop")
-    width, height = WIDTHS[kind]
-    scheme = "dark" if kind == "dark" else "light"
-    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+def page(context: Any, served: tuple[str, Path], request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Open a new page, which is a new session of the studio."""
+    width, height = WIDTHS[getattr(request, "param", "desktop")]
     opened = context.new_page()
+    opened.set_viewport_size({"width": width, "height": height})
     opened.set_default_timeout(25_000)
     opened.foreign_requests = []
     opened.page_errors = []
@@ -63,10 +72,11 @@ def page(browser: Any, served: tuple[str, Path], request: pytest.FixtureRequest)
     opened.on("pageerror", lambda error: opened.page_errors.append(str(error)))
     opened.goto(served[0])
     opened.get_by_role("button", name="Generate").wait_for()
+    set_steps(opened, STEPS)
     yield opened
     assert opened.foreign_requests == []
     assert opened.page_errors == []
-    context.close()
+    opened.close()
 
 
 def is_foreign(url: str) -> bool:
@@ -85,6 +95,10 @@ def add_adapters(page: Any, *names: str) -> None:
 
 def fill_prompt(page: Any, prompt: str) -> None:
     page.locator("#prompt textarea").fill(prompt)
+
+
+def set_steps(page: Any, count: int) -> None:
+    page.get_by_label("Steps").first.fill(str(count))
 
 
 def weight_of(page: Any, name: str) -> Any:
@@ -121,17 +135,17 @@ def test_two_adapters_are_blended_and_shown(page: Any, served: tuple[str, Path])
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
-def test_dark_is_dark_and_light_is_light(browser: Any, served: tuple[str, Path]) -> None:
+def test_dark_is_dark_and_light_is_light(page: Any) -> None:
     grounds: dict[str, int] = {}
     for scheme in ("light", "dark"):
-        context = browser.new_context(color_scheme=scheme)
-        page = context.new_page()
-        page.goto(served[0])
+        page.emulate_media(color_scheme=scheme)
+        page.reload()
         page.get_by_role("button", name="Generate").wait_for()
         color = page.evaluate("getComputedStyle(document.body).backgroundColor")
         grounds[scheme] = sum(int(part) for part in re.findall(r"\d+", color)[:3])
-        context.close()
     assert grounds["dark"] < 200 < 600 < grounds["light"]
+    add_adapters(page, "neon")
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
 def test_adapter_is_searched_and_added_from_the_gallery(page: Any) -> None:
@@ -150,7 +164,6 @@ def test_adapter_is_limited_to_a_painted_region(page: Any, served: tuple[str, Pa
     before = len(list(served[1].glob("*.png")))
     add_adapters(page, "neon")
     fill_prompt(page, "a house")
-    page.get_by_label("Steps").first.fill("2")
     page.get_by_role("button", name="Advanced").first.click()
     page.get_by_role("button", name="Regions (limit").click()
     page.get_by_role("button", name="Limit to the painted region").click()
@@ -179,7 +192,6 @@ def test_changed_weight_generates_and_is_compared_with_the_base(page: Any, serve
     before = len(list(served[1].glob("*.png")))
     add_adapters(page, "neon")
     fill_prompt(page, "a house, in zwx style")
-    page.get_by_label("Steps").first.fill("2")
     page.get_by_role("button", name="Compare with base model").click()
     page.get_by_text("there is no image to compare yet").wait_for()
     page.get_by_label("Generate when a weight changes").check()
@@ -209,7 +221,6 @@ def test_a_preset_is_exported_and_imported(page: Any, tmp_path: Path) -> None:
 def test_variation_keeps_the_seed_and_shows_its_own(page: Any, served: tuple[str, Path]) -> None:
     before = len(list(served[1].glob("*.png")))
     fill_prompt(page, "a red house")
-    page.get_by_label("Steps").first.fill("2")
     page.get_by_role("radio", name="Variation").check()
     page.get_by_role("button", name="Generate").click()
     settings = read_recipe(wait_for_image(page, served[1], before)).settings
@@ -240,13 +251,13 @@ def test_trigger_word_is_added_to_the_prompt_and_empty_prompt_is_refused(page: A
 
 def test_a_generation_is_stopped(page: Any, served: tuple[str, Path]) -> None:
     before = len(list(served[1].glob("*.png")))
-    page.get_by_label("Steps").first.fill("200")
+    set_steps(page, 200)
     fill_prompt(page, "a red house")
     page.get_by_role("button", name="Generate").click()
     page.locator("#status", has_text=re.compile(r"Step \d+ of 200")).wait_for()
     page.get_by_role("button", name="Stop").click()
     page.locator("#status", has_text="Stopped").wait_for()
-    page.get_by_label("Steps").first.fill("4")
+    set_steps(page, STEPS)
     page.get_by_role("button", name="Generate").click()
     wait_for_image(page, served[1], before)
 
@@ -277,6 +288,7 @@ def test_two_sessions_do_not_mix(page: Any, served: tuple[str, Path], browser: A
     other.set_default_timeout(60_000)
     other.goto(served[0])
     other.get_by_role("button", name="Generate").wait_for()
+    set_steps(other, STEPS)
     add_adapters(page, "neon")
     add_adapters(other, "ink")
     fill_prompt(page, "a red house, in zwx style")
@@ -334,9 +346,9 @@ def test_adapter_is_trained_and_added_to_the_blend(page: Any) -> None:
     page.get_by_label("Trigger word").fill("sks")
     page.get_by_role("button", name="Check dataset").click()
     page.get_by_text("4 samples per epoch").wait_for()
-    page.get_by_label("Training steps").fill("20")
+    page.get_by_label("Training steps").fill("4")
     page.get_by_role("button", name="Start training").click()
-    page.get_by_text("Finished: step 20 of 20").wait_for(timeout=150_000)
+    page.get_by_text("Finished: step 4 of 4").wait_for(timeout=150_000)
     page.get_by_role("button", name="Add to library").click()
     page.get_by_text("to the library. Select it").wait_for()
     open_tab(page, "Blend")
@@ -346,7 +358,6 @@ def test_adapter_is_trained_and_added_to_the_blend(page: Any) -> None:
 def test_grid_is_generated(page: Any) -> None:
     add_adapters(page, "neon")
     fill_prompt(page, "a house")
-    page.get_by_label("Steps").first.fill("2")
     open_tab(page, "Compare")
     page.get_by_label("X values").fill("0, 1")
     page.get_by_label("Y values").fill("0")
@@ -371,13 +382,12 @@ def test_closed_page_does_not_block_others(page: Any, served: tuple[str, Path], 
     leaver.set_default_timeout(25_000)
     leaver.goto(served[0])
     leaver.get_by_role("button", name="Generate").wait_for()
-    leaver.get_by_label("Steps").first.fill("200")
+    set_steps(leaver, 200)
     fill_prompt(leaver, "a house that nobody waits for")
     leaver.get_by_role("button", name="Generate").click()
     leaver.locator("#status", has_text=re.compile(r"Step \d+ of 200")).wait_for()
     context.close()
     before = len(list(served[1].glob("*.png")))
-    page.get_by_label("Steps").first.fill("4")
     fill_prompt(page, "a red house")
     page.get_by_role("button", name="Generate").click()
     assert read_recipe(wait_for_image(page, served[1], before)).settings

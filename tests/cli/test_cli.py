@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -225,11 +226,18 @@ def children_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-@pytest.mark.parametrize("arguments", [("methods",), ("methods", "lora")], ids=["long", "short"])
-def test_a_reader_that_has_enough_is_no_mistake(arguments: tuple[str, ...]) -> None:
-    """As `lora-diffusion methods | head -1`."""
-    command = [sys.executable, "-m", "lora_diffusion.cli", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+@pytest.mark.parametrize("command", ["library", "inspect"], ids=["long", "short"])
+def test_a_reader_that_has_enough_is_no_mistake(command: str, tmp_path: Path) -> None:
+    """As `lora-diffusion library | head -1`; a long text is written while the command runs, a short one at its end."""
+    adapters = sample_data_folder() / "adapters"
+    for number in range(5):
+        shutil.copytree(adapters, tmp_path / str(number))
+    arguments = {"library": [str(tmp_path), "--json"], "inspect": [str(adapters / "gloop.safetensors")]}[command]
+    with subprocess.Popen(
+        [sys.executable, "-m", "lora_diffusion.cli", command, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
         assert process.stdout
         assert process.stderr
         process.stdout.close()

@@ -27,7 +27,7 @@ from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import Base
 from lora_diffusion.models.text_encoding import encode_prompts
 from tests.conftest import random_adapter
-from tests.inference.test_in_place import blend_of, parameters, same
+from tests.helpers.blends import blend_of, parameters, same
 from tests.inference.test_parallel import PROMPTS, everywhere, predict
 
 SIZE = (16, 16)

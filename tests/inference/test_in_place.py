@@ -8,89 +8,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import PNDMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter, blend_sum
-from lora_diffusion.adapters.coefficients import DenoisingStep
 from lora_diffusion.adapters.deltas import sum_deltas
-from lora_diffusion.adapters.layers import DoRALayer, FullLayer, LoHaLayer, LoKrLayer, LoRALayer
+from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.algebra.combine.exact_sum import combine
-from lora_diffusion.architectures.module_paths import changeable_paths
-from lora_diffusion.config.generate import GenerateConfig
-from lora_diffusion.config.preset import BlendWeight, Region, Schedule, Weight
+from lora_diffusion.config.preset import BlendWeight, Region
 from lora_diffusion.errors import AdapterFormatError, ConfigError, LoRADiffusionError
 from lora_diffusion.formats.adapters.native import save_adapter
-from lora_diffusion.inference.composition import EncodePrompt
 from lora_diffusion.inference.in_place import (
     WeightPatch,
     blended_weights,
-    live_shapes,
-    parameter_at,
     weight_at,
     weight_patch,
 )
 from lora_diffusion.inference.parallel import parallel_patch
-from lora_diffusion.inference.sampling import generate, sample
 from lora_diffusion.models.load import Base, load_base
 from tests.conftest import random_adapter
-
-PATH = "unet.mid_block.attentions.0.proj_in"
-ONE, TWO = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj", PATH
-
-
-def parameters(base: Base) -> dict[str, Tensor]:
-    """Copy every parameter that an adapter may change."""
-    names = [f"{path}.{leaf}" for path in changeable_paths(base.layout) for leaf in ("weight", "bias")]
-    return {name: parameter_at(base, name).clone() for name in live_shapes(base, names)}
-
-
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return all(torch.equal(value, second[name]) for name, value in first.items())
-
-
-@pytest.fixture
-def before(sd: Base) -> Iterator[dict[str, Tensor]]:
-    """Yield the base's parameters, and check afterwards that none of them has changed."""
-    original = parameters(sd)
-    yield original
-    assert same(original, parameters(sd))
-
-
-def mixed_adapter(base: Base, seed: int) -> Adapter:
-    """Create an adapter with a layer of each kind and a bias."""
-    rng = torch.Generator().manual_seed(seed)
-    plain = random_adapter(base, seed=seed)
-    paths = sorted(path for path in plain.layers if path.startswith("unet."))[:5]
-    layers = dict(plain.layers)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=rng) * 0.1
-
-    for path, kind in zip(paths, ("loha", "lokr", "full", "dora", "lora"), strict=True):
-        out, inner = weight_at(base, path).shape
-        if kind == "loha":
-            parts = {"w1_a": normal(out, 2), "w1_b": normal(2, inner), "w2_a": normal(out, 2), "w2_b": normal(2, inner)}
-            layers[path] = LoHaLayer(**parts, alpha=1.0)
-        elif kind == "lokr":
-            layers[path] = LoKrLayer(w1=normal(2, 2), w2=normal(out // 2, inner // 2), alpha=1.0)
-        elif kind == "full":
-            layers[path] = FullLayer(diff=normal(out, inner))
-        elif kind == "dora":
-            inside = LoRALayer(down=normal(3, inner), up=normal(out, 3), alpha=1.5)
-            layers[path] = DoRALayer(inner=inside, magnitude=normal(out, 1).abs() + 0.5)
-    biases = {PATH: normal(*parameter_at(base, f"{PATH}.bias").shape)}
-    return Adapter(layers=layers, biases=biases, metadata=plain.metadata)
-
-
-def blend_of(*pairs: tuple[Adapter, Weight]) -> Blend:
-    return Blend(entries=tuple(WeightedAdapter(adapter=adapter, weight=weight) for adapter, weight in pairs))
-
-
-def fresh(base: Base, blend: Blend, denoising_step: DenoisingStep | None = None) -> dict[str, Tensor]:
-    with blended_weights(base, blend, denoising_step):
-        return parameters(base)
+from tests.helpers.blends import ONE, PATH, blend_of, fresh, mixed_adapter, parameters, same
 
 
 def test_every_kind_of_layer_is_base_plus_delta(sd: Base, before: dict[str, Tensor]) -> None:
@@ -240,61 +178,6 @@ def test_blocks_with_factor_0_are_not_changed(sd: Base, before: dict[str, Tensor
     assert torch.equal(live[other], fresh(sd, blend_of((adapter, 0.8)))[other])
 
 
-def fading() -> BlendWeight:
-    return BlendWeight(value=0.9, schedule=Schedule(points=((0.0, 0.0), (0.5, 1.0), (1.0, -0.5)), curve="linear"))
-
-
-@pytest.mark.usefixtures("before")
-def test_a_schedule_gives_at_each_step_exactly_the_blend_of_that_step(sd: Base) -> None:
-    scheduled, steady = random_adapter(sd, seed=1), random_adapter(sd, seed=2, unet=(), text_encoders=("attention",))
-    blend, seen = blend_of((scheduled, fading()), (steady, 0.5)), []
-    with weight_patch(sd) as patch:
-
-        def look(denoising_step: DenoisingStep, _encode: EncodePrompt) -> None:
-            patch.apply(blend, denoising_step)
-            seen.append((denoising_step, parameters(sd)))
-
-        sample(sd, GenerateConfig(prompt="a cat", steps=4, width=32, height=32), look)
-    assert [denoising_step.index for denoising_step, _ in seen] == [0, 1, 2, 3]
-    for denoising_step, live in seen:
-        middle = (denoising_step.index + 0.5) / 4
-        factor = 2 * middle if middle <= 0.5 else 1 - 3 * (middle - 0.5)
-        plain = BlendWeight(value=0.9 * factor, components={"text_encoder": 0.9})
-        expected = fresh(sd, blend_of((scheduled, plain), (steady, 0.5)))
-        assert all(torch.allclose(live[name], value, atol=1e-6) for name, value in expected.items())
-        assert same(live, fresh(sd, blend, denoising_step))
-
-
-@pytest.mark.usefixtures("before")
-def test_a_schedule_writes_only_where_and_when_it_changes(sd: Base) -> None:
-    late = random_adapter(sd, seed=1, text_encoders=())
-    steady = random_adapter(sd, seed=2, unet=(), text_encoders=("attention",))
-    on_later = BlendWeight(schedule=Schedule(points=((0.0, 0.0), (0.5, 1.0))))
-    blend = blend_of((late, on_later), (steady, 1.0))
-    with weight_patch(sd) as patch:
-        written = []
-        for step in range(4):
-            versions = {name: tensor._version for name, tensor in patch.live.items()}
-            patch.apply(blend, DenoisingStep(index=step, total=4))
-            written.append({name for name, tensor in patch.live.items() if tensor._version != versions.get(name)})
-    assert [len(names) for names in written] == [len(steady.layers), 0, len(late.layers), 0]
-
-
-def test_pictures_follow_the_schedule(sd: Base) -> None:
-    adapter = random_adapter(sd, seed=1, text_encoders=())
-    config = GenerateConfig(prompt="a cat", num_inference_steps=4, seed=3, width=32, height=32)
-
-    def picture(weight: Weight) -> bytes:
-        return generate(sd, [config], blend_of((adapter, weight)))[0].image.tobytes()
-
-    def window(first: float, later: float) -> BlendWeight:
-        return BlendWeight(schedule=Schedule(points=((0.0, first), (0.5, later))))
-
-    assert picture(window(1, 1)) == picture(1.0)
-    assert picture(window(0, 0)) == picture(0.0)
-    assert len({picture(window(0, 1)), picture(window(1, 0)), picture(1.0), picture(0.0)}) == 4
-
-
 @contextmanager
 def peft_pipeline(base: Base, files: list[Path], weights: list[float]) -> Iterator[object]:
     """Load the same base and adapters with diffusers and PEFT."""
@@ -396,17 +279,3 @@ def test_combining_keeps_biases_and_embeddings(sd: Base) -> None:
     worded = Adapter(layers=plain.layers, tokens={"sks": {"text_encoder": torch.ones(1, 32)}})
     both = combine(blend_of((worded, 0.5)), AdapterMetadata())
     assert torch.equal(both.tokens["sks"]["text_encoder"], torch.ones(1, 32))
-
-
-def test_a_scheduler_with_more_calls_than_steps_reports_the_current_step(sd: Base) -> None:
-    own = sd.pipe.scheduler
-    sd.pipe.scheduler = PNDMScheduler(skip_prk_steps=True, num_train_timesteps=1000)
-    seen: list[int] = []
-    try:
-        settings = GenerateConfig(prompt="a cat", num_inference_steps=10, width=32, height=32)
-        sample(sd, settings, lambda denoising_step, _: seen.append(denoising_step.index))
-    finally:
-        sd.pipe.scheduler = own
-    assert len(seen) == 11
-    assert seen == sorted(seen)
-    assert (seen[0], seen[-1]) == (0, 9)

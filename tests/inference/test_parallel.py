@@ -24,7 +24,7 @@ from lora_diffusion.models.text_encoding import encode_prompts
 from lora_diffusion.workflows.images.generate import warn_about_rounding
 from lora_diffusion.workflows.images.request import GenerationRequest
 from tests.conftest import random_adapter
-from tests.inference.test_in_place import PATH, blend_of, mixed_adapter, parameters, same
+from tests.helpers.blends import PATH, blend_of, mixed_adapter, parameters, same
 
 LATENTS = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a cat", "a dog", "a red boat", "nothing"]

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes", "ign
 
 
 def make_config(ink: Path, tmp_path: Path, quantization: str = "nf4", **changes: Any) -> TrainConfig:
-    return short_run(ink, tmp_path / "it.safetensors", 20, {"compute": {"quantize": quantization}, **changes})
+    return short_run(ink, tmp_path / "it.safetensors", 12, {"compute": {"quantize": quantization}, **changes})
 
 
 @needs_bitsandbytes

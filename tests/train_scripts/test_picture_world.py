@@ -153,10 +153,10 @@ def test_a_malformed_figure_differs_from_the_true_one(kind: str) -> None:
         scene = random_single(rng, held_out=False)
         drawing = compose(scene)
         if not is_changed(render_flat(drawing), render_flat(without_figures(drawing))):
-            continue  # black on black: nothing to be seen, nothing to be spoilt
-        spoilt = MALFORMED[kind](scene, rng, render_flat)
-        assert spoilt.size == (128, 128)
-        assert spoilt.tobytes() != render_flat(drawing).tobytes()
+            continue  # black on black: nothing to be seen, nothing to be spoiled
+        spoiled = MALFORMED[kind](scene, rng, render_flat)
+        assert spoiled.size == (128, 128)
+        assert spoiled.tobytes() != render_flat(drawing).tobytes()
 
 
 def test_one_prompt_has_many_pictures() -> None:

@@ -3,8 +3,6 @@
 import json
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from lora_diffusion.training.log import read_log
 from lora_diffusion.training.setup import set_up
 from lora_diffusion.training.signals import StopRequest
 from lora_diffusion.training.train import AdapterTrainer, train
+from tests.helpers.forked_processes import run_training, start_forked
 from tests.helpers.short_runs import settings
 
 EVERYTHING: dict[str, Any] = {
@@ -115,28 +114,17 @@ def test_the_state_of_another_version_is_refused(pictures: Path, sd_folder: Path
         train(config)
 
 
-def command(config: Any, folder: Path) -> list[str]:
-    path = folder / "run.json"
-    path.write_text(config.model_dump_json())
-    code = (
-        "import sys, torch; torch.set_num_threads(1); from pathlib import Path\n"
-        "from lora_diffusion.config.train import TrainConfig\n"
-        "from lora_diffusion.training.train import train\n"
-        "train(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text()))"
-    )
-    return [sys.executable, "-c", code, str(path)]
-
-
-def kill_runs(config: Any, folder: Path, *, kills: int, rng: random.Random) -> list[int]:
+def kill_runs(config: Any, *, kills: int, rng: random.Random) -> list[int]:
     """Start a run repeatedly, and kill it at a random time after a new step; return the steps it had reached."""
     log, reached = config.output.parent / "style-run" / "log.jsonl", [0]
     for _ in range(kills):
-        process = subprocess.Popen(command(config, folder), stderr=subprocess.DEVNULL)
-        while process.poll() is None and last_step(log) <= reached[-1]:
+        process = start_forked(run_training, config)
+        while process.is_alive() and last_step(log) <= reached[-1]:
             time.sleep(0.005)
-        time.sleep(rng.uniform(0, 1.0))
+        time.sleep(rng.uniform(0, 0.5))
         process.kill()
-        if process.wait() == 0:
+        process.join()
+        if process.exitcode == 0:
             break
         reached.append(last_step(log))
     return reached[1:]
@@ -150,10 +138,10 @@ def last_step(log: Path) -> int:
 def test_a_killed_run_resumes_bit_for_bit(pictures: Path, sd_folder: Path, drawn_seed: int) -> None:
     """kill -9 at random times, during a step or while a state is being written."""
     changes = deep_merge(EVERYTHING, {"data": {"folder": str(pictures)}})
-    whole = train(settings(pictures, sd_folder, changes, steps=40, save_precision="float32"))
+    whole = train(settings(pictures, sd_folder, changes, steps=16, save_precision="float32"))
     output = pictures.parent / "again" / "style.safetensors"
-    config = settings(pictures, sd_folder, changes, steps=40, save_precision="float32", output=output, state_every=1)
-    reached = kill_runs(config, pictures.parent, kills=2, rng=random.Random(drawn_seed))
+    config = settings(pictures, sd_folder, changes, steps=16, save_precision="float32", output=output, state_every=1)
+    reached = kill_runs(config, kills=2, rng=random.Random(drawn_seed))
     train(config)
     assert adapter_hash(load_adapter(output)) == adapter_hash(whole.adapter), reached
     assert not list((output.parent / "style-run").glob(".*")), "partial states are removed"

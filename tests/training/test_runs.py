@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -28,6 +29,7 @@ from lora_diffusion.training.default_settings import make_settings
 from lora_diffusion.training.train import train
 from lora_diffusion.workflows.training.dry_run import estimate_run
 from lora_diffusion.workflows.training.run import train_and_report
+from tests.helpers.forked_processes import run_distributed, start_forked
 from tests.helpers.short_runs import settings
 from train_scripts.write_configs import CONFIGS, configs
 
@@ -171,41 +173,17 @@ def test_samples_do_not_change_the_run(pictures: Path, sd_folder: Path) -> None:
     assert adapter_hash(plain.adapter) == adapter_hash(shown.adapter)
 
 
-SCRIPT = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from lora_diffusion.config.train import TrainConfig
-from lora_diffusion.training.train import train
-from train_scripts.write_configs import CONFIGS, configs
-
-def on_progress(run, step):
-    if step == 0 and "local" in sys.argv:
-        unet = run.base.pipe.unet.parameters()
-        print(f"local:{sum(getattr(p, 'to_local', lambda p=p: p)().numel() for p in unet if not p.requires_grad)}")
-    if step == 2 and run.accelerator.process_index == 1 and "stop" in sys.argv:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-torch.set_num_threads(1)
-result = train(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text()), on_progress)
-print(f"{'main' if result.is_main_process else 'other'}:{result.steps}")
-"""
-
-
-def run_in_two_processes(config: TrainConfig, folder: Path, *arguments: str) -> list[str]:
-    """Train in two processes; return what they print."""
-    (folder / "two.json").write_text(config.model_dump_json())
-    (folder / "two.py").write_text(SCRIPT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    done = subprocess.run(
-        [*launch, str(folder / "two.py"), str(folder / "two.json"), *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return sorted(re.findall(r"(?:main|other|local):\d+", done.stdout))  # both may print on one line
+def run_in_two_processes(config: TrainConfig, folder: Path, *, stop_rank: int | None = None) -> list[Any]:
+    """Train in two processes; return for each `[is_main_process, steps]` and, at the start, its share of the UNet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    files = [folder / f"rank-{rank}.json" for rank in (0, 1)]
+    processes = [start_forked(run_distributed, config, rank, port, stop_rank, file) for rank, file in enumerate(files)]
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    return [json.loads(file.read_text()) for file in files]
 
 
 def test_two_processes_train_the_same_as_one(pictures: Path, sd_folder: Path) -> None:
@@ -218,9 +196,11 @@ def test_two_processes_train_the_same_as_one(pictures: Path, sd_folder: Path) ->
     alone = train(settings(pictures, sd_folder, changes, batch_size=2, **top)).adapter
     output = pictures.parent / "two" / "style.safetensors"
     config = settings(pictures, sd_folder, changes, batch_size=1, output=output, **top)
-    assert run_in_two_processes(config, pictures.parent, "stop") == ["main:2", "other:2"]
+    stopped = run_in_two_processes(config, pictures.parent, stop_rank=1)
+    assert [each[:2] for each in stopped] == [[True, 2], [False, 2]]
     assert not output.exists()
-    assert run_in_two_processes(config, pictures.parent) == ["main:3", "other:3"]
+    resumed = run_in_two_processes(config, pictures.parent)
+    assert [each[:2] for each in resumed] == [[True, 3], [False, 3]]
     check_close(load_adapter(output), alone)
 
 
@@ -244,9 +224,9 @@ def test_a_sharded_base_trains_the_same(pictures: Path, sd_folder: Path) -> None
         pictures, sd_folder, deep_merge(changes, {"compute": {"shard": True}}), batch_size=1, output=output, **top
     )
     size = sum(p.numel() for p in load_base(str(sd_folder)).pipe.unet.parameters())
-    first, second, *ends = run_in_two_processes(config, pictures.parent, "local")
-    assert ends == ["main:2", "other:2"]
-    sizes = [int(each.removeprefix("local:")) for each in (first, second)]
+    ends = run_in_two_processes(config, pictures.parent)
+    assert [each[:2] for each in ends] == [[True, 2], [False, 2]]
+    sizes = [each[2] for each in ends]
     assert sum(sizes) >= size
     assert max(sizes) < 0.6 * size  # uneven rows are padded
     check_close(load_adapter(output), alone.adapter)

@@ -55,7 +55,7 @@ def test_dylora_trains_the_last_used_direction_only(sd_folder: Path) -> None:
 def test_dylora_file_truncated_to_a_rank_has_the_reported_loss(ink: Path, tmp_path: Path) -> None:
     """The loss that a run reports for a rank is that of the file truncated to it."""
     changes = {"save_precision": "float32", "adapter": {"kind": "dylora"}, "optimizer": {"learning_rate": 1e-2}}
-    config = short_run(ink, tmp_path / "it.safetensors", 24, changes)
+    config = short_run(ink, tmp_path / "it.safetensors", 12, changes)
     result = train(config)
     by_rank = read_log(tmp_path / "it-run" / LOG)[-1]["loss_by_rank"]
     assert list(by_rank) == ["1", "2", "4"]

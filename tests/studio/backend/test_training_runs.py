@@ -13,11 +13,11 @@ from lora_diffusion_studio.backend.training_runs import TrainingJob, TrainingRun
 
 def wait_for_run(runs: TrainingRuns, name: str, *, steps: int = 0) -> str:
     """Return the status text when the run has ended, or has reached a number of steps."""
-    for _ in range(900):
+    for _ in range(3600):
         status = runs.get_status(name)
         if not status.running or (steps and len(status.losses) >= steps):
             return status.text
-        time.sleep(0.2)
+        time.sleep(0.05)
     raise AssertionError(runs.get_status(name).text)
 
 

@@ -19,7 +19,7 @@ from lora_diffusion.formats.adapters.textual_inversion import save_embedding
 from lora_diffusion.models.load import Base, quiet_libraries
 from tests.conftest import random_adapter
 
-REAL = Path(__file__).parents[3] / "shared" / "adapters" / "analog_svd_rank4.safetensors"
+REAL = Path(__file__).parents[4] / "shared" / "adapters" / "analog_svd_rank4.safetensors"
 
 
 def order_keyed(order: tuple[str, ...], family: str = "sd1") -> dict[str, torch.Tensor]:

@@ -1,12 +1,11 @@
-"""Read, merge and write single-file checkpoints in the original layout, with diffusers as the reference reader."""
+"""Merge into single-file checkpoints, undo a merge, and blend checkpoints."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
@@ -18,66 +17,10 @@ from lora_diffusion.formats.checkpoints.checkpoint import open_checkpoint
 from lora_diffusion.merging.merge import merge
 from lora_diffusion.merging.recipe import read_merge_recipe
 from lora_diffusion.merging.undo import copy_base, find_original_base, subtract_blend
-from lora_diffusion.models.load import Base, load_base, quiet_libraries
+from lora_diffusion.models.load import Base, load_base
+from tests.helpers.checkpoint_files import FAMILIES, as_single, nothing, parameters_of
 from tests.helpers.random_bases import byte_tokenizer, random_scheduler, random_vae, text_config
 from tests.merging.test_merge import two
-
-FAMILIES = ["sd", "sdxl"]
-
-
-def nothing(base: Base) -> list[BaseTerm]:
-    """Return a merge term without effect: the base itself at weight 0."""
-    return [BaseTerm(added=str(base.folder), weight=0.0)]
-
-
-def as_single(base: Base, path: Path) -> Path:
-    merge(str(base.folder), Blend(), path, bases=nothing(base))
-    return path
-
-
-def parameters_of(pipe: Any, components: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    return {f"{c}.{key}": value for c in components for key, value in getattr(pipe, c).state_dict().items()}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_diffusers_reads_our_single_file_as_the_pipeline_it_came_from(
-    family: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    base: Base = request.getfixturevalue(family)
-    single = as_single(base, tmp_path / "one.safetensors")
-    kind = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
-    parts = {name: part for name, part in base.pipe.components.items() if name.startswith(("text", "token"))}
-    with quiet_libraries():
-        pipe = kind.from_single_file(str(single), config=str(base.folder), local_files_only=True, **parts)
-    for component in ("unet", "vae"):
-        own, found = getattr(base.pipe, component).state_dict(), getattr(pipe, component).state_dict()
-        assert own.keys() == found.keys()
-        assert all(torch.equal(own[key], found[key]) for key in own)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_folder_that_went_through_a_single_file_is_the_same(
-    family: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    base: Base = request.getfixturevalue(family)
-    single = as_single(base, tmp_path / "one.safetensors")
-    merge(str(single), Blend(), tmp_path / "again", bases=nothing(base), like=base.folder, force=True)
-    again = load_base(str(tmp_path / "again"), device=torch.device("cpu"))
-    components = (*base.family.components, "vae")
-    own, found = parameters_of(base.pipe, components), parameters_of(again.pipe, components)
-    assert own.keys() == found.keys()
-    assert all(torch.equal(own[key], found[key]) for key in own)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_parameter_of_a_single_file_is_found_under_its_own_name(
-    family: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    base: Base = request.getfixturevalue(family)
-    folder, single = open_checkpoint(base.folder), open_checkpoint(as_single(base, tmp_path / "one.safetensors"))
-    assert (single.family, single.layout) == (folder.family, folder.layout)
-    assert single.shapes == folder.shapes
-    assert all(torch.equal(stored.read(), folder.parameters[name].read()) for name, stored in single.parameters.items())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -34,7 +34,7 @@ from lora_diffusion.training.distillation.distill import distill, record_teacher
 from lora_diffusion.training.distillation.mean_delta import record_mean_sum
 from lora_diffusion.training.distillation.trajectories import SamplingRun, record_runs
 from tests.conftest import random_adapter
-from tests.inference.test_in_place import blend_of, parameters
+from tests.helpers.blends import blend_of, parameters
 from tests.inference.test_parallel import everywhere
 
 PROMPTS = ("a cat", "a red boat", "sks", "a house at night")

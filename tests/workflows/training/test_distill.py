@@ -1,4 +1,4 @@
-"""The command that distils: flags, presets and prompts in, one file and how close it came out."""
+"""The command that distills: flags, presets and prompts in, one file and how close it came out."""
 
 import json
 from dataclasses import replace
@@ -21,8 +21,8 @@ from lora_diffusion.workflows.images.generate import LoadOptions
 from lora_diffusion.workflows.images.request import GenerationRequest
 from lora_diffusion.workflows.training.distill import PromptSource, distill_file, make_scene_prompts, read_prompts
 from tests.conftest import random_adapter
-from tests.inference.test_in_place import blend_of
-from tests.training.test_distillation import PROMPTS, SWITCH, make_config, two
+from tests.helpers.blends import blend_of
+from tests.training.distillation.test_distillation import PROMPTS, SWITCH, make_config, two
 
 
 @pytest.fixture
