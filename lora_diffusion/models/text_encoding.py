@@ -12,7 +12,7 @@ mean, which for SDXL divides by a mean near zero.
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,9 +31,9 @@ Chunk = list[tuple[int, float]]
 class TextContext:
     """Prompt embeddings as the UNet takes them."""
 
-    hidden: Tensor
+    hidden: Tensor = field(repr=False)
     """Hidden states (n, tokens, width) for cross-attention."""
-    added: dict[str, Tensor] | None = None
+    added: dict[str, Tensor] | None = field(default=None, repr=False)
     """SDXL's `added_cond_kwargs`: pooled `text_embeds` (n, width) and `time_ids` (n, 6); None for SD 1.x and 2.x."""
 
 

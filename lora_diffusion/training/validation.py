@@ -4,7 +4,7 @@ Timesteps and noise are fixed, so that the losses of two validations differ only
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class Validation:
 class HeldOut:
     """Held-out images, encoded, with their captions."""
 
-    views: Sequence[LatentView]
+    views: Sequence[LatentView] = field(repr=False)
     """Encoded images."""
     captions: Sequence[str]
     """Caption of each image, before `captions.template` is applied."""

@@ -6,7 +6,7 @@ latent is recorded with the prediction for the prompt and, with classifier-free 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -37,13 +37,13 @@ class SamplingRun:
 class DistillationBatch:
     """Inputs of the UNet and the blend's predictions for them, on the base's device."""
 
-    latents: Tensor
+    latents: Tensor = field(repr=False)
     """Noisy latents, (n, c, h, w)."""
-    timesteps: Tensor
+    timesteps: Tensor = field(repr=False)
     """Training timesteps, (n,)."""
     texts: tuple[str, ...]
     """Prompts, n strings."""
-    predictions: Tensor
+    predictions: Tensor = field(repr=False)
     """Predictions, (n, c, h, w), float32: noise or velocity, depending on the base's prediction type."""
 
     def __len__(self) -> int:

@@ -1,6 +1,6 @@
 """Encode training images to latents with the VAE, together with their loss masks and SDXL's size conditioning."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,13 +20,13 @@ from lora_diffusion.training.inputs.cache import Cache, Tensors, content_key
 class LatentView:
     """Encoded view of an image: one particular crop, flip and color change of it."""
 
-    mean: Tensor
+    mean: Tensor = field(repr=False)
     """Mean of the scaled latents' distribution, (c, h, w), float32."""
-    std: Tensor
+    std: Tensor = field(repr=False)
     """Standard deviation of the same, (c, h, w), float32."""
-    mask: Tensor
+    mask: Tensor = field(repr=False)
     """Weight of the loss at each latent pixel, (1, h, w), in 0..1."""
-    time_ids: Tensor
+    time_ids: Tensor = field(repr=False)
     """SDXL's size and crop conditioning, (6,): original height and width, top and left of the crop, height and width
     of the bucket."""
 

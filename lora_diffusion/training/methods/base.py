@@ -44,7 +44,7 @@ class ForwardState:
     """Whether the adapter layers are applied; if False, the base computes exactly what it does without them."""
     weight: float = 1.0
     """Multiplier of every delta."""
-    used: Mapping[tuple[int, int], Tensor] = field(default_factory=dict[tuple[int, int], Tensor])
+    used: Mapping[tuple[int, int], Tensor] = field(default_factory=dict[tuple[int, int], Tensor], repr=False)
     """T-LoRA's rank masks by (minimum rank, rank): (n, rank) booleans, true for the directions that a sample uses."""
 
 

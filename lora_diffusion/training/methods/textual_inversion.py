@@ -6,7 +6,7 @@ Each vector keeps its initial norm, because a longer one would dominate the rest
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ _SUBMODULE_NAME = "words"
 class LearnedTokens:
     """Learned tokens that have been added to a base."""
 
-    parameters: dict[str, nn.Parameter]
+    parameters: dict[str, nn.Parameter] = field(repr=False)
     """Vectors (n, width) in float32, by parameter name such as `text_encoder.words.sks`."""
     rewrite: Callable[[str], str]
     """Replaces each learned token in a text by the names of its vectors in the tokenizers."""

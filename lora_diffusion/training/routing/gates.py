@@ -12,7 +12,7 @@ Trained gates are saved as `BlendWeight`, which all commands can read.
 
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -198,13 +198,13 @@ def time_bin_at(timestep: Tensor, num_time_bins: int, num_timesteps: int) -> Ten
 class _GatedFactors:
     """Concatenated factors of all adapters at one module, in the data type of its weight."""
 
-    down: Tensor
+    down: Tensor = field(repr=False)
     """Down factors, (sum of ranks, in, ...kernel)."""
-    up: Tensor
+    up: Tensor = field(repr=False)
     """Up factors, (out, sum of ranks), or (out, sum of ranks, 1, 1) for a convolution."""
-    adapter_index: Tensor
+    adapter_index: Tensor = field(repr=False)
     """Index of the adapter that each rank belongs to, (sum of ranks,)."""
-    scale: Tensor
+    scale: Tensor = field(repr=False)
     """The adapter's weight times its layer's scale, for each rank, (sum of ranks,)."""
 
     def repeat_gates(self, gates: Tensor) -> Tensor:
