@@ -5,6 +5,9 @@ step. The loop does everything else: optimizer, learning rates, accumulation, cl
 stop signals.
 """
 
+# Accelerate is untyped.
+# pyright: standard
+
 import math
 import signal
 import time

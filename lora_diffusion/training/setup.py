@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -162,7 +163,7 @@ def _prepare_base(config: TrainConfig, accelerator: Accelerator) -> Base:
     # Load to the CPU before quantizing, so that the device never has to hold the full weights.
     device = torch.device("cpu") if quantized else accelerator.device
     base = load_base(config.base, device=device, precision=torch_dtype(_DTYPE_NAMES[compute.mixed_precision]))
-    base.pipe.vae.float()
+    cast(nn.Module, base.vae).float()
     base = add_base_adapters(base, config.base_adapters)
     return quantize_base(base, compute.quantize, accelerator.device) if quantized else base
 

@@ -7,6 +7,7 @@ latent is recorded with the prediction for the prompt and, with classifier-free 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -108,7 +109,7 @@ def _record_steps(
     def encode() -> TextContext:
         return batch_contexts(encode_texts(base, texts, size_px), texts)
 
-    scheduler = new_scheduler(base, "ddim")
+    scheduler: Any = cast(Any, new_scheduler(base, "ddim"))
     scheduler.set_timesteps(config.num_inference_steps, device=base.device)
     x = (
         torch.cat([_initial_latents(base, run.seed, size_px) for run in runs]).to(base.device)

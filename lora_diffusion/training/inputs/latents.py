@@ -1,7 +1,7 @@
 """Encode training images to latents with the VAE, together with their loss masks and SDXL's size conditioning."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ class ViewEncoder:
 @torch.no_grad()
 def _encode_image(base: Base, image: Tensor) -> tuple[Tensor, Tensor]:
     """Encode an image (3, height, width) in -1..1; return mean and standard deviation of the latents, (c, h, w)."""
-    vae: Any = base.pipe.vae
+    vae: Any = cast(Any, base.vae)
     posterior = vae.encode(image[None].to(vae.device, vae.dtype)).latent_dist
     scale = vae.config.scaling_factor
     return posterior.mean[0].float().cpu() * scale, posterior.std[0].float().cpu() * scale

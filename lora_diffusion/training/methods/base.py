@@ -5,6 +5,9 @@ forward pass of the frozen module by one that calls the trainable layer. All tra
 `AdapterState`, through which they can be disabled or scaled together.
 """
 
+# torch.utils.checkpoint is untyped.
+# pyright: standard
+
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager

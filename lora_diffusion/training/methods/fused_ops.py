@@ -6,6 +6,9 @@ With plain operations, autograd stores the input twice and allocates a tensor fo
 functions store it once and accumulate in place, so that the adapter costs little more than the frozen layer alone.
 """
 
+# torch.autograd.Function and torch.nn.grad are untyped.
+# pyright: standard
+
 from typing import Any
 
 import torch

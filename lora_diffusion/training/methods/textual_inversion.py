@@ -30,6 +30,8 @@ from lora_diffusion.models.textual_inversion import (
 from lora_diffusion.prompts.emphasis import Prompt, ReadText
 from lora_diffusion.training.methods.callbacks import MethodCallbacks, RateOf
 
+_LINALG: Any = torch.linalg  # PyTorch does not annotate its functions
+
 _SUBMODULE_NAME = "words"
 """Second part of the parameter names of learned vectors, as in `text_encoder.words.sks`."""
 
@@ -151,7 +153,9 @@ class TextualInversionCallbacks(MethodCallbacks):
     ) -> None:
         self.tokens, self.others = tokens, others
         self.adapter_start, self.tokens_end = config.start_adapter_at * steps, config.freeze_tokens_at * steps
-        self.norms = {name: vectors.detach().norm(dim=1, keepdim=True) for name, vectors in tokens.items()}
+        self.norms: dict[str, Tensor] = {
+            name: _LINALG.vector_norm(vectors.detach(), dim=1, keepdim=True) for name, vectors in tokens.items()
+        }
 
     def frozen_parameters(self, step: int) -> Iterable[nn.Parameter]:
         """Return the other parameters until the adapter starts, and the tokens once they are frozen."""
@@ -166,7 +170,7 @@ class TextualInversionCallbacks(MethodCallbacks):
     def after_step(self, step: int, rate_of: RateOf) -> None:  # noqa: ARG002 (the same at every step)
         """Scale each vector to its initial norm."""
         for name, vectors in self.tokens.items():
-            vectors.mul_(self.norms[name] / vectors.norm(dim=1, keepdim=True))
+            vectors.mul_(self.norms[name] / _LINALG.vector_norm(vectors, dim=1, keepdim=True))
 
     def report(self) -> dict[str, Any]:
         """Return the learned tokens, one entry per text encoder."""

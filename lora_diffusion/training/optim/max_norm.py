@@ -1,6 +1,7 @@
 """Max-norm regularization: keep the norm of every delta below a limit (kohya's `scale_weight_norms`)."""
 
 from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +25,8 @@ def limit_norms(pairs: Iterable[tuple[Tensor, Tensor, float]], largest: float) -
     modules = tuple(pairs)
     if not modules:
         return 0
-    norms: list[float] = torch.stack([delta_norm(down, up, scale) for down, up, scale in modules]).tolist()
+    # one transfer from the device for all modules; Tensor.tolist has no element type
+    norms: list[float] = cast(Any, torch.stack([delta_norm(down, up, scale) for down, up, scale in modules])).tolist()
     too_large = [(pair, norm) for pair, norm in zip(modules, norms, strict=True) if norm > largest]
     for (down, up, _), norm in too_large:
         factor = (largest / norm) ** 0.5

@@ -13,7 +13,7 @@ Trained gates are saved as `BlendWeight`, which all commands can read.
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +111,7 @@ class Gates(nn.Module):
     def _block_factors(self, i: int, entry: WeightedAdapter) -> dict[str, float | Schedule]:
         """Return the gates of an adapter by block, for the blocks in which it has layers."""
         used = {self.block_of(path) for path in entry.adapter.paths}
-        values = self.values.detach().cpu().double()
+        values: Any = cast(Any, self.values.detach().cpu().double())  # Tensor.tolist has no element type
         text: dict[str, float | Schedule] = {"BASE": self.init_value} if "BASE" in used else {}
         return text | {b: _make_schedule(values[i, j].tolist()) for j, b in enumerate(self.blocks) if b in used}
 
