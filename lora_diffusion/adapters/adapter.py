@@ -55,6 +55,12 @@ class AdapterMetadata(BaseModel):
     merged_from: tuple[str, ...] = ()
     """Names or hashes of the adapters that were merged into this one."""
 
+    def __repr_args__(self) -> Iterator[tuple[str, Any]]:
+        """Name the fields that identify the adapter, so that `repr` fits on one line."""
+        for name in ("name", "family", "variant", "base_name", "trigger_words", "source_format"):
+            if value := getattr(self, name):
+                yield name, value
+
 
 Token: TypeAlias = "Mapping[str, Tensor]"
 """Learned embeddings of one token: vectors (n, width) by text encoder component."""

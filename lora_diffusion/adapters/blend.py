@@ -1,4 +1,4 @@
-"""Blends: weighted sums of adapter deltas, independent of files and models.
+"""Blends: weighted sums of adapter deltas, independent of file formats and models.
 
     W' = W + sum_i weight_i * (alpha_i / rank_i) * up_i @ down_i
 
@@ -7,12 +7,13 @@ DoRA layer is computed from the weight of the base, so that it too can be summed
 """
 
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Self, cast
+from typing import Self, TypeVar, cast
 
 from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.adapters.coefficients import DenoisingStep, coefficients, has_schedule, is_zero
@@ -23,6 +24,8 @@ from lora_diffusion.architectures.families import family_title
 from lora_diffusion.architectures.module_paths import ModelLayout
 from lora_diffusion.config.preset import BlendWeight, Region, Weight
 from lora_diffusion.errors import ConfigError, FamilyMismatchError
+
+_Source = TypeVar("_Source", bound=Adapter | str | os.PathLike[str])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -77,15 +80,6 @@ def _describe_entry(entry: WeightedAdapter) -> str:
     return f"{entry.name} x {weight.value:g}{suffix}"
 
 
-def _weighted_adapter(adapter: object, weight: Weight) -> WeightedAdapter:
-    if not isinstance(adapter, Adapter):
-        raise ConfigError(
-            f"expected an adapter to blend, but got {adapter!r}; load a file with load_adapter, or use blend_adapters, "
-            "which accepts paths"
-        )
-    return WeightedAdapter(adapter=adapter, weight=weight)
-
-
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Blend:
     """Any number of weighted adapters of one model family. An empty blend leaves the base unchanged.
@@ -107,24 +101,27 @@ class Blend:
         return f"Blend({', '.join(map(_describe_entry, self.entries))})"
 
     @classmethod
-    def of(cls, weights: Mapping[Adapter, Weight] | Iterable[tuple[Adapter, Weight]]) -> Self:
-        """Create a blend of loaded adapters.
-
-        `lora_diffusion.formats.adapters.blend.blend_adapters` does the same for adapters and paths of adapter files.
+    def of(cls, weights: Mapping[_Source, Weight] | Iterable[tuple[_Source, Weight]]) -> Self:
+        """Create a blend from adapters and paths of adapter files.
 
         Args:
-            weights: Adapters and their weights, as a mapping or as pairs. Pairs may name an adapter more than once.
+            weights: Adapters, or paths of adapter files or PEFT folders, and their weights, as a mapping or as pairs.
+                Pairs may name an adapter more than once.
+
+        Returns:
+            The blend, in the given order. Entries that were loaded from a path record it, as recipes need it.
 
         Raises:
-            ConfigError: If a key is not an adapter, or a weight is not finite.
+            AdapterFormatError: If a file is not a valid adapter.
+            ConfigError: If a weight is not finite.
             FamilyMismatchError: If the adapters belong to different families.
 
         Example:
-            >>> Blend.of({neon: 0.8, gloop: 0.5})
+            >>> Blend.of({"neon.safetensors": 0.8, gloop: 0.5})
             Blend(neon x 0.8, gloop x 0.5)
         """
-        pairs = cast("Mapping[Adapter, Weight]", weights).items() if isinstance(weights, Mapping) else weights
-        return cls(entries=tuple(_weighted_adapter(adapter, weight) for adapter, weight in pairs))
+        pairs = cast("Iterable[tuple[_Source, Weight]]", weights.items() if isinstance(weights, Mapping) else weights)
+        return cls(entries=tuple(_weighted_adapter(source, weight) for source, weight in pairs))
 
     @cached_property
     def active(self) -> tuple[WeightedAdapter, ...]:
@@ -141,6 +138,15 @@ class Blend:
     def is_scheduled(self) -> bool:
         """Whether any coefficient or rank changes from one denoising step to the next."""
         return any(has_schedule(e.weight) or e.adapter.metadata.min_rank for e in self.active)
+
+
+def _weighted_adapter(source: Adapter | str | os.PathLike[str], weight: Weight) -> WeightedAdapter:
+    if isinstance(source, Adapter):
+        return WeightedAdapter(adapter=source, weight=weight)
+    # `formats` builds on this module; only blending by path needs it
+    from lora_diffusion.formats.adapters.weighted import load_weighted_adapter
+
+    return load_weighted_adapter(source, weight)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,9 +28,9 @@ class StackedFactors:
     Averaging the factors instead of stacking them would add cross terms up_i @ down_j.
     """
 
-    up: Tensor
+    up: Tensor = field(repr=False)
     """(out, sum of ranks), in the dtype of the layers."""
-    down: Tensor
+    down: Tensor = field(repr=False)
     """(sum of ranks, in), in float32; convolution kernels are flattened into `in`."""
     ranks: tuple[int, ...]
     """Rank of each layer."""

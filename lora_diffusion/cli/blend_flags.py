@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -11,6 +11,9 @@ from lora_diffusion.config.generate import SHORT_NAMES, GenerateConfig, LoadConf
 from lora_diffusion.config.preset import BlendEntry, Composition
 from lora_diffusion.config.settings import EMBEDDED_BASE, Quantization
 from lora_diffusion.prompts.tags import extract_region, parse_weight
+
+if TYPE_CHECKING:
+    from lora_diffusion.workflows.images.generate import LoadOptions
 
 Adapters = Annotated[
     tuple[str, ...],
@@ -31,12 +34,15 @@ QuantizeFlag = Annotated[Quantization, describe_flag(LoadConfig, "quantize")]
 """Quantization of the base's linear layers."""
 DEFAULT_QUANTIZATION: Quantization = LoadConfig.model_fields["quantize"].default
 
-GenerateFlags = optional_flags(
-    GenerateConfig, SHORT_NAMES, hints={"prompt": "(required, unless a preset or image has one)"}
-)
-"""Flags of the image settings."""
-CompositionFlags = optional_flags(Composition)
-"""Flags that say how the adapters are composed."""
+
+class GenerateFlags(
+    optional_flags(GenerateConfig, SHORT_NAMES, hints={"prompt": "(required, unless a preset or image has one)"})
+):
+    """Flags of the image settings."""
+
+
+class CompositionFlags(optional_flags(Composition)):
+    """Flags that say how the adapters are composed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +51,7 @@ class LoadFlags(optional_flags(LoadConfig, exclude=("base", "quantize", "ignore_
 
     ignore_unmatched: IgnoreUnmatched = ()
 
-    def options(self) -> Any:
+    def options(self) -> "LoadOptions":
         """Return the flags as options of the library."""
         from lora_diffusion.library.references import AdapterResolver
         from lora_diffusion.workflows.images.generate import LoadOptions

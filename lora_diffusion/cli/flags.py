@@ -5,7 +5,7 @@ import logging
 import os
 import tomllib
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from dataclasses import make_dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -83,7 +83,8 @@ def optional_flags(
 
 def given_settings(flags: Any) -> dict[str, Any]:
     """Return the settings that were given on the command line."""
-    return {key: value for key, value in vars(flags).items() if value is not None and value is not False}
+    values = cast("dict[str, Any]", vars(flags))
+    return {key: value for key, value in values.items() if value is not None and value is not False}
 
 
 def make_flag_type(annotation: Any) -> Any:
@@ -186,7 +187,7 @@ def parse_toml_value(text: str) -> Any:
 
 
 @contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
+def quiet_libraries() -> Generator[None]:
     """Silence warnings and log messages of other libraries; errors are reported by this library's own exceptions."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -3,9 +3,9 @@
 A method is a set of training settings; its layers are implemented in `training/methods/`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from lora_diffusion.config.settings import deep_merge
 
@@ -42,9 +42,10 @@ def format_toml(value: Any) -> str:
     if isinstance(value, str):
         return f'"{value}"'
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(format_toml, value))}]"
+        return f"[{', '.join(map(format_toml, cast('Sequence[Any]', value)))}]"
     if isinstance(value, Mapping):
-        return f"{{ {', '.join(f'{format_toml(key)} = {format_toml(each)}' for key, each in value.items())} }}"
+        entries = cast("Mapping[Any, Any]", value).items()
+        return f"{{ {', '.join(f'{format_toml(key)} = {format_toml(each)}' for key, each in entries)} }}"
     return str(value)
 
 

@@ -1,6 +1,6 @@
 """Settings of the optimizer: kind, learning rates and their schedule."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, model_validator
 
@@ -55,8 +55,11 @@ class OptimizerConfig(Settings):
     @classmethod
     def apply_kind_defaults(cls, value: Any) -> Any:
         """Fill in the defaults of the optimizer kind, so that a run's record holds what it ran with."""
-        kind = value.get("kind") if isinstance(value, dict) else None
-        return {**KIND_DEFAULTS.get(kind, {}), **value} if isinstance(kind, str) else value
+        if not isinstance(value, dict):
+            return value
+        table = cast("dict[str, Any]", value)
+        kind = table.get("kind")
+        return {**KIND_DEFAULTS.get(kind, {}), **table} if isinstance(kind, str) else table
 
     @model_validator(mode="after")
     def check_rates(self) -> "OptimizerConfig":

@@ -50,7 +50,7 @@ Model = TypeVar("Model", bound=Settings)
 """A settings class."""
 
 
-def read_toml(path: Path, kind: type[Model], changes: Mapping[str, Any] | None = None) -> Model:
+def read_toml(path: str | os.PathLike[str], kind: type[Model], changes: Mapping[str, Any] | None = None) -> Model:
     """Read settings from a TOML file.
 
     Args:
@@ -61,7 +61,7 @@ def read_toml(path: Path, kind: type[Model], changes: Mapping[str, Any] | None =
     Raises:
         ConfigError: If the file cannot be read or settings are invalid; the message lists all mistakes.
     """
-    changes = changes or {}
+    path, changes = Path(path), changes or {}
     table = resolve_paths(read_table(path), kind, path.parent)
     return validate(kind, deep_merge(table, changes), source=f"{path} with changes" if changes else str(path))
 
@@ -76,12 +76,13 @@ def deep_merge(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
     return result
 
 
-def read_table(path: Path) -> dict[str, Any]:
+def read_table(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a TOML file without validating it.
 
     Raises:
         ConfigError: If the file cannot be read.
     """
+    path = Path(path)
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:

@@ -1,7 +1,7 @@
 """Crop, flip and color-jitter training images, together with their masks."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -21,9 +21,9 @@ _ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
 class View:
     """One crop of a training image, with its mask and SDXL's size conditioning."""
 
-    pixels: Tensor
+    pixels: Tensor = field(repr=False)
     """Pixels (3, height, width), float32 in [-1, 1]."""
-    mask: Tensor | None
+    mask: Tensor | None = field(repr=False)
     """Loss weights (height, width) in [mask_floor, 1]."""
     original_size: tuple[int, int]
     """Width and height of the image before scaling."""

@@ -12,7 +12,7 @@ Deltas are added to the output in place, for speed. The reference that they equa
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -38,13 +38,13 @@ class ParallelDelta:
     The first axis of each tensor, of size n, is the blend; n = 1 if all samples of the batch have the same blend.
     """
 
-    down: Tensor | None = None
+    down: Tensor | None = field(default=None, repr=False)
     """Stacked LoRA factors (n, sum of ranks, in, *kernel); blends of lower rank are padded with zeros."""
-    up: Tensor | None = None
+    up: Tensor | None = field(default=None, repr=False)
     """Stacked LoRA factors (n, out, sum of ranks), multiplied by scales and coefficients."""
-    dense: Tensor | None = None
+    dense: Tensor | None = field(default=None, repr=False)
     """Deltas (n, *weight shape) of the layers whose factors cannot be stacked."""
-    bias: Tensor | None = None
+    bias: Tensor | None = field(default=None, repr=False)
     """Deltas of the bias (n, out)."""
 
     @property

@@ -15,7 +15,7 @@ whole image.
 import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,9 +41,9 @@ class RegionalDelta:
 
     deltas: BlendSum
     """Deltas of UNet modules."""
-    mask: Tensor
+    mask: Tensor = field(repr=False)
     """Weight of the region at each position, (height, width); resized to the resolution of each layer."""
-    prompt: Tensor | None = None
+    prompt: Tensor | None = field(default=None, repr=False)
     """Hidden states of the region's prompt in the UNet's batch order; None to use those given to the UNet."""
 
 

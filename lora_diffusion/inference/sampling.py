@@ -30,7 +30,7 @@ from lora_diffusion.inference.composition import BeforeStep, composition_context
 from lora_diffusion.inference.in_place import Backup
 from lora_diffusion.inference.initial_noise import variation_noise
 from lora_diffusion.library.recipe import Recipe, blend_entries, library_versions, write_png
-from lora_diffusion.models.load import Base, new_scheduler, quiet_libraries
+from lora_diffusion.models.load import Base, Pipeline, new_scheduler, quiet_libraries
 from lora_diffusion.models.text_encoding import (
     TextContext,
     concatenate_contexts,
@@ -108,7 +108,7 @@ def single_settings(base: Base, config: GenerateConfig) -> list[GenerateConfig]:
     ]
 
 
-def pipeline_with(base: Base, scheduler: Scheduler) -> Any:
+def pipeline_with(base: Base, scheduler: Scheduler) -> Pipeline:
     """Create a pipeline from the base's models with a new scheduler, so that runs do not share scheduler state."""
     components = {**base.pipe.components, "scheduler": new_scheduler(base, scheduler)}
     if "safety_checker" in components:
@@ -142,7 +142,7 @@ def sample(
     Raises:
         SamplingError: If the image contains NaN or infinity.
     """
-    pipe = pipeline_with(base, settings.scheduler)
+    pipe: Any = cast(Any, pipeline_with(base, settings.scheduler))  # diffusers does not annotate the call
     before_step = before_step or (lambda _, __: None)
 
     def encode() -> Tensor:

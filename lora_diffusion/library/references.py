@@ -13,7 +13,7 @@ from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.adapters.masks import with_mask_hash
 from lora_diffusion.config.preset import BlendEntry, Region
 from lora_diffusion.errors import AdapterFormatError, ConfigError
-from lora_diffusion.formats.adapters.blend import load_weighted_adapter
+from lora_diffusion.formats.adapters.weighted import load_weighted_adapter
 from lora_diffusion.library.search import Library, default_folder, find_adapter, find_by_hash, open_library
 from lora_diffusion.prompts.infotext import Infotext
 from lora_diffusion.prompts.tags import Tag

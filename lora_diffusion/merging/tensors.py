@@ -36,7 +36,7 @@ class MergedTensors:
     bases: tuple[BaseChange, ...]
     """Other checkpoints to merge."""
     config: MergeConfig
-    appended: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    appended: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
     """Textual-inversion vectors to append as rows, by the name of the token-embedding parameter."""
     squared_error: float = 0.0
     """Squared norm of the rounding errors so far."""

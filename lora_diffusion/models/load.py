@@ -24,6 +24,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    SchedulerMixin,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
@@ -212,7 +213,7 @@ def module_at(base: Base, path: str) -> nn.Module:
         raise KeyError(path) from None
 
 
-def new_scheduler(base: Base, name: Scheduler) -> Any:
+def new_scheduler(base: Base, name: Scheduler) -> SchedulerMixin:
     """Create a scheduler with the base's noise schedule.
 
     Schedulers hold state while they step, so every run needs one of its own.

@@ -12,8 +12,8 @@ mean, which for SDXL divides by a mean near zero.
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,13 +27,38 @@ Chunk = list[tuple[int, float]]
 """Token ids with their emphasis weights, without start, end and padding tokens."""
 
 
+class Tokenizer(Protocol):
+    """The part of transformers' CLIP tokenizers that is used; their own annotations are incomplete."""
+
+    model_max_length: int
+    """Number of tokens that the text encoder reads, start and end tokens included."""
+    bos_token_id: int
+    """The start token."""
+    eos_token_id: int
+    """The end token."""
+    pad_token_id: int
+    """The padding token."""
+
+    def __call__(self, text: str, **options: bool) -> Any:
+        """Tokenize a text; the result has the attribute `input_ids`."""
+        ...
+
+    def get_added_vocab(self) -> dict[str, int]:
+        """Return the ids of the tokens that were added to the vocabulary."""
+        ...
+
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+        """Return the texts of tokens."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextContext:
     """Prompt embeddings as the UNet takes them."""
 
-    hidden: Tensor
+    hidden: Tensor = field(repr=False)
     """Hidden states (n, tokens, width) for cross-attention."""
-    added: dict[str, Tensor] | None = None
+    added: dict[str, Tensor] | None = field(default=None, repr=False)
     """SDXL's `added_cond_kwargs`: pooled `text_embeds` (n, width) and `time_ids` (n, 6); None for SD 1.x and 2.x."""
 
 
@@ -130,7 +155,7 @@ def count_chunks(base: Base, prompts: Sequence[Prompt]) -> int:
     return max(len(split_chunks(tokenizer, prompt)) for tokenizer in tokenizers for prompt in prompts)
 
 
-def split_chunks(tokenizer: Any, prompt: Prompt) -> list[Chunk]:
+def split_chunks(tokenizer: Tokenizer, prompt: Prompt) -> list[Chunk]:
     """Tokenize a prompt and split it into chunks that fit the text encoder.
 
     Args:
@@ -147,14 +172,14 @@ def split_chunks(tokenizer: Any, prompt: Prompt) -> list[Chunk]:
     return [chunk for section in sections for chunk in _split_tokens(tokenizer, section, max_tokens)]
 
 
-def _tokenize(tokenizer: Any, text: str) -> list[int]:
+def _tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
     """Return the token ids of a text, with multi-vector tokens expanded to all of their vectors."""
     for word, names in _find_multi_vector_tokens(tokenizer).items():
         text = re.sub(rf"{re.escape(word)}(?!_\d)", lambda _, names=names: " ".join(names), text)
     return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
 
 
-def _find_multi_vector_tokens(tokenizer: Any) -> dict[str, list[str]]:
+def _find_multi_vector_tokens(tokenizer: Tokenizer) -> dict[str, list[str]]:
     """Find added tokens with several vectors, which diffusers names `word`, `word_1`, `word_2` and so on."""
     added = tokenizer.get_added_vocab()
     found: dict[str, list[str]] = {}
@@ -165,7 +190,7 @@ def _find_multi_vector_tokens(tokenizer: Any) -> dict[str, list[str]]:
     return found
 
 
-def _split_tokens(tokenizer: Any, tokens: Chunk, max_tokens: int) -> Iterator[Chunk]:
+def _split_tokens(tokenizer: Tokenizer, tokens: Chunk, max_tokens: int) -> Iterator[Chunk]:
     """Split the tokens of a section into chunks of at most `max_tokens`."""
     while len(tokens) > max_tokens:
         end = _find_chunk_end(tokenizer, [token for token, _ in tokens[: max_tokens + 1]])
@@ -174,7 +199,7 @@ def _split_tokens(tokenizer: Any, tokens: Chunk, max_tokens: int) -> Iterator[Ch
     yield tokens
 
 
-def _find_chunk_end(tokenizer: Any, ids: Sequence[int]) -> int:
+def _find_chunk_end(tokenizer: Tokenizer, ids: Sequence[int]) -> int:
     """Return how many of `ids` go into the next chunk; the last one belongs to the chunk after it.
 
     The chunk ends after the last comma among the last 20 of 75 tokens, or else after the last whole word.
@@ -199,7 +224,7 @@ def _pad_chunks(chunks: Sequence[Chunk], count: int) -> list[Chunk]:
     return [*chunks, *[[] for _ in range(count - len(chunks))]]
 
 
-def _add_special_tokens(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+def _add_special_tokens(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
     """Put the token ids of a chunk between the start and end tokens, and pad them to the model's length."""
     padding = tokenizer.model_max_length - 2 - len(ids)
     return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id, *[tokenizer.pad_token_id] * padding]

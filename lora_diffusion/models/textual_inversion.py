@@ -9,7 +9,7 @@ import copy
 import re
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class LearnedToken:
     """The adapter's name."""
     names: tuple[str, ...]
     """The tokenizer entries of its vectors, in order."""
-    embeddings: Token
+    embeddings: Token = field(repr=False)
     """The embedding vectors (n, width) for each text encoder."""
 
 

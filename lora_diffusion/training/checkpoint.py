@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +37,21 @@ class TrainingState:
 
     step: int
     """Number of optimizer steps done."""
-    losses: Sequence[float]
+    losses: Sequence[float] = field(repr=False)
     """Loss of every step so far."""
-    parameters: Mapping[str, Tensor]
+    parameters: Mapping[str, Tensor] = field(repr=False)
     """Trainable parameters by name, on the CPU."""
-    optimizer: Mapping[str, Any]
+    optimizer: Mapping[str, Any] = field(repr=False)
     """State dict of the optimizer."""
-    scaler: Mapping[str, Any] | None
+    scaler: Mapping[str, Any] | None = field(repr=False)
     """State dict of the gradient scaler; None without fp16."""
-    average: Mapping[str, Any] | None
+    average: Mapping[str, Any] | None = field(repr=False)
     """State of the exponential moving average (EMA) of the parameters; None without EMA."""
-    callbacks: Mapping[str, Any]
+    callbacks: Mapping[str, Any] = field(repr=False)
     """State dict of the training method's callbacks."""
     best: Mapping[str, Any]
     """Fields of `EarlyStopping`: the best validation so far."""
-    best_parameters: Mapping[str, Tensor] | None
+    best_parameters: Mapping[str, Tensor] | None = field(repr=False)
     """Parameters at the best validation, if they are to be saved at the end."""
 
 

@@ -13,6 +13,8 @@ from lora_diffusion.errors import TrainingError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.models.load import Base, module_at
 
+_LINALG: Any = torch.linalg  # PyTorch does not annotate its functions
+
 
 def check_trainable(parameters: Mapping[str, nn.Parameter]) -> None:
     """Raise TrainingError if no parameter requires a gradient."""
@@ -95,7 +97,7 @@ def check_saved(adapter: Adapter, path: Path, base: Base) -> None:
         component = module.partition(".")[0]
         frozen: Any = module_at(base, module)
         weight = frozen.weight.detach().cpu() if layer.kind == "DoRA" else None
-        norms[component] = norms.get(component, 0.0) + float(layer.delta(weight).norm())
+        norms[component] = norms.get(component, 0.0) + float(_LINALG.vector_norm(layer.delta(weight)))
     unchanged = [component for component, norm in norms.items() if norm == 0]
     if unchanged:
         raise TrainingError(

@@ -5,6 +5,9 @@ step. The loop does everything else: optimizer, learning rates, accumulation, cl
 stop signals.
 """
 
+# Accelerate is untyped.
+# pyright: standard
+
 import math
 import signal
 import time
@@ -50,9 +53,9 @@ class TrainingTask:
 
     name: str
     """Label of the progress bar."""
-    model: nn.Module
+    model: nn.Module = field(repr=False)
     """Module, on its device, whose forward pass takes a batch and returns the loss of each sample, (n,)."""
-    parameters: Mapping[str, nn.Parameter]
+    parameters: Mapping[str, nn.Parameter] = field(repr=False)
     """Parameters to train by name, which starts with the component, such as `unet.`; see `resolve_peak_rates`."""
     batches: Callable[[int], Iterable[tuple[Batch, float]]]
     """Returns the batches of this process for an optimizer step, each with the weight of its loss."""

@@ -5,8 +5,9 @@ Most mistakes in settings and data are found here, before the first optimizer st
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -75,17 +76,17 @@ class TrainingContext:
     """Accelerate's interface to devices and processes."""
     base: Base
     """The base, with the trainable adapter attached to its modules."""
-    denoiser: Denoiser
+    denoiser: Denoiser = field(repr=False)
     """The trainable parts of the base, with the loss as forward pass."""
     paths: tuple[str, ...]
     """Paths of all modules that are trained."""
-    parameters: Mapping[str, nn.Parameter]
+    parameters: Mapping[str, nn.Parameter] = field(repr=False)
     """Trainable parameters by module path and factor."""
     learned_tokens: LearnedTokens | None
     """Textual-inversion embeddings; None if none are trained."""
     callbacks: MethodCallbacks
     """Hooks of the training method, such as AdaLoRA's pruning."""
-    samples: tuple[TrainingSamples, ...]
+    samples: tuple[TrainingSamples, ...] = field(repr=False)
     """Samples of the training images, followed by those of the class images if there are any."""
     captions: CaptionEncoder
     """Encoder of captions with frozen text encoders."""
@@ -162,7 +163,7 @@ def _prepare_base(config: TrainConfig, accelerator: Accelerator) -> Base:
     # Load to the CPU before quantizing, so that the device never has to hold the full weights.
     device = torch.device("cpu") if quantized else accelerator.device
     base = load_base(config.base, device=device, precision=torch_dtype(_DTYPE_NAMES[compute.mixed_precision]))
-    base.pipe.vae.float()
+    cast(nn.Module, base.vae).float()
     base = add_base_adapters(base, config.base_adapters)
     return quantize_base(base, compute.quantize, accelerator.device) if quantized else base
 

@@ -5,6 +5,9 @@ implemented by PyTorch's FSDP2). The adapter is replicated in every process and 
 sharding its gradients and optimizer state as well, as FSDP and ZeRO-2 do, would save only a few hundred megabytes.
 """
 
+# PyTorch's data-parallel classes are untyped, and one setting of theirs has no public function.
+# pyright: standard
+
 from collections.abc import Mapping
 
 from accelerate import Accelerator

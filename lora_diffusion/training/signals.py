@@ -1,5 +1,8 @@
 """Handle Ctrl-C and SIGTERM during training, so that a run stops between two steps and saves its state."""
 
+# Accelerate is untyped.
+# pyright: standard
+
 import signal
 import threading
 from collections.abc import Generator

@@ -3,6 +3,9 @@
 The steps themselves are those of `training/loop.py`.
 """
 
+# Accelerate is untyped.
+# pyright: standard
+
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace

@@ -4,7 +4,7 @@ Timesteps and noise are fixed, so that the losses of two validations differ only
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from lora_diffusion.core.seeding import make_generator
 from lora_diffusion.data.captions import format_caption
 from lora_diffusion.training.inputs.captions import CaptionEncoder
 from lora_diffusion.training.inputs.latents import LatentView
-from lora_diffusion.training.inputs.samples import collate, draw_sample
+from lora_diffusion.training.inputs.samples import Sample, collate, draw_sample
 from lora_diffusion.training.objectives.denoiser import Denoiser
 from lora_diffusion.training.objectives.prior_preservation import predict_both
 
@@ -37,7 +37,7 @@ class Validation:
 class HeldOut:
     """Held-out images, encoded, with their captions."""
 
-    views: Sequence[LatentView]
+    views: Sequence[LatentView] = field(repr=False)
     """Encoded images."""
     captions: Sequence[str]
     """Caption of each image, before `captions.template` is applied."""
@@ -66,7 +66,7 @@ def run_validation(denoiser: Denoiser, encoder: CaptionEncoder, held_out: HeldOu
     losses /= len(held_out.views)
     return Validation(
         loss=float(losses.mean()),
-        by_timestep=tuple(zip(timesteps, losses.tolist(), strict=True)),
+        by_timestep=tuple(zip(timesteps, map(float, losses), strict=True)),
         drift=float(torch.stack(drifts).mean()) if drifts else None,
     )
 
@@ -86,7 +86,8 @@ def _fixed_batch(
 
     The noise depends only on the image's number and the position of the timestep, so it is the same at each validation.
     """
-    text, samples = format_caption(caption, config.captions, config.trigger_words), []
+    text = format_caption(caption, config.captions, config.trigger_words)
+    samples: list[Sample] = []
     for position, timestep in enumerate(timesteps):
         rng = make_generator(number, position)
         samples.append(

@@ -123,7 +123,11 @@ def merge_files(
 
 
 def undo_files(
-    merged: str | os.PathLike[str], output: str | os.PathLike[str], *, base: str, options: LoadOptions | None = None
+    merged: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    base: str = "",
+    options: LoadOptions | None = None,
 ) -> str:
     """Restore the base of a merged checkpoint, bit for bit.
 

@@ -1,4 +1,4 @@
-"""Functions of core, adapters and prompts that take a path accept strings and any `os.PathLike`."""
+"""Functions of core, adapters, config and prompts that take a path accept strings and any `os.PathLike`."""
 
 import importlib
 import inspect
@@ -17,6 +17,8 @@ from lora_diffusion.adapters.blend import WeightedAdapter
 from lora_diffusion.adapters.coefficients import read_block_presets
 from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.adapters.masks import mask_hash
+from lora_diffusion.config.merge import MergeConfig
+from lora_diffusion.config.settings import read_toml
 from lora_diffusion.core.atomic_files import (
     atomic_file,
     atomic_folder,
@@ -111,6 +113,13 @@ def test_infotext_is_read(spell: Callable[[Path], Any], tmp_path: Path) -> None:
     info = read_infotext(spell(tmp_path / "a.png"))
     assert info is not None
     assert info.prompt == "a house"
+
+
+def test_settings_are_read(spell: Callable[[Path], Any], tmp_path: Path) -> None:
+    (tmp_path / "merge.toml").write_text('precision = "float16"')
+    assert read_toml(spell(tmp_path / "merge.toml"), MergeConfig).precision == "float16"
+    with pytest.raises(ConfigError, match=r"missing\.toml: no such file"):
+        read_toml(spell(tmp_path / "missing.toml"), MergeConfig)
 
 
 def test_a_weighted_adapter_has_the_stem_of_its_path_as_name(spell: Callable[[Path], Any]) -> None:

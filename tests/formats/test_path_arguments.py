@@ -14,7 +14,7 @@ from lora_diffusion.algebra.reduce.shared_basis import AdapterPack, PackedAdapte
 from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.formats import safetensors
 from lora_diffusion.formats.adapters import kohya, load, native, pack, pickle, textual_inversion
-from lora_diffusion.formats.adapters.blend import load_weighted_adapter
+from lora_diffusion.formats.adapters.weighted import load_weighted_adapter
 from lora_diffusion.formats.checkpoints import checkpoint, diffusers
 from tests.helpers.path_arguments import SPELLINGS, functions_with_paths
 
@@ -67,7 +67,7 @@ def readers(folder: Path) -> dict[str, tuple[Callable[[Any], Any], Path]]:
         "adapters.load.load_unchecked": (load.load_unchecked, adapter),
         "adapters.load.load_meta_adapter": (load.load_meta_adapter, adapter),
         "adapters.load.read_adapter": (lambda path: load.read_adapter(path, load.FULL_FILE, ()), adapter),
-        "adapters.blend.load_weighted_adapter": (lambda path: load_weighted_adapter(path, 1.0), adapter),
+        "adapters.weighted.load_weighted_adapter": (lambda path: load_weighted_adapter(path, 1.0), adapter),
         "adapters.pack.list_packed_adapters": (pack.list_packed_adapters, packed),
         "adapters.pack.load_pack": (pack.load_pack, packed),
         "adapters.pickle.is_pickled": (pickle.is_pickled, pickled),

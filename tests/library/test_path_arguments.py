@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from lora_diffusion import library
+from lora_diffusion.adapters.blend import Blend
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendEntry, BlendPreset
-from lora_diffusion.formats.adapters.blend import blend_adapters
 from lora_diffusion.library import entry, index, presets, recipe, references, search
 from tests.helpers.library_files import native
 from tests.helpers.path_arguments import SPELLINGS, functions_with_paths
@@ -25,7 +25,7 @@ def calls(folder: Path) -> dict[str, tuple[Callable[[Any], Any], Path]]:
     """Each function, with a path that it can read or write."""
     adapter = native(folder / "a.safetensors")
     blend, database, preset, image = (
-        blend_adapters({adapter: 1.0}),
+        Blend.of({adapter: 1.0}),
         folder / "index.sqlite",
         folder / "preset.json",
         folder / "a.png",

@@ -11,7 +11,6 @@ from lora_diffusion import merging
 from lora_diffusion.adapters.blend import Blend, BlendSum
 from lora_diffusion.config.merge import MergeConfig
 from lora_diffusion.errors import ConfigError
-from lora_diffusion.formats.adapters.blend import blend_adapters
 from lora_diffusion.formats.checkpoints.checkpoint import open_checkpoint
 from lora_diffusion.merging.layout import plan_output
 from lora_diffusion.merging.merge import estimate_rounding, merge
@@ -43,7 +42,7 @@ TESTED = {
 
 @pytest.fixture(scope="module")
 def blend(sd: Base) -> Blend:
-    return blend_adapters({random_adapter(sd, seed=1, text_encoders=()): 0.5})
+    return Blend.of({random_adapter(sd, seed=1, text_encoders=()): 0.5})
 
 
 @pytest.fixture(scope="module")

@@ -294,11 +294,11 @@ def test_training_and_sampling_need_no_peft(pictures: Path, sd_folder: Path) -> 
     code = (
         "import sys; sys.modules['peft'] = None\n"
         "from pathlib import Path\n"
-        "from lora_diffusion import GenerateConfig, TrainConfig, blend_adapters, generate, load_base, train\n"
+        "from lora_diffusion import Blend, GenerateConfig, TrainConfig, generate, load_base, train\n"
         "result = train(TrainConfig.model_validate_json(Path('run.json').read_text()))\n"
         f"base = load_base({str(sd_folder)!r})\n"
         "settings = GenerateConfig(prompt='sks', num_inference_steps=1, width=16, height=16)\n"
-        "print(len(generate(base, [settings], blend_adapters({result.path: 0.5}))), 'image')\n"
+        "print(len(generate(base, [settings], Blend.of({result.path: 0.5}))), 'image')\n"
     )
     path = os.pathsep.join(filter(None, (str(Path.cwd()), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(

@@ -162,7 +162,7 @@ def other_cases(sd: Base, inputs: Path) -> Cases:
         "merge.read_preset_entries": lambda p, _: merge.read_preset_entries(p(inputs / "p.json")),
         "merge.request_from_checkpoint": lambda p, _: merge.request_from_checkpoint(p(merged), base="", force=False),
         "merge.merge_files": lambda p, to: merge.merge_files(task, p(to / "again")),
-        "merge.undo_files": lambda p, to: merge.undo_files(p(merged), p(to / "undone"), base=""),
+        "merge.undo_files": lambda p, to: merge.undo_files(p(merged), p(to / "undone")),
         "dataset_check.save_contact_sheet": lambda p, to: dataset_check.save_contact_sheet(
             checked, PICTURES, p(to / "sheet.png")
         ),

@@ -3,6 +3,9 @@
 Gradio shows the functions' parameters and docstrings on the page "Use via API". Parameters have diffusers' names.
 """
 
+# Gradio's events are untyped.
+# pyright: standard, reportPrivateImportUsage=false
+
 from typing import Any
 
 import gradio as gr

@@ -13,7 +13,7 @@ the same cost: the bases depend on the deltas alone.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,11 +30,11 @@ _RELATIVE_ZERO = 1e-6
 class CoreSpace:
     """Deltas of several layers of one module in shared bases, float64; kernels are flattened into the inputs."""
 
-    left: Tensor
+    left: Tensor = field(repr=False)
     """Basis of the outputs (out, p): orthonormal columns, strongest direction first."""
-    right: Tensor | None
+    right: Tensor | None = field(repr=False)
     """Basis of the inputs (q, in * kh * kw): orthonormal rows, strongest first; None for the standard basis."""
-    cores: Tensor
+    cores: Tensor = field(repr=False)
     """Cores (n, p, q), one for each layer at weight 1, with alpha / rank included."""
     shape: tuple[int, ...]
     """Shape of the weight, (out, in[, kh, kw])."""

@@ -6,7 +6,7 @@ descending order of the singular values.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ from lora_diffusion.algebra.svd.svd import Spectrum, thin_svd
 class Directions:
     """Leading singular vectors of a delta as orthonormal columns, float64."""
 
-    output: Tensor
+    output: Tensor = field(repr=False)
     """Left singular vectors (out, k)."""
-    input: Tensor
+    input: Tensor = field(repr=False)
     """Right singular vectors (in * kh * kw, k)."""
 
 
@@ -104,9 +104,9 @@ def grassmann_distance(first: Tensor, second: Tensor) -> float:
 class SubspaceSimilarity:
     """Similarity of the output or the input directions of two adapters at one module."""
 
-    similarity: Tensor
+    similarity: Tensor = field(repr=False)
     """phi(i, j), float64 (m, n)."""
-    random: Tensor
+    random: Tensor = field(repr=False)
     """Expected phi(i, j) of random directions, float64 (m, n)."""
     distance: float
     """Grassmann distance of all directions, in radians."""

@@ -4,7 +4,7 @@ Every difference that is not exactly 0 gives a layer, however small it is, and n
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class Approximation:
 class Extraction:
     """Extracted layers with their approximation errors."""
 
-    layers: Mapping[str, LoRALayer]
+    layers: Mapping[str, LoRALayer] = field(repr=False)
     """Layers by module path."""
     report: CompressionReport
     """Approximation error of each layer, including rounding to the dtype of the factors."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ class Loss:
 class CompressionReport:
     """Approximation error by module path, without biases and norm weights, which are not approximated."""
 
-    modules: Mapping[str, ModuleLoss]
+    modules: Mapping[str, ModuleLoss] = field(repr=False)
     """Errors by module path."""
 
     @property

@@ -35,9 +35,9 @@ _MIN_GAIN = 1e-4
 class SharedModule:
     """Bases that all adapters share at one module."""
 
-    left: Tensor
+    left: Tensor = field(repr=False)
     """Basis of the outputs (out, k), orthonormal columns. k is the requested rank, or less for small modules."""
-    right: Tensor
+    right: Tensor = field(repr=False)
     """Basis of the inputs (k, in * kh * kw), orthonormal rows; its k may differ from that of `left`."""
     shape: tuple[int, ...]
     """Shape of the weight, (out, in[, kh, kw])."""
@@ -47,15 +47,15 @@ class SharedModule:
 class PackedAdapter:
     """The part of one adapter that is not shared."""
 
-    cores: Mapping[str, Core]
+    cores: Mapping[str, Core] = field(repr=False)
     """Cores by module path, for the modules that the adapter changes."""
-    ranks: Mapping[str, int]
+    ranks: Mapping[str, int] = field(repr=False)
     """Rank of each core by module path: that of the adapter's layer, or less if the bases are smaller."""
     error: float
     """Relative error: Frobenius norm of the differences of all deltas over that of the deltas, rounding included."""
-    biases: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    biases: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
     """Biases (out,) by module path."""
-    tokens: Mapping[str, Token] = field(default_factory=dict[str, Token])
+    tokens: Mapping[str, Token] = field(default_factory=dict[str, Token], repr=False)
     """Textual inversion embeddings by token."""
     metadata: AdapterMetadata = field(default_factory=AdapterMetadata)
     """Metadata of the original adapter."""
@@ -65,7 +65,7 @@ class PackedAdapter:
 class AdapterPack:
     """Several adapters stored with shared bases."""
 
-    modules: Mapping[str, SharedModule]
+    modules: Mapping[str, SharedModule] = field(repr=False)
     """Shared bases by module path."""
     adapters: Mapping[str, PackedAdapter]
     """The parts that are not shared, by adapter name."""

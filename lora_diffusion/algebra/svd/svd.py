@@ -7,7 +7,7 @@ the same result to float32 precision. Other layer kinds, such as LoHa and full d
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,11 +22,11 @@ from lora_diffusion.adapters.layers import LoRALayer
 class Spectrum:
     """Thin SVD of a delta, (left * values) @ right, in float32; kernels are flattened into the inputs."""
 
-    left: Tensor
+    left: Tensor = field(repr=False)
     """Left singular vectors (out, k), orthonormal columns."""
-    values: Tensor
+    values: Tensor = field(repr=False)
     """Singular values (k,) in descending order."""
-    right: Tensor
+    right: Tensor = field(repr=False)
     """Right singular vectors (k, in * kh * kw), orthonormal rows."""
     shape: tuple[int, ...]
     """Shape of the weight, (out, in[, kh, kw])."""

@@ -15,17 +15,22 @@ from lora_diffusion.config.preset import BlendEntry
 from lora_diffusion.config.settings import validate
 from lora_diffusion.errors import ConfigError
 
-RankFlags = optional_flags(RankRule)
-"""Flags that choose the rank of each module; at most one of them, and `--at-most`."""
-ConsensusFlags = optional_flags(ConsensusConfig, hints={"method": "(default: weighted sum)"})
-"""Flags of the consensus methods."""
-OutputFlags = optional_flags(
-    CombineConfig, exclude=("rule", "first", "consensus", "ignore_unmatched"), hints={"base": ""}
-)
-"""Flags of the written file."""
+
+class RankFlags(optional_flags(RankRule)):
+    """Flags that choose the rank of each module; at most one of them, and `--at-most`."""
 
 
-def read_rank_rule(flags: Any, source: str) -> RankRule | None:
+class ConsensusFlags(optional_flags(ConsensusConfig, hints={"method": "(default: weighted sum)"})):
+    """Flags of the consensus methods."""
+
+
+class OutputFlags(
+    optional_flags(CombineConfig, exclude=("rule", "first", "consensus", "ignore_unmatched"), hints={"base": ""})
+):
+    """Flags of the written file."""
+
+
+def read_rank_rule(flags: RankFlags, source: str) -> RankRule | None:
     """Return the rank rule that the flags describe, or None if no flag is given.
 
     Raises:
@@ -35,7 +40,7 @@ def read_rank_rule(flags: Any, source: str) -> RankRule | None:
     return validate(RankRule, given, source=source) if given else None
 
 
-def read_consensus(flags: Any) -> ConsensusConfig | None:
+def read_consensus(flags: ConsensusFlags) -> ConsensusConfig | None:
     """Return the consensus settings that the flags describe, or None if no flag is given.
 
     Raises:
@@ -77,9 +82,9 @@ class Combine:
         tyro.conf.arg(metavar="FILE[:WEIGHT] ... OUT", help_behavior_hint=""),
     ]
     """Adapter files with weights (default 1) and options as in `<lora:...>` tags; last, the file to write."""
-    consensus: Annotated[ConsensusFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
-    rank: Annotated[RankFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
-    output: Annotated[OutputFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    consensus: Annotated[ConsensusFlags, tyro.conf.arg(name="")]
+    rank: Annotated[RankFlags, tyro.conf.arg(name="")]
+    output: Annotated[OutputFlags, tyro.conf.arg(name="")]
     ignore_unmatched: IgnoreUnmatched = ()
     json: Switch = False
     """Print the result as JSON, with the error of each module."""
@@ -112,8 +117,8 @@ class Resize:
     target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT", help_behavior_hint="")]
     """File to write (.safetensors)."""
     first: Annotated[str | None, describe_flag(CombineConfig, "first")] = None
-    rank: Annotated[RankFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
-    output: Annotated[OutputFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    rank: Annotated[RankFlags, tyro.conf.arg(name="")]
+    output: Annotated[OutputFlags, tyro.conf.arg(name="")]
     ignore_unmatched: IgnoreUnmatched = ()
     json: Switch = False
     """Print the result as JSON, with the error of each module."""

@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -16,8 +16,12 @@ from lora_diffusion.config.preset import Composition
 from lora_diffusion.config.settings import EMBEDDED_BASE, validate
 from lora_diffusion.core.tables import format_table
 
-DistillFlags = optional_flags(DistillConfig, {"guidance_scale": SHORT_NAMES["guidance_scale"]})
-"""Flags of the distillation settings."""
+if TYPE_CHECKING:
+    from lora_diffusion.workflows.images.request import GenerationRequest
+
+
+class DistillFlags(optional_flags(DistillConfig, {"guidance_scale": SHORT_NAMES["guidance_scale"]})):
+    """Flags of the distillation settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +31,8 @@ class Distill:
     Prints the relative distance from the blend on held-out prompts and noise: 0 is the blend itself, 1 the base alone.
     """
 
-    settings: Annotated[DistillFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
-    composition: Annotated[CompositionFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    settings: Annotated[DistillFlags, tyro.conf.arg(name="")]
+    composition: Annotated[CompositionFlags, tyro.conf.arg(name="")]
     load: Annotated[LoadFlags, tyro.conf.arg(name="")]
     output: Path
     """Adapter file to write (.safetensors)."""
@@ -73,7 +77,7 @@ class Distill:
         print(format_table([], rows))
         return 0
 
-    def make_request(self) -> Any:
+    def make_request(self) -> "GenerationRequest":
         """Return the blend to distill."""
         from lora_diffusion.workflows.images.request import GenerationRequest, request_from_preset
 

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -13,11 +13,17 @@ from lora_diffusion.config.adapter_files import ExtractConfig
 from lora_diffusion.config.settings import validate
 from lora_diffusion.errors import ConfigError
 
-ExtractFlags = optional_flags(ExtractConfig, exclude=("rule", "norms_and_biases"))
-"""Flags of what is extracted, and how it is written."""
+if TYPE_CHECKING:
+    from lora_diffusion.workflows.adapters.extract import ExtractResult
 
 
-def read_extract_config(rank: Any, flags: Any, source: str, norms_and_biases: str | None = None) -> ExtractConfig:
+class ExtractFlags(optional_flags(ExtractConfig, exclude=("rule", "norms_and_biases"))):
+    """Flags of what is extracted, and how it is written."""
+
+
+def read_extract_config(
+    rank: RankFlags, flags: ExtractFlags, source: str, norms_and_biases: str | None = None
+) -> ExtractConfig:
     """Return the settings that the flags describe.
 
     Raises:
@@ -32,11 +38,11 @@ def read_extract_config(rank: Any, flags: Any, source: str, norms_and_biases: st
     return validate(ExtractConfig, given, source=source)
 
 
-def print_extraction(done: Any, *, as_json: bool) -> int:
+def print_extraction(result: "ExtractResult", *, as_json: bool) -> int:
     """Print the result of an extraction."""
     from lora_diffusion.workflows.adapters.extract_report import format_report, to_json
 
-    print(json.dumps(to_json(done)) if as_json else format_report(done))
+    print(json.dumps(to_json(result)) if as_json else format_report(result))
     return 0
 
 
@@ -56,8 +62,8 @@ class Extract:
     """File to write (.safetensors)."""
     base: Annotated[str, tyro.conf.arg(metavar="BASE", help_behavior_hint="(required)")]
     """Checkpoint that was fine-tuned: `tiny-sd`, a folder in diffusers' layout, a single file, or a hub id."""
-    rank: Annotated[RankFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
-    settings: Annotated[ExtractFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    rank: Annotated[RankFlags, tyro.conf.arg(name="")]
+    settings: Annotated[ExtractFlags, tyro.conf.arg(name="")]
     norms_and_biases: Annotated[str | None, describe_flag(ExtractConfig, "norms_and_biases")] = None
     json: Switch = False
     """Print the result as JSON, with the error of each module."""
@@ -84,8 +90,8 @@ class Approximate:
     """Checkpoint: `tiny-sd`, a folder in diffusers' layout, a single file, or a hub id."""
     output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT", help_behavior_hint="")]
     """File to write (.safetensors)."""
-    rank: Annotated[RankFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
-    settings: Annotated[ExtractFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    rank: Annotated[RankFlags, tyro.conf.arg(name="")]
+    settings: Annotated[ExtractFlags, tyro.conf.arg(name="")]
     json: Switch = False
     """Print the result as JSON, with the error of each module."""
 

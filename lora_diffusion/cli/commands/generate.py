@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -25,6 +25,10 @@ from lora_diffusion.config.settings import EMBEDDED_BASE, validate
 from lora_diffusion.core.tables import format_table
 from lora_diffusion.errors import ConfigError
 
+if TYPE_CHECKING:
+    from lora_diffusion.library.references import AdapterResolver
+    from lora_diffusion.workflows.images.request import GenerationRequest
+
 Action = Literal["save", "list", "show", "check"]
 """What `preset` does."""
 
@@ -36,8 +40,8 @@ class Generate:
     Tags in the prompt add adapters of the library: `<lora:neon:0.8:lbw=MIDD:start=0.2:stop=0.8>`.
     """
 
-    settings: Annotated[GenerateFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
-    composition: Annotated[CompositionFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    settings: Annotated[GenerateFlags, tyro.conf.arg(name="")]
+    composition: Annotated[CompositionFlags, tyro.conf.arg(name="")]
     load: Annotated[LoadFlags, tyro.conf.arg(name="")]
     base: BaseFlag = ""
     adapter: Adapters = ()
@@ -62,7 +66,7 @@ class Generate:
             print(f"note: {note}", file=sys.stderr)
         print(json.dumps([str(p) for p in written.paths]) if self.json else "\n".join(map(str, written.paths)))
 
-    def make_request(self, resolver: Any) -> Any:
+    def make_request(self, resolver: "AdapterResolver") -> "GenerationRequest":
         """Return the images to generate."""
         from lora_diffusion.workflows.images.request import GenerationRequest, request_from_image, request_from_preset
 
@@ -103,8 +107,8 @@ class Preset:
     ]
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[PATH]", help_behavior_hint="")] = Path()
     """Preset file, or for `list` a folder (default: the current one)."""
-    settings: Annotated[GenerateFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
-    composition: Annotated[CompositionFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    settings: Annotated[GenerateFlags, tyro.conf.arg(name="")]
+    composition: Annotated[CompositionFlags, tyro.conf.arg(name="")]
     load: Annotated[LoadFlags, tyro.conf.arg(name="")]
     adapter: Adapters = ()
     base: BaseFlag = ""

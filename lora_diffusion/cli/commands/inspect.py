@@ -12,8 +12,9 @@ from lora_diffusion.config.adapter_files import ConvertConfig
 from lora_diffusion.config.settings import validate
 from lora_diffusion.errors import ConfigError
 
-ConvertFlags = optional_flags(ConvertConfig, exclude=("ignore_unmatched",))
-"""Flags of the conversion settings."""
+
+class ConvertFlags(optional_flags(ConvertConfig, exclude=("ignore_unmatched",))):
+    """Flags of the conversion settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class Convert:
 
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IN ... OUT", help_behavior_hint="")]
     """Adapter files to read; last, a .safetensors file to write, or a folder if there are several inputs."""
-    settings: Annotated[ConvertFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    settings: Annotated[ConvertFlags, tyro.conf.arg(name="")]
     ignore_unmatched: IgnoreUnmatched = ()
     json: Switch = False
     """Print the result as JSON."""

@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -16,14 +16,19 @@ from lora_diffusion.config.settings import EMBEDDED_BASE, validate
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.prompts.tags import is_number
 
+if TYPE_CHECKING:
+    from lora_diffusion.workflows.merge import MergeRequest
+
 Checkpoints = Annotated[
     tuple[str, ...],
     tyro.conf.UseAppendAction,
     tyro.conf.arg(metavar="CHECKPOINT:WEIGHT[:minus=OTHER]", help_behavior_hint=REPEATABLE),
 ]
 """Checkpoints with weights."""
-MergeFlags = optional_flags(MergeConfig)
-"""Flags of the merge settings."""
+
+
+class MergeFlags(optional_flags(MergeConfig)):
+    """Flags of the merge settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +41,7 @@ class Merge:
 
     output: Path
     """File or folder to write."""
-    settings: Annotated[MergeFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    settings: Annotated[MergeFlags, tyro.conf.arg(name="")]
     load: Annotated[LoadFlags, tyro.conf.arg(name="")]
     base: Annotated[
         str,
@@ -86,7 +91,7 @@ class Merge:
         print(json.dumps(facts) if self.json else "\n".join(lines))
         return None
 
-    def make_request(self) -> Any:
+    def make_request(self) -> "MergeRequest":
         """Return the merge to run."""
         from lora_diffusion.workflows.merge import MergeRequest, read_preset_entries, request_from_checkpoint
 

@@ -12,8 +12,9 @@ from lora_diffusion.config.adapter_files import PackConfig
 from lora_diffusion.config.settings import validate
 from lora_diffusion.errors import ConfigError
 
-PackFlags = optional_flags(PackConfig)
-"""Flags of the packing settings."""
+
+class PackFlags(optional_flags(PackConfig)):
+    """Flags of the packing settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class Pack:
         tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER|FILE ... OUT", help_behavior_hint="")
     ]
     """Adapter files, or folders of them; last, the file to write (.safetensors)."""
-    settings: Annotated[PackFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    settings: Annotated[PackFlags, tyro.conf.arg(name="")]
     json: Switch = False
     """Print the result as JSON, with the error of each adapter."""
 

@@ -11,8 +11,9 @@ from lora_diffusion.cli.flags import Switch, given_settings, optional_flags
 from lora_diffusion.config.adapter_files import PruneConfig
 from lora_diffusion.config.settings import validate
 
-PruneFlags = optional_flags(PruneConfig)
-"""Flags of the pruning settings."""
+
+class PruneFlags(optional_flags(PruneConfig)):
+    """Flags of the pruning settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class Prune:
     """Adapter to read, in any dialect."""
     output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT", help_behavior_hint="")]
     """File to write (.safetensors)."""
-    settings: Annotated[PruneFlags, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    settings: Annotated[PruneFlags, tyro.conf.arg(name="")]
     json: Switch = False
     """Print the result as JSON."""
 

@@ -7,7 +7,7 @@ LoKr use the same leaves [github.com/KohakuBlueleaf/LyCORIS, lycoris/modules].
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lora_diffusion.adapters.layers import (
@@ -47,7 +47,7 @@ class ModuleTensors:
     """The content of one module in a file."""
 
     layer: Layer | None = None
-    bias: Tensor | None = None
+    bias: Tensor | None = field(default=None, repr=False)
     used: frozenset[str] = frozenset()
     """The leaves that were used; other leaves of the module are not recognized."""
     assumed_alpha: bool = False

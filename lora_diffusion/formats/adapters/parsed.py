@@ -20,11 +20,11 @@ class ParsedFile:
 
     dialect: str
     """Name of the file format, as in `AdapterMetadata.source_format`."""
-    layers: Mapping[str, Layer] = field(default_factory=dict[str, Layer])
+    layers: Mapping[str, Layer] = field(default_factory=dict[str, Layer], repr=False)
     """Layers by module path."""
-    biases: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
+    biases: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"], repr=False)
     """Bias deltas of shape (out,), by module path."""
-    tokens: Mapping[str, Token] = field(default_factory=dict[str, Token])
+    tokens: Mapping[str, Token] = field(default_factory=dict[str, Token], repr=False)
     """Textual-inversion embeddings by name."""
     unmatched: tuple[str, ...] = ()
     """Keys of the file that were not recognized."""

@@ -6,7 +6,8 @@ latent is recorded with the prediction for the prompt and, with classifier-free 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -37,13 +38,13 @@ class SamplingRun:
 class DistillationBatch:
     """Inputs of the UNet and the blend's predictions for them, on the base's device."""
 
-    latents: Tensor
+    latents: Tensor = field(repr=False)
     """Noisy latents, (n, c, h, w)."""
-    timesteps: Tensor
+    timesteps: Tensor = field(repr=False)
     """Training timesteps, (n,)."""
     texts: tuple[str, ...]
     """Prompts, n strings."""
-    predictions: Tensor
+    predictions: Tensor = field(repr=False)
     """Predictions, (n, c, h, w), float32: noise or velocity, depending on the base's prediction type."""
 
     def __len__(self) -> int:
@@ -108,7 +109,7 @@ def _record_steps(
     def encode() -> TextContext:
         return batch_contexts(encode_texts(base, texts, size_px), texts)
 
-    scheduler = new_scheduler(base, "ddim")
+    scheduler: Any = cast(Any, new_scheduler(base, "ddim"))
     scheduler.set_timesteps(config.num_inference_steps, device=base.device)
     x = (
         torch.cat([_initial_latents(base, run.seed, size_px) for run in runs]).to(base.device)

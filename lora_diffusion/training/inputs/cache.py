@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType] (safetensors' types)
 from torch import Tensor
 
 from lora_diffusion.formats.safetensors import write_safetensors

@@ -1,7 +1,7 @@
 """Encode training images to latents with the VAE, together with their loss masks and SDXL's size conditioning."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,13 +20,13 @@ from lora_diffusion.training.inputs.cache import Cache, Tensors, content_key
 class LatentView:
     """Encoded view of an image: one particular crop, flip and color change of it."""
 
-    mean: Tensor
+    mean: Tensor = field(repr=False)
     """Mean of the scaled latents' distribution, (c, h, w), float32."""
-    std: Tensor
+    std: Tensor = field(repr=False)
     """Standard deviation of the same, (c, h, w), float32."""
-    mask: Tensor
+    mask: Tensor = field(repr=False)
     """Weight of the loss at each latent pixel, (1, h, w), in 0..1."""
-    time_ids: Tensor
+    time_ids: Tensor = field(repr=False)
     """SDXL's size and crop conditioning, (6,): original height and width, top and left of the crop, height and width
     of the bucket."""
 
@@ -76,7 +76,7 @@ class ViewEncoder:
 @torch.no_grad()
 def _encode_image(base: Base, image: Tensor) -> tuple[Tensor, Tensor]:
     """Encode an image (3, height, width) in -1..1; return mean and standard deviation of the latents, (c, h, w)."""
-    vae: Any = base.pipe.vae
+    vae: Any = cast(Any, base.vae)
     posterior = vae.encode(image[None].to(vae.device, vae.dtype)).latent_dist
     scale = vae.config.scaling_factor
     return posterior.mean[0].float().cpu() * scale, posterior.std[0].float().cpu() * scale

@@ -5,6 +5,9 @@ forward pass of the frozen module by one that calls the trainable layer. All tra
 `AdapterState`, through which they can be disabled or scaled together.
 """
 
+# torch.utils.checkpoint is untyped.
+# pyright: standard
+
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -45,7 +48,7 @@ class ForwardState:
     """Whether the adapter layers are applied; if False, the base computes exactly what it does without them."""
     weight: float = 1.0
     """Multiplier of every delta."""
-    used: Mapping[tuple[int, int], Tensor] = field(default_factory=dict[tuple[int, int], Tensor])
+    used: Mapping[tuple[int, int], Tensor] = field(default_factory=dict[tuple[int, int], Tensor], repr=False)
     """T-LoRA's rank masks by (minimum rank, rank): (n, rank) booleans, true for the directions that a sample uses."""
 
 

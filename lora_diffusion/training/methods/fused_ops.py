@@ -7,6 +7,9 @@ functions store it once and accumulate in place, so that the adapter costs littl
 reference that they equal up to rounding is the frozen layer plus `low_rank_forward`.
 """
 
+# torch.autograd.Function and torch.nn.grad are untyped.
+# pyright: standard
+
 from typing import Any
 
 import torch

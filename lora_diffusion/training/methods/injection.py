@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ _LAYER_CLASSES: Mapping[str, Any] = {
 class InjectedAdapter:
     """The trainable layers that have been injected into a base."""
 
-    parameters: dict[str, nn.Parameter]
+    parameters: dict[str, nn.Parameter] = field(repr=False)
     """Trained parameters by module path and factor, such as `unet.conv_in.down`."""
     callbacks: MethodCallbacks
     """Callbacks of the training method."""

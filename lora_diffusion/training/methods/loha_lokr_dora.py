@@ -5,6 +5,9 @@ frozen weight, because adding it to the weight would round small deltas away; it
 instead of stored.
 """
 
+# torch.utils.checkpoint is untyped.
+# pyright: standard
+
 from abc import abstractmethod
 from math import prod
 from typing import Any

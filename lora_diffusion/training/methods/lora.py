@@ -23,6 +23,8 @@ from lora_diffusion.training.methods.base import (
 )
 from lora_diffusion.training.methods.fused_ops import cast_for_compute, forward_with_update
 
+_LINALG: Any = torch.linalg  # PyTorch does not annotate its functions
+
 
 class LowRankLayer(AdditiveLayer):
     """A trainable layer whose delta is scale * up @ down, however the factors are computed."""
@@ -126,6 +128,7 @@ def _orthogonalize(down: Tensor, generator: torch.Generator) -> Tensor:
     If the rank exceeds the number of inputs, the rows beyond it stay as they are.
     """
     noise = torch.randn(down[0].numel(), down.shape[0], generator=generator)
-    rows, flat = torch.linalg.qr(noise).Q.T, down.flatten(1)
-    orthogonal = rows * flat.norm(dim=1, keepdim=True)[: len(rows)]
+    basis, _ = _LINALG.qr(noise)
+    rows, flat = basis.T, down.flatten(1)
+    orthogonal = rows * _LINALG.vector_norm(flat, dim=1, keepdim=True)[: len(rows)]
     return torch.cat([orthogonal, flat[len(rows) :]]).reshape(down.shape)

@@ -18,6 +18,8 @@ from lora_diffusion.training.methods.base import AdapterSize, make_parameter
 from lora_diffusion.training.methods.callbacks import MethodCallbacks, RateOf
 from lora_diffusion.training.methods.lora import TrainableLoRA, drop_pruned
 
+_LINALG: Any = torch.linalg  # PyTorch does not annotate its functions
+
 _PRUNING_START = 0.5
 """Fraction of the run at which pruning starts; the second half lets the remaining directions adapt to it."""
 
@@ -39,7 +41,9 @@ class TrainableSparseLoRA(TrainableLoRA):
 
     def compute_strengths(self) -> Tensor:
         """Compute the Frobenius norm (r,) of what each direction adds to the weight."""
-        return self.scale * self.gate.abs() * self.down.flatten(1).norm(dim=1) * self.up.flatten(1).norm(dim=0)
+        down_norms = _LINALG.vector_norm(self.down.flatten(1), dim=1)
+        up_norms = _LINALG.vector_norm(self.up.flatten(1), dim=0)
+        return self.scale * self.gate.abs() * down_norms * up_norms
 
 
 class SparseCallbacks(MethodCallbacks):

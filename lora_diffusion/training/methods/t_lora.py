@@ -60,7 +60,7 @@ def follow_timesteps(unet: nn.Module, layers: Sequence[TrainableTLoRA], timestep
         progress = 1 - timestep.float().expand(len(sample)) / timesteps
         masks: dict[tuple[int, int], Tensor] = {}
         for sizes in all_sizes:
-            ranks = torch.tensor([rank_at_step(each, *sizes) for each in progress.tolist()], device=sample.device)
+            ranks = torch.tensor([rank_at_step(float(each), *sizes) for each in progress.cpu()], device=sample.device)
             masks[sizes] = torch.arange(sizes[1], device=sample.device) < ranks[:, None]
         state.current = replace(state.current, used=masks)
 

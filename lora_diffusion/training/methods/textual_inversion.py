@@ -6,7 +6,7 @@ Each vector keeps its initial norm, because a longer one would dominate the rest
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ _SUBMODULE_NAME = "tokens"
 class LearnedTokens:
     """Learned tokens that have been added to a base."""
 
-    parameters: dict[str, nn.Parameter]
+    parameters: dict[str, nn.Parameter] = field(repr=False)
     """Vectors (n, width) in float32, by parameter name such as `text_encoder.tokens.sks`."""
     rewrite: Callable[[str], str]
     """Replaces each learned token in a text by the names of its vectors in the tokenizers."""
@@ -137,6 +137,11 @@ def _add_trainable_rows(
     }
 
 
+def _vector_norms(vectors: Tensor) -> Tensor:
+    """Return the norm (n, 1) of each vector (n, width)."""
+    return vectors.square().sum(dim=1, keepdim=True).sqrt()
+
+
 class TextualInversionCallbacks(MethodCallbacks):
     """Decides when tokens and adapter are trained, and restores the norm of each vector after each step.
 
@@ -158,7 +163,7 @@ class TextualInversionCallbacks(MethodCallbacks):
         self.tokens, self.others = tokens, others
         self.start_adapter_step = config.start_adapter_at * steps
         self.freeze_tokens_step = config.freeze_tokens_at * steps
-        self.norms = {name: vectors.detach().norm(dim=1, keepdim=True) for name, vectors in tokens.items()}
+        self.norms = {name: _vector_norms(vectors.detach()) for name, vectors in tokens.items()}
 
     def frozen_parameters(self, step: int) -> Iterable[nn.Parameter]:
         """Return the other parameters until the adapter starts, and the tokens once they are frozen."""
@@ -173,7 +178,7 @@ class TextualInversionCallbacks(MethodCallbacks):
     def after_step(self, step: int, rate_of: RateOf) -> None:  # noqa: ARG002 (the same at every step)
         """Scale each vector to its initial norm."""
         for name, vectors in self.tokens.items():
-            vectors.mul_(self.norms[name] / vectors.norm(dim=1, keepdim=True))
+            vectors.mul_(self.norms[name] / _vector_norms(vectors))
 
     def report(self) -> dict[str, Any]:
         """Return the learned tokens."""

@@ -6,7 +6,7 @@ The file is plain LoRA with the factors diag(d) A and diag(b) B, which every too
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -28,9 +28,9 @@ class VeRAFactors:
     Smaller modules use the first columns of `down` and the first rows of `up`.
     """
 
-    down: Tensor
+    down: Tensor = field(repr=False)
     """A (r, max_in), where max_in is the largest in * kh * kw of any module."""
-    up: Tensor
+    up: Tensor = field(repr=False)
     """B (max_out, r), where max_out is the largest number of outputs of any module."""
 
 

@@ -22,7 +22,7 @@ class MovingAverage:
     """Factor by which the weight of a step falls with each later step, in [0, 1)."""
     steps: int = 0
     """Number of steps that the average contains."""
-    means: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    means: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
     """Averages by parameter name; empty before the first step."""
 
     @torch.no_grad()

@@ -26,7 +26,8 @@ def limit_norms(pairs: Iterable[tuple[Tensor, Tensor, float]], largest: float) -
     modules = tuple(pairs)
     if not modules:
         return 0
-    norms: list[float] = torch.stack([low_rank_norm(down, up, scale) for down, up, scale in modules]).tolist()
+    on_device = torch.stack([low_rank_norm(down, up, scale) for down, up, scale in modules])
+    norms = [float(norm) for norm in on_device.cpu()]  # one transfer for all modules
     too_large = [(pair, norm) for pair, norm in zip(modules, norms, strict=True) if norm > largest]
     for (down, up, _), norm in too_large:
         factor = (largest / norm) ** 0.5

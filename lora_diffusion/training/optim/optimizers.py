@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -161,7 +161,10 @@ def _resolve_options(optimizer_class: type[Any], config: OptimizerConfig) -> dic
         )
     decay = {"weight_decay": config.weight_decay} if "weight_decay" in known else {}
     # TOML has lists only, but some classes require tuples
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in config.options.items()}
+    options = {
+        name: tuple(cast("list[Any]", value)) if isinstance(value, list) else value
+        for name, value in config.options.items()
+    }
     return {**decay, **KINDS.get(config.kind, ("", {}))[1], **options}
 
 

@@ -12,9 +12,9 @@ Trained gates are saved as `BlendWeight`, which all commands can read.
 
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +112,7 @@ class Gates(nn.Module):
     def _block_factors(self, i: int, entry: WeightedAdapter) -> dict[str, float | Schedule]:
         """Return the gates of an adapter by block, for the blocks in which it has layers."""
         used = {self.block_of(path) for path in entry.adapter.paths}
-        values = self.values.detach().cpu().double()
+        values: Any = cast(Any, self.values.detach().cpu().double())  # Tensor.tolist has no element type
         text: dict[str, float | Schedule] = {"BASE": self.init_value} if "BASE" in used else {}
         return text | {b: _make_schedule(values[i, j].tolist()) for j, b in enumerate(self.blocks) if b in used}
 
@@ -199,13 +199,13 @@ def time_bin_at(timestep: Tensor, num_time_bins: int, num_timesteps: int) -> Ten
 class _GatedFactors:
     """Concatenated factors of all adapters at one module, in the data type of its weight."""
 
-    down: Tensor
+    down: Tensor = field(repr=False)
     """Down factors, (sum of ranks, in, ...kernel)."""
-    up: Tensor
+    up: Tensor = field(repr=False)
     """Up factors, (out, sum of ranks), or (out, sum of ranks, 1, 1) for a convolution."""
-    adapter_index: Tensor
+    adapter_index: Tensor = field(repr=False)
     """Index of the adapter that each rank belongs to, (sum of ranks,)."""
-    scale: Tensor
+    scale: Tensor = field(repr=False)
     """The adapter's weight times its layer's scale, for each rank, (sum of ranks,)."""
 
     def repeat_gates(self, gates: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from lora_diffusion.adapters.blend import Blend
@@ -163,7 +163,7 @@ def _read_blend(config: RouteConfig) -> Blend:
 def _train_and_measure(gates: Gates, examples: tuple[Example, ...], config: RouteConfig) -> tuple[float, float]:
     """Train the gates; return the mean loss on held-out noise before and after."""
     base, size_px = gates.base, config.resolution or gates.base.size_px
-    base.pipe.vae.float()
+    cast(nn.Module, base.vae).float()
     images = _encode_images(base, examples, size_px)
     denoiser = Denoiser(base, ObjectiveConfig())
     training = _RoutingSamples(

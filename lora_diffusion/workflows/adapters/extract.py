@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import hypot
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class ExtractResult:
     """The settings."""
     extraction: Extraction
     """The low-rank layers and their errors."""
-    kept: Mapping[str, Tensor]
+    kept: Mapping[str, Tensor] = field(repr=False)
     """Differences of norms and biases in the file, by name of the parameter."""
     left_out: Mapping[str, ParameterGroup]
     """Differences that are not in the file, by kind."""

@@ -1,5 +1,8 @@
 """The Compare tab: an XY grid over two settings, and the effect of each block of an adapter."""
 
+# Gradio's events are untyped.
+# pyright: standard
+
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -5,7 +5,7 @@ import html
 import inspect
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 
 @contextmanager
-def errors_as_messages(escape: Callable[[str], str] = html.escape) -> Iterator[None]:
+def errors_as_messages(escape: Callable[[str], str] = html.escape) -> Generator[None]:
     """Turn errors of the library into messages on the page.
 
     Args:

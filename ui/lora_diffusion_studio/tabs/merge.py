@@ -1,5 +1,8 @@
 """The Merge tab: writes the current blend as a checkpoint or as a single adapter."""
 
+# Gradio's events are untyped.
+# pyright: standard
+
 import html
 from collections.abc import Iterator
 from typing import Any

@@ -1,5 +1,8 @@
 """The Train tab: uploads and captions images, starts and watches a run, and adds its adapter to the library."""
 
+# Gradio's events are untyped.
+# pyright: standard
+
 import html
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,5 +1,8 @@
 """Events of the Blend tab that generate images: Generate, Stop, weight sliders, and the comparison with the base."""
 
+# Gradio's events are untyped.
+# pyright: standard
+
 import html
 from collections.abc import Iterator
 from typing import Any

@@ -1,5 +1,8 @@
 """Events of the Blend tab that load all settings from an image, and show them as a command."""
 
+# Gradio's events are untyped.
+# pyright: standard
+
 import html
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,8 @@
 """Events of the Blend tab that change the adapter slots: selection, gallery, base model, blend mode, trigger words."""
 
+# Gradio's events are untyped.
+# pyright: standard
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""`blend_adapters`: a blend from adapters and paths of adapter files."""
+"""`Blend.of` with paths of adapter files."""
 
 import os
 from pathlib import Path
@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata
+from lora_diffusion.adapters.blend import Blend
 from lora_diffusion.adapters.layers import LoRALayer
 from lora_diffusion.errors import AdapterFormatError
-from lora_diffusion.formats.adapters.blend import blend_adapters
 from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.formats.safetensors import file_payload_hash
 
@@ -21,7 +21,7 @@ def named(name: str) -> Adapter:
     return Adapter(layers={PATH: layer}, metadata=AdapterMetadata(name=name, family="sd1"))
 
 
-def test_blend_adapters_accepts_adapters_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blend_of_accepts_adapters_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class FolderEntry(os.PathLike[str]):
         def __fspath__(self) -> str:
             return "gloop.safetensors"
@@ -30,18 +30,18 @@ def test_blend_adapters_accepts_adapters_and_paths(tmp_path: Path, monkeypatch: 
     for name in ("neon", "gloop", "zuki"):
         save_adapter(named(name), tmp_path / f"{name}.safetensors")
     zuki = named("zuki")
-    blend = blend_adapters({"neon.safetensors": 0.8, FolderEntry(): 0.5, zuki: 0.25})
+    blend = Blend.of({"neon.safetensors": 0.8, FolderEntry(): 0.5, zuki: 0.25})
     assert repr(blend) == "Blend(neon x 0.8, gloop x 0.5, zuki x 0.25)"
     neon, gloop, loaded = blend.entries
     assert neon.hash == named("neon").hash
     assert (neon.path, gloop.path, loaded.path) == (Path("neon.safetensors"), Path("gloop.safetensors"), None)
     assert neon.payload_hash == file_payload_hash(tmp_path / "neon.safetensors")
     assert loaded.adapter is zuki
-    pairs = blend_adapters([(tmp_path / "neon.safetensors", 1.0), (zuki, -1.0)])
+    pairs = Blend.of([(tmp_path / "neon.safetensors", 1.0), (zuki, -1.0)])
     assert repr(pairs) == "Blend(neon x 1, zuki x -1)"
 
 
-def test_blend_adapters_refuses_files_that_are_not_adapters(tmp_path: Path) -> None:
+def test_blend_of_refuses_files_that_are_not_adapters(tmp_path: Path) -> None:
     (tmp_path / "text.safetensors").write_text("not tensors")
     with pytest.raises(AdapterFormatError, match=r"text\.safetensors"):
-        blend_adapters({tmp_path / "text.safetensors": 1.0})
+        Blend.of({tmp_path / "text.safetensors": 1.0})
