@@ -35,7 +35,7 @@ GenerateFlags = optional_flags(
     GenerateConfig, SHORT_NAMES, hints={"prompt": "(required, unless a preset or image has one)"}
 )
 """Flags of the image settings."""
-CompositionFlags = optional_flags(Composition)
+CompositionFlags = optional_flags(Composition, {"projection_strength": "projection"})
 """Flags that say how the adapters are composed."""
 
 

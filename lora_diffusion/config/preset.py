@@ -87,7 +87,12 @@ class Region(Settings):
         return self
 
 
-MODE_OF = {"switch_every": "switch", "k_lora_slope": "k-lora", "k_lora_start": "k-lora", "projection": "np-lora"}
+MODE_OF = {
+    "switch_every": "switch",
+    "k_lora_slope": "k-lora",
+    "k_lora_start": "k-lora",
+    "projection_strength": "np-lora",
+}
 """Settings of a composition that only one mode uses."""
 
 
@@ -104,7 +109,10 @@ class Composition(Settings):
     """How much the factor of the second adapter in `k-lora`'s comparison grows from the first to the last step."""
     k_lora_start: Finite = 0.5
     """Factor of the second adapter in `k-lora`'s comparison at the first step."""
-    projection: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    projection_strength: Annotated[
+        float,
+        Field(ge=0, allow_inf_nan=False, validation_alias=AliasChoices("projection_strength", "projection")),
+    ] = 1.0
     """How much of the other adapters' main directions `np-lora` removes: 0 nothing, 1 half, large values all."""
     parallel: Annotated[bool, Field(validation_alias=AliasChoices("parallel", "exact"))] = False
     """Compute the adapters in parallel to the base's layers instead of adding them to its weights: slower, but small

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from lora_diffusion.config.adapter import PRODUCT_KINDS, PRUNING_KINDS, AboveZero, AdapterConfig, NotNegative, Share
 from lora_diffusion.config.generate import DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_INFERENCE_STEPS
@@ -36,7 +36,9 @@ class DataConfig(Settings):
     """Aspect-ratio bucketing: crop each image to the nearest of several sizes of equal area; else to a square."""
     bucket_step: Annotated[int, Field(gt=0, multiple_of=8)] | None = None
     """Bucket sizes are multiples of this; an eighth of the resolution by default, such as 64 for 512."""
-    largest_aspect: Annotated[float, Field(ge=1, le=4)] = 2.0
+    max_aspect_ratio: Annotated[
+        float, Field(ge=1, le=4, validation_alias=AliasChoices("max_aspect_ratio", "largest_aspect"))
+    ] = 2.0
     """Maximum aspect ratio of a bucket, long side over short side."""
     crop: Literal["center", "random"] = "center"
     """Position of the crop in images that do not have the shape of their bucket; random crops augment small sets."""

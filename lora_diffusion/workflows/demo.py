@@ -38,8 +38,6 @@ PROMPTS = (
     "a gloop character in the city at night, {style}",
 )
 """Prompts of the rows of the grid."""
-SUBJECT_ROWS = (3, 4)
-"""Indices of the prompts that show the subject."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -434,7 +434,7 @@ def test_project_removes_the_main_directions_of_the_style() -> None:
     held = values.square().cumsum(0) / values.square().sum()
     main = right[: int((held < 0.95).sum()) + 1]
     expected = 0.8 * (delta64(subject) - 0.75 * delta64(subject) @ main.T @ main) + 0.6 * delta64(style)
-    result = merged(blend_of([subject, style], [0.8, 0.6]), ConsensusConfig(method="np-lora", strength=3.0))
+    result = merged(blend_of([subject, style], [0.8, 0.6]), ConsensusConfig(method="np-lora", projection_strength=3.0))
     assert close(result, expected)
 
 
@@ -524,7 +524,7 @@ def test_layers_other_than_plain_lora_are_rejected(method: ConsensusMethod) -> N
         ({"method": "della", "spread": 1.0}, "'spread' is 1.0: input should be less than 1"),
         ({"disjoint": "max"}, "'disjoint' is 'max': input should be 'mean' or 'sum'"),
         ({"method": "ziplora", "penalty": 1.0}, "'penalty' is 1.0"),
-        ({"method": "np-lora", "strength": math.inf}, "'strength' is inf"),
+        ({"method": "np-lora", "projection_strength": math.inf}, "'projection_strength' is inf"),
         (
             {"method": "slerp", "density": 0.3},
             "density is a setting of ties, dare, della, knots, magnitude; the method slerp",

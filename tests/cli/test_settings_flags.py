@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from lora_diffusion import cli
 from lora_diffusion.cli import COMMANDS, command_class, main
-from lora_diffusion.cli.flags import format_default
+from lora_diffusion.cli.flags import format_default, given_settings
 from lora_diffusion.config.adapter_files import ConvertConfig, ExtractConfig, PackConfig, PruneConfig
 from lora_diffusion.config.combine import CombineConfig, ConsensusConfig, RankRule
 from lora_diffusion.config.defaults import DefaultsConfig
@@ -24,7 +24,7 @@ from lora_diffusion.config.generate import DEFAULT_GUIDANCE_SCALE, GenerateConfi
 from lora_diffusion.config.merge import MergeConfig
 from lora_diffusion.config.preset import BlendPreset, Composition
 from lora_diffusion.config.settings import Settings
-from lora_diffusion.config.train import SamplesConfig
+from lora_diffusion.config.train import DataConfig, SamplesConfig
 
 SAMPLING = (GenerateConfig, Composition, LoadConfig)
 SETTINGS: dict[str, tuple[type[Settings], ...]] = {
@@ -137,6 +137,36 @@ def test_the_former_name_of_ziplora_is_read_and_reported(tmp_path: Path, capsys:
     command = ["combine", "a.safetensors", "b.safetensors", str(tmp_path / "out.safetensors"), "--method", "zip"]
     assert main(command) == 2
     assert capsys.readouterr().err.splitlines()[0] == "note: --method zip is now called ziplora"
+
+
+@pytest.mark.parametrize(
+    ("kind", "former", "name", "value"),
+    [
+        (Composition, "projection", "projection_strength", 3.0),
+        (ConsensusConfig, "strength", "projection_strength", 3.0),
+        (DistillConfig, "most_prompts", "max_prompts", 6),
+        (DataConfig, "largest_aspect", "max_aspect_ratio", 1.5),
+    ],
+)
+def test_settings_are_read_by_their_former_names(kind: type[Settings], former: str, name: str, value: float) -> None:
+    required = {Composition: {"mode": "np-lora"}, ConsensusConfig: {"method": "np-lora"}, DataConfig: {"folder": "a"}}
+    settings = kind.model_validate({**required.get(kind, {}), former: value})
+    assert settings == kind.model_validate({**required.get(kind, {}), name: value})
+    assert settings.model_dump()[name] == value
+
+
+@pytest.mark.parametrize(
+    ("command", "former", "field"),
+    [
+        ("generate", "--projection", "composition"),
+        ("combine", "--strength", "consensus"),
+        ("distill", "--most-prompts", "settings"),
+    ],
+)
+def test_former_flags_still_work(command: str, former: str, field: str) -> None:
+    arguments = {"combine": ["a", "b"], "distill": ["--output", "a"]}.get(command, [])
+    parsed = tyro.cli(command_class(command), args=[*arguments, former, "7"])
+    assert "7" in given_settings(getattr(parsed, field)).values()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from lora_diffusion.adapters.layers import DoRALayer, FullLayer, LoHaLayer, LoRA
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendWeight, Composition, Schedule
 from lora_diffusion.errors import AdapterFormatError, ConfigError
-from lora_diffusion.inference.in_place import blended_weights, rounding_loss, weight_at, weight_patch
+from lora_diffusion.inference.in_place import blend_rounding_error, blended_weights, weight_at, weight_patch
 from lora_diffusion.inference.parallel import parallel_blend, parallel_patch
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import Base, load_base, module_at
@@ -280,7 +280,7 @@ def test_a_note_warns_when_rounding_would_lose_most_of_an_adapter(sd: Base, sd_f
                 change = sum_deltas(terms).double().reshape(own.shape)
                 lost += float((weight_at(base, path).double() - own - change).square().sum())
                 delta += float(change.square().sum())
-        assert rounding_loss(base, total) == pytest.approx((lost / delta) ** 0.5, rel=1e-3)
+        assert blend_rounding_error(base, total) == pytest.approx((lost / delta) ** 0.5, rel=1e-3)
     notes = warn_about_rounding(base, gentle, plan)
     assert len(notes) == 1
     assert "rounding to bfloat16 loses" in notes[0]

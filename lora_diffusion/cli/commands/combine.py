@@ -17,7 +17,9 @@ from lora_diffusion.errors import ConfigError
 
 RankFlags = optional_flags(RankRule)
 """Flags that choose the rank of each module; at most one of them, and `--at-most`."""
-ConsensusFlags = optional_flags(ConsensusConfig, hints={"method": "(default: weighted sum)"})
+ConsensusFlags = optional_flags(
+    ConsensusConfig, {"projection_strength": "strength"}, hints={"method": "(default: weighted sum)"}
+)
 """Flags of the consensus methods."""
 OutputFlags = optional_flags(
     CombineConfig, exclude=("rule", "first", "consensus", "ignore_unmatched"), hints={"base": ""}

@@ -16,7 +16,9 @@ from lora_diffusion.config.preset import Composition
 from lora_diffusion.config.settings import EMBEDDED_BASE, validate
 from lora_diffusion.core.tables import format_table
 
-DistillFlags = optional_flags(DistillConfig, {"guidance_scale": SHORT_NAMES["guidance_scale"]})
+DistillFlags = optional_flags(
+    DistillConfig, {"guidance_scale": SHORT_NAMES["guidance_scale"], "max_prompts": "most-prompts"}
+)
 """Flags of the distillation settings."""
 
 

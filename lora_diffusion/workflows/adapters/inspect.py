@@ -12,12 +12,12 @@ from lora_diffusion.adapters.adapter import Adapter, adapter_hash, named_tensors
 from lora_diffusion.algebra.metrics.norms import delta_norm
 from lora_diffusion.architectures.blocks import block_prefix
 from lora_diffusion.architectures.families import family_title
-from lora_diffusion.core.atomic_files import count_bytes, file_hash
+from lora_diffusion.core.atomic_files import count_bytes
 from lora_diffusion.core.dtypes import dtype_name
 from lora_diffusion.formats.adapters.load import load_meta_adapter, load_unchecked
 from lora_diffusion.formats.adapters.metadata import tag_frequencies
 from lora_diffusion.formats.adapters.pickle import is_pickled
-from lora_diffusion.formats.safetensors import file_payload_hash
+from lora_diffusion.formats.safetensors import file_and_payload_hash
 
 _MAX_TAGS = 20
 """Maximum number of caption tags in a report; the most frequent ones."""
@@ -117,8 +117,8 @@ def file_hashes(path: str | os.PathLike[str]) -> dict[str, str]:
     with path.open("rb") as file:
         file.seek(_LEGACY_START)
         legacy = hashlib.sha256(file.read(_LEGACY_BYTES)).hexdigest()
-    whole = file_hash(path, use_cache=False)
-    return {"autov2": whole[:10], "sshs_model_hash": file_payload_hash(path), "sshs_legacy_hash": legacy[:8]}
+    whole, payload = file_and_payload_hash(path)
+    return {"autov2": whole[:10], "sshs_model_hash": payload, "sshs_legacy_hash": legacy[:8]}
 
 
 def describe_inspection(report: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from lora_diffusion.core.atomic_files import check_writable
 from lora_diffusion.core.dtypes import dtype_name, torch_dtype
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.load import load_meta_adapter
-from lora_diffusion.inference.in_place import is_quantized, rounding_loss, validate_blend
+from lora_diffusion.inference.in_place import blend_rounding_error, is_quantized, validate_blend
 from lora_diffusion.inference.sampling import GeneratedImage, OnStep, generate
 from lora_diffusion.library.presets import save_preset
 from lora_diffusion.library.recipe import Recipe, list_differences
@@ -28,8 +28,8 @@ from lora_diffusion.models.locate import find_checkpoint
 from lora_diffusion.models.quantize import load_quantized_base
 from lora_diffusion.workflows.images.request import GenerationRequest, resolve_prompt_tags
 
-_MAX_ROUNDING_LOSS = 0.1
-"""Fraction of a blend's delta that rounding may lose without a warning."""
+_MAX_ROUNDING_ERROR = 0.1
+"""Rounding error, relative to the blend's delta, up to which there is no warning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,11 +192,11 @@ def warn_about_rounding(base: Base, blend: Blend, request: GenerationRequest) ->
     if request.composition.parallel or is_quantized(base) or base.pipe.unet.dtype == torch.float32:
         return []
     validate_blend(base, blend)
-    loss = rounding_loss(base, blend_sum(_without_schedules_and_regions(blend), base.layout))
-    if loss <= _MAX_ROUNDING_LOSS:
+    error = blend_rounding_error(base, blend_sum(_without_schedules_and_regions(blend), base.layout))
+    if error <= _MAX_ROUNDING_ERROR:
         return []
     dtype = dtype_name(base.pipe.unet.dtype)
-    return [f"rounding to {dtype} loses {loss:.0%} of the adapters' delta; --parallel applies it in full"]
+    return [f"rounding to {dtype} loses {error:.0%} of the adapters' delta; --parallel applies it in full"]
 
 
 def _without_schedules_and_regions(blend: Blend) -> Blend:

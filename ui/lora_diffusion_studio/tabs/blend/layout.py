@@ -131,10 +131,12 @@ def _build_composition() -> tuple[gr.Dropdown, dict[str, Any]]:
             gr.Slider(1, 20, default.switch_every, step=1, label="Steps per adapter", visible=False, min_width=140),
             gr.Slider(0, 4, default.k_lora_slope, step=0.1, label="Slope", visible=False, min_width=140),
             gr.Slider(0, 4, default.k_lora_start, step=0.1, label="Start", visible=False, min_width=140),
-            gr.Slider(0, 20, default.projection, step=0.5, label="Projection strength", visible=False, min_width=140),
+            gr.Slider(
+                0, 20, default.projection_strength, step=0.5, label="Projection strength", visible=False, min_width=140
+            ),
             gr.Checkbox(
                 default.parallel,
-                label="Apply beside the weights",
+                label="Apply in parallel to the weights",
                 info="More exact in half precision, but slower",
                 min_width=140,
             ),
