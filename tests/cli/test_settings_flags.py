@@ -25,6 +25,7 @@ from lora_diffusion.config.merge import MergeConfig
 from lora_diffusion.config.preset import BlendPreset, Composition
 from lora_diffusion.config.settings import Settings
 from lora_diffusion.config.train import DataConfig, SamplesConfig
+from lora_diffusion.core.tables import format_table
 
 SAMPLING = (GenerateConfig, Composition, LoadConfig)
 SETTINGS: dict[str, tuple[type[Settings], ...]] = {
@@ -187,6 +188,10 @@ def test_a_wrong_value_is_one_sentence(arguments: list[str], message: str, capsy
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_tables_align_wide_characters_and_cells_of_several_lines() -> None:
+    assert format_table([], [("日本", "1\n2"), ("abc", "3\a")], left=(0, 1)) == "日本  1\n      2\nabc   3"
 
 
 def test_tables_are_plain_in_pipes() -> None:

@@ -14,6 +14,7 @@ from lora_diffusion.architectures.blocks import block_prefix
 from lora_diffusion.architectures.families import family_title
 from lora_diffusion.core.atomic_files import count_bytes
 from lora_diffusion.core.dtypes import dtype_name
+from lora_diffusion.core.tables import format_table
 from lora_diffusion.formats.adapters.load import load_meta_adapter, load_unchecked
 from lora_diffusion.formats.adapters.metadata import tag_frequencies
 from lora_diffusion.formats.adapters.pickle import is_pickled
@@ -122,14 +123,15 @@ def file_hashes(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def describe_inspection(report: Mapping[str, Any]) -> str:
-    """Format the result of `inspect_adapter` as aligned lines of text, with a bar for the norm of each block."""
-    lines: list[str] = []
-    for key, value in report.items():
-        title = key.replace("_", " ")
-        if key == "norms":
-            lines += ["delta norms by block, median (largest):", *_format_bars(value)]
-        elif value not in ("", [], {}, None):
-            lines.append(f"{title:<18}{_format_value(value)}")
+    """Format the result of `inspect_adapter` as a table, followed by one with a bar for the norm of each block."""
+    rows = [
+        (key.replace("_", " "), _format_value(value))
+        for key, value in report.items()
+        if key != "norms" and value not in ("", [], {}, None)
+    ]
+    lines = [format_table([], rows, left=(0, 1))]
+    if report.get("norms"):
+        lines += ["delta norms by block, median (largest):", _format_bars(report["norms"])]
     return "\n".join(lines)
 
 
@@ -143,11 +145,11 @@ def _format_value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _format_bars(norms: Mapping[str, Mapping[str, float]], width: int = 40) -> list[str]:
+def _format_bars(norms: Mapping[str, Mapping[str, float]], width: int = 40) -> str:
     """Format one line for each block: name, bar, numbers."""
     longest = max((entry["median"] for entry in norms.values()), default=0) or 1
-    lines: list[str] = []
-    for block, entry in norms.items():
-        bar = "█" * round(width * entry["median"] / longest)
-        lines.append(f"  {block:<22}{bar:<{width}} {entry['median']:.4g} ({entry['max']:.4g})")
-    return lines
+    rows = [
+        (f"  {block}", "█" * round(width * entry["median"] / longest), f"{entry['median']:.4g} ({entry['max']:.4g})")
+        for block, entry in norms.items()
+    ]
+    return format_table([], rows, left=(0, 1, 2))

@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import get_args
 
-from lora_diffusion.algebra.svd.rank_selection import RankRule
+from lora_diffusion.config.combine import CombineConfig, RankRule
 from lora_diffusion.config.merge import MergeConfig, WeightType
 from lora_diffusion.config.settings import validate
 from lora_diffusion.core.dtypes import torch_dtype
@@ -18,7 +18,7 @@ from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.checkpoints.checkpoint import StoredTensor
 from lora_diffusion.merging.merge import estimate_rounding
 from lora_diffusion.models.locate import find_matching_checkpoint
-from lora_diffusion.workflows.adapters.combine import CombineConfig, combine_files
+from lora_diffusion.workflows.adapters.combine import combine_files
 from lora_diffusion.workflows.images.generate import LoadOptions, load_and_resolve_blend
 from lora_diffusion.workflows.images.request import GenerationRequest
 from lora_diffusion.workflows.merge import MergeRequest, merge_files
