@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
 from lora_diffusion.config.merge import WeightType
-from lora_diffusion.config.settings import Positive, Settings
+from lora_diffusion.config.settings import IgnoredKeys, Positive, Settings
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
@@ -125,5 +125,4 @@ class CombineConfig(Settings):
     """Dtype of the written layers; `keep` is that of the inputs, or float32 if they differ."""
     force: bool = False
     """Replace an existing output file."""
-    ignore_unmatched: tuple[str, ...] = ()
-    """Pattern of keys in adapter files that are ignored instead of reported as an error."""
+    ignore_unmatched: IgnoredKeys = ()

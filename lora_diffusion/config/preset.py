@@ -6,7 +6,15 @@ from typing import Annotated, Literal, Self
 from pydantic import AliasChoices, Field, ValidationError, model_validator
 
 from lora_diffusion.config.generate import GenerateConfig
-from lora_diffusion.config.settings import EMBEDDED_BASE, Finite, Positive, Settings, format_validation_error
+from lora_diffusion.config.settings import (
+    EMBEDDED_BASE,
+    BaseName,
+    CheckpointName,
+    Finite,
+    Positive,
+    Settings,
+    format_validation_error,
+)
 from lora_diffusion.errors import ConfigError
 
 Curve = Literal["hold", "linear", "cosine"]
@@ -147,8 +155,7 @@ class BlendEntry(Settings):
 class BaseTerm(Settings):
     """A checkpoint merged into the base W: W + weight * (added - taken)."""
 
-    added: str
-    """Checkpoint: `tiny-sd`, a folder in diffusers' layout, a single file, or a hub id."""
+    added: CheckpointName
     weight: Annotated[float, Field(allow_inf_nan=False)]
     """Weight of the difference."""
     taken: str = ""
@@ -166,8 +173,7 @@ class BlendPreset(Settings):
     """Name of the preset."""
     description: str = ""
     """Description of the preset."""
-    base: str = EMBEDDED_BASE
-    """Base model: `tiny-sd` (embedded), a folder in diffusers' layout, or a hub id."""
+    base: BaseName = EMBEDDED_BASE
     adapters: tuple[BlendEntry, ...]
     """Adapters of the blend, with weights."""
     composition: Composition = Composition()

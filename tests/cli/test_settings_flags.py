@@ -18,21 +18,22 @@ from lora_diffusion.cli import COMMANDS, command_class, main
 from lora_diffusion.cli.flags import format_default, given_settings
 from lora_diffusion.config.adapter_files import ConvertConfig, ExtractConfig, PackConfig, PruneConfig
 from lora_diffusion.config.combine import CombineConfig, ConsensusConfig, RankRule
-from lora_diffusion.config.defaults import DefaultsConfig
+from lora_diffusion.config.defaults import DefaultsConfig, QuickTrainConfig
 from lora_diffusion.config.distillation import DistillConfig
-from lora_diffusion.config.generate import DEFAULT_GUIDANCE_SCALE, GenerateConfig, LoadConfig
+from lora_diffusion.config.generate import DEFAULT_GUIDANCE_SCALE, BaseConfig, GenerateConfig, LoadConfig
 from lora_diffusion.config.merge import MergeConfig
 from lora_diffusion.config.preset import BlendPreset, Composition
 from lora_diffusion.config.settings import Settings
+from lora_diffusion.config.studio import StudioConfig
 from lora_diffusion.config.train import DataConfig, SamplesConfig
 from lora_diffusion.core.tables import format_table
 
-SAMPLING = (GenerateConfig, Composition, LoadConfig)
+SAMPLING = (GenerateConfig, Composition, BaseConfig, LoadConfig)
 SETTINGS: dict[str, tuple[type[Settings], ...]] = {
     **dict.fromkeys(("generate", "grid", "blocks"), SAMPLING),
     "preset": (*SAMPLING, BlendPreset),
     "merge": (MergeConfig, LoadConfig),
-    "distill": (DistillConfig, Composition, LoadConfig),
+    "distill": (DistillConfig, Composition, BaseConfig, LoadConfig),
     "combine": (RankRule, ConsensusConfig, CombineConfig),
     "resize": (RankRule, CombineConfig),
     "extract": (RankRule, ExtractConfig),
@@ -40,20 +41,13 @@ SETTINGS: dict[str, tuple[type[Settings], ...]] = {
     "prune": (PruneConfig,),
     "convert": (ConvertConfig,),
     "library pack": (PackConfig,),
-    "train style": (DefaultsConfig,),
-    "train dreambooth": (DefaultsConfig,),
-    **dict.fromkeys(("dataset check", "methods", "analyze", "inspect", "verify", "ui"), (LoadConfig,)),
+    "train style": (DefaultsConfig, QuickTrainConfig),
+    "train dreambooth": (DefaultsConfig, QuickTrainConfig),
+    **dict.fromkeys(("dataset check", "methods"), (BaseConfig,)),
+    **dict.fromkeys(("analyze", "inspect", "verify"), (LoadConfig,)),
+    "ui": (StudioConfig,),
 }
 """Settings classes of each command that has some; those that come first win."""
-OWN_TEXT = {
-    ("merge", "base"),
-    ("extract", "base"),
-    ("analyze", "base"),
-    ("verify", "base"),
-    ("ui", "base"),
-    ("ui", "library"),
-}
-"""Flags with the name of a setting and another meaning."""
 
 
 def one_line(text: str) -> str:
@@ -87,7 +81,7 @@ def settings_of(command: str) -> Iterator[tuple[str, FieldInfo]]:
     seen: set[str] = set()
     for kind in SETTINGS[command]:
         for name, info in kind.model_fields.items():
-            if name in flags and name not in seen and (command, name) not in OWN_TEXT:
+            if name in flags and name not in seen:
                 seen.add(name)
                 yield name, info
 

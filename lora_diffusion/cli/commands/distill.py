@@ -57,7 +57,7 @@ class Distill:
             sampling = {"num_inference_steps": image.num_inference_steps, "guidance_scale": image.guidance_scale}
             config = validate(DistillConfig, {**sampling, **given_settings(self.settings)}, source="distill")
             source = PromptSource(file=self.prompts, folder=self.data)
-            done = distill_file(request, source, config, self.output, self.load.options(), force=self.force)
+            done = distill_file(request, source, config, self.output, self.load.config(), force=self.force)
         for note in done.notes:
             print(f"note: {note}", file=sys.stderr)
         report = done.result.report
