@@ -277,14 +277,18 @@ def blend_rounding_error(base: Base, deltas: BlendSum) -> float:
     """
     errors: list[float] = []
     norms: list[float] = []
+
+    def add(name: str, original: Tensor, exact: Tensor) -> None:
+        errors.append(frobenius_norm(cast_checked(exact, original.dtype, name).float() - exact))
+        norms.append(frobenius_norm(exact - original.float()))
+
     with full_precision(base):
-        blended = [(f"{path}.weight", compute_blended_weight, terms) for path, terms in deltas.layers.items()]
-        blended += [(f"{path}.bias", compute_blended_bias, terms) for path, terms in deltas.biases.items()]
-        for name, compute, terms in blended:
-            original = parameter_at(base, name)
-            exact = compute(original, terms)
-            errors.append(frobenius_norm(cast_checked(exact, original.dtype, name).float() - exact))
-            norms.append(frobenius_norm(exact - original.float()))
+        for path, terms in deltas.layers.items():
+            original = weight_at(base, path)
+            add(f"{path}.weight", original, compute_blended_weight(original, terms))
+        for path, biases in deltas.biases.items():
+            original = parameter_at(base, f"{path}.bias")
+            add(f"{path}.bias", original, compute_blended_bias(original, biases))
     return rounding_error(errors, norms)
 
 

@@ -291,6 +291,17 @@ def test_a_note_warns_when_rounding_would_lose_most_of_an_adapter(sd: Base, sd_f
     assert warn_about_rounding(sd, gentle, plan) == []
 
 
+def test_the_rounding_error_counts_biases(sd_folder: object) -> None:
+    base = load_base(str(sd_folder), device=torch.device("cpu"), precision=torch.bfloat16)
+    own = module_at(base, PATH).bias.data
+    change = torch.full_like(own, 1e-3, dtype=torch.float32)
+    exact = own.float() + change
+    expected = float((exact.bfloat16().float() - exact).norm() / change.norm())
+    blend = blend_of((Adapter(layers={}, biases={PATH: change}), 1.0))
+    assert blend_rounding_error(base, blend_sum(blend)) == pytest.approx(expected, rel=1e-3)
+    assert expected > 0
+
+
 def test_a_second_parallel_patch_is_refused_and_forwards_of_other_tools_are_restored(sd: Base) -> None:
     blend = blend_of((random_adapter(sd, seed=1), 1.0))
     path = next(path for path in blend.entries[0].adapter.layers if path.startswith("unet."))

@@ -43,7 +43,7 @@ class MergeTarget:
     """Name of the file or folder, without suffix."""
     kind: str = "folder"
     """`folder` (diffusers layout), `file` (single-file checkpoint) or `adapter`."""
-    precision: WeightType = MergeConfig.model_fields["precision"].default
+    precision: str = MergeConfig.model_fields["precision"].default
     """Data type of a checkpoint's weights; `keep` for that of the base model."""
     rank: int = 0
     """Rank of a merged adapter. 0 keeps the sum exact: the ranks add up."""
