@@ -143,9 +143,7 @@ class TrainDreambooth:
         str,
         describe_flag(QuickTrainConfig, "instance_prompt", short_name="instance", hint="(required)", metavar="PROMPT"),
     ]
-    class_prompt: Annotated[
-        str, describe_flag(QuickTrainConfig, "class_prompt", hint="(default: the empty prompt)", metavar="PROMPT")
-    ] = ""
+    class_prompt: Annotated[str, describe_flag(QuickTrainConfig, "class_prompt", metavar="PROMPT")] = ""
     defaults: Annotated[DefaultsFlags, tyro.conf.arg(name="")]
     run_flags: Annotated[RunFlags, tyro.conf.arg(name="")]
 
