@@ -27,6 +27,7 @@ from .config.combine import ConsensusConfig as ConsensusConfig
 from .config.combine import RankRule as RankRule
 from .config.distillation import DistillConfig as DistillConfig
 from .config.generate import GenerateConfig as GenerateConfig
+from .config.generate import LoadConfig as LoadConfig
 from .config.merge import MergeConfig as MergeConfig
 from .config.optimizer import OptimizerConfig as OptimizerConfig
 from .config.preset import BaseTerm as BaseTerm
@@ -114,7 +115,6 @@ from .workflows.adapters.prune import prune_file as prune_file
 from .workflows.adapters.verify import CheckResult as CheckResult
 from .workflows.adapters.verify import verify as verify
 from .workflows.images.generate import GeneratedImages as GeneratedImages
-from .workflows.images.generate import LoadOptions as LoadOptions
 from .workflows.images.generate import generate_files as generate_files
 from .workflows.images.grid import BlockEffect as BlockEffect
 from .workflows.images.grid import RenderedGrid as RenderedGrid

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import tyro
 
-from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.generate import GenerateConfig, LoadConfig
 from lora_diffusion.config.preset import BlendEntry
 from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import load_base
-from lora_diffusion.workflows.images.generate import LoadOptions, load_and_resolve_blend
+from lora_diffusion.workflows.images.generate import load_and_resolve_blend
 from lora_diffusion.workflows.images.request import GenerationRequest, request_from_preset
 
 PROMPTS = {
@@ -32,7 +32,7 @@ def draw(plan: GenerationRequest, path: Path) -> None:
     """The first picture of a plan."""
     root = sample_data_folder().parent  # recipes shall not tell where this repository lay
     entries = [e.model_copy(update={"path": os.path.relpath(Path(e.path).resolve(), root)}) for e in plan.entries]
-    found = load_and_resolve_blend(plan.base, tuple(entries), LoadOptions())
+    found = load_and_resolve_blend(plan.base, tuple(entries), LoadConfig())
     pictures = generate(load_base(plan.base), [plan.settings], found.blend, composition=plan.composition)
     pictures[0].save(path)
     print(path)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from lora_diffusion.cli.flags import REPEATABLE, IgnoreUnmatched, describe_flag, given_settings, optional_flags
-from lora_diffusion.config.generate import SHORT_NAMES, GenerateConfig, LoadConfig
+from lora_diffusion.config.generate import SHORT_NAMES, BaseConfig, GenerateConfig, LoadConfig
 from lora_diffusion.config.preset import BlendEntry, Composition
-from lora_diffusion.config.settings import EMBEDDED_BASE, Quantization
+from lora_diffusion.config.settings import EMBEDDED_BASE, Quantization, validate
 from lora_diffusion.prompts.tags import extract_region, parse_weight
 
 if TYPE_CHECKING:
-    from lora_diffusion.workflows.images.generate import LoadOptions
+    from lora_diffusion.library.references import AdapterResolver
 
 Adapters = Annotated[
     tuple[str, ...],
@@ -27,12 +27,12 @@ Adapters = Annotated[
 ]
 """Adapter files with weights."""
 BaseFlag = Annotated[
-    str, describe_flag(LoadConfig, "base", hint=f"(default: {EMBEDDED_BASE}, or that of the preset or recipe)")
+    str, describe_flag(BaseConfig, "base", hint=f"(default: {EMBEDDED_BASE}, or that of the preset or recipe)")
 ]
 """The base model; empty for the default."""
-QuantizeFlag = Annotated[Quantization, describe_flag(LoadConfig, "quantize")]
+QuantizeFlag = Annotated[Quantization, describe_flag(BaseConfig, "quantize")]
 """Quantization of the base's linear layers."""
-DEFAULT_QUANTIZATION: Quantization = LoadConfig.model_fields["quantize"].default
+DEFAULT_QUANTIZATION: Quantization = BaseConfig.model_fields["quantize"].default
 
 
 class GenerateFlags(
@@ -41,27 +41,25 @@ class GenerateFlags(
     """Flags of the image settings."""
 
 
-class CompositionFlags(optional_flags(Composition)):
+class CompositionFlags(optional_flags(Composition, {"projection_strength": "projection"})):
     """Flags that say how the adapters are composed."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadFlags(optional_flags(LoadConfig, exclude=("base", "quantize", "ignore_unmatched"))):
+class LoadFlags(optional_flags(LoadConfig, exclude=("ignore_unmatched",))):
     """Flags that say where adapters are found and how a blend is loaded."""
 
     ignore_unmatched: IgnoreUnmatched = ()
 
-    def options(self) -> "LoadOptions":
-        """Return the flags as options of the library."""
-        from lora_diffusion.library.references import AdapterResolver
-        from lora_diffusion.workflows.images.generate import LoadOptions
+    def config(self) -> LoadConfig:
+        """Return the settings that the flags describe."""
+        return validate(LoadConfig, given_settings(self), source="flags")
 
-        given = given_settings(self)
-        return LoadOptions(
-            resolver=AdapterResolver(library_folder=given.pop("library", None)),
-            ignore=given.pop("ignore_unmatched"),
-            **given,
-        )
+    def resolver(self) -> "AdapterResolver":
+        """Return what finds adapters in the library that the flags name."""
+        from lora_diffusion.library.references import AdapterResolver
+
+        return AdapterResolver(library_folder=given_settings(self).get("library"))
 
 
 def parse_adapters(texts: tuple[str, ...]) -> tuple[BlendEntry, ...]:

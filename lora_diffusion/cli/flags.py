@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, cast, get_args, get_origin
 import tyro
 
 from lora_diffusion.config.generate import LoadConfig
-from lora_diffusion.config.settings import Settings, deep_merge, nested_model
+from lora_diffusion.config.settings import CHECKPOINT_FORMS, Settings, deep_merge, nested_model
 from lora_diffusion.errors import ConfigError
 
 NO_NAMES: Mapping[str, str] = MappingProxyType({})
@@ -48,6 +48,18 @@ def describe_flag(
         help_behavior_hint=hint,
         aliases=(f"--{short_name}",) if short_name else None,
     )
+
+
+def describe_base_flag(about: str, *, hint: str, forms: str = CHECKPOINT_FORMS, metavar: str = "BASE") -> Any:
+    """Return tyro's description of a flag that names a base model or checkpoint.
+
+    Args:
+        about: What the base is for; the help text goes on with the ways to name it.
+        hint: What help shows after the text.
+        forms: The ways to name it.
+        metavar: Placeholder for the value.
+    """
+    return tyro.conf.arg(help=f"{about}: {forms}.", metavar=metavar, help_behavior_hint=hint)
 
 
 def optional_flags(

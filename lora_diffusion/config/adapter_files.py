@@ -6,7 +6,7 @@ from pydantic import Field
 
 from lora_diffusion.config.combine import RankRule
 from lora_diffusion.config.merge import WeightType
-from lora_diffusion.config.settings import Dialect, Positive, Settings
+from lora_diffusion.config.settings import Dialect, IgnoredKeys, Positive, Settings
 
 SVDMethod = Literal["exact", "randomized"]
 """How singular values are computed: in full, or from a seeded random sketch."""
@@ -35,8 +35,7 @@ class ConvertConfig(Settings):
     """Leave out textual-inversion embeddings."""
     card: bool = False
     """Also write a model card for the Hugging Face Hub beside each file."""
-    ignore_unmatched: tuple[str, ...] = ()
-    """Pattern of keys in adapter files that are ignored instead of reported as an error."""
+    ignore_unmatched: IgnoredKeys = ()
 
 
 class ExtractConfig(Settings):

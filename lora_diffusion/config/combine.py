@@ -2,10 +2,10 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
 from lora_diffusion.config.merge import WeightType
-from lora_diffusion.config.settings import Positive, Settings
+from lora_diffusion.config.settings import IgnoredKeys, Positive, Settings
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
@@ -68,7 +68,7 @@ METHODS_BY_SETTING: dict[str, tuple[ConsensusMethod, ...]] = {
     "spread": ("della",),
     "disjoint": ("ties", "della", "knots"),
     "penalty": ("ziplora",),
-    "strength": ("np-lora",),
+    "projection_strength": ("np-lora",),
 }
 """The methods that use each setting."""
 
@@ -93,7 +93,9 @@ class ConsensusConfig(Settings):
     """How entries that agree in sign are merged: `mean` (the strength of one adapter) or `sum` (ties, della, knots)."""
     penalty: BelowOne = 0.9
     """How strongly overlapping columns are reduced, from 0 (plain sum) to below 1 (ziplora)."""
-    strength: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    projection_strength: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, validation_alias=AliasChoices("projection_strength", "strength"))
+    ] = 1.0
     """How much of the other adapters' main directions is removed: 0 nothing, 1 half, large values all (np-lora)."""
 
     @model_validator(mode="after")
@@ -123,5 +125,4 @@ class CombineConfig(Settings):
     """Dtype of the written layers; `keep` is that of the inputs, or float32 if they differ."""
     force: bool = False
     """Replace an existing output file."""
-    ignore_unmatched: tuple[str, ...] = ()
-    """Pattern of keys in adapter files that are ignored instead of reported as an error."""
+    ignore_unmatched: IgnoredKeys = ()

@@ -14,9 +14,12 @@ spacepxl's "demystifying sd finetuning", as far as they agree, and measurements 
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from lora_diffusion.config.settings import EMBEDDED_BASE, Settings, deep_merge
+from pydantic import Field
+
+from lora_diffusion.config.settings import EMBEDDED_BASE, BaseName, Settings, deep_merge
 
 Purpose = Literal["style", "dreambooth"]
 """What is trained: a style, or a subject (DreamBooth)."""
@@ -24,11 +27,46 @@ GpuGigabytes = Literal[8, 12, 24]
 """GPU memory for which there are memory-saving settings, in GB."""
 
 
+AdapterOutput = Annotated[
+    Path,
+    Field(
+        description="Adapter file to write (.safetensors). All other files of the run go to the folder `NAME-run` "
+        "beside it."
+    ),
+]
+"""File that a training run writes."""
+TriggerWords = Annotated[
+    tuple[str, ...], Field(description="Trigger words of the adapter, which are recorded in the file.")
+]
+"""Words in the captions that stand for what is trained."""
+InstancePrompt = Annotated[
+    str,
+    Field(
+        description="Instance prompt: caption of images without one, such as `photo of sks dog`; if empty, a missing "
+        "caption is an error."
+    ),
+]
+"""Prompt that names the subject by a rare word."""
+ClassPrompt = Annotated[str, Field(description="Class prompt, such as `photo of a dog`.")]
+"""Prompt that names the class of the subject."""
+
+
+class QuickTrainConfig(Settings):
+    """The settings that a training run without a TOML file takes as flags.
+
+    They are those of `TrainConfig`, which has so many that importing it would delay the help of all commands.
+    """
+
+    output: AdapterOutput
+    trigger_words: TriggerWords = ()
+    instance_prompt: InstancePrompt = ""
+    class_prompt: ClassPrompt = ""
+
+
 class DefaultsConfig(Settings):
     """What the defaults of a training run depend on, besides its purpose."""
 
-    base: str = EMBEDDED_BASE
-    """Base model to train on: `tiny-sd` (embedded), a folder in diffusers' layout, or a hub id."""
+    base: BaseName = EMBEDDED_BASE
     gpu_gb: GpuGigabytes | None = None
     """GPU memory in GB to choose memory-saving settings for; without it the settings of the family are unchanged."""
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from lora_diffusion.config.generate import DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_INFERENCE_STEPS
 from lora_diffusion.config.settings import Positive, Settings
@@ -19,7 +19,7 @@ class DistillConfig(Settings):
     """Learning rate of the factors at the first step (Adam); it decays to 0 by a cosine."""
     batch_size: Positive = 8
     """Noise predictions per optimizer step."""
-    most_prompts: Annotated[int, Field(ge=2)] = 24
+    max_prompts: Annotated[int, Field(ge=2, validation_alias=AliasChoices("max_prompts", "most_prompts"))] = 24
     """Maximum number of prompts, chosen at random from those given; a quarter is held out for measuring."""
     runs: Positive = 2
     """Sampling runs of the blend per prompt, each from its own initial noise."""

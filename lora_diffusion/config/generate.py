@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AliasChoices, Field, model_validator
 
-from lora_diffusion.config.settings import EMBEDDED_BASE, Positive, Quantization, Settings
+from lora_diffusion.config.settings import EMBEDDED_BASE, BaseName, BaseQuantization, IgnoredKeys, Positive, Settings
 
 Scheduler = Literal["base", "ddim", "euler", "euler-ancestral", "dpm++"]
 """Names of the samplers; `base` is the one that the base's own scheduler configuration names."""
@@ -15,6 +15,19 @@ DEFAULT_NUM_INFERENCE_STEPS = 20
 DEFAULT_GUIDANCE_SCALE = 4.0
 """Classifier-free guidance scale of an image, in every command and in the studio."""
 
+GRID_SETTINGS = (
+    "weight",
+    "block preset",
+    "adapter",
+    "mode",
+    "seed",
+    "steps",
+    "guidance",
+    "scheduler",
+    "prompt",
+    "negative_prompt",
+)
+"""Names of the settings that an image grid can vary."""
 SHORT_NAMES = {"guidance_scale": "guidance", "num_inference_steps": "steps"}
 """Short names of settings: flags, and keys of files that version 0.1.0 wrote."""
 
@@ -58,13 +71,16 @@ class GenerateConfig(Settings):
         return self
 
 
-class LoadConfig(Settings):
-    """How a base and its adapters are found and loaded."""
+class BaseConfig(Settings):
+    """Which base model is loaded, and how."""
 
-    base: str = EMBEDDED_BASE
-    """Base model: `tiny-sd` (embedded), a folder in diffusers' layout, or a hub id."""
-    quantize: Quantization = "none"
-    """Load the base's linear layers in 4 bits (nf4, fp4) or 8 bits (int8) to save GPU memory; needs bitsandbytes."""
+    base: BaseName = EMBEDDED_BASE
+    quantize: BaseQuantization = "none"
+
+
+class LoadConfig(Settings):
+    """How adapters are found, and how a blend of them is loaded and applied."""
+
     library: Path | None = None
     """Folder in which adapters are found by name (for `<lora:...>` tags) and by hash."""
     block_presets: Path | None = None
@@ -73,5 +89,4 @@ class LoadConfig(Settings):
     """Scale the weights so that adapters with equal weights have deltas of equal norm."""
     low_memory: bool = False
     """Keep no copy of the original weights in memory; to undo the blend, read them from the base's files again."""
-    ignore_unmatched: tuple[str, ...] = ()
-    """Pattern of keys in adapter files that are ignored instead of reported as an error."""
+    ignore_unmatched: IgnoredKeys = ()

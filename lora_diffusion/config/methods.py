@@ -209,15 +209,6 @@ METHODS: tuple[Method, ...] = (
 """All methods, in the order in which they are listed."""
 
 
-def get_method(name: str) -> Method:
-    """Return the method with this name.
-
-    Raises:
-        KeyError: If there is no such method.
-    """
-    return {each.name: each for each in METHODS}[name]
-
-
 def with_method(table: Mapping[str, Any], chosen: Method) -> dict[str, Any]:
     """Return the table of a training config with the settings of a method, and learning rates that suit it."""
     optimizer: Mapping[str, Any] = table.get("optimizer", {})

@@ -6,7 +6,15 @@ from typing import Annotated, Literal, Self
 from pydantic import AliasChoices, Field, ValidationError, model_validator
 
 from lora_diffusion.config.generate import GenerateConfig
-from lora_diffusion.config.settings import EMBEDDED_BASE, Finite, Positive, Settings, format_validation_error
+from lora_diffusion.config.settings import (
+    EMBEDDED_BASE,
+    BaseName,
+    CheckpointName,
+    Finite,
+    Positive,
+    Settings,
+    format_validation_error,
+)
 from lora_diffusion.errors import ConfigError
 
 Curve = Literal["hold", "linear", "cosine"]
@@ -87,7 +95,12 @@ class Region(Settings):
         return self
 
 
-MODE_OF = {"switch_every": "switch", "k_lora_slope": "k-lora", "k_lora_start": "k-lora", "projection": "np-lora"}
+MODE_OF = {
+    "switch_every": "switch",
+    "k_lora_slope": "k-lora",
+    "k_lora_start": "k-lora",
+    "projection_strength": "np-lora",
+}
 """Settings of a composition that only one mode uses."""
 
 
@@ -104,7 +117,10 @@ class Composition(Settings):
     """How much the factor of the second adapter in `k-lora`'s comparison grows from the first to the last step."""
     k_lora_start: Finite = 0.5
     """Factor of the second adapter in `k-lora`'s comparison at the first step."""
-    projection: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    projection_strength: Annotated[
+        float,
+        Field(ge=0, allow_inf_nan=False, validation_alias=AliasChoices("projection_strength", "projection")),
+    ] = 1.0
     """How much of the other adapters' main directions `np-lora` removes: 0 nothing, 1 half, large values all."""
     parallel: Annotated[bool, Field(validation_alias=AliasChoices("parallel", "exact"))] = False
     """Compute the adapters in parallel to the base's layers instead of adding them to its weights: slower, but small
@@ -139,8 +155,7 @@ class BlendEntry(Settings):
 class BaseTerm(Settings):
     """A checkpoint merged into the base W: W + weight * (added - taken)."""
 
-    added: str
-    """Checkpoint: `tiny-sd`, a folder in diffusers' layout, a single file, or a hub id."""
+    added: CheckpointName
     weight: Annotated[float, Field(allow_inf_nan=False)]
     """Weight of the difference."""
     taken: str = ""
@@ -158,8 +173,7 @@ class BlendPreset(Settings):
     """Name of the preset."""
     description: str = ""
     """Description of the preset."""
-    base: str = EMBEDDED_BASE
-    """Base model: `tiny-sd` (embedded), a folder in diffusers' layout, or a hub id."""
+    base: BaseName = EMBEDDED_BASE
     adapters: tuple[BlendEntry, ...]
     """Adapters of the blend, with weights."""
     composition: Composition = Composition()

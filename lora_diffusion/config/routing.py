@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from lora_diffusion.config.preset import BlendEntry
-from lora_diffusion.config.settings import EMBEDDED_BASE, Finite, Positive, Settings
+from lora_diffusion.config.settings import EMBEDDED_BASE, BaseName, Finite, Positive, Settings
 
 
 class RouteConfig(Settings):
@@ -16,8 +16,7 @@ class RouteConfig(Settings):
     """Folder of captioned images, or a list of folders; a folder that is listed twice counts twice."""
     output: Path
     """Blend preset to write (.json)."""
-    base: str = EMBEDDED_BASE
-    """Base model to train on: `tiny-sd` (embedded), a folder in diffusers' layout, or a hub id."""
+    base: BaseName = EMBEDDED_BASE
     adapters: Annotated[tuple[BlendEntry, ...], Field(min_length=1)]
     """Adapters, each with `path` and optionally `weight` (a number, default 1), which the gates multiply."""
     num_time_bins: Positive = 4

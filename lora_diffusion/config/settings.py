@@ -32,6 +32,27 @@ TYPE_TAG = re.compile(r"constrained-\w+|(tuple|list|dict)\[.*")
 
 EMBEDDED_BASE = "tiny-sd"
 """Name of the base model that is embedded in the package."""
+BASE_FORMS = "`tiny-sd` (embedded), a folder in diffusers' layout, or a hub id"
+"""The ways to name a base model that is loaded, for help texts."""
+CHECKPOINT_FORMS = "`tiny-sd` (embedded), a folder in diffusers' layout, a single .safetensors file, or a hub id"
+"""The ways to name a checkpoint whose weights are read, for help texts."""
+BaseName = Annotated[str, Field(description=f"Base model: {BASE_FORMS}.")]
+"""Name of a base model to load."""
+CheckpointName = Annotated[str, Field(description=f"Checkpoint: {CHECKPOINT_FORMS}.")]
+"""Name of a checkpoint whose weights are read."""
+BaseQuantization = Annotated[
+    Quantization,
+    Field(
+        description="Load the base's linear layers in 4 bits (nf4, fp4) or 8 bits (int8) to save GPU memory; needs "
+        "bitsandbytes."
+    ),
+]
+"""Quantization of a base model when it is loaded."""
+IgnoredKeys = Annotated[
+    tuple[str, ...],
+    Field(description="Pattern of keys in adapter files that are ignored instead of reported as an error."),
+]
+"""Patterns of tensor keys that an adapter file may contain although they are not understood."""
 
 
 class Settings(BaseModel):

@@ -8,12 +8,13 @@ import re
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from lora_diffusion.config.adapter import PRODUCT_KINDS, PRUNING_KINDS, AboveZero, AdapterConfig, NotNegative, Share
+from lora_diffusion.config.defaults import AdapterOutput, ClassPrompt, InstancePrompt, TriggerWords
 from lora_diffusion.config.generate import DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_INFERENCE_STEPS
 from lora_diffusion.config.optimizer import OptimizerConfig
-from lora_diffusion.config.settings import EMBEDDED_BASE, Positive, Precision, Quantization, Settings
+from lora_diffusion.config.settings import EMBEDDED_BASE, BaseName, Positive, Precision, Quantization, Settings
 from lora_diffusion.config.textual_inversion import SliderConfig, TextualInversionConfig
 
 Count = Annotated[int, Field(ge=0)]
@@ -26,8 +27,7 @@ class DataConfig(Settings):
     """The setting that `data = "pictures"` stands for."""
     folder: Path
     """Folder of images with captions: .txt or .caption files, metadata.jsonl, or kohya's folders `REPEATS_CAPTION`."""
-    instance_prompt: str = ""
-    """Caption of images without one, such as `photo of sks dog`; by default a missing caption is an error."""
+    instance_prompt: InstancePrompt = ""
     repeats: Positive = 1
     """Repeats of each image per epoch, multiplied by those in the name of its kohya folder."""
     resolution: Annotated[int, Field(gt=0, multiple_of=8)] | None = None
@@ -36,7 +36,9 @@ class DataConfig(Settings):
     """Aspect-ratio bucketing: crop each image to the nearest of several sizes of equal area; else to a square."""
     bucket_step: Annotated[int, Field(gt=0, multiple_of=8)] | None = None
     """Bucket sizes are multiples of this; an eighth of the resolution by default, such as 64 for 512."""
-    largest_aspect: Annotated[float, Field(ge=1, le=4)] = 2.0
+    max_aspect_ratio: Annotated[
+        float, Field(ge=1, le=4, validation_alias=AliasChoices("max_aspect_ratio", "largest_aspect"))
+    ] = 2.0
     """Maximum aspect ratio of a bucket, long side over short side."""
     crop: Literal["center", "random"] = "center"
     """Position of the crop in images that do not have the shape of their bucket; random crops augment small sets."""
@@ -130,8 +132,7 @@ class PriorConfig(Settings):
     `prediction`: keep the predictions for other prompts close to those of the frozen base, without class images."""
     weight: NotNegative = 1.0
     """Weight of this loss, compared with 1 for the training images."""
-    prompt: str = ""
-    """Class prompt, such as `photo of a dog`."""
+    prompt: ClassPrompt = ""
     folder: Path | None = None
     """Folder of class images; in the run's folder by default."""
     count: Positive = 100
@@ -214,14 +215,11 @@ class TrackingConfig(Settings):
 class TrainConfig(Settings):
     """Settings of a training run."""
 
-    output: Path
-    """Adapter file to write (.safetensors). All other files of the run go to the folder `NAME-run` beside it."""
-    base: str = EMBEDDED_BASE
-    """Base model to train on: `tiny-sd` (embedded), a folder in diffusers' layout, or a hub id."""
+    output: AdapterOutput
+    base: BaseName = EMBEDDED_BASE
     name: str = ""
     """Name of the adapter; the output's file name by default."""
-    trigger_words: tuple[str, ...] = ()
-    """Trigger words of the adapter, which are recorded in the file."""
+    trigger_words: TriggerWords = ()
     base_adapters: dict[Path, float] = Field(default_factory=dict[Path, float])
     """Adapter files merged into the base before training, with weights, such as `{ "gloop.safetensors" = 0.8 }`."""
     steps: Positive = 1500

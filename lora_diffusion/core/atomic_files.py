@@ -17,6 +17,8 @@ from pathlib import Path
 
 from lora_diffusion.errors import OutputError
 
+_HASH_CHUNK_BYTES = 2**20
+
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Generator[Path]:
@@ -195,20 +197,44 @@ def file_hash(path: str | os.PathLike[str], *, start: int = 0, use_cache: bool =
     """
     path = Path(path)
     if not use_cache:
-        return _hash_file(path, start)
+        return _hash_bytes(path, start)
     status = path.stat()
     return _hash_unchanged_file(path, start, status.st_size, status.st_mtime_ns)
 
 
 @cache
 def _hash_unchanged_file(path: Path, start: int, size: int, modified_ns: int) -> str:  # noqa: ARG001 (part of the cache key)
-    return _hash_file(path, start)
+    return _hash_bytes(path, start)
 
 
-def _hash_file(path: Path, start: int) -> str:
+def _hash_bytes(path: Path, start: int) -> str:
     with path.open("rb") as file:
         file.seek(start)
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def prefixed_file_hash(path: str | os.PathLike[str], prefix: bytes) -> str:
+    """Return the SHA-256 of `prefix` followed by a file's bytes as a hexadecimal string.
+
+    Raises:
+        OSError: If the file cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.sha256(prefix)).hexdigest()
+
+
+def whole_and_tail_hash(path: str | os.PathLike[str], start: int) -> tuple[str, str]:
+    """Return the SHA-256 of a whole file, and that of its bytes from offset `start` on, from one pass over the file.
+
+    Raises:
+        OSError: If the file cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        whole, payload = hashlib.sha256(file.read(start)), hashlib.sha256()
+        while chunk := file.read(_HASH_CHUNK_BYTES):
+            whole.update(chunk)
+            payload.update(chunk)
+    return whole.hexdigest(), payload.hexdigest()
 
 
 def sample_data_folder() -> Path:

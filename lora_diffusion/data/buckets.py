@@ -23,7 +23,7 @@ class Bucket:
         return self.width / self.height
 
 
-def bucket_sizes(resolution: int, step: int, largest_aspect: float) -> tuple[Bucket, ...]:
+def bucket_sizes(resolution: int, step: int, max_aspect_ratio: float) -> tuple[Bucket, ...]:
     """List the buckets for a training resolution.
 
     They are the square, for each smaller width the tallest bucket that has no larger area, and the transpose of each.
@@ -31,13 +31,13 @@ def bucket_sizes(resolution: int, step: int, largest_aspect: float) -> tuple[Buc
     Args:
         resolution: Side of the square in pixels.
         step: All widths and heights are multiples of this.
-        largest_aspect: The greatest ratio of the longer to the shorter side.
+        max_aspect_ratio: The greatest ratio of the longer to the shorter side.
     """
     square = Bucket(resolution, resolution)
     buckets = {square}
     for width in range(step, resolution + 1, step):
         height = resolution**2 // width // step * step
-        if height / width <= largest_aspect:
+        if height / width <= max_aspect_ratio:
             buckets |= {Bucket(width, height), Bucket(height, width)}
     return tuple(sorted(buckets))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_diffusion.config.train import DataConfig
 from lora_diffusion.data.buckets import Bucket, bucket_sizes, nearest_bucket
-from lora_diffusion.data.duplicates import find_near_duplicates, hash_file
+from lora_diffusion.data.duplicates import find_near_duplicates, image_difference_hash
 from lora_diffusion.data.folder import Example, read_dataset
 from lora_diffusion.data.images import read_size
 
@@ -72,7 +72,7 @@ def check_dataset(
             for example, (width, height), bucket in zip(examples, sizes, buckets, strict=True)
             if width < bucket.width or height < bucket.height
         ),
-        duplicates=find_near_duplicates({example.picture: hash_file(example.picture) for example in examples}),
+        duplicates=find_near_duplicates({e.picture: image_difference_hash(e.picture) for e in examples}),
         long_captions=tuple((picture, count) for picture, count in counts if count > 1),
         with_prompt_syntax=tuple(e.picture for e in examples if _PROMPT_SYNTAX.search(e.caption)),
         without_trigger=tuple(e.picture for e in examples if trigger and trigger not in e.caption),
@@ -87,7 +87,7 @@ def assign_buckets(sizes: Sequence[tuple[int, int]], config: DataConfig, size_px
     if not config.buckets:
         return (Bucket(size_px, size_px),) * len(sizes)
     step = config.bucket_step or max(8, size_px // 64 * 8)
-    buckets = bucket_sizes(size_px, step, config.largest_aspect)
+    buckets = bucket_sizes(size_px, step, config.max_aspect_ratio)
     return tuple(nearest_bucket(buckets, *size) for size in sizes)
 
 

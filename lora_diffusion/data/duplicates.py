@@ -38,7 +38,7 @@ def find_near_duplicates(hashes: Mapping[Path, int], distance: int = MAX_DISTANC
     return tuple((a, b) for (a, first), (b, second) in pairs if (first ^ second).bit_count() <= distance)
 
 
-def hash_file(path: str | os.PathLike[str]) -> int:
+def image_difference_hash(path: str | os.PathLike[str]) -> int:
     """Compute the difference hash of an image file.
 
     Raises:

@@ -1,8 +1,8 @@
 """Split a dataset into training and validation examples."""
 
-import hashlib
 from collections.abc import Sequence
 
+from lora_diffusion.core.atomic_files import prefixed_file_hash
 from lora_diffusion.data.folder import Example
 from lora_diffusion.errors import DatasetError
 
@@ -41,6 +41,6 @@ def split_validation(
     )
 
 
-def _split_key(example: Example, seed: int) -> bytes:
+def _split_key(example: Example, seed: int) -> str:
     """Return the pseudo-random sort key of an example; the split is part of recorded runs, so it must not change."""
-    return hashlib.sha256(f"{seed}".encode() + example.picture.read_bytes()).digest()
+    return prefixed_file_hash(example.picture, f"{seed}".encode())

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
-from lora_diffusion.core.atomic_files import atomic_file, file_hash
+from lora_diffusion.core.atomic_files import atomic_file, file_hash, whole_and_tail_hash
 from lora_diffusion.core.dtypes import dtype_name, tensor_bytes, torch_dtype
 from lora_diffusion.errors import AdapterFormatError
 from lora_diffusion.formats.json_values import is_array, is_object
@@ -55,8 +55,6 @@ TensorKind = tuple[str, tuple[int, ...]]
 
 _MAX_HEADER_BYTES = 100_000_000
 """Header size limit of the safetensors specification."""
-_CHUNK_BYTES = 2**20
-"""How much of a file is read at a time while it is hashed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -310,15 +308,7 @@ def file_and_payload_hash(path: str | os.PathLike[str]) -> tuple[str, str]:
         AdapterFormatError: If the file is not a safetensors file.
         OSError: If reading fails.
     """
-    path = Path(path)
-    with _open_file(path) as file:
-        start = _parse_file_header(file, path).data_start
-        file.seek(0)
-        whole, payload = hashlib.sha256(file.read(start)), hashlib.sha256()
-        while chunk := file.read(_CHUNK_BYTES):
-            whole.update(chunk)
-            payload.update(chunk)
-    return whole.hexdigest(), payload.hexdigest()
+    return whole_and_tail_hash(path, read_header(path).data_start)
 
 
 def _storage_order(kinds: Mapping[str, TensorKind]) -> list[str]:

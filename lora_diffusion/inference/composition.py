@@ -109,7 +109,7 @@ def plan_sums(base: Base, blend: Blend, composition: Composition) -> Callable[[D
     if composition.mode == "k-lora":
         return _KLoraSelector(base, entries[0], entries[1], composition).select
     if composition.mode == "np-lora":
-        blend = Blend(entries=(project_entries(entries, composition.projection), *entries[1:]))
+        blend = Blend(entries=(project_entries(entries, composition.projection_strength), *entries[1:]))
     return lambda denoising_step: blend_sum(blend, base.layout, denoising_step)
 
 

@@ -21,6 +21,8 @@ from lora_diffusion.adapters.compatibility import check_fits, expected_shapes
 from lora_diffusion.adapters.deltas import cast_checked, check_range, compute_blended_bias, compute_blended_weight
 from lora_diffusion.adapters.factor_stack import StackedFactors, split_stackable, stack_factors
 from lora_diffusion.adapters.layers import Layer
+from lora_diffusion.algebra.metrics.norms import frobenius_norm
+from lora_diffusion.algebra.metrics.rounding_error import rounding_error
 from lora_diffusion.architectures.module_paths import changeable_paths
 from lora_diffusion.errors import AdapterFormatError, ConfigError
 from lora_diffusion.formats.checkpoints.diffusers import find_parameters
@@ -272,28 +274,34 @@ def full_precision(base: Base) -> Generator[None]:
         yield
 
 
-def rounding_loss(base: Base, deltas: BlendSum) -> float:
-    """Measure how much of the deltas is lost when blended weights are rounded to the base's type.
+def blend_rounding_error(base: Base, deltas: BlendSum) -> float:
+    """Return the rounding error of blended weights in the base's type, relative to the blend's delta.
 
     In bfloat16, whose spacing can exceed a small delta, half of the change made by an adapter of low weight can be
     lost.
 
     Args:
         base: Base model with its original weights.
-        deltas: Sum of deltas; biases are ignored.
+        deltas: Sum of deltas.
 
     Returns:
-        Frobenius norm of the rounding error divided by that of the deltas, 0 without deltas.
+        The rounding error; 0 without deltas.
     """
-    squared_error = squared_delta = 0.0
+    errors: list[float] = []
+    norms: list[float] = []
+
+    def add(name: str, original: Tensor, exact: Tensor) -> None:
+        errors.append(frobenius_norm(cast_checked(exact, original.dtype, name).float() - exact))
+        norms.append(frobenius_norm(exact - original.float()))
+
     with full_precision(base):
         for path, terms in deltas.layers.items():
             original = weight_at(base, path)
-            exact = compute_blended_weight(original, terms)
-            rounded = cast_checked(exact, original.dtype, path)
-            squared_error += float((rounded.float() - exact).square().sum())
-            squared_delta += float((exact - original.float()).square().sum())
-    return (squared_error / squared_delta) ** 0.5 if squared_delta else 0.0
+            add(f"{path}.weight", original, compute_blended_weight(original, terms))
+        for path, biases in deltas.biases.items():
+            original = parameter_at(base, f"{path}.bias")
+            add(f"{path}.bias", original, compute_blended_bias(original, biases))
+    return rounding_error(errors, norms)
 
 
 def memory_backup() -> Callable[[str, Tensor], Tensor]:

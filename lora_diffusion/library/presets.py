@@ -9,6 +9,7 @@ from pathlib import Path
 from lora_diffusion.adapters.blend import Blend
 from lora_diffusion.config.preset import BlendPreset, Region
 from lora_diffusion.core.atomic_files import atomic_file, check_output_free
+from lora_diffusion.core.tables import format_table
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.library.references import make_references
 from lora_diffusion.prompts.tags import format_weight
@@ -72,17 +73,16 @@ def list_presets(folder: str | os.PathLike[str]) -> list[tuple[Path, BlendPreset
 
 
 def describe_preset(preset: BlendPreset) -> str:
-    """Format a preset as aligned lines of text."""
-    lines = [f"{'name':<14}{preset.name}", f"{'base':<14}{preset.base}"]
-    lines += [f"{'description':<14}{preset.description}"] * bool(preset.description)
-    lines += [
-        f"{'adapter':<14}{e.name or e.path}:{format_weight(e.weight)}{_format_region(e.region)}"
-        for e in preset.adapters
+    """Format a preset as a table of names and values."""
+    rows = [("name", preset.name), ("base", preset.base)]
+    rows += [("description", preset.description)] * bool(preset.description)
+    rows += [
+        ("adapter", f"{e.name or e.path}:{format_weight(e.weight)}{_format_region(e.region)}") for e in preset.adapters
     ]
     changed = preset.composition.model_dump(exclude_defaults=True)
-    lines += [f"{key.replace('_', ' '):<14}{value}" for key, value in changed.items()]
-    settings = preset.settings.model_dump(exclude_defaults=True) if preset.settings else {}
-    return "\n".join([*lines, *(f"{key.replace('_', ' '):<14}{value}" for key, value in settings.items())])
+    changed |= preset.settings.model_dump(exclude_defaults=True) if preset.settings else {}
+    rows += [(key.replace("_", " "), str(value)) for key, value in changed.items()]
+    return format_table([], rows, left=(0, 1))
 
 
 def _format_region(region: Region | None) -> str:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from lora_diffusion.adapters.adapter import adapter_hash
 from lora_diffusion.architectures.families import FAMILIES, family_title
 from lora_diffusion.core.atomic_files import file_hash, sample_data_folder
+from lora_diffusion.core.tables import format_table
 from lora_diffusion.errors import AdapterFormatError, ConfigError, LoRADiffusionError
 from lora_diffusion.formats.adapters.load import FOLDER_FILE, load_adapter
 from lora_diffusion.formats.adapters.pickle import is_pickled
@@ -252,11 +253,12 @@ def entry_to_json(entry: LibraryEntry) -> dict[str, Any]:
 def describe_library(library: Library, entries: Sequence[LibraryEntry]) -> str:
     """Format entries as a table, followed by one line for each problem and note."""
     titles = ("name", "family", "kind", "weight", "triggers", "file")
-    rows = [titles, *(_format_row(entry) for entry in entries if not entry.problem)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(titles))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    if len(rows) == 1:
-        lines = [f"no usable adapters found in {to_printable(str(library.folder))}"]
+    rows = [_format_row(entry) for entry in entries if not entry.problem]
+    lines = [
+        format_table(titles, rows, left=range(len(titles)))
+        if rows
+        else f"no usable adapters found in {to_printable(str(library.folder))}"
+    ]
     lines += [f"problem: {entry.problem}" for entry in entries if entry.problem]
     return "\n".join([*lines, *(f"note: {entry.relative}: {note}" for entry in entries for note in entry.notes)])
 

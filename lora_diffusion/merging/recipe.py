@@ -130,7 +130,7 @@ def format_model_card(recipe: MergeRecipe, rounding_error: float) -> str:
 
     Args:
         recipe: Recipe of the merge, with hashes.
-        rounding_error: Norm of the rounding errors divided by that of all changes.
+        rounding_error: Rounding error of the merge, relative to the merged delta.
     """
     rows = [(e.name or e.path, format_weight(e.weight), e.hash[:16]) for e in recipe.adapters]
     rows += [

@@ -9,6 +9,7 @@ from torch import Tensor, linalg
 
 from lora_diffusion.adapters.blend import BlendSum
 from lora_diffusion.adapters.deltas import check_range, compute_blended_bias, compute_blended_weight
+from lora_diffusion.algebra.metrics.rounding_error import rounding_error
 from lora_diffusion.config.merge import MergeConfig
 from lora_diffusion.core.dtypes import torch_dtype
 from lora_diffusion.core.seeding import make_generator
@@ -38,10 +39,10 @@ class MergedTensors:
     config: MergeConfig
     appended: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
     """Textual-inversion vectors to append as rows, by the name of the token-embedding parameter."""
-    squared_error: float = 0.0
-    """Squared norm of the rounding errors so far."""
-    squared_delta: float = 0.0
-    """Squared norm of the changes so far."""
+    error_norms: list[float] = field(default_factory=list[float])
+    """Frobenius norm of the rounding error of each parameter computed so far."""
+    delta_norms: list[float] = field(default_factory=list[float])
+    """Frobenius norm of the change of each parameter computed so far."""
 
     def value(self, tensor: OutputTensor) -> Tensor:
         """Compute an output tensor in its output type and shape.
@@ -60,8 +61,9 @@ class MergedTensors:
         if exact is None:
             return original.to(dtype)
         value = _round_checked(exact, dtype, part.name, self.config)
-        self.squared_error += _squared_norm(torch.sub(value, exact))
-        self.squared_delta += _squared_norm(torch.sub(original, exact)) if exact.shape == original.shape else 0.0
+        self.error_norms.append(_norm(torch.sub(value, exact)))
+        if exact.shape == original.shape:
+            self.delta_norms.append(_norm(torch.sub(original, exact)))
         return value
 
     def _merge_parameter(self, name: str, original: Tensor) -> Tensor | None:
@@ -81,13 +83,13 @@ class MergedTensors:
 
     @property
     def rounding_error(self) -> float:
-        """Frobenius norm of the rounding errors divided by that of all changes, for the tensors computed so far."""
-        return (self.squared_error / self.squared_delta) ** 0.5 if self.squared_delta else 0.0
+        """Rounding error of the tensors computed so far, relative to the merged delta."""
+        return rounding_error(self.error_norms, self.delta_norms)
 
 
-def _squared_norm(tensor: Tensor) -> float:
-    """Return the squared Frobenius norm of a float32 tensor."""
-    return float(cast(Any, linalg).vector_norm(tensor)) ** 2
+def _norm(tensor: Tensor) -> float:
+    """Return the Frobenius norm of a float32 tensor, accumulated in float32."""
+    return float(cast(Any, linalg).vector_norm(tensor))
 
 
 def _round_checked(exact: Tensor, dtype: torch.dtype, name: str, config: MergeConfig) -> Tensor:

@@ -16,6 +16,7 @@ from lora_diffusion.config.merge import MergeConfig, WeightType
 from lora_diffusion.config.settings import read_toml
 from lora_diffusion.config.train import TrainConfig
 from lora_diffusion.core.atomic_files import sample_data_folder
+from lora_diffusion.core.tables import format_table
 from lora_diffusion.errors import OutputError
 from lora_diffusion.evaluation.image_grid import draw_image_grid, save_grid
 from lora_diffusion.evaluation.style_distance import list_style_images, style_distance
@@ -38,8 +39,6 @@ PROMPTS = (
     "a gloop character in the city at night, {style}",
 )
 """Prompts of the rows of the grid."""
-SUBJECT_ROWS = (3, 4)
-"""Indices of the prompts that show the subject."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,10 +162,10 @@ def _measure_merge(base: Base, blend: Blend, output: Path, dtype: WeightType, ex
 def _format_summary(result: DemoResult, output: Path, style_file: Path, subject_file: Path) -> list[str]:
     """Format the results, the paths of the files, and commands to try next."""
     exact = "identical" if result.merged_exact == 0 else f"different by up to {result.merged_exact} of 255"
-    rows = [f"  {title:<26}{value:.3f}" for title, value in result.distances.items()]
+    rows = [(f"  {title}", f"{value:.3f}") for title, value in result.distances.items()]
     return [
         f"Distance to the {_STYLE} training pictures (0 is the same style):",
-        *rows,
+        format_table([], rows),
         f"Pixels of the merged checkpoint and of the blend: in float32 {exact}; in float16 different by up to "
         f"{result.merged_half} of 255.",
         f"Took {result.seconds:.0f} s. The images are in {output / 'grid.png'}, the merged checkpoint in "

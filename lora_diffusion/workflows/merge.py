@@ -4,17 +4,18 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lora_diffusion.config.generate import LoadConfig
 from lora_diffusion.config.merge import MergeConfig
 from lora_diffusion.config.preset import BaseTerm, BlendEntry
 from lora_diffusion.errors import ConfigError, LoRADiffusionError
 from lora_diffusion.library.presets import read_preset
-from lora_diffusion.library.references import load_blend, resolve_entry_paths
+from lora_diffusion.library.references import AdapterResolver, load_blend, resolve_entry_paths
 from lora_diffusion.merging.merge import MergeReport, merge
 from lora_diffusion.merging.recipe import read_merge_recipe
 from lora_diffusion.merging.undo import copy_base, find_original_base, subtract_blend
 from lora_diffusion.merging.writer import OnProgress
 from lora_diffusion.models.locate import find_checkpoint
-from lora_diffusion.workflows.images.generate import LoadOptions, load_and_resolve_blend
+from lora_diffusion.workflows.images.generate import load_and_resolve_blend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,8 @@ def request_from_checkpoint(path: str | os.PathLike[str], *, base: str, force: b
 def merge_files(
     request: MergeRequest,
     output: str | os.PathLike[str],
-    options: LoadOptions | None = None,
+    load: LoadConfig | None = None,
+    resolver: AdapterResolver | None = None,
     on_progress: OnProgress | None = None,
 ) -> tuple[MergeReport, tuple[str, ...]]:
     """Merge adapter files and differences of checkpoints into a checkpoint.
@@ -94,7 +96,8 @@ def merge_files(
     Args:
         request: The base, the adapters and the settings.
         output: Folder or single file to write.
-        options: How adapters are found and the blend is prepared.
+        load: How adapters are found and the blend is prepared.
+        resolver: Finds adapters by path, hash or name; by default in the library of `load`.
         on_progress: Called with the written share of the output, 0 to 1.
 
     Returns:
@@ -103,7 +106,7 @@ def merge_files(
     Raises:
         LoRADiffusionError: If an input is invalid or the output cannot be written.
     """
-    resolved = load_and_resolve_blend(request.base, request.entries, options or LoadOptions())
+    resolved = load_and_resolve_blend(request.base, request.entries, load or LoadConfig(), resolver)
     if request.base_hash and find_checkpoint(request.base).hash != request.base_hash:
         raise ConfigError(
             f"{request.base}: is not the base of the recipe, whose hash is {request.base_hash[:12]}; give that base "
@@ -127,7 +130,8 @@ def undo_files(
     output: str | os.PathLike[str],
     *,
     base: str = "",
-    options: LoadOptions | None = None,
+    load: LoadConfig | None = None,
+    resolver: AdapterResolver | None = None,
 ) -> str:
     """Restore the base of a merged checkpoint, bit for bit.
 
@@ -138,7 +142,8 @@ def undo_files(
         merged: The merged checkpoint, a folder or a single file.
         output: Folder or single file to write.
         base: Where the base is now; empty for the path or name in the recipe.
-        options: How adapters are found.
+        load: How adapters are found and the blend is prepared.
+        resolver: Finds adapters by path, hash or name; by default in the library of `load`.
 
     Returns:
         A sentence that says how the base was restored.
@@ -152,9 +157,10 @@ def undo_files(
     if original is not None:
         copy_base(original, output)
         return f"copied from {original.path}"
-    options = options or LoadOptions()
+    load = load or LoadConfig()
+    resolver = resolver or AdapterResolver(library_folder=load.library)
     try:
-        resolved = load_blend(recipe.adapters, options.resolver, ignore=options.ignore)
+        resolved = load_blend(recipe.adapters, resolver, ignore=load.ignore_unmatched)
     except LoRADiffusionError as error:
         raise ConfigError(
             f"{merged}: neither its base {recipe.base!r} (hash {recipe.base_hash[:12]}) nor all of its adapters were "

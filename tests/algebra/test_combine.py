@@ -16,7 +16,7 @@ from lora_diffusion.adapters.adapter import Adapter, AdapterMetadata, cast_adapt
 from lora_diffusion.adapters.blend import Blend, BlendSum, WeightedAdapter
 from lora_diffusion.adapters.layers import DoRALayer, FullLayer, Layer, LoHaLayer, LoKrLayer, LoRALayer
 from lora_diffusion.algebra.combine.exact_sum import combine, joint_sum
-from lora_diffusion.algebra.metrics.quantization_error import rounding_error
+from lora_diffusion.algebra.metrics.rounding_error import adapter_rounding_error
 from lora_diffusion.algebra.reduce.resize import compress
 from lora_diffusion.architectures.blocks import block_prefix
 from lora_diffusion.config.combine import CombineConfig, RankRule
@@ -336,12 +336,12 @@ def test_rounding_error_is_measured_on_the_delta() -> None:
     half = cast_adapter(adapter_of(layer), torch.float16)
     expected = float((dense(half.layers[LINEAR]) - dense(layer)).norm() / dense(layer).norm())
     assert expected > 0.005
-    assert rounding_error(adapter_of(layer), half) == pytest.approx(expected, rel=1e-5)
+    assert adapter_rounding_error(adapter_of(layer), half) == pytest.approx(expected, rel=1e-5)
 
 
 def test_rounding_error_of_an_adapter_with_only_tokens_is_measured_on_its_embeddings() -> None:
     vectors = torch.randn(2, 16, generator=torch.Generator().manual_seed(1))
     adapter = Adapter(layers={}, tokens={"<w>": {"text_encoder": vectors}})
     expected = float((vectors - vectors.bfloat16().float()).norm() / vectors.norm())
-    assert rounding_error(adapter, cast_adapter(adapter, torch.bfloat16)) == pytest.approx(expected, rel=1e-5)
-    assert rounding_error(adapter, adapter) == 0
+    assert adapter_rounding_error(adapter, cast_adapter(adapter, torch.bfloat16)) == pytest.approx(expected, rel=1e-5)
+    assert adapter_rounding_error(adapter, adapter) == 0

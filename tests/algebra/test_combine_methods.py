@@ -232,7 +232,7 @@ def test_layers_other_than_plain_lora_are_rejected(method: ConsensusMethod) -> N
         ({"method": "della", "spread": 1.0}, "'spread' is 1.0: input should be less than 1"),
         ({"disjoint": "max"}, "'disjoint' is 'max': input should be 'mean' or 'sum'"),
         ({"method": "ziplora", "penalty": 1.0}, "'penalty' is 1.0"),
-        ({"method": "np-lora", "strength": math.inf}, "'strength' is inf"),
+        ({"method": "np-lora", "projection_strength": math.inf}, "'projection_strength' is inf"),
         (
             {"method": "slerp", "density": 0.3},
             "density is a setting of ties, dare, della, knots, magnitude; the method slerp",

@@ -21,7 +21,7 @@ def test_project_removes_the_main_directions_of_the_style() -> None:
     held = values.square().cumsum(0) / values.square().sum()
     main = right[: int((held < 0.95).sum()) + 1]
     expected = 0.8 * (delta64(subject) - 0.75 * delta64(subject) @ main.T @ main) + 0.6 * delta64(style)
-    result = merged(blend_of([subject, style], [0.8, 0.6]), ConsensusConfig(method="np-lora", strength=3.0))
+    result = merged(blend_of([subject, style], [0.8, 0.6]), ConsensusConfig(method="np-lora", projection_strength=3.0))
     assert close(result, expected)
 
 

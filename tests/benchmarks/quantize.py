@@ -95,10 +95,10 @@ def peak_mb(device: torch.device) -> float:
 
 
 @torch.no_grad()
-def into_codes(base: Base, codes: Any, device: torch.device, dtype: torch.dtype) -> float:
+def quantize_unet(base: Base, kind: Any, device: torch.device, dtype: torch.dtype) -> float:
     """Quantize the UNet and return the relative change of its output."""
     wanted = predicted(base.pipe.unet, torch.device("cpu"), torch.bfloat16)
-    quantize_base(base, codes, device)
+    quantize_base(base, kind, device)
     return float((predicted(base.pipe.unet, device, dtype).cpu() - wanted).norm() / wanted.norm())
 
 
@@ -111,7 +111,7 @@ def measured(family: str, kind: str) -> dict[str, float]:
     unet = new_unet(family, dtype)
     pipe = SimpleNamespace(unet=unet, text_encoder=nn.Identity(), text_encoder_2=nn.Identity(), to=unet.to)
     base = replace(base_around(unet, family), pipe=pipe)
-    error = 0.0 if kind == "half" else into_codes(base, kind, device, dtype)
+    error = 0.0 if kind == "half" else quantize_unet(base, kind, device, dtype)
     unet.to(device)
     held = held_mb(unet)
     paths = resolve_targets(trainable_paths(base.layout), unet=("attention", "feed-forward"), text_encoders=())

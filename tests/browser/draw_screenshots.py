@@ -11,9 +11,9 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
+from lora_diffusion.config.studio import StudioConfig
 from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion_studio.app import serve
-from lora_diffusion_studio.backend.config import StudioConfig, create_default_library
 from lora_diffusion_studio.backend.studio import Studio
 from tests.browser.test_studio_browser import CHROMIUM, open_tab
 
@@ -91,7 +91,7 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, sync_playwright() as playwright:
         output, messages = Path(scratch), list[str]()
-        config = StudioConfig(library=create_default_library(output), output=output, bases=("tiny-sd",))
+        config = StudioConfig(output=output)
         app = serve(Studio(config), block=False, report=messages.append)
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1280, "height": 900})

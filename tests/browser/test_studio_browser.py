@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from lora_diffusion.config.studio import StudioConfig
 from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.library.recipe import read_recipe
-from lora_diffusion_studio.backend.config import StudioConfig, create_default_library
 from lora_diffusion_studio.backend.studio import Studio
 from tests.helpers.server_end import close_quietly, collect_quietly
 
@@ -33,7 +33,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
 
     output = tmp_path_factory.mktemp("studio") / "out"
     messages: list[str] = []
-    config = StudioConfig(library=create_default_library(output), output=output, bases=("tiny-sd",))
+    config = StudioConfig(output=output)
     app = serve(Studio(config), block=False, report=messages.append)
     yield messages[0].split()[5], output
     close_quietly(app)

@@ -15,23 +15,25 @@ from pydantic.fields import FieldInfo
 
 from lora_diffusion import cli
 from lora_diffusion.cli import COMMANDS, command_class, main
-from lora_diffusion.cli.flags import format_default
+from lora_diffusion.cli.flags import format_default, given_settings
 from lora_diffusion.config.adapter_files import ConvertConfig, ExtractConfig, PackConfig, PruneConfig
 from lora_diffusion.config.combine import CombineConfig, ConsensusConfig, RankRule
-from lora_diffusion.config.defaults import DefaultsConfig
+from lora_diffusion.config.defaults import DefaultsConfig, QuickTrainConfig
 from lora_diffusion.config.distillation import DistillConfig
-from lora_diffusion.config.generate import DEFAULT_GUIDANCE_SCALE, GenerateConfig, LoadConfig
+from lora_diffusion.config.generate import DEFAULT_GUIDANCE_SCALE, BaseConfig, GenerateConfig, LoadConfig
 from lora_diffusion.config.merge import MergeConfig
 from lora_diffusion.config.preset import BlendPreset, Composition
 from lora_diffusion.config.settings import Settings
-from lora_diffusion.config.train import SamplesConfig
+from lora_diffusion.config.studio import StudioConfig
+from lora_diffusion.config.train import DataConfig, SamplesConfig
+from lora_diffusion.core.tables import format_table
 
-SAMPLING = (GenerateConfig, Composition, LoadConfig)
+SAMPLING = (GenerateConfig, Composition, BaseConfig, LoadConfig)
 SETTINGS: dict[str, tuple[type[Settings], ...]] = {
     **dict.fromkeys(("generate", "grid", "blocks"), SAMPLING),
     "preset": (*SAMPLING, BlendPreset),
     "merge": (MergeConfig, LoadConfig),
-    "distill": (DistillConfig, Composition, LoadConfig),
+    "distill": (DistillConfig, Composition, BaseConfig, LoadConfig),
     "combine": (RankRule, ConsensusConfig, CombineConfig),
     "resize": (RankRule, CombineConfig),
     "extract": (RankRule, ExtractConfig),
@@ -39,20 +41,13 @@ SETTINGS: dict[str, tuple[type[Settings], ...]] = {
     "prune": (PruneConfig,),
     "convert": (ConvertConfig,),
     "library pack": (PackConfig,),
-    "train style": (DefaultsConfig,),
-    "train dreambooth": (DefaultsConfig,),
-    **dict.fromkeys(("dataset check", "methods", "analyze", "inspect", "verify", "ui"), (LoadConfig,)),
+    "train style": (DefaultsConfig, QuickTrainConfig),
+    "train dreambooth": (DefaultsConfig, QuickTrainConfig),
+    **dict.fromkeys(("dataset check", "methods"), (BaseConfig,)),
+    **dict.fromkeys(("analyze", "inspect", "verify"), (LoadConfig,)),
+    "ui": (StudioConfig,),
 }
 """Settings classes of each command that has some; those that come first win."""
-OWN_TEXT = {
-    ("merge", "base"),
-    ("extract", "base"),
-    ("analyze", "base"),
-    ("verify", "base"),
-    ("ui", "base"),
-    ("ui", "library"),
-}
-"""Flags with the name of a setting and another meaning."""
 
 
 def one_line(text: str) -> str:
@@ -86,7 +81,7 @@ def settings_of(command: str) -> Iterator[tuple[str, FieldInfo]]:
     seen: set[str] = set()
     for kind in SETTINGS[command]:
         for name, info in kind.model_fields.items():
-            if name in flags and name not in seen and (command, name) not in OWN_TEXT:
+            if name in flags and name not in seen:
                 seen.add(name)
                 yield name, info
 
@@ -140,6 +135,36 @@ def test_the_former_name_of_ziplora_is_read_and_reported(tmp_path: Path, capsys:
 
 
 @pytest.mark.parametrize(
+    ("kind", "former", "name", "value"),
+    [
+        (Composition, "projection", "projection_strength", 3.0),
+        (ConsensusConfig, "strength", "projection_strength", 3.0),
+        (DistillConfig, "most_prompts", "max_prompts", 6),
+        (DataConfig, "largest_aspect", "max_aspect_ratio", 1.5),
+    ],
+)
+def test_settings_are_read_by_their_former_names(kind: type[Settings], former: str, name: str, value: float) -> None:
+    required = {Composition: {"mode": "np-lora"}, ConsensusConfig: {"method": "np-lora"}, DataConfig: {"folder": "a"}}
+    settings = kind.model_validate({**required.get(kind, {}), former: value})
+    assert settings == kind.model_validate({**required.get(kind, {}), name: value})
+    assert settings.model_dump()[name] == value
+
+
+@pytest.mark.parametrize(
+    ("command", "former", "field"),
+    [
+        ("generate", "--projection", "composition"),
+        ("combine", "--strength", "consensus"),
+        ("distill", "--most-prompts", "settings"),
+    ],
+)
+def test_former_flags_still_work(command: str, former: str, field: str) -> None:
+    arguments = {"combine": ["a", "b"], "distill": ["--output", "a"]}.get(command, [])
+    parsed = tyro.cli(command_class(command), args=[*arguments, former, "7"])
+    assert "7" in given_settings(getattr(parsed, field)).values()
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["combine", "a", "b", "c", "--method", "zap"], "combine: 'method' is 'zap': input should be 'ties', 'dare'"),
@@ -157,6 +182,10 @@ def test_a_wrong_value_is_one_sentence(arguments: list[str], message: str, capsy
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_tables_align_wide_characters_and_cells_of_several_lines() -> None:
+    assert format_table([], [("日本", "1\n2"), ("abc", "3\a")], left=(0, 1)) == "日本  1\n      2\nabc   3"
 
 
 def test_tables_are_plain_in_pipes() -> None:

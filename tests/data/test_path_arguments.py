@@ -12,7 +12,7 @@ from lora_diffusion.data import duplicates, images
 from tests.helpers.path_arguments import SPELLINGS, functions_with_paths
 
 READERS: dict[str, Callable[[Any], Any]] = {
-    "duplicates.hash_file": duplicates.hash_file,
+    "duplicates.image_difference_hash": duplicates.image_difference_hash,
     "images.read_alpha": images.read_alpha,
     "images.read_mask": images.read_mask,
     "images.read_picture": images.read_picture,

@@ -271,10 +271,10 @@ def test_a_projection_damps_exactly_the_styles_main_directions(seed: int, streng
 def test_np_lora_without_strength_is_the_sum_and_against_itself_leaves_little(sd: Base) -> None:
     subject, style = random_adapter(sd, seed=1), random_adapter(sd, seed=2)
     blend = blend_of((subject, 0.7), (style, 1.0))
-    plain = at_step(sd, blend, Composition(mode="np-lora", projection=0.0), 0)
+    plain = at_step(sd, blend, Composition(mode="np-lora", projection_strength=0.0), 0)
     assert all(torch.allclose(plain[name], value, atol=1e-6) for name, value in fresh(sd, blend).items())
     twice = blend_of((subject, 1.0), (subject, 1.0))
-    live = at_step(sd, twice, Composition(mode="np-lora", projection=1e6), 0)
+    live = at_step(sd, twice, Composition(mode="np-lora", projection_strength=1e6), 0)
     once, double = fresh(sd, blend_of((subject, 1.0))), fresh(sd, twice)
     name = f"{next(iter(subject.layers))}.weight"
     assert (live[name] - once[name]).norm() < 0.3 * (double[name] - once[name]).norm()
@@ -354,5 +354,7 @@ def test_transparent_and_dark_parts_of_a_mask_are_outside_the_region(tmp_path: P
 
 
 def test_a_setting_of_another_mode_is_refused() -> None:
-    with pytest.raises(ConfigError, match="projection is a setting of the mode np-lora; the mode switch does not"):
-        validate(Composition, {"mode": "switch", "projection": 3.0}, source="generate")
+    with pytest.raises(
+        ConfigError, match="projection_strength is a setting of the mode np-lora; the mode switch does not"
+    ):
+        validate(Composition, {"mode": "switch", "projection_strength": 3.0}, source="generate")

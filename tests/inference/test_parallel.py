@@ -16,7 +16,7 @@ from lora_diffusion.adapters.layers import DoRALayer, FullLayer, LoHaLayer, LoRA
 from lora_diffusion.config.generate import GenerateConfig
 from lora_diffusion.config.preset import BlendWeight, Composition, Schedule
 from lora_diffusion.errors import AdapterFormatError, ConfigError
-from lora_diffusion.inference.in_place import blended_weights, rounding_loss, weight_at, weight_patch
+from lora_diffusion.inference.in_place import blend_rounding_error, blended_weights, weight_at, weight_patch
 from lora_diffusion.inference.parallel import parallel_blend, parallel_patch
 from lora_diffusion.inference.sampling import generate
 from lora_diffusion.models.load import Base, load_base, module_at
@@ -280,7 +280,7 @@ def test_a_note_warns_when_rounding_would_lose_most_of_an_adapter(sd: Base, sd_f
                 change = sum_deltas(terms).double().reshape(own.shape)
                 lost += float((weight_at(base, path).double() - own - change).square().sum())
                 delta += float(change.square().sum())
-        assert rounding_loss(base, total) == pytest.approx((lost / delta) ** 0.5, rel=1e-3)
+        assert blend_rounding_error(base, total) == pytest.approx((lost / delta) ** 0.5, rel=1e-3)
     notes = warn_about_rounding(base, gentle, plan)
     assert len(notes) == 1
     assert "rounding to bfloat16 loses" in notes[0]
@@ -289,6 +289,17 @@ def test_a_note_warns_when_rounding_would_lose_most_of_an_adapter(sd: Base, sd_f
     exact = replace(plan, composition=Composition(parallel=True))
     assert warn_about_rounding(base, gentle, exact) == []
     assert warn_about_rounding(sd, gentle, plan) == []
+
+
+def test_the_rounding_error_counts_biases(sd_folder: object) -> None:
+    base = load_base(str(sd_folder), device=torch.device("cpu"), precision=torch.bfloat16)
+    own = module_at(base, PATH).bias.data
+    change = torch.full_like(own, 1e-3, dtype=torch.float32)
+    exact = own.float() + change
+    expected = float((exact.bfloat16().float() - exact).norm() / change.norm())
+    blend = blend_of((Adapter(layers={}, biases={PATH: change}), 1.0))
+    assert blend_rounding_error(base, blend_sum(blend)) == pytest.approx(expected, rel=1e-3)
+    assert expected > 0
 
 
 def test_a_second_parallel_patch_is_refused_and_forwards_of_other_tools_are_restored(sd: Base) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from lora_diffusion.config.studio import StudioConfig
 from lora_diffusion.core.atomic_files import sample_data_folder
-from lora_diffusion_studio.backend.config import StudioConfig
 from lora_diffusion_studio.backend.studio import Studio
 
 

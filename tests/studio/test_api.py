@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from lora_diffusion.config.studio import StudioConfig
 from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion_studio.api import parse_adapter
-from lora_diffusion_studio.backend.config import StudioConfig
 from lora_diffusion_studio.backend.generation import ImageSaved, generate
 from lora_diffusion_studio.backend.studio import Studio
 from lora_diffusion_studio.view_models.blend_form import BlendForm
@@ -22,9 +22,9 @@ def test_concurrent_api_clients_get_the_images_of_the_library(tmp_path: Path) ->
 
     from lora_diffusion_studio.app import serve
 
-    config = StudioConfig(library=sample_data_folder() / "adapters", output=tmp_path / "out", bases=("tiny-sd",))
+    config = StudioConfig(library=sample_data_folder() / "adapters", output=tmp_path / "out", api=True)
     studio, messages = Studio(config), list[str]()
-    app = serve(studio, api=True, block=False, report=messages.append)
+    app = serve(studio, block=False, report=messages.append)
     clients = [Client(messages[0].split()[5], verbose=False) for _ in range(2)]
     assert {card["name"] for card in clients[0].predict(api_name="/adapters")} >= {"neon.safetensors"}
     asked = [("a red house, in zwx style", "neon:0.7"), ("a blue cat, in sks style", "ink:0.9:start=0.2")]

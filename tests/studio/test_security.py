@@ -9,9 +9,9 @@ from urllib.parse import quote, urlsplit
 import pytest
 
 from lora_diffusion.cli import main
+from lora_diffusion.config.studio import StudioConfig
 from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import ConfigError
-from lora_diffusion_studio.backend.config import StudioConfig
 from lora_diffusion_studio.backend.studio import Studio
 from lora_diffusion_studio.security import check_exposure
 from tests.helpers.server_end import close_quietly

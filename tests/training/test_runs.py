@@ -19,7 +19,7 @@ from lora_diffusion.architectures.families import FAMILIES
 from lora_diffusion.cli import main
 from lora_diffusion.config.adapter import AdapterConfig
 from lora_diffusion.config.defaults import default_settings
-from lora_diffusion.config.methods import get_method
+from lora_diffusion.config.methods import METHODS
 from lora_diffusion.config.settings import deep_merge, read_toml
 from lora_diffusion.config.train import TrainConfig
 from lora_diffusion.errors import ConfigError
@@ -33,6 +33,7 @@ from tests.helpers.forked_processes import run_distributed, start_forked
 from tests.helpers.short_runs import settings
 from train_scripts.write_configs import CONFIGS, configs
 
+METHOD_SETTINGS = {method.name: method.settings for method in METHODS}
 QUICK = ["--set", "steps=2", "--set", "batch_size=1"]
 
 
@@ -89,7 +90,7 @@ def test_methods_without_a_text_encoder_need_no_text_encoder_learning_rate(name:
             "adapter": {"unet_target_modules": ["up_blocks.0.*"], "text_encoder_target_modules": []}
         }
     else:
-        changes = {section: dict(values) for section, values in get_method(name).settings.items()}
+        changes = {section: dict(values) for section, values in METHOD_SETTINGS[name].items()}
     files = {"data": {"folder": "x"}, "output": "x.safetensors"}
     assert make_settings("style", files, changes, base="tiny-sd").optimizer.text_encoder_learning_rate is None
     explicit = {**changes, "optimizer": {"text_encoder_learning_rate": 1e-4}}
@@ -106,7 +107,7 @@ def test_defaults_that_conflict_with_given_settings_are_dropped() -> None:
     assert (adapter.rank, adapter.unet_target_modules) == (AdapterConfig().rank, AdapterConfig().unet_target_modules)
     with pytest.raises(ConfigError, match="takes rank from the file; leave it out"):
         make_settings("style", files, {"adapter": {"init_from": "a.safetensors", "rank": 2}}, base="tiny-sd")
-    slider = make_settings("dreambooth", files, {**get_method("slider").settings}, base="tiny-sd")
+    slider = make_settings("dreambooth", files, {**METHOD_SETTINGS["slider"]}, base="tiny-sd")
     assert slider.prior.mode == "none"
     assert make_settings("dreambooth", files, base="tiny-sd").prior.mode == "prediction"
 

@@ -8,7 +8,7 @@ from PIL import Image
 from lora_diffusion.core.atomic_files import sample_data_folder
 from lora_diffusion.errors import OutputError
 from lora_diffusion.models.load import load_base
-from lora_diffusion.workflows.demo import PROMPTS, SUBJECT_ROWS, run_demo
+from lora_diffusion.workflows.demo import PROMPTS, run_demo
 from train_scripts.tiny_world.reader import load_reader, read
 
 
@@ -38,7 +38,7 @@ def full_style_cells(path: Path) -> list[Image.Image]:
     cell = 192
     left = LABEL_PX + 2 * (cell + MARGIN_PX)
     with Image.open(path) as sheet:
-        tops = [HEADER_PX + row * (cell + MARGIN_PX) for row in range(len(PROMPTS)) if row not in SUBJECT_ROWS]
+        tops = [HEADER_PX + row * (cell + MARGIN_PX) for row, prompt in enumerate(PROMPTS) if "gloop" not in prompt]
         boxes = [(left, top, left + cell, top + cell) for top in tops]
         return [sheet.crop(box).resize((64, 64), Image.Resampling.NEAREST) for box in boxes]
 

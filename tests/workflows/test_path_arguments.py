@@ -14,7 +14,7 @@ from lora_diffusion import workflows
 from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.algebra.svd.rank_selection import RankRule
 from lora_diffusion.config.distillation import DistillConfig
-from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.generate import GenerateConfig, LoadConfig
 from lora_diffusion.config.preset import BlendEntry
 from lora_diffusion.config.train import DataConfig, TrainConfig
 from lora_diffusion.core.atomic_files import sample_data_folder
@@ -69,9 +69,9 @@ def inputs(sd: Base, tmp_path: Path) -> Path:
     made = request.GenerationRequest(
         base=str(sd.folder), entries=(BlendEntry(path=str(tmp_path / "a.safetensors")),), settings=settings
     )
-    resolved, options = ResolvedBlend(blend=blend), generate.LoadOptions()
-    generate.write_images(sd, resolved, made, tmp_path, options, on_image=lambda _path, _picture: None)
-    generate.save_request_as_preset(made, tmp_path / "p.json", options, name="", description="", force=False)
+    resolved, load = ResolvedBlend(blend=blend), LoadConfig()
+    generate.write_images(sd, resolved, made, tmp_path, load, on_image=lambda _path, _picture: None)
+    generate.save_request_as_preset(made, tmp_path / "p.json", load, name="", description="", force=False)
     merge.merge_files(merge.MergeRequest(base=made.base, entries=made.entries), tmp_path / "merged")
     pack.pack_files([tmp_path / "a.safetensors"], tmp_path / "pack.safetensors", pack.PackConfig(rank=2))
     (tmp_path / "prompts.txt").write_text("a cat\n")
@@ -119,7 +119,7 @@ def adapter_cases(sd: Base, inputs: Path) -> Cases:
 
 def image_cases(sd: Base, inputs: Path) -> Cases:
     image, preset, axis = inputs / "00000.png", inputs / "p.json", GridAxis()
-    options, resolver = generate.LoadOptions(), AdapterResolver()
+    load, resolver = LoadConfig(), AdapterResolver()
     made = request.request_from_image(image, base=str(sd.folder), resolver=resolver)
     bare = request.GenerationRequest(base=made.base, entries=(), settings=made.settings)
     nothing = ResolvedBlend(blend=Blend())
@@ -128,11 +128,11 @@ def image_cases(sd: Base, inputs: Path) -> Cases:
     return {
         "generate.generate_files": lambda p, to: generate.generate_files(bare, p(to)),
         "generate.write_images": lambda p, to: generate.write_images(
-            sd, nothing, bare, p(to), options, on_image=lambda _path, _picture: None
+            sd, nothing, bare, p(to), load, on_image=lambda _path, _picture: None
         ),
         "generate.next_image_path": lambda p, _: generate.next_image_path(p(inputs)),
         "generate.save_request_as_preset": lambda p, to: generate.save_request_as_preset(
-            made, p(to / "q.json"), options, **texts
+            made, p(to / "q.json"), load, **texts
         ),
         "grid.draw_grid": lambda p, to: grid.draw_grid(bare, axis, axis, p(to)),
         "grid.save_sheet": lambda p, to: grid.save_sheet([[p(image)]], axis, axis, p(to)),
@@ -170,7 +170,7 @@ def other_cases(sd: Base, inputs: Path) -> Cases:
             OutputError,
             r"ends in \.safetensors",
             lambda: distill.distill_file(
-                settings, distill.PromptSource(), DistillConfig(), p(to / "x.txt"), generate.LoadOptions()
+                settings, distill.PromptSource(), DistillConfig(), p(to / "x.txt"), LoadConfig()
             ),
         ),
         "distill.read_prompts": lambda p, _: distill.read_prompts(p(inputs / "prompts.txt")),

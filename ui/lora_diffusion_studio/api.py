@@ -6,18 +6,19 @@ Gradio shows the functions' parameters and docstrings on the page "Use via API".
 # Gradio's events are untyped.
 # pyright: standard, reportPrivateImportUsage=false
 
-from typing import Any
+from typing import Any, get_args
 
 import gradio as gr
 
 from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.preset import Mode
 from lora_diffusion.errors import ConfigError
 from lora_diffusion_studio.backend.generation import GenerationDone
 from lora_diffusion_studio.backend.generation import generate as generate_images
 from lora_diffusion_studio.backend.studio import Studio
 from lora_diffusion_studio.tabs.handlers import errors_as_messages
 from lora_diffusion_studio.view_models.adapter_slot import AdapterSlot, normalize_options
-from lora_diffusion_studio.view_models.blend_form import BlendForm
+from lora_diffusion_studio.view_models.blend_form import DEFAULT_MODE, BlendForm
 
 _DEFAULTS: dict[str, Any] = {name: field.default for name, field in GenerateConfig.model_fields.items()}
 
@@ -34,7 +35,7 @@ def _add_generate(studio: Studio) -> None:
         adapters: list[str],
         negative_prompt: str = "",
         base: str = "",
-        mode: str = "sum",
+        mode: str = DEFAULT_MODE,
         seed: int = _DEFAULTS["seed"],
         num_inference_steps: int = _DEFAULTS["num_inference_steps"],
         guidance_scale: float = _DEFAULTS["guidance_scale"],
@@ -47,7 +48,7 @@ def _add_generate(studio: Studio) -> None:
             adapters: Adapters of the library as `name:weight:options`, such as `neon:0.8:start=0.3`.
             negative_prompt: Negative prompt.
             base: Base model; the studio's default if empty.
-            mode: Blend mode: sum, switch, composite, k-lora or np-lora.
+            mode: Blend mode: {modes}.
             seed: Seed of the first image. Each further image adds 1.
             num_inference_steps: Number of denoising steps.
             guidance_scale: Guidance scale (CFG).
@@ -74,6 +75,7 @@ def _add_generate(studio: Studio) -> None:
             done = [event for event in generate_images(studio, form) if isinstance(event, GenerationDone)][-1]
         return {"images": [str(path) for path in done.paths], "notes": list(done.notes)}
 
+    generate.__doc__ = (generate.__doc__ or "").format(modes=", ".join(get_args(Mode)))
     gr.api(generate, api_name="generate", concurrency_limit=1)
 
 

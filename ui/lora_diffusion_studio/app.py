@@ -58,47 +58,38 @@ def build_app(studio: Studio, *, api: bool = False) -> gr.Blocks:
     return app
 
 
-def serve(  # noqa: PLR0913 (the command's flags)
+def serve(
     studio: Studio,
     *,
-    host: str = "127.0.0.1",
-    port: int | None = None,
-    share: bool = False,
-    password: str = "",
-    api: bool = False,
     block: bool = True,
     report: Callable[[str], Any] = partial(print, flush=True),  # noqa: B008 (flushed, so that a pipe shows it at once)
 ) -> gr.Blocks:
-    """Start the server.
+    """Start the server, at the address and with the password in the studio's settings.
 
     Args:
         studio: The studio.
-        host: Address to listen on.
-        port: Port to listen on; the first free port from 7860 if None.
-        share: Whether to open a public address through Gradio's servers.
-        password: Password of the user `studio`. Required if other machines can connect.
-        api: Whether to add the API endpoints.
         block: Whether to wait until the server is stopped.
         report: Function that is called with the message that contains the address.
 
     Raises:
         ConfigError: If other machines could connect without a password.
     """
-    check_exposure(host, share=share, password=password)
-    app = build_app(studio, api=api)
+    config = studio.config
+    check_exposure(config.host, share=config.share, password=config.password)
+    app = build_app(studio, api=config.api)
     app.queue(max_size=MAX_QUEUE_SIZE, default_concurrency_limit=4)
     _, url, shared_url = app.launch(
-        server_port=port,
+        server_port=config.port,
         quiet=True,
         prevent_thread_lock=True,
         theme=studio_theme(),
         css=CSS,
         head=GENERATE_SHORTCUT,
-        footer_links=["settings", "api"] if api else ["settings"],
+        footer_links=["settings", "api"] if config.api else ["settings"],
         run_history=False,
         ssr_mode=False,
-        allowed_paths=[str(studio.config.output.resolve())],
-        **launch_settings(host, share=share, password=password),
+        allowed_paths=[str(config.output.resolve())],
+        **launch_settings(config.host, share=config.share, password=config.password),
     )
     report(f"the studio is open at {shared_url or url} (Ctrl-C closes it)")
     if block:

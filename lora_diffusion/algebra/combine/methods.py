@@ -101,7 +101,7 @@ def combine_by_consensus(
     _check_consensus_blend(blend, config.method)
     if config.method == "np-lora":
         entries = tuple(entry for entry in blend.entries if entry in blend.active)
-        projected = Blend(entries=(project_entries(entries, config.strength), *entries[1:]))
+        projected = Blend(entries=(project_entries(entries, config.projection_strength), *entries[1:]))
         return combine(projected, metadata, layout)
     summed = joint_sum(blend, layout)
     progress = tqdm(summed.layers.items(), desc=config.method, unit="module", leave=False, disable=None)

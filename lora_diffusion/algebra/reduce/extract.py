@@ -21,7 +21,9 @@ from lora_diffusion.errors import BaseModelError, ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Approximation:
-    """Settings of the low-rank approximation of dense weights.
+    """Parameters of the low-rank approximation of dense weights.
+
+    Users set an `ExtractConfig`, from which `workflows.adapters.extract` makes these.
 
     Raises:
         ConfigError: If a randomized SVD is requested without a fixed rank.

@@ -11,7 +11,7 @@ from lora_diffusion.adapters.adapter import Adapter
 from lora_diffusion.adapters.factor_stack import is_joinable
 from lora_diffusion.adapters.layers import FullLayer, Layer, LoRALayer
 from lora_diffusion.algebra.metrics.norms import delta_norm
-from lora_diffusion.algebra.metrics.quantization_error import delta_difference_norm
+from lora_diffusion.algebra.metrics.rounding_error import delta_difference_norm
 from lora_diffusion.config.adapter_files import PruneScope
 from lora_diffusion.errors import ConfigError
 

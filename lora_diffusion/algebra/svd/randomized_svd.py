@@ -13,7 +13,10 @@ _MIN_SIZE_RATIO = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Sketch:
-    """Settings of the randomized SVD; the same seed gives the same result."""
+    """Parameters of the randomized SVD; the same seed gives the same result.
+
+    They are not settings: users only choose whether the SVD is randomized (`ExtractConfig.method`).
+    """
 
     oversampling: int = 10
     """Number of random vectors beyond the rank."""

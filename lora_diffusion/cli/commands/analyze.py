@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from lora_diffusion.cli.flags import IgnoreUnmatched, Switch, quiet_libraries
+from lora_diffusion.cli.flags import IgnoreUnmatched, Switch, describe_base_flag, quiet_libraries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +16,7 @@ class Analyze:
 
     files: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER", help_behavior_hint="")]
     """Adapter files, or folders that PEFT saved; all for the same family of base models."""
-    base: Annotated[str, tyro.conf.arg(metavar="BASE", help_behavior_hint="")] = ""
-    """Base model to compare the adapters with, needed for DoRA: `tiny-sd`, a folder, a single file, or a hub id."""
+    base: Annotated[str, describe_base_flag("Base model to compare the adapters with, needed for DoRA", hint="")] = ""
     plots: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = None
     """Also draw plots into this folder."""
     force: Switch = False

@@ -20,7 +20,9 @@ class RankFlags(optional_flags(RankRule)):
     """Flags that choose the rank of each module; at most one of them, and `--at-most`."""
 
 
-class ConsensusFlags(optional_flags(ConsensusConfig, hints={"method": "(default: weighted sum)"})):
+class ConsensusFlags(
+    optional_flags(ConsensusConfig, {"projection_strength": "strength"}, hints={"method": "(default: weighted sum)"})
+):
     """Flags of the consensus methods."""
 
 

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import tyro
 
-from lora_diffusion.cli.flags import Changes, Switch, describe_flag, parse_changes, quiet_libraries
-from lora_diffusion.config.generate import LoadConfig
+from lora_diffusion.cli.flags import Changes, Switch, describe_flag, parse_changes, quiet_libraries, setting_help
+from lora_diffusion.config.defaults import QuickTrainConfig
+from lora_diffusion.config.generate import BaseConfig
 from lora_diffusion.config.settings import EMBEDDED_BASE, deep_merge, validate
 
 
@@ -18,9 +19,16 @@ class Check:
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
     """Folder of images with captions."""
-    base: Annotated[str, describe_flag(LoadConfig, "base")] = EMBEDDED_BASE
-    trigger: Annotated[str, tyro.conf.arg(metavar="WORD", help_behavior_hint="")] = ""
-    """Trigger word that every caption should contain."""
+    base: Annotated[str, describe_flag(BaseConfig, "base")] = EMBEDDED_BASE
+    trigger_words: Annotated[
+        str,
+        tyro.conf.arg(
+            metavar="WORDS",
+            aliases=("--trigger",),
+            help=f"{setting_help(QuickTrainConfig, 'trigger_words')} Every caption should contain them.",
+            help_behavior_hint="(default: none)",
+        ),
+    ] = ""
     sheet: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png", help_behavior_hint="")] = None
     """Write a contact sheet: all images, cropped as for training, with their captions."""
     set: Changes = ()
@@ -39,7 +47,7 @@ class Check:
             from lora_diffusion.data.checks import format_report, to_json
             from lora_diffusion.workflows.training.dataset_check import check_dataset_for_base, save_contact_sheet
 
-            report = check_dataset_for_base(config, self.base, self.trigger)
+            report = check_dataset_for_base(config, self.base, self.trigger_words)
             if self.sheet:
                 save_contact_sheet(report, config, self.sheet)
         print(json.dumps(to_json(report)) if self.json else format_report(report))

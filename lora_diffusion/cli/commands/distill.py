@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from lora_diffusion.workflows.images.request import GenerationRequest
 
 
-class DistillFlags(optional_flags(DistillConfig, {"guidance_scale": SHORT_NAMES["guidance_scale"]})):
+class DistillFlags(
+    optional_flags(DistillConfig, {"guidance_scale": SHORT_NAMES["guidance_scale"], "max_prompts": "most-prompts"})
+):
     """Flags of the distillation settings."""
 
 
@@ -59,7 +61,7 @@ class Distill:
             sampling = {"num_inference_steps": image.num_inference_steps, "guidance_scale": image.guidance_scale}
             config = validate(DistillConfig, {**sampling, **given_settings(self.settings)}, source="distill")
             source = PromptSource(file=self.prompts, folder=self.data)
-            done = distill_file(request, source, config, self.output, self.load.options(), force=self.force)
+            done = distill_file(request, source, config, self.output, self.load.config(), force=self.force)
         for note in done.notes:
             print(f"note: {note}", file=sys.stderr)
         report = done.result.report

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from lora_diffusion.cli.commands.combine import RankFlags, read_rank_rule
-from lora_diffusion.cli.flags import Switch, describe_flag, given_settings, optional_flags, quiet_libraries
+from lora_diffusion.cli.flags import (
+    Switch,
+    describe_base_flag,
+    describe_flag,
+    given_settings,
+    optional_flags,
+    quiet_libraries,
+)
 from lora_diffusion.config.adapter_files import ExtractConfig
 from lora_diffusion.config.settings import validate
 from lora_diffusion.errors import ConfigError
@@ -56,12 +63,10 @@ class Extract:
     per block and in total.
     """
 
-    tuned: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TUNED", help_behavior_hint="")]
-    """Fine-tuned checkpoint: a folder in diffusers' layout, a single file, or a hub id."""
+    tuned: Annotated[str, tyro.conf.Positional, describe_base_flag("Fine-tuned checkpoint", hint="", metavar="TUNED")]
     output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT", help_behavior_hint="")]
     """File to write (.safetensors)."""
-    base: Annotated[str, tyro.conf.arg(metavar="BASE", help_behavior_hint="(required)")]
-    """Checkpoint that was fine-tuned: `tiny-sd`, a folder in diffusers' layout, a single file, or a hub id."""
+    base: Annotated[str, describe_base_flag("Checkpoint that was fine-tuned", hint="(required)")]
     rank: Annotated[RankFlags, tyro.conf.arg(name="")]
     settings: Annotated[ExtractFlags, tyro.conf.arg(name="")]
     norms_and_biases: Annotated[str | None, describe_flag(ExtractConfig, "norms_and_biases")] = None
@@ -86,8 +91,7 @@ class Approximate:
     The file has the layout of an adapter but holds the weights themselves, so all commands refuse to add it to a base.
     """
 
-    base: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="BASE", help_behavior_hint="")]
-    """Checkpoint: `tiny-sd`, a folder in diffusers' layout, a single file, or a hub id."""
+    base: Annotated[str, tyro.conf.Positional, describe_base_flag("Checkpoint", hint="")]
     output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT", help_behavior_hint="")]
     """File to write (.safetensors)."""
     rank: Annotated[RankFlags, tyro.conf.arg(name="")]

@@ -60,8 +60,8 @@ class Generate:
         with quiet_libraries():
             from lora_diffusion.workflows.images.generate import generate_files
 
-            options = self.load.options()
-            written = generate_files(self.make_request(options.resolver), self.output, options)
+            resolver = self.load.resolver()
+            written = generate_files(self.make_request(resolver), self.output, self.load.config(), resolver)
         for note in written.notes:
             print(f"note: {note}", file=sys.stderr)
         print(json.dumps([str(p) for p in written.paths]) if self.json else "\n".join(map(str, written.paths)))
@@ -135,17 +135,23 @@ class Preset:
         from lora_diffusion.workflows.images.generate import save_request_as_preset
         from lora_diffusion.workflows.images.request import request_from_settings
 
-        options = self.load.options()
+        resolver = self.load.resolver()
         request = request_from_settings(
             self.from_,
             base=self.base,
             settings=given_settings(self.settings),
             composition=given_settings(self.composition),
             adapters=parse_adapters(self.adapter),
-            resolver=options.resolver,
+            resolver=resolver,
         )
         saved = save_request_as_preset(
-            request, self.path, options, name=self.name, description=self.description, force=self.force
+            request,
+            self.path,
+            self.load.config(),
+            resolver,
+            name=self.name,
+            description=self.description,
+            force=self.force,
         )
         for note in saved.notes:
             print(f"note: {note}", file=sys.stderr)
@@ -177,8 +183,7 @@ class Preset:
         """Print whether each adapter of a preset is found, unchanged."""
         from lora_diffusion.workflows.images.presets import check_preset
 
-        options = self.load.options()
-        checks = check_preset(self.path, options.resolver, options.ignore)
+        checks = check_preset(self.path, self.load.resolver(), self.load.ignore_unmatched)
         if self.json:
             print(json.dumps([{"what": what, "problem": problem} for what, problem in checks]))
         else:

@@ -1,5 +1,6 @@
 """The commands `grid` and `blocks`, which compare images."""
 
+import inspect
 import json
 import sys
 from dataclasses import asdict, dataclass
@@ -9,6 +10,7 @@ import tyro
 
 from lora_diffusion.cli.commands.generate import Generate
 from lora_diffusion.cli.flags import quiet_libraries
+from lora_diffusion.config.generate import GRID_SETTINGS
 from lora_diffusion.core.tables import format_table
 
 
@@ -16,9 +18,9 @@ from lora_diffusion.core.tables import format_table
 class Grid(Generate):
     """Draw an XY grid: one image for each combination of values of two settings.
 
-    WHAT is weight, block-preset, adapter, mode, seed, steps, guidance, scheduler, prompt or negative-prompt. Values are
-    separated by commas, prompts by `|`. ADAPTER is an adapter's file name without suffix, or its number (default: the
-    first). The images are written to the output folder, and the grid, with all recipes inside, to its folder `grids`.
+    Values are separated by commas, prompts by `|`. ADAPTER is an adapter's file name without suffix, or its number
+    (default: the first). The images are written to the output folder, and the grid, with all recipes inside, to its
+    folder `grids`.
     """
 
     across: Annotated[str, tyro.conf.arg(metavar="WHAT[:ADAPTER]=VALUES")]
@@ -26,15 +28,21 @@ class Grid(Generate):
     down: Annotated[str, tyro.conf.arg(metavar="WHAT[:ADAPTER]=VALUES", help_behavior_hint="(default: one row)")] = ""
     """Vertical axis, such as `seed=0,1,2`."""
 
+    @classmethod
+    def about(cls) -> str:
+        """Return the description for the command's own help, with the settings that can vary."""
+        names = ", ".join(name.replace("_", "-").replace(" ", "-") for name in GRID_SETTINGS)
+        return f"{inspect.getdoc(cls)}\n\nWHAT is one of {names}."
+
     def run(self) -> None:
         """Run the command."""
         with quiet_libraries():
             from lora_diffusion.workflows.images.grid import draw_grid
             from lora_diffusion.workflows.images.grid_axes import GridAxis, parse_axis
 
-            options = self.load.options()
+            resolver = self.load.resolver()
             across, down = parse_axis(self.across), parse_axis(self.down) if self.down else GridAxis()
-            drawn = draw_grid(self.make_request(options.resolver), across, down, self.output, options)
+            drawn = draw_grid(self.make_request(resolver), across, down, self.output, self.load.config(), resolver)
         for note in drawn.notes:
             print(f"note: {note}", file=sys.stderr)
         print(json.dumps(str(drawn.path)) if self.json else drawn.path)
@@ -56,8 +64,8 @@ class Blocks(Generate):
         with quiet_libraries():
             from lora_diffusion.workflows.images.grid import measure_blocks
 
-            options = self.load.options()
-            effects = measure_blocks(self.make_request(options.resolver), self.of, self.output, options)
+            resolver = self.load.resolver()
+            effects = measure_blocks(self.make_request(resolver), self.of, self.output, self.load.config(), resolver)
         if self.json:
             print(json.dumps([{**asdict(effect), "path": str(effect.path)} for effect in effects]))
         else:

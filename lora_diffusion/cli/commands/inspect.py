@@ -7,9 +7,17 @@ from typing import Annotated
 
 import tyro
 
-from lora_diffusion.cli.flags import IgnoreUnmatched, Switch, given_settings, optional_flags, quiet_libraries
+from lora_diffusion.architectures.families import FAMILIES
+from lora_diffusion.cli.flags import (
+    IgnoreUnmatched,
+    Switch,
+    describe_base_flag,
+    given_settings,
+    optional_flags,
+    quiet_libraries,
+)
 from lora_diffusion.config.adapter_files import ConvertConfig
-from lora_diffusion.config.settings import validate
+from lora_diffusion.config.settings import BASE_FORMS, validate
 from lora_diffusion.errors import ConfigError
 
 
@@ -87,8 +95,9 @@ class Verify:
 
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER", help_behavior_hint="")]
     """Adapter file, or folder that PEFT saved."""
-    base: Annotated[str, tyro.conf.arg(metavar="BASE", help_behavior_hint="")] = ""
-    """Also check that the adapter fits this base model: `tiny-sd`, a folder in diffusers' layout, or a hub id."""
+    base: Annotated[
+        str, describe_base_flag("Also check that the adapter fits this base model", hint="", forms=BASE_FORMS)
+    ] = ""
     ignore_unmatched: IgnoreUnmatched = ()
     json: Switch = False
     """Print the checks as JSON."""
@@ -120,8 +129,14 @@ class Library:
     """Folder of adapters, including its subfolders."""
     search: Annotated[str, tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: all)")] = ""
     """Show only adapters whose name, trigger words or path contain these words."""
-    family: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: all)")] = ""
-    """Show only adapters for this family of base models: sd1, sd2, sdxl, tiny-sd or tiny-sdxl."""
+    family: Annotated[
+        str,
+        tyro.conf.arg(
+            metavar="NAME",
+            help=f"Show only adapters for this family of base models: {', '.join(FAMILIES)}.",
+            help_behavior_hint="(default: all)",
+        ),
+    ] = ""
     json: Switch = False
     """Print the result as JSON."""
 

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from lora_diffusion.cli.blend_flags import Adapters, LoadFlags, parse_adapters
-from lora_diffusion.cli.flags import REPEATABLE, Switch, given_settings, optional_flags, quiet_libraries
+from lora_diffusion.cli.flags import (
+    REPEATABLE,
+    Switch,
+    describe_base_flag,
+    given_settings,
+    optional_flags,
+    quiet_libraries,
+)
 from lora_diffusion.config.merge import MergeConfig
 from lora_diffusion.config.preset import BaseTerm
 from lora_diffusion.config.settings import EMBEDDED_BASE, validate
@@ -45,11 +52,8 @@ class Merge:
     load: Annotated[LoadFlags, tyro.conf.arg(name="")]
     base: Annotated[
         str,
-        tyro.conf.arg(
-            metavar="BASE", help_behavior_hint=f"(default: {EMBEDDED_BASE}, or that of the preset or recipe)"
-        ),
+        describe_base_flag("Base model", hint=f"(default: {EMBEDDED_BASE}, or that of the preset or recipe)"),
     ] = ""
-    """Base model: `tiny-sd`, a folder in diffusers' layout, a single .safetensors file, or a hub id."""
     adapter: Adapters = ()
     preset: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """Blend preset (JSON) whose base and adapters are merged."""
@@ -73,7 +77,7 @@ class Merge:
                 return self.undo_merge(self.undo)
             from lora_diffusion.workflows.merge import merge_files
 
-            report, notes = merge_files(self.make_request(), self.output, self.load.options())
+            report, notes = merge_files(self.make_request(), self.output, self.load.config())
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
         facts = {
@@ -118,7 +122,7 @@ class Merge:
 
         if given_settings(self.settings) or self.adapter or self.preset or self.checkpoint or self.like or self.from_:
             raise ConfigError("--undo restores the base as it was; combine it only with --base, --library and --output")
-        how = undo_files(merged, self.output, base=self.base, options=self.load.options())
+        how = undo_files(merged, self.output, base=self.base, load=self.load.config())
         facts = {"output": str(self.output), "how": how}
         print(json.dumps(facts) if self.json else f"{self.output}: {how}")
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from lora_diffusion.cli.flags import Switch, describe_flag, quiet_libraries
-from lora_diffusion.config.generate import LoadConfig
+from lora_diffusion.config.generate import BaseConfig
 from lora_diffusion.config.settings import EMBEDDED_BASE
 from lora_diffusion.errors import ConfigError
 
@@ -24,7 +24,7 @@ class Methods:
 
     names: Names = ()
     """Methods to show; all by default."""
-    base: Annotated[str, describe_flag(LoadConfig, "base")] = EMBEDDED_BASE
+    base: Annotated[str, describe_flag(BaseConfig, "base")] = EMBEDDED_BASE
     rank: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: that of the base)")] = None
     """Rank of every method."""
     json: Switch = False

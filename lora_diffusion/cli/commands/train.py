@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from lora_diffusion.cli.flags import Changes, Switch, describe_flag, parse_changes, quiet_libraries, settings_table
-from lora_diffusion.config.defaults import DefaultsConfig, GpuGigabytes
+from lora_diffusion.config.defaults import DefaultsConfig, GpuGigabytes, QuickTrainConfig
 from lora_diffusion.config.settings import EMBEDDED_BASE, read_toml
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lora_diffusion.config.train import TrainConfig
 
 
-def train_config_class() -> "type[TrainConfig]":
+def _train_config_class() -> "type[TrainConfig]":
     """Import the settings of training only when needed: they are many, and would delay the help of all commands."""
     from lora_diffusion.config.train import TrainConfig
 
@@ -90,11 +90,11 @@ class Train:
     @classmethod
     def about(cls) -> str:
         """Return the description for the command's own help, with all settings of the file."""
-        return f"{inspect.getdoc(cls)}\n\nSettings of the TOML file:\n{settings_table(train_config_class())}"
+        return f"{inspect.getdoc(cls)}\n\nSettings of the TOML file:\n{settings_table(_train_config_class())}"
 
     def run(self) -> int:
         """Run the command and return the exit code."""
-        config = read_toml(self.config, train_config_class(), parse_changes(self.run_flags.set))
+        config = read_toml(self.config, _train_config_class(), parse_changes(self.run_flags.set))
         return self.run_flags.train(config)
 
 
@@ -119,16 +119,16 @@ class TrainStyle:
 
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
     """Folder of images, each with a caption in a .txt file of the same name."""
-    output: Path
-    """Adapter file to write (.safetensors)."""
+    output: Annotated[Path, describe_flag(QuickTrainConfig, "output")]
     defaults: Annotated[DefaultsFlags, tyro.conf.arg(name="")]
-    trigger: Annotated[str, tyro.conf.arg(metavar="WORD", help_behavior_hint="")] = ""
-    """Trigger word of the style, as it appears in the captions; recorded in the file."""
+    trigger_words: Annotated[
+        str, describe_flag(QuickTrainConfig, "trigger_words", short_name="trigger", metavar="WORDS")
+    ] = ""
     run_flags: Annotated[RunFlags, tyro.conf.arg(name="")]
 
     def run(self) -> int:
         """Run the command and return the exit code."""
-        given = {"data": {"folder": self.data}, "output": self.output, "trigger_words": self.trigger.split()}
+        given = {"data": {"folder": self.data}, "output": self.output, "trigger_words": self.trigger_words.split()}
         return self.run_flags.train(self.defaults.settings("style", given, self.run_flags.set))
 
 
@@ -138,12 +138,12 @@ class TrainDreambooth:
 
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
     """Folder of images of the subject; captions in .txt files replace the instance prompt."""
-    output: Path
-    """Adapter file to write (.safetensors)."""
-    instance: Annotated[str, tyro.conf.arg(metavar="PROMPT")]
-    """Instance prompt, with a rare word for the subject: "photo of sks dog"."""
-    class_prompt: Annotated[str, tyro.conf.arg(metavar="PROMPT", help_behavior_hint="(default: the empty prompt)")] = ""
-    """Class prompt for prior preservation: "photo of a dog"."""
+    output: Annotated[Path, describe_flag(QuickTrainConfig, "output")]
+    instance_prompt: Annotated[
+        str,
+        describe_flag(QuickTrainConfig, "instance_prompt", short_name="instance", hint="(required)", metavar="PROMPT"),
+    ]
+    class_prompt: Annotated[str, describe_flag(QuickTrainConfig, "class_prompt", metavar="PROMPT")] = ""
     defaults: Annotated[DefaultsFlags, tyro.conf.arg(name="")]
     run_flags: Annotated[RunFlags, tyro.conf.arg(name="")]
 
@@ -152,7 +152,7 @@ class TrainDreambooth:
         with quiet_libraries():
             from lora_diffusion.training.default_settings import subject_settings
 
-        given = subject_settings(self.data, self.output, instance=self.instance, class_prompt=self.class_prompt)
+        given = subject_settings(self.data, self.output, instance=self.instance_prompt, class_prompt=self.class_prompt)
         return self.run_flags.train(self.defaults.settings("dreambooth", given, self.run_flags.set))
 
 

@@ -197,7 +197,7 @@ def record_teacher(
 
 
 def _split_prompts(prompts: Sequence[str], config: DistillConfig) -> tuple[list[str], list[str]]:
-    """Choose up to `config.most_prompts` prompts, and split them into prompts to train on and held-out prompts.
+    """Choose up to `config.max_prompts` prompts, and split them into prompts to train on and held-out prompts.
 
     A single prompt is used for both.
     """
@@ -210,7 +210,7 @@ def _split_prompts(prompts: Sequence[str], config: DistillConfig) -> tuple[list[
             f"the prompt {tagged!r} contains a <lora:...> tag; name adapters with --adapter and remove the tag"
         )
     shuffled = [distinct[i] for i in picture_order(len(distinct), len(distinct), config.seed)]
-    chosen = shuffled[: config.most_prompts]
+    chosen = shuffled[: config.max_prompts]
     num_held_out = max(1, len(chosen) // _HELD_OUT_DIVISOR)
     return chosen[:-num_held_out] or chosen, chosen[-num_held_out:]
 

@@ -126,7 +126,7 @@ def _resolve_class(kind: str) -> type[Any]:
         near = difflib.get_close_matches(kind, KINDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(KINDS)}, or an import path"
         raise ConfigError(f"optimizer.kind is {kind!r}, which is not known; {hint}")
-    try:
+    try:  # by name, as users may give any class; import-linter's contract names transformers' Adafactor in a comment
         resolved = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
         hint = (

@@ -14,7 +14,7 @@ from lora_diffusion.adapters.coefficients import is_zero
 from lora_diffusion.adapters.layers import DoRALayer, FullLayer
 from lora_diffusion.algebra.combine.exact_sum import combine, joint_sum, merge_tokens
 from lora_diffusion.algebra.combine.methods import combine_by_consensus
-from lora_diffusion.algebra.metrics.quantization_error import rounding_error
+from lora_diffusion.algebra.metrics.rounding_error import adapter_rounding_error
 from lora_diffusion.algebra.reduce.resize import CompressionReport, Loss, compress
 from lora_diffusion.algebra.reduce.truncate import truncate_adapter
 from lora_diffusion.architectures.blocks import block_prefix
@@ -86,7 +86,7 @@ def combine_files(
             f"{rounded.non_finite[0]} is beyond the range of {dtype_name(dtype)}; lower the weights, or choose "
             "bfloat16 or float32"
         )
-    error = rounding_error(exact, rounded)
+    error = adapter_rounding_error(exact, rounded)
     metadata = _merge_metadata(active, output.stem).model_copy(
         update={"training": _make_record(active, config, report, error)}
     )

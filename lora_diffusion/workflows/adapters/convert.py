@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lora_diffusion.adapters.adapter import Adapter, cast_adapter
-from lora_diffusion.algebra.metrics.quantization_error import rounding_error
+from lora_diffusion.algebra.metrics.rounding_error import adapter_rounding_error
 from lora_diffusion.config.adapter_files import ConvertConfig
 from lora_diffusion.config.settings import Dialect
 from lora_diffusion.core.atomic_files import atomic_file, check_output_free
@@ -75,7 +75,7 @@ def convert(source: str | os.PathLike[str], output: str | os.PathLike[str], conf
     if config.card:
         with atomic_file(card) as part:
             part.write_text(format_hub_card(rounded, output.name), encoding="utf-8")
-    return ConvertResult(source=source, output=output, rounding_error=rounding_error(adapter, rounded))
+    return ConvertResult(source=source, output=output, rounding_error=adapter_rounding_error(adapter, rounded))
 
 
 def _plan_outputs(sources: Sequence[Path], target: Path) -> list[Path]:

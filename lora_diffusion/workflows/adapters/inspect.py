@@ -12,12 +12,13 @@ from lora_diffusion.adapters.adapter import Adapter, adapter_hash, named_tensors
 from lora_diffusion.algebra.metrics.norms import delta_norm
 from lora_diffusion.architectures.blocks import block_prefix
 from lora_diffusion.architectures.families import family_title
-from lora_diffusion.core.atomic_files import count_bytes, file_hash
+from lora_diffusion.core.atomic_files import count_bytes
 from lora_diffusion.core.dtypes import dtype_name
+from lora_diffusion.core.tables import format_table
 from lora_diffusion.formats.adapters.load import load_meta_adapter, load_unchecked
 from lora_diffusion.formats.adapters.metadata import tag_frequencies
 from lora_diffusion.formats.adapters.pickle import is_pickled
-from lora_diffusion.formats.safetensors import file_payload_hash
+from lora_diffusion.formats.safetensors import file_and_payload_hash
 
 _MAX_TAGS = 20
 """Maximum number of caption tags in a report; the most frequent ones."""
@@ -117,19 +118,20 @@ def file_hashes(path: str | os.PathLike[str]) -> dict[str, str]:
     with path.open("rb") as file:
         file.seek(_LEGACY_START)
         legacy = hashlib.sha256(file.read(_LEGACY_BYTES)).hexdigest()
-    whole = file_hash(path, use_cache=False)
-    return {"autov2": whole[:10], "sshs_model_hash": file_payload_hash(path), "sshs_legacy_hash": legacy[:8]}
+    whole, payload = file_and_payload_hash(path)
+    return {"autov2": whole[:10], "sshs_model_hash": payload, "sshs_legacy_hash": legacy[:8]}
 
 
 def describe_inspection(report: Mapping[str, Any]) -> str:
-    """Format the result of `inspect_adapter` as aligned lines of text, with a bar for the norm of each block."""
-    lines: list[str] = []
-    for key, value in report.items():
-        title = key.replace("_", " ")
-        if key == "norms":
-            lines += ["delta norms by block, median (largest):", *_format_bars(value)]
-        elif value not in ("", [], {}, None):
-            lines.append(f"{title:<18}{_format_value(value)}")
+    """Format the result of `inspect_adapter` as a table, followed by one with a bar for the norm of each block."""
+    rows = [
+        (key.replace("_", " "), _format_value(value))
+        for key, value in report.items()
+        if key != "norms" and value not in ("", [], {}, None)
+    ]
+    lines = [format_table([], rows, left=(0, 1))]
+    if report.get("norms"):
+        lines += ["delta norms by block, median (largest):", _format_bars(report["norms"])]
     return "\n".join(lines)
 
 
@@ -143,11 +145,11 @@ def _format_value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _format_bars(norms: Mapping[str, Mapping[str, float]], width: int = 40) -> list[str]:
+def _format_bars(norms: Mapping[str, Mapping[str, float]], width: int = 40) -> str:
     """Format one line for each block: name, bar, numbers."""
     longest = max((entry["median"] for entry in norms.values()), default=0) or 1
-    lines: list[str] = []
-    for block, entry in norms.items():
-        bar = "█" * round(width * entry["median"] / longest)
-        lines.append(f"  {block:<22}{bar:<{width}} {entry['median']:.4g} ({entry['max']:.4g})")
-    return lines
+    rows = [
+        (f"  {block}", "█" * round(width * entry["median"] / longest), f"{entry['median']:.4g} ({entry['max']:.4g})")
+        for block, entry in norms.items()
+    ]
+    return format_table([], rows, left=(0, 1, 2))

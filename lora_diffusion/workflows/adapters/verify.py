@@ -10,6 +10,7 @@ from lora_diffusion.adapters.blend import Blend, WeightedAdapter
 from lora_diffusion.adapters.compatibility import check_fits, expected_shapes
 from lora_diffusion.architectures.families import family_title
 from lora_diffusion.architectures.module_paths import changeable_paths
+from lora_diffusion.core.tables import format_table
 from lora_diffusion.errors import AdapterFormatError, LoRADiffusionError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.checkpoints.diffusers import find_parameters, read_layout
@@ -117,4 +118,5 @@ def _check_base(adapter: Adapter, base: str) -> CheckResult:
 def describe_checks(checks: Sequence[CheckResult]) -> str:
     """Format one line of text for each check."""
     labels = {True: "ok", False: "FAILED", None: "note"}
-    return "\n".join(f"{labels[check.passed]:<8}{check.name}: {check.detail}" for check in checks)
+    rows = [(labels[check.passed], f"{check.name}: {check.detail}") for check in checks]
+    return format_table([], rows, left=(0, 1))

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,13 +12,13 @@ from lora_diffusion.adapters.blend import Blend, blend_sum
 from lora_diffusion.adapters.coefficients import expand_block_preset, read_block_presets, without_schedules
 from lora_diffusion.adapters.compatibility import check_family
 from lora_diffusion.algebra.combine.balance import balance_weights
-from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.generate import GenerateConfig, LoadConfig
 from lora_diffusion.config.preset import BlendEntry, BlendPreset
 from lora_diffusion.core.atomic_files import check_writable
 from lora_diffusion.core.dtypes import dtype_name, torch_dtype
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.load import load_meta_adapter
-from lora_diffusion.inference.in_place import is_quantized, rounding_loss, validate_blend
+from lora_diffusion.inference.in_place import blend_rounding_error, is_quantized, validate_blend
 from lora_diffusion.inference.sampling import GeneratedImage, OnStep, generate
 from lora_diffusion.library.presets import save_preset
 from lora_diffusion.library.recipe import Recipe, list_differences
@@ -28,24 +28,8 @@ from lora_diffusion.models.locate import find_checkpoint
 from lora_diffusion.models.quantize import load_quantized_base
 from lora_diffusion.workflows.images.request import GenerationRequest, resolve_prompt_tags
 
-_MAX_ROUNDING_LOSS = 0.1
-"""Fraction of a blend's delta that rounding may lose without a warning."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadOptions:
-    """How adapters are found and a blend is prepared."""
-
-    resolver: AdapterResolver = field(default_factory=AdapterResolver)
-    """Finds adapters by path, hash or name."""
-    ignore: tuple[str, ...] = ()
-    """Patterns of keys that adapter files may contain although they are not understood."""
-    block_presets: str | os.PathLike[str] | None = None
-    """An `lbwpresets.txt` with block vectors by name."""
-    balance: bool = False
-    """Whether weights are scaled so that equal weights mean equal strength."""
-    low_memory: bool = False
-    """Whether original weights are restored from the base's files instead of copies in memory."""
+_MAX_ROUNDING_ERROR = 0.1
+"""Rounding error, relative to the blend's delta, up to which there is no warning."""
 
 
 def _check_families(entries: Iterable[BlendEntry], base: str, ignore: Sequence[str] = ()) -> None:
@@ -58,13 +42,16 @@ def _check_families(entries: Iterable[BlendEntry], base: str, ignore: Sequence[s
         check_family(metadata.family, metadata.name, base_name=base, family=family.name)
 
 
-def load_and_resolve_blend(base: str, entries: tuple[BlendEntry, ...], options: LoadOptions) -> ResolvedBlend:
+def load_and_resolve_blend(
+    base: str, entries: tuple[BlendEntry, ...], load: LoadConfig, resolver: AdapterResolver | None = None
+) -> ResolvedBlend:
     """Load the adapters of a blend, expand their block presets for a base, and balance the weights if requested.
 
     Args:
         base: `tiny-sd`, a folder, a single file or a hub id; only headers are read.
         entries: The adapters by path or hash, with weights.
-        options: How adapters are found and the blend is prepared.
+        load: How adapters are found and the blend is prepared.
+        resolver: Finds adapters by path, hash or name; by default in the library of `load`.
 
     Returns:
         The blend, with notes on adapters that were found elsewhere than stated.
@@ -72,15 +59,17 @@ def load_and_resolve_blend(base: str, entries: tuple[BlendEntry, ...], options: 
     Raises:
         LoRADiffusionError: If the base or an adapter is not found, cannot be read or does not fit.
     """
-    _check_families(entries, base, options.ignore)
-    presets = read_block_presets(Path(options.block_presets)) if options.block_presets else None
+    _check_families(entries, base, load.ignore_unmatched)
+    presets = read_block_presets(load.block_presets) if load.block_presets else None
     layout = find_checkpoint(base).layout
-    resolved = load_blend(entries, options.resolver, ignore=options.ignore)
+    resolved = load_blend(
+        entries, resolver or AdapterResolver(library_folder=load.library), ignore=load.ignore_unmatched
+    )
     expanded = [
         replace(entry, weight=expand_block_preset(entry.weight, layout, presets)) for entry in resolved.blend.entries
     ]
     blend = Blend(entries=tuple(expanded))
-    return replace(resolved, blend=balance_weights(blend) if options.balance else blend)
+    return replace(resolved, blend=balance_weights(blend) if load.balance else blend)
 
 
 def _check_base_hash(base: Base, recipe: Recipe) -> None:
@@ -103,29 +92,34 @@ class GeneratedImages:
 
 
 def generate_files(
-    request: GenerationRequest, output: str | os.PathLike[str], options: LoadOptions | None = None
+    request: GenerationRequest,
+    output: str | os.PathLike[str],
+    load: LoadConfig | None = None,
+    resolver: AdapterResolver | None = None,
 ) -> GeneratedImages:
     """Generate the images of a request and write each as a PNG file as soon as it is finished.
 
     Args:
         request: The images to generate.
         output: Folder for the images, which are numbered after the existing ones.
-        options: How adapters are found and the blend is prepared.
+        load: How adapters are found and the blend is prepared.
+        resolver: Finds adapters by path, hash or name; by default in the library of `load`.
 
     Raises:
         LoRADiffusionError: If an input is invalid or the folder cannot be written.
     """
-    options, output = options or LoadOptions(), Path(output)
+    load, output = load or LoadConfig(), Path(output)
+    resolver = resolver or AdapterResolver(library_folder=load.library)
     check_writable(output / "00000.png")
-    request = resolve_prompt_tags(request, options.resolver)
-    resolved = load_and_resolve_blend(request.base, request.entries, options)
+    request = resolve_prompt_tags(request, resolver)
+    resolved = load_and_resolve_blend(request.base, request.entries, load, resolver)
     base = load_base_for(request)
     with tqdm(total=request.settings.count, desc="generate", unit="picture", leave=False) as bar:
 
         def advance(_path: Path, _picture: GeneratedImage) -> None:
             bar.update()
 
-        return write_images(base, resolved, request, output, options, on_image=advance)
+        return write_images(base, resolved, request, output, load, on_image=advance)
 
 
 def write_images(
@@ -133,7 +127,7 @@ def write_images(
     resolved: ResolvedBlend,
     request: GenerationRequest,
     output: str | os.PathLike[str],
-    options: LoadOptions,
+    load: LoadConfig,
     *,
     on_image: Callable[[Path, GeneratedImage], None],
     on_step: OnStep | None = None,
@@ -145,7 +139,7 @@ def write_images(
         resolved: The loaded adapters with their weights.
         request: The images to generate. The tags of its prompt must be resolved.
         output: Folder for the images, which are numbered after the existing ones.
-        options: How the original weights are restored.
+        load: How the original weights are restored.
         on_image: Called with the path and the image after each image is written.
         on_step: Called after each denoising step.
 
@@ -167,7 +161,7 @@ def write_images(
         picture.save(paths[-1])
         on_image(paths[-1], picture)
 
-    backup = "file" if options.low_memory else "memory"
+    backup = "file" if load.low_memory else "memory"
     generate(
         base,
         [request.settings],
@@ -192,11 +186,11 @@ def warn_about_rounding(base: Base, blend: Blend, request: GenerationRequest) ->
     if request.composition.parallel or is_quantized(base) or base.pipe.unet.dtype == torch.float32:
         return []
     validate_blend(base, blend)
-    loss = rounding_loss(base, blend_sum(_without_schedules_and_regions(blend), base.layout))
-    if loss <= _MAX_ROUNDING_LOSS:
+    error = blend_rounding_error(base, blend_sum(_without_schedules_and_regions(blend), base.layout))
+    if error <= _MAX_ROUNDING_ERROR:
         return []
     dtype = dtype_name(base.pipe.unet.dtype)
-    return [f"rounding to {dtype} loses {loss:.0%} of the adapters' delta; --parallel applies it in full"]
+    return [f"rounding to {dtype} loses {error:.0%} of the adapters' delta; --parallel applies it in full"]
 
 
 def _without_schedules_and_regions(blend: Blend) -> Blend:
@@ -235,7 +229,8 @@ class SavedPreset:
 def save_request_as_preset(
     request: GenerationRequest,
     path: str | os.PathLike[str],
-    options: LoadOptions,
+    load: LoadConfig,
+    resolver: AdapterResolver | None = None,
     *,
     name: str,
     description: str,
@@ -246,7 +241,8 @@ def save_request_as_preset(
     Args:
         request: The request; tags in its prompt become adapters of the preset.
         path: The .json file to write.
-        options: How adapters are found.
+        load: How adapters are found and the blend is prepared.
+        resolver: Finds adapters by path, hash or name; by default in the library of `load`.
         name: Name of the preset; empty for the name of the file.
         description: Description of the preset.
         force: Whether an existing file may be replaced.
@@ -257,10 +253,11 @@ def save_request_as_preset(
     path = Path(path)
     if path.suffix != ".json":
         raise ConfigError(f"{path}: a preset is a .json file; expected a name such as my-blend.json")
-    request = resolve_prompt_tags(request, options.resolver)
+    resolver = resolver or AdapterResolver(library_folder=load.library)
+    request = resolve_prompt_tags(request, resolver)
     if not request.entries:
         raise ConfigError("nothing to save; give at least one --adapter, a prompt with a tag, or --from IMAGE")
-    resolved = load_and_resolve_blend(request.base, request.entries, options)
+    resolved = load_and_resolve_blend(request.base, request.entries, load, resolver)
     preset = BlendPreset(
         name=name or path.stem,
         description=description,

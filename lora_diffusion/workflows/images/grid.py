@@ -12,15 +12,15 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from lora_diffusion.adapters.coefficients import read_block_presets
+from lora_diffusion.config.generate import LoadConfig
 from lora_diffusion.core.atomic_files import atomic_file, check_writable
 from lora_diffusion.evaluation.image_grid import draw_image_grid
 from lora_diffusion.inference.composition import check_composition
 from lora_diffusion.library.recipe import PNG_KEY
-from lora_diffusion.library.references import ResolvedBlend
+from lora_diffusion.library.references import AdapterResolver, ResolvedBlend
 from lora_diffusion.models.load import Base
 from lora_diffusion.models.locate import find_checkpoint
 from lora_diffusion.workflows.images.generate import (
-    LoadOptions,
     load_and_resolve_blend,
     load_base_for,
     next_image_path,
@@ -61,7 +61,8 @@ def draw_grid(
     across: GridAxis,
     down: GridAxis,
     output: str | os.PathLike[str],
-    options: LoadOptions | None = None,
+    load: LoadConfig | None = None,
+    resolver: AdapterResolver | None = None,
 ) -> RenderedGrid:
     """Generate the images of a grid and draw them as one labeled image.
 
@@ -70,15 +71,17 @@ def draw_grid(
         across: The setting that changes from column to column.
         down: The setting that changes from row to row.
         output: Folder for the images; the grid is written to its subfolder `grids`.
-        options: How adapters are found and the blends are prepared.
+        load: How adapters are found and the blend is prepared.
+        resolver: Finds adapters by path, hash or name; by default in the library of `load`.
 
     Raises:
         LoRADiffusionError: If an input is invalid; all cells are checked before the first image is generated.
     """
-    options, output = options or LoadOptions(), Path(output)
+    load, output = load or LoadConfig(), Path(output)
+    resolver = resolver or AdapterResolver(library_folder=load.library)
     check_writable(output / "00000.png")
-    rows = expand_grid(resolve_prompt_tags(request, options.resolver), across, down)
-    blends = [[load_and_resolve_blend(cell.base, cell.entries, options) for cell in row] for row in rows]
+    rows = expand_grid(resolve_prompt_tags(request, resolver), across, down)
+    blends = [[load_and_resolve_blend(cell.base, cell.entries, load, resolver) for cell in row] for row in rows]
     for cell, resolved in zip(chain.from_iterable(rows), chain.from_iterable(blends), strict=True):
         check_composition(resolved.blend, cell.composition)
     base = load_base_for(request)
@@ -88,16 +91,16 @@ def draw_grid(
         for row, row_blends in zip(rows, blends, strict=True):
             paths.append([])
             for cell, resolved in zip(row, row_blends, strict=True):
-                paths[-1].append(_draw_cell(base, resolved, cell, output, options, notes))
+                paths[-1].append(_draw_cell(base, resolved, cell, output, load, notes))
                 bar.update()
     return RenderedGrid(path=save_sheet(paths, across, down, output), notes=tuple(dict.fromkeys(notes)))
 
 
 def _draw_cell(
-    base: Base, resolved: ResolvedBlend, cell: GenerationRequest, output: Path, options: LoadOptions, notes: list[str]
+    base: Base, resolved: ResolvedBlend, cell: GenerationRequest, output: Path, load: LoadConfig, notes: list[str]
 ) -> Path:
     """Generate the image of one cell, and append its notes to `notes`."""
-    images = write_images(base, resolved, cell, output, options, on_image=lambda _path, _picture: None)
+    images = write_images(base, resolved, cell, output, load, on_image=lambda _path, _picture: None)
     notes += images.notes
     return images.paths[0]
 
@@ -144,7 +147,11 @@ def _open_image(path: Path) -> tuple[Image.Image, str]:
 
 
 def measure_blocks(
-    request: GenerationRequest, of: str, output: str | os.PathLike[str], options: LoadOptions | None = None
+    request: GenerationRequest,
+    of: str,
+    output: str | os.PathLike[str],
+    load: LoadConfig | None = None,
+    resolver: AdapterResolver | None = None,
 ) -> tuple[BlockEffect, ...]:
     """Measure the effect of each block of an adapter by generating an image without it.
 
@@ -152,7 +159,8 @@ def measure_blocks(
         request: The image to generate.
         of: File name or number of the adapter; empty for the first.
         output: Folder for the images.
-        options: How adapters are found and the blend is prepared.
+        load: How adapters are found and the blend is prepared.
+        resolver: Finds adapters by path, hash or name; by default in the library of `load`.
 
     Returns:
         The blocks with the largest change first.
@@ -160,17 +168,16 @@ def measure_blocks(
     Raises:
         LoRADiffusionError: If an input is invalid or the folder cannot be written.
     """
-    options, output = options or LoadOptions(), Path(output)
+    load, output = load or LoadConfig(), Path(output)
+    resolver = resolver or AdapterResolver(library_folder=load.library)
     check_writable(output / "00000.png")
-    presets = read_block_presets(Path(options.block_presets)) if options.block_presets else None
-    requests = without_blocks(
-        resolve_prompt_tags(request, options.resolver), of, find_checkpoint(request.base).layout, presets
-    )
+    presets = read_block_presets(load.block_presets) if load.block_presets else None
+    requests = without_blocks(resolve_prompt_tags(request, resolver), of, find_checkpoint(request.base).layout, presets)
     base = load_base_for(request)
     paths: dict[str, Path] = {}
     for block, partial in tqdm(requests.items(), desc="blocks", unit="picture", leave=False):
-        resolved = load_and_resolve_blend(partial.base, partial.entries, options)
-        paths[block] = _draw_cell(base, resolved, partial, output, options, [])
+        resolved = load_and_resolve_blend(partial.base, partial.entries, load, resolver)
+        paths[block] = _draw_cell(base, resolved, partial, output, load, [])
     return rank_blocks(paths)
 
 

@@ -8,14 +8,16 @@ import torch
 
 from lora_diffusion.adapters.blend import Blend
 from lora_diffusion.config.distillation import DistillConfig
+from lora_diffusion.config.generate import LoadConfig
 from lora_diffusion.config.train import DataConfig
 from lora_diffusion.core.atomic_files import check_output
 from lora_diffusion.data.folder import read_dataset
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.adapters.native import save_adapter
+from lora_diffusion.library.references import AdapterResolver
 from lora_diffusion.models.load import load_base
 from lora_diffusion.training.distillation.distill import DistillResult, distill
-from lora_diffusion.workflows.images.generate import LoadOptions, load_and_resolve_blend
+from lora_diffusion.workflows.images.generate import load_and_resolve_blend
 from lora_diffusion.workflows.images.request import GenerationRequest
 
 _SCENES = (
@@ -62,7 +64,8 @@ def distill_file(
     source: PromptSource,
     config: DistillConfig,
     output: str | os.PathLike[str],
-    options: LoadOptions,
+    load: LoadConfig,
+    resolver: AdapterResolver | None = None,
     *,
     force: bool = False,
 ) -> DistillFileResult:
@@ -73,7 +76,8 @@ def distill_file(
         source: Where the training prompts come from.
         config: Settings of the distillation.
         output: The .safetensors file to write.
-        options: How adapters are found and the blend is prepared.
+        load: How adapters are found and the blend is prepared.
+        resolver: Finds adapters by path, hash or name; by default in the library of `load`.
         force: Whether an existing file may be replaced.
 
     Raises:
@@ -81,10 +85,10 @@ def distill_file(
     """
     output = Path(output)
     check_output(output, [Path(entry.path) for entry in request.entries], force=force)
-    resolved = load_and_resolve_blend(request.base, request.entries, options)
+    resolved = load_and_resolve_blend(request.base, request.entries, load, resolver)
     prompts = _load_prompts(source, resolved.blend)
     base = load_base(request.base, precision=torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32)
-    backup = "file" if options.low_memory else "memory"
+    backup = "file" if load.low_memory else "memory"
     result = distill(base, resolved.blend, request.composition, prompts, config, backup=backup)
     save_adapter(result.adapter, output)
     return DistillFileResult(path=output, result=result, notes=(*request.notes, *resolved.notes))

@@ -31,7 +31,7 @@ def test_adapter_is_inspected_annotated_renamed_and_converted(studio: Studio) ->
     assert ("trigger words", "zwx") in inspect_rows(studio, "neon.safetensors")
     assert ("ranks", "min 8, median 8, max 8") in inspect_rows(studio, "neon.safetensors")
     assert "ok" in verify_adapter(studio, "neon.safetensors", "tiny-sd")
-    (studio.config.library / "neon.json").write_text('{"sd version": "SD1", "preferred weight": 0.4}')
+    (studio.library_folder / "neon.json").write_text('{"sd version": "SD1", "preferred weight": 0.4}')
     write_notes(
         studio,
         "neon.safetensors",
@@ -41,12 +41,12 @@ def test_adapter_is_inspected_annotated_renamed_and_converted(studio: Studio) ->
     assert studio.get_card("neon.safetensors").weight_range == (-3, 3)
     with pytest.raises(ConfigError, match="must be less than"):
         write_notes(studio, "neon.safetensors", AdapterNotes(weight_range=(1, 1)))
-    assert json.loads((studio.config.library / "neon.json").read_text())["sd version"] == "SD1"
+    assert json.loads((studio.library_folder / "neon.json").read_text())["sd version"] == "SD1"
     assert studio.get_card("neon.safetensors").preferred_weight == 0.7
     image = next(event.path for event in generate(studio, FORM) if isinstance(event, ImageSaved))
     set_preview(studio, "neon.safetensors", image)
     assert rename_adapter(studio, "neon.safetensors", "night") == "night.safetensors"
-    assert sorted(path.name for path in studio.config.library.glob("night*")) == [
+    assert sorted(path.name for path in studio.library_folder.glob("night*")) == [
         "night.json",
         "night.png",
         "night.safetensors",

@@ -56,7 +56,7 @@ def test_imported_preset_refers_to_the_library(studio: Studio, tmp_path: Path) -
     (tmp_path / "theirs.json").write_text(json.dumps(table))
     saved = import_preset(studio, tmp_path / "theirs.json", "theirs")
     paths = [(saved.path.parent / entry.path).resolve() for entry in read_preset(saved.path).adapters]
-    assert {path.parent for path in paths} == {studio.config.library}
+    assert {path.parent for path in paths} == {studio.library_folder}
     (tmp_path / "no.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"no\.json"):
         import_preset(studio, tmp_path / "no.json", "no")

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from lora_diffusion.config.studio import StudioConfig
 from lora_diffusion.errors import ConfigError, LoRADiffusionError
 from lora_diffusion.library.recipe import read_recipe
-from lora_diffusion_studio.backend.config import StudioConfig, packaged_presets_folder
+from lora_diffusion_studio.backend.config import packaged_presets_folder
 from lora_diffusion_studio.backend.generation import GenerationDone, ImageSaved, generate
 from lora_diffusion_studio.backend.studio import Studio
 from lora_diffusion_studio.view_models.adapter_slot import AdapterSlot, entry_from_slot, with_options
@@ -44,9 +45,7 @@ def test_form_from_image_restores_all_settings(studio: Studio) -> None:
 def test_quantized_studio_records_its_quantization(studio: Studio, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     quantized = Studio(
-        StudioConfig(
-            library=studio.config.library, output=tmp_path / "quantized", bases=("tiny-sd",), quantization="nf4"
-        )
+        StudioConfig(library=studio.library_folder, output=tmp_path / "quantized", bases=("tiny-sd",), quantize="nf4")
     )
     form = BlendForm(slots=BOTH, settings=PROMPT)
     made = next(event.path for event in generate(quantized, form) if isinstance(event, ImageSaved))
@@ -68,7 +67,7 @@ def test_preset_without_a_missing_adapter_is_loaded_with_a_note(studio: Studio, 
 
 def test_changed_adapter_is_left_out_with_a_note(studio: Studio, tmp_path: Path) -> None:
     table = json.loads((packaged_presets_folder() / "neon-gloop.json").read_text())
-    table["adapters"] = [{"path": str(studio.config.library / "neon.safetensors"), "name": "neon", "hash": "1" * 64}]
+    table["adapters"] = [{"path": str(studio.library_folder / "neon.safetensors"), "name": "neon", "hash": "1" * 64}]
     (tmp_path / "p.json").write_text(json.dumps(table))
     form, notes = studio.form_from_preset(tmp_path / "p.json")
     assert form.slots == ()
@@ -83,7 +82,7 @@ def test_masks_outside_the_studio_are_refused(studio: Studio, mask: str) -> None
 
 
 def test_adapters_outside_the_library_are_refused(studio: Studio, tmp_path: Path) -> None:
-    shutil.copy(studio.config.library / "neon.safetensors", tmp_path / "other.safetensors")
+    shutil.copy(studio.library_folder / "neon.safetensors", tmp_path / "other.safetensors")
     for name in (str(tmp_path / "other.safetensors"), "../other.safetensors"):
         with pytest.raises(ConfigError, match="no adapter called"):
             make_request(BlendForm(slots=(AdapterSlot(name=name),), settings=PROMPT), studio.open_library())
@@ -100,8 +99,8 @@ def test_plot_depends_on_the_weight(studio: Studio) -> None:
 def test_damaged_adapter_is_not_listed_and_named_in_the_error(studio: Studio, tmp_path: Path) -> None:
     library = tmp_path / "mixed"
     library.mkdir()
-    shutil.copy(studio.config.library / "neon.safetensors", library)
-    whole = (studio.config.library / "gloop.safetensors").read_bytes()
+    shutil.copy(studio.library_folder / "neon.safetensors", library)
+    whole = (studio.library_folder / "gloop.safetensors").read_bytes()
     (library / "gloop.safetensors").write_bytes(whole[: len(whole) // 2])
     mixed = Studio(StudioConfig(library=library, output=tmp_path / "out", bases=("tiny-sd",)))
     assert [card.title for card in mixed.list_cards("tiny-sd")] == ["neon"]

@@ -31,7 +31,7 @@ BOTH = (AdapterSlot(name="neon.safetensors", weight=0.6), AdapterSlot(name="gloo
 def test_weight_without_tag_notation_is_kept_as_json(studio: Studio) -> None:
     gates = {"IN01": Schedule(points=((0.0, 0.2), (1.0, 0.9)))}
     entry = BlendEntry(
-        path=str(studio.config.library / "neon.safetensors"), weight=BlendWeight(value=0.7, blocks=gates)
+        path=str(studio.library_folder / "neon.safetensors"), weight=BlendWeight(value=0.7, blocks=gates)
     )
     slot = slot_from_entry(entry, studio.open_library())
     assert slot.weight_json

@@ -132,25 +132,26 @@ def test_settings_that_conflict_with_the_method_are_rejected(
     assert all(word in str(caught.value) for word in words)
 
 
-@pytest.mark.parametrize("name", [each.name for each in methods.METHODS])
-def test_computed_sizes_equal_those_of_injected_layers(name: str, tmp_path: Path) -> None:
-    size = measure_method(methods.get_method(name), "tiny-sd")
-    table = methods.with_method(default_settings("style", "tiny-sd"), methods.get_method(name))
+@pytest.mark.parametrize("method", methods.METHODS, ids=lambda method: method.name)
+def test_computed_sizes_equal_those_of_injected_layers(method: methods.Method, tmp_path: Path) -> None:
+    size = measure_method(method, "tiny-sd")
+    table = methods.with_method(default_settings("style", "tiny-sd"), method)
     table |= {"output": tmp_path / "it.safetensors"}
     shutil.copytree(sample_data_folder() / "styles" / "ink", tmp_path / "ink")
     table["data"] = tmp_path / "ink"
     run = set_up(validate(TrainConfig, table, source="test"))
     assert size.trained == sum(parameter.numel() for parameter in run.parameters.values())
     assert size.modules == len(run.paths)
-    if name not in ("adalora", "sparse"):  # their files depend on what is pruned
+    if method.name not in ("adalora", "sparse"):  # their files depend on what is pruned
         saved = extract_adapter(run.base, run.paths, AdapterMetadata(), torch.float16)
         words = sum(vectors.numel() for vectors in run.learned_tokens.parameters.values()) if run.learned_tokens else 0
         assert size.saved == saved.num_parameters + words
 
 
 def test_default_rates_of_methods_are_the_best_measured() -> None:
+    rates = {method.name: method.rate for method in methods.METHODS}
     for name, row in known()["methods"].items():
-        assert methods.get_method(name).rate == best_rate(row) == row["rate"], name
+        assert rates[name] == best_rate(row) == row["rate"], name
 
 
 def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

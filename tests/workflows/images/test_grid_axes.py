@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lora_diffusion.adapters.coefficients import block_factors
 from lora_diffusion.architectures.blocks import vector_block_names
-from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.generate import GRID_SETTINGS, GenerateConfig
 from lora_diffusion.config.preset import BlendEntry, BlendWeight, Composition, Schedule
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.models.locate import find_checkpoint
@@ -110,3 +110,7 @@ def test_without_blocks_leaves_out_each_block_once() -> None:
         assert block_factors(weight.blocks, LAYOUT) == {**before, block: 0.0}  # type: ignore[arg-type]
         assert (weight.value, weight.schedule) == (0.6, SCHEDULE)
         assert request.entries[1] == ENTRIES[1]
+
+
+def test_the_help_of_grid_lists_all_settings_that_can_vary() -> None:
+    assert {*GRID_SETTINGS, NOTHING} == set(CHANGES)

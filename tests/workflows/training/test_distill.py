@@ -10,14 +10,13 @@ import tyro
 from lora_diffusion.adapters.adapter import AdapterMetadata
 from lora_diffusion.cli.commands.distill import Distill
 from lora_diffusion.config.distillation import DistillConfig
-from lora_diffusion.config.generate import GenerateConfig
+from lora_diffusion.config.generate import GenerateConfig, LoadConfig
 from lora_diffusion.config.preset import BlendEntry, BlendPreset
 from lora_diffusion.errors import ConfigError, DatasetError, LoRADiffusionError, OutputError
 from lora_diffusion.formats.adapters.load import load_adapter
 from lora_diffusion.formats.adapters.native import save_adapter
 from lora_diffusion.models.load import Base
 from lora_diffusion.training.distillation.distill import DistillResult
-from lora_diffusion.workflows.images.generate import LoadOptions
 from lora_diffusion.workflows.images.request import GenerationRequest
 from lora_diffusion.workflows.training.distill import PromptSource, distill_file, make_scene_prompts, read_prompts
 from tests.conftest import random_adapter
@@ -47,7 +46,7 @@ def made(files: Path, output: str, config: DistillConfig) -> DistillResult:
     base = json.loads((files / "both.json").read_text())["base"]
     plan = GenerationRequest(base=base, entries=entries, settings=GenerateConfig(prompt=""), composition=SWITCH)
     source = PromptSource(file=files / "prompts.txt")
-    return distill_file(plan, source, config, files / output, LoadOptions(low_memory=True)).result
+    return distill_file(plan, source, config, files / output, LoadConfig(low_memory=True)).result
 
 
 def test_one_seed_gives_one_file(files: Path, sd: Base) -> None:

@@ -10,7 +10,8 @@ from math import prod
 from pathlib import Path
 from typing import get_args
 
-from lora_diffusion.algebra.svd.rank_selection import RankRule
+from lora_diffusion.config.combine import CombineConfig, RankRule
+from lora_diffusion.config.generate import LoadConfig
 from lora_diffusion.config.merge import MergeConfig, WeightType
 from lora_diffusion.config.settings import validate
 from lora_diffusion.core.dtypes import torch_dtype
@@ -18,14 +19,14 @@ from lora_diffusion.errors import ConfigError
 from lora_diffusion.formats.checkpoints.checkpoint import StoredTensor
 from lora_diffusion.merging.merge import estimate_rounding
 from lora_diffusion.models.locate import find_matching_checkpoint
-from lora_diffusion.workflows.adapters.combine import CombineConfig, combine_files
-from lora_diffusion.workflows.images.generate import LoadOptions, load_and_resolve_blend
+from lora_diffusion.workflows.adapters.combine import combine_files
+from lora_diffusion.workflows.images.generate import load_and_resolve_blend
 from lora_diffusion.workflows.images.request import GenerationRequest
 from lora_diffusion.workflows.merge import MergeRequest, merge_files
 from lora_diffusion_studio.backend.config import check_file_name
 from lora_diffusion_studio.backend.device_queue import Queued, Stopped, Task
 from lora_diffusion_studio.backend.studio import Studio
-from lora_diffusion_studio.view_models.blend_form import BlendForm, adapter_flags
+from lora_diffusion_studio.view_models.blend_form import DEFAULT_MODE, BlendForm, adapter_flags
 
 PRECISIONS = get_args(WeightType)
 _PROBE_BYTES = 2**25
@@ -36,12 +37,13 @@ _TIME_PER_COPY = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class MergeTarget:
-    """What a merge writes."""
+    """The values of the Merge tab: what a merge writes."""
 
     name: str
+    """Name of the file or folder, without suffix."""
     kind: str = "folder"
     """`folder` (diffusers layout), `file` (single-file checkpoint) or `adapter`."""
-    precision: str = "keep"
+    precision: str = MergeConfig.model_fields["precision"].default
     """Data type of a checkpoint's weights; `keep` for that of the base model."""
     rank: int = 0
     """Rank of a merged adapter. 0 keeps the sum exact: the ranks add up."""
@@ -88,7 +90,7 @@ def _make_merge_request(studio: Studio, form: BlendForm) -> GenerationRequest:
     """Return the form as a request. Raises ConfigError if the blend cannot be merged into weights."""
     if not any(slot.enabled for slot in form.slots):
         raise ConfigError("the blend has no enabled adapter; add one on the Blend tab")
-    if form.mode != "sum":
+    if form.mode != DEFAULT_MODE:
         raise ConfigError(
             f"the blend mode {form.mode!r} cannot be merged into weights; set the blend mode to Sum on the Blend tab"
         )
@@ -103,7 +105,7 @@ def summarize_merge(studio: Studio, form: BlendForm, target: MergeTarget) -> str
         LoRADiffusionError: If an adapter or the base model cannot be read.
     """
     request, path = _make_merge_request(studio, form), _check_target(studio, target)
-    blend = load_and_resolve_blend(request.base, request.entries, LoadOptions(resolver=studio.resolver)).blend
+    blend = load_and_resolve_blend(request.base, request.entries, LoadConfig(), studio.resolver).blend
     modules = len({module for entry in blend.active for module in entry.adapter.layers})
     enabled = [slot for slot in form.slots if slot.enabled]
     names = ", ".join(f"{slot.name.removesuffix('.safetensors')} (weight {slot.weight:g})" for slot in enabled)
@@ -173,7 +175,7 @@ def _write_checkpoint(
 
     config = validate(MergeConfig, {"precision": target.precision}, source="merge")
     merge = MergeRequest(base=request.base, entries=request.entries, config=config)
-    report, notes = merge_files(merge, path, LoadOptions(resolver=studio.resolver), on_progress)
+    report, notes = merge_files(merge, path, LoadConfig(), studio.resolver, on_progress)
     summary = (
         f"{report.merged_modules} modules, {report.num_bytes / 1e6:,.0f} MB; rounding error "
         f"{report.rounding_error:.2%} of the merged change"

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from lora_diffusion.adapters.coefficients import DenoisingStep
+from lora_diffusion.config.generate import LoadConfig
 from lora_diffusion.inference.sampling import decode_preview
-from lora_diffusion.workflows.images.generate import LoadOptions, load_and_resolve_blend, write_images
+from lora_diffusion.workflows.images.generate import load_and_resolve_blend, write_images
 from lora_diffusion.workflows.images.request import GenerationRequest
 from lora_diffusion_studio.backend.device_queue import Queued, Stopped, Task
 from lora_diffusion_studio.backend.studio import Studio
@@ -67,8 +68,8 @@ def run_request(studio: Studio, request: GenerationRequest, session_id: str = ""
 
 def _write_images(studio: Studio, request: GenerationRequest, task: Task) -> GenerationDone:
     started = previewed = time.monotonic()
-    options = LoadOptions(resolver=studio.resolver)
-    blend = load_and_resolve_blend(request.base, request.entries, options)
+    load = LoadConfig()
+    blend = load_and_resolve_blend(request.base, request.entries, load, studio.resolver)
     base = studio.load_base(request.base)
     finished_images = 0
 
@@ -88,7 +89,7 @@ def _write_images(studio: Studio, request: GenerationRequest, task: Task) -> Gen
         finished_images += 1
         task.send(ImageSaved(path=path))
 
-    written = write_images(base, blend, request, studio.config.output, options, on_image=on_image, on_step=on_step)
+    written = write_images(base, blend, request, studio.config.output, load, on_image=on_image, on_step=on_step)
     return GenerationDone(paths=written.paths, notes=written.notes, seconds=time.monotonic() - started)
 
 

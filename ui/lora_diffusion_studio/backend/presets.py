@@ -8,11 +8,12 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lora_diffusion.config.generate import LoadConfig
 from lora_diffusion.config.preset import BlendPreset
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.library.presets import list_presets, read_preset
 from lora_diffusion.prompts.tags import format_weight
-from lora_diffusion.workflows.images.generate import LoadOptions, save_request_as_preset
+from lora_diffusion.workflows.images.generate import save_request_as_preset
 from lora_diffusion_studio.backend.config import check_file_name, packaged_presets_folder
 from lora_diffusion_studio.backend.studio import Studio
 from lora_diffusion_studio.view_models.blend_form import BlendForm
@@ -109,8 +110,15 @@ def save_preset(
     """
     file = studio.config.presets / f"{check_file_name(name)}.json"
     request = studio.make_request(_with_default_prompt(form))
-    options = LoadOptions(resolver=studio.resolver)
-    saved = save_request_as_preset(request, file, options, name=name.strip(), description=description, force=overwrite)
+    saved = save_request_as_preset(
+        request,
+        file,
+        LoadConfig(),
+        studio.resolver,
+        name=name.strip(),
+        description=description,
+        force=overwrite,
+    )
     if image and image.is_file():
         shutil.copyfile(image, file.with_suffix(".png"))
     return _describe_preset(file, saved.preset, built_in=False)

@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from lora_diffusion.adapters.coefficients import stock_presets
+from lora_diffusion.config.studio import StudioConfig
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.library.presets import read_preset
 from lora_diffusion.library.references import AdapterResolver
@@ -21,7 +22,7 @@ from lora_diffusion.workflows.images.request import (
     request_from_preset,
     resolve_prompt_tags,
 )
-from lora_diffusion_studio.backend.config import StudioConfig
+from lora_diffusion_studio.backend.config import create_default_library
 from lora_diffusion_studio.backend.device_queue import DeviceQueue
 from lora_diffusion_studio.view_models.adapter_card import AdapterCard, make_card
 from lora_diffusion_studio.view_models.adapter_slot import AdapterSlot, entry_from_slot
@@ -33,13 +34,18 @@ class Studio:
     """Configuration, loaded base model and device queue of one server process."""
 
     def __init__(self, config: StudioConfig) -> None:
-        """Create the output folders.
+        """Create the output folders, and the default library if no library is given.
 
         Raises:
+            BaseModelError: If a base model does not exist.
             ConfigError: If the quantization needs a library that is not installed.
         """
-        check_quantization_available(config.quantization)
+        check_quantization_available(config.quantize)
+        for name in config.bases:
+            find_checkpoint(name)
         self.config = config
+        self.library_folder: Path = config.library or create_default_library(config.output)
+        """Folder of the adapters."""
         self.device = DeviceQueue()
         self._loaded_base: Base | None = None
         for folder in (config.presets, config.masks):
@@ -47,12 +53,12 @@ class Studio:
 
     def open_library(self) -> Library:
         """Return the current state of the adapter library."""
-        return open_library(self.config.library)
+        return open_library(self.library_folder)
 
     @property
     def resolver(self) -> AdapterResolver:
         """Resolver of adapter references. It looks into the studio's library only."""
-        return AdapterResolver(library_folder=self.config.library)
+        return AdapterResolver(library_folder=self.library_folder)
 
     def load_base(self, name: str) -> Base:
         """Return a base model. The one that was loaded last stays in memory.
@@ -63,7 +69,7 @@ class Studio:
         self.check_base(name)
         if self._loaded_base is None or self._loaded_base.name != name:
             self._loaded_base = None  # first, so that two base models are never in memory together
-            self._loaded_base = load_quantized_base(name, self.config.quantization)
+            self._loaded_base = load_quantized_base(name, self.config.quantize)
         return self._loaded_base
 
     def check_base(self, name: str) -> None:
@@ -137,7 +143,7 @@ class Studio:
         Raises:
             ConfigError: If a weight can be stored in a preset only, or an adapter is not in the library.
         """
-        flags = () if self.config.quantization == "none" else ("--quantize", self.config.quantization)
+        flags = () if self.config.quantize == "none" else ("--quantize", self.config.quantize)
         return format_command(form, self.open_library(), self.config.output, command, *more, *flags)
 
     def form_from_image(self, image: Path) -> tuple[BlendForm, tuple[str, ...]]:
@@ -150,7 +156,7 @@ class Studio:
         form, notes = form_from_request(resolve_prompt_tags(request, self.resolver), self.open_library())
         if form.base not in self.config.bases:
             notes = (*notes, f"the image was made with the base model {form.base}, which this studio does not offer")
-        quantization = self.config.quantization
+        quantization = self.config.quantize
         if request.recipe and request.quantization != quantization:
             notes = (
                 *notes,

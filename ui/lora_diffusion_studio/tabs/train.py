@@ -10,12 +10,14 @@ from typing import Any
 
 import gradio as gr
 
+from lora_diffusion.core.templates import render_template
 from lora_diffusion_studio.backend.studio import Studio
 from lora_diffusion_studio.backend.training_runs import PURPOSES, RunStatus, TrainingJob, TrainingRuns
 from lora_diffusion_studio.tabs.blend.adapter_gallery import adapter_choices
 from lora_diffusion_studio.tabs.blend.layout import BlendTab
 from lora_diffusion_studio.tabs.handlers import QUICK, build_command_box, with_messages
 
+_PACKAGE = "lora_diffusion_studio.tabs"
 _REFRESH_S = 2.0
 _PURPOSE_LABELS = {"style": "Style", "dreambooth": "Subject (DreamBooth)"}
 
@@ -169,7 +171,11 @@ def _parse_job(values: Sequence[Any]) -> TrainingJob:
 def _caption_rows(runs: TrainingRuns, name: str, captions: Sequence[tuple[str, str]]) -> list[list[str]]:
     """Return the rows of the caption table: thumbnail, file name and caption."""
     return [
-        [f'<img src="{runs.thumbnail_url(name, image)}" alt="{html.escape(image)}">', image, caption]
+        [
+            render_template(_PACKAGE, "caption_image.html.j2", url=runs.thumbnail_url(name, image), name=image),
+            image,
+            caption,
+        ]
         for image, caption in captions
     ]
 

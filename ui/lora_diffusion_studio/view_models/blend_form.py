@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion.config.generate import GenerateConfig
-from lora_diffusion.config.preset import Composition
+from lora_diffusion.config.preset import Composition, Mode
 from lora_diffusion.config.settings import EMBEDDED_BASE, validate
 from lora_diffusion.errors import ConfigError
 from lora_diffusion.library.search import Library, find_adapter
@@ -28,6 +28,8 @@ SEED_MODES = ("fixed", "random", "increment", "variation")
 `fixed` keeps it, `random` draws one, `increment` adds 1 after each image, `variation` keeps the seed and draws a
 variation seed.
 """
+DEFAULT_MODE: Mode = Composition.model_fields["mode"].default
+"""Composition mode of a new form."""
 DEFAULT_VARIATION = 0.2
 """Variation strength in the seed mode `variation` if the slider is at 0."""
 
@@ -38,7 +40,7 @@ class BlendForm:
 
     base: str = EMBEDDED_BASE
     slots: tuple[AdapterSlot, ...] = ()
-    mode: str = "sum"
+    mode: str = DEFAULT_MODE
     """Composition mode, see `Composition.mode`."""
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Fields of `GenerateConfig`. Those that are not set have their default value."""
@@ -78,7 +80,7 @@ def form_from_request(request: GenerationRequest, library: Library) -> tuple[Ble
         except ConfigError as error:
             notes.append(f"left out: {error}")
     composition = request.composition.model_dump(exclude_defaults=True)
-    mode = composition.pop("mode", "sum")
+    mode = composition.pop("mode", DEFAULT_MODE)
     settings = request.settings.model_dump(exclude_defaults=True)
     form = BlendForm(base=request.base, slots=tuple(slots), mode=mode, settings=settings, composition=composition)
     return form, tuple(notes)
@@ -109,7 +111,7 @@ def format_command(form: BlendForm, library: Library, output: Path, command: str
         )
     words = ["lora-diffusion", command, "--base", form.base]
     words += adapter_flags(form.slots, library)
-    words += ["--mode", form.mode] * (form.mode != "sum")
+    words += ["--mode", form.mode] * (form.mode != DEFAULT_MODE)
     given = {**form.composition, **{key: value for key, value in form.settings.items() if value not in (None, "")}}
     for key, value in given.items():
         words += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]

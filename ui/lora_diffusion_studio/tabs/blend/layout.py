@@ -6,7 +6,7 @@ from typing import Any, get_args
 import gradio as gr
 
 from lora_diffusion.config.generate import Scheduler
-from lora_diffusion.config.preset import Composition
+from lora_diffusion.config.preset import Composition, Mode
 from lora_diffusion_studio.backend.studio import Studio
 from lora_diffusion_studio.tabs.blend.adapter_gallery import AdapterGallery, adapter_choices, build_adapter_gallery
 from lora_diffusion_studio.tabs.blend.adapter_slots import NUM_SLOTS, SLOT_FIELDS, SlotComponents, build_slot
@@ -14,13 +14,13 @@ from lora_diffusion_studio.tabs.blend.form_values import COMPOSITION_SETTINGS, D
 from lora_diffusion_studio.tabs.handlers import build_command_box
 from lora_diffusion_studio.view_models.blend_form import MAX_SETTINGS, SEED_MODES
 
-_MODE_CHOICES = [
-    ("Sum: all adapters at once", "sum"),
-    ("Switch: one adapter at a time", "switch"),
-    ("Composite: mean of the predictions", "composite"),
-    ("K-LoRA: the stronger of two, per layer", "k-lora"),
-    ("NP-LoRA: first adapter, minus the others' directions", "np-lora"),
-]
+_MODE_LABELS: dict[Mode, str] = {
+    "sum": "Sum: all adapters at once",
+    "switch": "Switch: one adapter at a time",
+    "composite": "Composite: mean of the predictions",
+    "k-lora": "K-LoRA: the stronger of two, per layer",
+    "np-lora": "NP-LoRA: first adapter, minus the others' directions",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,16 +125,22 @@ def _build_composition() -> tuple[gr.Dropdown, dict[str, Any]]:
     default = Composition()
     with gr.Row():
         mode = gr.Dropdown(
-            _MODE_CHOICES, value=default.mode, label="Blend mode", info="How the adapters are combined", min_width=200
+            [(_MODE_LABELS[mode], mode) for mode in get_args(Mode)],
+            value=default.mode,
+            label="Blend mode",
+            info="How the adapters are combined",
+            min_width=200,
         )
         components = (
             gr.Slider(1, 20, default.switch_every, step=1, label="Steps per adapter", visible=False, min_width=140),
             gr.Slider(0, 4, default.k_lora_slope, step=0.1, label="Slope", visible=False, min_width=140),
             gr.Slider(0, 4, default.k_lora_start, step=0.1, label="Start", visible=False, min_width=140),
-            gr.Slider(0, 20, default.projection, step=0.5, label="Projection strength", visible=False, min_width=140),
+            gr.Slider(
+                0, 20, default.projection_strength, step=0.5, label="Projection strength", visible=False, min_width=140
+            ),
             gr.Checkbox(
                 default.parallel,
-                label="Apply beside the weights",
+                label="Apply in parallel to the weights",
                 info="More exact in half precision, but slower",
                 min_width=140,
             ),
