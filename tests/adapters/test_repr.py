@@ -134,7 +134,12 @@ def test_metadata_shows_the_fields_that_identify_the_adapter() -> None:
         stack_factors([lora(), lora()]),
         Spectrum(left=torch.ones(320, 4), values=torch.ones(4), right=torch.ones(4, 320), shape=(320, 320)),
         ParallelDelta(down=torch.ones(1, 4, 320), up=torch.ones(1, 320, 4), bias=torch.ones(1, 320)),
-        LearnedToken(word="<cat>", adapter="neon", names=("<cat-0>",), token={"text_encoder": torch.ones(2, 320)}),
+        LearnedToken(
+            placeholder_token="<cat>",
+            adapter="neon",
+            names=("<cat-0>",),
+            embeddings={"text_encoder": torch.ones(2, 320)},
+        ),
         TextContext(hidden=torch.ones(1, 77, 320), added={"time_ids": torch.ones(1, 6)}),
         ParsedFile(
             dialect="peft", layers={ATTENTION: lora()}, biases={ATTENTION: torch.ones(320)}, tokens={"<cat>": {}}
