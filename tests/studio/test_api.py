@@ -7,7 +7,7 @@ from PIL import Image
 
 from lora_diffusion.config.studio import StudioConfig
 from lora_diffusion.core.atomic_files import sample_data_folder
-from lora_diffusion_studio.api import parse_adapter
+from lora_diffusion_studio.api import parse_adapter_slot
 from lora_diffusion_studio.backend.generation import ImageSaved, generate
 from lora_diffusion_studio.backend.studio import Studio
 from lora_diffusion_studio.view_models.blend_form import BlendForm
@@ -38,7 +38,7 @@ def test_concurrent_api_clients_get_the_images_of_the_library(tmp_path: Path) ->
     close_quietly(app)
     for (prompt, adapter), image in zip(asked, images, strict=True):
         form = BlendForm(
-            slots=(parse_adapter(adapter),),
+            slots=(parse_adapter_slot(adapter),),
             settings={"prompt": prompt, "num_inference_steps": 4, "seed": 0, "guidance_scale": 4.0},
         )
         expected = next(event.path for event in generate(studio, form) if isinstance(event, ImageSaved))

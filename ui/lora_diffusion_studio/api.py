@@ -68,7 +68,7 @@ def _add_generate(studio: Studio) -> None:
             }
             form = BlendForm(
                 base=base or studio.config.bases[0],
-                slots=tuple(parse_adapter(text) for text in adapters),
+                slots=tuple(parse_adapter_slot(text) for text in adapters),
                 mode=mode,
                 settings=settings,
             )
@@ -104,7 +104,7 @@ def _add_adapters(studio: Studio) -> None:
     gr.api(adapters, api_name="adapters", queue=False)
 
 
-def parse_adapter(text: str) -> AdapterSlot:
+def parse_adapter_slot(text: str) -> AdapterSlot:
     """Return the slot of a text such as `neon`, `neon:0.8` or `neon:0.8:start=0.3`.
 
     Raises:

@@ -20,7 +20,7 @@ from lora_diffusion_studio.view_models.blend_form import BlendForm
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedPreset:
+class PresetFile:
     """A preset file as the studio lists it."""
 
     name: str
@@ -37,7 +37,7 @@ class SavedPreset:
     """Why the file cannot be read; empty if it can."""
 
 
-def list_saved_presets(studio: Studio) -> list[SavedPreset]:
+def list_saved_presets(studio: Studio) -> list[PresetFile]:
     """Return the user's presets, then the packaged ones, including files that cannot be read."""
     folders = ((studio.config.presets, False), (packaged_presets_folder(), True))
     return [
@@ -47,11 +47,11 @@ def list_saved_presets(studio: Studio) -> list[SavedPreset]:
     ]
 
 
-def _describe_preset(path: Path, preset: BlendPreset | str, *, built_in: bool) -> SavedPreset:
+def _describe_preset(path: Path, preset: BlendPreset | str, *, built_in: bool) -> PresetFile:
     """Return the list entry of a file; `preset` is its content, or the message why it cannot be read."""
     name = f"{path.stem} (built-in)" if built_in else path.stem
     image = path.with_suffix(".png")
-    found = SavedPreset(
+    found = PresetFile(
         name=name,
         path=path,
         title=path.stem,
@@ -67,7 +67,7 @@ def _describe_preset(path: Path, preset: BlendPreset | str, *, built_in: bool) -
     return replace(found, title=preset.name, summary="; ".join(filter(None, (preset.description, adapters))))
 
 
-def get_preset(studio: Studio, name: str) -> SavedPreset:
+def get_preset(studio: Studio, name: str) -> PresetFile:
     """Return the preset with this name in the list.
 
     Raises:
@@ -83,7 +83,7 @@ def get_preset(studio: Studio, name: str) -> SavedPreset:
     return found
 
 
-def _get_own_preset(studio: Studio, name: str) -> SavedPreset:
+def _get_own_preset(studio: Studio, name: str) -> PresetFile:
     """Return a preset that may be changed. Raises ConfigError for a packaged one."""
     found = get_preset(studio, name)
     if found.built_in:
@@ -93,7 +93,7 @@ def _get_own_preset(studio: Studio, name: str) -> SavedPreset:
 
 def save_preset(
     studio: Studio, form: BlendForm, name: str, description: str, image: Path | None, *, overwrite: bool
-) -> SavedPreset:
+) -> PresetFile:
     """Save a form as a preset.
 
     Args:
@@ -149,7 +149,7 @@ def format_preset_commands(studio: Studio, name: str) -> str:
     )
 
 
-def rename_preset(studio: Studio, name: str, new_name: str) -> SavedPreset:
+def rename_preset(studio: Studio, name: str, new_name: str) -> PresetFile:
     """Rename a preset and its thumbnail.
 
     Raises:
@@ -182,7 +182,7 @@ def delete_preset(studio: Studio, name: str) -> None:
         path.replace(folder / path.name)
 
 
-def import_preset(studio: Studio, file: Path, name: str) -> SavedPreset:
+def import_preset(studio: Studio, file: Path, name: str) -> PresetFile:
     """Import a preset file, with those of its adapters that are in the library.
 
     Raises:

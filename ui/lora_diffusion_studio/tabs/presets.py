@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from lora_diffusion_studio.backend.presets import (
-    SavedPreset,
+    PresetFile,
     delete_preset,
     format_preset_commands,
     get_preset,
@@ -140,7 +140,7 @@ def _thumbnails(studio: Studio) -> list[Any]:
     return [(make_thumbnail(preset.title, preset.thumbnail), preset.path.stem) for preset in list_saved_presets(studio)]
 
 
-def _preset_updates(preset: SavedPreset | None) -> list[Any]:
+def _preset_updates(preset: PresetFile | None) -> list[Any]:
     """Return the updates of the summary and of the export button."""
     if preset is None:
         return ["", gr.update(value=None)]
