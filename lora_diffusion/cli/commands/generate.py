@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lora_diffusion.workflows.images.request import GenerationRequest
 
 Action = Literal["save", "list", "show", "check"]
-"""What `preset` does."""
+"""Actions of the command `preset`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ Checkpoints = Annotated[
     tyro.conf.UseAppendAction,
     tyro.conf.arg(metavar="CHECKPOINT:WEIGHT[:minus=OTHER]", help_behavior_hint=REPEATABLE),
 ]
-"""Checkpoints with weights."""
+"""Flag for the checkpoints to blend into the base, each with its weight."""
 
 
 class MergeFlags(optional_flags(MergeConfig)):
