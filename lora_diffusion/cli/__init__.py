@@ -60,7 +60,7 @@ def parse_command(arguments: list[str]) -> Any:
         name = " ".join(arguments[:num_words])
         if name in COMMANDS:
             kind = command_class(name)
-            about = kind.about() if hasattr(kind, "about") else None
+            about = kind.describe_command() if hasattr(kind, "describe_command") else None
             return tyro.cli(kind, args=arguments[num_words:], prog=f"lora-diffusion {name}", description=about)
     all_commands: Any = Union[tuple(_summarize_command(name) for name in COMMANDS)]  # noqa: UP007 (built at run time)
     return tyro.cli(

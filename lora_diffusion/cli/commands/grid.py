@@ -29,7 +29,7 @@ class Grid(Generate):
     """Vertical axis, such as `seed=0,1,2`."""
 
     @classmethod
-    def about(cls) -> str:
+    def describe_command(cls) -> str:
         """Return the description for the command's own help, with the settings that can vary."""
         names = ", ".join(name.replace("_", "-").replace(" ", "-") for name in GRID_SETTINGS)
         return f"{inspect.getdoc(cls)}\n\nWHAT is one of {names}."

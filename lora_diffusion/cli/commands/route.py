@@ -24,7 +24,7 @@ class Route:
     """Print the result as JSON."""
 
     @classmethod
-    def about(cls) -> str:
+    def describe_command(cls) -> str:
         """Return the description for the command's own help, with all settings of the file."""
         return f"{inspect.getdoc(cls)}\n\nSettings of the TOML file:\n{settings_table(RouteConfig)}"
 

@@ -88,7 +88,7 @@ class Train:
     run_flags: Annotated[RunFlags, tyro.conf.arg(name="")]
 
     @classmethod
-    def about(cls) -> str:
+    def describe_command(cls) -> str:
         """Return the description for the command's own help, with all settings of the file."""
         return f"{inspect.getdoc(cls)}\n\nSettings of the TOML file:\n{settings_table(_train_config_class())}"
 
